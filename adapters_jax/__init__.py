@@ -1,0 +1,64 @@
+"""Parameter-efficient fine-tuning for JAX and Flax."""
+
+from adapters_jax import linen, nnx
+from adapters_jax.adapt import adapt
+from adapters_jax.audit import Audit, audit
+from adapters_jax.contraction import register_contraction
+from adapters_jax.errors import MismatchError, RecipeError, TargetError
+from adapters_jax.files import load_adapter, save_adapter
+from adapters_jax.linen import init_adapters
+from adapters_jax.merge import merge
+from adapters_jax.methods import (
+    Bottleneck,
+    LoRA,
+    Unfreeze,
+    bottleneck_parameters,
+    lora_parameters,
+)
+from adapters_jax.partition import freeze_base, merge_trees, partition
+from adapters_jax.recipe import (
+    Recipe,
+    bitfit,
+    full,
+    houlsby,
+    last_layers,
+    lora,
+    parallel,
+    pfeiffer,
+)
+from adapters_jax.train import TrainState, make_eval_step, make_train_step
+
+__all__ = [
+    "Audit",
+    "Bottleneck",
+    "LoRA",
+    "MismatchError",
+    "Recipe",
+    "RecipeError",
+    "TargetError",
+    "TrainState",
+    "Unfreeze",
+    "adapt",
+    "audit",
+    "bitfit",
+    "bottleneck_parameters",
+    "freeze_base",
+    "full",
+    "houlsby",
+    "init_adapters",
+    "last_layers",
+    "linen",
+    "load_adapter",
+    "lora",
+    "lora_parameters",
+    "make_eval_step",
+    "make_train_step",
+    "merge",
+    "merge_trees",
+    "nnx",
+    "parallel",
+    "partition",
+    "pfeiffer",
+    "register_contraction",
+    "save_adapter",
+]

@@ -1,0 +1,288 @@
+"""Counting parameters: every adapter against its closed form, and what training will hold."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from flax import nnx
+
+from adapters_jax import contraction
+from adapters_jax.errors import MismatchError
+from adapters_jax.linen import Adapted
+from adapters_jax.methods import Attached, Unfreeze
+from adapters_jax.nnx import recipe_of
+from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import matches
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteCount:
+    """One adapter, or one unfrozen parameter, in one module (or in one stack of modules).
+
+    Attributes:
+        path: of the module, or of the unfrozen parameter.
+        method: name of the method's class.
+        shapes: its arrays' shapes by name, as they are in the tree.
+        formula: the closed form with numbers put in.
+        expected: what the closed form gives.
+        actual: what the arrays hold.
+    """
+
+    path: str
+    method: str
+    shapes: tuple[tuple[str, Shape], ...]
+    formula: str
+    expected: int
+    actual: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a recipe adds to a model and trains in it. `repr` is a plain table; rich prints it too.
+
+    Attributes:
+        sites: one entry for every adapter and every unfrozen parameter.
+        adapter_parameters: parameters that the recipe's methods added.
+        trainable_parameters: these and the unfrozen ones.
+        frozen_parameters: the rest.
+        trainable_bytes: bytes of what is trained, in its own dtypes.
+        gradient_bytes: bytes of its gradients.
+        optimizer_bytes: bytes of the optimiser's state.
+        frozen_bytes: bytes of the rest.
+        unmatched: patterns of the recipe that nothing in the tree answers to.
+    """
+
+    sites: tuple[SiteCount, ...]
+    adapter_parameters: int
+    trainable_parameters: int
+    frozen_parameters: int
+    trainable_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    frozen_bytes: int
+    unmatched: tuple[str, ...]
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of the base, which the adapters are not part of."""
+        base = self.frozen_parameters + self.trainable_parameters - self.adapter_parameters
+        return 100 * self.trainable_parameters / max(base, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON would have it."""
+        fields = {k: v for k, v in vars(self).items() if k not in ("sites", "unmatched")}
+        sites = [{**vars(s), "shapes": {k: list(v) for k, v in s.shapes}} for s in self.sites]
+        return {
+            **fields,
+            "percent": self.percent,
+            "sites": sites,
+            "unmatched": list(self.unmatched),
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """The table's rows, layers of one shape together: path, method, shapes, formula, n, sum."""
+        groups: dict[tuple[Any, ...], list[SiteCount]] = {}
+        for site in self.sites:
+            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in site.shapes)
+            key = (re.sub(r"\d+", "*", site.path), site.method, shapes, site.formula)
+            groups.setdefault(key, []).append(site)
+        return [
+            (*key, str(len(found)), f"{sum(s.actual for s in found):,}")
+            for key, found in groups.items()
+        ]
+
+    def totals(self) -> list[str]:
+        """The lines below the table."""
+        lines = [
+            f"trainable {self.trainable_parameters:,} ({self.percent:.4g} % of the base), "
+            f"of them in adapters {self.adapter_parameters:,}; frozen {self.frozen_parameters:,}",
+            f"bytes: trainable {_bytes(self.trainable_bytes)}, gradients "
+            f"{_bytes(self.gradient_bytes)}, optimizer {_bytes(self.optimizer_bytes)}, "
+            f"frozen {_bytes(self.frozen_bytes)}",
+        ]
+        return lines + [f"nothing answers to the pattern {p!r}" for p in self.unmatched]
+
+    def __repr__(self) -> str:
+        table = [_HEADERS, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADERS))]
+        lines = [
+            "  ".join(
+                c.rjust(w) if i > 3 else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, *self.totals()])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for i, header in enumerate(_HEADERS):
+            table.add_column(header, justify="right" if i > 3 else "left", overflow="fold")
+        for row in self.rows():
+            table.add_row(*map(Text, row))
+        return Group(table, *map(Text, self.totals()))
+
+
+_HEADERS = ("path", "method", "shapes", "formula", "sites", "parameters")
+
+
+def audit(
+    model: Adapted | nnx.Module | Recipe,
+    params: Tree = None,
+    tx: optax.GradientTransformation | None = None,
+) -> Audit:
+    """Counts what a recipe adds and trains, each adapter against its closed form.
+
+    Args:
+        model: an adapted model; or a recipe, to audit a parameter tree by.
+        params: the whole parameter tree, arrays or abstract; NNX models hold their own.
+        tx: the optimiser whose state is counted; Adam where none is given.
+
+    Returns:
+        The counts. Nothing is allocated, so that trees of `jax.eval_shape` of any size do.
+
+    Raises:
+        MismatchError: an adapter's arrays do not hold what the closed form says; all are named.
+
+    Example:
+        >>> import adapters_jax as aj, jax
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: aj.adapt(
+        ...     nnx.Linear(768, 768, rngs=nnx.Rngs(0)), aj.LoRA("**", rank=8), rngs=nnx.Rngs(1)))
+        >>> aj.audit(model)
+        path  method  shapes                  formula        sites  parameters
+              LoRA    a [768, 8], b [8, 768]  8*(768 + 768)      1      12,288
+        trainable 12,288 (2.081 % of the base), of them in adapters 12,288; frozen 590,592
+        bytes: trainable 48.0 KiB, gradients 48.0 KiB, optimizer 96.0 KiB, frozen 2.3 MiB
+    """
+    recipe, leaves = _leaves(model, params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    sites = (*_in_order(_adapters(recipe, shapes)), *_in_order(_unfrozen(recipe, shapes)))
+    wrong = [s for s in sites if s.expected != s.actual]
+    if wrong:
+        raise MismatchError(
+            "the arrays do not hold what the recipe says: "
+            + "; ".join(
+                f"{s.path} ({s.method}) has {s.actual:,}, {s.formula} = {s.expected:,}"
+                for s in wrong
+            )
+        )
+    trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
+    frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
+    added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
+    moving = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in trained.items()}
+    optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(moving))
+    return Audit(
+        sites=sites,
+        adapter_parameters=sum(added),
+        trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
+        frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
+        trainable_bytes=_size(trained),
+        gradient_bytes=_size(trained),
+        optimizer_bytes=_size(optimizer),
+        frozen_bytes=_size(frozen),
+        unmatched=_unmatched(recipe, shapes),
+    )
+
+
+def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and every parameter by path."""
+    if isinstance(model, nnx.Module):
+        return recipe_of(model), flatten(nnx.state(model, nnx.Param))
+    recipe = model.recipe if isinstance(model, Adapted) else model
+    if not isinstance(recipe, Recipe) or params is None:
+        raise TypeError(
+            "audit wants (adapted linen model, params), (adapted NNX model) or (recipe, params)"
+        )
+    return recipe, {path: nn.meta.unbox(leaf) for path, leaf in flatten(params).items()}
+
+
+def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
+    """Every adapter of the tree, counted."""
+    found: dict[tuple[str, Any], dict[str, Shape]] = {}
+    for path, shape in shapes.items():
+        owner = recipe.owner(path)
+        if owner:
+            site, method = owner
+            name = path.removeprefix(join(site, method.slot) + "/")
+            found.setdefault((site, method), {})[name] = shape
+    return [_count(path, method, parts, shapes) for (path, method), parts in found.items()]
+
+
+def _count(
+    path: str, method: Attached, parts: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> SiteCount:
+    """One adapter against the closed form of its method."""
+    places = [join(path, name) for name in sorted(contraction.weight_names())]
+    weight = next((shapes[place] for place in places if place in shapes), ())
+    count = method.count(path, parts, weight)
+    return SiteCount(
+        path,
+        type(method).__name__,
+        tuple((name, parts[name]) for name in method.leaf_names if name in parts),
+        count.formula if count.copies == 1 else f"{count.copies}*({count.formula})",
+        count.parameters * count.copies,
+        sum(map(math.prod, parts.values())),
+    )
+
+
+def _in_order(sites: list[SiteCount]) -> list[SiteCount]:
+    """Sites by path, with layer 10 behind layer 9."""
+
+    def names(site: SiteCount) -> tuple[list[tuple[int, str]], str]:
+        runs = re.findall(r"\d+|\D+", site.path)
+        return [(int(run), "") if run.isdigit() else (-1, run) for run in runs], site.method
+
+    return sorted(sites, key=names)
+
+
+def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
+    """Every base parameter that trains."""
+    return [
+        SiteCount(
+            path,
+            Unfreeze.__name__,
+            ((path.rsplit("/", 1)[-1], shape),),
+            "*".join(map(str, shape)) or "1",
+            math.prod(shape),
+            math.prod(shape),
+        )
+        for path, shape in shapes.items()
+        if recipe.trains(path) and not recipe.owner(path)
+    ]
+
+
+def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """The patterns that nothing in the tree answers to."""
+    owned = {owner[0] for path in shapes if (owner := recipe.owner(path))}
+    patterns = [(p, owned) for method in recipe.attached for p in method.targets]
+    patterns += [(p, set(shapes)) for p in recipe.unfrozen]
+    return tuple(p for p, paths in patterns if not any(matches(p, path) for path in paths))
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _bytes(n: float) -> str:
+    """Bytes for people, in powers of 1024.
+
+    Example:
+        >>> _bytes(1536)
+        '1.5 KiB'
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
+    return f"{n / 1024**power:.1f} {units[power]}" if power else f"{n} B"

@@ -1,0 +1,166 @@
+"""The adapter file: what was trained as safetensors, beside the recipe that it was trained by.
+
+A directory holds `adapter.safetensors`, its tensors named by their slash paths, and
+`adapter_config.json` with the recipe and versions.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import linen as nn
+from flax import nnx
+
+from adapters_jax.adapt import adapt
+from adapters_jax.errors import compare_trees
+from adapters_jax.linen import init_adapters
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.partition import Tree, flatten, merge_trees, partition, path_of, unflatten
+from adapters_jax.recipe import Recipe
+from adapters_jax.train import TrainState
+
+FORMAT = 1
+TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+
+
+class AdapterFileError(ValueError):
+    """An adapter directory that cannot be read."""
+
+
+def save_adapter(directory: str | Path, adapters: Any, recipe: Recipe | None = None) -> Path:
+    """Writes an adapter: its recipe and what it trained, never the frozen base.
+
+    The directory appears whole or not at all, and takes the place of an adapter that was there.
+
+    Args:
+        directory: where; its parents are made.
+        adapters: a `TrainState`; or, together with its recipe, the trained part of a model: a tree
+            as `partition` gives, or an NNX state of `AdapterParam`.
+        recipe: says what trains; not wanted with a `TrainState`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: there is something else at that path.
+        TypeError: the recipe is missing.
+    """
+    if isinstance(adapters, TrainState):
+        adapters, recipe = adapters.adapters, adapters.recipe
+    if recipe is None:
+        raise TypeError(
+            "save_adapter(directory, adapters, recipe) wants the recipe, or a TrainState"
+        )
+    directory = Path(directory)
+    if directory.exists() and not (directory / CONFIG).is_file():
+        raise ValueError(f"{directory} exists and is not an adapter; give another directory")
+    flat = {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+    config = {
+        "format": FORMAT,
+        "adapters_jax": version("adapters-jax"),
+        "recipe": json.loads(recipe.to_json()),
+        "parameters": sum(x.size for x in flat.values()),
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        beside.chmod(0o755)
+        tensors = safetensors.flax.save({k: jnp.asarray(v) for k, v in flat.items()})
+        _write(beside / TENSORS, tensors)
+        _write(beside / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+        _put(beside, directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return directory
+
+
+def _put(beside: Path, directory: Path) -> None:
+    """Renames a finished directory into its place; what was there stays until then."""
+    if not directory.exists():
+        os.replace(beside, directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    os.replace(directory, old)
+    os.replace(beside, directory)
+    shutil.rmtree(old)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file through to the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
+    """Reads an adapter as it was written, without a model.
+
+    Returns:
+        The recipe, and the trained arrays by path.
+
+    Raises:
+        AdapterFileError: the directory is no adapter of this library, or is damaged.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, TENSORS):
+        if not (directory / name).is_file():
+            raise AdapterFileError(
+                f"{directory} has no {name}; give a directory that save_adapter wrote"
+            )
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise AdapterFileError(
+                f"{directory / CONFIG} is not of format {FORMAT}; it needs another adapters_jax"
+            )
+        recipe = Recipe.from_json(config.get("recipe", ""))
+        return recipe, safetensors.flax.load_file(directory / TENSORS)
+    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{directory} is damaged: {error}") from error
+
+
+def load_adapter(
+    directory: str | Path, model: Any, params: Tree = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Puts a saved adapter onto a base; the recipe comes from the file, with every rank and alpha.
+
+    Args:
+        directory: as written by `save_adapter`.
+        model: the base, a linen or NNX module without adapters.
+        params: linen only: the base's parameter tree.
+        *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
+        **kwargs: linen only: further arguments of the model's call.
+
+    Returns:
+        linen: `(adapted model, params)`. NNX: the adapted model.
+
+    Raises:
+        AdapterFileError: the directory is no adapter, or is damaged.
+        MismatchError: the adapter does not fit this base; every difference is named.
+        TargetError: the recipe does not fit this base.
+    """
+    recipe, tensors = read_adapter(directory)
+    subject, fix = f"the adapter in {directory}", "Load it onto the base it was trained on."
+    if isinstance(model, nnx.Module):
+        grown = adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
+        state = nnx.state(grown, AdapterParam)
+        compare_trees(subject, tensors, flatten(state), fix, dtypes=True)
+        nnx.update(grown, jax.tree_util.tree_map_with_path(lambda p, _: tensors[path_of(p)], state))
+        return grown
+    adapted = adapt(model, recipe)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    whole = init_adapters(adapted, shapes, jax.random.key(0), *args, **kwargs)
+    trained, _ = partition(whole, recipe)
+    compare_trees(subject, tensors, nn.meta.unbox(flatten(trained)), fix, dtypes=True)
+    _, base = partition(params, recipe)
+    return adapted, merge_trees(base, unflatten(tensors))

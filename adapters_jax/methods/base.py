@@ -1,0 +1,130 @@
+"""What every method of adaptation has in common: a site to attach to and leaves to add there."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.contraction import Contraction
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+Leaves = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model that a method attaches to.
+
+    Attributes:
+        path: path of the module, names joined by slashes.
+        call: the method of the module that is adapted, `__call__` or an embedding's `attend`.
+        width: size of the last axis of the module's output, d; 0 where it is no float array.
+        contraction: how the module's weight meets its input; None where it is not a linear layer.
+        weight_shape: shape of that weight, without layer axes.
+        precision: matmul precision of the module.
+    """
+
+    path: str
+    call: str
+    width: int
+    contraction: Contraction | None = None
+    weight_shape: tuple[int, ...] = ()
+    precision: Any = None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array that a method adds: its shape and its initialiser, both without layer axes."""
+
+    shape: tuple[int, ...]
+    init: Initializer
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many parameters a method adds at one site, and why.
+
+    Attributes:
+        formula: the closed form with numbers put in, `2*768*64 + 64 + 768`.
+        parameters: its value for one layer.
+        copies: how many layers are stacked in the leaves.
+    """
+
+    formula: str
+    parameters: int
+    copies: int = 1
+
+
+def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """A key of its own for every path, whatever else a recipe adds."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def normal(std: float) -> Initializer:
+    """Gaussian with mean zero."""
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Gaussian with mean zero, redrawn beyond two standard deviations of the parent."""
+    return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+
+
+def uniform(limit: float) -> Initializer:
+    """Uniform between `-limit` and `limit`."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
+def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Zeros; the key is not used."""
+    return jnp.zeros(shape)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """Zeroes entries with probability `rate` and scales the rest; no key means evaluation."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
+    """x + bias along the last axis, without leaning on implicit rank promotion."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    closed: bool = False,
+) -> None:
+    """Raises ValueError unless `value` is a finite number in (low, high), or [low, high)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (
+        not number
+        or not math.isfinite(value)
+        or not (low < value < high or (closed and value == low))
+    ):
+        lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
+        upper = f" and < {high:g}" if math.isfinite(high) else ""
+        raise ValueError(f"{owner}: {name}={value!r}, wanted a finite number{lower}{upper}")
+
+
+def check_size(owner: str, name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{owner}: {name}={value!r}, wanted a whole number >= 1")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {name}={value!r}, wanted one of {', '.join(choices)}")

@@ -1,0 +1,169 @@
+"""The bottleneck adapter: down-projection, nonlinearity, up-projection, residual.
+
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751. The parallel
+placement is He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning",
+arXiv:2110.04366.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import base
+from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.targets import as_patterns
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "softplus": jax.nn.softplus,
+    "identity": lambda x: x,
+}
+
+
+def bottleneck_parameters(d: int, m: int) -> int:
+    """Parameters of one bottleneck adapter with both biases: 2md + d + m.
+
+    Example:
+        >>> bottleneck_parameters(1024, 64)
+        132160
+    """
+    return 2 * m * d + d + m
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Bottleneck adapters on the outputs of modules.
+
+    Sequential: `y + scale * up(f(down(y)))` of the module's output y (Houlsby, Pfeiffer).
+    Parallel: `y + scale * up(f(down(x)))` of the module's input x, which must be as wide as y.
+    Both projections have a bias. Leaves are float32 and compute in the dtype of y.
+
+    Args:
+        targets: patterns of module paths.
+        bottleneck_dim: m, the width between the projections.
+        reduction_factor: instead of `bottleneck_dim`: m = max(1, floor(d / reduction_factor)).
+        placement: "sequential" or "parallel".
+        scale: factor on the branch; He et al. use 4 for the parallel form.
+        activation: "gelu" (tanh form, as in Houlsby's code), or another name in `ACTIVATIONS`.
+        dropout: probability of zeroing an entry between the projections while training.
+        init_std: standard deviation of both kernels, truncated at two of them; 1e-2 in the paper.
+
+    Raises:
+        ValueError: a field out of its range, or not exactly one of the two width fields.
+
+    Example:
+        >>> Bottleneck("**/output", reduction_factor=16).width(768)
+        48
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    slot: ClassVar[str] = "adapter"
+    leaf_names: ClassVar[tuple[str, ...]] = ("down/kernel", "down/bias", "up/kernel", "up/bias")
+    stated: ClassVar[tuple[str, ...]] = ("targets",)
+
+    targets: str | tuple[str, ...]
+    bottleneck_dim: int | None = None
+    reduction_factor: float | None = None
+    placement: Literal["sequential", "parallel"] = "sequential"
+    scale: float = 1.0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    init_std: float = 1e-2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_patterns(self.targets, "Bottleneck"))
+        if (self.bottleneck_dim is None) == (self.reduction_factor is None):
+            raise ValueError(
+                f"Bottleneck got bottleneck_dim={self.bottleneck_dim} and reduction_factor="
+                f"{self.reduction_factor}; give exactly one of them, such as bottleneck_dim=64"
+            )
+        if self.bottleneck_dim is not None:
+            base.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
+        else:
+            base.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
+        base.check_number("Bottleneck", "init_std", self.init_std, closed=True)
+        base.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
+        base.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
+        base.check_choice("Bottleneck", "placement", self.placement, ("sequential", "parallel"))
+        base.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
+
+    def fits(self, site: Site) -> bool:
+        """Whether the method can attach there: to every module that returns a float array."""
+        return site.call == "__call__" and site.width > 0
+
+    def why_not(self, module: Any) -> str:
+        """Why the method cannot attach to a module."""
+        return f"{type(module).__name__} does not return one float array"
+
+    def width(self, d: int) -> int:
+        """The bottleneck's width m on an output of width d."""
+        return self.bottleneck_dim or max(1, int(d // (self.reduction_factor or 1)))
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
+        d, m = site.width, self.width(site.width)
+        kernel = base.truncated_normal(self.init_std)
+        return {
+            "down/kernel": Leaf((d, m), kernel),
+            "down/bias": Leaf((m,), base.zeros),
+            "up/kernel": Leaf((m, d), kernel),
+            "up/bias": Leaf((d,), base.zeros),
+        }
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
+    ) -> Count:
+        """The closed form 2md + d + m; d is read off the leaves, m from this recipe."""
+        d = shapes["down/kernel"][-2]
+        m = self.width(d)
+        return Count(
+            f"2*{d}*{m} + {d} + {m}",
+            bottleneck_parameters(d, m),
+            math.prod(shapes["down/bias"][:-1]),
+        )
+
+    def forward(
+        self,
+        leaves: Leaves,
+        site: Site,
+        x: Any,
+        y: Float[Array, "... d"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "... d"]:
+        """The adapted output.
+
+        Args:
+            leaves: the arrays by name.
+            site: where they are attached.
+            x: the module's input; used by the parallel placement only.
+            y: the module's output, (..., d).
+            key: for dropout while training; None in evaluation.
+
+        Returns:
+            An array like y, of its dtype.
+        """
+        source = y if self.placement == "sequential" else x
+        if source.shape != y.shape:
+            raise RecipeError(
+                f"parallel Bottleneck at {site.path!r}: input {source.shape} and output {y.shape} "
+                "differ; target a module that keeps the shape"
+            )
+        down, down_bias, up, up_bias = (leaves[name].astype(y.dtype) for name in self.leaf_names)
+        hidden = jnp.matmul(source.astype(y.dtype), down, precision=site.precision)
+        hidden = ACTIVATIONS[self.activation](base.add_last(hidden, down_bias))
+        hidden = base.dropout(hidden, self.dropout, key)
+        branch = base.add_last(jnp.matmul(hidden, up, precision=site.precision), up_bias)
+        return y + (branch if self.scale == 1.0 else branch * jnp.asarray(self.scale, y.dtype))

@@ -1,0 +1,301 @@
+"""A recipe says what trains: an ordered tuple of methods, and everything else follows from it."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import METHODS, Attached, Bottleneck, LoRA, Method, Unfreeze
+from adapters_jax.targets import matches
+
+OUTPUTS = ("**/attention/output", "**/mlp/output")
+LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What trains in a model: methods that add parameters, and base parameters set free.
+
+    Recipes compare by value, add up, and turn into JSON and back. Where two methods act on one
+    module, the earlier one is applied first.
+
+    Args:
+        methods: methods or recipes, in order.
+
+    Raises:
+        TypeError: something that is neither.
+
+    Example:
+        >>> Recipe(LoRA("**/query", rank=4)) + Unfreeze("head/**")
+        Recipe(
+          LoRA(targets=('**/query',), rank=4),
+          Unfreeze(targets=('head/**',)),
+        )
+    """
+
+    methods: tuple[Method, ...]
+
+    def __init__(self, *methods: "Method | Recipe | Iterable[Method]"):
+        flat: list[Method] = []
+        for item in methods:
+            flat.extend(_members(item))
+        object.__setattr__(self, "methods", tuple(flat))
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def __add__(self, other: "Method | Recipe") -> "Recipe":
+        return Recipe(self, other)
+
+    def __radd__(self, other: "Method") -> "Recipe":
+        return Recipe(other, self)
+
+    def __repr__(self) -> str:
+        return "Recipe(\n" + "".join(f"  {_short(m)},\n" for m in self.methods) + ")"
+
+    @property
+    def attached(self) -> tuple[Attached, ...]:
+        """The methods that add parameters to modules."""
+        return tuple(m for m in self.methods if not isinstance(m, Unfreeze))
+
+    @property
+    def unfrozen(self) -> tuple[str, ...]:
+        """The patterns of base parameters that train."""
+        return tuple(p for m in self.methods if isinstance(m, Unfreeze) for p in m.targets)
+
+    def at(self, path: str) -> tuple[Attached, ...]:
+        """The methods that target a module, in order.
+
+        Raises:
+            RecipeError: two of them would keep their leaves under one name.
+        """
+        found = tuple(m for m in self.attached if any(matches(p, path) for p in m.targets))
+        slots = [m.slot for m in found]
+        if len(set(slots)) < len(slots):
+            raise RecipeError(
+                f"two methods of the recipe target {path!r} and both keep their parameters in "
+                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
+            )
+        return found
+
+    def owner(self, path: str) -> tuple[str, Attached] | None:
+        """The site and method that a parameter path was added by, or None for a base parameter.
+
+        Example:
+            >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a")[0]
+            'layer_0/query'
+        """
+        names = path.split("/")
+        for method in self.attached:
+            for i in [i for i, name in enumerate(names) if name == method.slot]:
+                site, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
+                if leaf in method.leaf_names and any(matches(p, site) for p in method.targets):
+                    return site, method
+        return None
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at a path is trained."""
+        return self.owner(path) is not None or any(matches(p, path) for p in self.unfrozen)
+
+    def to_json(self) -> str:
+        """The recipe as JSON text; `Recipe.from_json` gives an equal recipe."""
+        rows = [{"method": m.name, **dataclasses.asdict(m)} for m in self.methods]
+        return json.dumps({"methods": rows}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> "Recipe":
+        """Reads a recipe from JSON text or from the object it decodes to.
+
+        Raises:
+            ValueError: an unknown method or key (named, with the nearest known one), a key that
+                has to be stated and is not, or a value out of its range.
+        """
+        data = json.loads(text) if isinstance(text, str) else text
+        if not isinstance(data, Mapping) or set(data) != {"methods"}:
+            raise ValueError('recipe JSON wants one key "methods" that holds a list of methods')
+        return cls(*[_method(row) for row in data["methods"]])
+
+
+def _members(item: Any) -> Iterable[Method]:
+    """The methods that an argument of a recipe stands for."""
+    if isinstance(item, tuple(METHODS.values())):
+        return (item,)  # type: ignore[return-value]
+    if isinstance(item, Recipe | list | tuple):
+        return (method for part in item for method in _members(part))
+    known = ", ".join(m.__name__ for m in METHODS.values())
+    raise TypeError(f"a recipe is made of methods ({known}); got {item!r}")
+
+
+def _short(method: Method) -> str:
+    """A method without the fields left at their default."""
+    shown = [
+        f"{f.name}={getattr(method, f.name)!r}"
+        for f in dataclasses.fields(method)
+        if f.default is dataclasses.MISSING or getattr(method, f.name) != f.default
+    ]
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _method(row: Any) -> Method:
+    """One method from its JSON object."""
+    if not isinstance(row, Mapping) or row.get("method") not in METHODS:
+        got = row.get("method") if isinstance(row, Mapping) else row
+        raise ValueError(f"recipe JSON: method {got!r} is none of {', '.join(METHODS)}")
+    cls = METHODS[row["method"]]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    problems = []
+    for key in sorted(set(row) - fields - {"method"}):
+        near = difflib.get_close_matches(key, fields, 1)
+        problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    for key in [key for key in cls.stated if key not in row]:
+        problems.append(f"{key!r} is missing")
+    if problems:
+        raise ValueError(f"recipe JSON, method {row['method']!r}: {'; '.join(problems)}")
+    values = {k: _tuples(v) for k, v in row.items() if k != "method"}
+    return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists as tuples, also nested ones."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _recipe(*parts: Method | None, head: str | None) -> Recipe:
+    """A recipe of the parts that are wanted, and of the head where one is named."""
+    ends = Unfreeze(f"{head}/**") if head else None
+    return Recipe(*[part for part in (*parts, ends) if part is not None])
+
+
+def _bottleneck(targets: Any, m: int | None, reduction_factor: float | None, **fields: Any):
+    """Bottlenecks of width 64 unless one of the two width fields is given."""
+    m = 64 if m is None and reduction_factor is None else m
+    return Bottleneck(targets, m, reduction_factor, **fields)
+
+
+def houlsby(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = OUTPUTS,
+    layer_norms: str | None = LAYER_NORMS,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Houlsby et al. 2019, arXiv:1902.00751: two adapters a block, layer norms, the task's head.
+
+    Args:
+        bottleneck_dim: m; 64 where neither width field is given.
+        reduction_factor: as in `Bottleneck`.
+        targets: the output projections after attention and after the feed-forward layer.
+        layer_norms: pattern of the layer norms' parameters; None leaves them frozen.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `Bottleneck`.
+
+    Example:
+        >>> houlsby(32, head="head")
+        Recipe(
+          Bottleneck(targets=('**/attention/output', '**/mlp/output'), bottleneck_dim=32),
+          Unfreeze(targets=('**/*{norm,Norm,ln}*/{scale,bias}',)),
+          Unfreeze(targets=('head/**',)),
+        )
+    """
+    norms = Unfreeze(layer_norms) if layer_norms else None
+    return _recipe(
+        _bottleneck(targets, bottleneck_dim, reduction_factor, **fields), norms, head=head
+    )
+
+
+def pfeiffer(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/mlp/output",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Pfeiffer et al. 2021, arXiv:2005.00247: one adapter a block, after the feed-forward layer.
+
+    Args: as in `houlsby`.
+    """
+    return _recipe(_bottleneck(targets, bottleneck_dim, reduction_factor, **fields), head=head)
+
+
+def parallel(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/mlp",
+    scale: float = 4.0,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """He et al. 2022, arXiv:2110.04366: an adapter beside the feed-forward layer, scaled by 4.
+
+    Args: as in `houlsby`; `targets` are whole sublayers, whose input the adapter reads.
+    """
+    adapter = _bottleneck(
+        targets, bottleneck_dim, reduction_factor, placement="parallel", scale=scale, **fields
+    )
+    return _recipe(adapter, head=head)
+
+
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Hu et al. 2021, arXiv:2106.09685: low-rank factors on the query and value projections.
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / r; None follows the rank.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `LoRA`.
+    """
+    return _recipe(LoRA(targets, rank, alpha, **fields), head=head)
+
+
+def bitfit(*, head: str | None = None) -> Recipe:
+    """Ben Zaken et al. 2022, arXiv:2106.10199: the biases, and the task's head."""
+    return _recipe(Unfreeze("**/bias"), head=head)
+
+
+def last_layers(
+    k: int, num_layers: int, *, layer: str = "**/layer_{}", head: str | None = None
+) -> Recipe:
+    """The top layers whole: the baseline that Houlsby et al. compare with.
+
+    Args:
+        k: how many layers, counted from the top.
+        num_layers: how many the model has.
+        layer: pattern of one layer, with `{}` for its number.
+        head: path of the task's head, which trains whole.
+
+    Raises:
+        ValueError: k is not between 1 and `num_layers`.
+
+    Example:
+        >>> last_layers(2, 12)
+        Recipe(
+          Unfreeze(targets=('**/layer_10/**', '**/layer_11/**')),
+        )
+    """
+    if not 1 <= k <= num_layers:
+        raise ValueError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
+    layers = range(num_layers - k, num_layers)
+    return _recipe(Unfreeze(tuple(f"{layer.format(i)}/**" for i in layers)), head=head)
+
+
+def full() -> Recipe:
+    """Full fine-tuning: every parameter trains."""
+    return Recipe(Unfreeze("**"))

@@ -1,0 +1,116 @@
+"""The pattern language: which paths of a model a method means.
+
+A path is the names from the root of a model to a module or parameter, joined by slashes
+(`layer_0/attention/query`). A pattern is a path in which
+
+* `*` stands for any characters within one name,
+* `**` stands for any number of whole names, also none,
+* `{a,b}` stands for either of its parts.
+
+The same patterns serve linen and NNX, modules and parameters, single and stacked layers.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from adapters_jax.errors import TargetError
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern, for paths that begin with a slash."""
+    if pattern.count("{") != pattern.count("}"):
+        raise TargetError(f"target {pattern!r} has an unbalanced brace; write {{a,b}}")
+    expression, depth = "", 0
+    for token in re.findall(r"/\*\*(?=/|$)|\*|\{|\}|,|[^*{},]", "/" + pattern):
+        if token == "/**":
+            expression += "(?:/[^/]+)*"
+        elif token == "*":
+            expression += "[^/]*"
+        elif token == "{":
+            expression, depth = expression + "(?:", depth + 1
+        elif token == "}":
+            expression, depth = expression + ")", depth - 1
+        elif token == "," and depth:
+            expression += "|"
+        else:
+            expression += re.escape(token)
+    return re.compile(expression)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern means a path.
+
+    Args:
+        pattern: a pattern of the language above.
+        path: names joined by slashes; the root of a model is the empty path.
+
+    Example:
+        >>> matches("**/attention/{query,value}", "layer_0/attention/query")
+        True
+        >>> matches("*/query", "layer_0/attention/query")
+        False
+    """
+    return _compile(pattern).fullmatch(f"/{path}" if path else "") is not None
+
+
+def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
+    """Targets as a tuple of patterns; raises TargetError where they are none at all."""
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise TargetError(
+            f"{owner} got targets={targets!r}; it wants one or more patterns such as '**/query'"
+        )
+    for pattern in patterns:
+        _compile(pattern)
+    return patterns
+
+
+def require_match(
+    owner: str,
+    patterns: Sequence[str],
+    usable: Iterable[str],
+    unusable: Mapping[str, str] | None = None,
+) -> None:
+    """Checks that every pattern means at least one usable path.
+
+    Args:
+        owner: what the message calls the method that the patterns belong to.
+        patterns: the patterns to check.
+        usable: paths the method can attach to.
+        unusable: the model's other paths, each with the reason.
+
+    Raises:
+        TargetError: names every pattern that fails and lists the paths nearest to it.
+    """
+    usable, problems = list(usable), []
+    for pattern in patterns:
+        if any(matches(pattern, path) for path in usable):
+            continue
+        blocked = [f"{p} ({why})" for p, why in (unusable or {}).items() if matches(pattern, p)]
+        if blocked:
+            problem = f"matches only paths it cannot attach to: {_some(blocked, 3)}"
+        else:
+            near = nearest(pattern, usable) or usable
+            problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
+        problems.append(f"{owner}: target {pattern!r} {problem}")
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
+    """The paths most like a pattern, best first, judged by the pattern's own last names."""
+    wanted = pattern.replace("**/", "").replace("/**", "")
+    depth = wanted.count("/") + 1
+    by_tail: dict[str, str] = {}
+    for path in paths:
+        by_tail.setdefault("/".join(path.split("/")[-depth:]), path)
+    return [by_tail[tail] for tail in difflib.get_close_matches(wanted, by_tail, count, 0.4)]
+
+
+def _some(paths: Sequence[str], count: int = 5) -> str:
+    """The first few paths for a message, and how many more there are."""
+    shown = ", ".join(path or "(the model itself)" for path in paths[:count]) or "(none)"
+    return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"

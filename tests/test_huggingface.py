@@ -1,0 +1,264 @@
+"""Reading checkpoints: what is found, what is renamed, and every way a file can be wrong."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from adapters_jax.errors import MismatchError
+from adapters_jax.interop.huggingface import NameTable, Rule, from_tensors, read_tensors, resolve
+from adapters_jax.models.bert import NAMES, Bert, load_bert
+from adapters_jax.models.gpt2 import load_gpt2
+from adapters_jax.models.llama import load_llama
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TABLE = NameTable(
+    (Rule(r"part_(\d)", r"fused", part=None), Rule(r"norm", r"LayerNorm")),
+    prefixes=("model.",),
+    ignored=(r"buffer\..*",),
+)
+LIKE = {
+    "norm": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)},
+    "part_0": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)},
+}
+KERNEL = np.arange(6, dtype=np.float32).reshape(3, 2)
+GOOD = {"fused.weight": KERNEL, "LayerNorm.weight": np.ones(3, np.float32)}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A copy of the tiny BERT, to be damaged."""
+    return Path(shutil.copytree(FIXTURES / "bert", tmp_path / "bert"))
+
+
+def rewrite(directory, change):
+    """Reads the tensors, applies the change in place and writes them back."""
+    tensors = read_tensors(directory)
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def assert_same_tree(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_tensors_are_transposed_and_take_the_models_dtype():
+    loaded = from_tensors(GOOD, TABLE, LIKE)
+    assert loaded["part_0"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded["part_0"]["kernel"].astype(np.float32), KERNEL.T)
+
+
+def test_prefixes_old_names_and_listed_leftovers_are_accepted():
+    tensors = {
+        "model.fused.weight": KERNEL,
+        "model.LayerNorm.gamma": np.full(3, 2.0),
+        "model.buffer.ids": np.arange(3),
+    }
+    np.testing.assert_array_equal(from_tensors(tensors, TABLE, LIKE)["norm"]["scale"], [2, 2, 2])
+
+
+def test_everything_wrong_is_said_at_once_by_both_names():
+    tensors = {"fused.weight": KERNEL.T, "strange.weight": KERNEL, "buffer.ids": KERNEL}
+    with pytest.raises(MismatchError) as caught:
+        from_tensors(tensors, TABLE, LIKE)
+    message = str(caught.value)
+    assert "1 missing: norm/scale (LayerNorm.weight)" in message
+    assert "1 unexpected: strange.weight" in message
+    assert "1 different: part_0/kernel (fused.weight) is [2, 3], wanted [3, 2]" in message
+    assert "buffer" not in message
+    assert "Is it of this architecture and size?" in message
+
+
+def test_a_clash_of_names_is_refused():
+    with pytest.raises(ValueError, match=r"model\.fused\.weight and fused\.weight"):
+        from_tensors({"model.fused.weight": KERNEL, **GOOD}, TABLE, LIKE)
+
+
+def test_a_path_without_a_rule_is_named():
+    with pytest.raises(ValueError, match="no rule gives 'other'"):
+        from_tensors(GOOD, TABLE, {"other": {"kernel": LIKE["norm"]["scale"]}})
+
+
+def test_fused_tensors_are_split_in_either_layout():
+    fused = np.arange(12, dtype=np.float32).reshape(2, 6)
+    like = {name: {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)} for name in "ab"}
+    rules = (Rule("a", "ab", (0, 2)), Rule("b", "ab", (1, 2)))
+    straight = from_tensors({"ab.weight": fused}, NameTable(rules, fan_in_fan_out=True), like)
+    turned = from_tensors({"ab.weight": fused.T}, NameTable(rules), like)
+    np.testing.assert_array_equal(straight["b"]["kernel"], fused[:, 3:])
+    assert_same_tree(straight, turned)
+
+
+def test_bfloat16_and_float16_are_read(tmp_path):
+    stored = {"a": np.array([1.5], ml_dtypes.bfloat16), "b": np.array([2.5], np.float16)}
+    save_file(stored, tmp_path / "model.safetensors")
+    tensors = read_tensors(tmp_path)
+    assert tensors["a"].dtype == ml_dtypes.bfloat16
+    assert tensors["b"].dtype == np.float16
+    assert float(tensors["a"][0]) == 1.5
+    assert float(tensors["b"][0]) == 2.5
+
+
+def shard(directory):
+    """Splits the file into two shards and an index."""
+    tensors = read_tensors(directory)
+    (directory / "model.safetensors").unlink()
+    files = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def test_shards_are_one_checkpoint(tiny):
+    _, whole = load_bert(tiny, pooler=True)
+    shard(tiny)
+    _, parts = load_bert(tiny, pooler=True)
+    assert_same_tree(parts, whole)
+
+
+def test_an_absent_shard_is_named(tiny):
+    shard(tiny)
+    (tiny / "part-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks part-1\.safetensors"):
+        load_bert(tiny)
+
+
+def test_names_of_the_oldest_files_load_alike(tiny):
+    def age(tensors):
+        for name in [name for name in tensors if "LayerNorm" in name]:
+            old = name.replace("weight", "gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name)
+        tensors["cls.predictions.bias"] = np.zeros(60, np.float32)
+        tensors["bert.embeddings.position_ids"] = np.arange(16)[None]
+
+    _, wanted = load_bert(tiny)
+    rewrite(tiny, age)
+    assert_same_tree(load_bert(tiny)[1], wanted)
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_named(tiny):
+    def damage(tensors):
+        del tensors["bert.encoder.layer.1.attention.self.query.bias"]
+        tensors["bert.encoder.layer.1.extra.weight"] = np.zeros(3, np.float32)
+        tensors["bert.encoder.layer.0.intermediate.dense.weight"] = np.zeros((40, 32), np.float32)
+
+    rewrite(tiny, damage)
+    with pytest.raises(MismatchError) as caught:
+        load_bert(tiny)
+    message = str(caught.value)
+    assert "layer_1/attention/query/bias (encoder.layer.1.attention.self.query.bias)" in message
+    assert "1 unexpected: encoder.layer.1.extra.weight" in message
+    assert "(encoder.layer.0.intermediate.dense.weight) is [40, 32], wanted [48, 32]" in message
+
+
+def test_a_pooler_that_is_asked_for_must_be_there():
+    load_bert(FIXTURES / "roberta")
+    with pytest.raises(MismatchError, match=r"2 missing: pooler/dense/bias \(pooler.dense.bias\)"):
+        load_bert(FIXTURES / "roberta", pooler=True)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "message"),
+    [
+        (load_bert, "gpt2", "BertConfig does not implement model_type='gpt2'"),
+        (load_gpt2, "llama", "GPT2Config does not implement model_type='llama'"),
+        (load_llama, "bert", "LlamaConfig does not implement .*model_type='bert'"),
+    ],
+)
+def test_another_architecture_is_recognised_by_its_config(load, name, message):
+    with pytest.raises(ValueError, match=message):
+        load(FIXTURES / name)
+
+
+def test_weights_of_another_architecture_give_short_lists():
+    config, _ = load_bert(FIXTURES / "bert")
+    like = jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.ones((1, 1), int))["params"]
+    with pytest.raises(MismatchError) as caught:
+        from_tensors(read_tensors(FIXTURES / "gpt2"), NAMES, like)
+    message = str(caught.value)
+    assert "37 missing" in message
+    assert "unexpected" in message
+    assert "more" in message
+    assert len(message) < 3000
+
+
+def test_a_directory_is_taken_as_it_is():
+    assert resolve(FIXTURES / "bert") == FIXTURES / "bert"
+    assert resolve(str(FIXTURES / "bert")) == FIXTURES / "bert"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", r"lacks config\.json, which a checkpoint needs; it holds expected\.npz"),
+        ("model.safetensors", r"lacks model\.safetensors \(or model\.safetensors\.index\.json\)"),
+    ],
+)
+def test_an_incomplete_directory_says_what_it_lacks(tiny, file, message):
+    (tiny / file).unlink()
+    with pytest.raises(ValueError, match=message):
+        resolve(tiny)
+
+
+def test_a_pickle_is_never_opened(tiny):
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors") as caught:
+        load_bert(tiny)
+    message = str(caught.value)
+    assert "pytorch_model.bin is never opened" in message
+    assert "save_pretrained" in message
+
+
+def test_a_damaged_file_is_named(tiny):
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is not a whole safetensors file"):
+        load_bert(tiny)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"{", "is not JSON in UTF-8"), (b"[]", "holds a list"), (b'"\xff"', "is not JSON in UTF-8")],
+)
+def test_a_damaged_config_is_named(tiny, text, message):
+    (tiny / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"config.json' {message}"):
+        load_bert(tiny)
+
+
+def test_the_hub_is_asked_for_safe_files_only(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(name=name, **options)
+        return str(FIXTURES / "bert")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/model", "v1") == FIXTURES / "bert"
+    assert asked["name"] == "owner/model"
+    assert asked["revision"] == "v1"
+    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "../absent/directory/here"])
+def test_an_unreachable_id_is_one_clear_error(name, monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name!r} is neither a directory here nor a model"):
+        resolve(name)
+
+
+def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'adapters-jax\[finetune\]'"):
+        resolve("owner/model")

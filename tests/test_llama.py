@@ -1,0 +1,205 @@
+"""Llama: values of the reference implementation, grouped heads, paths, counts, dtypes, errors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from adapters_jax.models import KNOWN
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama, rotary_angles, rotate
+
+FIXTURE = Path(__file__).parent / "fixtures" / "llama"
+TINY = LlamaConfig(
+    vocab_size=20,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+IDS = jnp.array([[3, 4, 5, 6], [7, 8, 9, 1]])
+
+
+def reference():
+    with np.load(FIXTURE / "expected.npz") as file:
+        expected = dict(file)
+    return expected.pop("input_ids"), expected.pop("attention_mask"), expected
+
+
+def build(config=TINY, **options):
+    """A model with random parameters; drawn by numpy, which compiles nothing."""
+    draw = np.random.default_rng(0).normal
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
+    state = nnx.to_pure_dict(nnx.state(model))
+    nnx.update(model, jax.tree.map(lambda x: jnp.asarray(draw(0, 0.3, x.shape), x.dtype), state))
+    return model
+
+
+@nnx.jit
+def run(model, ids):
+    return model(ids)
+
+
+def leaves(model):
+    """The parameters by slash path."""
+    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def test_logits_are_those_of_the_reference_behind_padding():
+    ids, mask, expected = reference()
+    _, model = load_llama(FIXTURE)
+    for positions in (expected["position_ids"], None):  # rotary: only differences matter
+        logits = model(ids, mask, positions)
+        np.testing.assert_allclose(logits[mask == 1], expected["logits"][mask == 1], atol=5e-5)
+        assert np.isfinite(logits).all()
+    np.testing.assert_allclose(model(ids[:1]), expected["unpadded"], atol=5e-5)
+
+
+def test_grouped_heads_are_repeated_heads():
+    grouped, full = build(), build(replace(TINY, num_key_value_heads=4))
+    state = nnx.to_pure_dict(nnx.state(grouped))
+    for layer in state["layers"].values():
+        for name in ("key", "value"):
+            kernel = layer["attention"][name]["kernel"].reshape(16, 2, 4)
+            layer["attention"][name]["kernel"] = kernel.repeat(2, axis=1).reshape(16, 16)
+    nnx.update(full, state)
+    np.testing.assert_allclose(run(grouped, IDS), run(full, IDS), atol=1e-5)
+
+
+def test_attention_fn_gets_rotated_queries_and_few_key_heads():
+    calls = []
+
+    def attention_fn(query, key, value, **options):
+        calls.append((query, key.shape, value.shape, options))
+        return nnx.dot_product_attention(query, key, value, **options)
+
+    model = build(attention_fn=attention_fn)
+    np.testing.assert_array_equal(model(IDS), build()(IDS))
+    query, *shapes, options = calls[0]
+    assert len(calls) == 1
+    assert shapes == [(2, 4, 2, 4)] * 2
+    assert options["mask"].shape == (1, 1, 4, 4)
+    assert options["deterministic"] is True
+    layer = model.layers[0]
+    plain = layer.attention.query(layer.attention_norm(model.embeddings(IDS))).reshape(2, 4, 4, 4)
+    angles = rotary_angles(jnp.arange(4)[None], 4, 10000.0)
+    np.testing.assert_allclose(query, rotate(plain, angles), atol=1e-5)
+    assert np.abs(query - plain).max() > 0.1
+
+
+def test_rotation_keeps_lengths_and_depends_on_differences():
+    query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def score(at_query, at_key):
+        turned = (
+            rotate(x, rotary_angles(np.array([[at]]), 8, 100.0))
+            for x, at in ((query, at_query), (key, at_key))
+        )
+        return np.vdot(*turned)
+
+    np.testing.assert_allclose(score(7, 3), score(14, 10), rtol=1e-4)
+    np.testing.assert_allclose(score(5, 5), np.vdot(query, key), rtol=1e-4)
+    assert abs(score(7, 3) - score(3, 7)) > 1e-3
+
+
+def test_tied_embeddings_are_the_head():
+    tied = build(replace(TINY, tie_word_embeddings=True))
+    untied = build()
+    assert not hasattr(tied, "head")
+    state = nnx.to_pure_dict(nnx.state(tied))
+    state["head"] = {"kernel": state["embeddings"]["embedding"].T}
+    nnx.update(untied, state)
+    np.testing.assert_allclose(run(tied, IDS), run(untied, IDS), atol=1e-5)
+
+
+def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
+    config = json.loads((FIXTURE / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((FIXTURE / "model.safetensors").read_bytes())
+    _, model = load_llama(tmp_path)
+    logits = model.hidden(IDS) @ model.embeddings.embedding[...].T
+    np.testing.assert_allclose(model(IDS), logits, atol=1e-5)
+
+
+def test_every_parameter_path():
+    layer = (
+        *(f"attention/{child}/kernel" for child in ("query", "key", "value", "output")),
+        *(f"mlp/{child}/kernel" for child in ("gate", "up", "output")),
+        "attention_norm/scale",
+        "mlp_norm/scale",
+    )
+    expected = {f"layers/0/{path}" for path in layer}
+    expected |= {"embeddings/embedding", "norm/scale", "head/kernel"}
+    assert set(leaves(build())) == expected
+
+
+def test_llama_7b_has_the_published_count_without_allocating():
+    model, _ = KNOWN["llama-7b"]()
+    arrays = jax.tree.leaves(nnx.state(model))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays)
+    assert sum(leaf.size for leaf in arrays) == 6_738_415_616
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
+    low = build(dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in leaves(low).values()} == {jnp.dtype("float32")}
+    assert nnx.eval_shape(lambda model: model.hidden(IDS), low).dtype == jnp.bfloat16
+    exact, logits = run(build(), IDS), run(low, IDS)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, atol=0.05)
+    assert np.abs(logits - exact).max() > 1e-4
+
+
+def test_parameters_load_in_the_dtype_asked_for():
+    _, model = load_llama(FIXTURE, param_dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in leaves(model).values()} == {jnp.dtype("bfloat16")}
+
+
+def test_remat_changes_neither_values_nor_gradients():
+    def loss(model):
+        return jax.nn.log_softmax(model(IDS))[:, :, 0].sum()
+
+    plain, recomputed = build(), build(remat=True)
+    step = nnx.jit(nnx.value_and_grad(loss))
+    (value, gradients), (again, same) = step(plain), step(recomputed)
+    np.testing.assert_allclose(value, again, rtol=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5), gradients, same
+    )
+    graph, state = nnx.split(recomputed)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda state: loss(nnx.merge(graph, state))))(state)
+    assert str(jaxpr).count("remat") >= TINY.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3' .supported: 'default'"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias=True.*mlp_bias=True"),
+        ({"model_type": "bert"}, "model_type='bert' .supported: 'llama'"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 2}, "9 attention heads do not divide"),
+    ],
+)
+def test_settings_not_implemented_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0}}]
+)
+def test_rope_theta_is_read_from_old_and_new_files(settings):
+    assert LlamaConfig.from_dict(settings).rope_theta == 500.0
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"attention_mask .* \(2, 4\), got \(2, 3\)"):
+        build()(IDS, jnp.ones((2, 3)))
