@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.huggingface import NameTable, Rule
-from adapters_jax.models.bert import (
+from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
     SelfAttention,

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.huggingface import NameTable, Rule
-from adapters_jax.models.bert import ACTIVATIONS, check_tokens
 from adapters_jax.models.gpt2 import causal_mask
+from adapters_jax.models.layers import ACTIVATIONS, check_tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The application behind `adapters-jax finetune`: assets, data, batches and metrics."""

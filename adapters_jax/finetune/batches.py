@@ -1,0 +1,274 @@
+"""Text to token ids, and token ids to batches of few, static shapes.
+
+A jitted step compiles once for each shape it meets. Each row therefore belongs to the narrowest
+of a few buckets that holds it, a batch holds rows of one bucket, and every batch of a bucket has
+the shape `(batch_size, bucket)`: a short last batch is filled up with rows of weight 0, never
+dropped.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Row(NamedTuple):
+    """One encoded text or pair of texts: two int32 arrays `(length,)`."""
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str | None]], max_length: int
+) -> tuple[list[Row], int]:
+    """Encode texts as the tokenizer's own template says, cut at `max_length` tokens.
+
+    Padding and truncation settings of the tokenizer's file are overridden, on a copy. A pair that
+    is too long loses tokens from its longer text first.
+
+    Args:
+        tokenizer: as loaded from a `tokenizer.json`.
+        texts: `(text, None)` or `(text, second text)`.
+        max_length: in tokens, special ones included; at least 8.
+
+    Returns:
+        One row a text, and how many of them were truncated.
+
+    Raises:
+        ValueError: `max_length` is below 8.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1, "film": 2}, "[UNK]"))
+        >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> rows, truncated = encode(tokenizer, [("good good film", None)], max_length=8)
+        >>> rows[0].input_ids.tolist(), truncated
+        ([1, 1, 2], 0)
+    """
+    if max_length < 8:
+        raise ValueError(f"max_length is {max_length}; it must be at least 8 tokens")
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    encodings = tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
+    rows = [Row(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32)) for e in encodings]
+    return rows, sum(bool(e.overflowing) for e in encodings)
+
+
+def choose_buckets(
+    rows: Sequence[Row], max_length: int, batch_size: int, count: int = 4
+) -> tuple[int, ...]:
+    """Few bucket widths that leave little padding on `rows`.
+
+    Start with every multiple of 8. Merge the bucket whose rows cost the least padding in the next
+    one, until at most `count` are left and each saves more tokens an epoch than one batch of the
+    widest holds: a bucket with hardly any rows is not worth a compilation.
+
+    Args:
+        rows: the training rows.
+        max_length: in tokens; the last width, so that longer held-out rows fit. It costs nothing
+            when no row needs it.
+        batch_size: rows a batch.
+        count: how many widths the training rows may use.
+
+    Returns:
+        Widths in ascending order, multiples of 8 but for `max_length`.
+
+    Raises:
+        ValueError: there are no rows, or one is longer than `max_length`.
+
+    Example:
+        >>> rows = [Row(np.ones(n, np.int32), np.zeros(n, np.int32)) for n in [5, 6, 7, 30] * 50]
+        >>> choose_buckets(rows, max_length=64, batch_size=4)
+        (8, 32, 64)
+    """
+    lengths = _lengths(rows)
+    longest = int(lengths.max())
+    if longest > max_length:
+        raise ValueError(f"a row has {longest} tokens, more than max_length {max_length}")
+    widths = [*range(8, longest, 8), min(-(-longest // 8) * 8, max_length)]
+    held = np.bincount(np.searchsorted(widths, lengths), minlength=len(widths)).tolist()
+    while len(widths) > 1:
+        saved = [n * (b - a) for n, a, b in zip(held, widths, widths[1:], strict=False)]
+        least = int(np.argmin(saved))
+        if len(widths) <= count and saved[least] > batch_size * widths[-1]:
+            break
+        held[least : least + 2] = [held[least] + held[least + 1]]
+        del widths[least]
+    return tuple(widths) if widths[-1] == max_length else (*widths, max_length)
+
+
+class Batches:
+    """Endless shuffled batches; the batch of a step is a pure function of the seed and the step.
+
+    Every row comes exactly once an epoch, an epoch has `len(batches)` steps, and each epoch has an
+    order of its own: rows within their bucket, then batches among each other. To resume exactly,
+    keep the step number and nothing else. `batches[step]` is a dict of numpy arrays: `input_ids`,
+    `attention_mask` and `token_type_ids`, int32 `(batch, length)`; `labels` and float32 `weight`,
+    `(batch,)`. Filler rows repeat a real row, so that no arithmetic meets an empty one; their
+    weight is 0. Iterating gives the first epoch.
+
+    Args:
+        rows: as `encode` returns them.
+        labels: class ids or floats, `(rows,)`; integers become int32, others float32. None for
+            texts without labels: batches then have no `labels`.
+        batch_size: rows a batch.
+        seed: of the order, at least 0 and below 2**32; None is `Batches.in_order`.
+        buckets: widths in ascending order; None chooses them from `rows` by `choose_buckets`.
+        pad_id: the token id of padding.
+
+    Raises:
+        ValueError: no rows, labels of another number, a row longer than the last bucket, or a
+            batch size, seed or buckets out of range.
+
+    Example:
+        >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (3, 5, 4)]
+        >>> batches = Batches(rows, [0, 1, 1], batch_size=2, seed=1, buckets=(8,))
+        >>> len(batches), batches[7]["input_ids"].shape
+        (2, (2, 8))
+        >>> sum(batch["weight"].sum() for batch in batches).item()
+        3.0
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        labels: ArrayLike | None,
+        batch_size: int,
+        seed: int | None,
+        buckets: Sequence[int] | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        lengths = _lengths(rows)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**32")
+        if buckets is None:
+            buckets = choose_buckets(rows, int(lengths.max()), batch_size)
+        if not buckets or list(buckets) != sorted({max(1, width) for width in buckets}):
+            raise ValueError(f"buckets {tuple(buckets)} must be positive and ascending")
+        if lengths.max() > buckets[-1]:
+            raise ValueError(
+                f"a row has {lengths.max()} tokens and the widest bucket holds {buckets[-1]}; "
+                "encode with that max_length or add a wider bucket"
+            )
+        self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
+        self.buckets = tuple(buckets)
+        self.labels = None if labels is None else _labels(labels, len(rows))
+        self._ordered = seed is None
+        self._bucket_of = np.searchsorted(self.buckets, lengths)
+        members = [np.flatnonzero(self._bucket_of == b) for b in np.unique(self._bucket_of)]
+        self._length = sum(-(-len(bucket) // batch_size) for bucket in members)
+        self._plan = _plan(members, batch_size, seed)
+
+    @classmethod
+    def in_order(
+        cls,
+        rows: Sequence[Row],
+        labels: ArrayLike | None,
+        batch_size: int,
+        buckets: Sequence[int] | None = None,
+        pad_id: int = 0,
+    ) -> Batches:
+        """Batches in a fixed order, for evaluation: narrow buckets first, unshuffled within.
+
+        Each batch also has an `index`, int32 `(batch,)`: the place of each row in `rows`, -1 on
+        filler, so that outputs go back to their rows.
+
+        Args:
+            rows: as for `Batches`.
+            labels: as for `Batches`.
+            batch_size: as for `Batches`.
+            buckets: as for `Batches`; those of the training batches save compilations.
+            pad_id: as for `Batches`.
+
+        Returns:
+            The batches.
+
+        Raises:
+            ValueError: as for `Batches`.
+
+        Example:
+            >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (9, 5, 4)]
+            >>> outputs = np.zeros(3)
+            >>> for batch in Batches.in_order(rows, None, batch_size=2, buckets=(8, 16)):
+            ...     real = batch["weight"] > 0
+            ...     outputs[batch["index"][real]] = batch["input_ids"].max(axis=1)[real]
+            >>> outputs.tolist()
+            [9.0, 5.0, 4.0]
+        """
+        return cls(rows, labels, batch_size, None, buckets, pad_id)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[step] for step in range(len(self)))
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        step = operator.index(step)
+        if step < 0:
+            raise IndexError(f"step is {step}; steps count from 0")
+        real = self._plan[step]
+        taken = np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
+        rows = [self.rows[i] for i in taken]
+        width = self.buckets[self._bucket_of[real[0]]]
+        weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
+        batch = {
+            "input_ids": _padded([row.input_ids for row in rows], width, self.pad_id),
+            "attention_mask": _padded([np.ones_like(row.input_ids) for row in rows], width, 0),
+            "token_type_ids": _padded([row.token_type_ids for row in rows], width, 0),
+            "weight": weight,
+        }
+        if self.labels is not None:
+            batch["labels"] = self.labels[taken]
+        if self._ordered:
+            batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
+        return batch
+
+
+def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
+    """The row numbers of every step: `plan[step]` is `(rows,)`, short at a bucket's end.
+
+    Grain's `shuffle` and `batch` read the epoch off the index, so each epoch has its own order.
+    """
+    import grain  # takes most of a second
+
+    def shuffled(dataset):
+        return dataset if seed is None else dataset.seed(seed).shuffle()
+
+    buckets = [
+        shuffled(grain.MapDataset.source(rows)).batch(batch_size, batch_fn=np.array)
+        for rows in members
+    ]
+    return shuffled(grain.MapDataset.concatenate(buckets)).repeat()
+
+
+def _padded(arrays: list[np.ndarray], width: int, fill: int) -> np.ndarray:
+    """Ragged int arrays as one int32 array `(batch, width)`."""
+    out = np.full((len(arrays), width), fill, np.int32)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _lengths(rows: Sequence[Row]) -> np.ndarray:
+    if not rows:
+        raise ValueError("there are no rows to batch; give at least one")
+    return np.array([len(row.input_ids) for row in rows])
+
+
+def _labels(labels: ArrayLike, rows: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.shape != (rows,):
+        raise ValueError(f"labels have shape {labels.shape}; {rows} rows need ({rows},)")
+    return labels.astype(np.int32 if labels.dtype.kind in "iub" else np.float32)

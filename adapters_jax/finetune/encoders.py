@@ -1,0 +1,104 @@
+"""The base of a run: a pretrained encoder with its tokenizer, ready to be adapted."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+
+from adapters_jax.finetune import assets
+from adapters_jax.finetune.batches import Row, encode
+from adapters_jax.finetune.rows import Texts
+from adapters_jax.interop import huggingface
+from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
+from adapters_jax.partition import merge_trees, partition
+from adapters_jax.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder.
+
+    Attributes:
+        config: its shape.
+        params: of the encoder alone, float32.
+        tokenizer: its own.
+        pooling: how token states become one vector: mean, cls or pooler.
+        dtype: what it computes in.
+        sha256: of the weights' files, so that an adapter never meets another base unnoticed.
+    """
+
+    config: BertConfig
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    pooling: str
+    dtype: str
+    sha256: str
+
+    def classifier(self, width: int) -> BertClassifier:
+        """The encoder under a head of so many outputs."""
+        return BertClassifier(self.config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+
+    def init(self, width: int, key: Any) -> Any:
+        """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
+        model, ids = self.classifier(width), jnp.zeros((1, 1), jnp.int32)
+        # Jitted, XLA drops the encoder's random numbers, which nobody asks for.
+        head = jax.jit(lambda key: model.init(key, ids)["params"]["head"])(key)
+        return {"bert": self.params, "head": head}
+
+    def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
+        """Rows of token ids, and how many texts were truncated; see `batches.encode`."""
+        room = self.config.max_position_embeddings - self.config.first_position
+        if max_length > room:
+            raise ValueError(f"--max-length {max_length}: the model has {room} positions")
+        return encode(self.tokenizer, texts, max_length)
+
+
+def load_encoder(name: str, pooling: str = "mean", dtype: str = "float32") -> Encoder:
+    """Loads an encoder.
+
+    Args:
+        name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
+        pooling: mean, cls or pooler.
+        dtype: what it computes in, float32 or bfloat16.
+
+    Raises:
+        ValueError: files are absent, or the checkpoint is of another architecture.
+        AssetError: the pinned asset could not be fetched.
+    """
+    directory = huggingface.resolve(assets.fetch(name) if name in assets.ASSETS else name)
+    config, params = load_bert(directory, pooler=pooling == "pooler")
+    return Encoder(config, params, _tokenizer(directory), pooling, dtype, _sha256(directory))
+
+
+def _tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{str(path)!r} is not a tokenizer: {error}") from error
+
+
+def _sha256(directory: Path) -> str:
+    """One hash of all the weights' files."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:
+    """The tree with its frozen leaves in a dtype; what trains stays float32."""
+    trained, frozen = partition(params, recipe)
+    return merge_trees(trained, jax.tree.map(lambda x: x.astype(dtype), frozen))

@@ -1,0 +1,15 @@
+"""Flags are the fields of frozen dataclasses; what all of those share."""
+
+import dataclasses
+from typing import Any
+
+
+def given(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their default."""
+    values = {f.name: (getattr(options, f.name), f.default) for f in dataclasses.fields(options)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def flag(field: str) -> str:
+    """A field's name as a flag, `learning_rate` as `--learning-rate`."""
+    return "--" + field.replace("_", "-")

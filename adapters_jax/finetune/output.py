@@ -1,0 +1,122 @@
+"""Where a command's words go: people's to a console, machines' to stdout as JSON."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+class Meter(Protocol):
+    """Shows how far something is."""
+
+    def update(self, step: int, note: str) -> None:
+        """So many steps are done; `note` says what is worth knowing."""
+
+
+class Output:
+    """Prints for people, on stderr where stdout belongs to JSON.
+
+    Args:
+        json: whether stdout is for a machine.
+    """
+
+    def __init__(self, json: bool):
+        self.json = json
+        self.console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
+
+    def say(self, text: str = "") -> None:
+        """One line."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def show(self, thing: Any) -> None:
+        """Something with a rich form, on a terminal; its plain form elsewhere."""
+        if self.console.is_terminal:
+            self.console.print(thing)
+        else:
+            self.say(repr(thing))
+
+    def table(self, header: list[str], rows: list[list[str]], words: int = 1) -> None:
+        """A table whose first columns are words and whose others are numbers."""
+        table = Table()
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i < words else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.console.print(table)
+
+    def result(self, value: Any) -> None:
+        """What a machine gets: one JSON value on one line of stdout."""
+        if self.json:
+            print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, steps: int) -> Iterator[Meter]:
+        """A live bar on a terminal, a line now and then elsewhere."""
+        if not self.console.is_terminal:
+            yield _Lines(self, title, steps)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            yield _Bar(bar, title, steps)
+
+
+class _Bar:
+    """Progress as a live bar."""
+
+    def __init__(self, bar: Progress, title: str, steps: int):
+        self.bar, self.task = bar, bar.add_task(title, total=steps, note="")
+
+    def update(self, step: int, note: str) -> None:
+        self.bar.update(self.task, completed=step, note=note)
+
+
+class _Lines:
+    """Progress as plain lines."""
+
+    def __init__(self, output: Output, title: str, steps: int):
+        self.output, self.title, self.steps = output, title, steps
+        self.began = self.last = time.monotonic()
+
+    def update(self, step: int, note: str) -> None:
+        now = time.monotonic()
+        if step < self.steps and now - self.last < QUIET_SECONDS:
+            return
+        self.last = now
+        left = (now - self.began) * (self.steps - step) / step
+        self.output.say(
+            f"{self.title}  step {step} of {self.steps}  {note}  "
+            + (f"{duration(left)} left" if step < self.steps else duration(now - self.began))
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> duration(7.44), duration(192.0)
+        ('7.4 s', '3 min 12 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

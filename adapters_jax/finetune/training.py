@@ -1,0 +1,251 @@
+"""Training: the steps of one recipe on one problem, scored on dev, the best adapter kept.
+
+Nothing waits for the device without need: losses are read one window of steps late, when they are
+long finished, and a step that was not finite moved nothing, so that finding out late is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from adapters_jax.finetune.metrics import compute
+from adapters_jax.finetune.optimizers import OptimizerOptions
+from adapters_jax.finetune.targets import Target
+from adapters_jax.linen import Adapted
+from adapters_jax.train import TrainState, make_eval_step, make_train_step
+
+Batch = Mapping[str, np.ndarray]
+Record = dict[str, Any]
+
+
+class Batches(Protocol):
+    """Batches by step, an epoch of which has a length; see `batches.Batches`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, step: int) -> Batch: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss, gradient or prediction was not finite.
+
+    Attributes:
+        step: where, counted from 1.
+    """
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"step {step}: {what} is not finite")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its parameters and the rows it learns from.
+
+    Attributes:
+        model: adapted; its recipe says what trains.
+        params: its whole tree.
+        inputs: the batch's arrays that the model is called with, by name and in order.
+        target: what the outputs mean.
+        train: training batches.
+        held_out: batches in order, "dev" and "test".
+        labels: of the held-out rows.
+        metrics: names, the one selected on first.
+    """
+
+    model: Adapted
+    params: Any
+    inputs: tuple[str, ...]
+    target: Target
+    train: Batches
+    held_out: Mapping[str, Batches]
+    labels: Mapping[str, np.ndarray]
+    metrics: Sequence[str]
+
+    def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
+        """The model's outputs on a batch."""
+        arrays = [batch[name] for name in self.inputs]
+        return self.model.apply({"params": params}, *arrays, **options)
+
+    def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
+        """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
+        outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
+        return jnp.mean(batch["weight"] * self.target.losses(outputs, batch["labels"]))
+
+    def batch(self, step: int) -> Batch:
+        """The training batch of a step, its weights of mean 1, also where parts accumulate."""
+        batch = self.train[step]
+        return {**batch, "weight": batch["weight"] / batch["weight"].mean()}
+
+
+class Scorer:
+    """Scores states of one problem on its held-out rows; compiles once a shape."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self._evaluate = make_eval_step(problem.outputs)
+
+    def score(self, state: TrainState, part: str) -> dict[str, float]:
+        """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
+        problem = self.problem
+
+        def run(batch: Batch) -> Any:
+            return self._evaluate(state, {name: batch[name] for name in problem.inputs})
+
+        outputs = in_row_order(run, problem.held_out[part])
+        if not np.isfinite(outputs).all():
+            raise NotFiniteError(int(state.step), f"an output on {part}")
+        return compute(problem.metrics, problem.target.decode(outputs), problem.labels[part])
+
+
+def in_row_order(run: Callable[[Batch], Any], batches: Batches) -> Float[np.ndarray, "rows width"]:
+    """What a function gives for batches in order, each row's at the row's place."""
+    index, pending = [], []
+    for batch in batches:
+        index.append(batch["index"])
+        pending.append(run(batch))
+    rows, outputs = np.concatenate(index), np.concatenate(jax.device_get(pending))
+    ordered = np.zeros((rows.max() + 1, outputs.shape[1]), outputs.dtype)
+    ordered[rows[rows >= 0]] = outputs[rows >= 0]
+    return ordered
+
+
+@dataclass
+class Trained:
+    """What a training finds.
+
+    Attributes:
+        metric: the best is judged by it.
+        state: with the best adapters, once training is over.
+        step: when they were the best; 0 before the first evaluation.
+        dev: their metrics on dev.
+        records: what was logged: losses by step, and evaluations.
+        on_record: called with every record.
+        on_best: called with the state when it is the best so far.
+    """
+
+    metric: str
+    on_record: Callable[[Record], None]
+    on_best: Callable[[TrainState], None]
+    state: TrainState | None = None
+    step: int = 0
+    dev: dict[str, float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    _adapters: Any = None
+
+    def note(self, records: list[Record]) -> None:
+        """Takes records down."""
+        for record in records:
+            self.records.append(record)
+            self.on_record(record)
+
+    def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
+        """Keeps a state's adapters if they are the best so far; on the host, since steps donate."""
+        self.note([{"step": step, "dev": dev}])
+        if not self.step or dev[self.metric] > self.dev[self.metric]:
+            self.step, self.dev = step, dev
+            self._adapters = jax.device_get(state.adapters)
+            self.on_best(state)
+
+    def finish(self, state: TrainState) -> Trained:
+        """Gives the state its best adapters back."""
+        self.state = state.replace(adapters=jax.tree.map(jnp.asarray, self._adapters))
+        return self
+
+
+class Log:
+    """Step metrics of one training, read from the device a window late, as records of means."""
+
+    def __init__(self, window: int, schedule: Callable[[int], Any]):
+        self.window, self.schedule = window, schedule
+        self._waiting: list[list[tuple[int, Any]]] = [[]]
+
+    def add(self, step: int, metrics: Any) -> list[Record]:
+        """Takes a step's metrics; returns the records that are due."""
+        self._waiting[-1].append((step, metrics))
+        if step % self.window:
+            return []
+        self._waiting.append([])
+        return self._read(self._waiting.pop(0)) if len(self._waiting) > 2 else []
+
+    def flush(self) -> list[Record]:
+        """Every record that is left."""
+        waiting, self._waiting = self._waiting, [[]]
+        return [record for window in waiting for record in self._read(window)]
+
+    def _read(self, window: list[tuple[int, Any]]) -> list[Record]:
+        if not window:
+            return []
+        steps, values = [step for step, _ in window], jax.device_get([m for _, m in window])
+        for step, metrics in zip(steps, values, strict=True):
+            if not metrics["finite"]:
+                raise NotFiniteError(step, "the loss or its gradient")
+        means = {
+            name: float(np.mean([metrics[name] for metrics in values]))
+            for name in ("loss", "grad_norm")
+        }
+        rate = float(self.schedule(steps[-1] - 1))
+        return [{"step": steps[-1], **means, "learning_rate": rate}]
+
+
+def train(
+    problem: Problem,
+    options: OptimizerOptions,
+    key: PRNGKeyArray,
+    *,
+    scorer: Scorer,
+    on_record: Callable[[Record], None] = lambda record: None,
+    on_best: Callable[[TrainState], None] = lambda state: None,
+) -> Trained:
+    """Trains what the recipe says, and keeps the adapters that are the best on dev.
+
+    Args:
+        problem: what to learn.
+        options: how, with a learning rate and epochs.
+        key: seeds dropout.
+        scorer: of the problem.
+        on_record: called with every record of the log.
+        on_best: called with the state after every evaluation that is the best so far; also with the
+            last good state, where training breaks off before the first evaluation.
+
+    Returns:
+        What was found; its state has the best adapters.
+
+    Raises:
+        NotFiniteError: training broke off; nothing has moved at that step.
+    """
+    steps = total_steps(problem, options)
+    state = TrainState.create(problem.model, problem.params, tx=options.make(steps), key=key)
+    step = make_train_step(problem.loss, accumulate=options.accumulate)
+    log = Log(max(1, min(50, steps // 200)), options.schedule(steps))
+    found = Trained(problem.metrics[0], on_record, on_best)
+    marks = _evenly(steps, (options.epochs or 1) * options.evaluations)
+    try:
+        for i in range(1, steps + 1):
+            state, metrics = step(state, problem.batch(i - 1))
+            found.note(log.add(i, metrics))
+            if i in marks:
+                found.note(log.flush())
+                found.consider(state, i, scorer.score(state, "dev"))
+    except NotFiniteError:
+        if not found.step:
+            on_best(state)
+        raise
+    return found.finish(state)
+
+
+def total_steps(problem: Problem, options: OptimizerOptions) -> int:
+    """How many steps a training has."""
+    return (options.epochs or 1) * len(problem.train)
+
+
+def _evenly(steps: int, count: int) -> set[int]:
+    """So many of the steps, evenly spread, the last one among them."""
+    return {-(-steps * n // count) for n in range(1, count + 1)}

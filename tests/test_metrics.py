@@ -1,0 +1,95 @@
+"""Metrics against figures worked out by hand, and their edges."""
+
+import numpy as np
+import pytest
+
+from adapters_jax.finetune.metrics import METRICS, compute
+
+PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
+LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])
+
+
+def test_binary_values_by_hand():
+    # Two hits, one false alarm, one miss, four right rejections.
+    expected = {
+        "accuracy": 6 / 8,
+        "f1": 2 * 2 / (2 * 2 + 1 + 1),
+        "matthews": (2 * 4 - 1 * 1) / np.sqrt(3 * 3 * 5 * 5),
+    }
+    assert compute(list(expected), PREDICTIONS, LABELS) == pytest.approx(expected, abs=1e-12)
+
+
+def test_f1_is_of_the_last_of_two_labels_and_not_symmetric():
+    flipped = compute(["f1"], 1 - PREDICTIONS, 1 - LABELS)
+    assert flipped["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+
+
+def test_f1_of_more_classes_is_the_mean_over_classes():
+    # Class 0: precision 1/2, recall 1. Class 1: never predicted. Class 2: right.
+    got = compute(["f1"], np.array([0, 0, 2]), np.array([0, 1, 2]))["f1"]
+    assert got == pytest.approx((2 / 3 + 0 + 1) / 3)
+
+
+def test_correlations():
+    labels = np.array([0.0, 1.0, 2.0, 5.0], np.float32)
+    predictions = np.exp(labels)
+    got = compute(["pearson", "spearman"], predictions, labels)
+    centred = [predictions - predictions.mean(), labels - labels.mean()]
+    by_hand = centred[0] @ centred[1] / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    assert got["pearson"] == pytest.approx(by_hand, rel=1e-6)
+    assert got["spearman"] == pytest.approx(1.0)
+    assert list(compute(["spearman", "pearson"], predictions, labels)) == ["spearman", "pearson"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("constant", [0, 1])
+def test_constant_predictions_have_values(constant):
+    got = compute(list(METRICS), np.full(8, constant), LABELS)
+    assert got == pytest.approx(
+        {
+            "accuracy": 3 / 8 if constant else 5 / 8,
+            "f1": 6 / 11 if constant else 0.0,
+            "matthews": 0.0,
+            "pearson": 0.0,
+            "spearman": 0.0,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_constant_up_to_rounding_and_a_single_row():
+    nearly = 2.5 + np.array([0.0, 1e-15, 0.0, 1e-15])
+    labels = np.array([1.0, 2.0, 3.0, 4.0])
+    assert compute(["pearson", "spearman"], nearly, labels) == {"pearson": 0.0, "spearman": 0.0}
+    assert compute(list(METRICS), np.array([1]), np.array([1]))["pearson"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("names", "predictions", "labels", "message"),
+    [
+        (
+            ["accuracy", "mcc", "rouge"],
+            [1],
+            [1],
+            "unknown metrics: mcc, rouge; the known ones are "
+            "accuracy, f1, matthews, pearson, spearman",
+        ),
+        (
+            ["accuracy"],
+            [[0.1, 0.9]],
+            [1],
+            r"predictions \(1, 2\) and labels \(1,\) must both be \(rows,\) with at least one "
+            "row; take the argmax of logits first",
+        ),
+        (["accuracy"], [], [], r"predictions \(0,\) and labels \(0,\) must both be"),
+        (
+            ["pearson"],
+            [np.nan, 1],
+            [0, 1],
+            "predictions and labels must be finite numbers, and some are not",
+        ),
+    ],
+)
+def test_bad_input(names, predictions, labels, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        compute(names, predictions, labels)

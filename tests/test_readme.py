@@ -1,0 +1,39 @@
+"""Everything the README shows runs as pasted."""
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(PYTHON[number], f"README block {number}", "exec"), {})
+    for line, wanted in re.findall(r"print\((.*?)\)  # (.*)", PYTHON[number]):
+        assert wanted in printed.getvalue(), line
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("adapters-jax audit")])
+def test_commands_run_as_pasted(line):
+    command = [sys.executable, "-m", "adapters_jax.cli", *shlex.split(line)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "18,874,368" in done.stdout or "18874368" in done.stdout or "2,379,264" in done.stdout
+
+
+def test_the_two_commands_are_there():
+    commands = [line for line in SHELL if line.startswith("python3 -m venv ")]
+    assert len(commands) == 2
+    assert "adapters-jax finetune" in commands[0]
+    assert "pytest" in commands[1]
