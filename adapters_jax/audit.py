@@ -95,7 +95,12 @@ class Audit:
             key = (re.sub(r"\d+", "*", site.path), site.method, shapes, site.formula)
             groups.setdefault(key, []).append(site)
         return [
-            (*key, str(len(found)), f"{sum(s.actual for s in found):,}")
+            (
+                key[0] if len(found) > 1 else found[0].path,
+                *key[1:],
+                str(len(found)),
+                f"{sum(s.actual for s in found):,}",
+            )
             for key, found in groups.items()
         ]
 
@@ -154,7 +159,8 @@ def audit(
         The counts. Nothing is allocated, so that trees of `jax.eval_shape` of any size do.
 
     Raises:
-        MismatchError: an adapter's arrays do not hold what the closed form says; all are named.
+        MismatchError: an adapter lacks arrays, has unknown ones, or its arrays do not hold what the
+            closed form says; all are named.
 
     Example:
         >>> import adapters_jax as aj, jax
@@ -170,15 +176,6 @@ def audit(
     recipe, leaves = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     sites = (*_in_order(_adapters(recipe, shapes)), *_in_order(_unfrozen(recipe, shapes)))
-    wrong = [s for s in sites if s.expected != s.actual]
-    if wrong:
-        raise MismatchError(
-            "the arrays do not hold what the recipe says: "
-            + "; ".join(
-                f"{s.path} ({s.method}) has {s.actual:,}, {s.formula} = {s.expected:,}"
-                for s in wrong
-            )
-        )
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
@@ -210,7 +207,7 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
-    """Every adapter of the tree, counted."""
+    """Every adapter of the tree, counted; raises MismatchError where one is not as it should be."""
     found: dict[tuple[str, Any], dict[str, Shape]] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
@@ -218,7 +215,21 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
             site, method = owner
             name = path.removeprefix(join(site, method.slot) + "/")
             found.setdefault((site, method), {})[name] = shape
-    return [_count(path, method, parts, shapes) for (path, method), parts in found.items()]
+    counts, problems = [], []
+    for (path, method), parts in found.items():
+        where = f"{path or '(the model itself)'} ({type(method).__name__})"
+        start = join(path, method.slot) + "/"
+        held = [place.removeprefix(start) for place in shapes if place.startswith(start)]
+        if set(held) != set(method.leaf_names):
+            problems.append(f"{where} has {', '.join(held)}, not {', '.join(method.leaf_names)}")
+            continue
+        count = _count(path, method, parts, shapes)
+        counts.append(count)
+        if count.expected != count.actual:
+            problems.append(f"{where} has {count.actual:,}, {count.formula} = {count.expected:,}")
+    if problems:
+        raise MismatchError("the arrays do not hold what the recipe says: " + "; ".join(problems))
+    return counts
 
 
 def _count(
@@ -231,7 +242,7 @@ def _count(
     return SiteCount(
         path,
         type(method).__name__,
-        tuple((name, parts[name]) for name in method.leaf_names if name in parts),
+        tuple((name, parts[name]) for name in method.leaf_names),
         count.formula if count.copies == 1 else f"{count.copies}*({count.formula})",
         count.parameters * count.copies,
         sum(map(math.prod, parts.values())),

@@ -7,6 +7,7 @@ contractions through the rank, never a product of the weight's size. Convolution
 reach their hidden state differently, but their factors have the same form.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import Array, Float
+
+from adapters_jax.errors import RecipeError
 
 _RANK = "Z"
 
@@ -40,7 +43,16 @@ class Contraction:
     lookup: bool = False
 
     def split_shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The parts of a weight's shape that go to A and to B."""
+        """The parts of a weight's shape that go to A and to B.
+
+        Raises:
+            RecipeError: the weight has another number of axes than the equation says.
+        """
+        if len(shape) != self.ndim:
+            raise RecipeError(
+                f"{self.weight} has the shape {shape}, and the equation of its layer wants "
+                f"{self.ndim} axes; correct the equation in aj.register_contraction"
+            )
         outputs = (axis for axis in range(self.ndim) if axis not in self.inputs)
         return tuple(shape[i] for i in self.inputs), tuple(shape[i] for i in outputs)
 
@@ -63,7 +75,7 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
         precision: as in `jnp.einsum`.
 
     Raises:
-        ValueError: the equation is not of that form.
+        RecipeError: the equation is not of that form.
 
     Example:
         >>> c = from_equation("kernel", "btd,dnh->btnh")
@@ -73,7 +85,7 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
     left, arrow, output = equation.replace(" ", "").partition("->")
     x, comma, w = left.partition(",")
     if not arrow or not comma or "," in w or "." in w or _RANK in equation or len(set(w)) != len(w):
-        raise ValueError(
+        raise RecipeError(
             f"equation {equation!r} is not an explicit einsum of an input and a weight; "
             f"write for example '...d,df->...f' (the letter {_RANK} is taken)"
         )
@@ -98,14 +110,15 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
 def _dense_general(axis: Any, batch: Iterable[int], features: int) -> str:
     """The equation of a DenseGeneral: contracted axes first in the weight, features last.
 
-    `axis=(-2, -1), features=1` gives `...ba,bac->...c`.
+    `axis=(-2, -1), features=1` gives `...ba,bac->...c`. The weight has them in the order of the
+    input, however they were listed.
     """
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = (axis,) if isinstance(axis, int) else sorted(axis, key=lambda a: (a < 0, a))
     letters = iter("abcdefghijklmnopqrstuvwxy")
     head = {i: next(letters) for i in range(max([-1, *(a for a in axes if a >= 0), *batch]) + 1)}
     tail = {-i: next(letters) for i in range(1, max([0, *(-a for a in axes if a < 0)]) + 1)}
     names = {**head, **dict(sorted(tail.items()))}
-    shared, contracted = [names[i] for i in batch], [names[a] for a in axes]
+    shared, contracted = [names[i] for i in sorted(batch)], [names[a] for a in axes]
     out = [next(letters) for _ in range(features)]
 
     def kept(side: dict[int, str]) -> str:
@@ -220,18 +233,27 @@ def register_contraction(
         ...         return x @ self.param("w", nn.initializers.ones, (4, 4))
         >>> register_contraction(Projection, weight="w", equation="...d,df->...f")
     """
-
-    def build(module: Any, *args: Any, **kwargs: Any) -> Contraction:
-        text = equation if isinstance(equation, str) else equation(module, *args, **kwargs)
-        return from_equation(weight, text, getattr(module, "precision", None))
-
     if isinstance(equation, str):
         from_equation(weight, equation)
-        build_fixed = build
-        _REGISTRY[layer, "__call__"] = (input, lambda m, *_, **__: build_fixed(m))
-    else:
-        _REGISTRY[layer, "__call__"] = (input, build)
+
+    def build(module: Any, *args: Any, **kwargs: Any) -> Contraction | None:
+        text = equation if isinstance(equation, str) else _ask(equation, module, args, kwargs)
+        precision = getattr(module, "precision", None)
+        return from_equation(weight, text, precision) if text else None
+
+    _REGISTRY[layer, "__call__"] = (input, build)
     _WEIGHTS.add(weight)
+
+
+def _ask(equation: Callable[..., str], module: Any, args: Any, kwargs: Any) -> str | None:
+    """What a function of the module, and of the call's arguments if it wants them, answers."""
+    for arguments, options in ((args, kwargs), ((), {})):
+        try:
+            inspect.signature(equation).bind(module, *arguments, **options)
+        except TypeError:
+            continue
+        return equation(module, *arguments, **options)
+    return None
 
 
 def find(module: Any, call: str, *args: Any, **kwargs: Any) -> Contraction | None:
@@ -241,10 +263,14 @@ def find(module: Any, call: str, *args: Any, **kwargs: Any) -> Contraction | Non
 
 
 def input_of(module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input array among a call's arguments, given by position or by name."""
+    """The input among a call's arguments, by position or by name; None where there is none."""
     entry = _entry(type(module), call)
     position = entry[0] if entry else 0
-    return args[position] if len(args) > position else next(iter(kwargs.values()))
+    if len(args) > position:
+        return args[position]
+    names = list(inspect.signature(getattr(type(module), call)).parameters)[1:]
+    by_name = (kwargs[name] for name in names[position:] if name in kwargs)
+    return next(by_name, next(iter(kwargs.values()), None))
 
 
 def _entry(cls: type, call: str) -> tuple[int, Callable[..., Contraction | None]] | None:

@@ -22,8 +22,14 @@ def is_abstract(tree: Any) -> bool:
 
 
 def filled(tree: Any) -> Any:
-    """Zeros in the place of arrays, of which only shapes matter; everything else as it is."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_array(x) else x, tree)
+    """Zeros in the place of arrays, of which only shapes matter; keys and all else as they are."""
+
+    def zeros(x: Any) -> Any:
+        if not is_array(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return jnp.zeros(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+    return jax.tree.map(zeros, tree)
 
 
 @contextlib.contextmanager

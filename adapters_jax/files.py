@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from flax import nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen import init_adapters
+from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.partition import Tree, flatten, merge_trees, partition, path_of, unflatten
 from adapters_jax.recipe import Recipe
@@ -36,7 +38,9 @@ class AdapterFileError(ValueError):
     """An adapter directory that cannot be read."""
 
 
-def save_adapter(directory: str | Path, adapters: Any, recipe: Recipe | None = None) -> Path:
+def save_adapter(
+    directory: str | Path, adapters: Any, recipe: Recipe | Method | None = None
+) -> Path:
     """Writes an adapter: its recipe and what it trained, never the frozen base.
 
     The directory appears whole or not at all, and takes the place of an adapter that was there.
@@ -51,8 +55,8 @@ def save_adapter(directory: str | Path, adapters: Any, recipe: Recipe | None = N
         The directory.
 
     Raises:
-        ValueError: there is something else at that path.
-        TypeError: the recipe is missing.
+        ValueError: there is something else at that path, or a leaf that the recipe does not train.
+        TypeError: the recipe is missing, or `adapters` is not a tree.
     """
     if isinstance(adapters, TrainState):
         adapters, recipe = adapters.adapters, adapters.recipe
@@ -60,38 +64,56 @@ def save_adapter(directory: str | Path, adapters: Any, recipe: Recipe | None = N
         raise TypeError(
             "save_adapter(directory, adapters, recipe) wants the recipe, or a TrainState"
         )
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"save_adapter: {type(adapters).__name__} is not a tree of adapters; for an NNX model "
+            "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
+        )
+    recipe = Recipe(recipe)
     directory = Path(directory)
+    place = directory.resolve()  # what a link points to is replaced, not the link
     if directory.exists() and not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+    frozen = [path for path in flat if not recipe.trains(path)]
+    if frozen:
+        raise ValueError(
+            f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "
+            f"{frozen[0]}; give the trained part alone: adapters, _ = aj.partition(params, recipe)"
+        )
     config = {
         "format": FORMAT,
         "adapters_jax": version("adapters-jax"),
         "recipe": json.loads(recipe.to_json()),
         "parameters": sum(x.size for x in flat.values()),
     }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         beside.chmod(0o755)
         tensors = safetensors.flax.save({k: jnp.asarray(v) for k, v in flat.items()})
         _write(beside / TENSORS, tensors)
         _write(beside / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        _put(beside, directory)
+        _put(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return directory
 
 
 def _put(beside: Path, directory: Path) -> None:
-    """Renames a finished directory into its place; what was there stays until then."""
+    """Renames a finished directory into its place; what was there stays until then, or returns."""
     if not directory.exists():
         os.replace(beside, directory)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.replace(directory, old)
-    os.replace(beside, directory)
-    shutil.rmtree(old)
+    try:
+        os.replace(directory, old)
+        os.replace(beside, directory)
+    finally:
+        if directory.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, directory)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -118,15 +140,18 @@ def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
                 f"{directory} has no {name}; give a directory that save_adapter wrote"
             )
     try:
-        config = json.loads((directory / CONFIG).read_text())
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise AdapterFileError(
                 f"{directory / CONFIG} is not of format {FORMAT}; it needs another adapters_jax"
             )
-        recipe = Recipe.from_json(config.get("recipe", ""))
-        return recipe, safetensors.flax.load_file(directory / TENSORS)
+        tensors = safetensors.flax.load_file(directory / TENSORS)
     except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{directory} is damaged: {error}") from error
+    try:
+        return Recipe.from_json(config.get("recipe", {})), tensors
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f"{directory / CONFIG} holds no usable recipe: {error}") from error
 
 
 def load_adapter(

@@ -7,11 +7,14 @@ keeps its parameter paths, and lifted transforms (scan, remat, vmap) carry the l
 
 import functools
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -21,11 +24,12 @@ from adapters_jax.examples import explained, filled, is_abstract
 from adapters_jax.methods import Attached, base
 from adapters_jax.methods.base import Site
 from adapters_jax.partition import Tree, flatten, join, merge_trees, unflatten, without_adapters
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, require_sites
 from adapters_jax.targets import require_match
 
 # The arguments by which flax modules say that they run in evaluation, and the value that says so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_RUNS = itertools.count()
 
 
 def _run(
@@ -54,6 +58,11 @@ def _site(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> 
     found = contraction.find(module, call, *args, **kwargs)
     shape: tuple[int, ...] = ()
     if found is not None:
+        if not module.scope.has_variable("params", found.weight):
+            raise RecipeError(
+                f"{type(module).__name__} at {path!r} has no parameter {found.weight!r}; correct "
+                "weight=... in aj.register_contraction"
+            )
         shape = nn.meta.unbox(module.scope.get_variable("params", found.weight)).shape
     array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
     return Site(
@@ -66,69 +75,108 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _evaluation_flag(module: nn.Module, call: str, args: Any, kwargs: Any) -> bool | None:
-    """Whether a call says that it is an evaluation; None where it says nothing."""
-    signature = _signature(getattr(type(module), call))
-    bound = signature.bind(module, *args, **kwargs)
+def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
+    """Whether a call says, or else its module's field, that this is an evaluation; or None."""
+    bound = _signature(function).bind_partial(module, *args, **kwargs)
     bound.apply_defaults()
     for name, evaluating in _EVALUATION_FLAGS.items():
-        value = bound.arguments.get(name)
-        if isinstance(value, bool):
-            return value == evaluating
+        for value in (bound.arguments.get(name), getattr(module, name, None)):
+            if isinstance(value, bool | np.bool_):
+                return bool(value) == evaluating
     return None
+
+
+@dataclass
+class _Running:
+    """A call under way: the path and name of its method, and whether it is an evaluation."""
+
+    where: tuple[tuple[str, ...], str] | None = None
+    evaluation: bool | None = None
+    hashed: int = 0
 
 
 class _Interceptor:
     """Adapts the calls it sees, and remembers them for checks and error messages."""
 
-    def __init__(self, recipe: Recipe, root: tuple[str, ...]):
-        self.recipe, self.root = recipe, root
-        self._dropout = any(method.dropout for method in recipe.attached)
+    def __init__(self, recipe: Recipe, module: Any, init: bool):
+        self.recipe, self.root = recipe, tuple(module.scope.path)
         self.visited: dict[tuple[str, str], tuple[nn.Module, Site]] = {}
-        self._running: list[tuple[tuple[tuple[str, ...], str], bool | None]] = []
+        self._init = init
+        self._run = next(_RUNS) if init else recipe.to_json()
+        self._dropout = any(method.dropout for method in recipe.attached)
+        self._running = [_Running()]
+        module.scope.flags = module.scope.flags.copy({self.flag(module): self})
+
+    @staticmethod
+    def flag(module: Any) -> str:
+        """The name under which a module's scope, and every scope below, holds its interceptor."""
+        return f"adapters of {'/'.join(module.scope.path)}"
+
+    def __hash__(self) -> int:
+        """Differs from place to place of a run, but not from run to run of one recipe.
+
+        By the hash of a scope's flags nn.jit finds an earlier trace: so it never takes up one of
+        the base, of another recipe, of training in evaluation, or of another path.
+        """
+        running = self._running[-1]
+        running.hashed += 1
+        return hash((self._run, running.where, running.evaluation, running.hashed))
 
     def __call__(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, call = context.module, context.method_name
-        where = (tuple(module.scope.path), call) if module.scope is not None else ((), "")
-        inside = where[0][: len(self.root)] == self.root
-        # A method that calls its parent class's method of the same name is one call, not two.
-        reentrant = any(where == running for running, _ in self._running)
-        if not inside or reentrant or call not in contraction.calls(type(module)):
+        names = None if module.scope is None else tuple(module.scope.path)
+        if names is None or names[: len(self.root)] != self.root:
             return run(*args, **kwargs)
-        flag = _evaluation_flag(module, call, args, kwargs) if self._dropout else True
-        if flag is None and self._running:
-            flag = self._running[-1][1]
-        self._running.append((where, flag))
+        evaluation: bool | None = True
+        if self._dropout:
+            evaluation = _evaluation_flag(module, context.orig_method.func, args, kwargs)
+        if evaluation is None:
+            evaluation = self._running[-1].evaluation
+        # A method that calls its parent class's method of the same name is one call, not two.
+        reentrant = any((names, call) == running.where for running in self._running)
+        self._running.append(_Running((names, call), evaluation))
         try:
             y = run(*args, **kwargs)
         finally:
             self._running.pop()
-        path = "/".join(where[0][len(self.root) :])
-        return self._adapted(module, path, call, args, kwargs, y, flag)
+        if reentrant or call not in contraction.calls(type(module)):
+            return y
+        path = "/".join(names[len(self.root) :])
+        return self._adapted(module, path, call, args, kwargs, y, evaluation)
 
     def _adapted(
-        self, module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any, flag: bool | None
+        self,
+        module: Any,
+        path: str,
+        call: str,
+        args: Any,
+        kwargs: Any,
+        y: Any,
+        evaluation: bool | None,
     ) -> Any:
         """The output after every method that targets the module and fits it."""
         site = _site(module, path, call, args, kwargs, y)
-        if module.is_initializing() and (path, call) not in self.visited:
-            self._refuse_taken_names(module, path)
+        if self._init and all(seen != path for seen, _ in self.visited):
+            self._refuse_taken_names(module, site)
         self.visited[path, call] = (module, site)
         for method in self.recipe.at(path):
             if method.fits(site):
                 x = contraction.input_of(module, call, args, kwargs)
                 scope = module.scope.push(method.slot, reuse=True)
-                y = _run(module, scope, method, site, x, y, flag)
+                y = _run(module, scope, method, site, x, y, evaluation)
         return y
 
-    def _refuse_taken_names(self, module: Any, path: str) -> None:
+    def _refuse_taken_names(self, module: Any, site: Site) -> None:
         """Raises where the base already has something of the name that a method would use."""
-        grown = any(seen == path for seen, _ in self.visited)
-        for method in self.recipe.at(path):
-            if not grown and module.scope.has_variable("params", method.slot):
+        for method in self.recipe.at(site.path):
+            taken = module.scope.get_variable("params", method.slot)
+            leaves = flatten(taken) if isinstance(taken, Mapping) else {}
+            mistakable = any(name in leaves for name in method.leaf_names)
+            if taken is not None and (method.fits(site) or mistakable):
                 raise RecipeError(
-                    f"{type(method).__name__} keeps its parameters in {path}/{method.slot}, but "
-                    "the base has something of that name there; rename it or do not target it"
+                    f"{type(method).__name__} keeps its parameters in "
+                    f"{join(site.path, method.slot)}, but the base has something of that name "
+                    "there; rename it or do not target it"
                 )
 
     def check(self, params: Tree) -> None:
@@ -136,12 +184,8 @@ class _Interceptor:
         modules = {path: module for (path, _), (module, _) in self.visited.items()}
         for method in self.recipe.attached:
             usable = {path for (path, _), (_, site) in self.visited.items() if method.fits(site)}
-            require_match(
-                type(method).__name__,
-                method.targets,
-                sorted(usable),
-                {p: method.why_not(m) for p, m in modules.items() if p not in usable},
-            )
+            unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
+            require_sites(method, sorted(usable), unusable)
         require_match("Unfreeze", self.recipe.unfrozen, flatten(params))
 
 
@@ -162,12 +206,26 @@ class Adapted(nn.Module):
         """Calls the base with the adapters in place."""
         return self._call("__call__", args, kwargs)
 
+    @nn.nowrap
+    def apply(self, variables: Tree, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As in flax; `method=Base.encode`, of the base's class, runs with the adapters too."""
+        function = getattr(method, "__func__", method)
+        name = getattr(function, "__name__", "")
+        if function is not None and getattr(type(self.inner), name, None) is function:
+            method = name
+        return super().apply(variables, *args, method=method, **kwargs)
+
     def _call(self, name: str, args: Any, kwargs: Any) -> Any:
         inner: Any = self.inner
-        interceptor = _Interceptor(self.recipe, tuple(inner.scope.path))
+        if inner.scope is None:
+            return getattr(inner, name)(*args, **kwargs)
+        init = self.is_initializing()
+        interceptor = inner.scope.flags.get(_Interceptor.flag(inner))
+        if interceptor is None or interceptor.recipe != self.recipe:
+            interceptor = _Interceptor(self.recipe, inner, init)
         with nn.intercept_methods(interceptor):
             y = getattr(inner, name)(*args, **kwargs)
-        if self.is_initializing() and name == "__call__":
+        if init and name == "__call__":
             interceptor.check(self.variables.get("params", {}))
         return y
 
@@ -188,10 +246,12 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
         return property(lambda self: getattr(self.inner, name))
 
     own = set(dir(Adapted)) | set(Adapted.__dataclass_fields__)
-    names = [name for name in dir(cls) if name not in own and not name.startswith("_")]
-    called = [n for n in names if inspect.isfunction(inspect.getattr_static(cls, n))]
-    body: dict[str, Any] = {name: forward(name) for name in called}
-    body |= {name: read(name) for name in cls.__dataclass_fields__ if name not in own}
+    fields, names = set(cls.__dataclass_fields__) - own, set(dir(cls)) - own
+    body: dict[str, Any] = {name: read(name) for name in fields}
+    for name in names - fields:
+        if not name.startswith("_"):
+            method = inspect.isfunction(inspect.getattr_static(cls, name))
+            body[name] = forward(name) if method else read(name)
     return type(f"Adapted{cls.__name__}", (Adapted,), {**body, "__module__": cls.__module__})
 
 
@@ -203,7 +263,7 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 
 
 def sites(
-    model: Adapted, *args: Any, **kwargs: Any
+    model: Adapted, /, *args: Any, **kwargs: Any
 ) -> tuple[dict[tuple[str, str], tuple[Attached, Site]], Tree]:
     """Where the recipe attaches, by an abstract run of the model.
 
@@ -219,27 +279,38 @@ def sites(
         TargetError: a pattern meets nothing, or nothing its method can attach to.
         ValueError: the example inputs do not fit the model.
     """
-    interceptor = _Interceptor(model.recipe, ())
+    interceptors: list[_Interceptor] = []
+
+    def run(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        interceptors.append(_Interceptor(model.recipe, module, init=True))
+        with nn.intercept_methods(interceptors[-1]):
+            return module(*inputs, **options)  # type: ignore[operator]
 
     def init(key: PRNGKeyArray) -> Tree:
         inputs, options = filled((args, kwargs))
-        with nn.intercept_methods(interceptor):
-            return model.inner.init(key, *inputs, **options)["params"]
+        variables = model.inner.init(key, *inputs, method=run, **options)
+        return nn.meta.unbox(variables.get("params", {}))
 
     with explained(model.inner, (*args, *kwargs.values())):
         params = jax.eval_shape(init, jax.random.key(0))
+    (interceptor,) = interceptors
     interceptor.check(params)
     found = {
         (path, method.slot): (method, site)
-        for (path, call), (_, site) in interceptor.visited.items()
+        for (path, _), (_, site) in interceptor.visited.items()
         for method in model.recipe.at(path)
-        if call == "__call__" and method.fits(site)
+        if method.fits(site)
     }
     return found, params
 
 
+def shapes_of(params: Tree) -> Tree:
+    """A tree as shapes and dtypes, without the boxes of partitioned parameters."""
+    return jax.eval_shape(nn.meta.unbox, params)
+
+
 def init_adapters(
-    model: Adapted, params: Tree, key: PRNGKeyArray, *args: Any, **kwargs: Any
+    model: Adapted, params: Tree, key: PRNGKeyArray, /, *args: Any, **kwargs: Any
 ) -> Tree:
     """Adds freshly initialised adapter leaves to the base's parameters.
 
@@ -271,11 +342,11 @@ def init_adapters(
     found, whole = sites(model, *args, **kwargs)
     compare_trees(
         "params",
-        flatten(without_adapters(params, model.recipe)),
+        flatten(without_adapters(shapes_of(params), model.recipe)),
         flatten(without_adapters(whole, model.recipe)),
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )
-    shapes = {path: nn.meta.unbox(leaf).shape for path, leaf in flatten(whole).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(whole).items()}
 
     def grow(key: PRNGKeyArray) -> dict[str, Array]:
         return {

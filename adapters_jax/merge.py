@@ -5,8 +5,8 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.errors import RecipeError
-from adapters_jax.linen import Adapted, sites
+from adapters_jax.errors import RecipeError, compare_trees
+from adapters_jax.linen import Adapted, shapes_of, sites
 from adapters_jax.methods import Attached, LoRA
 from adapters_jax.methods.lora import linear
 from adapters_jax.nnx import adapted_sites, copy, detach, leaves_of, recipe_of
@@ -23,7 +23,7 @@ def _as_change(method: Attached) -> LoRA:
     return method
 
 
-def merge(model: Adapted | nnx.Module, params: Tree = None, *args: Any, **kwargs: Any) -> Any:
+def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any) -> Any:
     """The base with its low-rank adapters folded in, and its unfrozen parameters as trained.
 
     Each sum is taken in float32 and cast once to the base's dtype. Nothing given is changed: to
@@ -41,6 +41,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, *args: Any, **kwargs
 
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
+        MismatchError: `params` is not the tree of this model; every difference is listed.
 
     Example:
         >>> import adapters_jax as aj
@@ -56,7 +57,13 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, *args: Any, **kwargs
 
 
 def _merge_linen(model: Adapted, params: Tree, args: Any, kwargs: Any) -> Tree:
-    found, _ = sites(model, *args, **kwargs)
+    found, whole = sites(model, *args, **kwargs)
+    compare_trees(
+        "params",
+        flatten(shapes_of(params)),
+        flatten(whole),
+        "Pass the whole parameter tree of this very model, with its adapters.",
+    )
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
     for (path, slot), (method, site) in found.items():

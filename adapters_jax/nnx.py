@@ -9,7 +9,7 @@ adapters. Base paths stay, and everything that trains is an `AdapterParam`, so `
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,29 @@ from jaxtyping import Array, Float
 
 from adapters_jax import contraction, methods
 from adapters_jax.errors import RecipeError
-from adapters_jax.examples import explained, filled
+from adapters_jax.examples import explained, filled, is_abstract
 from adapters_jax.methods import Attached
 from adapters_jax.methods.base import Site
-from adapters_jax.recipe import Recipe
+from adapters_jax.partition import join
+from adapters_jax.recipe import Recipe, require_sites
 from adapters_jax.targets import require_match
 
 
 class AdapterParam(nnx.Param):
     """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""
+
+    adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+
+@functools.cache
+def _trained_class(cls: type[Any]) -> type[AdapterParam]:
+    """`AdapterParam` for a parameter of some class, which it stays an instance of."""
+    if issubclass(cls, AdapterParam):
+        return cls
+    if cls is nnx.Param:
+        return AdapterParam
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
 
 
 def variable_path(path: tuple[Any, ...]) -> str:
@@ -60,6 +74,11 @@ def _site(
 ) -> Site:
     """What methods need to know of a module whose output is so wide."""
     layer = contraction.find(module, call, *args, **kwargs)
+    if layer and not hasattr(module, layer.weight):
+        raise RecipeError(
+            f"{type(module).__name__} at {path!r} has no parameter {layer.weight!r}; correct "
+            "weight=... in aj.register_contraction"
+        )
     shape = getattr(module, layer.weight).shape if layer else ()
     weight = shape[len(shape) - layer.ndim :] if layer else ()
     return Site(path, call, width, layer, weight, getattr(module, "precision", None))
@@ -89,8 +108,9 @@ def _children(
         )
         holder[last] = AdapterParam(leaf.init(rngs.params(), layers + leaf.shape))
     if method.dropout:
-        streams = rngs.split(layers) if layers else rngs
-        children["dropout"] = nnx.Dropout(method.dropout, rngs=streams)
+        drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
+        if layers:
+            drop.rngs = drop.rngs.split(layers)
     return children
 
 
@@ -119,14 +139,19 @@ def _grow(
 ) -> None:
     """Gives a module the leaves of a method, under the layer axes that its own weights have."""
     if hasattr(module, method.slot):
-        raise RecipeError(
-            f"{type(method).__name__} keeps its parameters in {site.path}/{method.slot}, but the "
-            "base has something of that name there; rename it or do not target it"
-        )
+        raise _taken(site.path, method)
     setattr(module, method.slot, nnx.Dict(_children(method, site, layers, rngs)))
     module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
     if not hasattr(type(module), "adapted_from"):
         module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
+
+
+def _taken(path: str, method: Attached) -> RecipeError:
+    """The error where the base already has something of the name that a method would use."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
+        "has something of that name there; rename it or do not target it"
+    )
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
@@ -134,50 +159,57 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {variable_path(path): module for path, module in nnx.iter_modules(model)}
 
 
-def copy(model: nnx.Module) -> Any:
-    """A model with Variables of its own that hold the same arrays."""
+def copy(model: Any) -> Any:
+    """A model, or another NNX object, with Variables of its own that hold the same arrays."""
     return nnx.merge(*nnx.split(model), copy=True)
 
 
-def _trace(model: nnx.Module, args: Any, kwargs: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+@functools.cache
+def _recording_class(cls: type[Any]) -> type[Any]:
+    """The subclass of a module class that shows every output to the module's `adapter_trace`."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = cls.__call__(self, *args, **kwargs)
+        self.adapter_trace(self, y)
+        return y
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
     """By an abstract run: each module's output width, and the layer axes it is stacked on."""
     seen: dict[str, tuple[int, tuple[int, ...]]] = {}
-    whole = {path: _first_shape(module) for path, module in _modules(model).items()}
 
-    def recording(cls: type[Any]) -> type[Any]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            y = cls.__call__(self, *args, **kwargs)
-            array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
-            outside, inside = whole[self.adapter_trace], _first_shape(self)
-            layers = outside[: len(outside) - len(inside)]
-            seen[self.adapter_trace] = (y.shape[-1] if array else 0, layers)
-            return y
-
-        return type(cls.__name__, (cls,), {"__call__": call})
+    def record(path: str, outside: tuple[int, ...], module: nnx.Module, y: Any) -> None:
+        array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
+        layers = outside[: len(outside) - len(_first_shape(module))]
+        seen[path] = (y.shape[-1] if array else 0, layers)
 
     probe = copy(model)
     for path, module in list(_modules(probe).items()):
         if callable(module):
-            module.adapter_trace = path
-            module.__class__ = recording(type(module))
-    with explained(model, (*args, *kwargs.values())):
-        nnx.eval_shape(lambda m: m(*filled(args), **filled(kwargs)), probe)
+            module.adapter_trace = functools.partial(record, path, _first_shape(module))
+            module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
+    with explained(model, args):
+        nnx.eval_shape(lambda m: m(*filled(args)), probe)
     return seen
 
 
 def _first_shape(module: nnx.Module) -> tuple[int, ...]:
-    """The shape of some Variable of a module; empty where it has none."""
-    leaves = jax.tree.leaves(nnx.state(module))
+    """The shape of some Variable of a module, other than of its random streams; empty without."""
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngState)))
     return leaves[0].shape if leaves else ()
 
 
-def _sites(model: nnx.Module, examples: Any) -> dict[str, tuple[Site, tuple[int, ...]]]:
+def _sites(
+    model: nnx.Module, examples: tuple[Any, ...] | None
+) -> dict[str, tuple[Site, tuple[int, ...]]]:
     """What methods need to know of each module, with the layer axes its weights are stacked on."""
-    traced = _trace(model, *examples) if examples is not None else {}
+    traced = _trace(model, examples) if examples is not None else {}
     sites = {}
     for path, module in _modules(model).items():
         site = _site(module, path, _known_width(module))
-        layers: tuple[int, ...] = ()
+        layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
         if site.contraction:
             stacked = getattr(module, site.contraction.weight).shape
             layers = stacked[: len(stacked) - len(site.weight_shape)]
@@ -186,26 +218,42 @@ def _sites(model: nnx.Module, examples: Any) -> dict[str, tuple[Site, tuple[int,
     return sites
 
 
+# Layers without a weight to contract that say how wide they are, and how often they are stacked.
+_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
 def _known_width(module: Any) -> int:
     """The width of a plain layer's output, read off the layer; 0 where it does not say."""
     layer = contraction.find(module, "__call__")
     if layer:
-        return getattr(module, layer.weight).shape[-1]
-    width = getattr(module, "out_features", getattr(module, "num_features", 0))
-    return width if isinstance(width, int) else 0
+        return getattr(getattr(module, layer.weight, None), "shape", (0,))[-1]
+    shape = _first_shape(module) if isinstance(module, _NORMS) else ()
+    return shape[-1] if shape else 0
 
 
 def _check(recipe: Recipe, model: nnx.Module, sites: dict[str, Any], traced: bool) -> None:
     """Raises TargetError for a pattern that meets nothing, or nothing its method can attach to."""
-    modules = _modules(model)
+    modules, shared = _modules(model), _other_names(model)
     hint = "" if traced else "; pass example_inputs=(...) so that its output is known"
     for method in recipe.attached:
         usable = [path for path, (site, _) in sites.items() if method.fits(site)]
         other = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
         if method.slot == "adapter":
             other = {path: f"{why}{hint}" for path, why in other.items()}
-        require_match(type(method).__name__, method.targets, usable, other)
-    require_match("Unfreeze", recipe.unfrozen, _params(model))
+        require_sites(method, usable, other | shared)
+    require_match("Unfreeze", recipe.unfrozen, _params(model), shared)
+
+
+def _other_names(model: nnx.Module) -> dict[str, str]:
+    """The further paths of shared modules and tied parameters, with the one that they go by."""
+    known = _modules(model).keys() | _params(model).keys()
+    names: dict[str, str] = {}
+    for paths in nnx.find_duplicates(model):
+        places = list(map(variable_path, paths))
+        own = next((path for path in places if path in known), None)
+        if own is not None:
+            names |= {path: f"shared, it goes by {own}" for path in places if path != own}
+    return names
 
 
 def _params(model: nnx.Module) -> dict[str, Any]:
@@ -219,23 +267,53 @@ def adapt(
     recipe: Recipe,
     rngs: nnx.Rngs,
     example_inputs: tuple[Any, ...] | None = None,
-    **kwargs: Any,
 ) -> nnx.Module:
     """See `adapters_jax.adapt`."""
+    _check_streams(recipe, rngs)
+    if is_abstract(nnx.state(model)):
+        # Abstract in, abstract out: the caller's streams stay where they are.
+        return nnx.eval_shape(
+            lambda model, rngs: _adapted(model, recipe, rngs, example_inputs), model, copy(rngs)
+        )
+    return _adapted(model, recipe, rngs, example_inputs)
+
+
+def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
+    """Raises TypeError for something that is not Rngs, ValueError for a stream that it lacks."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"adapt: rngs is of {type(rngs).__name__}, wanted nnx.Rngs; write rngs=nnx.Rngs(0)"
+        )
+    wanted = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
+    missing = [name for name, used in wanted.items() if used and not hasattr(rngs, name)]
+    if missing:
+        raise ValueError(
+            f"adapt: rngs has no stream {' and no '.join(missing)}; write rngs=nnx.Rngs(0), or "
+            f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(wanted))})"
+        )
+
+
+def _adapted(
+    model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, example_inputs: tuple[Any, ...] | None
+) -> nnx.Module:
+    """The model adapted, after every check."""
     adapted = copy(model)
-    examples = None if example_inputs is None else (example_inputs, kwargs)
-    sites = _sites(adapted, examples)
-    _check(recipe, adapted, sites, examples is not None)
-    modules = _modules(adapted)
-    frozen = _params(adapted)
+    whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
+    sites = _sites(adapted, example_inputs)
+    _check(recipe, adapted, sites, example_inputs is not None)
+    modules, frozen = _modules(adapted), _params(adapted)
     for path, (site, layers) in sites.items():
         for method in recipe.at(path):
             if method.fits(site):
+                whole.at(path)  # two rounds of adapting clash as two methods of one recipe do
                 _grow(modules[path], method, site, layers, rngs)
     for path, variable in frozen.items():
+        owner = recipe.owner(path)
+        if owner and type(variable) is not AdapterParam:
+            raise _taken(*owner)  # it would pass for an adapter's
         if recipe.trains(path):
-            variable.__class__ = AdapterParam
-    adapted.adapter_recipe = getattr(adapted, "adapter_recipe", Recipe()) + recipe
+            variable.__class__ = _trained_class(type(variable))  # type: ignore[arg-type]
+    adapted.adapter_recipe = whole
     return adapted
 
 
@@ -270,8 +348,8 @@ def detach(model: Any) -> None:
             del module.adapter_methods
             module.__class__ = type(module).adapted_from
     for variable in _params(model).values():
-        if type(variable) is AdapterParam:
-            variable.__class__ = nnx.Param  # type: ignore[assignment]
+        if isinstance(variable, AdapterParam):
+            variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
     del model.adapter_recipe
 
 

@@ -70,19 +70,22 @@ def merge_trees(*trees: Tree) -> Tree:
     """Puts parts of one tree together; the inverse of `partition`.
 
     Raises:
-        ValueError: two parts have a leaf at one path.
+        ValueError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})
         {'a': {'x': 1, 'y': 2}}
     """
     whole: dict[tuple[Any, ...], Any] = {}
+    twice: set[tuple[Any, ...]] = set()
     for tree in trees:
         part = traverse_util.flatten_dict(_plain(tree))
-        twice = ["/".join(map(str, path)) for path in part if path in whole]
-        if twice:
-            raise ValueError(f"merge_trees: both trees have a leaf at {', '.join(twice)}")
+        twice |= part.keys() & whole.keys()
         whole.update(part)
+    twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}
+    if twice:
+        places = sorted("/".join(map(str, path)) for path in twice)
+        raise ValueError(f"merge_trees: more than one tree has something at {', '.join(places)}")
     return traverse_util.unflatten_dict(whole)
 
 
@@ -139,14 +142,14 @@ def freeze_base(
         path = path_of(key_path)
         if not recipe.trains(path):
             return "base"
-        return next((pattern for pattern in groups if matches(pattern, path)), "adapter")
+        group = next((pattern for pattern in groups if matches(pattern, path)), None)
+        return "adapter" if group is None else f"group {group}"
 
     def labels(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(label, params)
 
-    transform = optax.multi_transform(
-        {"adapter": tx, "base": optax.set_to_zero(), **groups}, labels
-    )
+    own = {f"group {pattern}": group_tx for pattern, group_tx in groups.items()}
+    transform = optax.multi_transform({"adapter": tx, "base": optax.set_to_zero(), **own}, labels)
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]

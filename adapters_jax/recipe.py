@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import METHODS, Attached, Bottleneck, LoRA, Method, Unfreeze
-from adapters_jax.targets import matches
+from adapters_jax.targets import matches, require_match
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
 LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
@@ -117,9 +117,29 @@ class Recipe:
                 has to be stated and is not, or a value out of its range.
         """
         data = json.loads(text) if isinstance(text, str) else text
-        if not isinstance(data, Mapping) or set(data) != {"methods"}:
+        rows = data.get("methods") if isinstance(data, Mapping) else None
+        if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
             raise ValueError('recipe JSON wants one key "methods" that holds a list of methods')
-        return cls(*[_method(row) for row in data["methods"]])
+        return cls(*[_method(row) for row in rows])
+
+
+def require_sites(method: Attached, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
+    """Checks that every pattern of a method means a place that it attaches to.
+
+    Args:
+        method: one method of a recipe.
+        usable: paths of the modules that it can attach to.
+        unusable: the model's other modules, each with the reason.
+
+    Raises:
+        TargetError: names every pattern that fails and lists the paths nearest to it.
+    """
+    owner = type(method).__name__
+    require_match(owner, method.targets, usable, unusable)
+    targeted = [path for path in usable if any(matches(p, path) for p in method.targets)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = [pattern for pattern, _ in getattr(method, field, ())]
+        require_match(f"{owner} {field}", patterns, targeted)
 
 
 def _members(item: Any) -> Iterable[Method]:
@@ -144,10 +164,10 @@ def _short(method: Method) -> str:
 
 def _method(row: Any) -> Method:
     """One method from its JSON object."""
-    if not isinstance(row, Mapping) or row.get("method") not in METHODS:
-        got = row.get("method") if isinstance(row, Mapping) else row
+    got = row.get("method") if isinstance(row, Mapping) else None
+    if not isinstance(got, str) or got not in METHODS:
         raise ValueError(f"recipe JSON: method {got!r} is none of {', '.join(METHODS)}")
-    cls = METHODS[row["method"]]
+    cls = METHODS[got]
     fields = {f.name for f in dataclasses.fields(cls)}
     problems = []
     for key in sorted(set(row) - fields - {"method"}):
@@ -282,7 +302,7 @@ def last_layers(
         head: path of the task's head, which trains whole.
 
     Raises:
-        ValueError: k is not between 1 and `num_layers`.
+        ValueError: k is not between 1 and `num_layers`, or `layer` has no `{}`.
 
     Example:
         >>> last_layers(2, 12)
@@ -292,8 +312,10 @@ def last_layers(
     """
     if not 1 <= k <= num_layers:
         raise ValueError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
-    layers = range(num_layers - k, num_layers)
-    return _recipe(Unfreeze(tuple(f"{layer.format(i)}/**" for i in layers)), head=head)
+    if "{}" not in layer:
+        raise ValueError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
+    names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
+    return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
 
 
 def full() -> Recipe:

@@ -14,6 +14,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from adapters_jax.errors import TargetError
 
@@ -21,23 +22,24 @@ from adapters_jax.errors import TargetError
 @functools.lru_cache(maxsize=4096)
 def _compile(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern, for paths that begin with a slash."""
-    if pattern.count("{") != pattern.count("}"):
-        raise TargetError(f"target {pattern!r} has an unbalanced brace; write {{a,b}}")
-    expression, depth = "", 0
-    for token in re.findall(r"/\*\*(?=/|$)|\*|\{|\}|,|[^*{},]", "/" + pattern):
-        if token == "/**":
-            expression += "(?:/[^/]+)*"
-        elif token == "*":
-            expression += "[^/]*"
-        elif token == "{":
-            expression, depth = expression + "(?:", depth + 1
-        elif token == "}":
-            expression, depth = expression + ")", depth - 1
-        elif token == "," and depth:
-            expression += "|"
-        else:
-            expression += re.escape(token)
-    return re.compile(expression)
+    means = {"/**": "(?:/[^/]+)*", "*": "[^/]*"}
+    forms = []
+    for form in _expanded(pattern):
+        if "{" in form or "}" in form:
+            raise TargetError(f"target {pattern!r} has an unbalanced brace; write {{a,b}}")
+        tokens = re.findall(r"/\*\*(?=/|$)|\*|[^*]", "/" + form)
+        forms.append("".join(means.get(token) or re.escape(token) for token in tokens))
+    return re.compile("|".join(forms))
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The patterns without braces that a pattern stands for, from the innermost brace outwards."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace is None:
+        return [pattern]
+    before, after = pattern[: brace.start()], pattern[brace.end() :]
+    parts = (part.strip() for part in brace[1].split(","))
+    return [form for part in parts for form in _expanded(before + part + after)]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -58,7 +60,8 @@ def matches(pattern: str, path: str) -> bool:
 
 def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
     """Targets as a tuple of patterns; raises TargetError where they are none at all."""
-    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    several = isinstance(targets, Iterable) and not isinstance(targets, str)
+    patterns: tuple[Any, ...] = tuple(targets) if several else (targets,)
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise TargetError(
             f"{owner} got targets={targets!r}; it wants one or more patterns such as '**/query'"
@@ -89,7 +92,8 @@ def require_match(
     for pattern in patterns:
         if any(matches(pattern, path) for path in usable):
             continue
-        blocked = [f"{p} ({why})" for p, why in (unusable or {}).items() if matches(pattern, p)]
+        others = (unusable or {}).items()
+        blocked = [f"{_shown(path)} ({why})" for path, why in others if matches(pattern, path)]
         if blocked:
             problem = f"matches only paths it cannot attach to: {_some(blocked, 3)}"
         else:
@@ -112,5 +116,9 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
 
 def _some(paths: Sequence[str], count: int = 5) -> str:
     """The first few paths for a message, and how many more there are."""
-    shown = ", ".join(path or "(the model itself)" for path in paths[:count]) or "(none)"
+    shown = ", ".join(map(_shown, paths[:count])) or "(none)"
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
+
+
+def _shown(path: str) -> str:
+    return path or "(the model itself)"

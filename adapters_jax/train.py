@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import nnx, struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from adapters_jax.errors import RecipeError
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.base import check_size
 from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.partition import Tree, merge_trees, partition
+from adapters_jax.partition import Tree, flatten, merge_trees, partition
 from adapters_jax.recipe import Recipe
 
 Batch = Any
@@ -71,10 +73,13 @@ class TrainState:
             key: seeds the steps' randomness.
 
         Returns:
-            A state whose trained leaves are copies, since steps donate them.
+            A state whose trained leaves are copies, since steps donate them. Frozen leaves are the
+            very arrays given, put on the device once where they were numpy's.
 
         Raises:
             TypeError: the model has no adapters, or params are missing or not wanted.
+            RecipeError: the params lack the adapters, or the recipe trains leaves that are not
+                floats and so have no gradient.
         """
         if isinstance(model, Adapted):
             if params is None:
@@ -98,13 +103,15 @@ class TrainState:
                 f"TrainState.create: {type(model).__name__} has no adapters; "
                 "call aj.adapt(model, recipe) first"
             )
+        _check_trained(recipe, adapters)
         adapters, other = jax.tree.map(jnp.copy, (adapters, other))
-        base = jax.tree.map(lambda x: x, base)  # Variables of our own, around the same arrays
+        base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
         return cls(
             step=jnp.zeros((), jnp.int32),
             adapters=adapters,
             base=base,
-            opt_state=tx.init(adapters),
+            # Some optimisers keep the parameters themselves, and one buffer is donated only once.
+            opt_state=jax.tree.map(jnp.copy, tx.init(adapters)),
             key=jnp.copy(key),
             other=other,
             tx=tx,
@@ -127,6 +134,29 @@ class TrainState:
         return nnx.merge(self.graphdef, self.adapters, self.base, self.other, copy=True)
 
 
+def _check_trained(recipe: Recipe, adapters: Tree) -> None:
+    """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
+    flat = flatten(nn.meta.unbox(adapters))
+    owners = {owner[1] for path in flat if (owner := recipe.owner(path))}
+    absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+    if absent or not flat:
+        raise RecipeError(
+            "TrainState.create: the parameters hold nothing of "
+            f"{', '.join(absent) or 'what the recipe unfreezes'}; pass what "
+            "aj.init_adapters(model, params, key, *example_inputs) returned"
+        )
+    discrete = [
+        f"{path} ({leaf.dtype})"
+        for path, leaf in flat.items()
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if discrete:
+        raise RecipeError(
+            f"TrainState.create: the recipe trains {', '.join(discrete)}, which has no gradient; "
+            "unfreeze float parameters only"
+        )
+
+
 def make_train_step(
     loss_fn: LossFn, *, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -143,7 +173,8 @@ def make_train_step(
     Returns:
         `step(state, batch) -> (state, metrics)`. The metrics are those of the loss function,
         "loss", "grad_norm" (global, before the optimiser), and "finite": 0.0 where loss or gradient
-        was not finite; then nothing moved: adapters and optimiser state are those before the step.
+        was not finite; then nothing moved but the step's number: adapters, optimiser state, and an
+        NNX model's statistics and dropout counters are those before the step.
         The state that was passed in is used up: its adapters and optimiser state are donated.
 
     Raises:
@@ -194,9 +225,11 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = state.tx.update(grads, state.opt_state, state.adapters)
-        moved = (optax.apply_updates(state.adapters, updates), opt_state)
-        adapters, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), moved, (state.adapters, state.opt_state)
+        moved = (optax.apply_updates(state.adapters, updates), opt_state, other)
+        adapters, opt_state, other = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            moved,
+            (state.adapters, state.opt_state, state.other),
         )
         state = replace(
             state, step=state.step + 1, adapters=adapters, opt_state=opt_state, other=other
@@ -218,9 +251,10 @@ def _other(model: nnx.Module) -> Any:
 
 def _split(parts: int, x: Array) -> Array:
     """The leading axis in so many parts."""
-    if x.shape[0] % parts:
+    if jnp.ndim(x) == 0 or x.shape[0] % parts:
+        given = f"of {x.shape[0]}" if jnp.ndim(x) else "with a leaf without axes"
         raise ValueError(
-            f"make_train_step: a batch of {x.shape[0]} does not divide into {parts} parts; choose "
+            f"make_train_step: a batch {given} does not divide into {parts} parts; choose "
             "accumulate so that it divides the batch"
         )
     return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])

@@ -12,13 +12,7 @@ from contract import CASES, DOORS, VARIANTS, bits, ids, shaken
 import adapters_jax as aj
 from adapters_jax.partition import flatten, unflatten
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimisations take most of these tests' time and change none of what they check."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ import jax.numpy as jnp
 import tokenizers
 
 from adapters_jax.finetune import assets
-from adapters_jax.finetune.batches import Row, encode
+from adapters_jax.finetune.batches import Batches, Row, encode
 from adapters_jax.finetune.rows import Texts
 from adapters_jax.interop import huggingface
 from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
 from adapters_jax.partition import merge_trees, partition
 from adapters_jax.recipe import Recipe
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
+
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,12 @@ class Encoder:
     dtype: str
     sha256: str
 
-    def classifier(self, width: int) -> BertClassifier:
-        """The encoder under a head of so many outputs."""
-        return BertClassifier(self.config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+    def classifier(self, width: int, dropout: float | None = None) -> BertClassifier:
+        """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
+        config = self.config
+        if dropout is not None:
+            config = dataclasses.replace(config, **dict.fromkeys(_DROPOUTS, dropout))
+        return BertClassifier(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:
         """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
@@ -50,6 +59,10 @@ class Encoder:
         # Jitted, XLA drops the encoder's random numbers, which nobody asks for.
         head = jax.jit(lambda key: model.init(key, ids)["params"]["head"])(key)
         return {"bert": self.params, "head": head}
+
+    def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
+        """Batches in order, padded as this model wants; see `Batches.in_order`."""
+        return Batches.in_order(rows, labels, size, buckets, self.config.pad_token_id)
 
     def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
         """Rows of token ids, and how many texts were truncated; see `batches.encode`."""

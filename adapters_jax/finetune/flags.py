@@ -1,6 +1,7 @@
 """Flags are the fields of frozen dataclasses; what all of those share."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 
@@ -13,3 +14,9 @@ def given(options: Any) -> dict[str, Any]:
 def flag(field: str) -> str:
     """A field's name as a flag, `learning_rate` as `--learning-rate`."""
     return "--" + field.replace("_", "-")
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A dataclass as JSON would have it."""
+    values = dataclasses.asdict(options)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}

@@ -7,7 +7,7 @@ and the head learns from them in seconds: the baseline costs little and can affo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -71,15 +71,17 @@ class FeatureBatches:
         return batch if self.labels is None else {**batch, "labels": self.labels[index]}
 
 
-def features(encoder: Encoder, batches: Batches, inputs: tuple[str, ...]) -> np.ndarray:
-    """The pooled features of every row, `(rows, d)`, from batches in order."""
+def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batches], np.ndarray]:
+    """A function from batches in order to the pooled features of every row, `(rows, d)`."""
     width = encoder.config.hidden_size
     # Under a head that is the identity, the classifier gives its features.
     model = encoder.classifier(width)
     identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
     params = {"bert": encoder.params, "head": identity}
     apply = jax.jit(lambda params, arrays: model.apply({"params": params}, *arrays))
-    return in_row_order(lambda batch: apply(params, [batch[name] for name in inputs]), batches)
+    return lambda batches: in_row_order(
+        lambda batch: apply(params, [batch[name] for name in inputs]), batches
+    )
 
 
 def head_problem(problem: Problem, encoder: Encoder, train: TextBatches, seed: int) -> Problem:
@@ -91,17 +93,15 @@ def head_problem(problem: Problem, encoder: Encoder, train: TextBatches, seed: i
         train: its training rows in order.
         seed: of the order that the head sees them in.
     """
-    size = train.batch_size
-    rows = features(encoder, train, problem.inputs)
-    held_out = {
-        part: FeatureBatches(features(encoder, batches, problem.inputs), None, size, None)
-        for part, batches in problem.held_out.items()
-    }
+    features, size = feature_reader(encoder, problem.inputs), train.batch_size
     return dataclasses.replace(
         problem,
         model=adapt(Head(problem.target.width), head_only()),
         params={"head": problem.params["head"]},
         inputs=("features",),
-        train=FeatureBatches(rows, train.labels, size, seed),
-        held_out=held_out,
+        train=FeatureBatches(features(train), train.labels, size, seed),
+        held_out={
+            part: FeatureBatches(features(batches), None, size, None)
+            for part, batches in problem.held_out.items()
+        },
     )

@@ -24,8 +24,8 @@ QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 class Meter(Protocol):
     """Shows how far something is."""
 
-    def update(self, step: int, note: str) -> None:
-        """So many steps are done; `note` says what is worth knowing."""
+    def update(self, step: int, note: str, news: bool = False) -> None:
+        """So many steps are done; `note` says what is worth knowing, `news` that it is new."""
 
 
 class Output:
@@ -87,7 +87,7 @@ class _Bar:
     def __init__(self, bar: Progress, title: str, steps: int):
         self.bar, self.task = bar, bar.add_task(title, total=steps, note="")
 
-    def update(self, step: int, note: str) -> None:
+    def update(self, step: int, note: str, news: bool = False) -> None:
         self.bar.update(self.task, completed=step, note=note)
 
 
@@ -98,9 +98,9 @@ class _Lines:
         self.output, self.title, self.steps = output, title, steps
         self.began = self.last = time.monotonic()
 
-    def update(self, step: int, note: str) -> None:
+    def update(self, step: int, note: str, news: bool = False) -> None:
         now = time.monotonic()
-        if step < self.steps and now - self.last < QUIET_SECONDS:
+        if not news and now - self.last < QUIET_SECONDS:
             return
         self.last = now
         left = (now - self.began) * (self.steps - step) / step

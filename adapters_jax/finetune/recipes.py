@@ -10,6 +10,9 @@ from adapters_jax.finetune.flags import flag, given
 from adapters_jax.methods import Unfreeze
 from adapters_jax.recipe import Recipe
 
+HEAD = "head"  # path of the task's head in our classifiers
+HEAD_ONLY = "head-only"
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -20,17 +23,22 @@ class Preset:
         flags: fields of `MethodOptions`.
         learning_rate: where none is given.
         epochs: where none are given.
+        head_factor: on the learning rate, for the head.
+        dropout: of the base; None is the checkpoint's own. Over a frozen base few parameters learn,
+            in few epochs, and they learn more without.
     """
 
     make: Callable[..., Recipe]
     flags: tuple[str, ...]
     learning_rate: float
     epochs: int = 3
+    head_factor: float = 10.0
+    dropout: float | None = 0.0
 
 
 def head_only(*, head: str | None = None) -> Recipe:
     """The frozen base with a trained head: what every adapter has to beat."""
-    return Recipe(Unfreeze(f"{head or 'head'}/**"))
+    return Recipe(Unfreeze(f"{head or HEAD}/**"))
 
 
 def _full(*, head: str | None = None) -> Recipe:
@@ -47,14 +55,14 @@ _LORA = ("rank", "alpha", "a_init", "rank_stabilized", "rank_pattern", "alpha_pa
 _LORA += ("adapter_dropout", "targets")
 
 PRESETS = {
-    "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 1e-3),
-    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 1e-3),
-    "parallel": Preset(recipes.parallel, _BOTTLENECK, 1e-3),
-    "lora": Preset(recipes.lora, _LORA, 1e-3),
-    "bitfit": Preset(recipes.bitfit, (), 1e-3),
-    "last-layers": Preset(_last_layers, ("layers",), 1e-4),
-    "full": Preset(_full, (), 5e-5),
-    "head-only": Preset(head_only, (), 1e-2, epochs=20),
+    "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
+    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
+    "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
+    "lora": Preset(recipes.lora, _LORA, 2e-3),
+    "bitfit": Preset(recipes.bitfit, (), 2e-3),
+    "last-layers": Preset(_last_layers, ("layers",), 1e-4, dropout=None),
+    "full": Preset(_full, (), 5e-5, dropout=None),
+    HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20, head_factor=1.0),
 }
 MethodName = Literal[
     "houlsby", "pfeiffer", "parallel", "lora", "bitfit", "last-layers", "full", "head-only"

@@ -46,6 +46,11 @@ class DataOptions:
     limit: int | None = None
 
     @property
+    def is_demo(self) -> bool:
+        """Whether these are the movie reviews."""
+        return self.train is None and self.glue is None
+
+    @property
     def title(self) -> str:
         """A short name of the task, known before anything is read."""
         if self.train is not None:

@@ -33,6 +33,10 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
+class StoppedError(RuntimeError):
+    """Training broke off; the message says where, and what was kept."""
+
+
 class NotFiniteError(ArithmeticError):
     """A loss, gradient or prediction was not finite.
 
@@ -123,22 +127,21 @@ class Trained:
 
     Attributes:
         metric: the best is judged by it.
-        state: with the best adapters, once training is over.
-        step: when they were the best; 0 before the first evaluation.
-        dev: their metrics on dev.
-        records: what was logged: losses by step, and evaluations.
         on_record: called with every record.
         on_best: called with the state when it is the best so far.
+        step: when that was; 0 before the first evaluation.
+        dev: its metrics on dev.
+        records: what was logged: losses by step, and evaluations.
+        best: the last state with the best adapters, once training is over.
     """
 
     metric: str
     on_record: Callable[[Record], None]
     on_best: Callable[[TrainState], None]
-    state: TrainState | None = None
     step: int = 0
     dev: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    _adapters: Any = None
+    best: Any = None
 
     def note(self, records: list[Record]) -> None:
         """Takes records down."""
@@ -155,8 +158,8 @@ class Trained:
             self.on_best(state)
 
     def finish(self, state: TrainState) -> Trained:
-        """Gives the state its best adapters back."""
-        self.state = state.replace(adapters=jax.tree.map(jnp.asarray, self._adapters))
+        """Gives the last state its best adapters back."""
+        self.best = state.replace(adapters=jax.tree.map(jnp.asarray, self._adapters))
         return self
 
 
@@ -222,9 +225,10 @@ def train(
         NotFiniteError: training broke off; nothing has moved at that step.
     """
     steps = total_steps(problem, options)
-    state = TrainState.create(problem.model, problem.params, tx=options.make(steps), key=key)
+    tx = options.make(steps, problem.model.recipe)
+    state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
     step = make_train_step(problem.loss, accumulate=options.accumulate)
-    log = Log(max(1, min(50, steps // 200)), options.schedule(steps))
+    log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
     found = Trained(problem.metrics[0], on_record, on_best)
     marks = _evenly(steps, (options.epochs or 1) * options.evaluations)
     try:

@@ -156,9 +156,10 @@ class Bottleneck:
             An array like y, of its dtype.
         """
         source = y if self.placement == "sequential" else x
-        if source.shape != y.shape:
+        shape = getattr(source, "shape", type(source).__name__)
+        if shape != y.shape:
             raise RecipeError(
-                f"parallel Bottleneck at {site.path!r}: input {source.shape} and output {y.shape} "
+                f"parallel Bottleneck at {site.path!r}: input {shape} and output {y.shape} "
                 "differ; target a module that keeps the shape"
             )
         down, down_bias, up, up_bias = (leaves[name].astype(y.dtype) for name in self.leaf_names)

@@ -83,9 +83,7 @@ class LoRA:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "LoRA"))
         for field in ("rank_pattern", "alpha_pattern"):
-            pairs = getattr(self, field)
-            items = pairs.items() if isinstance(pairs, Mapping) else pairs
-            object.__setattr__(self, field, tuple((str(k), v) for k, v in items))
+            object.__setattr__(self, field, _pairs(field, getattr(self, field)))
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
             base.check_size("LoRA", "rank", rank)
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
@@ -178,6 +176,20 @@ class LoRA:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             x = base.dropout(x.astype(y.dtype), self.dropout, key)
         return y + layer.expand(layer.project(x, a), b)
+
+
+def _pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping from patterns, or its items, as pairs."""
+    items = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
+        raise ValueError(f"LoRA: {field}={value!r}, wanted a mapping such as {{'layer_0/**': 4}}")
+    for pattern, _ in items:
+        as_patterns(pattern, f"LoRA {field}")
+    return tuple((pattern, number) for pattern, number in items)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def linear(site: Site) -> Contraction:

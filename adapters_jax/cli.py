@@ -1,0 +1,137 @@
+"""The command line: a table of contents of the commands, and how each is called.
+
+A command is a frozen dataclass whose fields are its flags. Its `prepare` reads and checks all that
+the user gave, and returns the work; so a mistake of the user's is said in one line, and an error in
+the work itself is ours and keeps its traceback.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+COMMANDS = {
+    "finetune": ("adapters_jax.finetune.run", "Finetune"),
+    "predict": ("adapters_jax.finetune.predict", "Predict"),
+    "audit": ("adapters_jax.finetune.counts", "CountParameters"),
+}
+HELP = """\
+usage: adapters-jax COMMAND [FLAGS]
+
+Parameter-efficient fine-tuning for JAX and Flax.
+
+commands:
+  finetune   train adapters on labelled texts, and compare them with baselines
+  predict    label texts with a finished run
+  audit      count what a recipe adds to a model and trains in it
+
+examples:
+  adapters-jax finetune
+  adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
+  adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
+
+adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
+"""
+
+
+class UsageError(ValueError):
+    """Flags that a command does not have, or cannot read."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: the command and its flags; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 if
+        the user interrupted.
+
+    Example:
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        adapters-jax ...
+        0
+    """
+    name, *flags = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if name == "--version":
+        print(f"adapters-jax {version('adapters-jax')}")
+        return 0
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    try:
+        return _run(name, flags)
+    except KeyboardInterrupt:
+        return _say(name, "interrupted", 130)
+
+
+def _run(name: str, flags: Sequence[str]) -> int:
+    """One command; a user's mistake becomes its one line."""
+    from adapters_jax.finetune.assets import AssetError
+    from adapters_jax.finetune.output import Output
+    from adapters_jax.finetune.training import StoppedError
+
+    try:
+        command = _parse(name, flags)
+        work = command.prepare(Output(command.json))
+    except (ValueError, OSError, ImportError, AssetError) as error:
+        return _say(name, str(error), 2)
+    try:
+        work()
+    except StoppedError as error:
+        return _say(name, str(error), 2)
+    return 0
+
+
+def _say(name: str, message: str, status: int) -> int:
+    """One line on stderr; returns the exit status."""
+    line = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    print(f"adapters-jax {name}: {line}", file=sys.stderr)
+    return status
+
+
+def _parse(name: str, flags: Sequence[str]) -> Any:
+    """The command with its flags; tyro's boxes become one line."""
+    if name not in COMMANDS:
+        raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError("the commands need pip install 'adapters-jax[finetune]'") from error
+    module, attribute = COMMANDS[name]
+    command = getattr(importlib.import_module(module), attribute)
+    summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                command,
+                prog=f"adapters-jax {name}",
+                description=f"{summary}\n\nexamples:\n{command.examples}",
+                args=flags,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_unboxed(said.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    """What a box of tyro's says, without its frame, its title and its advice."""
+    _, *lines = [line.strip("│ ") for line in text.splitlines()] or [""]
+    words = " ".join(" ".join(line for line in lines if line.strip("╰╯─-")).split())
+    words = re.split(r" ?(?:For full helptext|Argument helptext|Got errors)", words)[0]
+    return re.sub(r"^Error parsing (?!-)\S+: ", "", words).rstrip(".") + "; see --help"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""The audit of a model that is only a shape: nothing is loaded, and nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+from adapters_jax.adapt import adapt
+from adapters_jax.audit import Audit, audit
+from adapters_jax.finetune import assets
+from adapters_jax.finetune.output import Output
+from adapters_jax.finetune.recipes import MethodOptions
+from adapters_jax.interop import huggingface
+from adapters_jax.linen import init_adapters
+from adapters_jax.models import KNOWN
+from adapters_jax.models.bert import ROBERTA_TYPES, Bert, BertConfig
+from adapters_jax.models.gpt2 import GPT2, GPT2Config
+from adapters_jax.models.llama import Llama, LlamaConfig
+
+
+def _bert(values: dict[str, Any]) -> nn.Module:
+    return Bert(BertConfig.from_dict(values))
+
+
+def _gpt2(values: dict[str, Any]) -> nn.Module:
+    return GPT2(GPT2Config.from_dict(values))
+
+
+def _llama(values: dict[str, Any]) -> nnx.Module:
+    config = LlamaConfig.from_dict(values)
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "bert": _bert,
+    **dict.fromkeys(ROBERTA_TYPES, _bert),
+    "gpt2": _gpt2,
+    "llama": _llama,
+}
+
+
+@dataclass(frozen=True)
+class CountParameters:
+    """Counts what a recipe adds to a model and trains in it, adapter by adapter; needs no weights.
+
+    Args:
+        model: a known shape, a directory with config.json, or an id on the Hugging Face Hub.
+        method: the recipe.
+        json: print the counts as JSON.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
+  adapters-jax audit --model gpt3-175b --method lora --rank 4 --json
+  adapters-jax audit --model runs/base --recipe recipe.json"""
+
+    model: str
+    method: MethodOptions = field(default_factory=MethodOptions)
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Callable[[], None]:
+        """Counts, which is all of the work.
+
+        Raises:
+            ValueError: a model or a recipe that cannot be used.
+            AssetError: the pinned model could not be fetched.
+        """
+        counts = count_parameters(self.model, self.method)
+
+        def report() -> None:
+            if not self.json:
+                output.show(counts)
+            output.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
+
+        return report
+
+
+def count_parameters(name: str, method: MethodOptions) -> Audit:
+    """The audit of a model by name, without its weights.
+
+    Args:
+        name: a key of `KNOWN`, "minilm", a directory with `config.json`, or an id on the Hub.
+        method: the recipe; encoders have no head here.
+
+    Raises:
+        ValueError: a model or a recipe that cannot be used.
+        AssetError: the pinned model could not be fetched.
+
+    Example:
+        >>> count_parameters("roberta-base", MethodOptions("lora", rank=8)).adapter_parameters
+        294912
+    """
+    model, inputs = shape_of(name)
+    if isinstance(model, nnx.Module):
+        layers, layer = len(model.layers), "layers/{}"
+        recipe = method.build(num_layers=layers, layer=layer)
+        rngs = nnx.Rngs(0)
+        return audit(nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)))
+    config = model.config
+    layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+    adapted = adapt(model, method.build(num_layers=layers))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return audit(adapted, init_adapters(adapted, params, jax.random.key(0), *inputs))
+
+
+def shape_of(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A model and example inputs, by the name of a known shape or by a `config.json`."""
+    if name in KNOWN:
+        return KNOWN[name]()
+    values = huggingface.read_json(_config_file(name))
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{name!r} is a {family!r} model; there are {', '.join(FAMILIES)}")
+    return FAMILIES[family](values), (np.zeros((1, 8), np.int32),)
+
+
+def _config_file(name: str) -> Path:
+    """The model's `config.json`: in its directory, or alone from the Hub."""
+    directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    if (directory / "config.json").is_file():
+        return directory / "config.json"
+    if directory.is_dir():
+        raise ValueError(f"{name!r} has no config.json")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such id, no network
+        raise ValueError(
+            f"{name!r} is neither a known shape ({', '.join(KNOWN)}), nor a directory, nor a model "
+            f"that the Hugging Face Hub gives: {error}"
+        ) from error

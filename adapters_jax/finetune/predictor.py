@@ -1,0 +1,123 @@
+"""A finished run, ready to predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapters_jax.files import load_adapter
+from adapters_jax.finetune.batches import choose_buckets
+from adapters_jax.finetune.encoders import INPUTS, Encoder, load_encoder, store_frozen
+from adapters_jax.finetune.rows import DataError, Texts
+from adapters_jax.finetune.runs import Run, RunError, target_of
+from adapters_jax.finetune.targets import Target
+from adapters_jax.finetune.training import in_row_order
+from adapters_jax.linen import Adapted
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of one text.
+
+    Attributes:
+        text: the text.
+        text_pair: the second text, of a pair.
+        label: the most probable class; None for regression.
+        probabilities: of every class; empty for regression.
+        value: the number, for regression.
+    """
+
+    text: str
+    text_pair: str | None
+    label: str | None
+    probabilities: dict[str, float]
+    value: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A run that is ready to predict; `load_predictor` makes it.
+
+    Attributes:
+        encoder: the base.
+        model: adapted.
+        params: its whole tree.
+        target: what the outputs mean.
+        max_length: in tokens.
+        pairs: whether it wants two texts.
+    """
+
+    encoder: Encoder
+    model: Adapted
+    params: Any
+    target: Target
+    max_length: int
+    pairs: bool
+
+    def predict(self, texts: Texts) -> list[Prediction]:
+        """What the run says of each text.
+
+        Args:
+            texts: `(text, None)`, or `(text, second text)` for a run on pairs.
+
+        Raises:
+            ValueError: pairs where the run wants single texts, or the other way round.
+        """
+        if any((pair is not None) != self.pairs for _, pair in texts):
+            wanted = "pairs of texts" if self.pairs else "single texts"
+            raise DataError(f"the run was trained on {wanted}; give it {wanted}")
+        rows, _ = self.encoder.encode(texts, self.max_length)
+        buckets = choose_buckets(rows, self.max_length, BATCH_SIZE)
+        batches = self.encoder.in_order(rows, None, BATCH_SIZE, buckets)
+        apply = jax.jit(lambda params, arrays: self.model.apply({"params": params}, *arrays))
+        outputs = in_row_order(
+            lambda batch: apply(self.params, [batch[name] for name in INPUTS]), batches
+        )
+        return [self._prediction(*pair, row) for pair, row in zip(texts, outputs, strict=True)]
+
+    def _prediction(self, text: str, text_pair: str | None, outputs: np.ndarray) -> Prediction:
+        decoded = self.target.decode(outputs[None])[0]
+        if not self.target.names:
+            return Prediction(text, text_pair, None, {}, float(decoded))
+        odds = np.exp((outputs - outputs.max()).astype(np.float64))
+        shares = (odds / odds.sum()).tolist()
+        probabilities = dict(zip(self.target.names, shares, strict=True))
+        return Prediction(text, text_pair, self.target.names[decoded], probabilities, None)
+
+
+def load_predictor(path: str | Path) -> Predictor:
+    """Loads a run: its base again, and its adapter onto it.
+
+    Args:
+        path: of the run's directory.
+
+    Raises:
+        ValueError: no run, a damaged one, or a base that is not the one it was trained on
+            (`RunError`, `AdapterFileError`, `MismatchError`).
+        AssetError: the pinned model could not be fetched.
+    """
+    run = Run(Path(path))
+    config = run.read_config()
+    target = target_of(run, config)
+    encoder = load_encoder(config["model"], config["pooling"], config["dtype"])
+    params = encoder.init(target.width, jax.random.key(0))
+    ids = np.zeros((1, 8), np.int32)
+    model, params = load_adapter(run.adapter, encoder.classifier(target.width), params, ids)
+    if encoder.sha256 != config["base_sha256"]:
+        raise RunError(
+            f"the weights of {config['model']} are not those that {run.path} was trained on: their "
+            f"sha256 is {encoder.sha256[:12]}..., was {config['base_sha256'][:12]}...; put those "
+            "back, or train anew"
+        )
+    params = store_frozen(params, model.recipe, config["dtype"])
+    return Predictor(encoder, model, params, target, config["max_length"], config["pairs"])

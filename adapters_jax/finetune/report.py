@@ -1,0 +1,213 @@
+"""What a run shows: a table of results, curves as a picture, and one page that holds everything.
+
+The page needs nothing but itself: the picture is inside it, and so is the style.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.audit import _HEADERS, Audit
+from adapters_jax.finetune.output import duration
+from adapters_jax.finetune.recipes import HEAD_ONLY
+from adapters_jax.finetune.runs import Run
+
+BLUE, GREY = "#0f62a8", "#6b7280"
+PERCENT = ("accuracy", "f1")
+TITLES = {HEAD_ONLY: "frozen base, trained head"}
+NUMBER = ' class="number"'
+
+
+def show_metric(name: str, value: float) -> str:
+    """A metric for people: accuracy and F1 in percent, correlations as they are.
+
+    Example:
+        >>> show_metric("accuracy", 0.8541), show_metric("pearson", 0.8541)
+        ('85.4 %', '0.854')
+    """
+    return f"{100 * value:.1f} %" if name in PERCENT else f"{value:.3f}"
+
+
+def results_table(
+    results: Sequence[Mapping[str, Any]], metrics: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the results, a row a method.
+
+    Example:
+        >>> row = {"method": "lora", "trainable_parameters": 1234, "test": {"f1": 0.5}}
+        >>> results_table([row], ["f1"])
+        (['method', 'trainable parameters', 'test f1'], [['lora', '1,234', '50.0 %']])
+    """
+    header = ["method", "trainable parameters", *(f"test {name}" for name in metrics)]
+    rows = [
+        [
+            TITLES.get(row["method"], row["method"]),
+            f"{row['trainable_parameters']:,}",
+            *(show_metric(name, row["test"][name]) for name in metrics),
+        ]
+        for row in results
+    ]
+    return header, rows
+
+
+def draw_curves(
+    path: Path,
+    method: str,
+    records: Sequence[Mapping[str, Any]],
+    metric: str,
+    baselines: Mapping[str, float],
+) -> None:
+    """Draws the training loss and the dev metric over the steps.
+
+    Args:
+        path: of the picture to write.
+        method: the one that was trained.
+        records: what a training logged.
+        metric: the dev metric to show.
+        baselines: what others reach on dev, drawn as level lines.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    loss_axes, dev_axes = figure.subplots(1, 2)
+    factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    scores = [(r["step"], factor * r["dev"][metric]) for r in records if "dev" in r]
+    loss_axes.plot(*zip(*losses, strict=True), color=BLUE, linewidth=1.5)
+    loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, None))
+    dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=method)
+    for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        label = TITLES.get(name, name)
+        dev_axes.axhline(factor * value, color=GREY, linestyle=style, linewidth=1.5, label=label)
+    dev_axes.set(title=f"Dev {metric}", ylabel=metric + unit)
+    dev_axes.legend(frameon=False, loc="best")
+    for axes in (loss_axes, dev_axes):
+        axes.set(xlabel="step", xlim=(0, 1.03 * records[-1]["step"]))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e3e3e3", linewidth=0.7)
+        axes.set_axisbelow(True)
+    figure.savefig(path)
+
+
+def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
+    """Writes the page of a run that has its curves.
+
+    Args:
+        run: where.
+        config: of the run, with its summary.
+        counts: the audit of what was trained.
+    """
+    summary = config["summary"]
+    title = f"{config['task']}: {summary['results'][-1]['method']} on {Path(config['model']).name}"
+    picture = base64.b64encode(run.curves.read_bytes()).decode()
+    sections = {
+        "Results": _table(*results_table(summary["results"], config["metrics"]), words=1)
+        + _paragraph(_sentence(config)),
+        "Curves": '<div class="wide"><img alt="Training loss and dev metric over the steps" '
+        f'src="data:image/png;base64,{picture}"></div>',
+        "What was trained": _table(list(_HEADERS), [list(row) for row in counts.rows()], words=4)
+        + "".join(map(_paragraph, counts.totals())),
+        "How to use it": _code(_usage(run)),
+        "Configuration": _table(["setting", "value"], list(_settings(config)), words=2),
+    }
+    body = "".join(f"<h2>{html.escape(name)}</h2>{part}" for name, part in sections.items())
+    run.report.write_text(_PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+
+
+def _sentence(config: Mapping[str, Any]) -> str:
+    """The results in words."""
+    rows, summary = config["rows"], config["summary"]
+    best = config["metrics"][0]
+    return (
+        f"Trained on {rows['train']:,} rows, selected on {rows['dev']:,} by {best} (best at step "
+        f"{summary['best_step']}: {show_metric(best, summary['dev'][best])}), tested once on "
+        f"{rows['test']:,}. The whole run took {duration(summary['seconds'])}."
+    )
+
+
+def _usage(run: Run) -> str:
+    """The run from the command line and from Python, in three lines."""
+    name = run.path.as_posix()
+    return "\n".join(
+        (
+            f'adapters-jax predict {shlex.quote(name)} "A text of your own." "Another one."',
+            "from adapters_jax.finetune.predictor import load_predictor",
+            f'load_predictor({name!r}).predict([("A text of your own.", None)])',
+        )
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The configuration as rows; of nested settings, each that says something."""
+    for key, value in config.items():
+        if key == "summary":
+            continue
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, setting in inner:
+            if setting not in (None, [], (), ""):
+                text = setting if isinstance(setting, str) else json.dumps(setting)
+                yield [f"{key}.{name}" if name else key, text]
+
+
+def _table(header: list[str], rows: Sequence[list[str]], words: int) -> str:
+    """A table that scrolls sideways on a narrow page; its first columns are words."""
+
+    def line(tag: str, cells: list[str]) -> str:
+        parts = [
+            f"<{tag}{'' if i < words else NUMBER}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        ]
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    head = line("th", header)
+    kind = ' class="broad"' if len(header) > 5 else ""
+    table = f"<table{kind}><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _code(text: str) -> str:
+    return f'<pre class="wide"><code>{html.escape(text)}</code></pre>'
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
+  max-width: 60rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; }}
+h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
+th, td {{ text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
+  border-bottom: 1px solid #e3e3e3; }}
+th {{ border-bottom: 2px solid #1c1e21; white-space: nowrap; }}
+.broad {{ min-width: 50rem; }}
+td {{ overflow-wrap: anywhere; }}
+td:first-child {{ white-space: nowrap; }}
+.number {{ text-align: right; white-space: nowrap; }}
+img {{ width: 100%; min-width: 36rem; height: auto; }}
+pre {{ background: #f5f6f7; padding: .8rem; border-radius: .3rem; font-size: .88rem; }}
+p {{ margin: .6rem 0; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

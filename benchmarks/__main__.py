@@ -1,0 +1,58 @@
+"""`python -m benchmarks NAME`: runs a benchmark, prints its tables, and writes its results."""
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+from benchmarks.harness import ROOT, Report
+
+# A benchmark is a module with `run(report, quick)`; the value says what it measures.
+BENCHMARKS = {
+    "step": "a training step beside one written by hand; adapting and auditing; import time",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    known = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Runs benchmarks on this machine. Leave it alone meanwhile.",
+        epilog=f"benchmarks:\n{known}\n\nexamples:\n"
+        "  python -m benchmarks step                 the whole, minutes\n"
+        "  python -m benchmarks step --quick         toy sizes: does it run?\n"
+        "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="*", help="which to run; without one they are listed")
+    parser.add_argument("--all", action="store_true", help="run every benchmark")
+    parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds")
+    parser.add_argument("--out", type=Path, help="directory of the results")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what the arguments name; 2 on a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    names = list(BENCHMARKS) if options.all else options.name
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        known = ", ".join(BENCHMARKS)
+        parser.error(f"no benchmark is called {', '.join(unknown)}; there are: {known}")
+    if not names:
+        print("\n".join(f"{name:<10} {what}" for name, what in BENCHMARKS.items()))
+    # A trial's figures mean nothing: they stay out of the directory that is committed.
+    out = options.out or ROOT / ("runs/benchmarks" if options.quick else "benchmarks/results")
+    for name in names:
+        command = shlex.join(["python", "-m", "benchmarks", name, *["--quick"] * options.quick])
+        report = Report(name, command, out)
+        importlib.import_module(f"benchmarks.{name}").run(report, options.quick)
+        print(report.finish())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The benchmarks' arithmetic, and that ours and the hand-written steps do equal work."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+
+import jax
+import pytest
+
+from benchmarks import __main__, harness, step
+from benchmarks.harness import Report, Spread
+
+
+def test_spread_and_ratio():
+    assert Spread.of([5.0, 1.0, 2.0, 4.0]) == Spread(3.0, 1.75, 4.25, 4)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="no values"):
+        Spread.of([])
+    # Round by round: the ratio of the medians would be 20 / 10.
+    seconds = {"a": [1.0, 20.0, 60.0], "b": [1.0, 10.0, 20.0]}
+    assert harness.ratio(seconds, "a", "b") == Spread(2.0, 1.5, 2.5, 3)
+
+
+def test_interleave_takes_turns_and_drops_the_warmup():
+    order, now = [], [0.0]
+
+    def contender(name, took):
+        def run():
+            order.append(name)
+            now[0] += took * len(order)
+
+        return run
+
+    contenders = {"a": contender("a", 1.0), "b": contender("b", 10.0), "own": lambda: 7.5}
+    seconds = harness.interleave(contenders, rounds=2, warmup=1, clock=lambda: now[0])
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [3.0, 5.0], "b": [40.0, 60.0], "own": [7.5, 7.5]}
+
+
+def test_fresh_interpreter():
+    assert harness.fresh("import benchmarks; print(6 * 7)").stdout == "42\n"
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        harness.fresh("no_such_name")
+
+
+def test_quick_run_of_a_toy(monkeypatch, tmp_path, capsys):
+    toy = types.ModuleType("benchmarks.toy")
+
+    def run(report, quick):
+        seconds = harness.interleave({"x": lambda: 2.0, "y": lambda: 1.0}, rounds=3 if quick else 9)
+        report.samples("toy", seconds)
+        for name, values in seconds.items():
+            report.add("Times", name=name, seconds=Spread.of(values), bytes=12345)
+        report.claim("x / y", harness.ratio(seconds, "x", "y"), 1.5)
+        report.claim("y / x", harness.ratio(seconds, "y", "x"), 1.5)
+
+    toy.run = run
+    monkeypatch.setitem(sys.modules, "benchmarks.toy", toy)
+    monkeypatch.setitem(__main__.BENCHMARKS, "toy", "a toy")
+    assert __main__.main(["toy", "--quick", "--out", str(tmp_path)]) == 0
+
+    lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    whole = json.loads((tmp_path / "toy.json").read_text())
+    assert lines[0] == {key: value for key, value in whole.items() if key != "rows"}
+    assert lines[1] == {"samples": "toy", "seconds": {"x": [2.0] * 3, "y": [1.0] * 3}}
+    assert lines[2:] == whole["rows"]
+    assert whole["rows"][0]["seconds"] == {"median": 2.0, "q1": 2.0, "q3": 2.0, "n": 3}
+    assert [row["met"] for row in whole["rows"][2:]] == [False, True]
+    assert whole["command"] == "python -m benchmarks toy --quick"
+    assert whole["versions"]["jax"] == jax.__version__
+
+    text = (tmp_path / "toy.md").read_text()
+    assert text + "\n" == capsys.readouterr().out
+    assert "| x | 2 [2, 2] | 12,345 |\n| y | 1 [1, 1] | 12,345 |" in text
+    assert "| x / y | 2 [2, 2] | 1.5 | no |" in text
+
+
+def test_command_line(capsys):
+    assert __main__.main([]) == 0
+    assert capsys.readouterr().out.startswith("step ")
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["stpe"])
+    assert stop.value.code == 2
+    assert "no benchmark is called stpe; there are: step" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["--help"])
+    assert stop.value.code == 0
+    assert "python -m benchmarks step --quick" in capsys.readouterr().out
+
+
+def test_report_writes_rows_as_they_come(tmp_path):
+    report = Report("half", "python -m benchmarks half", tmp_path)
+    report.add("Table", name="first")
+    assert json.loads((tmp_path / "half.jsonl").read_text().splitlines()[1])["name"] == "first"
+    assert not (tmp_path / "half.json").exists()
+
+
+@pytest.mark.parametrize(
+    "case", step.cases(replace(step.TINY, layers=1), m=8), ids=lambda c: c.name
+)
+def test_ours_and_by_hand_do_equal_work(case):
+    sides = step.sides(case)
+    step.check_equal(sides)
+    for door in ("linen", "NNX"):
+        # Ours also has the gradient's norm and keeps the state where it is not finite: work that
+        # grows with the adapters alone, a few operations a parameter.
+        ours, hand = sides[door, "ours"], sides[door, "by hand"]
+        assert 0 <= ours.flops - hand.flops <= 14 * ours.trainable
+
+
+class Stub:
+    def __init__(self, trainable, losses):
+        self.trainable, self.losses, self.loss = trainable, iter(losses), None
+
+    def __call__(self):
+        self.loss = next(self.losses)
+
+
+def test_unequal_work_is_not_timed():
+    def check(*sides):
+        step.check_equal(dict(zip(("ours", "by hand"), sides, strict=True)), steps=2)
+
+    check(Stub(9, [0.7, 0.6]), Stub(9, [0.7000001, 0.6]))
+    with pytest.raises(
+        ValueError, match=r"not do the same work: trainable [^;]*; losses at step 1"
+    ):
+        check(Stub(8, [0.7, 0.6]), Stub(9, [0.7, 0.6001]))
+    with pytest.raises(ValueError, match="losses at step 0"):
+        check(Stub(9, [float("nan")] * 2), Stub(9, [0.7, 0.6]))

@@ -1,0 +1,343 @@
+"""The adapter file: nothing lost, nothing half-written, and every misfit named."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import linen as nn
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax import files
+from adapters_jax.files import CONFIG, TENSORS, AdapterFileError, read_adapter
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.partition import flatten
+
+X = np.ones((2, 4), np.float32)
+RECIPE = aj.Recipe(
+    aj.LoRA("**/{up,down}", rank=2, alpha=3.0, rank_pattern={"**/down": 1}),
+    aj.Bottleneck("**/down", 2),
+    aj.Unfreeze(("**/bias", "scale")),
+)
+
+
+class LinenNet(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        class Mlp(nn.Module):
+            width: int
+
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dense(4, name="down")(nn.Dense(self.width, name="up")(x))
+
+        scale = self.param("scale", nn.initializers.ones, (4,), jnp.bfloat16)
+        return Mlp(self.width, name="mlp")(x) * scale.astype(x.dtype)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, width, rngs):
+        up, down = nnx.Linear(4, width, rngs=rngs), nnx.Linear(width, 4, rngs=rngs)
+        self.mlp = nnx.Dict(up=up, down=down)
+        self.scale = nnx.Param(jnp.ones(4, jnp.bfloat16))
+
+    def __call__(self, x):
+        return self.mlp["down"](self.mlp["up"](x)) * self.scale.astype(x.dtype)
+
+
+def drawn(tree, seed=1):
+    """A tree of the same shapes and dtypes with no zero in it."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), tree)
+
+
+def nnx_base(width=6):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: NnxNet(width, nnx.Rngs(0))))
+    return nnx.merge(graphdef, drawn(state))
+
+
+def linen_base(width=6):
+    model = LinenNet(width)
+    return model, drawn(jax.eval_shape(model.init, jax.random.key(0), X)["params"])
+
+
+@pytest.fixture
+def base():
+    return linen_base()
+
+
+@pytest.fixture
+def adapters(base):
+    """Trained leaves of the linen model, drawn."""
+    model, params = base
+    shapes = jax.eval_shape(lambda: params)
+    whole = aj.init_adapters(aj.adapt(model, RECIPE), shapes, jax.random.key(0), X)
+    return drawn(aj.partition(whole, RECIPE)[0], seed=2)
+
+
+@pytest.fixture
+def saved(tmp_path, adapters):
+    return aj.save_adapter(tmp_path / "runs" / "adapter", adapters, RECIPE)
+
+
+def bits(tree):
+    return {p: (x.dtype, np.asarray(x).tobytes()) for p, x in flatten(tree).items()}
+
+
+def config_edit(edit):
+    """A way to spoil a saved adapter: an edit of its JSON."""
+
+    def spoil(directory):
+        config = json.loads((directory / CONFIG).read_text())
+        edit(config)
+        (directory / CONFIG).write_text(json.dumps(config))
+
+    return spoil
+
+
+def tensors_edit(edit):
+    """A way to spoil a saved adapter: an edit of its tensors."""
+
+    def spoil(directory):
+        tensors = safetensors.numpy.load_file(directory / TENSORS)
+        edit(tensors)
+        safetensors.numpy.save_file(tensors, directory / TENSORS)
+
+    return spoil
+
+
+def test_linen_round_trip_is_bit_exact(saved, base, adapters):
+    model, params = base
+    before = bits(params)
+    loaded, whole = aj.load_adapter(saved, model, params, X)
+    assert loaded == aj.adapt(model, RECIPE)
+    trained, frozen = aj.partition(whole, RECIPE)
+    assert bits(trained) == bits(adapters)
+    assert trained["scale"].dtype == jnp.bfloat16
+    assert frozen["mlp"]["up"]["kernel"] is params["mlp"]["up"]["kernel"]
+    assert bits(params) == before and set(flatten(params)) == set(before)
+    wanted = loaded.apply({"params": aj.merge_trees(adapters, frozen)}, X)
+    np.testing.assert_array_equal(loaded.apply({"params": whole}, X), wanted)
+
+
+def test_nnx_round_trip_is_bit_exact(tmp_path):
+    base = nnx_base()
+    model = aj.adapt(base, RECIPE, rngs=nnx.Rngs(1))
+    state = drawn(nnx.state(model, AdapterParam), seed=3)
+    nnx.update(model, state)
+    aj.save_adapter(tmp_path / "adapter", state, RECIPE)
+    before = bits(nnx.state(base))
+    loaded = aj.load_adapter(tmp_path / "adapter", base)
+    assert bits(nnx.state(loaded, AdapterParam)) == bits(state)
+    assert bits(nnx.state(base)) == before
+    assert loaded.mlp["up"].kernel[...] is base.mlp["up"].kernel[...]
+    np.testing.assert_array_equal(loaded(X), model(X))
+
+
+def test_a_file_of_one_door_is_read_by_the_other(saved, base, adapters):
+    model = aj.load_adapter(saved, nnx_base())
+    assert bits(nnx.state(model, AdapterParam)) == bits(adapters)
+
+
+def test_what_is_on_disk(saved, adapters):
+    assert sorted(os.listdir(saved)) == sorted([TENSORS, CONFIG])
+    assert os.listdir(saved.parent) == ["adapter"]
+    assert saved.stat().st_mode & 0o777 == 0o755
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["format"] == 1
+    assert aj.Recipe.from_json(config["recipe"]) == RECIPE
+    assert config["parameters"] == sum(x.size for x in jax.tree.leaves(adapters))
+    assert set(safetensors.numpy.load_file(saved / TENSORS)) == set(flatten(adapters))
+    assert "mlp/down/lora/a" in flatten(adapters)
+    recipe, tensors = read_adapter(saved)
+    assert recipe == RECIPE
+    assert {p: (x.dtype, np.asarray(x).tobytes()) for p, x in tensors.items()} == bits(adapters)
+
+
+@pytest.mark.parametrize("door", ["linen", "nnx"])
+def test_a_train_state_is_saved_without_its_base(tmp_path, base, door):
+    if door == "linen":
+        model, params = base
+        model = aj.adapt(model, RECIPE)
+        params = aj.init_adapters(model, params, jax.random.key(0), X)
+        state = aj.TrainState.create(model, params, tx=optax.sgd(1.0), key=jax.random.key(0))
+    else:
+        model = aj.adapt(nnx_base(), RECIPE, rngs=nnx.Rngs(1))
+        state = aj.TrainState.create(model, tx=optax.sgd(1.0), key=jax.random.key(0))
+    recipe, tensors = read_adapter(aj.save_adapter(tmp_path / "adapter", state))
+    assert recipe == RECIPE
+    assert set(tensors) == set(flatten(state.adapters))
+    assert "mlp/up/kernel" not in tensors and "mlp/up/bias" in tensors
+
+
+def test_rank_and_alpha_come_from_the_file(saved, base):
+    model, params = base
+    loaded, whole = aj.load_adapter(str(saved), model, params, X)
+    method = loaded.recipe.attached[0]
+    assert method.scale_at("mlp/up") == 1.5 and method.scale_at("mlp/down") == 3.0
+    assert whole["mlp"]["down"]["lora"]["a"].shape == (6, 1)
+
+
+def test_given_arrays_are_left_as_they_are(tmp_path, adapters):
+    before, leaves = bits(adapters), flatten(adapters)
+    aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
+    assert bits(adapters) == before
+    assert all(flatten(adapters)[path] is leaf for path, leaf in leaves.items())
+    views = jax.tree.map(lambda x: np.asarray(x).T.copy().T, adapters)
+    aj.save_adapter(tmp_path / "views", views, RECIPE)
+    assert (tmp_path / "views" / TENSORS).read_bytes() == (
+        tmp_path / "adapter" / TENSORS
+    ).read_bytes()
+
+
+def test_an_adapter_takes_the_place_of_another(saved, base, adapters):
+    model, params = base
+    other = drawn(adapters, seed=9)
+    (saved / "notes.txt").write_text("of the old one")
+    aj.save_adapter(saved, other, RECIPE)
+    assert bits(aj.partition(aj.load_adapter(saved, model, params, X)[1], RECIPE)[0]) == bits(other)
+    assert sorted(os.listdir(saved)) == sorted([TENSORS, CONFIG])
+    assert os.listdir(saved.parent) == ["adapter"]
+
+
+@pytest.mark.parametrize("failing", ["write", "first rename", "second rename"])
+def test_a_failure_while_overwriting_leaves_the_old_adapter(saved, adapters, monkeypatch, failing):
+    before = {name: (saved / name).read_bytes() for name in os.listdir(saved)}
+    renames = []
+
+    def replace(source, target, rename=os.replace):
+        renames.append(target)
+        if len(renames) == {"first rename": 1, "second rename": 2}.get(failing):
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    def write(path, data):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "replace", replace)
+    if failing == "write":
+        monkeypatch.setattr(files, "_write", write)
+    with pytest.raises(OSError, match="the disk is gone"):
+        aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
+    assert os.listdir(saved.parent) == ["adapter"]
+    assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
+
+
+def test_a_failure_the_first_time_leaves_nothing(tmp_path, adapters, monkeypatch):
+    def write(path, data):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(files, "_write", write)
+    with pytest.raises(OSError, match="the disk is gone"):
+        aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_to_an_adapter_stays_a_link(saved, adapters):
+    link = saved.parent / "latest"
+    link.symlink_to(saved)
+    assert aj.save_adapter(link, drawn(adapters, seed=9), RECIPE) == link
+    assert link.is_symlink() and sorted(os.listdir(saved.parent)) == ["adapter", "latest"]
+    assert bits(read_adapter(saved)[1]) == bits(flatten(drawn(adapters, seed=9)))
+
+
+def test_something_else_at_the_path_is_refused_and_kept(tmp_path, adapters):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    for name in ("file", "folder"):
+        with pytest.raises(ValueError, match=f"{name} exists and is not an adapter; give another"):
+            aj.save_adapter(tmp_path / name, adapters, RECIPE)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "folder") == ["thesis.txt"]
+
+
+def test_what_cannot_be_saved(tmp_path, base, adapters):
+    with pytest.raises(TypeError, match="wants the recipe, or a TrainState"):
+        aj.save_adapter(tmp_path / "a", adapters)
+    whole = aj.merge_trees(adapters, aj.partition(base[1], RECIPE)[1])
+    with pytest.raises(ValueError, match="does not train 2 of these leaves, such as mlp/.*/kernel"):
+        aj.save_adapter(tmp_path / "a", whole, RECIPE)
+    with pytest.raises(TypeError, match=r"NnxNet is not a tree .* nnx.state\(model, aj.nnx.Adapt"):
+        aj.save_adapter(tmp_path / "a", nnx_base(), RECIPE)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("door", ["linen", "nnx"])
+def test_every_misfit_is_named_at_once(saved, base, door):
+    def spoil(tensors):
+        del tensors["mlp/up/lora/a"]
+        tensors["mlp/up/lora/c"] = np.zeros(3, np.float32)
+        tensors["mlp/up/lora/b"] = np.zeros((5, 6), np.float32)
+        tensors["mlp/down/bias"] = np.zeros(4, np.float16)
+
+    tensors_edit(spoil)(saved)
+    given = base if door == "linen" else (nnx_base(), None)
+    with pytest.raises(aj.MismatchError) as error:
+        aj.load_adapter(saved, *given, X)
+    message = str(error.value)
+    assert message.startswith(
+        f"the adapter in {saved} does not fit: 1 missing: mlp/up/lora/a; 1 un"
+    )
+    assert "1 unexpected: mlp/up/lora/c; 2 different: " in message
+    assert "mlp/down/bias is float16[4], wanted float32[4]" in message
+    assert "mlp/up/lora/b is float32[5, 6], wanted float32[2, 6]" in message
+    assert message.endswith("Load it onto the base it was trained on.")
+
+
+@pytest.mark.parametrize("door", ["linen", "nnx"])
+def test_another_base_is_refused(saved, door):
+    given = linen_base(8) if door == "linen" else (nnx_base(8), None)
+    with pytest.raises(aj.MismatchError, match=r"mlp/up/lora/b is float32\[2, 6\], wanted float32"):
+        aj.load_adapter(saved, *given, X)
+
+
+def test_a_base_without_the_targets_is_refused(saved):
+    with pytest.raises(aj.TargetError, match=r"LoRA: target '\*\*/\{up,down\}' matches nothing"):
+        aj.load_adapter(saved, nnx.eval_shape(lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+
+
+def test_another_rank_in_the_recipe_does_not_load_in_silence(saved, base):
+    config_edit(lambda config: config["recipe"]["methods"][0].update(rank=1))(saved)
+    with pytest.raises(aj.MismatchError, match=r"lora/a is float32\[4, 2\], wanted float32\[4, 1"):
+        aj.load_adapter(saved, *base, X)
+
+
+def method_edit(**fields):
+    return config_edit(lambda config: config["recipe"]["methods"][0].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, f" has no {CONFIG}; give a directory that save_adapter wrote"),
+        (lambda d: (d / TENSORS).unlink(), f" has no {TENSORS}; give a directory that save_ad"),
+        (lambda d: (d / TENSORS).write_bytes((d / TENSORS).read_bytes()[:-3]), " is damaged: "),
+        (lambda d: (d / TENSORS).write_bytes(b""), " is damaged: "),
+        (lambda d: (d / TENSORS).write_bytes(b"PK" * 99), " is damaged: "),
+        (lambda d: (d / CONFIG).write_text('{"format": 1'), " is damaged: .*line 1"),
+        (lambda d: (d / CONFIG).write_bytes(b'{"format": "\xff"}'), " is damaged: .*utf-8"),
+        (lambda d: (d / CONFIG).write_text("[1]"), f"/{CONFIG} is not of format 1; it needs anot"),
+        (config_edit(lambda c: c.update(format=2)), f"/{CONFIG} is not of format 1; it needs ano"),
+        (config_edit(lambda c: c.pop("recipe")), f"/{CONFIG} holds no usable recipe: .*one key"),
+        (config_edit(lambda c: c.update(recipe=5)), f"/{CONFIG} holds no usable recipe: .*one key"),
+        (method_edit(rnak=3), "holds no usable recipe: .*'rnak' .did you mean 'rank'?"),
+        (method_edit(rank=0), "holds no usable recipe: LoRA: rank=0, wanted a whole number"),
+        (method_edit(alpha="x"), "holds no usable recipe: LoRA: alpha='x', wanted a finite"),
+        (method_edit(targets=5), "holds no usable recipe: LoRA got targets=5"),
+        (method_edit(method="lroa"), "holds no usable recipe: .*'lroa' is none of bottleneck, l"),
+    ],
+)
+def test_a_damaged_directory_says_what_is_wrong(saved, base, spoil, message):
+    spoil(saved)
+    with pytest.raises(AdapterFileError, match=message) as error:
+        aj.load_adapter(saved, *base, X)
+    assert str(saved) in str(error.value)

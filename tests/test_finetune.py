@@ -1,0 +1,260 @@
+"""The main job on a tiny model: what it learns, what it writes, and that a seed decides it all."""
+
+import contextlib
+import io
+import json
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import write_model, write_reviews
+
+import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.head import FeatureBatches
+from adapters_jax.finetune.metrics import compute
+from adapters_jax.finetune.optimizers import OptimizerOptions
+from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.finetune.recipes import PRESETS, MethodOptions
+from adapters_jax.finetune.runs import Run, run_name
+from adapters_jax.finetune.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, quick_compilation):
+    """A directory with a model and a file of reviews."""
+    place = tmp_path_factory.mktemp("finetune")
+    write_model(place / "tiny")
+    write_reviews(place / "reviews.jsonl")
+    return place
+
+
+def finetune(place, *flags):
+    """A run's status, its summary, its directory, and what it said on stderr."""
+    files = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--runs", place]
+    rows = ["--text", "review", "--max-length", 8, "--batch-size", 16, "--learning-rate", 0.01]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["finetune", *map(str, [*files, *rows, "--json", *flags])])
+    summary = json.loads(out.getvalue()) if status == 0 else None
+    path = place / (flags[flags.index("--name") + 1] if "--name" in flags else "none")
+    return status, summary, Run(path), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def houlsby(place):
+    """A finished run with its baselines."""
+    flags = ("--epochs", 8, "--bottleneck-dim", 8, "--evaluations", 2)
+    return finetune(place, *flags, "--name", "houlsby")
+
+
+def test_it_learns_what_a_constant_cannot(houlsby):
+    status, summary, _, _ = houlsby
+    assert status == 0
+    rows = {row["method"]: row for row in summary["results"]}
+    assert list(rows) == ["majority class", "head-only", "houlsby"]
+    assert rows["majority class"]["test"]["accuracy"] == 0.5
+    assert rows["houlsby"]["test"]["accuracy"] > 0.9, rows
+    assert rows["houlsby"]["dev"] == summary["dev"]
+
+
+def test_trainable_parameters_are_exact(houlsby):
+    _, summary, run, _ = houlsby
+    adapters = 2 * aj.bottleneck_parameters(32, 8)
+    norms, head = 3 * 2 * 32, 32 * 2 + 2
+    assert summary["trainable_parameters"] == adapters + norms + head
+    trainable = [row["trainable_parameters"] for row in summary["results"]]
+    assert trainable == [0, head, adapters + norms + head]
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["parameters"] == adapters + norms + head
+
+
+def test_every_file_is_there(houlsby):
+    _, summary, run, said = houlsby
+    names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in run.path.iterdir()) == names
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    config = json.loads(run.config.read_text())
+    assert config["target"]["names"] == ["no", "yes"]
+    assert config["summary"] == summary
+    assert config["optimizer"]["epochs"] == 8
+    assert config["versions"]["jax"] == version("jax")
+    assert aj.Recipe.from_json(config["recipe"]) == aj.houlsby(8, head="head")
+    assert "bert/layer_0/attention/output" in said
+    assert "head-only" in said
+
+
+def test_metrics_have_every_step_and_evaluation(houlsby):
+    _, summary, run, _ = houlsby
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    ours = [r for r in records if r["method"] == "houlsby"]
+    steps = 8 * -(-384 // 16)
+    assert [r["step"] for r in ours if "loss" in r] == list(range(1, steps + 1))
+    assert [r["step"] for r in ours if "dev" in r] == list(range(12, steps + 1, 12))
+    best = max(r["dev"]["accuracy"] for r in ours if "dev" in r)
+    first = next(r for r in ours if "dev" in r and r["dev"]["accuracy"] == best)
+    assert (first["step"], first["dev"]) == (summary["best_step"], summary["dev"])
+    assert ours[-1]["test"] == summary["results"][-1]["test"]
+    losses = [r["loss"] for r in ours if "loss" in r]
+    assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
+    rates = [r["learning_rate"] for r in ours if "loss" in r]
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[0] < rates[3] > rates[-1] > 0
+
+
+def test_a_saved_run_predicts_what_it_was_evaluated_at(houlsby, place):
+    _, summary, run, _ = houlsby
+    task = load_task(place / "reviews.jsonl", text="review")
+    found = load_predictor(run.path).predict(task.test.texts)
+    ids = [task.test.label_names.index(prediction.label) for prediction in found]
+    assert compute(task.metrics, ids, task.test.labels) == summary["results"][-1]["test"]
+    assert all(sum(p.probabilities.values()) == pytest.approx(1) for p in found)
+    assert all(p.label == max(p.probabilities, key=p.probabilities.get) for p in found)
+
+
+def test_a_seed_decides_everything(place):
+    flags = ("--epochs", 1, "--no-baselines", "--limit", 64)
+    runs = [
+        finetune(place, *flags, "--name", f"seed{i}", "--seed", seed)[2]
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    tensors = [load_file(run.adapter / "adapter.safetensors") for run in runs]
+    same = [all((tensors[0][k] == other[k]).all() for k in tensors[0]) for other in tensors[1:]]
+    assert same == [True, False]
+    texts = [run.metrics.read_text() for run in runs]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_numbers_are_learnt_and_told_on_their_own_scale(place):
+    flags = ("--task", "regression", "--label", "stars", "--text-pair", "topic")
+    lora = ("--method", "lora", "--rank", 4, "--epochs", 12, "--max-length", 12)
+    status, summary, run, _ = finetune(place, *flags, *lora, "--name", "stars")
+    assert status == 0
+    mean, _, lora = summary["results"]
+    assert (mean["method"], mean["test"]) == ("mean", {"pearson": 0.0, "spearman": 0.0})
+    assert lora["test"]["pearson"] > 0.9
+    assert lora["trainable_parameters"] == 2 * aj.lora_parameters(32, 32, 4) + 33
+    predictor = load_predictor(run.path)
+    low, high = predictor.predict([("the film was bad", "a"), ("the film was good", "a")])
+    assert low.value == pytest.approx(100.5, abs=6)
+    assert high.value == pytest.approx(120.5, abs=6)
+
+
+@pytest.mark.parametrize("flags", [("--method", "head-only"), ("--dtype", "bfloat16")])
+def test_other_ways_to_train_save_what_predicts(place, flags):
+    name = flags[1]
+    status, summary, run, said = finetune(
+        place, *flags, "--name", name, "--epochs", 2, "--no-baselines"
+    )
+    assert status == 0, said
+    assert [row["method"] for row in summary["results"]] == [flags[1].replace(*_HOULSBY)]
+    predictor = load_predictor(run.path)
+    frozen = predictor.params["bert"]["embeddings"]["word"]["embedding"].dtype
+    assert frozen == ("bfloat16" if name == "bfloat16" else "float32")
+    trained = jax.tree.leaves(aj.partition(predictor.params, predictor.model.recipe)[0])
+    assert {leaf.dtype for leaf in trained} == {jnp.dtype("float32")}
+    task = load_task(place / "reviews.jsonl", text="review")
+    ids = [task.test.label_names.index(p.label) for p in predictor.predict(task.test.texts)]
+    assert compute(task.metrics, ids, task.test.labels) == summary["results"][-1]["test"]
+
+
+_HOULSBY = ("bfloat16", "houlsby")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place):
+    flags = ("--learning-rate", 1e30, "--clip", 0, "--name", "diverged", "--no-baselines")
+    status, _, run, said = finetune(place, *flags)
+    assert status == 2
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("adapters-jax finetune: step ")
+    assert "is not finite, so training stopped; the last good adapter is in" in last
+    assert "try a --learning-rate below 1e+30" in last
+    recipe, tensors = aj.files.read_adapter(run.adapter)
+    assert recipe == aj.houlsby(head="head")
+    assert all(np.isfinite(x).all() for x in tensors.values())
+    assert json.loads(run.config.read_text())["stopped"] in last
+    assert not run.report.exists()
+
+
+def test_accumulation_is_the_same_training(place):
+    adapters = []
+    for parts in (1, 4):
+        name, some = f"parts{parts}", ("--epochs", 2, "--no-baselines", "--limit", 40)
+        flags = ("--method", "head-only", "--accumulate", parts)
+        _, _, run, _ = finetune(place, *flags, *some, "--name", name)
+        adapters.append(load_file(run.adapter / "adapter.safetensors"))
+    for path, tensor in adapters[0].items():
+        np.testing.assert_allclose(adapters[1][path], tensor, atol=1e-6, err_msg=path)
+
+
+def test_recipes_come_from_flags_or_a_file(tmp_path):
+    assert MethodOptions("pfeiffer", reduction_factor=16.0).build(head="head") == aj.pfeiffer(
+        reduction_factor=16.0, head="head"
+    )
+    patterned = MethodOptions("lora", rank_pattern={"layer_0/**": 2}, adapter_dropout=0.1)
+    assert patterned.build() == aj.lora(dropout=0.1, rank_pattern={"layer_0/**": 2})
+    assert MethodOptions("last-layers").build(num_layers=12) == aj.last_layers(2, 12)
+    assert MethodOptions("houlsby", layer_norms="").build() == aj.houlsby(layer_norms=None)
+    path = tmp_path / "mine.json"
+    path.write_text(aj.lora(4).to_json())
+    assert MethodOptions(recipe=path).build() == aj.lora(4)
+    assert MethodOptions(recipe=path).build(head="head") == aj.lora(4, head="head")
+    path.write_text(aj.full().to_json())
+    assert MethodOptions(recipe=path).build(head="head") == aj.full()
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_method_counts_its_head_once(method):
+    recipe = MethodOptions(method).build(head="head", num_layers=2)
+    assert recipe.trains("head/kernel")
+
+
+def test_the_schedule_rises_and_falls():
+    schedule = OptimizerOptions(warmup=0.25).schedule(8, 1.0)
+    rates = [float(schedule(step)) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert float(OptimizerOptions(warmup=0.0).schedule(2, 1.0)(0)) == 1.0
+
+
+@pytest.mark.parametrize(("method", "factor"), [("lora", 10), ("head-only", 1)])
+def test_the_head_has_a_rate_of_its_own(method, factor):
+    options = OptimizerOptions(learning_rate=0.1).of(method)
+    assert options.head_learning_rate == pytest.approx(factor * 0.1)
+    assert OptimizerOptions(head_learning_rate=0.3).of(method).head_learning_rate == 0.3
+
+
+def test_decay_leaves_biases_and_norms_alone():
+    params = {
+        "a": {"bias": 1.0},
+        "b": {"scale": 1.0},
+        "c": {"kernel": 1.0},
+        "head": {"kernel": 1.0},
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    options = OptimizerOptions(0.1, 0.2, weight_decay=0.5, warmup=0.0)
+    tx = options.make(10, aj.full())
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = [float(-leaf) for leaf in jax.tree.leaves(updates)]
+    assert moved == pytest.approx([0.0, 0.0, 0.05, 0.1])
+
+
+def test_feature_batches_show_every_row_once_an_epoch():
+    rows = np.arange(10, dtype=np.float32)[:, None]
+    batches = FeatureBatches(rows, np.arange(10), 4, seed=3)
+    epochs = []
+    for epoch in range(2):
+        seen = [batches[3 * epoch + i] for i in range(3)]
+        kept = np.concatenate([batch["labels"][batch["weight"] > 0] for batch in seen])
+        assert sorted(kept.tolist()) == list(range(10))
+        assert all((b["features"][:, 0] == b["labels"]).all() for b in seen)
+        epochs.append(kept.tolist())
+    assert epochs[0] != epochs[1]
+    np.testing.assert_array_equal(batches[4]["features"], batches[4]["features"])
+
+
+def test_run_names_are_safe():
+    assert run_name("google/bert", "rte", "lora") == "bert-rte-lora"
+    assert run_name("../x y/", "a b", "..") == "x-y-a-b"

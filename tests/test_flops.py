@@ -1,0 +1,162 @@
+"""What a step costs, by XLA's own analysis of the compiled program: deterministic gates.
+
+The net is L = 4 dense layers of d = 512 and sees 256 rows. Let F = 2 * 256 * d * d be the
+operations of one dense product, and f = 2 * 256 * d * k those of a product with a factor of width k
+(the rank, or the bottleneck). A step that trains adapters alone cannot do with less than
+
+- forward: L products F, and two products f in each adapter;
+- backward through the frozen layers: the gradient of each layer's input, but not of the first
+  layer's, which is data: (L - 1) F; no gradient of any kernel;
+- backward through the adapters: the gradients of both factors and of the hidden state, 3 L f, and
+  the branch's share of the input gradient wherever that is wanted: LoRA's branch starts at the
+  layer's input and the bottleneck's at the layer's output, whose gradients in the first layer
+  nothing frozen needs: (L - 1) f.
+
+Together (2 L - 1) F + (6 L - 1) f. Activations, biases, the loss and the optimiser are elementwise,
+and have to fit in one percent. Full fine-tuning costs (3 L - 1) F and must not pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import adapters_jax as aj
+
+LAYERS, WIDTH, ROWS = 4, 512, 256
+METHODS = {"lora": (aj.LoRA("layer_*", 8), 8), "bottleneck": (aj.Bottleneck("layer_*", 16), 16)}
+ADAM = optax.adam(1e-3)
+OUTSIDE = {
+    "clip": ("nnx", optax.chain(optax.clip_by_global_norm(1.0), ADAM)),
+    "multi_steps": ("linen", optax.MultiSteps(ADAM, 2)),
+    "apply_if_finite": ("linen", optax.apply_if_finite(ADAM, 3)),
+}
+
+
+class LinenNet(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(LAYERS):
+            x = nn.relu(nn.Dense(self.width, name=f"layer_{i}")(x))
+        return x
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, width, rngs):
+        for i in range(LAYERS):
+            setattr(self, f"layer_{i}", nnx.Linear(width, width, rngs=rngs))
+
+    def __call__(self, x):
+        for i in range(LAYERS):
+            x = nnx.relu(getattr(self, f"layer_{i}")(x))
+        return x
+
+
+def linen_state(recipe, tx, width):
+    """A function that makes the state before the first step, and the loss."""
+    model = aj.adapt(LinenNet(width), recipe)
+
+    def create():
+        params = model.init(jax.random.key(0), jnp.zeros((ROWS, width)))["params"]
+        return aj.TrainState.create(model, params, tx=tx, key=jax.random.key(1))
+
+    return create, lambda params, x, key: jnp.mean(model.apply({"params": params}, x) ** 2)
+
+
+def nnx_state(recipe, tx, width):
+    """The same of the NNX door."""
+
+    def create():
+        model = aj.adapt(NnxNet(width, nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+        return aj.TrainState.create(model, tx=tx, key=jax.random.key(2))
+
+    return create, lambda model, x, key: jnp.mean(model(x) ** 2)
+
+
+DOORS = {"linen": linen_state, "nnx": nnx_state}
+
+
+def state_of(door, method, tx=ADAM, width=WIDTH):
+    """The state before the first step, abstract, and the loss."""
+    recipe = aj.full() if method == "full" else METHODS[method][0]
+    create, loss = DOORS[door](aj.Recipe(recipe), tx, width)
+    return jax.eval_shape(create), loss
+
+
+@functools.cache
+def compiled(door, method, tx=ADAM, accumulate=1):
+    """The state before the first step, and the step compiled for 256 rows a part."""
+    state, loss = state_of(door, method, tx)
+    step = aj.make_train_step(loss, accumulate=accumulate)
+    batch = jax.ShapeDtypeStruct((accumulate * ROWS, WIDTH), jnp.float32)
+    return state, step.jitted.lower(state.replace(base=None), state.base, batch).compile()
+
+
+def flops(program):
+    return program.cost_analysis()["flops"]
+
+
+def floor(method):
+    """The sum of the docstring above."""
+    dense, factor = 2 * ROWS * WIDTH * WIDTH, 2 * ROWS * WIDTH * METHODS[method][1]
+    return (2 * LAYERS - 1) * dense + (6 * LAYERS - 1) * factor
+
+
+def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_step_is_at_the_floor(door, method):
+    _, program = compiled(door, method)
+    assert floor(method) <= flops(program) <= 1.01 * floor(method)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(outside):
+    door, tx = OUTSIDE[outside]
+    _, program = compiled(door, "lora", tx)
+    assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
+
+
+def test_accumulation_inside_costs_a_part_at_a_time():
+    """Two parts of 256 rows; XLA counts the body of a loop once, so that one part is the floor."""
+    _, program = compiled("linen", "lora", accumulate=2)
+    assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
+
+
+def test_full_fine_tuning_does_not_pass_the_gate():
+    _, program = compiled("linen", "full")
+    assert flops(program) >= (3 * LAYERS - 1) * 2 * ROWS * WIDTH * WIDTH
+    assert flops(program) > 1.4 * max(map(floor, METHODS))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_step_gives_back_donated_buffers_and_a_few_numbers(door, method):
+    state, program = compiled(door, method)
+    memory = program.memory_analysis()
+    key = jax.eval_shape(jax.random.key_data, state.key)
+    carried = size((state.adapters, state.opt_state, state.step, key))
+    assert memory.alias_size_in_bytes == carried
+    assert 0 <= memory.output_size_in_bytes - carried < 1024
+    assert memory.output_size_in_bytes < size(state.base) / 4
+    assert memory.argument_size_in_bytes == carried + size(state.base) + ROWS * WIDTH * 4
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_outputs_and_optimiser_grow_with_the_adapters_and_not_with_the_base(door):
+    """Twice as wide, the base is four times as large and its adapters are twice as large."""
+    small, _ = state_of(door, "lora")
+    large, _ = state_of(door, "lora", width=2 * WIDTH)
+    assert size(large.base) > 3.9 * size(small.base)
+    assert size(large.adapters) == 2 * size(small.adapters) == 4 * LAYERS * 2 * 8 * WIDTH * 2
+    for state in (small, large):
+        assert size(state.opt_state) == 2 * size(state.adapters) + 4

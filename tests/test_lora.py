@@ -1,0 +1,347 @@
+"""LoRA: scales, initial laws, ranks, and dropout with every way to say that it is off."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import double, drawn, drawn_like, shapes
+from flax import linen as nn
+from flax import nnx
+from flax.errors import InvalidRngError
+
+import adapters_jax as aj
+from adapters_jax.contraction import find
+from adapters_jax.methods.base import Site
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+DIN, DOUT = 6, 4
+
+
+def site(shape=(DIN, DOUT), layer=None, path="layer_0/query"):
+    layer = layer or nn.Dense(shape[-1])
+    return Site(path, "__call__", shape[-1], find(layer, "__call__"), shape)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "stabilized", "scale"),
+    [
+        (4, None, False, 1.0),
+        (4, 4, False, 1.0),
+        (4, 16.0, False, 4.0),
+        (3, 0.75, False, 0.25),
+        (4, 16.0, True, 8.0),
+        (9, None, True, 3.0),
+    ],
+)
+def test_the_scale_by_hand(rank, alpha, stabilized, scale):
+    lora = aj.LoRA("**", rank, alpha, rank_stabilized=stabilized)
+    assert lora.scale_at("anywhere") == pytest.approx(scale)
+    x, y, a, b = drawn((5, 9), 1), drawn((5, 9), 2), drawn((9, rank), 3), drawn((rank, 9), 4)
+    got = lora.forward({"a": a, "b": b}, site((9, 9)), x, jnp.asarray(y))
+    wanted = double(y) + scale * (double(x) @ double(a) @ double(b))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_rank_and_alpha_patterns_are_resolved_each_on_its_own():
+    lora = aj.LoRA(
+        "**",
+        8,
+        alpha=16.0,
+        rank_pattern={"layer_0/**": 4, "**/query": 2},
+        alpha_pattern={"**/query": 32.0, "layer_1/**": None},
+    )
+    resolved = {
+        "layer_0/query": (4, 32.0 / 4),
+        "layer_0/key": (4, 16.0 / 4),
+        "layer_1/query": (2, 32.0 / 2),
+        "layer_1/key": (8, 1.0),
+        "layer_2/key": (8, 2.0),
+    }
+    for path, (rank, scale) in resolved.items():
+        assert (lora.rank_at(path), lora.scale_at(path)) == (rank, scale), path
+        assert lora.leaves(site((9, 9), path=path))["b"].shape == (rank, 9)
+    assert aj.LoRA("**", 8, rank_pattern={"a": 2}).scale_at("a") == 1.0
+
+
+LAWS = {
+    # name: (deviation, greatest magnitude or None, share beyond two deviations)
+    "gaussian": (1 / math.sqrt(400), None, 0.0455),
+    "uniform": (1 / math.sqrt(3 * 400), 1 / math.sqrt(400), 0.0),
+    "gaussian_rank": (1 / 200, None, 0.0455),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_law_of_a(law):
+    leaves = aj.LoRA("**", 200, a_init=law).leaves(site((400, 300)))
+    a = double(leaves["a"].init(jax.random.key(0), leaves["a"].shape))
+    deviation, limit, tail = LAWS[law]
+    assert a.shape == (400, 200)
+    assert abs(a.mean()) < 0.015 * deviation
+    assert abs(a.std() / deviation - 1) < 0.01
+    assert abs((np.abs(a) > 2 * a.std()).mean() - tail) < 0.003
+    if limit:
+        assert 0.999 * limit < np.abs(a).max() <= limit
+    assert leaves["b"].shape == (200, 300)
+    assert not double(leaves["b"].init(jax.random.key(0), (200, 300))).any()
+
+
+def test_the_fan_in_is_of_all_input_axes():
+    conv = site((3, 50, 300), nn.Conv(300, (3,)))
+    leaf = aj.LoRA("**", 100).leaves(conv)["a"]
+    assert leaf.shape == (3, 50, 100)
+    a = double(leaf.init(jax.random.key(0), leaf.shape))
+    assert abs(a.std() * math.sqrt(150) - 1) < 0.02
+
+
+def test_an_embedding_starts_with_a_at_zero_and_b_from_the_unit_gaussian():
+    leaves = aj.LoRA("**", 100, a_init="uniform").leaves(site((500, 300), nn.Embed(500, 300)))
+    assert not double(leaves["a"].init(jax.random.key(0), leaves["a"].shape)).any()
+    b = double(leaves["b"].init(jax.random.key(0), leaves["b"].shape))
+    assert leaves["a"].shape == (500, 100) and b.shape == (100, 300)
+    assert abs(b.mean()) < 0.02 and abs(b.std() - 1) < 0.02 and np.abs(b).max() > 3.5
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "parts"),
+    [
+        (nn.Dense(4), (6, 4), (6, 4)),
+        (nn.DenseGeneral((2, 2)), (6, 2, 2), (6, 4)),
+        (nn.DenseGeneral(6, axis=(-2, -1)), (2, 2, 6), (4, 6)),
+        (nn.Conv(4, (3,)), (3, 2, 4), (6, 4)),
+        (nn.Embed(3, 5), (3, 5), (3, 5)),
+    ],
+)
+def test_a_rank_beyond_the_weight(layer, shape, parts):
+    limit = min(parts)
+    where = site(shape, layer)
+    leaves = aj.LoRA("**", limit).leaves(where)
+    assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == limit * sum(parts)
+    assert aj.lora_parameters(*parts, limit) == limit * sum(parts)
+    with pytest.raises(aj.RecipeError) as error:
+        aj.LoRA("**", limit + 1).leaves(where)
+    assert str(error.value) == (
+        f"LoRA: rank {limit + 1} at 'layer_0/query' exceeds min(in, out) = "
+        f"min({parts[0]}, {parts[1]}) = {limit}; lower it, here alone with "
+        f"rank_pattern={{'layer_0/query': {limit}}}"
+    )
+    fixed = aj.LoRA("**", limit + 1, rank_pattern={"layer_0/query": limit})
+    assert fixed.leaves(where)["a"].shape[-1] == limit
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_at_full_rank_any_change_of_the_weight_can_be_had(shape):
+    rank, alpha = min(shape), 2.0
+    weight, change = double(drawn(shape, 1)), double(drawn(shape, 2))
+    u, s, v = np.linalg.svd(change, full_matrices=False)
+    factors = {"a": u * s, "b": v * rank / alpha}
+    params = {"kernel": weight, "bias": np.zeros(shape[1]), "lora": factors}
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
+    model = aj.adapt(nn.Dense(shape[1]), aj.LoRA("**", rank, alpha))
+    x = drawn((7, shape[0]), 3)
+    wanted = double(x) @ (weight + change)
+    np.testing.assert_allclose(model.apply({"params": params}, x), wanted, atol=1e-5, rtol=1e-5)
+    merged = aj.merge(model, params, x)
+    np.testing.assert_allclose(merged["kernel"], weight + change, atol=1e-5)
+
+
+def test_refused_where_the_layer_is_unknown():
+    nowhere = Site("norm", "__call__", 3)
+    lora = aj.LoRA("**", 2)
+    assert not lora.fits(nowhere)
+    with pytest.raises(aj.RecipeError, match="LoRA cannot attach to 'norm': it is not a known"):
+        lora.leaves(nowhere)
+
+
+def test_half_precision_stays_and_factors_are_kept_in_full():
+    x = jnp.asarray(drawn((4, DIN), 1), jnp.bfloat16)
+    model = aj.adapt(nn.Dense(DOUT, dtype=jnp.bfloat16), aj.LoRA("**", 2, 3.0))
+    base = {
+        "kernel": jax.ShapeDtypeStruct((DIN, DOUT), jnp.bfloat16),
+        "bias": jax.ShapeDtypeStruct((DOUT,), jnp.bfloat16),
+    }
+    abstract = aj.init_adapters(model, base, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in abstract["lora"].values()} == {jnp.dtype("float32")}
+    params = drawn_like(abstract)
+    y = model.apply({"params": params}, x)
+    assert y.dtype == jnp.bfloat16
+    a, b = (double(params["lora"][name]) for name in "ab")
+    wanted = double(x) @ (double(params["kernel"]) + 1.5 * a @ b) + double(params["bias"])
+    np.testing.assert_allclose(double(y), wanted, rtol=0.05, atol=0.2)
+
+
+def test_dropout_zeroes_inputs_of_the_branch_and_keeps_the_mean():
+    """With identities for factors, the entries of the branch's input can be read off."""
+    lora = aj.LoRA("**", DIN, dropout=0.25)
+    eye = {"a": np.eye(DIN, dtype=np.float32), "b": np.eye(DIN, dtype=np.float32)}
+    x, y = jnp.ones((2000, DIN)), jnp.full((2000, DIN), 7.0)
+    where = site((DIN, DIN))
+    np.testing.assert_allclose(lora.forward(eye, where, x, y), np.full(y.shape, 8.0), rtol=1e-6)
+    trained = np.asarray(lora.forward(eye, where, x, y, jax.random.key(0)))
+    kept = np.isclose(trained, 7 + 1 / 0.75, atol=1e-5)
+    assert (kept | np.isclose(trained, 7.0, atol=1e-5)).all()
+    assert abs(kept.mean() - 0.75) < 0.02 and abs(trained.mean() - 8.0) < 0.03
+    other = lora.forward(eye, where, x, y, jax.random.key(1))
+    assert (np.asarray(other) != trained).any()
+
+
+def test_tokens_are_not_dropped_before_an_embedding():
+    lora = aj.LoRA("**", 2, dropout=0.9)
+    ids, y = jnp.array([[1, 0], [2, 1]]), jnp.asarray(drawn((2, 2, 5), 1))
+    leaves = {"a": drawn((3, 2), 2), "b": drawn((2, 5), 3)}
+    where = site((3, 5), nn.Embed(3, 5))
+    wanted = double(y) + (double(leaves["a"]) @ double(leaves["b"]))[np.asarray(ids)]
+    for key in (None, jax.random.key(0)):
+        np.testing.assert_allclose(lora.forward(leaves, where, ids, y, key), wanted, rtol=1e-5)
+
+
+class Inner(nn.Module):
+    """A block that says nothing of training."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(DIN, name="dense")(x)
+
+
+MODEL = """
+class Model(nn.Module):
+    {field}
+
+    @nn.compact
+    def __call__(self, x{argument}):
+        return block(name="block")(x)
+"""
+
+
+def with_flag(name, field=False, default=None, block=Inner):
+    """A model class with a flag of some name, as an argument of the call or as a field."""
+    code = MODEL.format(
+        field=f"{name}: bool | None = None" if field else "",
+        argument="" if field else f", {name}={default}",
+    )
+    names = {"nn": nn, "block": block, "__name__": __name__}
+    exec(code, names)
+    return names["Model"]
+
+
+FLAGS = [("deterministic", True), ("train", False), ("training", False), ("is_training", False)]
+X = drawn((3, DIN), 1)
+PARAMS = {"block": {"dense": {"kernel": drawn((DIN, DIN), 2), "bias": drawn((DIN,), 3)}}}
+PARAMS["block"]["dense"]["lora"] = {"a": drawn((DIN, 2), 4), "b": drawn((2, DIN), 5)}
+RECIPE = aj.Recipe(aj.LoRA("**/dense", 2, dropout=0.5))
+KEYS = {"dropout": jax.random.key(0)}
+
+
+def drops(model, *args, rngs=KEYS, **kwargs):
+    """Whether the adapted model drops something."""
+    adapted = aj.adapt(model, RECIPE)
+    got = adapted.apply({"params": PARAMS}, X, *args, rngs=rngs, **kwargs)
+    dense = jax.tree.map(double, PARAMS["block"]["dense"])
+    plain = X @ (dense["kernel"] + dense["lora"]["a"] @ dense["lora"]["b"]) + dense["bias"]
+    return not np.allclose(got, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("flag", "evaluating"), FLAGS)
+def test_dropout_follows_the_flag_of_the_model(flag, evaluating):
+    model = with_flag(flag)()
+    assert not drops(model, evaluating)
+    assert drops(model, not evaluating)
+    assert not drops(model, **{flag: evaluating})
+    assert drops(model, **{flag: not evaluating})
+    assert not drops(with_flag(flag, default=evaluating)())
+    assert drops(with_flag(flag, default=not evaluating)())
+    assert not drops(with_flag(flag, default=not evaluating)(), evaluating)
+    field = with_flag(flag, field=True)
+    assert not drops(field(**{flag: evaluating}))
+    assert drops(field(**{flag: not evaluating}))
+
+
+def test_without_a_flag_dropout_follows_the_key():
+    model = with_flag("verbose")()
+    assert drops(model)
+    assert not drops(model, rngs={})
+    assert drops(with_flag("deterministic")())
+    assert not drops(with_flag("deterministic")(), rngs={})
+
+
+@pytest.mark.parametrize(("flag", "evaluating"), FLAGS)
+def test_training_without_a_key_is_an_error(flag, evaluating):
+    with pytest.raises(InvalidRngError, match='needs PRNG for "dropout"'):
+        drops(with_flag(flag)(), not evaluating, rngs={})
+    assert not drops(with_flag(flag)(), evaluating, rngs={})
+
+
+def test_the_nearest_call_that_says_so_counts():
+    class Teacher(nn.Module):
+        """A part that is always in evaluation."""
+
+        @nn.compact
+        def __call__(self, x, deterministic=True):
+            return nn.Dense(DIN, name="dense")(x)
+
+    model = with_flag("train", block=Teacher)()
+    assert not drops(model, True)
+    assert drops(with_flag("train", block=Inner)(), True)
+
+
+class Methods(nn.Module):
+    """The flag is given to a method that is not `__call__`."""
+
+    def setup(self):
+        self.block = Inner()
+
+    def __call__(self, x):
+        return self.encode(x, True)
+
+    def encode(self, x, deterministic):
+        return self._run(x)
+
+    def _run(self, x):
+        return self.block(x)
+
+
+def test_the_flag_of_any_method_counts():
+    for method in ("encode", Methods.encode, lambda m, x, flag: m.encode(x, flag)):
+        assert drops(Methods(), False, method=method)
+        assert not drops(Methods(), True, method=method)
+    assert not drops(Methods())
+
+
+def test_a_recipe_without_dropout_needs_no_key():
+    model = aj.adapt(with_flag("train")(), aj.LoRA("**/dense", 2))
+    model.apply({"params": PARAMS}, X, True)
+
+
+def test_by_hand_it_is_the_same_arithmetic():
+    x = drawn((2, DIN), 1)
+    module = aj.linen.LoRADense(DOUT, rank=4, alpha=2.0, rank_stabilized=True)
+    params = drawn_like(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    assert shapes(params) == {
+        "kernel": (DIN, DOUT),
+        "bias": (DOUT,),
+        "lora": {"a": (DIN, 4), "b": (4, DOUT)},
+    }
+    dense = jax.tree.map(double, params)
+    wanted = x @ (dense["kernel"] + dense["lora"]["a"] @ dense["lora"]["b"]) + dense["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-5)
+
+    other = aj.nnx.LoRALinear(
+        DIN, DOUT, rank=4, alpha=2.0, lora={"rank_stabilized": True}, rngs=nnx.Rngs(0)
+    )
+    other.kernel[...], other.bias[...] = params["kernel"], params["bias"]
+    other.lora["a"][...], other.lora["b"][...] = params["lora"]["a"], params["lora"]["b"]
+    np.testing.assert_allclose(other(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_by_hand_in_linen_dropout_follows_the_key_and_the_flag():
+    x = drawn((20, DIN), 1)
+    module = aj.linen.LoRADense(DOUT, rank=2, dropout=0.5)
+    params = drawn_like(jax.eval_shape(module.init, jax.random.key(0), x))
+    plain = module.apply(params, x)
+    np.testing.assert_array_equal(module.apply(params, x, True, rngs=KEYS), plain)
+    assert np.abs(module.apply(params, x, rngs=KEYS) - plain).max() > 0.1
+    with pytest.raises(InvalidRngError, match='needs PRNG for "dropout"'):
+        module.apply(params, x, deterministic=False)

@@ -1,0 +1,797 @@
+"""The NNX door: what it adds, what it leaves alone, and what it says when it cannot."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from arrays import drawn, drawn_like
+from flax import linen as nn
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.partition import flatten
+
+D = 4
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(drawn(shape, seed))
+
+
+def rngs(seed=0):
+    return nnx.Rngs(seed)
+
+
+def adapt(model, *methods, **kwargs):
+    return aj.adapt(model, aj.Recipe(*methods), rngs=rngs(1), **kwargs)
+
+
+def built(build):
+    """A module of a function of Rngs, with parameters drawn by numpy, which compiles nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs())))
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, drawn_like(state)))
+
+
+def dense(rngs):
+    return nnx.Linear(D, D, rngs=rngs)
+
+
+def shake(model, kind=AdapterParam):
+    """Draws every parameter of a kind anew, so that no factor is zero."""
+    state = nnx.state(model, kind)
+    noise = jax.tree.map(lambda x: jnp.asarray(x * np.asarray(0.5, x.dtype)), drawn_like(state, 4))
+    nnx.update(model, noise)
+    return model
+
+
+def kinds(model):
+    """Every module and Variable by path, with its class."""
+    return {"/".join(map(str, path)): type(node) for path, node in nnx.iter_graph(model)}
+
+
+def trained(model):
+    return set(flatten(nnx.state(model, AdapterParam)))
+
+
+def shapes(model):
+    return {path: x.shape for path, x in flatten(nnx.state(model, AdapterParam)).items()}
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs, width=6):
+        self.up, self.down = nnx.Linear(D, width, rngs=rngs), nnx.Linear(width, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.tanh(self.up(x)))
+
+
+class Net(nnx.Module):
+    """A stem, a norm and a feed-forward sublayer."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(3, D, rngs=rngs)
+        self.norm = nnx.LayerNorm(D, rngs=rngs)
+        self.mlp = Mlp(rngs)
+
+    def __call__(self, x):
+        h = self.stem(x)
+        return h + self.mlp(self.norm(h))
+
+
+X = draw(5, 3, seed=9)
+
+
+def array(x):
+    return np.asarray(x[...], np.float64)
+
+
+def lora_term(linear, x, scale):
+    return scale * (array(x) @ array(linear.lora["a"])) @ array(linear.lora["b"])
+
+
+def gelu(x):
+    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def bottleneck_term(leaves, x):
+    down, up = leaves["down"], leaves["up"]
+    hidden = gelu(array(x) @ array(down["kernel"]) + array(down["bias"]))
+    return hidden @ array(up["kernel"]) + array(up["bias"])
+
+
+def plain(linear, x):
+    return array(x) @ array(linear.kernel) + array(linear.bias)
+
+
+def normed(norm, x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * array(norm.scale) + array(norm.bias)
+
+
+def test_the_given_model_is_left_as_it_is_and_shares_its_arrays():
+    base = built(Net)
+    before, leaves = kinds(base), flatten(nnx.state(base))
+    attributes = {path: set(vars(module)) for path, module in nnx.iter_modules(base)}
+    model = adapt(base, aj.LoRA("mlp/*", 2), aj.Bottleneck("stem", 2), aj.Unfreeze("norm/*"))
+    assert kinds(base) == before
+    assert {path: set(vars(module)) for path, module in nnx.iter_modules(base)} == attributes
+    after = flatten(nnx.state(model))
+    assert all(after[path] is leaf for path, leaf in leaves.items())
+    shake(model)
+    assert all(flatten(nnx.state(base))[path] is leaf for path, leaf in leaves.items())
+    assert type(base.norm.scale) is nnx.Param and type(model.norm.scale) is AdapterParam
+
+
+def test_the_adapters_compute_what_the_papers_say():
+    model = adapt(
+        built(Net), aj.LoRA("mlp/*", 2, alpha=3.0), aj.Bottleneck(("stem", "mlp/down"), 2)
+    )
+    shake(model)
+    stem = plain(model.stem, X)
+    h = stem + bottleneck_term(model.stem.adapter, stem)
+    up, down = model.mlp.up, model.mlp.down
+    hidden = model.norm(h)
+    hidden = np.tanh(plain(up, hidden) + lora_term(up, hidden, 1.5))
+    y = plain(down, hidden) + lora_term(down, hidden, 1.5)
+    y = y + bottleneck_term(down.adapter, y)
+    np.testing.assert_allclose(model(X), h + y, atol=1e-5)
+
+
+def test_methods_act_in_the_order_of_the_recipe():
+    methods = aj.LoRA("stem", 2), aj.Bottleneck("stem", 2)
+    first, second = (adapt(built(Net), *order) for order in (methods, methods[::-1]))
+    shake(first)
+    nnx.update(second, nnx.state(first))
+    linear, y = first.stem, plain(first.stem, X)
+    branch = lora_term(linear, X, 1.0)
+    forwards = y + branch + bottleneck_term(linear.adapter, y + branch)
+    backwards = y + bottleneck_term(linear.adapter, y) + branch
+    np.testing.assert_allclose(first.stem(X), forwards, atol=1e-5)
+    np.testing.assert_allclose(second.stem(X), backwards, atol=1e-5)
+
+
+def test_the_parallel_form_reads_the_sublayers_input():
+    methods = aj.Bottleneck("mlp", 2, placement="parallel", scale=4.0)
+    model = shake(adapt(built(Net), methods, example_inputs=(X,)))
+    h = draw(5, D)
+    base = model.mlp.down(jnp.tanh(model.mlp.up(h)))
+    wanted = base + 4.0 * bottleneck_term(model.mlp.adapter, h)
+    np.testing.assert_allclose(model.mlp(h), wanted, atol=1e-5)
+    np.testing.assert_allclose(model.mlp(x=h), wanted, atol=1e-5)
+
+
+def test_parallel_beside_a_layer_that_changes_the_width_is_refused():
+    model = adapt(built(Net), aj.Bottleneck("stem", 2, placement="parallel"))
+    with pytest.raises(aj.RecipeError, match=r"parallel Bottleneck at 'stem': input \(5, 3\) and"):
+        model(X)
+
+
+def test_an_optimizer_of_flax_trains_adapters_alone():
+    model = shake(adapt(built(Net), aj.LoRA("**/up", 2), aj.Unfreeze("stem/bias")))
+    frozen = nnx.state(model, nnx.Not(AdapterParam))
+    before = {path: np.asarray(x) for path, x in flatten(frozen).items()}
+    old = flatten(nnx.state(model, AdapterParam))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=AdapterParam)
+
+    def loss(model):
+        return jnp.mean(model(X) ** 2)
+
+    gradient = nnx.grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model)
+    flat = flatten(gradient)
+    assert set(flat) == {"mlp/up/lora/a", "mlp/up/lora/b", "stem/bias"}
+    start = loss(model)
+    optimizer.update(model, gradient)
+    for path, x in flatten(nnx.state(model, AdapterParam)).items():
+        assert np.abs(flat[path]).max() > 1e-4
+        np.testing.assert_allclose(x, old[path] - 0.5 * flat[path], atol=1e-6)
+    for path, x in flatten(nnx.state(model, nnx.Not(AdapterParam))).items():
+        np.testing.assert_array_equal(x, before[path])
+    assert loss(model) < start
+
+
+class Tied(nnx.Module):
+    """Two names for one table; the state knows it by the first of them."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, D, rngs=rngs)
+        self.head = nnx.Linear(D, 7, use_bias=False, rngs=rngs)
+        self.output = self.embed.embedding
+        self.again = self.head
+
+    def __call__(self, ids):
+        return self.embed(ids) @ self.output[...].T + self.again(self.embed(ids))
+
+
+def test_unfreeze_makes_the_right_variables_trainable():
+    model = adapt(built(Net), aj.Unfreeze(("**/bias", "stem/*")))
+    assert trained(model) == {
+        "stem/kernel",
+        "stem/bias",
+        "norm/bias",
+        "mlp/up/bias",
+        "mlp/down/bias",
+    }
+    assert kinds(model)["norm/scale"] is nnx.Param
+
+
+def test_a_tied_parameter_trains_once_under_its_first_name():
+    model = adapt(built(Tied), aj.Unfreeze("embed/**"))
+    assert trained(model) == {"embed/embedding"}
+    assert model.output is model.embed.embedding and type(model.output) is AdapterParam
+    assert aj.audit(model).trainable_parameters == 7 * D
+    ids = jnp.array([1, 2])
+    gradient = nnx.grad(lambda m: jnp.sum(m(ids) ** 2), argnums=nnx.DiffState(0, AdapterParam))
+    (leaf,) = jax.tree.leaves(gradient(model))
+    table, head = model.output[...], model.head.kernel[...]
+
+    def by_hand(table):
+        return jnp.sum((table[ids] @ table.T + table[ids] @ head) ** 2)
+
+    np.testing.assert_allclose(leaf, jax.grad(by_hand)(table), rtol=1e-4)
+
+
+def test_the_other_name_of_something_shared_is_refused_with_the_right_one():
+    message = r"matches only paths it cannot attach to: output \(shared, it goes by embed/embedding"
+    with pytest.raises(aj.TargetError, match=message):
+        adapt(built(Tied), aj.Unfreeze("output"))
+    with pytest.raises(aj.TargetError, match=r"head \(shared, it goes by again"):
+        adapt(built(Tied), aj.LoRA("head", 2))
+
+
+def test_a_shared_module_is_adapted_once_and_stays_shared():
+    model = shake(adapt(built(Tied), aj.LoRA("again", 2)))
+    assert model.head is model.again
+    assert trained(model) == {"again/lora/a", "again/lora/b"}
+    ids = jnp.array([1, 2])
+    table = model.output
+    h = array(table)[ids]
+    wanted = h @ array(table).T + h @ array(model.head.kernel)
+    wanted = wanted + lora_term(model.head, h, 1.0)
+    np.testing.assert_allclose(model(ids), wanted, atol=1e-5)
+
+
+def test_lora_on_a_tied_embedding_acts_on_both_sides():
+    class Lm(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, D, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.embed.attend(jnp.tanh(self.embed(ids)))
+
+    model = shake(adapt(built(Lm), aj.LoRA("embed", 2, alpha=3.0)))
+    lora = model.embed.lora
+    table = array(model.embed.embedding) + 1.5 * array(lora["a"]) @ array(lora["b"])
+    ids = jnp.array([3, 0])
+    np.testing.assert_allclose(model(ids), np.tanh(table[ids]) @ table.T, atol=1e-5)
+
+
+def test_lists_and_dicts_of_modules_have_paths():
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(3)])
+            self.heads = nnx.Dict(a=nnx.Linear(D, 2, rngs=rngs), b=nnx.Linear(D, 2, rngs=rngs))
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.heads["a"](x) + self.heads["b"](x)
+
+    model = adapt(built(Deep), aj.LoRA(("layers/{0,2}", "heads/*"), 1), aj.Unfreeze("layers/1/*"))
+    assert shapes(model) == {
+        "layers/0/lora/a": (D, 1),
+        "layers/0/lora/b": (1, D),
+        "layers/1/kernel": (D, D),
+        "layers/1/bias": (D,),
+        "layers/2/lora/a": (D, 1),
+        "layers/2/lora/b": (1, D),
+        "heads/a/lora/a": (D, 1),
+        "heads/a/lora/b": (1, 2),
+        "heads/b/lora/a": (D, 1),
+        "heads/b/lora/b": (1, 2),
+    }
+    shake(model)
+    x = draw(5, D)
+    h = plain(model.layers[0], x) + lora_term(model.layers[0], x, 1.0)
+    h = plain(model.layers[1], h)
+    h = plain(model.layers[2], h) + lora_term(model.layers[2], h, 1.0)
+    wanted = sum(plain(head, h) + lora_term(head, h, 1.0) for head in model.heads.values())
+    np.testing.assert_allclose(model(x), wanted, atol=1e-5)
+
+
+def test_adapting_twice_adds_and_two_of_one_kind_clash():
+    once = shake(adapt(built(Net), aj.LoRA("stem", 2)))
+    twice = adapt(once, aj.Bottleneck("stem", 2, init_std=0.0), aj.LoRA("mlp/up", 2))
+    assert trained(once) == {"stem/lora/a", "stem/lora/b"}
+    assert trained(twice) > trained(once) and "stem/adapter/up/bias" in trained(twice)
+    assert aj.nnx.recipe_of(twice) == aj.nnx.recipe_of(once) + aj.Recipe(
+        aj.Bottleneck("stem", 2, init_std=0.0), aj.LoRA("mlp/up", 2)
+    )
+    assert type(twice.stem) is type(once.stem) is not nnx.Linear
+    assert aj.audit(twice).adapter_parameters == 2 * (3 + D) + (2 * 2 * D + D + 2) + 2 * (D + 6)
+    np.testing.assert_allclose(twice(X), once(X), atol=1e-6)
+    with pytest.raises(aj.RecipeError, match="two methods of the recipe target 'stem' and both"):
+        adapt(once, aj.LoRA("*", 2))
+
+
+def test_a_name_that_is_taken_is_refused():
+    class Taken(nnx.Module):
+        def __init__(self, name, value):
+            self.part = built(dense)
+            setattr(self.part, name, value)
+
+        def __call__(self, x):
+            return self.part(x)
+
+    message = "LoRA keeps its parameters in part/lora, but the base has something of that name"
+    for value in (nnx.Param(jnp.ones(2)), "a word"):
+        with pytest.raises(aj.RecipeError, match=message):
+            adapt(Taken("lora", value), aj.LoRA("part", 2))
+    with pytest.raises(aj.RecipeError, match="Bottleneck keeps its parameters in part/adapter, "):
+        adapt(Taken("adapter", nnx.Dict()), aj.Bottleneck("part", 2))
+
+
+def test_base_parameters_that_would_pass_for_an_adapters_are_refused():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.lora = nnx.Dict(a=nnx.Param(jnp.ones(2)))
+            self.part = built(dense)
+
+        def __call__(self, x):
+            return self.part(x)
+
+    with pytest.raises(aj.RecipeError, match="LoRA keeps its parameters in lora, but the base has"):
+        adapt(Own(), aj.LoRA("**", 2))
+    assert trained(adapt(Own(), aj.LoRA("part", 2))) == {"part/lora/a", "part/lora/b"}
+
+
+def test_streams_that_are_missing_are_named():
+    base = built(dense)
+    recipe = aj.Recipe(aj.LoRA("**", 2, dropout=0.5))
+    with pytest.raises(
+        TypeError, match=r"an NNX model needs rngs; write aj.adapt\(model, recipe, "
+    ):
+        aj.adapt(base, recipe)
+    with pytest.raises(
+        TypeError, match=r"rngs is of .*, wanted nnx.Rngs; write rngs=nnx.Rngs\(0\)"
+    ):
+        aj.adapt(base, recipe, rngs=jax.random.key(0))
+    message = r"no stream dropout; write rngs=nnx.Rngs\(0\), or name it: rngs=nnx.Rngs\(params=0, d"
+    with pytest.raises(ValueError, match=message):
+        aj.adapt(base, recipe, rngs=nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match="rngs has no stream params; write"):
+        aj.adapt(base, recipe, rngs=nnx.Rngs(dropout=0))
+    aj.adapt(base, aj.LoRA("**", 2), rngs=nnx.Rngs(params=0))
+    aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(dropout=0))
+
+
+def test_a_bottleneck_on_a_composite_module_asks_for_example_inputs():
+    message = (
+        r"Bottleneck: target 'mlp' matches only paths it cannot attach to: mlp \(Mlp does not "
+        r"return one float array; pass example_inputs=\(...\) so that its output is known\)"
+    )
+    with pytest.raises(aj.TargetError, match=message):
+        adapt(built(Net), aj.Bottleneck("mlp", 2))
+    inputs = (jax.ShapeDtypeStruct((1, 3), jnp.float32),)
+    model = adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=inputs)
+    assert shapes(model)["mlp/adapter/down/kernel"] == (D, 2)
+    whole = shake(adapt(built(Net), aj.Bottleneck("**/{mlp,stem}", 2), example_inputs=[X]))
+    y = whole.norm(whole.stem(X))
+    inner = whole.mlp.down(jnp.tanh(whole.mlp.up(y)))
+    wanted = whole.stem(X) + inner + bottleneck_term(whole.mlp.adapter, inner)
+    np.testing.assert_allclose(whole(X), wanted, atol=1e-5)
+
+
+def test_widths_of_plain_layers_are_known_without_examples():
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 5, (3,), rngs=rngs)
+            self.general = nnx.LinearGeneral(4, (2, 6), rngs=rngs)
+            self.embed = nnx.Embed(9, 7, rngs=rngs)
+            self.batch, self.rms = nnx.BatchNorm(8, rngs=rngs), nnx.RMSNorm(10, rngs=rngs)
+            self.group = nnx.GroupNorm(12, 3, rngs=rngs)
+
+    model = adapt(nnx.eval_shape(lambda: Plain(rngs())), aj.Bottleneck("*", 2))
+    widths = {path.split("/")[0]: s[0] for path, s in shapes(model).items() if "down/ker" in path}
+    assert widths == {"conv": 5, "general": 6, "embed": 7, "batch": 8, "rms": 10, "group": 12}
+
+
+def test_example_inputs_that_do_not_fit_are_explained():
+    with pytest.raises(
+        ValueError, match=r"Net cannot be called with the example inputs \(float32\["
+    ):
+        adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=(draw(5, 4),))
+    with pytest.raises(ValueError, match=r"the example inputs \(\); pass inputs as for the model"):
+        adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (aj.LoRA("mlp/middle", 2), r"LoRA: target 'mlp/middle' matches nothing. Nearest paths it "),
+        (aj.LoRA("norm", 2), r"LoRA: target 'norm' matches only paths it cannot .* norm \(LayerNo"),
+        (aj.Unfreeze("mlp/bias"), r"Unfreeze: target 'mlp/bias' matches nothing. Nearest paths "),
+        (aj.LoRA("stem", 4), r"LoRA: rank 4 at 'stem' exceeds min\(in, out\) = min\(3, 4\) = 3; "),
+        (aj.LoRA("stem", 2, rank_pattern={"mlp/up": 1}), "LoRA rank_pattern: target 'mlp/up' mat"),
+        ([aj.LoRA("stem", 2), aj.LoRA("*", 2)], "two methods of the recipe target 'stem' and both"),
+    ],
+)
+def test_what_does_not_fit_fails_as_in_linen(method, message):
+    class LinenMlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(D, name="down")(jnp.tanh(nn.Dense(6, name="up")(x)))
+
+    class LinenNet(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(D, name="stem")(x)
+            return h + LinenMlp(name="mlp")(nn.LayerNorm(name="norm")(h))
+
+    recipe = aj.Recipe(*(method if isinstance(method, list) else [method]))
+    with pytest.raises(aj.RecipeError, match=message) as error:
+        aj.adapt(built(Net), recipe, rngs=rngs(), example_inputs=(X,))
+    params = jax.eval_shape(LinenNet().init, jax.random.key(0), X)["params"]
+    with pytest.raises(type(error.value), match=message):
+        aj.init_adapters(aj.adapt(LinenNet(), recipe), params, jax.random.key(0), X)
+
+
+def test_a_registered_layer_without_its_weight_is_named():
+    class Odd(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((D, D)))
+
+        def __call__(self, x):
+            return x @ self.w[...]
+
+    aj.register_contraction(Odd, weight="v", equation="...d,df->...f")
+    with pytest.raises(aj.RecipeError, match="Odd at '' has no parameter 'v'; correct weight="):
+        adapt(Odd(), aj.LoRA("**", 2))
+    aj.register_contraction(Odd, weight="w", equation="...d,df->...f")
+    model = shake(adapt(Odd(), aj.LoRA("**", 2)))
+    x = draw(5, D)
+    np.testing.assert_allclose(
+        model(x), array(x) @ array(model.w) + lora_term(model, array(x), 1.0), atol=1e-5
+    )
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs, rate=0.0):
+        self.drop = nnx.Dropout(rate, rngs=rngs if rate else None)
+        self.dense, self.norm = nnx.Linear(D, D, rngs=rngs), nnx.LayerNorm(D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x + jnp.tanh(self.dense(self.drop(x))))
+
+
+class Stack(nnx.Module):
+    """Three blocks made by vmap and run by scan, recomputed in the backward pass."""
+
+    def __init__(self, rngs, rate=0.0, remat=True):
+        self.remat = remat
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs):
+            return Block(rngs, rate)
+
+        self.blocks = blocks(rngs)
+
+    def __call__(self, x):
+        def run(block, x):
+            return block(x)
+
+        run = nnx.remat(run) if self.remat else run
+        return nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+
+
+STACKED = {
+    "lora": (aj.LoRA("blocks/dense", 2, alpha=3.0), ()),
+    "bottleneck": (aj.Bottleneck("blocks/dense", 2), ()),
+    "norm": (aj.Bottleneck("blocks/norm", 2), ()),
+    "composite": (aj.Bottleneck("blocks", 2), (draw(1, D),)),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_layers_are_adapted_one_by_one(name):
+    method, examples = STACKED[name]
+    model = shake(adapt(built(Stack), method, example_inputs=examples or None))
+    assert all(shape[0] == 3 for shape in shapes(model).values())
+    x = draw(5, D)
+    wanted = array(x)
+    graphdef, state = nnx.split(model.blocks)
+    for i in range(3):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], state))
+        y = plain(block.dense, wanted)
+        if name == "lora":
+            y = y + lora_term(block.dense, wanted, 1.5)
+        if name == "bottleneck":
+            y = y + bottleneck_term(block.dense.adapter, y)
+        y = normed(block.norm, wanted + np.tanh(y))
+        leaves = {"norm": block.norm, "composite": block}.get(name)
+        wanted = y + (bottleneck_term(leaves.adapter, y) if leaves else 0.0)
+    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), wanted, atol=1e-4)
+
+
+def test_example_inputs_and_the_layers_themselves_tell_the_same_layer_axes():
+    recipe = aj.LoRA("blocks/dense", 2, dropout=0.5), aj.Bottleneck("blocks/norm", 2)
+    alone = adapt(Stack(rngs(), rate=0.5), *recipe)
+    told = adapt(Stack(rngs(), rate=0.5), *recipe, example_inputs=(draw(1, D),))
+    assert nnx.split(alone)[0] == nnx.split(told)[0]
+    assert shapes(alone) == shapes(told)
+
+
+def test_stacked_layers_have_a_dropout_stream_each():
+    model = shake(adapt(built(Stack), aj.LoRA("blocks/dense", 4, dropout=0.5)))
+    keys = model.blocks.dense.lora["dropout"].rngs.key[...]
+    assert keys.shape == (3,)
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3
+    run, x = nnx.jit(lambda model, x: model(x)), draw(5, D)
+    first, second = run(model, x), run(model, x)
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(model.blocks.dense.lora["dropout"].rngs.count[...], [2, 2, 2])
+    model.eval()
+    np.testing.assert_array_equal(run(model, x), run(model, x))
+
+
+def test_remat_changes_no_gradient():
+    gradients = []
+    for remat in (True, False):
+        model = shake(
+            adapt(
+                built(functools.partial(Stack, remat=remat)),
+                aj.LoRA("blocks/dense", 2, dropout=0.5),
+            )
+        )
+        state = aj.TrainState.create(model, tx=optax.sgd(1.0), key=jax.random.key(0))
+        step = aj.make_train_step(lambda model, x, key: jnp.mean(model(x) ** 2 * x))
+        state, metrics = step(state, draw(5, D))
+        gradients.append((float(metrics["grad_norm"]), jax.tree.leaves(state.adapters)))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    for one, other in zip(gradients[0][1], gradients[1][1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", [aj.LoRA("up", 2, dropout=0.5), aj.Bottleneck("up", 6, dropout=0.5)]
+)
+def test_train_and_eval_switch_the_dropout_of_adapters(method):
+    model, x = shake(adapt(built(Mlp), method)), jnp.asarray(np.tile(drawn((1, D)), (4000, 1)))
+    first, second = model(x), model(x)
+    assert not np.array_equal(first, second)
+    model.eval()
+    clean = model(x)
+    np.testing.assert_array_equal(clean, model(x))
+    y = plain(model.up, x)
+    lora = method.slot == "lora"
+    branch = lora_term(model.up, x, 1.0) if lora else bottleneck_term(model.up.adapter, y)
+    np.testing.assert_allclose(model.up(x), y + branch, atol=1e-5)
+    model.train()
+    assert not np.array_equal(model(x), clean)
+    # Every row has a mask of its own, and on the average the branch is what it is without one.
+    np.testing.assert_allclose(np.mean(model.up(x) - y, 0), branch[0], atol=0.1)
+
+
+def test_abstract_models_are_adapted_without_allocating():
+    recipe = aj.Recipe(
+        aj.LoRA("blocks/dense", 2, dropout=0.5), aj.Bottleneck("blocks", 2), aj.Unfreeze("**/bias")
+    )
+
+    def build():
+        return aj.adapt(Stack(rngs(), rate=0.5), recipe, rngs=rngs(1), example_inputs=(draw(1, D),))
+
+    around = nnx.eval_shape(build)
+    streams = rngs(1)
+    inside = aj.adapt(
+        nnx.eval_shape(lambda: Stack(rngs(), rate=0.5)),
+        recipe,
+        rngs=streams,
+        example_inputs=(jax.ShapeDtypeStruct((1, D), jnp.float32),),
+    )
+    concrete = build()
+    for model in (around, inside):
+        leaves = jax.tree.leaves(nnx.state(model))
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+        assert kinds(model) == kinds(concrete)
+        assert shapes(model) == shapes(concrete)
+        assert aj.audit(model) == aj.audit(concrete)
+    assert int(streams.params.count[...]) == 0
+    with pytest.raises(aj.TargetError, match="matches nothing"):
+        aj.adapt(around, aj.LoRA("nowhere", 2), rngs=rngs())
+
+
+def test_the_same_seed_gives_the_same_adapters_and_another_seed_others():
+    base = built(Net)
+    one, same, other = (
+        flatten(nnx.state(aj.adapt(base, aj.LoRA("mlp/*", 2), rngs=nnx.Rngs(s)), AdapterParam))
+        for s in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one["mlp/up/lora/a"], same["mlp/up/lora/a"])
+    assert not np.array_equal(one["mlp/up/lora/a"], other["mlp/up/lora/a"])
+    assert not np.array_equal(one["mlp/up/lora/a"], one["mlp/down/lora/a"][:D])
+    assert np.all(one["mlp/up/lora/b"] == 0.0)
+
+
+def test_jit_split_merge_and_copies_are_the_model():
+    model = shake(adapt(built(Net), aj.LoRA("mlp/*", 2), aj.Bottleneck("stem", 2)))
+    wanted = model(X)
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(model, X), wanted, atol=1e-6)
+    graphdef, adapters, rest = nnx.split(model, AdapterParam, ...)
+    merged = nnx.merge(graphdef, adapters, rest)
+    assert kinds(merged) == kinds(model)
+    np.testing.assert_array_equal(merged(X), wanted)
+    doubled = nnx.merge(graphdef, jax.tree.map(lambda x: 2 * x, adapters), rest)
+    assert np.abs(doubled(X) - wanted).max() > 1e-2
+    copied = copy.deepcopy(model)
+    assert type(copied.stem) is type(model.stem)
+    np.testing.assert_array_equal(copied(X), wanted)
+
+
+def test_two_adaptations_give_one_class_and_one_structure():
+    one, two = (adapt(Net(rngs(i)), aj.LoRA("mlp/*", 2)) for i in range(2))
+    assert type(one.mlp.up) is type(two.mlp.up) is type(one.mlp.down)
+    assert type(one.mlp.up).__name__ == "AdaptedLinear"
+    assert isinstance(one.mlp.up, nnx.Linear) and type(one.mlp) is Mlp
+    assert nnx.split(one)[0] == nnx.split(two)[0]
+    calls = []
+
+    @nnx.jit
+    def run(model, x):
+        calls.append(x)
+        return model(x)
+
+    run(one, X), run(two, X)
+    assert len(calls) == 1
+
+
+class Special(nnx.Param):
+    """A parameter of a class of its own."""
+
+
+class WithSpecial(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(D, D, rngs=rngs)
+        self.scale = Special(draw(D))
+
+    def __call__(self, x):
+        return self.dense(x) * self.scale[...][None]
+
+
+def test_merging_gives_every_class_back():
+    base = built(WithSpecial)
+    model = shake(adapt(base, aj.LoRA("dense", 2, alpha=3.0, dropout=0.5), aj.Unfreeze("scale")))
+    assert isinstance(model.scale, AdapterParam) and isinstance(model.scale, Special)
+    assert trained(model) == {"dense/lora/a", "dense/lora/b", "scale"}
+    again = adapt(model, aj.Unfreeze(("scale", "dense/bias")))
+    assert type(again.scale) is type(model.scale)
+    model.eval()
+    merged = aj.merge(model)
+    assert kinds(merged) == kinds(base) == kinds(aj.merge(again))
+    assert not hasattr(merged, "adapter_recipe") and not hasattr(merged.dense, "adapter_methods")
+    lora = model.dense.lora
+    kernel = array(model.dense.kernel) + 1.5 * array(lora["a"]) @ array(lora["b"])
+    np.testing.assert_allclose(merged.dense.kernel[...], kernel, atol=1e-6)
+    np.testing.assert_array_equal(merged.scale[...], model.scale[...])
+    x = draw(5, D)
+    np.testing.assert_allclose(merged(x), model(x), atol=1e-5)
+    with pytest.raises(ValueError, match="WithSpecial has no adapters; call aj.adapt"):
+        aj.merge(merged)
+
+
+class Quantised(nnx.Module):
+    """A dense layer whose weight is int8, with a scale."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Param(jnp.arange(D * D, dtype=jnp.int8).reshape(D, D))
+        self.scale = nnx.Param(jnp.full((D,), 0.1))
+        self.head = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x @ self.table[...].astype(x.dtype) * self.scale[...][None])
+
+
+def test_a_base_with_an_integer_leaf_trains_its_adapters():
+    model = shake(adapt(built(Quantised), aj.LoRA("head", 2), aj.Unfreeze("scale")))
+    table, x = model.table[...], draw(5, D)
+    state = aj.TrainState.create(model, tx=optax.sgd(1e-4), key=jax.random.key(0))
+    step = aj.make_train_step(lambda model, x, key: jnp.mean(model(x) ** 2))
+    state, first = step(state, x)
+    state, second = step(state, x)
+    assert float(second["loss"]) < float(first["loss"])
+    assert state.model.table[...] is table and table.dtype == jnp.int8
+    assert set(flatten(state.adapters)) == {"head/lora/a", "head/lora/b", "scale"}
+
+
+def test_the_output_keeps_the_dtype_of_the_base():
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    linear = built(lambda rngs: nnx.Linear(D, D, **half, rngs=rngs))
+    model = shake(adapt(linear, aj.LoRA("**", 2), aj.Bottleneck("**", 2)))
+    x = draw(5, D)
+    assert model(x).dtype == jnp.bfloat16
+    assert {v.dtype for v in jax.tree.leaves(nnx.state(model, AdapterParam))} == {np.dtype("f4")}
+    y = plain(model, x) + lora_term(model, x, 1.0)
+    wanted = y + bottleneck_term(model.adapter, y)
+    np.testing.assert_allclose(array(model(x)), wanted, atol=0.2)
+
+
+def test_a_bottleneck_by_hand():
+    adapter = shake(
+        aj.nnx.Bottleneck(D, 2, rngs=rngs(), scale=0.5, activation="relu", dropout=0.5), nnx.Param
+    )
+    adapter.eval()
+    x, y = draw(2, 5, D), draw(2, 5, D, seed=1)
+    down, up = adapter.down, adapter.up
+    hidden = np.maximum(array(x) @ array(down["kernel"]) + array(down["bias"]), 0.0)
+    branch = 0.5 * (hidden @ array(up["kernel"]) + array(up["bias"]))
+    np.testing.assert_allclose(adapter(x), x + branch, atol=1e-5)
+    np.testing.assert_allclose(adapter(x, y), y + branch, atol=1e-5)
+    adapter.train()
+    assert not np.array_equal(adapter(x), adapter(x))
+    assert set(shapes(adapter)) == {f"{p}/{n}" for p in ("down", "up") for n in ("kernel", "bias")}
+    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, wanted a whole number"):
+        aj.nnx.Bottleneck(D, 0, rngs=rngs())
+
+
+def test_a_lora_linear_by_hand():
+    layer = aj.nnx.LoRALinear(
+        D, 6, rank=2, alpha=3.0, rngs=rngs(), lora={"rank_stabilized": True}, use_bias=False
+    )
+    x = draw(5, D)
+    np.testing.assert_array_equal(layer(x), x @ layer.kernel[...])
+    shake(layer)
+    wanted = array(x) @ array(layer.kernel) + lora_term(layer, x, 3.0 / np.sqrt(2.0))
+    np.testing.assert_allclose(layer(x), wanted, atol=1e-5)
+    assert isinstance(layer, aj.nnx.LoRALinear)
+    assert trained(layer) == {"lora/a", "lora/b"}
+    with pytest.raises(
+        aj.RecipeError, match=r"rank 9 at '' exceeds min\(in, out\) = min\(4, 6\) ="
+    ):
+        aj.nnx.LoRALinear(D, 6, rank=9, rngs=rngs())
+
+
+def test_multi_head_attention_is_adapted_in_its_projections():
+    attention = built(lambda rngs: nnx.MultiHeadAttention(2, D, decode=False, rngs=rngs))
+    model = shake(adapt(attention, aj.LoRA("{query,out}", 2, alpha=3.0)))
+    query, out = model.query, model.out
+    x = draw(1, 5, D)
+    term = np.einsum("btr,rnh->btnh", array(x) @ array(query.lora["a"]), array(query.lora["b"]))
+    kernel = np.einsum("btd,dnh->btnh", x, array(query.kernel)) + array(query.bias)
+    np.testing.assert_allclose(query(x), kernel + 1.5 * term, atol=1e-5)
+    assert shapes(model) == {
+        "query/lora/a": (D, 2),
+        "query/lora/b": (2, 2, 2),
+        "out/lora/a": (2, 2, 2),
+        "out/lora/b": (2, D),
+    }
+    h = draw(1, 5, 2, 2)
+    term = np.einsum("btnh,nhr->btr", h, array(out.lora["a"])) @ array(out.lora["b"])
+    kernel = np.einsum("btnh,nhd->btd", h, array(out.kernel)) + array(out.bias)
+    np.testing.assert_allclose(out(h), kernel + 1.5 * term, atol=1e-5)
+
+
+def test_tracing_a_model_again_makes_no_new_classes():
+    made = []
+    for _ in range(2):
+        adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=(X,))
+        made.append(aj.nnx._recording_class.cache_info().misses)
+    assert made[0] == made[1] > 0
+
+
+def test_adapters_of_several_tasks_share_one_base():
+    base = built(Net)
+    models = [aj.adapt(base, aj.LoRA("mlp/*", 2), rngs=nnx.Rngs(i)) for i in range(2)]
+    for i, model in enumerate(models):
+        model.mlp.up.lora["b"][...] = draw(2, 6, seed=i)
+        assert model.stem.kernel[...] is base.stem.kernel[...]
+    assert np.abs(models[0](X) - models[1](X)).max() > 1e-3
+    nnx.update(models[0], nnx.state(models[1], AdapterParam))
+    np.testing.assert_array_equal(models[0](X), models[1](X))

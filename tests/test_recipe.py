@@ -1,0 +1,404 @@
+"""Recipes: equality, addition, printing, JSON, bad fields, and what the presets stand for."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import adapters_jax as aj
+from adapters_jax import Bottleneck, LoRA, Recipe, Unfreeze
+from adapters_jax.methods import METHODS
+from adapters_jax.methods.bottleneck import ACTIVATIONS
+from adapters_jax.methods.lora import INITS
+from adapters_jax.recipe import require_sites
+
+PRESETS = {
+    "houlsby": aj.houlsby(32, head="head"),
+    "houlsby_factor": aj.houlsby(reduction_factor=16, layer_norms=None, activation="relu"),
+    "pfeiffer": aj.pfeiffer(dropout=0.1),
+    "parallel": aj.parallel(8, init_std=1e-3),
+    "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
+    "bitfit": aj.bitfit(head="head"),
+    "last_layers": aj.last_layers(2, 12),
+    "full": aj.full(),
+}
+# A value for every field that is not its default.
+OTHER = {
+    "bottleneck": {
+        "targets": ("a",),
+        "bottleneck_dim": 3,
+        "reduction_factor": 2.5,
+        "placement": "parallel",
+        "scale": -4.0,
+        "activation": "relu",
+        "dropout": 0.25,
+        "init_std": 0.0,
+    },
+    "lora": {
+        "targets": ("a", "{b,c}"),
+        "rank": 3,
+        "alpha": 0.1,
+        "dropout": 0.25,
+        "a_init": "uniform",
+        "rank_stabilized": True,
+        "rank_pattern": {"layer_0/**": 1, "**": 2},
+        "alpha_pattern": {"layer_0/**": 1.5, "**": None},
+    },
+    "unfreeze": {"targets": ("a/**",)},
+}
+
+
+def test_recipes_compare_by_value():
+    one = Recipe(LoRA("a", 4), Unfreeze(["b", "c"]))
+    same = Recipe([LoRA(("a",), rank=4)], (Unfreeze(("b", "c")),))
+    assert one == same and hash(one) == hash(same)
+    assert one != Recipe(Unfreeze(("b", "c")), LoRA("a", 4))
+    assert one != Recipe(LoRA("a", 5), Unfreeze(("b", "c")))
+    assert LoRA("a", rank_pattern={"b": 2}) == LoRA("a", rank_pattern=[("b", 2)])
+    assert len({one, same, Recipe()}) == 2
+
+
+def test_recipes_add_in_order():
+    lora, adapter, head = LoRA("a"), Bottleneck("a", 4), Unfreeze("head/**")
+    whole = Recipe(lora, adapter, head)
+    assert Recipe(lora) + adapter + head == whole
+    assert lora + Recipe(adapter, head) == whole
+    assert Recipe(lora) + Recipe(adapter) + Recipe(head) == whole
+    assert Recipe(Recipe(lora), [Recipe(adapter), (head,)]) == whole
+    assert tuple(whole) == (lora, adapter, head) and len(whole) == 3
+    assert whole.attached == (lora, adapter) and whole.unfrozen == ("head/**",)
+
+
+def test_repr_shows_what_is_not_default_and_can_be_typed_in_again():
+    recipe = Recipe(
+        LoRA("a", 4, rank_pattern={"b": 2}), Bottleneck("c", scale=4.0, bottleneck_dim=2)
+    )
+    assert repr(recipe) == (
+        "Recipe(\n"
+        "  LoRA(targets=('a',), rank=4, rank_pattern=(('b', 2),)),\n"
+        "  Bottleneck(targets=('c',), bottleneck_dim=2, scale=4.0),\n"
+        ")"
+    )
+    assert repr(Recipe()) == "Recipe(\n)"
+    for recipe in PRESETS.values():
+        assert eval(repr(recipe), vars(aj)) == recipe
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_round_trip_through_json(preset):
+    recipe = PRESETS[preset]
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_json(json.loads(recipe.to_json())) == recipe
+
+
+@pytest.mark.parametrize(("name", "field"), [(m, f) for m in OTHER for f in OTHER[m]])
+def test_every_field_round_trips_and_counts_for_equality(name, field):
+    cls = METHODS[name]
+    plain = {"targets": "x"} | ({"bottleneck_dim": 64} if name == "bottleneck" else {})
+    changed = plain | {field: OTHER[name][field]}
+    if field == "reduction_factor":
+        del changed["bottleneck_dim"]
+    recipe = Recipe(cls(**changed))
+    assert Recipe.from_json(recipe.to_json()) == recipe != Recipe(cls(**plain))
+    assert json.loads(recipe.to_json())["methods"][0]["method"] == name
+
+
+def test_the_table_of_fields_has_them_all():
+    assert {name: set(fields) for name, fields in OTHER.items()} == {
+        name: {f.name for f in dataclasses.fields(cls)} for name, cls in METHODS.items()
+    }
+
+
+def drawn_method(rng):
+    """A method with random fields."""
+
+    def maybe(value, default):
+        return value if rng.random() < 0.5 else default
+
+    targets = tuple(f"**/{{a{i},b}}/*" for i in range(rng.integers(1, 4)))
+    number = float(np.exp(rng.normal()))
+    kind = rng.integers(3)
+    if kind == 0:
+        width = {"bottleneck_dim": int(rng.integers(1, 99))}
+        return Bottleneck(
+            targets,
+            **maybe(width, {"reduction_factor": number}),
+            placement=maybe("parallel", "sequential"),
+            scale=maybe(-number, 1.0),
+            activation=str(rng.choice(list(ACTIVATIONS))),
+            dropout=maybe(float(rng.random()), 0.0),
+            init_std=maybe(number, 1e-2),
+        )
+    if kind == 1:
+        patterns = [f"layer_{i}/**" for i in range(rng.integers(0, 3))]
+        return LoRA(
+            targets,
+            int(rng.integers(1, 99)),
+            maybe(number, None),
+            dropout=maybe(float(rng.random()), 0.0),
+            a_init=str(rng.choice(list(INITS))),
+            rank_stabilized=maybe(True, False),
+            rank_pattern={p: int(rng.integers(1, 9)) for p in patterns},
+            alpha_pattern={p: maybe(number, None) for p in patterns},
+        )
+    return Unfreeze(targets)
+
+
+def test_any_recipe_round_trips_through_json():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        recipe = Recipe([drawn_method(rng) for _ in range(rng.integers(0, 5))])
+        again = Recipe.from_json(recipe.to_json())
+        assert again == recipe and hash(again) == hash(recipe) and repr(again) == repr(recipe)
+        seen.add(recipe)
+    assert len(seen) > 200
+
+
+def as_json(**row):
+    return json.dumps({"methods": [row]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", 'recipe JSON wants one key "methods" that holds a list of methods'),
+        ("{}", 'recipe JSON wants one key "methods"'),
+        ('{"methods": 3}', 'recipe JSON wants one key "methods"'),
+        ('{"methods": {"lora": 1}}', 'recipe JSON wants one key "methods"'),
+        ('{"methods": [], "alpha": 1}', 'recipe JSON wants one key "methods"'),
+        ('{"methods": ["lora"]}', "method None is none of bottleneck, lora, unfreeze"),
+        (as_json(method="loar"), "method 'loar' is none of bottleneck, lora, unfreeze"),
+        (as_json(method=["lora"]), "is none of bottleneck, lora, unfreeze"),
+        (as_json(targets="a"), "method None is none of"),
+        (
+            as_json(method="lora", targets=["a"], rank=4),
+            "recipe JSON, method 'lora': 'alpha' is missing",
+        ),
+        (
+            as_json(method="lora", target=["a"], rnak=4),
+            "recipe JSON, method 'lora': unknown key 'rnak' (did you mean 'rank'?); unknown key "
+            "'target' (did you mean 'targets'?); 'targets' is missing; 'rank' is missing; "
+            "'alpha' is missing",
+        ),
+        (
+            as_json(method="bottleneck", targets="a", botleneck_dim=3),
+            "recipe JSON, method 'bottleneck': unknown key 'botleneck_dim' "
+            "(did you mean 'bottleneck_dim'?)",
+        ),
+        (
+            as_json(method="unfreeze", targets="a", zzz=1),
+            "recipe JSON, method 'unfreeze': unknown key 'zzz'",
+        ),
+        (as_json(method="bottleneck", bottleneck_dim=3), "'targets' is missing"),
+        (as_json(method="lora", targets="a", rank=8, alpha=float("nan")), "LoRA: alpha=nan"),
+        (as_json(method="lora", targets="a", rank=8.0, alpha=None), "LoRA: rank=8.0"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Recipe.from_json(text)
+    if message.startswith("recipe JSON, "):
+        assert str(error.value) == message
+
+
+def test_json_may_leave_out_what_has_a_default():
+    text = as_json(method="lora", targets="a", rank=4, alpha=None, rank_pattern={"b": 2})
+    assert Recipe.from_json(text) == Recipe(LoRA("a", 4, rank_pattern={"b": 2}))
+
+
+NAN, INF = float("nan"), float("inf")
+NUMBER = "wanted a finite number > 0"
+WHOLE = "wanted a whole number >= 1"
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        *[(LoRA, {"rank": r}, f"LoRA: rank={r!r}, {WHOLE}") for r in (0, -1, 2.0, True, "8", None)],
+        *[
+            (LoRA, {"alpha": a}, f"LoRA: alpha={a!r}, {NUMBER}")
+            for a in (NAN, INF, -INF, -1.0, 0, True, "1")
+        ],
+        *[
+            (LoRA, {"dropout": p}, f"LoRA: dropout={p!r}, wanted a finite number >= 0 and < 1")
+            for p in (1.0, -0.1, NAN)
+        ],
+        (
+            LoRA,
+            {"a_init": "normal"},
+            "LoRA: a_init='normal', wanted one of gaussian, uniform, gaussian_rank",
+        ),
+        (LoRA, {"rank_pattern": {"a": 0}}, f"LoRA: rank=0, {WHOLE}"),
+        (LoRA, {"alpha_pattern": {"a": NAN}}, f"LoRA: alpha=nan, {NUMBER}"),
+        *[
+            (
+                LoRA,
+                {"rank_pattern": pairs},
+                f"LoRA: rank_pattern={pairs!r}, wanted a mapping such as {{'layer_0/**': 4}}",
+            )
+            for pairs in ("ab", 3, ("a",), {1: 2}, [("a", 1, 2)])
+        ],
+        (LoRA, {"alpha_pattern": {"{a": 1.0}}, "target '{a' has an unbalanced brace"),
+        *[
+            (Bottleneck, {"bottleneck_dim": m}, f"Bottleneck: bottleneck_dim={m!r}, {WHOLE}")
+            for m in (0, -1, 2.5, True)
+        ],
+        *[
+            (Bottleneck, {"reduction_factor": f}, f"Bottleneck: reduction_factor={f!r}, {NUMBER}")
+            for f in (0, -1.0, NAN, INF)
+        ],
+        (
+            Bottleneck,
+            {},
+            "Bottleneck got bottleneck_dim=None and reduction_factor=None; "
+            "give exactly one of them, such as bottleneck_dim=64",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "reduction_factor": 2},
+            "Bottleneck got bottleneck_dim=4 and reduction_factor=2; give exactly one of them",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "activation": "swish"},
+            "Bottleneck: activation='swish', wanted one of gelu, gelu_exact, relu, silu, ",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "placement": "before"},
+            "Bottleneck: placement='before', wanted one of sequential, parallel",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "dropout": 1.0},
+            "Bottleneck: dropout=1.0, wanted a finite number >= 0 and < 1",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "init_std": -1e-3},
+            "Bottleneck: init_std=-0.001, wanted a finite number >= 0",
+        ),
+        (
+            Bottleneck,
+            {"bottleneck_dim": 4, "scale": NAN},
+            "Bottleneck: scale=nan, wanted a finite number",
+        ),
+        *[
+            (cls, {"targets": ()}, f"{cls.__name__} got targets=(); it wants one or more patterns")
+            for cls in (LoRA, Bottleneck, Unfreeze)
+        ],
+    ],
+)
+def test_bad_fields(cls, fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        cls(**({"targets": "a"} | fields))
+
+
+@pytest.mark.parametrize("part", ["lora", 3, None, LoRA, object])
+def test_a_recipe_is_made_of_methods(part):
+    with pytest.raises(TypeError) as error:
+        Recipe(LoRA("a"), part)
+    assert str(error.value) == (
+        f"a recipe is made of methods (Bottleneck, LoRA, Unfreeze); got {part!r}"
+    )
+    with pytest.raises(TypeError):
+        Recipe(LoRA("a")) + part
+
+
+def test_two_methods_of_one_slot_on_one_module():
+    recipe = Recipe(LoRA("**/query", 4), LoRA("layer_0/**", 2), Bottleneck("**/query", 2))
+    assert [m.name for m in recipe.at("layer_1/query")] == ["lora", "bottleneck"]
+    assert recipe.at("layer_0/key") == (recipe.methods[1],)
+    assert recipe.at("nowhere") == ()
+    with pytest.raises(aj.RecipeError) as error:
+        recipe.at("layer_0/query")
+    assert str(error.value) == (
+        "two methods of the recipe target 'layer_0/query' and both keep their parameters in "
+        "layer_0/query/lora; give them disjoint targets"
+    )
+
+
+def test_the_owner_of_a_parameter_is_told_by_its_path_and_leaf():
+    lora, adapter = LoRA("**/query"), Bottleneck("**/{output,adapter}", 4)
+    recipe = Recipe(lora, adapter, Unfreeze("head/**"))
+    assert recipe.owner("l/query/lora/a") == ("l/query", lora)
+    assert recipe.owner("l/output/adapter/down/kernel") == ("l/output", adapter)
+    assert recipe.owner("adapter/adapter/up/bias") == ("adapter", adapter)
+    for path in (
+        "l/key/lora/a",
+        "l/query/lora/c",
+        "l/query/lora/a/b",
+        "l/query/kernel",
+        "lora/a",
+        "l/lora/query/kernel",
+        "adapter/down/kernel",
+        "l/output/adapter/kernel",
+    ):
+        assert recipe.owner(path) is None and not recipe.trains(path), path
+    assert recipe.trains("head/kernel") and recipe.owner("head/kernel") is None
+    assert Recipe(LoRA("**")).owner("lora/b") == ("", LoRA("**"))
+
+
+def test_patterns_for_ranks_and_alphas_must_mean_a_target():
+    usable = ["layer_0/query", "layer_1/query", "layer_0/key"]
+    fine = LoRA("**/query", rank_pattern={"layer_0/**": 2}, alpha_pattern={"**": 1.0})
+    require_sites(fine, usable, {})
+    for field, of in (("rank_pattern", 2), ("alpha_pattern", 2.0)):
+        with pytest.raises(aj.TargetError) as error:
+            require_sites(LoRA("**/query", **{field: {"**/key": of}}), usable, {})
+        assert str(error.value).startswith(f"LoRA {field}: target '**/key' matches nothing")
+    with pytest.raises(aj.TargetError, match=r"LoRA: target 'x' matches only .* x \(no reason\)"):
+        require_sites(LoRA("x"), usable, {"x": "no reason"})
+
+
+def test_presets_are_what_their_papers_say():
+    both = ("**/attention/output", "**/mlp/output")
+    norms = ("**/*{norm,Norm,ln}*/{scale,bias}",)
+    assert aj.houlsby(head="head").methods == (
+        Bottleneck(both, 64, activation="gelu", init_std=1e-2, scale=1.0),
+        Unfreeze(norms),
+        Unfreeze("head/**"),
+    )
+    assert aj.houlsby(layer_norms=None).methods == (Bottleneck(both, 64),)
+    assert aj.pfeiffer().methods == (Bottleneck("**/mlp/output", 64),)
+    assert aj.pfeiffer(reduction_factor=16).methods == (
+        Bottleneck("**/mlp/output", reduction_factor=16),
+    )
+    assert aj.parallel().methods == (Bottleneck("**/mlp", 64, None, "parallel", scale=4.0),)
+    assert aj.parallel(scale=1.0).methods[0].scale == 1.0
+    assert aj.lora().methods == (LoRA("**/{query,value}", 8, None),)
+    assert aj.lora(4, 2.0, targets="a", head="b").methods == (LoRA("a", 4, 2.0), Unfreeze("b/**"))
+    assert aj.bitfit().methods == (Unfreeze("**/bias"),)
+    assert aj.full().methods == (Unfreeze("**"),) and aj.full().trains("")
+    for preset, source in {
+        aj.houlsby: "1902.00751",
+        aj.pfeiffer: "2005.00247",
+        aj.parallel: "2110.04366",
+        aj.lora: "2106.09685",
+        aj.bitfit: "2106.10199",
+    }.items():
+        assert f"arXiv:{source}" in preset.__doc__
+
+
+def test_the_layer_norms_of_known_models_match():
+    recipe = aj.houlsby()
+    for norm in ("embeddings/layer_norm", "h/0/ln_1", "ln_f", "layers/input_norm", "LayerNorm_0"):
+        assert recipe.trains(f"{norm}/scale") and recipe.trains(f"{norm}/bias")
+    assert not recipe.trains("layer_0/attention/output/bias")
+    assert not recipe.trains("layer_norm/kernel")
+
+
+def test_last_layers():
+    (unfreeze,) = aj.last_layers(2, 12, head="head").methods[:1]
+    assert unfreeze.targets == ("**/layer_10/**", "**/layer_11/**")
+    assert aj.last_layers(1, 3, layer="{h,l}/{}").methods[0].targets == ("{h,l}/2/**",)
+    assert aj.last_layers(3, 3).methods[0].targets[0] == "**/layer_0/**"
+    for k in (0, 13, -1):
+        with pytest.raises(ValueError, match=f"k={k}, wanted a number from 1 to num_layers=12"):
+            aj.last_layers(k, 12)
+    with pytest.raises(ValueError, match="layer='h', wanted {} where the layer's number is"):
+        aj.last_layers(1, 3, layer="h")

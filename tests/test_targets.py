@@ -1,0 +1,144 @@
+"""The pattern language: every construct, and what its errors say."""
+
+import itertools
+
+import pytest
+
+from adapters_jax.errors import TargetError
+from adapters_jax.targets import as_patterns, matches, nearest, require_match
+
+MEANT = {
+    "query": (["query"], ["layer_0/query", "query/kernel", "queryx", "xquery", ""]),
+    "layer_0/query": (["layer_0/query"], ["layer_0", "layer_0/query/x", "layer_00/query"]),
+    "*": (["a", "layer_0"], ["", "a/b"]),
+    "*/b": (["a/b"], ["b", "a/a/b", "a/b/c"]),
+    "a/*/c": (["a/b/c"], ["a/c", "a/b/b/c"]),
+    "layer_*": (["layer_0", "layer_"], ["layer", "layer_0/x"]),
+    "*_1*": (["h_1", "h_10", "_1"], ["h_2"]),
+    "**": (["", "a", "a/b/c"], []),
+    "**/b": (["b", "a/b", "a/a/b"], ["", "a/b/c", "ab"]),
+    "a/**": (["a", "a/b", "a/b/c"], ["", "b", "ab"]),
+    "a/**/c": (["a/c", "a/b/c", "a/b/b/c"], ["a", "c", "a/bc"]),
+    "**/a/**": (["a", "b/a", "a/b", "b/a/b"], ["b", "ba"]),
+    "**/a/**/b": (["a/b", "x/a/x/b"], ["b/a"]),
+    "a**": (["a", "abc"], ["a/b", "ba"]),
+    "{a,b}": (["a", "b"], ["ab", "a,b", ""]),
+    "{a}": (["a"], ["b"]),
+    "x{,_1}": (["x", "x_1"], ["x_2"]),
+    "{query, value}": (["query", "value"], [" value"]),
+    "**/{query,value}/kernel": (["query/kernel", "a/value/kernel"], ["a/key/kernel"]),
+    "{a/b,c}/d": (["a/b/d", "c/d"], ["a/d", "b/d"]),
+    "{*_norm,ln*}/scale": (["out_norm/scale", "ln_1/scale"], ["norm/scale", "a/ln/scale"]),
+    "{**/a,b/**}": (["a", "x/y/a", "b", "b/c"], ["ab", "x/b", "a/x"]),
+    "a/{**,x}/b": (["a/b", "a/x/b", "a/y/z/b"], ["b"]),
+    "{a,{b,c}d}": (["a", "bd", "cd"], ["b", "ad"]),
+    "{a,b}_{0,1}": (["a_0", "a_1", "b_0", "b_1"], ["a_2", "a"]),
+    "a,b": (["a,b"], ["a", "b"]),
+    "a.b": (["a.b"], ["axb"]),
+    "a+(b)[c]^$|?\\d": (["a+(b)[c]^$|?\\d"], ["aab", "a+(b)c", "a"]),
+    "a|b": (["a|b"], ["a", "b"]),
+    "Query": (["Query"], ["query"]),
+}
+
+
+@pytest.mark.parametrize("pattern", MEANT)
+def test_a_pattern_means_these_paths_and_not_those(pattern):
+    meant, other = MEANT[pattern]
+    assert [path for path in meant if not matches(pattern, path)] == []
+    assert [path for path in other if matches(pattern, path)] == []
+
+
+def by_definition(pattern, names):
+    """The definition of `**` and `*` word for word, over lists of names."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(by_definition(pattern[1:], names[i:]) for i in range(len(names) + 1))
+    if not names:
+        return False
+    one = pattern[0] in ("*", names[0]) or (pattern[0] == "a*" and names[0].startswith("a"))
+    return one and by_definition(pattern[1:], names[1:])
+
+
+def test_patterns_agree_with_the_definition_on_every_small_path():
+    paths = [p for n in range(4) for p in itertools.product(("a", "b", "ab"), repeat=n)]
+    patterns = [p for n in range(1, 4) for p in itertools.product(("a", "*", "**", "a*"), repeat=n)]
+    for pattern, names in itertools.product(patterns, paths):
+        got = matches("/".join(pattern), "/".join(names))
+        assert got == by_definition(pattern, names), (pattern, names)
+
+
+@pytest.mark.parametrize("pattern", ["{a", "a}", "}a{", "{a,{b}", "{a},b}", "**/{query,value"])
+def test_unbalanced_braces(pattern):
+    with pytest.raises(TargetError, match="has an unbalanced brace; write {a,b}") as error:
+        as_patterns(pattern, "LoRA")
+    assert repr(pattern) in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [(), [], "", ("a", ""), None, 3, ("a", 3)])
+def test_no_targets(targets):
+    with pytest.raises(TargetError) as error:
+        as_patterns(targets, "LoRA")
+    assert str(error.value) == (
+        f"LoRA got targets={targets!r}; it wants one or more patterns such as '**/query'"
+    )
+
+
+def test_targets_become_a_tuple():
+    assert as_patterns("a", "LoRA") == ("a",)
+    assert as_patterns(["a", "{b,c}"], "LoRA") == ("a", "{b,c}")
+    assert as_patterns((p for p in "ab"), "LoRA") == ("a", "b")
+
+
+LAYERS = [f"layer_{i}/attention/{name}" for i in range(3) for name in ("query", "key", "value")]
+
+
+def test_a_misspelt_pattern_is_told_its_nearest_paths():
+    with pytest.raises(TargetError) as error:
+        require_match("LoRA", ("**/qurey",), LAYERS)
+    assert str(error.value) == (
+        "LoRA: target '**/qurey' matches nothing. "
+        "Nearest paths it could attach to: layer_0/attention/query, layer_0/attention/key, "
+        "layer_0/attention/value"
+    )
+
+
+def test_where_nothing_is_near_some_paths_are_shown():
+    with pytest.raises(TargetError) as error:
+        require_match("LoRA", ("zzz",), LAYERS)
+    assert str(error.value).endswith(
+        "could attach to: layer_0/attention/query, layer_0/attention/key, "
+        "layer_0/attention/value, layer_1/attention/query, layer_1/attention/key and 4 more"
+    )
+    with pytest.raises(TargetError, match=r"could attach to: \(none\)$"):
+        require_match("LoRA", ("zzz",), [])
+    with pytest.raises(TargetError, match=r"could attach to: \(the model itself\)$"):
+        require_match("LoRA", ("zzz",), [""])
+
+
+def test_every_failing_pattern_is_in_one_message():
+    with pytest.raises(TargetError) as error:
+        require_match("LoRA", ("**/query", "**/vlaue", "nowhere"), LAYERS)
+    first, second = str(error.value).split("\n")
+    assert first.startswith("LoRA: target '**/vlaue' matches nothing")
+    assert first.endswith("could attach to: layer_0/attention/value, layer_0/attention/query")
+    assert second.startswith("LoRA: target 'nowhere' matches nothing")
+
+
+def test_paths_that_cannot_be_used_are_named_with_the_reason():
+    unusable = {f"layer_{i}/norm": "LayerNorm is not linear" for i in range(5)}
+    with pytest.raises(TargetError) as error:
+        require_match("LoRA", ("**/norm",), LAYERS, unusable)
+    reason = "(LayerNorm is not linear)"
+    assert str(error.value) == (
+        "LoRA: target '**/norm' matches only paths it cannot attach to: "
+        f"layer_0/norm {reason}, layer_1/norm {reason}, layer_2/norm {reason} and 2 more"
+    )
+    require_match("LoRA", ("**",), LAYERS, unusable)
+
+
+def test_nearest_judges_by_the_last_names_of_the_pattern():
+    assert nearest("**/attention/qeury", LAYERS)[0] == "layer_0/attention/query"
+    assert nearest("layer_3/attention/value", LAYERS)[0] == "layer_2/attention/value"
+    assert nearest("**/xyz/**", LAYERS) == []
+    assert len(nearest("**/attention/*", LAYERS, count=2)) == 2

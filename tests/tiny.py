@@ -1,0 +1,64 @@
+"""A tiny random BERT with a tokenizer, and rows it can learn, for tests of the application."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from adapters_jax.models.bert import NAMES, Bert, BertConfig
+from adapters_jax.partition import flatten
+
+GOOD, BAD = ("good", "fine", "lovely"), ("bad", "poor", "dull")
+FILLER = ("the", "film", "was", "and", "a", "plot", "very", "with", "actors", "music")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER)
+CONFIG = BertConfig(
+    vocab_size=len(WORDS),
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=16,
+    initializer_range=0.1,
+)
+
+
+def write_model(directory, seed=0, **settings):
+    """A random checkpoint in Hugging Face's layout, with a tokenizer of whole words."""
+    directory.mkdir(parents=True)
+    config = dataclasses.replace(CONFIG, **settings)
+    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    init = jax.jit(Bert(config).init)
+    tensors = {}
+    for path, leaf in flatten(init(jax.random.key(seed), jnp.ones((1, 4), int))["params"]).items():
+        source = NAMES.source(path)
+        tensors[source.name] = np.array(leaf.T if source.transposed else leaf, order="C")
+    save_file(tensors, directory / "model.safetensors")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def write_reviews(path, rows=480, seed=0):
+    """Rows whose label is told by one word: a review, a second text, a class and a number."""
+    draw = random.Random(seed)
+    lines = []
+    for i in range(rows):
+        label = i % 2
+        words = [draw.choice((BAD, GOOD)[label]), *draw.choices(FILLER, k=draw.randint(2, 5))]
+        draw.shuffle(words)
+        second = draw.choice(FILLER)
+        row = {"review": " ".join(words), "topic": second, "label": ("no", "yes")[label]}
+        lines.append(json.dumps({**row, "stars": 100.0 + 20 * label + draw.random()}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
