@@ -224,12 +224,10 @@ def make_train_step(
         other, (grads, metrics) = gradients(state, base, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.adapters)
-        moved = (optax.apply_updates(state.adapters, updates), opt_state, other)
-        adapters, opt_state, other = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            moved,
-            (state.adapters, state.opt_state, state.other),
+        adapters, opt_state, other = jax.lax.cond(
+            finite,
+            lambda: (*_moved(state.tx, grads, state.adapters, state.opt_state), other),
+            lambda: (state.adapters, state.opt_state, state.other),
         )
         state = replace(
             state, step=state.step + 1, adapters=adapters, opt_state=opt_state, other=other
@@ -242,6 +240,14 @@ def make_train_step(
 
     step.jitted = update  # type: ignore[attr-defined]
     return step
+
+
+def _moved(
+    tx: optax.GradientTransformation, grads: Tree, adapters: Tree, opt_state: optax.OptState
+) -> tuple[Tree, optax.OptState]:
+    """Adapters and optimiser state after an update."""
+    updates, opt_state = tx.update(grads, opt_state, adapters)
+    return optax.apply_updates(adapters, updates), opt_state
 
 
 def _other(model: nnx.Module) -> Any:

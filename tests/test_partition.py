@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import drawn_like
 from flax import linen as nn
 from flax import nnx
 
@@ -202,12 +203,14 @@ def test_a_group_that_means_no_trained_leaf_is_an_error():
 @pytest.mark.parametrize("wrt", [AdapterParam, nnx.Param])
 def test_freeze_base_on_an_nnx_state(wrt):
     recipe = aj.Recipe(aj.LoRA("**", rank=2), aj.Unfreeze("bias"))
-    model = aj.adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))))
+    linear = nnx.merge(graphdef, jax.tree.map(jnp.asarray, drawn_like(state)))
+    model = aj.adapt(linear, recipe, rngs=nnx.Rngs(1))
     kernel, bias, b = model.kernel[...], model.bias[...], model.lora["b"][...]
     tx = aj.freeze_base(optax.adam(0.25), recipe, {"bias": optax.sgd(1.0)})
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
     loss = nnx.grad(lambda model: model(jnp.ones((2, 4))).sum(), argnums=nnx.DiffState(0, wrt))
-    optimizer.update(model, loss(model))
+    nnx.jit(lambda model, optimizer: optimizer.update(model, loss(model)))(model, optimizer)
     np.testing.assert_array_equal(model.kernel[...], kernel)
     np.testing.assert_allclose(model.bias[...], bias - 2.0)
     np.testing.assert_allclose(abs(model.lora["b"][...] - b), 0.25, rtol=1e-4)

@@ -8,7 +8,13 @@ import pytest
 
 import adapters_jax as aj
 from adapters_jax.finetune.output import Output, duration
-from adapters_jax.finetune.report import draw_curves, results_table, show_metric, write_report
+from adapters_jax.finetune.report import (
+    _smooth,
+    draw_curves,
+    results_table,
+    show_metric,
+    write_report,
+)
 from adapters_jax.finetune.runs import Run
 
 RESULTS = [
@@ -139,7 +145,19 @@ def test_json_has_stdout_to_itself(capsys):
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
     with Output(json=False).progress("lora", 100) as meter:
         for step in range(1, 101):
-            meter.update(step, "loss 0.5", news=step == 50)
+            meter.update(step, "loss 0.5", news=step in (50, 100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("lora  step 50 of 100  loss 0.5  ")
+    assert lines[0].startswith("lora  step 100 of 100  loss 0.5  ")
+    with Output(json=False).progress("lora", 3) as meter:
+        meter.began = meter.last = meter.last - 11
+        meter.update(1, "loss 0.5")
+        meter.update(2, "loss 0.4")
+    assert capsys.readouterr().out == "lora  step 1 of 3  loss 0.5  22.0 s left\n"
+
+
+def test_the_loss_is_smoothed_over_its_neighbours():
+    values = [0.0, 10.0] * 20
+    smooth = _smooth(values)
+    assert smooth[20] == pytest.approx(5, abs=1.1)
+    assert (smooth[0], _smooth([3.0]).tolist()) == (pytest.approx(10 / 3), [3.0])

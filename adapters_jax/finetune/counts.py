@@ -100,8 +100,8 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
     """
     model, inputs = shape_of(name)
     if isinstance(model, nnx.Module):
-        layers, layer = len(model.layers), "layers/{}"
-        recipe = method.build(num_layers=layers, layer=layer)
+        stack: Any = model
+        recipe = method.build(num_layers=len(stack.layers), layer="layers/{}")
         rngs = nnx.Rngs(0)
         return audit(nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)))
     config = model.config

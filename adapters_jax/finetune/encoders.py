@@ -50,7 +50,8 @@ class Encoder:
         """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
         config = self.config
         if dropout is not None:
-            config = dataclasses.replace(config, **dict.fromkeys(_DROPOUTS, dropout))
+            rates: Any = dict.fromkeys(_DROPOUTS, dropout)
+            config = dataclasses.replace(config, **rates)
         return BertClassifier(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:

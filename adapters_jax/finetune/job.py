@@ -80,7 +80,7 @@ class Job:
             found, results = self._train_all()
         except NotFiniteError as error:
             raise self._stopped(error) from error
-        summary = {
+        summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
             "seconds": round(time.perf_counter() - self.began, 1),
             "trainable_parameters": counts.trainable_parameters,
@@ -118,7 +118,8 @@ class Job:
         found, row = self._train(self.title, problem, self.optimizer, save)
         rows = [row]
         if self.baselines and not alone:
-            optimizer = OptimizerOptions(batch_size=self.optimizer.batch_size).of(HEAD_ONLY)
+            size = self.optimizer.batch_size
+            optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
             rows.insert(0, self._train(HEAD_ONLY, self._head_only(), optimizer)[1])
         if self.baselines:
             rows.insert(0, self._constant())

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+NEWS_SECONDS = 2.0  # the same, where there is something new
 
 
 class Meter(Protocol):
@@ -99,8 +100,8 @@ class _Lines:
         self.began = self.last = time.monotonic()
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        now = time.monotonic()
-        if not news and now - self.last < QUIET_SECONDS:
+        now, pause = time.monotonic(), NEWS_SECONDS if news else QUIET_SECONDS
+        if now - self.last < pause and not (news and step == self.steps):
             return
         self.last = now
         left = (now - self.began) * (self.steps - step) / step

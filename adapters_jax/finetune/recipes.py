@@ -49,9 +49,22 @@ def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
     return recipes.last_layers(layers, **fields)
 
 
-_BOTTLENECK = ("bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
+_BOTTLENECK: tuple[str, ...] = (
+    "bottleneck_dim",
+    "reduction_factor",
+    "activation",
+    "init_std",
+    "scale",
+)
 _BOTTLENECK += ("adapter_dropout", "targets")
-_LORA = ("rank", "alpha", "a_init", "rank_stabilized", "rank_pattern", "alpha_pattern")
+_LORA: tuple[str, ...] = (
+    "rank",
+    "alpha",
+    "a_init",
+    "rank_stabilized",
+    "rank_pattern",
+    "alpha_pattern",
+)
 _LORA += ("adapter_dropout", "targets")
 
 PRESETS = {

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adapters_jax.audit import _HEADERS, Audit
 from adapters_jax.finetune.output import duration
 from adapters_jax.finetune.recipes import HEAD_ONLY
@@ -79,7 +81,9 @@ def draw_curves(
     factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     scores = [(r["step"], factor * r["dev"][metric]) for r in records if "dev" in r]
-    loss_axes.plot(*zip(*losses, strict=True), color=BLUE, linewidth=1.5)
+    steps, raw = zip(*losses, strict=True)
+    loss_axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
+    loss_axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8)
     loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, None))
     dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=method)
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
@@ -93,6 +97,15 @@ def draw_curves(
         axes.grid(color="#e3e3e3", linewidth=0.7)
         axes.set_axisbelow(True)
     figure.savefig(path)
+
+
+def _smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:
+    """A running mean over a share of the values, centred and shorter at the ends."""
+    half = int(len(values) * share / 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
@@ -195,11 +208,12 @@ h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
   border-bottom: 1px solid #e3e3e3; }}
-th {{ border-bottom: 2px solid #1c1e21; white-space: nowrap; }}
+th {{ border-bottom: 2px solid #1c1e21; vertical-align: bottom; }}
 .broad {{ min-width: 50rem; }}
-td {{ overflow-wrap: anywhere; }}
-td:first-child {{ white-space: nowrap; }}
-.number {{ text-align: right; white-space: nowrap; }}
+.broad td:first-child {{ white-space: nowrap; }}
+td:last-child {{ overflow-wrap: anywhere; }}
+.number {{ text-align: right; }}
+td.number {{ white-space: nowrap; }}
 img {{ width: 100%; min-width: 36rem; height: auto; }}
 pre {{ background: #f5f6f7; padding: .8rem; border-radius: .3rem; font-size: .88rem; }}
 p {{ margin: .6rem 0; }}

@@ -90,8 +90,9 @@ class Finetune:
             for part in ("train", "dev", "test")
         }
         problem = self._problem(task, encoder, rows)
+        train: Any = problem.train
         in_order = encoder.in_order(
-            rows["train"], problem.train.labels, self.optimizer.batch_size, problem.train.buckets
+            rows["train"], train.labels, self.optimizer.batch_size, train.buckets
         )
         return Job(
             run=run,

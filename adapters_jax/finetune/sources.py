@@ -66,12 +66,13 @@ class DataOptions:
         """
         self._check()
         if self.train is not None:
-            columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
             data = tasks.load_task(
                 self.train,
                 self.dev,
                 self.test,
-                **columns,
+                text=self.text,
+                text_pair=self.text_pair,
+                label=self.label,
                 task=self.task,
                 metrics=self.metrics or None,
             )

@@ -7,7 +7,7 @@ long finished, and a step that was not finite moved nothing, so that finding out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
@@ -81,7 +81,8 @@ class Problem:
     def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
         outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
-        return jnp.mean(batch["weight"] * self.target.losses(outputs, batch["labels"]))
+        losses = self.target.losses(outputs, jnp.asarray(batch["labels"]))
+        return jnp.mean(batch["weight"] * losses)
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, its weights of mean 1, also where parts accumulate."""
@@ -159,7 +160,7 @@ class Trained:
 
     def finish(self, state: TrainState) -> Trained:
         """Gives the last state its best adapters back."""
-        self.best = state.replace(adapters=jax.tree.map(jnp.asarray, self._adapters))
+        self.best = replace(state, adapters=jax.tree.map(jnp.asarray, self._adapters))
         return self
 
 
