@@ -5,7 +5,7 @@ from adapters_jax.adapt import adapt
 from adapters_jax.audit import Audit, audit
 from adapters_jax.contraction import register_contraction
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
-from adapters_jax.files import load_adapter, save_adapter
+from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
 from adapters_jax.linen import init_adapters
 from adapters_jax.merge import merge
 from adapters_jax.methods import (
@@ -29,6 +29,7 @@ from adapters_jax.recipe import (
 from adapters_jax.train import TrainState, make_eval_step, make_train_step
 
 __all__ = [
+    "AdapterFileError",
     "Audit",
     "Bottleneck",
     "LoRA",

@@ -102,12 +102,13 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     """The command with its flags; tyro's boxes become one line."""
     if name not in COMMANDS:
         raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
+    module, attribute = COMMANDS[name]
     try:
         import tyro
+
+        command = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise ImportError("the commands need pip install 'adapters-jax[finetune]'") from error
-    module, attribute = COMMANDS[name]
-    command = getattr(importlib.import_module(module), attribute)
+        raise ImportError(f"{error}; pip install 'adapters-jax[finetune]' brings it") from error
     summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
     said = io.StringIO()
     try:

@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+collect_ignore = ["fixtures"]  # scripts that need packages of their own
+
 
 @pytest.fixture(scope="module")
 def quick_compilation():

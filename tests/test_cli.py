@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,10 @@ def test_a_label_that_train_lacks_is_named(mistake):
     )
 
 
+def test_a_directory_that_cannot_be_made_is_one_line(mistake):
+    assert "Not a directory" in mistake(f"{TRAIN} --runs reviews.jsonl --name x")
+
+
 def test_another_architecture_is_refused(mistake, tmp_path):
     gpt2 = Path(__file__).parent / "fixtures" / "gpt2"
     for words in (TRAIN.replace("tiny", str(gpt2)),):
@@ -297,6 +302,13 @@ def test_a_changed_adapter_is_refused(mistake, place, tmp_path):
     tensors = load_file(path)
     save_file({"head/kernel": tensors["head/kernel"]}, path)
     assert "1 missing: head/bias" in mistake(f"predict {tmp_path / 'run'} text")
+
+
+def test_a_missing_extra_is_one_line(mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert mistake("audit --model bert-base").endswith(
+        "pip install 'adapters-jax[finetune]' brings it"
+    )
 
 
 def test_our_own_errors_keep_their_traceback(say, monkeypatch):

@@ -36,7 +36,7 @@ from adapters_jax.train import TrainState
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start; `Finetune.prepare` makes it.
+    """A run that is ready to start, in its directory; `Finetune.prepare` makes it.
 
     Attributes:
         run: where it goes.
@@ -75,7 +75,6 @@ class Job:
         model, steps = self.problem.model, total_steps(self.problem, self.optimizer)
         counts = audit(model, self.problem.params, self.optimizer.make(steps, model.recipe))
         self.output.show(counts)
-        self.run.create(self.config)
         try:
             found, results = self._train_all()
         except NotFiniteError as error:

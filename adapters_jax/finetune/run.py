@@ -74,9 +74,12 @@ class Finetune:
     def prepare(self, output: Output) -> Job:
         """Reads and checks everything, so that whatever the user got wrong is said before training.
 
+        The run's directory is made last, when nothing else can be wrong.
+
         Raises:
             ValueError: flags, files, rows or a checkpoint that cannot be used.
             AssetError: the pinned model or the movie reviews could not be fetched.
+            OSError: the directory cannot be made.
         """
         began = time.perf_counter()
         if not 0 <= self.seed < 2**32:
@@ -94,6 +97,8 @@ class Finetune:
         in_order = encoder.in_order(
             rows["train"], train.labels, self.optimizer.batch_size, train.buckets
         )
+        config = self._config(task, encoder, problem)
+        run.create(config)
         return Job(
             run=run,
             title=self.method.title,
@@ -104,7 +109,7 @@ class Finetune:
             task=task,
             encoder=encoder,
             in_order=in_order,
-            config=self._config(task, encoder, problem),
+            config=config,
             output=output,
             began=began,
         )

@@ -73,7 +73,7 @@ def load_task(
         DataError: as for `read_rows`, `make_dataset` and `split`.
 
     Example:
-        >>> import tempfile
+        >>> import json, tempfile
         >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
         >>> lines = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
         >>> _ = path.write_text("\\n".join(lines))

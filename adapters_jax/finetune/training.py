@@ -6,6 +6,7 @@ long finished, and a step that was not finite moved nothing, so that finding out
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -130,7 +131,7 @@ class Trained:
         metric: the best is judged by it.
         on_record: called with every record.
         on_best: called with the state when it is the best so far.
-        step: when that was; 0 before the first evaluation.
+        step: when that was.
         dev: its metrics on dev.
         records: what was logged: losses by step, and evaluations.
         best: the last state with the best adapters, once training is over.
@@ -153,7 +154,7 @@ class Trained:
     def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
         """Keeps a state's adapters if they are the best so far; on the host, since steps donate."""
         self.note([{"step": step, "dev": dev}])
-        if not self.step or dev[self.metric] > self.dev[self.metric]:
+        if not self.dev or dev[self.metric] > self.dev[self.metric]:
             self.step, self.dev = step, dev
             self._adapters = jax.device_get(state.adapters)
             self.on_best(state)
@@ -216,14 +217,14 @@ def train(
         key: seeds dropout.
         scorer: of the problem.
         on_record: called with every record of the log.
-        on_best: called with the state after every evaluation that is the best so far; also with the
-            last good state, where training breaks off before the first evaluation.
+        on_best: called with the first state, and after every evaluation that is the best so far.
 
     Returns:
         What was found; its state has the best adapters.
 
     Raises:
-        NotFiniteError: training broke off; nothing has moved at that step.
+        NotFiniteError: training broke off; nothing has moved at that step, and the adapters before
+            it were scored, unless their outputs are not finite either.
     """
     steps = total_steps(problem, options)
     tx = options.make(steps, problem.model.recipe)
@@ -232,6 +233,7 @@ def train(
     log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
     found = Trained(problem.metrics[0], on_record, on_best)
     marks = _evenly(steps, (options.epochs or 1) * options.evaluations)
+    on_best(state)
     try:
         for i in range(1, steps + 1):
             state, metrics = step(state, problem.batch(i - 1))
@@ -239,9 +241,9 @@ def train(
             if i in marks:
                 found.note(log.flush())
                 found.consider(state, i, scorer.score(state, "dev"))
-    except NotFiniteError:
-        if not found.step:
-            on_best(state)
+    except NotFiniteError as error:
+        with contextlib.suppress(NotFiniteError):
+            found.consider(state, error.step - 1, scorer.score(state, "dev"))
         raise
     return found.finish(state)
 
