@@ -148,6 +148,22 @@ def test_predict_on_pairs_and_numbers(say):
     assert 80 < json.loads(out)["value"] < 140
 
 
+def test_predict_reads_pairs_by_the_columns_of_training(say):
+    lines = [json.loads(line) for line in Path("reviews.jsonl").read_text().splitlines()[:2]]
+    status, out, err = say("predict runs/pairs --file reviews.jsonl --json")
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 60
+    found = [(row["text"], row["text_pair"]) for row in rows[:2]]
+    assert found == [(line["review"], line["topic"]) for line in lines]
+
+
+def test_predict_says_which_texts_are_cut(say):
+    status, out, err = say(["predict", "runs/single", "film " * 20, "good", "--json"])
+    assert (status, out.count("\n")) == (0, 2)
+    assert err == "1 of 2 texts are cut at 12 tokens\n"
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_predict_writes_files(say, tmp_path, suffix):
     out = tmp_path / f"found.{suffix}"
@@ -167,7 +183,7 @@ AUDIT = "audit --model bert-base"
         ("fintune", "no such command; there are finetune, predict, audit"),
         (f"{AUDIT} --rnk 3", "Unrecognized options: --rnk, 3 Perhaps you meant: --rank INT"),
         (f"{AUDIT} --rank x", "Error parsing --rank: no type matching INT could be instantiated"),
-        (f"{AUDIT} --rank 3", "--rank: no field of --method houlsby; its fields are --bottleneck-"),
+        (f"{AUDIT} --rank 3", "--rank: no field of --method houlsby; its fields are --targets, "),
         (f"{AUDIT} --method lora --rank 0", "LoRA: rank=0, wanted a whole number >= 1"),
         (f"{AUDIT} --method lora --rank 999", "rank 999 at 'layer_0/attention/"),
         (f"{AUDIT} --bottleneck-dim 0", "Bottleneck: bottleneck_dim=0, wanted a whole number"),
@@ -176,7 +192,7 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --recipe none.json", "No such file or directory: 'none.json'"),
         ("audit --model .", "'.' has no config.json"),
         (f"{TRAIN} --learning-rate -1", "the optimizer: --learning-rate=-1.0, wanted a finite"),
-        (f"{TRAIN} --epochs 0", "--epochs=0, wanted a whole number >= 1"),
+        (f"{TRAIN} --epochs 0", "--epochs=0.0, wanted a finite number > 0"),
         (f"{TRAIN} --accumulate 5", "--accumulate 5 does not divide --batch-size 32"),
         (f"{TRAIN} --max-length 99", "--max-length 99: the model has 16 positions"),
         (f"{TRAIN} --max-length 2", "max_length is 2; it must be at least 8 tokens"),
@@ -205,6 +221,7 @@ AUDIT = "audit --model bert-base"
         ("predict runs/single --file reviews.jsonl --text x", "no column 'x'"),
         ("predict runs/pairs x", "trained on pairs of texts and got 1 texts; give them two by two"),
         ("predict runs/pairs x --file", "--file"),
+        ("predict runs/single --file reviews.jsonl --text-pair topic", "trained on single texts"),
         ("predict runs/single x --out a.xml", "--out a.xml: unknown suffix '.xml'; use .csv, .tsv"),
         ("predict runs/single x --out no/a.csv", "--out no/a.csv: there is no directory no"),
         ("predict runs/single x --out reviews.jsonl", "reviews.jsonl exists already"),
@@ -261,7 +278,8 @@ def test_another_architecture_is_refused(mistake, tmp_path):
     ("file", "content", "message"),
     [
         ("config.json", "{", "config.json is damaged"),
-        ("config.json", '{"format": 1, "model": "tiny"}', "it lacks base_sha256, pooling"),
+        ("config.json", '{"format": 1, "model": "tiny"}', "it has no good base_sha256, pooling"),
+        ("config.json", "[]", "it has no good format, model"),
         ("config.json", None, "it has no config.json"),
         ("adapter/adapter.safetensors", "x", "is damaged"),
         ("adapter/adapter_config.json", None, "has no adapter_config.json"),
@@ -275,7 +293,7 @@ def test_a_corrupted_run_is_refused(mistake, place, tmp_path, file, content, mes
     assert message in mistake(f"predict {tmp_path / 'run'} text")
 
 
-@pytest.mark.parametrize("target", [{}, {"names": ["a"], "mean": "x", "std": 1}, []])
+@pytest.mark.parametrize("target", [{}, {"names": ["a"], "mean": "x", "std": 1}])
 def test_a_corrupted_target_is_refused(mistake, place, tmp_path, target):
     shutil.copytree(place / "runs" / "single", tmp_path / "run")
     run = Run(tmp_path / "run")

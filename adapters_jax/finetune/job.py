@@ -28,7 +28,6 @@ from adapters_jax.finetune.training import (
     Scorer,
     StoppedError,
     Trained,
-    total_steps,
     train,
 )
 from adapters_jax.train import TrainState
@@ -72,7 +71,7 @@ class Job:
         Raises:
             StoppedError: a loss was not finite; the last good adapter is on disk.
         """
-        model, steps = self.problem.model, total_steps(self.problem, self.optimizer)
+        model, steps = self.problem.model, self.optimizer.steps(len(self.problem.train))
         counts = audit(model, self.problem.params, self.optimizer.make(steps, model.recipe))
         self.output.show(counts)
         try:
@@ -137,7 +136,7 @@ class Job:
     ) -> tuple[Trained, dict[str, Any]]:
         """One training, logged, and tested once with its best adapters."""
         scorer, key = Scorer(problem), jax.random.fold_in(jax.random.key(self.seed), 1)
-        with self.output.progress(title, total_steps(problem, optimizer)) as meter:
+        with self.output.progress(title, optimizer.steps(len(problem.train))) as meter:
             log = self._logger(title, problem.metrics[0], meter)
             found = train(problem, optimizer, key, scorer=scorer, on_record=log, on_best=on_best)
         test = scorer.score(found.best, "test")

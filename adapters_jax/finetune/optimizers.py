@@ -20,9 +20,10 @@ class OptimizerOptions:
 
     Args:
         learning_rate: the highest one; by default the method's own.
-        head_learning_rate: of the head, which starts from nothing; by default ten times the other
-            (with head-only: the same).
-        epochs: passes over the training rows; by default 3, of head-only 20, of movie reviews 1.
+        head_learning_rate: of the head, which starts from nothing; by default 0.01, of full and
+            last-layers 0.001, of head-only --learning-rate.
+        epochs: passes over the training rows, also a fraction; by default 3, of head-only 20, on
+            the movie reviews 1.5.
         dropout: of the base; by default none, and of full and last-layers the checkpoint's own.
         batch_size: rows a step.
         accumulate: parts that a batch is computed in, one after the other, to save memory.
@@ -34,20 +35,19 @@ class OptimizerOptions:
 
     learning_rate: float | None = None
     head_learning_rate: float | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     dropout: float | None = None
     batch_size: int = 32
     accumulate: int = 1
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
-    evaluations: int = 3
+    evaluations: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "evaluations"):
-            if getattr(self, name) is not None:
-                check_size("the optimizer", flag(name), getattr(self, name))
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("batch_size", "accumulate", "evaluations"):
+            check_size("the optimizer", flag(name), getattr(self, name))
+        for name in ("learning_rate", "head_learning_rate", "epochs"):
             if getattr(self, name) is not None:
                 check_number("the optimizer", flag(name), getattr(self, name))
         for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
@@ -66,10 +66,20 @@ class OptimizerOptions:
         return dataclasses.replace(
             self,
             learning_rate=rate,
-            head_learning_rate=self.head_learning_rate or preset.head_factor * rate,
+            head_learning_rate=self.head_learning_rate or preset.head_learning_rate or rate,
             epochs=self.epochs or preset.epochs,
             dropout=preset.dropout if self.dropout is None else self.dropout,
         )
+
+    def steps(self, epoch: int) -> int:
+        """The steps of a training, where an epoch has so many."""
+        return max(1, round((self.epochs or 1) * epoch))
+
+    def marks(self, epoch: int) -> set[int]:
+        """The steps after which dev is scored: evenly spread, the last one among them."""
+        steps = self.steps(epoch)
+        count = max(1, round((self.epochs or 1) * self.evaluations))
+        return {-(-steps * n // count) for n in range(1, count + 1)}
 
     def schedule(self, steps: int, peak: float) -> optax.Schedule:
         """The learning rate of each step, for a training of so many."""

@@ -56,6 +56,10 @@ class Predict:
         if self.out is not None:
             _check_out(self.out)
         predictor = load_predictor(self.run)
+        _, cut = predictor.encoder.encode(texts, predictor.max_length)
+        if cut:
+            words = f"{cut} of {len(texts)} texts are cut at {predictor.max_length} tokens"
+            print(words, file=sys.stderr)
         return lambda: self._write(predictor.predict(texts), output)
 
     def _read(self, config: dict[str, Any]) -> Texts:
@@ -63,7 +67,9 @@ class Predict:
         if (self.file is None) == (not self.texts):
             raise DataError("predict wants texts, or - for stdin, or --file FILE; one of them")
         if self.file is not None:
-            pair = self.text_pair or (config["text_pair"] if config["pairs"] else None)
+            pair = self.text_pair or config.get("text_pair")
+            if pair and not config["pairs"]:
+                raise DataError("--text-pair: the run was trained on single texts")
             return read_rows(self.file, self.text or config["text"], pair, label=None).texts
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns; they go with --file")

@@ -23,7 +23,7 @@ class Preset:
         flags: fields of `MethodOptions`.
         learning_rate: where none is given.
         epochs: where none are given.
-        head_factor: on the learning rate, for the head.
+        head_learning_rate: of the head, which starts from nothing; None is the other one.
         dropout: of the base; None is the checkpoint's own. Over a frozen base few parameters learn,
             in few epochs, and they learn more without.
     """
@@ -31,8 +31,8 @@ class Preset:
     make: Callable[..., Recipe]
     flags: tuple[str, ...]
     learning_rate: float
-    epochs: int = 3
-    head_factor: float = 10.0
+    epochs: float = 3.0
+    head_learning_rate: float | None = 1e-2
     dropout: float | None = 0.0
 
 
@@ -49,23 +49,9 @@ def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
     return recipes.last_layers(layers, **fields)
 
 
-_BOTTLENECK: tuple[str, ...] = (
-    "bottleneck_dim",
-    "reduction_factor",
-    "activation",
-    "init_std",
-    "scale",
-)
-_BOTTLENECK += ("adapter_dropout", "targets")
-_LORA: tuple[str, ...] = (
-    "rank",
-    "alpha",
-    "a_init",
-    "rank_stabilized",
-    "rank_pattern",
-    "alpha_pattern",
-)
-_LORA += ("adapter_dropout", "targets")
+_ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
+_BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
+_LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized", "rank_pattern", "alpha_pattern")
 
 PRESETS = {
     "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
@@ -73,9 +59,9 @@ PRESETS = {
     "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
     "lora": Preset(recipes.lora, _LORA, 2e-3),
     "bitfit": Preset(recipes.bitfit, (), 2e-3),
-    "last-layers": Preset(_last_layers, ("layers",), 1e-4, dropout=None),
-    "full": Preset(_full, (), 5e-5, dropout=None),
-    HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20, head_factor=1.0),
+    "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
+    "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
+    HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
 MethodName = Literal[
     "houlsby", "pfeiffer", "parallel", "lora", "bitfit", "last-layers", "full", "head-only"

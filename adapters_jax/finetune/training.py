@@ -226,13 +226,13 @@ def train(
         NotFiniteError: training broke off; nothing has moved at that step, and the adapters before
             it were scored, unless their outputs are not finite either.
     """
-    steps = total_steps(problem, options)
+    steps = options.steps(len(problem.train))
     tx = options.make(steps, problem.model.recipe)
     state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
     step = make_train_step(problem.loss, accumulate=options.accumulate)
     log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
     found = Trained(problem.metrics[0], on_record, on_best)
-    marks = _evenly(steps, (options.epochs or 1) * options.evaluations)
+    marks = options.marks(len(problem.train))
     on_best(state)
     try:
         for i in range(1, steps + 1):
@@ -246,13 +246,3 @@ def train(
             found.consider(state, error.step - 1, scorer.score(state, "dev"))
         raise
     return found.finish(state)
-
-
-def total_steps(problem: Problem, options: OptimizerOptions) -> int:
-    """How many steps a training has."""
-    return (options.epochs or 1) * len(problem.train)
-
-
-def _evenly(steps: int, count: int) -> set[int]:
-    """So many of the steps, evenly spread, the last one among them."""
-    return {-(-steps * n // count) for n in range(1, count + 1)}
