@@ -251,9 +251,9 @@ def test_the_hub_is_asked_for_safe_files_only(monkeypatch):
 
 @pytest.mark.parametrize("name", ["owner/absent", "../absent/directory/here"])
 def test_an_unreachable_id_is_one_clear_error(name, monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=f"{name!r} is neither a directory here nor a model"):
         resolve(name)
 
