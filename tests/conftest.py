@@ -1,14 +1,32 @@
-"""Fixtures that several test files ask for by name."""
+"""Quick compilation: most of the suite's time is XLA's, on programs that are tiny."""
+
+import os
+import tempfile
 
 import jax
 import pytest
 
 collect_ignore = ["fixtures"]  # scripts that need packages of their own
+jax.config.update("jax_disable_most_optimizations", True)  # they change no result
+
+
+def pytest_configure(config):
+    """Workers, and the commands that tests run, share what is compiled; a next run starts anew."""
+    if not hasattr(config, "workerinput"):
+        config.compiled = tempfile.TemporaryDirectory(prefix="adapters-jax-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        config.compiled.cleanup()
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """XLA's optimisations take most of a test's time and change none of what the tests check."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """For tests of what XLA makes of a program, and for tests that compute much."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

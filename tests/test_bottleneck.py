@@ -14,8 +14,6 @@ import adapters_jax as aj
 from adapters_jax.methods.base import Site
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, M = 6, 3
 SITE = Site("layer_0/mlp", "__call__", D)
 LEAVES = {

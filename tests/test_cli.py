@@ -15,11 +15,9 @@ from adapters_jax.cli import COMMANDS, main
 from adapters_jax.finetune import training
 from adapters_jax.finetune.runs import Run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, quick_compilation):
+def place(tmp_path_factory):
     """A directory with a model, a file of reviews, and a run on them, `runs/pairs`."""
     place = tmp_path_factory.mktemp("cli")
     write_model(place / "tiny")

@@ -12,8 +12,6 @@ from contract import CASES, DOORS, VARIANTS, bits, ids, shaken
 import adapters_jax as aj
 from adapters_jax.partition import flatten, unflatten
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def build(door, case, variant="plain"):

@@ -16,8 +16,6 @@ from adapters_jax import contraction
 from adapters_jax.contraction import from_equation
 from adapters_jax.partition import flatten
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RANK, ALPHA = 2, 3.0
 RECIPE = aj.Recipe(aj.LoRA("**", RANK, ALPHA))
 

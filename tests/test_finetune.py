@@ -32,7 +32,7 @@ from adapters_jax.partition import flatten
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, quick_compilation):
+def place(tmp_path_factory):
     """A directory with a model and a file of reviews."""
     place = tmp_path_factory.mktemp("finetune")
     write_model(place / "tiny")

@@ -27,6 +27,7 @@ from flax import nnx
 
 import adapters_jax as aj
 
+pytestmark = pytest.mark.usefixtures("optimized")
 LAYERS, WIDTH, ROWS = 4, 512, 256
 METHODS = {"lora": (aj.LoRA("layer_*", 8), 8), "bottleneck": (aj.Bottleneck("layer_*", 16), 16)}
 ADAM = optax.adam(1e-3)

@@ -10,8 +10,6 @@ from flax.core import freeze
 
 import adapters_jax as aj
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, R = 4, 2
 X = drawn((2, 3, D), 1)
 KEY = jax.random.key(0)

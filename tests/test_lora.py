@@ -15,8 +15,6 @@ import adapters_jax as aj
 from adapters_jax.contraction import find
 from adapters_jax.methods.base import Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DIN, DOUT = 6, 4
 
 

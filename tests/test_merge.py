@@ -10,8 +10,6 @@ from flax import nnx
 
 import adapters_jax as aj
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, R, SCALE = 4, 2, 1.5
 KEY = jax.random.key(0)
 X = drawn((2, 3, D), 1)

@@ -21,9 +21,6 @@ RECIPE = aj.Recipe(aj.LoRA("up", 2, alpha=3.0), aj.Unfreeze("down/bias"))
 DOORS = ("linen", "nnx")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 

@@ -1,0 +1,19 @@
+"""The linen front door: adapters inside modules that nobody edits.
+
+- `door`: `adapt` wraps a module; `init_adapters` grows the leaves.
+- `intercept`: what happens inside the running model.
+- `layers`: adapters as modules, to write by hand.
+"""
+
+from adapters_jax.linen.door import Adapted, adapt, init_adapters, shapes_of, sites
+from adapters_jax.linen.layers import Bottleneck, LoRADense
+
+__all__ = [
+    "Adapted",
+    "Bottleneck",
+    "LoRADense",
+    "adapt",
+    "init_adapters",
+    "shapes_of",
+    "sites",
+]

@@ -1,0 +1,187 @@
+"""What happens inside a running linen model: an interceptor adds adapters to the calls it sees.
+
+The leaves go into the called submodule's own scope. So the base keeps its parameter paths, and
+lifted transforms (scan, remat, vmap) carry the leaves along.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+from adapters_jax import contraction
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import Attached
+from adapters_jax.methods.base import Site
+from adapters_jax.partition import Tree, flatten, join
+from adapters_jax.recipe import Recipe, require_sites
+from adapters_jax.targets import require_match
+
+# The arguments by which flax modules say that they run in evaluation, and the value that says so.
+_EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_RUNS = itertools.count()
+
+
+def run_method(
+    module: nn.Module,
+    scope: Any,
+    method: Attached,
+    site: Site,
+    x: Any,
+    y: Array,
+    evaluation: bool | None,
+) -> Array:
+    """One method on a module's output, its leaves in the given scope."""
+    leaves = {}
+    for name, leaf in method.leaves(site).items():
+        *groups, last = name.split("/")
+        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
+        leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+    if evaluation is None:
+        evaluation = not module.has_rng("dropout")
+    key = module.make_rng("dropout") if method.dropout and not evaluation else None
+    return method.forward(leaves, site, x, y, key)
+
+
+def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> Site:
+    """What methods need to know of a module that has just run."""
+    found = contraction.find(module, call, *args, **kwargs)
+    shape: tuple[int, ...] = ()
+    if found is not None:
+        if not module.scope.has_variable("params", found.weight):
+            raise RecipeError(
+                f"{type(module).__name__} at {path!r} has no parameter {found.weight!r}; correct "
+                "weight=... in aj.register_contraction"
+            )
+        shape = nn.meta.unbox(module.scope.get_variable("params", found.weight)).shape
+    array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
+    return Site(
+        path, call, y.shape[-1] if array else 0, found, shape, getattr(module, "precision", None)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
+    """Whether a call says, or else its module's field, that this is an evaluation; or None."""
+    bound = _signature(function).bind_partial(module, *args, **kwargs)
+    bound.apply_defaults()
+    for name, evaluating in _EVALUATION_FLAGS.items():
+        for value in (bound.arguments.get(name), getattr(module, name, None)):
+            if isinstance(value, bool | np.bool_):
+                return bool(value) == evaluating
+    return None
+
+
+@dataclass
+class _Running:
+    """A call under way: the path and name of its method, and whether it is an evaluation."""
+
+    where: tuple[tuple[str, ...], str] | None = None
+    evaluation: bool | None = None
+    hashed: int = 0
+
+
+class Interceptor:
+    """Adapts the calls it sees, and remembers them for checks and error messages."""
+
+    def __init__(self, recipe: Recipe, module: Any, init: bool):
+        self.recipe, self.root = recipe, tuple(module.scope.path)
+        self.visited: dict[tuple[str, str], tuple[nn.Module, Site]] = {}
+        self._init = init
+        self._run = next(_RUNS) if init else recipe.to_json()
+        self._dropout = any(method.dropout for method in recipe.attached)
+        self._running = [_Running()]
+        module.scope.flags = module.scope.flags.copy({self.flag(module): self})
+
+    @staticmethod
+    def flag(module: Any) -> str:
+        """The name under which a module's scope, and every scope below, holds its interceptor."""
+        return f"adapters of {'/'.join(module.scope.path)}"
+
+    def __hash__(self) -> int:
+        """Differs from place to place of a run, but not from run to run of one recipe.
+
+        By the hash of a scope's flags nn.jit finds an earlier trace: so it never takes up one of
+        the base, of another recipe, of training in evaluation, or of another path.
+        """
+        running = self._running[-1]
+        running.hashed += 1
+        return hash((self._run, running.where, running.evaluation, running.hashed))
+
+    def __call__(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        """Runs one call of a submodule, as `nn.intercept_methods` asks, then its adapters."""
+        module, call = context.module, context.method_name
+        names = None if module.scope is None else tuple(module.scope.path)
+        if names is None or names[: len(self.root)] != self.root:
+            return run(*args, **kwargs)
+        evaluation: bool | None = True
+        if self._dropout:
+            evaluation = _evaluation_flag(module, context.orig_method.func, args, kwargs)
+        if evaluation is None:
+            evaluation = self._running[-1].evaluation
+        # A method that calls its parent class's method of the same name is one call, not two.
+        reentrant = any((names, call) == running.where for running in self._running)
+        self._running.append(_Running((names, call), evaluation))
+        try:
+            y = run(*args, **kwargs)
+        finally:
+            self._running.pop()
+        if reentrant or call not in contraction.calls(type(module)):
+            return y
+        path = "/".join(names[len(self.root) :])
+        return self._adapted(module, path, call, args, kwargs, y, evaluation)
+
+    def _adapted(
+        self,
+        module: Any,
+        path: str,
+        call: str,
+        args: Any,
+        kwargs: Any,
+        y: Any,
+        evaluation: bool | None,
+    ) -> Any:
+        """The output after every method that targets the module and fits it."""
+        site = site_of(module, path, call, args, kwargs, y)
+        if self._init and all(seen != path for seen, _ in self.visited):
+            self._refuse_taken_names(module, site)
+        self.visited[path, call] = (module, site)
+        for method in self.recipe.at(path):
+            if method.fits(site):
+                x = contraction.input_of(module, call, args, kwargs)
+                scope = module.scope.push(method.slot, reuse=True)
+                y = run_method(module, scope, method, site, x, y, evaluation)
+        return y
+
+    def _refuse_taken_names(self, module: Any, site: Site) -> None:
+        """Raises where the base already has something of the name that a method would use."""
+        for method in self.recipe.at(site.path):
+            taken = module.scope.get_variable("params", method.slot)
+            leaves = flatten(taken) if isinstance(taken, Mapping) else {}
+            mistakable = any(name in leaves for name in method.leaf_names)
+            if taken is not None and (method.fits(site) or mistakable):
+                raise RecipeError(
+                    f"{type(method).__name__} keeps its parameters in "
+                    f"{join(site.path, method.slot)}, but the base has something of that name "
+                    "there; rename it or do not target it"
+                )
+
+    def check(self, params: Tree) -> None:
+        """Raises TargetError for a pattern that meets nothing its method can attach to."""
+        modules = {path: module for (path, _), (module, _) in self.visited.items()}
+        for method in self.recipe.attached:
+            usable = {path for (path, _), (_, site) in self.visited.items() if method.fits(site)}
+            unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
+            require_sites(method, sorted(usable), unusable)
+        require_match("Unfreeze", self.recipe.unfrozen, flatten(params))

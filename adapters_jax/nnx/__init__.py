@@ -1,0 +1,23 @@
+"""The NNX front door: adapters inside modules that nobody edits.
+
+- `door`: `adapt` copies a model's structure and attaches the adapters.
+- `trace`: where they can attach, by an abstract run.
+- `attach`: what an adapted module is made of.
+- `layers`: adapters as modules, to write by hand.
+"""
+
+from adapters_jax.nnx.attach import AdapterParam, copy, leaves_of
+from adapters_jax.nnx.door import adapt, adapted_sites, detach, recipe_of
+from adapters_jax.nnx.layers import Bottleneck, LoRALinear
+
+__all__ = [
+    "AdapterParam",
+    "Bottleneck",
+    "LoRALinear",
+    "adapt",
+    "adapted_sites",
+    "copy",
+    "detach",
+    "leaves_of",
+    "recipe_of",
+]

@@ -1,0 +1,162 @@
+"""An adapter on an NNX module: its Variables as a child, and a class whose calls run it.
+
+The module's class is swapped for a cached subclass. Everything that trains is an `AdapterParam`, so
+`nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` do what they say.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array
+
+from adapters_jax import contraction
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import Attached
+from adapters_jax.methods.base import Site
+from adapters_jax.partition import join
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""
+
+    adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+
+@functools.cache
+def trained_class(cls: type[Any]) -> type[AdapterParam]:
+    """`AdapterParam` for a parameter of some class, which it stays an instance of."""
+    if issubclass(cls, AdapterParam):
+        return cls
+    if cls is nnx.Param:
+        return AdapterParam
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
+
+
+def variable_path(path: tuple[Any, ...]) -> str:
+    """An NNX graph path as names joined by slashes."""
+    return "/".join(map(str, path))
+
+
+@functools.cache
+def _adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
+    """The subclass of a module class whose calls run the adapters attached to the module."""
+
+    def adapted(name: str) -> Callable[..., Any]:
+        call = getattr(cls, name)
+
+        @functools.wraps(call)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            y = call(self, *args, **kwargs)
+            for attached, path in self.adapter_methods:
+                y = run_method(self, attached, path, name, args, kwargs, y)
+            return y
+
+        return method
+
+    body = {name: adapted(name) for name in contraction.calls(cls)}
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
+
+
+def site_of(
+    module: Any, path: str, width: int, call: str = "__call__", *args: Any, **kwargs: Any
+) -> Site:
+    """What methods need to know of a module whose output is so wide."""
+    layer = contraction.find(module, call, *args, **kwargs)
+    if layer and not hasattr(module, layer.weight):
+        raise RecipeError(
+            f"{type(module).__name__} at {path!r} has no parameter {layer.weight!r}; correct "
+            "weight=... in aj.register_contraction"
+        )
+    shape = getattr(module, layer.weight).shape if layer else ()
+    weight = shape[len(shape) - layer.ndim :] if layer else ()
+    return Site(path, call, width, layer, weight, getattr(module, "precision", None))
+
+
+def run_method(
+    module: Any, method: Attached, path: str, call: str, args: Any, kwargs: Any, y: Array
+) -> Array:
+    """One method on a module's output, its leaves in the module's child of the method's name."""
+    site = site_of(module, path, y.shape[-1], call, *args, **kwargs)
+    if not method.fits(site):
+        return y
+    x = contraction.input_of(module, call, args, kwargs)
+    key = key_of(getattr(module, method.slot))
+    return method.forward(leaves_of(module, method), site, x, y, key)
+
+
+def children_of(
+    method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+) -> dict[str, Any]:
+    """The Variables of a method at a site, nested as their names say, and its dropout."""
+    children: dict[str, Any] = {}
+    for name, leaf in method.leaves(site).items():
+        *groups, last = name.split("/")
+        holder = functools.reduce(
+            lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
+        )
+        holder[last] = AdapterParam(leaf.init(rngs.params(), layers + leaf.shape))
+    if method.dropout:
+        drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
+        if layers:
+            drop.rngs = drop.rngs.split(layers)
+    return children
+
+
+def read(child: Any, method: Attached) -> dict[str, Array]:
+    """A method's arrays by name, out of the node that holds them."""
+
+    def step(node: Any, name: str) -> Any:
+        return node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
+
+    return {name: functools.reduce(step, name.split("/"), child)[...] for name in method.leaf_names}
+
+
+def key_of(child: Any) -> Array | None:
+    """A key for dropout, or None in evaluation and where there is no dropout."""
+    drop = getattr(child, "dropout", None)
+    return None if drop is None or drop.deterministic else drop.rngs()
+
+
+def leaves_of(module: Any, method: Attached) -> dict[str, Array]:
+    """The arrays of a method that is attached to a module, by name."""
+    return read(getattr(module, method.slot), method)
+
+
+def grow(
+    module: Any, method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+) -> None:
+    """Gives a module the leaves of a method, under the layer axes that its own weights have."""
+    if hasattr(module, method.slot):
+        raise taken(site.path, method)
+    setattr(module, method.slot, nnx.Dict(children_of(method, site, layers, rngs)))
+    module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
+    if not hasattr(type(module), "adapted_from"):
+        module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
+
+
+def taken(path: str, method: Attached) -> RecipeError:
+    """The error where the base already has something of the name that a method would use."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
+        "has something of that name there; rename it or do not target it"
+    )
+
+
+def modules_of(model: nnx.Module) -> dict[str, Any]:
+    """Every module by path, the model itself under the empty one."""
+    return {variable_path(path): module for path, module in nnx.iter_modules(model)}
+
+
+def params_of(model: nnx.Module) -> dict[str, Any]:
+    """Every parameter by path."""
+    nodes = nnx.iter_graph(model)
+    return {variable_path(path): node for path, node in nodes if isinstance(node, nnx.Param)}
+
+
+def copy(model: Any) -> Any:
+    """A model, or another NNX object, with Variables of its own that hold the same arrays."""
+    return nnx.merge(*nnx.split(model), copy=True)

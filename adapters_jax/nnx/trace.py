@@ -1,0 +1,81 @@
+"""What methods need to know of an NNX model's modules: widths, weights and layer axes."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adapters_jax import contraction
+from adapters_jax.examples import explained, filled
+from adapters_jax.methods.base import Site
+from adapters_jax.nnx.attach import copy, modules_of, site_of
+
+
+@functools.cache
+def _recording_class(cls: type[Any]) -> type[Any]:
+    """The subclass of a module class that shows every output to the module's `adapter_trace`."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = cls.__call__(self, *args, **kwargs)
+        self.adapter_trace(self, y)
+        return y
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """By an abstract run: each module's output width, and the layer axes it is stacked on."""
+    seen: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def record(path: str, outside: tuple[int, ...], module: nnx.Module, y: Any) -> None:
+        array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
+        layers = outside[: len(outside) - len(_first_shape(module))]
+        seen[path] = (y.shape[-1] if array else 0, layers)
+
+    probe = copy(model)
+    for path, module in list(modules_of(probe).items()):
+        if callable(module):
+            module.adapter_trace = functools.partial(record, path, _first_shape(module))
+            module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
+    with explained(model, args):
+        nnx.eval_shape(lambda m: m(*filled(args)), probe)
+    return seen
+
+
+def _first_shape(module: nnx.Module) -> tuple[int, ...]:
+    """The shape of some Variable of a module, other than of its random streams; empty without."""
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngState)))
+    return leaves[0].shape if leaves else ()
+
+
+def sites_of(
+    model: nnx.Module, examples: tuple[Any, ...] | None
+) -> dict[str, tuple[Site, tuple[int, ...]]]:
+    """What methods need to know of each module, with the layer axes its weights are stacked on."""
+    traced = _trace(model, examples) if examples is not None else {}
+    sites = {}
+    for path, module in modules_of(model).items():
+        site = site_of(module, path, known_width(module))
+        layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
+        if site.contraction:
+            stacked = getattr(module, site.contraction.weight).shape
+            layers = stacked[: len(stacked) - len(site.weight_shape)]
+        width, layers = traced.get(path, (site.width, layers))
+        sites[path] = dataclasses.replace(site, width=width), layers
+    return sites
+
+
+# Layers without a weight to contract that say how wide they are, and how often they are stacked.
+_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
+def known_width(module: Any) -> int:
+    """The width of a plain layer's output, read off the layer; 0 where it does not say."""
+    layer = contraction.find(module, "__call__")
+    if layer:
+        return getattr(getattr(module, layer.weight, None), "shape", (0,))[-1]
+    shape = _first_shape(module) if isinstance(module, _NORMS) else ()
+    return shape[-1] if shape else 0
