@@ -19,6 +19,7 @@ from adapters_jax.nnx import recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches
+from adapters_jax.train import in_full
 
 Shape = tuple[int, ...]
 
@@ -53,7 +54,8 @@ class Audit:
         adapter_parameters: parameters that the recipe's methods added.
         trainable_parameters: these and the unfrozen ones.
         frozen_parameters: the rest.
-        trainable_bytes: bytes of what is trained, in its own dtypes.
+        trainable_bytes: bytes of what is trained, as a `TrainState` keeps it: half precision in
+            float32.
         gradient_bytes: bytes of its gradients.
         optimizer_bytes: bytes of the optimiser's state.
         frozen_bytes: bytes of the rest.
@@ -116,8 +118,8 @@ class Audit:
         return lines + [f"nothing answers to the pattern {p!r}" for p in self.unmatched]
 
     def __repr__(self) -> str:
-        table = [_HEADERS, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADERS))]
+        table = [HEADERS, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(HEADERS))]
         lines = [
             "  ".join(
                 c.rjust(w) if i > 3 else c.ljust(w)
@@ -133,14 +135,14 @@ class Audit:
         from rich.text import Text
 
         table = Table()
-        for i, header in enumerate(_HEADERS):
+        for i, header in enumerate(HEADERS):
             table.add_column(header, justify="right" if i > 3 else "left", overflow="fold")
         for row in self.rows():
             table.add_row(*map(Text, row))
         return Group(table, *map(Text, self.totals()))
 
 
-_HEADERS = ("path", "method", "shapes", "formula", "sites", "parameters")
+HEADERS = ("path", "method", "shapes", "formula", "sites", "parameters")
 
 
 def audit(
@@ -179,15 +181,15 @@ def audit(
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
-    moving = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in trained.items()}
+    moving = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
     optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(moving))
     return Audit(
         sites=sites,
         adapter_parameters=sum(added),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
-        trainable_bytes=_size(trained),
-        gradient_bytes=_size(trained),
+        trainable_bytes=_size(moving),
+        gradient_bytes=_size(moving),
         optimizer_bytes=_size(optimizer),
         frozen_bytes=_size(frozen),
         unmatched=_unmatched(recipe, shapes),

@@ -59,7 +59,7 @@ def save_adapter(
         TypeError: the recipe is missing, or `adapters` is not a tree.
     """
     if isinstance(adapters, TrainState):
-        adapters, recipe = adapters.adapters, adapters.recipe
+        adapters, recipe = adapters.trained, adapters.recipe
     if recipe is None:
         raise TypeError(
             "save_adapter(directory, adapters, recipe) wants the recipe, or a TrainState"

@@ -12,6 +12,7 @@ import jax
 import optax
 from flax import nnx, traverse_util
 
+from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 
@@ -43,7 +44,7 @@ def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
     return traverse_util.unflatten_dict(kept)
 
 
-def partition(params: Tree, recipe: Recipe) -> tuple[Tree, Tree]:
+def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
     """Takes a parameter tree apart by a recipe.
 
     Args:
@@ -55,9 +56,10 @@ def partition(params: Tree, recipe: Recipe) -> tuple[Tree, Tree]:
 
     Example:
         >>> from adapters_jax import Unfreeze
-        >>> partition({"head": {"bias": 1.0}, "body": {"bias": 2.0}}, Recipe(Unfreeze("head/*")))
+        >>> partition({"head": {"bias": 1.0}, "body": {"bias": 2.0}}, Unfreeze("head/*"))
         ({'head': {'bias': 1.0}}, {'body': {'bias': 2.0}})
     """
+    recipe = Recipe(recipe)
     return _where(params, recipe.trains), _where(params, lambda path: not recipe.trains(path))
 
 
@@ -107,7 +109,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 def freeze_base(
     tx: optax.GradientTransformation,
-    recipe: Recipe,
+    recipe: Recipe | Method,
     groups: Mapping[str, optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
     """An optimiser that moves what the recipe trains and leaves the rest of the tree alone.
@@ -131,12 +133,12 @@ def freeze_base(
         >>> import jax.numpy as jnp
         >>> from adapters_jax import Unfreeze
         >>> params = {"head": {"bias": jnp.ones(2)}, "body": {"bias": jnp.ones(2)}}
-        >>> frozen = freeze_base(optax.sgd(0.5), Recipe(Unfreeze("head/*")))
+        >>> frozen = freeze_base(optax.sgd(0.5), Unfreeze("head/*"))
         >>> updates, _ = frozen.update(params, frozen.init(params), params)
         >>> float(updates["head"]["bias"][0]), float(updates["body"]["bias"][0])
         (-0.5, 0.0)
     """
-    groups = dict(groups or {})
+    recipe, groups = Recipe(recipe), dict(groups or {})
 
     def label(key_path: tuple[Any, ...], _: Any) -> str:
         path = path_of(key_path)

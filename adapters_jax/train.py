@@ -17,6 +17,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
+from adapters_jax.examples import is_abstract
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.base import check_size
 from adapters_jax.nnx import AdapterParam, recipe_of
@@ -35,6 +36,7 @@ class TrainState:
     Attributes:
         step: how many steps were made, int32.
         adapters: what trains: a nested dictionary (linen) or an `nnx.State` of `AdapterParam`.
+            Half-precision leaves are kept in float32, so that small updates are not lost.
         base: what does not, of the same kind; never donated, never returned by a step.
         opt_state: the optimiser's state, as large as the adapters make it.
         key: seeds the steps; step i uses `fold_in(key, i)`.
@@ -42,6 +44,7 @@ class TrainState:
         tx: the optimiser of the trained part.
         recipe: says what trains.
         graphdef: NNX: the model's structure.
+        dtypes: in which the model has the leaves of `adapters`, in their order.
     """
 
     step: Int[Array, ""]
@@ -53,6 +56,7 @@ class TrainState:
     tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
+    dtypes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
 
     @classmethod
     def create(
@@ -73,8 +77,9 @@ class TrainState:
             key: seeds the steps' randomness.
 
         Returns:
-            A state whose trained leaves are copies, since steps donate them. Frozen leaves are the
-            very arrays given, put on the device once where they were numpy's.
+            A state whose trained leaves are copies, since steps donate them, and float32 where
+            they were of half precision. Frozen leaves are the very arrays given, put on the device
+            once where they were numpy's.
 
         Raises:
             TypeError: the model has no adapters, or params are missing or not wanted.
@@ -104,7 +109,8 @@ class TrainState:
                 "call aj.adapt(model, recipe) first"
             )
         _check_trained(recipe, adapters)
-        adapters, other = jax.tree.map(jnp.copy, (adapters, other))
+        dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
+        adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -117,21 +123,38 @@ class TrainState:
             tx=tx,
             recipe=recipe,
             graphdef=graphdef,
+            dtypes=dtypes,
         )
+
+    @property
+    def trained(self) -> Tree:
+        """What trains, in the dtypes in which the model has it."""
+        leaves, structure = jax.tree.flatten(self.adapters)
+        cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
+        return jax.tree.unflatten(structure, cast)
 
     @property
     def params(self) -> Tree:
         """linen: the whole parameter tree, for `model.apply({"params": state.params}, ...)`."""
         if self.graphdef is not None:
             raise TypeError("this state is of an NNX model; use state.model")
-        return merge_trees(self.adapters, self.base)
+        return merge_trees(self.trained, self.base)
 
     @property
     def model(self) -> Any:
         """NNX: the model with its present parameters."""
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
-        return nnx.merge(self.graphdef, self.adapters, self.base, self.other, copy=True)
+        return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def in_full(x: Any) -> Any:
+    """An array, or an abstract one, that is kept for training: float32 instead of half precision.
+
+    A bfloat16 number near 1 does not move by less than 1/256.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.ShapeDtypeStruct(x.shape, dtype) if is_abstract(x) else x.astype(dtype)
 
 
 def _check_trained(recipe: Recipe, adapters: Tree) -> None:
@@ -157,6 +180,9 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
         )
 
 
+_OWN_METRICS = {"loss", "grad_norm", "finite"}
+
+
 def make_train_step(
     loss_fn: LossFn, *, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -178,7 +204,8 @@ def make_train_step(
         The state that was passed in is used up: its adapters and optimiser state are donated.
 
     Raises:
-        ValueError: `accumulate` is not a positive whole number, or does not divide the batch.
+        ValueError: `accumulate` is not a positive whole number, or does not divide the batch; a
+            metric of the loss function has a name that the step itself uses.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax
@@ -198,6 +225,12 @@ def make_train_step(
         whole = subject.params if state.graphdef is None else subject.model
         result = loss_fn(whole, batch, key)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
+        taken = sorted(_OWN_METRICS & set(metrics))
+        if taken:
+            raise ValueError(
+                f"make_train_step: the loss function returns metrics named {', '.join(taken)}, "
+                "which the step reports itself; give them other names"
+            )
         if state.graphdef is not None:
             other = _other(whole)
         return loss, (metrics, other)

@@ -181,9 +181,17 @@ CASES = {
 VARIANTS = {
     "plain": {},
     "remat": {"remat": True},
-    "scan": {"scan": True, "layers": 3, "remat": True},
+    "scan": {"scan": True, "layers": 3},
     "bf16": {"half": True},
+    "scan_remat": {"scan": True, "layers": 3, "remat": True},
 }
+SUBJECTS = [
+    (door, case, variant)
+    for door in ("linen", "nnx")
+    for case in CASES
+    for variant in VARIANTS
+    if variant != "scan_remat" or case == "together"
+]
 
 
 def ids(seed=0, shape=(BATCH, LENGTH)):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import CASES, DOORS, VARIANTS, bits, ids, shaken
+from contract import CASES, DOORS, SUBJECTS, VARIANTS, bits, ids, shaken
 
 import adapters_jax as aj
 from adapters_jax.partition import flatten, unflatten
@@ -18,7 +18,7 @@ def build(door, case, variant="plain"):
     return DOORS[door](CASES[case], **VARIANTS[variant])
 
 
-@pytest.fixture(params=[f"{d}-{c}-{v}" for d in DOORS for c in CASES for v in VARIANTS])
+@pytest.fixture(params=map("-".join, SUBJECTS))
 def subject(request):
     """A model of one door, with one method, in one form; and the case it is made from."""
     door, case, variant = request.param.split("-")

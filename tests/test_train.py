@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.files import read_adapter
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.partition import flatten, path_of
 
@@ -483,18 +484,50 @@ def test_accumulation_carries_statistics_from_part_to_part():
     assert int(state.model.dropout.rngs.count[...]) == before + 4
 
 
-def test_a_half_precision_base_trains_float32_adapters():
+@pytest.mark.parametrize("door", DOORS)
+def test_a_half_precision_base_trains_in_float32(door):
     half = jnp.bfloat16
-    state = state_of("linen", optax.adam(0.1), dtype=half)
-    step = aj.make_train_step(loss_of("linen", dtype=half))
+    state = state_of(door, optax.adam(0.1), dtype=half)
+    step = aj.make_train_step(loss_of(door, dtype=half))
     state, metrics = run(step, state, [batch()] * 5)
-    dtypes = {name: x.dtype for name, x in flatten(state.adapters).items()}
+    assert {x.dtype for x in jax.tree.leaves(state.adapters)} == {np.dtype(np.float32)}
+    dtypes = {name: x.dtype for name, x in flatten(state.trained).items()}
     assert dtypes == {"up/lora/a": np.float32, "up/lora/b": np.float32, "down/bias": half}
     assert {x.dtype for x in jax.tree.leaves(state.base)} == {np.dtype(half)}
     wanted = hand_gradients(start(), batch())[0]
     np.testing.assert_allclose(metrics[0]["loss"], wanted, rtol=0.05)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert step.jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_updates_too_small_for_half_precision_add_up(door, tmp_path):
+    model = {"linen": aj.adapt(nn.Dense(1), aj.Unfreeze("bias"))}.get(door)
+    params = {"bias": jnp.ones(1, jnp.bfloat16), "kernel": jnp.ones((1, 1), jnp.bfloat16)}
+    if door == "nnx":
+        base = nnx.Linear(1, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        base.bias[...] = params["bias"]
+        model, params = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(0)), None
+    state = aj.TrainState.create(model, params, tx=optax.sgd(1e-3), key=jax.random.key(0))
+    step = aj.make_train_step(
+        lambda whole, x, key: jnp.sum(whole["bias"] if door == "linen" else whole.bias[...])
+    )
+    for _ in range(64):
+        state, _ = step(state, jnp.ones(1))
+    whole = state.params["bias"] if door == "linen" else state.model.bias[...]
+    assert whole.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(whole, jnp.asarray([1 - 0.064], jnp.bfloat16))
+    aj.save_adapter(tmp_path / "adapter", state)
+    assert read_adapter(tmp_path / "adapter")[1]["bias"].dtype == jnp.bfloat16
+
+
+def test_a_metric_cannot_take_the_place_of_the_steps_own():
+    step = aj.make_train_step(lambda params, data, key: (jnp.sum(params["bias"]), {"loss": 1.0}))
+    model = aj.adapt(nn.Dense(1), aj.Unfreeze("bias"))
+    params = {"bias": jnp.ones(1), "kernel": jnp.ones((1, 1))}
+    state = aj.TrainState.create(model, params, tx=SGD, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="metrics named loss, which the step reports itself"):
+        step(state, jnp.ones(1))
 
 
 def test_an_integer_leaf_in_the_base_stays_as_it_is():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.audit import _HEADERS, Audit
+from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.finetune.output import duration
 from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
@@ -124,7 +124,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
         + _paragraph(_sentence(config)),
         "Curves": '<div class="wide"><img alt="Training loss and dev metric over the steps" '
         f'src="data:image/png;base64,{picture}"></div>',
-        "What was trained": _table(list(_HEADERS), [list(row) for row in counts.rows()], words=4)
+        "What was trained": _table(list(HEADERS), [list(row) for row in counts.rows()], words=4)
         + "".join(map(_paragraph, counts.totals())),
         "How to use it": _code(_usage(run)),
         "Configuration": _table(["setting", "value"], list(_settings(config)), words=2),
