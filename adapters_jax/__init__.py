@@ -2,8 +2,7 @@
 
 from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
-from adapters_jax.audit import Audit, audit
-from adapters_jax.contraction import register_contraction
+from adapters_jax.audit import audit
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
 from adapters_jax.linen import init_adapters
@@ -16,8 +15,7 @@ from adapters_jax.methods import (
     lora_parameters,
 )
 from adapters_jax.partition import freeze_base, merge_trees, partition
-from adapters_jax.recipe import (
-    Recipe,
+from adapters_jax.presets import (
     bitfit,
     full,
     houlsby,
@@ -26,7 +24,11 @@ from adapters_jax.recipe import (
     parallel,
     pfeiffer,
 )
-from adapters_jax.train import TrainState, make_eval_step, make_train_step
+from adapters_jax.recipe import Recipe
+from adapters_jax.registry import register_contraction
+from adapters_jax.state import TrainState
+from adapters_jax.summary import Audit
+from adapters_jax.train import make_eval_step, make_train_step
 
 __all__ = [
     "AdapterFileError",

@@ -28,7 +28,7 @@ from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.partition import Tree, flatten, merge_trees, partition, path_of, unflatten
 from adapters_jax.recipe import Recipe
-from adapters_jax.train import TrainState
+from adapters_jax.state import TrainState
 
 FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"

@@ -4,10 +4,16 @@ import os
 import tempfile
 
 import jax
+import jaxlib
 import pytest
 
 collect_ignore = ["fixtures"]  # scripts that need packages of their own
 jax.config.update("jax_disable_most_optimizations", True)  # they change no result
+if jaxlib.__version__.startswith(
+    "0.10."
+):  # two thirds of its compile time; later ones have no such flag
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):

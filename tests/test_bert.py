@@ -17,11 +17,10 @@ from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import (
     BERT_BASE,
     Bert,
-    BertClassifier,
     BertConfig,
     load_bert,
-    mean_pool,
 )
+from adapters_jax.models.classifier import BertClassifier, mean_pool
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "dev.tsv"

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax import contraction
+from adapters_jax import registry as layers
 from adapters_jax.contraction import from_equation
 from adapters_jax.partition import flatten
 
@@ -337,8 +337,8 @@ class LateNnx(RawNnx):
 @pytest.fixture
 def registry(monkeypatch):
     """The registry of layers, as it was after the test."""
-    monkeypatch.setattr(contraction, "_REGISTRY", dict(contraction._REGISTRY))
-    monkeypatch.setattr(contraction, "_WEIGHTS", set(contraction._WEIGHTS))
+    monkeypatch.setattr(layers, "_REGISTRY", dict(layers._REGISTRY))
+    monkeypatch.setattr(layers, "_WEIGHTS", set(layers._WEIGHTS))
 
 
 def test_an_unregistered_layer_is_told_the_line_that_registers_it(registry):
@@ -385,7 +385,7 @@ def check_raw_nnx(cls):
 def test_a_registered_layer(registry, equation):
     aj.register_contraction(Raw, weight="w", equation=equation)
     aj.register_contraction(RawNnx, weight="w", equation=equation)
-    assert "w" in contraction.weight_names()
+    assert "w" in layers.weight_names()
     check_raw(Raw(), drawn((3, 4), 1))
     check_raw(type("Sub", (Raw,), {})(), x=drawn((3, 4), 1))
     check_raw_nnx(RawNnx)
@@ -440,9 +440,9 @@ def test_the_input_is_found_among_the_arguments():
             pass
 
     def found(*args, **kwargs):
-        return contraction.input_of(Module(), "__call__", args, kwargs)
+        return layers.input_of(Module(), "__call__", args, kwargs)
 
     assert found(1, 2) == found(x=1) == found(scale=2, x=1) == found(mask=3, scale=2, x=1) == 1
     assert found() is None
     layer = nn.Einsum((4, 4))
-    assert contraction.input_of(layer, "__call__", (), {"einsum_str": "a", "inputs": 1}) == 1
+    assert layers.input_of(layer, "__call__", (), {"einsum_str": "a", "inputs": 1}) == 1

@@ -12,8 +12,8 @@ from flax import nnx
 from flax.errors import InvalidRngError
 
 import adapters_jax as aj
-from adapters_jax.contraction import find
 from adapters_jax.methods.base import Site
+from adapters_jax.registry import find
 
 DIN, DOUT = 6, 4
 

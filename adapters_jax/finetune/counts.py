@@ -14,7 +14,7 @@ import tyro
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.audit import Audit, audit
+from adapters_jax.audit import audit
 from adapters_jax.finetune import assets
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.recipes import MethodOptions
@@ -24,6 +24,7 @@ from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import ROBERTA_TYPES, Bert, BertConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.summary import Audit
 
 
 def _bert(values: dict[str, Any]) -> nn.Module:

@@ -17,7 +17,8 @@ from adapters_jax.finetune import assets
 from adapters_jax.finetune.batches import Batches, Row, encode
 from adapters_jax.finetune.rows import Texts
 from adapters_jax.interop import huggingface
-from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
+from adapters_jax.models.bert import BertConfig, load_bert
+from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import merge_trees, partition
 from adapters_jax.recipe import Recipe
 

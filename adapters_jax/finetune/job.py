@@ -30,7 +30,7 @@ from adapters_jax.finetune.training import (
     Trained,
     train,
 )
-from adapters_jax.train import TrainState
+from adapters_jax.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters_jax import recipe as recipes
+from adapters_jax import presets as recipes
 from adapters_jax.finetune.flags import flag, given
 from adapters_jax.methods import Unfreeze
 from adapters_jax.recipe import Recipe

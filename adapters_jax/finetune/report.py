@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.finetune.output import duration
 from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
+from adapters_jax.summary import HEADERS, Audit
 
 BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1")

@@ -20,7 +20,8 @@ from adapters_jax.finetune.metrics import compute
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.finetune.targets import Target
 from adapters_jax.linen import Adapted
-from adapters_jax.train import TrainState, make_eval_step, make_train_step
+from adapters_jax.state import TrainState
+from adapters_jax.train import make_eval_step, make_train_step
 
 Batch = Mapping[str, np.ndarray]
 Record = dict[str, Any]

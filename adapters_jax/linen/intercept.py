@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from adapters_jax import contraction
+from adapters_jax import registry
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Attached
 from adapters_jax.methods.base import Site
@@ -52,7 +52,7 @@ def run_method(
 
 def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> Site:
     """What methods need to know of a module that has just run."""
-    found = contraction.find(module, call, *args, **kwargs)
+    found = registry.find(module, call, *args, **kwargs)
     shape: tuple[int, ...] = ()
     if found is not None:
         if not module.scope.has_variable("params", found.weight):
@@ -137,7 +137,7 @@ class Interceptor:
             y = run(*args, **kwargs)
         finally:
             self._running.pop()
-        if reentrant or call not in contraction.calls(type(module)):
+        if reentrant or call not in registry.calls(type(module)):
             return y
         path = "/".join(names[len(self.root) :])
         return self._adapted(module, path, call, args, kwargs, y, evaluation)
@@ -159,7 +159,7 @@ class Interceptor:
         self.visited[path, call] = (module, site)
         for method in self.recipe.at(path):
             if method.fits(site):
-                x = contraction.input_of(module, call, args, kwargs)
+                x = registry.input_of(module, call, args, kwargs)
                 scope = module.scope.push(method.slot, reuse=True)
                 y = run_method(module, scope, method, site, x, y, evaluation)
         return y

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax import contraction
+from adapters_jax import registry
 from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base
@@ -98,7 +98,7 @@ class LoRA:
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
-        return contraction.why_not(module)
+        return registry.why_not(module)
 
     def rank_at(self, path: str) -> int:
         """The rank at one target."""

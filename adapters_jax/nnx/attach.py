@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax import contraction
+from adapters_jax import registry
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Attached
 from adapters_jax.methods.base import Site
@@ -56,7 +56,7 @@ def _adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
 
         return method
 
-    body = {name: adapted(name) for name in contraction.calls(cls)}
+    body = {name: adapted(name) for name in registry.calls(cls)}
     about = {"adapted_from": cls, "__module__": cls.__module__}
     return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
 
@@ -65,7 +65,7 @@ def site_of(
     module: Any, path: str, width: int, call: str = "__call__", *args: Any, **kwargs: Any
 ) -> Site:
     """What methods need to know of a module whose output is so wide."""
-    layer = contraction.find(module, call, *args, **kwargs)
+    layer = registry.find(module, call, *args, **kwargs)
     if layer and not hasattr(module, layer.weight):
         raise RecipeError(
             f"{type(module).__name__} at {path!r} has no parameter {layer.weight!r}; correct "
@@ -83,7 +83,7 @@ def run_method(
     site = site_of(module, path, y.shape[-1], call, *args, **kwargs)
     if not method.fits(site):
         return y
-    x = contraction.input_of(module, call, args, kwargs)
+    x = registry.input_of(module, call, args, kwargs)
     key = key_of(getattr(module, method.slot))
     return method.forward(leaves_of(module, method), site, x, y, key)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adapters_jax import contraction
+from adapters_jax import registry
 from adapters_jax.examples import explained, filled
 from adapters_jax.methods.base import Site
 from adapters_jax.nnx.attach import copy, modules_of, site_of
@@ -74,7 +74,7 @@ _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.Instance
 
 def known_width(module: Any) -> int:
     """The width of a plain layer's output, read off the layer; 0 where it does not say."""
-    layer = contraction.find(module, "__call__")
+    layer = registry.find(module, "__call__")
     if layer:
         return getattr(getattr(module, layer.weight, None), "shape", (0,))[-1]
     shape = _first_shape(module) if isinstance(module, _NORMS) else ()

@@ -1,0 +1,146 @@
+"""Recipes of the literature, and the baselines that it compares with."""
+
+from typing import Any
+
+from adapters_jax.methods import Bottleneck, LoRA, Method, Unfreeze
+from adapters_jax.recipe import Recipe
+
+OUTPUTS = ("**/attention/output", "**/mlp/output")
+LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
+
+
+def _recipe(*parts: Method | None, head: str | None) -> Recipe:
+    """A recipe of the parts that are wanted, and of the head where one is named."""
+    ends = Unfreeze(f"{head}/**") if head else None
+    return Recipe(*[part for part in (*parts, ends) if part is not None])
+
+
+def _bottleneck(targets: Any, m: int | None, reduction_factor: float | None, **fields: Any):
+    """Bottlenecks of width 64 unless one of the two width fields is given."""
+    m = 64 if m is None and reduction_factor is None else m
+    return Bottleneck(targets, m, reduction_factor, **fields)
+
+
+def houlsby(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = OUTPUTS,
+    layer_norms: str | None = LAYER_NORMS,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Houlsby et al. 2019, arXiv:1902.00751: two adapters a block, layer norms, the task's head.
+
+    Args:
+        bottleneck_dim: m; 64 where neither width field is given.
+        reduction_factor: as in `Bottleneck`.
+        targets: the output projections after attention and after the feed-forward layer.
+        layer_norms: pattern of the layer norms' parameters; None leaves them frozen.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `Bottleneck`.
+
+    Example:
+        >>> houlsby(32, head="head")
+        Recipe(
+          Bottleneck(targets=('**/attention/output', '**/mlp/output'), bottleneck_dim=32),
+          Unfreeze(targets=('**/*{norm,Norm,ln}*/{scale,bias}',)),
+          Unfreeze(targets=('head/**',)),
+        )
+    """
+    norms = Unfreeze(layer_norms) if layer_norms else None
+    return _recipe(
+        _bottleneck(targets, bottleneck_dim, reduction_factor, **fields), norms, head=head
+    )
+
+
+def pfeiffer(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/mlp/output",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Pfeiffer et al. 2021, arXiv:2005.00247: one adapter a block, after the feed-forward layer.
+
+    Args: as in `houlsby`.
+    """
+    return _recipe(_bottleneck(targets, bottleneck_dim, reduction_factor, **fields), head=head)
+
+
+def parallel(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/mlp",
+    scale: float = 4.0,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """He et al. 2022, arXiv:2110.04366: an adapter beside the feed-forward layer, scaled by 4.
+
+    Args: as in `houlsby`; `targets` are whole sublayers, whose input the adapter reads.
+    """
+    adapter = _bottleneck(
+        targets, bottleneck_dim, reduction_factor, placement="parallel", scale=scale, **fields
+    )
+    return _recipe(adapter, head=head)
+
+
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Hu et al. 2021, arXiv:2106.09685: low-rank factors on the query and value projections.
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / r; None follows the rank.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `LoRA`.
+    """
+    return _recipe(LoRA(targets, rank, alpha, **fields), head=head)
+
+
+def bitfit(*, head: str | None = None) -> Recipe:
+    """Ben Zaken et al. 2022, arXiv:2106.10199: the biases, and the task's head."""
+    return _recipe(Unfreeze("**/bias"), head=head)
+
+
+def last_layers(
+    k: int, num_layers: int, *, layer: str = "**/layer_{}", head: str | None = None
+) -> Recipe:
+    """The top layers whole: the baseline that Houlsby et al. compare with.
+
+    Args:
+        k: how many layers, counted from the top.
+        num_layers: how many the model has.
+        layer: pattern of one layer, with `{}` for its number.
+        head: path of the task's head, which trains whole.
+
+    Raises:
+        ValueError: k is not between 1 and `num_layers`, or `layer` has no `{}`.
+
+    Example:
+        >>> last_layers(2, 12)
+        Recipe(
+          Unfreeze(targets=('**/layer_10/**', '**/layer_11/**')),
+        )
+    """
+    if not 1 <= k <= num_layers:
+        raise ValueError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
+    if "{}" not in layer:
+        raise ValueError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
+    names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
+    return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
+
+
+def full() -> Recipe:
+    """Full fine-tuning: every parameter trains."""
+    return Recipe(Unfreeze("**"))
