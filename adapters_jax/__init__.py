@@ -2,6 +2,7 @@
 
 from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
+from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
@@ -9,10 +10,14 @@ from adapters_jax.linen import init_adapters
 from adapters_jax.merge import merge
 from adapters_jax.methods import (
     Bottleneck,
+    LlamaAdapter,
     LoRA,
+    PrefixTuning,
     Unfreeze,
     bottleneck_parameters,
+    llama_adapter_parameters,
     lora_parameters,
+    prefix_parameters,
 )
 from adapters_jax.partition import freeze_base, merge_trees, partition
 from adapters_jax.presets import (
@@ -20,9 +25,11 @@ from adapters_jax.presets import (
     full,
     houlsby,
     last_layers,
+    llama_adapter,
     lora,
     parallel,
     pfeiffer,
+    prefix_tuning,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import register_contraction
@@ -34,8 +41,10 @@ __all__ = [
     "AdapterFileError",
     "Audit",
     "Bottleneck",
+    "LlamaAdapter",
     "LoRA",
     "MismatchError",
+    "PrefixTuning",
     "Recipe",
     "RecipeError",
     "TargetError",
@@ -51,6 +60,8 @@ __all__ = [
     "init_adapters",
     "last_layers",
     "linen",
+    "llama_adapter",
+    "llama_adapter_parameters",
     "load_adapter",
     "lora",
     "lora_parameters",
@@ -62,6 +73,9 @@ __all__ = [
     "parallel",
     "partition",
     "pfeiffer",
+    "prefix_parameters",
+    "prefix_tuning",
+    "register_attention",
     "register_contraction",
     "save_adapter",
 ]

@@ -17,8 +17,8 @@ def _as_change(method: Attached) -> LoRA:
     """A method that is a change of a weight; raises RecipeError for another."""
     if not isinstance(method, LoRA):
         raise RecipeError(
-            f"merge: {type(method).__name__} cannot be folded into a weight, since a nonlinearity "
-            "stands between its projections; keep the adapted model, or merge LoRA alone"
+            f"merge: {type(method).__name__} cannot be folded into a weight, since "
+            f"{method.unmergeable}; keep the adapted model, or merge LoRA alone"
         )
     return method
 

@@ -1,8 +1,16 @@
 """Recipes of the literature, and the baselines that it compares with."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from adapters_jax.methods import Bottleneck, LoRA, Method, Unfreeze
+from adapters_jax.methods import (
+    Bottleneck,
+    LlamaAdapter,
+    LoRA,
+    Method,
+    PrefixTuning,
+    Unfreeze,
+)
 from adapters_jax.recipe import Recipe
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
@@ -106,6 +114,80 @@ def lora(
         **fields: further fields of `LoRA`.
     """
     return _recipe(LoRA(targets, rank, alpha, **fields), head=head)
+
+
+def llama_adapter(
+    prompt_length: int = 10,
+    *,
+    last: int | None = None,
+    num_layers: int | None = None,
+    layers: Iterable[int] | None = None,
+    targets: str = "layers/{}/attention",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Zhang et al. 2023, arXiv:2303.16199: gated prompts; in the top 30 of LLaMA-7B's 32 layers.
+
+    Args:
+        prompt_length: K, tokens of each layer's prompt.
+        last: how many layers, counted from the top; with `num_layers`.
+        num_layers: how many the model has.
+        layers: instead of `last`: the layers' numbers, such as `range(2, 32)`; all by default.
+        targets: pattern of one layer's attention, with `{}` for the layer's number.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `LlamaAdapter`.
+
+    Raises:
+        ValueError: `last` is not between 1 and `num_layers`, or both ways to choose are used.
+
+    Example:
+        >>> llama_adapter(last=2, num_layers=32)
+        Recipe(
+          LlamaAdapter(targets=('layers/30/attention', 'layers/31/attention')),
+        )
+    """
+    numbers = _numbers("llama_adapter", last, num_layers, layers)
+    return _recipe(LlamaAdapter(_per_layer(targets, numbers), prompt_length, **fields), head=head)
+
+
+def prefix_tuning(
+    length: int = 20,
+    *,
+    last: int | None = None,
+    num_layers: int | None = None,
+    layers: Iterable[int] | None = None,
+    targets: str = "layers/{}/attention",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Li and Liang 2021, arXiv:2101.00190: trained keys and values in every layer.
+
+    Args: as in `llama_adapter`, with `length` tokens of each layer's prefix.
+    """
+    numbers = _numbers("prefix_tuning", last, num_layers, layers)
+    return _recipe(PrefixTuning(_per_layer(targets, numbers), length, **fields), head=head)
+
+
+def _numbers(
+    owner: str, last: int | None, num_layers: int | None, layers: Iterable[int] | None
+) -> tuple[int, ...] | None:
+    """The numbers of the layers chosen; None means all of them."""
+    if last is None:
+        return None if layers is None else tuple(layers)
+    if layers is not None or num_layers is None:
+        raise ValueError(f"{owner}: give last together with num_layers, or layers alone")
+    if not 1 <= last <= num_layers:
+        raise ValueError(f"{owner}: last={last}, wanted a number from 1 to num_layers={num_layers}")
+    return tuple(range(num_layers - last, num_layers))
+
+
+def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]:
+    """A pattern for each layer, so that one that does not exist is noticed."""
+    if numbers is None:
+        return (targets.replace("{}", "*"),)
+    if "{}" not in targets:
+        raise ValueError(f"targets={targets!r}, wanted {{}} where the layer's number is")
+    return tuple(targets.replace("{}", str(number)) for number in numbers)
 
 
 def bitfit(*, head: str | None = None) -> Recipe:

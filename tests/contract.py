@@ -133,8 +133,8 @@ class Case:
     per_layer: int = 0
     once: int = 0
     unfrozen: int = 0
-    exact: bool = True
-    mergeable: bool = True
+    away: float = 0.0  # how far from the base's the output may be at init
+    unmergeable: str = ""
 
     def adapter_parameters(self, layers):
         return layers * self.per_layer + self.once
@@ -142,7 +142,8 @@ class Case:
 
 R, M = 3, 4
 ADAPTER = 2 * M * D + D + M
-NEAR = {"exact": False, "mergeable": False}
+NEAR = {"away": 1e-3, "unmergeable": "Bottleneck"}
+K = 3
 CASES = {
     "bottleneck": Case(
         "mlp",
@@ -165,6 +166,19 @@ CASES = {
     "lora_einsum": Case("mix", aj.Recipe(aj.LoRA("**/mix", R, 6.0)), R * 2 * D),
     "lora_conv": Case("conv", aj.Recipe(aj.LoRA("**/conv", R, 6.0)), R * (3 * D + D)),
     "lora_embed": Case("mix", aj.Recipe(aj.LoRA("embed", R, 6.0)), once=R * (VOCAB + D)),
+    "llama_adapter": Case(
+        "attention",
+        aj.Recipe(aj.LlamaAdapter("**/attention", K)),
+        K * D + HEADS,
+        unmergeable="LlamaAdapter",
+    ),
+    "prefix": Case(
+        "attention",
+        aj.Recipe(aj.PrefixTuning("**/attention", K)),
+        2 * K * D,
+        away=1.0,
+        unmergeable="PrefixTuning",
+    ),
     "unfreeze": Case("mlp", aj.Recipe(aj.Unfreeze("**/bias")), unfrozen=HIDDEN + D + D),
     "together": Case(
         "mlp",

@@ -4,11 +4,14 @@ The leaves go into the called submodule's own scope. So the base keeps its param
 lifted transforms (scan, remat, vmap) carry the leaves along.
 """
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,9 +19,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from adapters_jax import registry
+from adapters_jax import attention, registry
+from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Attached
+from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
 from adapters_jax.methods.base import Site
 from adapters_jax.partition import Tree, flatten, join
 from adapters_jax.recipe import Recipe, require_sites
@@ -29,21 +33,27 @@ _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "
 _RUNS = itertools.count()
 
 
+def _leaves(scope: Any, method: Attached, site: Site) -> dict[str, Array]:
+    """A method's arrays by name; made where they are not there yet."""
+    leaves = {}
+    for name, leaf in method.leaves(site).items():
+        *groups, last = name.split("/")
+        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
+        leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+    return leaves
+
+
 def run_method(
     module: nn.Module,
     scope: Any,
-    method: Attached,
+    method: Bottleneck | LoRA,
     site: Site,
     x: Any,
     y: Array,
     evaluation: bool | None,
 ) -> Array:
     """One method on a module's output, its leaves in the given scope."""
-    leaves = {}
-    for name, leaf in method.leaves(site).items():
-        *groups, last = name.split("/")
-        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
-        leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+    leaves = _leaves(scope, method, site)
     if evaluation is None:
         evaluation = not module.has_rng("dropout")
     key = module.make_rng("dropout") if method.dropout and not evaluation else None
@@ -85,11 +95,21 @@ def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -
 
 @dataclass
 class _Running:
-    """A call under way: the path and name of its method, and whether it is an evaluation."""
+    """A call under way.
+
+    Attributes:
+        where: the path of its module and the name of its method.
+        evaluation: whether it is an evaluation.
+        hashed: how often it was hashed.
+        children: the submodules that it has called so far, and with what.
+        attention: its sizes, once it has called its attention function.
+    """
 
     where: tuple[tuple[str, ...], str] | None = None
     evaluation: bool | None = None
     hashed: int = 0
+    children: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    attention: Attention | None = None
 
 
 class Interceptor:
@@ -101,6 +121,7 @@ class Interceptor:
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
+        self._prompts = any(isinstance(method, Prompt) for method in recipe.attached)
         self._running = [_Running()]
         module.scope.flags = module.scope.flags.copy({self.flag(module): self})
 
@@ -132,41 +153,87 @@ class Interceptor:
             evaluation = self._running[-1].evaluation
         # A method that calls its parent class's method of the same name is one call, not two.
         reentrant = any((names, call) == running.where for running in self._running)
-        self._running.append(_Running((names, call), evaluation))
+        path = "/".join(names[len(self.root) :])
+        here = _Running((names, call), evaluation)
+        if names:
+            self._running[-1].children[names[-1]] = (module, (args, kwargs))
+        self._running.append(here)
         try:
-            y = run(*args, **kwargs)
+            with self._attending(module, path, here):
+                y = run(*args, **kwargs)
         finally:
             self._running.pop()
         if reentrant or call not in registry.calls(type(module)):
             return y
-        path = "/".join(names[len(self.root) :])
-        return self._adapted(module, path, call, args, kwargs, y, evaluation)
+        return self._adapted(module, path, call, args, kwargs, y, here)
 
     def _adapted(
-        self,
-        module: Any,
-        path: str,
-        call: str,
-        args: Any,
-        kwargs: Any,
-        y: Any,
-        evaluation: bool | None,
+        self, module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any, here: _Running
     ) -> Any:
-        """The output after every method that targets the module and fits it."""
+        """The output after every method that targets the module and acts on its output."""
         site = site_of(module, path, call, args, kwargs, y)
+        site = dataclasses.replace(site, attention=here.attention)
+        methods = [m for m in self.recipe.at(path) if not isinstance(m, Prompt)]
         if self._init and all(seen != path for seen, _ in self.visited):
-            self._refuse_taken_names(module, site)
+            self._refuse_taken_names(module, site, methods)
         self.visited[path, call] = (module, site)
-        for method in self.recipe.at(path):
+        for method in methods:
             if method.fits(site):
                 x = registry.input_of(module, call, args, kwargs)
                 scope = module.scope.push(method.slot, reuse=True)
-                y = run_method(module, scope, method, site, x, y, evaluation)
+                y = run_method(module, scope, method, site, x, y, here.evaluation)
         return y
 
-    def _refuse_taken_names(self, module: Any, site: Site) -> None:
+    def _attending(
+        self, module: Any, path: str, here: _Running
+    ) -> AbstractContextManager[None, bool | None]:
+        """For the time of a call, an attention module's function with the prompts around it."""
+        names = attention.names_of(module) if self._prompts else None
+        if names is None:
+            return contextlib.nullcontext()
+        attend = functools.partial(self._attend, module, path, here, names)
+        return attention.replaced(module, names.attention_fn, attend)
+
+    def _attend(
+        self,
+        module: Any,
+        path: str,
+        here: _Running,
+        names: attention.Names,
+        function: AttentionFn,
+        query: Array,
+        key: Array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Array:
+        """What an attention function returns, with every prompt that targets its module."""
+
+        def child(name: str) -> tuple[Any, Any]:
+            own = getattr(names, name)
+            if own not in here.children:
+                raise RecipeError(
+                    f"{type(module).__name__} at {path!r} calls no submodule {own!r} before its "
+                    f"attention function; correct {name}=... in aj.register_attention"
+                )
+            return here.children[own]
+
+        projection, given = child("key")
+        width = registry.input_of(projection, "__call__", *given).shape[-1]
+        here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])
+        precision = getattr(module, "precision", None)
+        site = Site(path, "__call__", 0, precision=precision, attention=here.attention)
+        methods = [m for m in self.recipe.at(path) if isinstance(m, Prompt)]
+        if self._init and all(seen != path for seen, _ in self.visited):
+            self._refuse_taken_names(module, site, methods)
+        for method in methods:
+            leaves = _leaves(module.scope.push(method.slot, reuse=True), method, site)
+            project = lambda name, x: child(name)[0](x)  # noqa: E731
+            function = functools.partial(method.attend, leaves, site, project, function)
+        return function(query, key, *args, **kwargs)
+
+    def _refuse_taken_names(self, module: Any, site: Site, methods: Sequence[Attached]) -> None:
         """Raises where the base already has something of the name that a method would use."""
-        for method in self.recipe.at(site.path):
+        for method in methods:
             taken = module.scope.get_variable("params", method.slot)
             leaves = flatten(taken) if isinstance(taken, Mapping) else {}
             mistakable = any(name in leaves for name in method.leaf_names)

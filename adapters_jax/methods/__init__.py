@@ -1,21 +1,31 @@
 """The methods, one a file. A new method is one file and one line here."""
 
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
+from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.lora import LoRA, lora_parameters
+from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.unfreeze import Unfreeze
 
-Attached = Bottleneck | LoRA
+Prompt = LlamaAdapter | PrefixTuning  # act where an attention module calls its function
+Attached = Bottleneck | LoRA | Prompt
 Method = Attached | Unfreeze
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Bottleneck, LoRA, Unfreeze)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Bottleneck, LoRA, LlamaAdapter, PrefixTuning, Unfreeze)
+}
 
 __all__ = [
     "METHODS",
     "Attached",
     "Bottleneck",
+    "LlamaAdapter",
     "LoRA",
     "Method",
+    "PrefixTuning",
+    "Prompt",
     "Unfreeze",
     "bottleneck_parameters",
+    "llama_adapter_parameters",
     "lora_parameters",
+    "prefix_parameters",
 ]

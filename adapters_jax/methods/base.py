@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax.attention import Attention
 from adapters_jax.contraction import Contraction
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
@@ -27,6 +28,7 @@ class Site:
         contraction: how the module's weight meets its input; None where it is not a linear layer.
         weight_shape: shape of that weight, without layer axes.
         precision: matmul precision of the module.
+        attention: the sizes of an attention module; None where it is none that is known.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Site:
     contraction: Contraction | None = None
     weight_shape: tuple[int, ...] = ()
     precision: Any = None
+    attention: Attention | None = None
 
 
 @dataclass(frozen=True)

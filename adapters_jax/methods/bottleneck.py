@@ -73,6 +73,7 @@ class Bottleneck:
     slot: ClassVar[str] = "adapter"
     leaf_names: ClassVar[tuple[str, ...]] = ("down/kernel", "down/bias", "up/kernel", "up/bias")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
+    unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
 
     targets: str | tuple[str, ...]
     bottleneck_dim: int | None = None

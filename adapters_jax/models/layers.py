@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention import register_attention
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_new": partial(nn.gelu, approximate=True),
@@ -113,6 +115,9 @@ class SelfAttention(Typed):
         )
         output = Output(width, self.output_dropout_rate, name="output", **inits)
         return output(mixed.reshape(x.shape), deterministic)
+
+
+register_attention(SelfAttention)
 
 
 class FeedForward(Typed):

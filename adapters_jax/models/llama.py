@@ -16,6 +16,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.huggingface import NameTable, Rule
 from adapters_jax.models.gpt2 import causal_mask
@@ -153,6 +154,9 @@ class LlamaAttention(nnx.Module):
             dtype=self.dtype,
         )
         return self.output(mixed.reshape(*x.shape[:-1], -1))
+
+
+register_attention(LlamaAttention)
 
 
 class LlamaMLP(nnx.Module):

@@ -4,16 +4,21 @@ The module's class is swapped for a cached subclass. Everything that trains is a
 `nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` do what they say.
 """
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax import registry
+from adapters_jax import attention, registry
+from adapters_jax.attention import Attention, AttentionFn
+from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Attached
+from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
 from adapters_jax.methods.base import Site
 from adapters_jax.partition import join
 
@@ -49,9 +54,11 @@ def _adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
 
         @functools.wraps(call)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            y = call(self, *args, **kwargs)
+            with _attending(self):
+                y = call(self, *args, **kwargs)
             for attached, path in self.adapter_methods:
-                y = run_method(self, attached, path, name, args, kwargs, y)
+                if not isinstance(attached, Prompt):
+                    y = run_method(self, attached, path, name, args, kwargs, y)
             return y
 
         return method
@@ -73,11 +80,61 @@ def site_of(
         )
     shape = getattr(module, layer.weight).shape if layer else ()
     weight = shape[len(shape) - layer.ndim :] if layer else ()
-    return Site(path, call, width, layer, weight, getattr(module, "precision", None))
+    precision = getattr(module, "precision", None)
+    return Site(path, call, width, layer, weight, precision, attention_of(module))
+
+
+def attention_of(module: Any) -> Attention | None:
+    """The sizes of an attention module, read off its projections; None where it is none."""
+    names = attention.names_of(module)
+    found = names and [getattr(module, name, None) for name in (names.query, names.key)]
+    if not names or not found or not all(registry.find(child, "__call__") for child in found):
+        return None
+    (_, query), (width, key) = (weight_axes(child) for child in found)
+    head = query[-1] if len(query) > 1 else getattr(module, names.head_dim)
+    return Attention(math.prod(width), math.prod(query) // head, math.prod(key) // head, head)
+
+
+def _weight(layer: Any) -> tuple[Contraction, tuple[int, ...]]:
+    """How a linear layer contracts, and the shape of its weight under its layer axes."""
+    found = registry.find(layer, "__call__")
+    if found is None:
+        raise RecipeError(registry.why_not(layer))
+    return found, getattr(layer, found.weight).shape
+
+
+def weight_axes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The input and the output axes of a linear layer's weight, without its layer axes."""
+    found, shape = _weight(layer)
+    return found.split_shape(shape[len(shape) - found.ndim :])
+
+
+def layers_of(layer: Any) -> tuple[int, ...]:
+    """The layer axes that a linear layer's weight is stacked on."""
+    found, shape = _weight(layer)
+    return shape[: len(shape) - found.ndim]
+
+
+def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
+    """For the time of a call, an attention module's function with the prompts around it."""
+    prompts = [(m, path) for m, path in module.adapter_methods if isinstance(m, Prompt)]
+    names = attention.names_of(module)
+    if not prompts or names is None:
+        return contextlib.nullcontext()
+
+    def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
+        for method, path in prompts:
+            site = site_of(module, path, 0)
+            project = lambda name, x: getattr(module, getattr(names, name))(x)  # noqa: E731
+            leaves = leaves_of(module, method)
+            function = functools.partial(method.attend, leaves, site, project, function)
+        return function(*args, **kwargs)
+
+    return attention.replaced(module, names.attention_fn, attend)
 
 
 def run_method(
-    module: Any, method: Attached, path: str, call: str, args: Any, kwargs: Any, y: Array
+    module: Any, method: Bottleneck | LoRA, path: str, call: str, args: Any, kwargs: Any, y: Array
 ) -> Array:
     """One method on a module's output, its leaves in the module's child of the method's name."""
     site = site_of(module, path, y.shape[-1], call, *args, **kwargs)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adapters_jax import registry
+from adapters_jax import attention, registry
 from adapters_jax.examples import explained, filled
 from adapters_jax.methods.base import Site
-from adapters_jax.nnx.attach import copy, modules_of, site_of
+from adapters_jax.nnx.attach import copy, layers_of, modules_of, site_of
 
 
 @functools.cache
@@ -60,9 +60,10 @@ def sites_of(
     for path, module in modules_of(model).items():
         site = site_of(module, path, known_width(module))
         layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
-        if site.contraction:
-            stacked = getattr(module, site.contraction.weight).shape
-            layers = stacked[: len(stacked) - len(site.weight_shape)]
+        names = attention.names_of(module)
+        weighty = getattr(module, names.key) if names and site.attention else module
+        if site.attention or site.contraction:
+            layers = layers_of(weighty)
         width, layers = traced.get(path, (site.width, layers))
         sites[path] = dataclasses.replace(site, width=width), layers
     return sites

@@ -1,0 +1,115 @@
+"""How an attention module hands query, key and value to its `attention_fn`; which modules do so.
+
+Prompts act there: after whatever the module does to its query (rotary, norms), before its output
+projection. flax's attention modules are known, and so are this library's.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flax import linen, nnx
+from jaxtyping import Array
+
+AttentionFn = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The sizes of an attention module.
+
+    Attributes:
+        width: d, the width of what the key projection takes.
+        heads: how many query heads.
+        kv_heads: how many key and value heads.
+        head_dim: the width of a head.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an attention module calls its parts."""
+
+    query: str = "query"
+    key: str = "key"
+    value: str = "value"
+    attention_fn: str = "attention_fn"
+    head_dim: str = "head_dim"
+
+
+_REGISTRY: dict[type, Names] = {
+    linen.MultiHeadDotProductAttention: Names(),
+    nnx.MultiHeadAttention: Names(),
+}
+
+
+def register_attention(
+    module: type,
+    *,
+    query: str = "query",
+    key: str = "key",
+    value: str = "value",
+    attention_fn: str = "attention_fn",
+    head_dim: str = "head_dim",
+) -> None:
+    """Teaches prompts an attention module of another library.
+
+    The module calls `self.<attention_fn>(query, key, value, ...)` with heads and head width as the
+    last two axes, as flax's attention modules do, and its projections are submodules.
+
+    Args:
+        module: the module class, linen or NNX; subclasses are covered.
+        query: name of the query projection.
+        key: name of the key projection.
+        value: name of the value projection.
+        attention_fn: name of the field that holds the attention function.
+        head_dim: NNX: name of the field that holds the width of a head, where the projections
+            return heads side by side on one axis.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> class ZooAttention(nn.Module):
+        ...     attend: object = nn.dot_product_attention
+        >>> register_attention(ZooAttention, key="k_proj", value="v_proj", attention_fn="attend")
+    """
+    _REGISTRY[module] = Names(query, key, value, attention_fn, head_dim)
+
+
+def names_of(module: Any) -> Names | None:
+    """What a module calls its parts, or None where it is not a known attention module."""
+    return next((_REGISTRY[base] for base in type(module).__mro__ if base in _REGISTRY), None)
+
+
+def why_not(module: Any) -> str:
+    """Why a prompt cannot attach to a module, and the line that may change it."""
+    name = type(module).__name__
+    if names_of(module):
+        return f"{name} did not call its attention_fn, or its projections are not known layers"
+    return (
+        f"{name} is not a known attention module; if it calls an attention_fn, register it: "
+        f"aj.register_attention({name}, key='key', value='value', attention_fn='attention_fn')"
+    )
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[None]:
+    """For the time of one call, a module's attention function inside another.
+
+    Args:
+        module: the attention module.
+        name: the field that holds its function.
+        wrap: called as `wrap(function, query, key, value, ...)` in its place.
+    """
+    function = getattr(module, name)
+    # Modules refuse assignments outside of their constructor; this one is taken back.
+    object.__setattr__(module, name, lambda *args, **kwargs: wrap(function, *args, **kwargs))
+    try:
+        yield
+    finally:
+        object.__setattr__(module, name, function)

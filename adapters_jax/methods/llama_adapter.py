@@ -1,0 +1,177 @@
+"""LLaMA-Adapter: learned prompts beside an attention's own context, behind gates that start shut.
+
+Zhang et al. 2023, "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init
+Attention", arXiv:2303.16199.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adapters_jax import attention
+from adapters_jax.attention import Attention, AttentionFn
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import base
+from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.targets import as_patterns
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
+
+
+def llama_adapter_parameters(d: int, length: int, gates: int) -> int:
+    """Parameters of one layer's prompt and gates: Kd + gates.
+
+    Example:
+        >>> 30 * llama_adapter_parameters(4096, 10, 32)
+        1229760
+    """
+    return length * d + gates
+
+
+@dataclass(frozen=True)
+class LlamaAdapter:
+    """Gated prompts in attention modules.
+
+    `attention(q, k, v) + f(gate) * softmax(q k_p^T / sqrt(head_dim)) v_p`, before the output
+    projection: two softmaxes that do not share a denominator. The prompt's keys k_p and values v_p
+    come from the module's own projections, without rotary and behind no mask; the query is what the
+    module gives to its attention function. Gates start at zero, so that the output is the base's.
+    Leaves are float32; the branch computes in the dtype of the query, its softmax in float32.
+
+    Args:
+        targets: patterns of attention modules.
+        prompt_length: K, tokens of the prompt; 10 in the paper.
+        gate: one for every "head" (the paper), or one for the whole "layer" (PEFT).
+        gate_activation: f, "tanh" (the authors' training code) or "identity" (PEFT, litgpt).
+        init_std: standard deviation of the prompts; 1 in the authors' code.
+
+    Raises:
+        ValueError: a field out of its range.
+
+    Example:
+        >>> LlamaAdapter("layers/{30,31}/attention")
+        LlamaAdapter(targets=('layers/{30,31}/attention',), prompt_length=10, gate='head',
+                     gate_activation='tanh', init_std=1.0)
+    """
+
+    name: ClassVar[str] = "llama_adapter"
+    slot: ClassVar[str] = "prompt"
+    leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")
+    stated: ClassVar[tuple[str, ...]] = ("targets",)
+    dropout: ClassVar[float] = 0.0
+    unmergeable: ClassVar[str] = "its prompt is attended to under a softmax of its own"
+
+    targets: str | tuple[str, ...]
+    prompt_length: int = 10
+    gate: Literal["head", "layer"] = "head"
+    gate_activation: str = "tanh"
+    init_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_patterns(self.targets, "LlamaAdapter"))
+        base.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
+        base.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
+        base.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
+        base.check_number("LlamaAdapter", "init_std", self.init_std)
+
+    def fits(self, site: Site) -> bool:
+        """Whether the method can attach there: to every attention module that is known."""
+        return site.attention is not None
+
+    def why_not(self, module: Any) -> str:
+        """Why the method cannot attach to a module."""
+        return attention.why_not(module)
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        """The prompt (K, d), and the gates, (heads,) or (1,).
+
+        Raises:
+            RecipeError: the query heads do not divide among the key heads.
+        """
+        sizes = grouped(site, "LlamaAdapter")
+        return {
+            "embedding": Leaf((self.prompt_length, sizes.width), base.normal(self.init_std)),
+            "gate": Leaf((sizes.heads if self.gate == "head" else 1,), base.zeros),
+        }
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form Kd + gates; d and the heads are read off the leaves, K from here."""
+        d, heads = shapes["embedding"][-1], shapes["gate"][-1]
+        gates = heads if self.gate == "head" else 1
+        return Count(
+            f"{self.prompt_length}*{d} + {gates}",
+            llama_adapter_parameters(d, self.prompt_length, gates),
+            math.prod(shapes["embedding"][:-2]),
+        )
+
+    def attend(
+        self,
+        leaves: Leaves,
+        site: Site,
+        project: Callable[[str, Array], Array],
+        attention_fn: AttentionFn,
+        query: Float[Array, "... length heads head_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Float[Array, "... length heads head_dim"]:
+        """The attention's output with the prompt's.
+
+        Args:
+            leaves: the arrays by name.
+            site: the attention module they are attached to.
+            project: `project("key", x)` is the module's own projection of x, (K, d).
+            attention_fn: the module's attention function.
+            query: what it is called with, as are `args` (key and value first) and `kwargs`.
+        """
+        mixed = attention_fn(query, *args, **kwargs)
+        prompt = leaves["embedding"].astype(query.dtype)
+        key, value = (project(name, prompt).astype(query.dtype) for name in ("key", "value"))
+        gate = ACTIVATIONS[self.gate_activation](leaves["gate"]).astype(query.dtype)
+        branch = attend_to_prompt(query, key, value, grouped(site, "LlamaAdapter"), site.precision)
+        gates = gate.reshape((1,) * (branch.ndim - 2) + (-1, 1))
+        return mixed + gates * branch.astype(mixed.dtype)
+
+
+def grouped(site: Site, owner: str) -> Attention:
+    """The sizes of a site; raises RecipeError where heads do not divide among the key heads."""
+    sizes = site.attention
+    if sizes is None:
+        raise RecipeError(f"{owner} cannot attach to {site.path!r}: no known attention module")
+    if sizes.heads % sizes.kv_heads:
+        raise RecipeError(
+            f"{owner} at {site.path!r}: {sizes.heads} query heads do not divide into groups for "
+            f"{sizes.kv_heads} key heads; target attention modules whose heads do"
+        )
+    return sizes
+
+
+def attend_to_prompt(
+    query: Float[Array, "... length heads head_dim"],
+    key: Float[Array, "prompt ..."],
+    value: Float[Array, "prompt ..."],
+    sizes: Attention,
+    precision: Any = None,
+) -> Float[Array, "... length heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v over a prompt that every query sees whole.
+
+    Args:
+        query: (..., length, heads, head_dim).
+        key: (K, kv_heads, head_dim), or with both last axes as one; head i has key i // group.
+        value: like key.
+        sizes: of the attention module.
+        precision: as in `jnp.einsum`.
+    """
+    shape = (len(key), sizes.kv_heads, sizes.head_dim)
+    groups = query.reshape(*query.shape[:-2], sizes.kv_heads, -1, sizes.head_dim)
+    scaled = groups / jnp.sqrt(sizes.head_dim).astype(query.dtype)
+    scores = jnp.einsum("...tkgh,pkh->...tkgp", scaled, key.reshape(shape), precision=precision)
+    weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(query.dtype)
+    mixed = jnp.einsum("...tkgp,pkh->...tkgh", weights, value.reshape(shape), precision=precision)
+    return mixed.reshape(query.shape)

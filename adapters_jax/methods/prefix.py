@@ -1,0 +1,140 @@
+"""Prefix tuning: learned keys and values in front of an attention's own.
+
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adapters_jax import attention
+from adapters_jax.attention import AttentionFn
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import base
+from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods.llama_adapter import grouped
+from adapters_jax.targets import as_patterns
+
+
+def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
+    """Parameters of one layer's prefix, a key and a value for each token and key head: 2Kgh.
+
+    Example:
+        >>> prefix_parameters(20, 12, 64)
+        30720
+    """
+    return 2 * length * kv_heads * head_dim
+
+
+@dataclass(frozen=True)
+class PrefixTuning:
+    """Trained keys and values that every query of an attention module sees before all others.
+
+    One softmax runs over the prefix and the context, so that the output is not the base's at init:
+    even a prefix of zeros takes a share of the attention. Keys have no rotary. The prefix is
+    trained as it is, without the paper's reparametrisation by an MLP.
+    Leaves are float32 and compute in the dtypes of the module's keys and values.
+
+    Args:
+        targets: patterns of attention modules.
+        length: K, tokens of the prefix.
+        init_std: standard deviation of keys and values.
+
+    Raises:
+        ValueError: a field out of its range.
+
+    Example:
+        >>> PrefixTuning("**/attention", length=20)
+        PrefixTuning(targets=('**/attention',), length=20, init_std=0.02)
+    """
+
+    name: ClassVar[str] = "prefix"
+    slot: ClassVar[str] = "prefix"
+    leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")
+    stated: ClassVar[tuple[str, ...]] = ("targets",)
+    dropout: ClassVar[float] = 0.0
+    unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
+
+    targets: str | tuple[str, ...]
+    length: int = 20
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_patterns(self.targets, "PrefixTuning"))
+        base.check_size("PrefixTuning", "length", self.length)
+        base.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+
+    def fits(self, site: Site) -> bool:
+        """Whether the method can attach there: to every attention module that is known."""
+        return site.attention is not None
+
+    def why_not(self, module: Any) -> str:
+        """Why the method cannot attach to a module."""
+        return attention.why_not(module)
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        """Keys and values, each (K, kv_heads, head_dim)."""
+        sizes = grouped(site, "PrefixTuning")
+        shape = (self.length, sizes.kv_heads, sizes.head_dim)
+        return {name: Leaf(shape, base.normal(self.init_std)) for name in self.leaf_names}
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form 2Kgh; key heads g and their width h are read off the leaves."""
+        *copies, _, heads, width = shapes["key"]
+        return Count(
+            f"2*{self.length}*{heads}*{width}",
+            prefix_parameters(self.length, heads, width),
+            math.prod(copies),
+        )
+
+    def attend(
+        self,
+        leaves: Leaves,
+        site: Site,
+        project: Callable[[str, Array], Array],
+        attention_fn: AttentionFn,
+        query: Float[Array, "... length heads head_dim"],
+        key: Float[Array, "... context kv_heads head_dim"],
+        value: Float[Array, "... context kv_heads head_dim"],
+        bias: Array | None = None,
+        mask: Array | None = None,
+        **kwargs: Any,
+    ) -> Float[Array, "... length heads head_dim"]:
+        """The attention's output over the prefix and the context.
+
+        Args: as in `LlamaAdapter.attend`; the mask and bias are for the context alone.
+
+        Raises:
+            RecipeError: the function masks causally by itself, and would mask the prefix too.
+        """
+        if kwargs.get("is_causal"):
+            raise RecipeError(
+                f"PrefixTuning at {site.path!r}: is_causal=True would hide the prefix; give the "
+                "module a causal mask instead"
+            )
+
+        def longer(context: Array, prefix: Array) -> Array:
+            tokens = jnp.broadcast_to(prefix, (*context.shape[:-3], *prefix.shape))
+            return jnp.concatenate([tokens.astype(context.dtype), context], axis=-3)
+
+        def padded(rows: Array | None, fill: float) -> Array | None:
+            if rows is None:
+                return None
+            rows = jnp.broadcast_to(rows, (*rows.shape[:-1], key.shape[-3]))
+            edge = [(0, 0)] * (rows.ndim - 1) + [(self.length, 0)]
+            return jnp.pad(rows, edge, constant_values=fill)
+
+        return attention_fn(
+            query,
+            longer(key, leaves["key"]),
+            longer(value, leaves["value"]),
+            bias=padded(bias, 0.0),
+            mask=padded(mask, True),
+            **kwargs,
+        )
