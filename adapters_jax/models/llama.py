@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.interop import huggingface
+from adapters_jax.interop import gguf, huggingface
 from adapters_jax.interop.huggingface import NameTable, Rule
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
@@ -312,10 +313,11 @@ NAMES = NameTable(
 def load_llama(
     name_or_path: str | Path, *, revision: str | None = None, **options: Any
 ) -> tuple[LlamaConfig, Llama]:
-    """Loads a Llama from a directory or the Hugging Face Hub.
+    """Loads a Llama from a directory, a GGUF file or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
+        name_or_path: a directory with `config.json` and safetensors, a GGUF file or a directory
+            with one, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
         options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
 
@@ -325,10 +327,20 @@ def load_llama(
     Raises:
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
     """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = LlamaConfig.from_json(directory / "config.json")
+    config, tensors = _read(name_or_path, revision)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
     like = nnx.to_pure_dict(nnx.state(model))
-    params = huggingface.from_tensors(huggingface.read_tensors(directory), NAMES, like)
-    nnx.update(model, params)
+    nnx.update(model, huggingface.from_tensors(tensors, NAMES, like))
     return config, model
+
+
+def _read(
+    name_or_path: str | Path, revision: str | None
+) -> tuple[LlamaConfig, Mapping[str, np.ndarray]]:
+    """The configuration, checked before any weight is used, and the tensors."""
+    if gguf.find_gguf(name_or_path):
+        file = gguf.read_gguf(name_or_path)
+        return LlamaConfig.from_dict(file.config), file.tensors
+    directory = huggingface.resolve(name_or_path, revision)
+    config = LlamaConfig.from_json(directory / "config.json")
+    return config, huggingface.read_tensors(directory)
