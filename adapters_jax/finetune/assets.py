@@ -187,7 +187,7 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Example:
         >>> fetch("bert")
         Traceback (most recent call last):
-        adapters_jax.finetune.assets.AssetError: no asset 'bert'; there are: minilm, movie-reviews, smollm2-135m
+        adapters_jax.finetune.assets.AssetError: no asset 'bert'; there are: minilm, ...
     """
     asset, root = _asset(name), cache_root(cache_dir)
     folder = cached(name, cache_dir)

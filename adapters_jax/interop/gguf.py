@@ -9,7 +9,7 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,18 +55,17 @@ _CONTROL = 3  # the type of tokens such as <|im_end|>, which no text is split in
 
 @dataclass(frozen=True)
 class GGUF:
-    """One file, read.
+    """One open file.
 
     Attributes:
-        path: where it was.
+        path: where it is.
         fields: its metadata by name.
-        tensors: the weights under Hugging Face's names, `(out, in)`, float32, q and k in the order
-            of half-split rotary.
+        stored: its tensors as the package `gguf` gives them, quantised and not yet read.
     """
 
     path: Path
     fields: Mapping[str, Any]
-    tensors: Mapping[str, np.ndarray]
+    stored: Sequence[Any]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -81,8 +80,17 @@ class GGUF:
         return {
             **values,
             "model_type": "llama",
-            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in self.stored),
         }
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The weights as Hugging Face stores them, in float32.
+
+        Raises:
+            ValueError: fields are absent, or weights do not divide into the heads.
+        """
+        heads = self.config["num_attention_heads"]
+        return read_tensors(self.stored, heads, self.config.get("num_key_value_heads", heads))
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -168,13 +176,13 @@ def find_gguf(path: str | Path) -> Path | None:
 
 
 def read_gguf(path: str | Path) -> GGUF:
-    """Reads a Llama in GGUF.
+    """Opens a Llama in GGUF.
 
     Args:
         path: the file, or a directory with one GGUF file.
 
     Returns:
-        Its fields, its weights, and what is made of them.
+        The file, which gives its configuration, weights, tokenizer and chat template.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it is of another architecture.
@@ -193,12 +201,10 @@ def read_gguf(path: str | Path) -> GGUF:
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except UnicodeDecodeError as error:
         raise _damaged(file, error) from error
-    found = GGUF(file, fields, {})
+    found = GGUF(file, fields, reader.tensors)
     found.require("general.architecture")
     found.check(_MODEL_SUPPORTED)
-    heads = found.config["num_attention_heads"]
-    kv_heads = found.config.get("num_key_value_heads", heads)
-    return GGUF(file, fields, read_tensors(reader.tensors, heads, kv_heads))
+    return found
 
 
 def _open(file: Path) -> Any:

@@ -74,5 +74,5 @@ def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.n
     """
     rows, *width = weight.shape
     if rows % (2 * heads):
-        raise ValueError(f"{name} has {rows} rows, wanted an even number for each of {heads} heads.")
+        raise ValueError(f"{name} has {rows} rows, wanted an even number a head of {heads} heads.")
     return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)

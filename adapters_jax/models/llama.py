@@ -17,7 +17,8 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.interop import gguf, huggingface
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
 from adapters_jax.interop.huggingface import NameTable, Rule
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
@@ -311,13 +312,13 @@ NAMES = NameTable(
 
 
 def load_llama(
-    name_or_path: str | Path, *, revision: str | None = None, **options: Any
+    name_or_path: str | Path | GGUF, *, revision: str | None = None, **options: Any
 ) -> tuple[LlamaConfig, Llama]:
     """Loads a Llama from a directory, a GGUF file or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, a GGUF file or a directory
-            with one, or an id on the Hub.
+        name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
+            directory with one, or what `read_gguf` gave), or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
         options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
 
@@ -335,12 +336,13 @@ def load_llama(
 
 
 def _read(
-    name_or_path: str | Path, revision: str | None
+    name_or_path: str | Path | GGUF, revision: str | None
 ) -> tuple[LlamaConfig, Mapping[str, np.ndarray]]:
     """The configuration, checked before any weight is used, and the tensors."""
-    if gguf.find_gguf(name_or_path):
-        file = gguf.read_gguf(name_or_path)
-        return LlamaConfig.from_dict(file.config), file.tensors
+    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
+        name_or_path = read_gguf(name_or_path)
+    if isinstance(name_or_path, GGUF):
+        return LlamaConfig.from_dict(name_or_path.config), name_or_path.tensors()
     directory = huggingface.resolve(name_or_path, revision)
     config = LlamaConfig.from_json(directory / "config.json")
     return config, huggingface.read_tensors(directory)
