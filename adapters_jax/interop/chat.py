@@ -48,7 +48,7 @@ def render(
     }
     try:
         return environment.from_string(template).render(values)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template cannot render these messages: {error}") from error
 
 

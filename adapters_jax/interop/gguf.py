@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,8 @@ class GGUF:
     """
 
     path: Path
-    fields: Mapping[str, Any]
-    stored: Sequence[Any]
+    fields: Mapping[str, Any] = field(repr=False)
+    stored: Sequence[Any] = field(repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,8 +109,13 @@ class GGUF:
         self.require(*_TOKENIZER)
         self.check(_TOKENIZER_SUPPORTED)
         tokens, types, merges = (self.fields[name] for name in _TOKENIZER)
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        try:
+            bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
+            kinds = list(zip(tokens, types, strict=True))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error
+        tokenizer = Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -118,8 +123,8 @@ class GGUF:
             ]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+        control = [AddedToken(token, special=True) for token, kind in kinds if kind == _CONTROL]
+        tokenizer.add_special_tokens(control)
         return tokenizer
 
     def chat(self, messages: Iterable[Mapping[str, str]], reply: bool = True) -> str:
@@ -198,7 +203,7 @@ def read_gguf(path: str | Path) -> GGUF:
         raise ValueError(f"{str(path)!r} is neither a GGUF file nor a directory that holds one.")
     reader = _open(file)
     try:
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        fields = {name: stored.contents() for name, stored in reader.fields.items()}
     except UnicodeDecodeError as error:
         raise _damaged(file, error) from error
     found = GGUF(file, fields, reader.tensors)

@@ -34,18 +34,22 @@ def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str,
         Each in float32 and as `(out, in)`, by its Hugging Face name.
 
     Raises:
-        ValueError: a q or k weight does not divide into the heads.
+        ValueError: a q or k weight does not divide into the heads, or a quantisation is unknown.
     """
-    import gguf
-
-    weights = {
-        tensor_name(tensor.name): gguf.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in tensors
-    }
+    weights = {tensor_name(tensor.name): _dequantised(tensor) for tensor in tensors}
     for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weights[name] = half_split(weight, heads if "q_proj" in name else kv_heads, name)
     return weights
+
+
+def _dequantised(tensor: Any) -> np.ndarray:
+    import gguf
+
+    try:
+        return gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"{tensor.name} cannot be read as float32: {error}.") from error
 
 
 def tensor_name(theirs: str) -> str:
