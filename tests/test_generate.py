@@ -16,8 +16,6 @@ from adapters_jax.models import generate as module
 from adapters_jax.models.generate import generate, nucleus
 from adapters_jax.nnx import AdapterParam
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = replace(TINY, num_hidden_layers=2)
 SHORT, LONG = [3, 4], [5, 6, 7, 8]
 NEW = 6
