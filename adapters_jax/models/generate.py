@@ -220,6 +220,8 @@ def nucleus(
 ) -> Float[Array, "*batch vocab"]:
     """The logits, minus infinity outside the fewest tokens that have probability `top_p` together.
 
+    Tokens as likely as the last one kept are kept too.
+
     Example:
         >>> nucleus(jnp.array([1.0, 3.0, 2.0]), 0.9).tolist()
         [-inf, 3.0, 2.0]
