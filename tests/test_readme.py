@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters_jax.finetune.assets import cached
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHELL = [
@@ -19,6 +21,9 @@ SHELL = [
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
+    for asset in re.findall(r'fetch\("(.*?)"\)', PYTHON[number]):
+        if cached(asset) is None:
+            pytest.skip(f"{asset} is not in the cache")
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

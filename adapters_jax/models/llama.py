@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
+from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
 from adapters_jax.interop.huggingface import NameTable, Rule
+from adapters_jax.models.cache import Cache, LayerCache
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
 
@@ -111,8 +114,9 @@ def rotate(
 class LlamaAttention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key and a value head.
 
-    `attention_fn` is called as flax's attention modules call theirs: the query is rotated, and key
-    and value are of shape `(batch, length, kv_heads, head_dim)`, not repeated.
+    `attention_fn` is called as flax's attention modules call theirs: query and key are rotated, and
+    key and value are of shape `(batch, length, kv_heads, head_dim)`, not repeated. With a cache,
+    their length is its number of slots.
     """
 
     def __init__(
@@ -134,17 +138,21 @@ class LlamaAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        mask: Bool[Array, "#batch 1 length length"],
+        mask: Bool[Array, "#batch 1 length keys"],
         angles: Float[Array, "#batch length half"],
+        cache: LayerCache | None = None,
     ) -> Float[Array, "batch length d"]:
         """Mixes the positions that `mask` lets each one see."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (
             child(x).reshape(heads) for child in (self.query, self.key, self.value)
         )
+        key = rotate(key, angles)
+        if cache is not None:
+            key, value = cache.extend(key, value)
         mixed = self.attention_fn(
             rotate(query, angles),
-            rotate(key, angles),
+            key,
             value,
             mask=mask,
             dropout_rng=None,
@@ -192,15 +200,16 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        mask: Bool[Array, "#batch 1 length length"],
+        mask: Bool[Array, "#batch 1 length keys"],
         angles: Float[Array, "#batch length half"],
+        cache: LayerCache | None = None,
     ) -> Float[Array, "batch length d"]:
         """The hidden states that leave the block."""
-        x = x + self.attention(self.attention_norm(x), mask, angles)
+        x = x + self.attention(self.attention_norm(x), mask, angles, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
-def _run(layer: LlamaLayer, *args: Array) -> Array:
+def _run(layer: LlamaLayer, *args: Any) -> Array:
     return layer(*args)
 
 
@@ -243,6 +252,7 @@ class Llama(nnx.Module):
             nnx.RMSNorm, epsilon=config.rms_norm_eps, **types
         )
         self.config = config
+        self.dtype = dtype
         self.remat = remat
         self.embeddings = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, **types
@@ -262,7 +272,10 @@ class Llama(nnx.Module):
         positions: Int[Array, "#batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Float32 logits of the next token; the arguments are those of `hidden`."""
-        hidden = self.hidden(input_ids, attention_mask, positions)
+        return self.logits(self.hidden(input_ids, attention_mask, positions))
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Float32 logits of hidden states."""
         tied = self.config.tie_word_embeddings
         logits = self.embeddings.attend(hidden) if tied else self.head(hidden)
         return logits.astype(jnp.float32)
@@ -291,6 +304,36 @@ class Llama(nnx.Module):
             x = run(layer, x, mask, angles)
         return self.norm(x)
 
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for so many rows and tokens a row, padding included; see `extend`."""
+        config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
+        return Cache.empty(
+            config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width, dtype
+        )
+
+    def extend(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "batch length d"], Cache]:
+        """The hidden states of further tokens, and the cache with them in it.
+
+        Args:
+            input_ids: token ids; those before are in the cache.
+            attention_mask: 1 for tokens and 0 for padding.
+            cache: from `empty_cache` or an earlier call; it must have room, which only the first
+                call can check.
+        """
+        check_tokens(input_ids, attention_mask)
+        layers = cache.layers()
+        cache, positions, mask = cache.reserve(attention_mask)
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        x = self.embeddings(input_ids)
+        for layer, memory in zip(self.layers, layers, strict=True):
+            x = layer(x, mask, angles, memory)
+        return self.norm(x), cache.filled(layers)
+
 
 NAMES = NameTable(
     rules=(
@@ -314,12 +357,13 @@ NAMES = NameTable(
 
 
 def load_llama(
-    name_or_path: str | Path, *, revision: str | None = None, **options: Any
+    name_or_path: str | Path | GGUF, *, revision: str | None = None, **options: Any
 ) -> tuple[LlamaConfig, Llama]:
-    """Loads a Llama from a directory or the Hugging Face Hub.
+    """Loads a Llama from a directory, a GGUF file or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
+        name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
+            directory with one, or what `read_gguf` gave), or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
         options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
 
@@ -329,10 +373,21 @@ def load_llama(
     Raises:
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
     """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = LlamaConfig.from_json(directory / "config.json")
+    config, tensors = _read(name_or_path, revision)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
     like = nnx.to_pure_dict(nnx.state(model))
-    params = huggingface.from_tensors(huggingface.read_tensors(directory), NAMES, like)
-    nnx.update(model, params)
+    nnx.update(model, huggingface.from_tensors(tensors, NAMES, like))
     return config, model
+
+
+def _read(
+    name_or_path: str | Path | GGUF, revision: str | None
+) -> tuple[LlamaConfig, Mapping[str, np.ndarray]]:
+    """The configuration, checked before any weight is used, and the tensors."""
+    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
+        name_or_path = read_gguf(name_or_path)
+    if isinstance(name_or_path, GGUF):
+        return LlamaConfig.from_dict(name_or_path.config), name_or_path.tensors()
+    directory = huggingface.resolve(name_or_path, revision)
+    config = LlamaConfig.from_json(directory / "config.json")
+    return config, huggingface.read_tensors(directory)

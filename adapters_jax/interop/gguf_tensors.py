@@ -1,0 +1,82 @@
+"""The weights of a Llama in GGUF, under the names and in the layout of Hugging Face."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str, np.ndarray]:
+    """Dequantises the tensors of a `gguf.GGUFReader`.
+
+    Args:
+        tensors: the reader's.
+        heads: of the queries.
+        kv_heads: of the keys and values.
+
+    Returns:
+        Each in float32 and as `(out, in)`, by its Hugging Face name.
+
+    Raises:
+        ValueError: a q or k weight does not divide into the heads, or a quantisation is unknown.
+    """
+    weights = {tensor_name(tensor.name): _dequantised(tensor) for tensor in tensors}
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = half_split(weight, heads if "q_proj" in name else kv_heads, name)
+    return weights
+
+
+def _dequantised(tensor: Any) -> np.ndarray:
+    import gguf
+
+    try:
+        return gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"{tensor.name} cannot be read as float32: {error}.") from error
+
+
+def tensor_name(theirs: str) -> str:
+    """A tensor's Hugging Face name; one that is not known stays, to be reported as unexpected.
+
+    Example:
+        >>> tensor_name("blk.3.attn_q.weight"), tensor_name("rope_freqs.weight")
+        ('model.layers.3.self_attn.q_proj.weight', 'rope_freqs.weight')
+    """
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", theirs)
+    if not match or match[2] not in _MODULES:
+        return theirs
+    block = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{block}{_MODULES[match[2]]}.{match[3]}"
+
+
+def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.ndarray:
+    """Reorders the rows of a q or k weight, whose pairs are turned by rotary positions.
+
+    llama.cpp turns neighbours, (0, 1), (2, 3), ... of each head; Hugging Face and we turn a
+    feature of the first half with the same one of the second.
+
+    Example:
+        >>> half_split(np.array([["a0"], ["b0"], ["a1"], ["b1"]]), heads=1).ravel().tolist()
+        ['a0', 'a1', 'b0', 'b1']
+    """
+    rows, *width = weight.shape
+    if rows % (2 * heads):
+        raise ValueError(f"{name} has {rows} rows, wanted an even number a head of {heads} heads.")
+    return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,246 @@
+"""Generation: the same tokens as full passes, alone or in a batch, adapted or merged."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import drawn_like
+from flax import nnx
+from test_llama import TINY, build
+
+import adapters_jax as aj
+from adapters_jax.models import generate as module
+from adapters_jax.models.generate import generate, nucleus
+from adapters_jax.nnx import AdapterParam
+
+CONFIG = replace(TINY, num_hidden_layers=2)
+SHORT, LONG = [3, 4], [5, 6, 7, 8]
+NEW = 6
+LEFT = jnp.array([[9, 9, *SHORT], LONG]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+RIGHT = jnp.array([[*SHORT, 9, 9], LONG]), jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]])
+
+
+def doubled(query, key, value, **options):
+    """An attention of a user's own, twice as sharp."""
+    return nnx.dot_product_attention(2 * query, key, value, **options)
+
+
+def lively(**options):
+    """A model that does not say one token again and again."""
+    model = build(CONFIG, **options)
+    nnx.update(model, jax.tree.map(jnp.asarray, drawn_like(nnx.state(model), seed=4)))
+    return model
+
+
+@nnx.jit
+def full_pass(model, ids):
+    return model(ids)
+
+
+def logits_of(model, prompt):
+    """Logits at each token; padded to one shape, for what stands behind a token is not seen."""
+    ids = np.zeros((1, len(LONG) + NEW), np.int32)
+    ids[0, : len(prompt)] = prompt
+    return np.asarray(full_pass(model, ids))[0, : len(prompt)]
+
+
+def by_full_passes(model, prompt):
+    """Greedy tokens without a cache."""
+    made = []
+    for _ in range(NEW):
+        made.append(int(np.argmax(logits_of(model, prompt + made)[-1])))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively(attention_fn=doubled)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return [by_full_passes(model, prompt) for prompt in (SHORT, LONG)]
+
+
+def shaken(model, recipe):
+    """The model with adapters that change what it says."""
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(LEFT[0],))
+    state = nnx.state(adapted, AdapterParam)
+    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.5 * x), drawn_like(state, 1)))
+    return adapted
+
+
+def test_greedy_is_full_passes_of_each_prompt_alone_on_either_side_of_padding(model, expected):
+    for ids, mask in (LEFT, RIGHT):
+        made = generate(model, ids, mask, max_new_tokens=NEW)
+        assert made.ids.tolist() == expected
+        assert made.lengths.tolist() == [NEW, NEW]
+    alone = generate(model, jnp.array([SHORT]), max_new_tokens=NEW)
+    assert alone.ids.tolist() == expected[:1]
+    assert min(len(set(row)) for row in expected) > 4
+    assert expected != [by_full_passes(lively(), prompt) for prompt in (SHORT, LONG)]
+
+
+def test_it_compiles_once_for_its_shapes(model):
+    def size(prompts, **options):
+        generate(model, *prompts, max_new_tokens=NEW, **options)
+        return module._generate._cache_size()
+
+    first = size(LEFT)
+    assert size(RIGHT, temperature=0.5, top_p=0.5, key=jax.random.key(3)) == first
+    assert size(LEFT, temperature=2.0, key=jax.random.key(4)) == first
+
+
+def test_a_row_draws_the_same_whatever_the_others(model):
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
+    draw = partial(generate, model, **options)
+    alone = draw(jnp.array([SHORT]), key=jax.random.key(1)).ids
+    batch = draw(*LEFT, key=jax.random.key(1)).ids
+    assert batch[0].tolist() == alone[0].tolist()
+    assert batch.tolist() == draw(*LEFT, key=jax.random.key(1)).ids.tolist()
+    assert batch.tolist() != draw(*LEFT, key=jax.random.key(2)).ids.tolist()
+
+
+def test_sampled_tokens_have_the_probabilities_of_temperature_and_top_p(model):
+    rows, temperature, top_p = 4000, 2.0, 0.8
+    prompts = jnp.tile(jnp.array([SHORT]), (rows, 1))
+    options = {"temperature": temperature, "top_p": top_p, "key": jax.random.key(0)}
+    made = generate(model, prompts, max_new_tokens=1, **options).ids[:, 0]
+    logits = logits_of(model, SHORT)[-1].astype(np.float64)
+    wanted = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    order = np.argsort(-wanted)
+    kept = order[: np.searchsorted(wanted[order].cumsum(), top_p) + 1]
+    assert 2 < len(kept) < CONFIG.vocab_size
+    wanted = np.where(np.isin(np.arange(len(wanted)), kept), wanted, 0) / wanted[kept].sum()
+    got = np.bincount(made, minlength=len(wanted)) / rows
+    assert set(made.tolist()) == set(kept.tolist())
+    np.testing.assert_allclose(got, wanted, atol=4 * np.sqrt(wanted.max() / rows))
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, 1), (0.5, 1), (0.51, 2), (0.8, 3), (1.0, 4)])
+def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(top_p, kept):
+    logits = np.log([0.125, 0.5, 0.25, 0.124])
+    got = np.asarray(nucleus(jnp.asarray(logits, jnp.float32), top_p))
+    assert np.isfinite(got).sum() == kept
+    assert set(np.flatnonzero(np.isfinite(got))) == set(np.argsort(-logits)[:kept])
+
+
+def test_a_stop_token_ends_its_row_and_the_last_one_the_work(expected):
+    passes = []
+
+    def counted(query, key, value, **options):
+        jax.debug.callback(lambda: passes.append(query.shape[1]))
+        return doubled(query, key, value, **options)
+
+    stop = expected[0][2]
+    made = generate(lively(attention_fn=counted), *LEFT, max_new_tokens=NEW, stop=[19, stop])
+    lengths = [row.index(stop) if stop in row else NEW for row in expected]
+    cut = [row[:n] + [0] * (NEW - n) for row, n in zip(expected, lengths, strict=True)]
+    assert made.lengths.tolist() == lengths
+    assert made.ids.tolist() == cut
+    jax.effects_barrier()
+    layers = CONFIG.num_hidden_layers
+    assert passes.count(4) == layers
+    assert passes.count(1) == layers * min(max(lengths), NEW - 1)
+
+
+def test_attention_fn_gets_every_slot_of_few_key_heads():
+    seen = []
+
+    def attention_fn(query, key, value, **options):
+        seen.append((query.shape, key.shape, value.shape, options["mask"].shape))
+        return nnx.dot_product_attention(query, key, value, **options)
+
+    model = build(TINY, attention_fn=attention_fn)
+    jax.eval_shape(lambda: generate(model, *LEFT, max_new_tokens=3))
+    slots = (2, 7, 2, 4)
+    assert seen[0] == ((2, 4, 4, 4), slots, slots, (2, 1, 4, 7))
+    assert seen[1] == ((2, 1, 4, 4), slots, slots, (2, 1, 1, 7))
+
+
+def test_a_cache_is_extended_in_pieces_and_not_changed(model):
+    ids, mask = LEFT
+
+    @nnx.jit
+    def extend(model, *args):
+        hidden, cache = model.extend(*args)
+        return model.logits(hidden), cache
+
+    empty = model.empty_cache(2, 5)
+    first, half = extend(model, ids[:, :2], mask[:, :2], empty)
+    second, whole = extend(model, ids[:, 2:], mask[:, 2:], half)
+    np.testing.assert_allclose(second[0], logits_of(model, SHORT), atol=1e-4)
+    both = jnp.concatenate([first[1], second[1]])
+    np.testing.assert_allclose(both, logits_of(model, LONG), atol=1e-4)
+    assert [int(cache.used) for cache in (empty, half, whole)] == [0, 2, 4]
+    assert not np.any(empty.keys[0]) and not np.any(half.keys[0][:, 2:])
+    assert whole.held.astype(int).tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]]
+    with pytest.raises(ValueError, match=r"^4 tokens do not fit a cache of 3 slots\.$"):
+        model.extend(ids, mask, model.empty_cache(2, 3))
+
+
+def test_an_adapted_model_generates_what_its_merged_one_does(model, expected):
+    adapted = shaken(model, aj.LoRA("**/{query,value}", 8))
+    made = generate(adapted, *LEFT, max_new_tokens=NEW).ids.tolist()
+    assert made == generate(aj.merge(adapted), *LEFT, max_new_tokens=NEW).ids.tolist()
+    assert made != expected
+
+
+def test_bottlenecks_on_whole_layers_act_and_dropout_does_not(model, expected):
+    recipe = aj.Recipe(
+        aj.Bottleneck("layers/*/attention", 4, dropout=0.5), aj.Bottleneck("layers/*", 4)
+    )
+    adapted = shaken(model, recipe)
+    before = nnx.to_pure_dict(nnx.state(adapted, nnx.RngState))
+    made = generate(adapted, *LEFT, max_new_tokens=NEW).ids.tolist()
+    after = nnx.to_pure_dict(nnx.state(adapted, nnx.RngState))
+    assert str(before) == str(after)
+    assert not adapted.layers[0].attention.adapter.dropout.deterministic
+    adapted.eval()
+    assert made == [by_full_passes(adapted, prompt) for prompt in (SHORT, LONG)]
+    assert made != expected
+
+
+def test_the_cache_has_the_dtype_of_the_computation():
+    for options in ({"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}):
+        model = nnx.eval_shape(partial(build, CONFIG, **options))
+        cache = nnx.eval_shape(lambda model: model.empty_cache(1, 2), model)
+        assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, got 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, at least 1, got 1.5"),
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or greater, got -1.0"),
+        ({"temperature": float("nan")}, r"temperature must be 0 \(greedy\) or greater, got nan"),
+        ({"top_p": 0.0}, r"top_p must be above 0 and at most 1 \(all tokens\), got 0.0"),
+        ({"top_p": 1.1}, r"top_p must be above 0 and at most 1 \(all tokens\), got 1.1"),
+        ({"temperature": 0.7}, "temperature 0.7 needs a key: key=jax.random.key"),
+        (
+            {"attention_mask": jnp.array([[1, 1, 1, 1], [0, 0, 0, 0]])},
+            "a prompt needs a token, got none in row 1: begin it with the bos token",
+        ),
+        ({"input_ids": jnp.zeros((0, 3), int)}, "got none in a batch of no rows"),
+        ({"input_ids": jnp.zeros((1, 0), int)}, "got none in row 0"),
+        ({"max_new_tokens": 0, "top_p": 2}, "at least 1, got 0; top_p must be .* got 2"),
+    ],
+)
+def test_bad_arguments_are_refused(model, options, message):
+    options = {"max_new_tokens": 2, "input_ids": LEFT[0]} | options
+    with pytest.raises(ValueError, match=f"^generate: .*{message}.*\\.$"):
+        generate(model, **options)
+
+
+def test_shapes_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match=r"attention_mask must .* \(2, 4\), got \(2, 3\)"):
+        generate(model, LEFT[0], jnp.ones((2, 3)), max_new_tokens=1)
+
+
+def test_only_decoders_generate():
+    with pytest.raises(TypeError, match=r"^generate: Linear is no decoder; wanted an nnx module"):
+        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LEFT[0], max_new_tokens=1)

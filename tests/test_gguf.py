@@ -1,0 +1,313 @@
+"""GGUF: weights, tokenizer and chat of a tiny file, every way a file is wrong, and a real model."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_llama import TINY, build
+
+from adapters_jax.errors import MismatchError
+from adapters_jax.finetune.assets import cached
+from adapters_jax.interop import chat
+from adapters_jax.interop.gguf import find_gguf, read_gguf
+from adapters_jax.models.llama import load_llama
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
+TOKENS = [
+    "<|end|>",
+    "<|user|>",
+    *"ab12.Ġ",
+    "Ġa",
+    "ab",
+    "12",
+    "Ġab",
+    "Ċ",
+    "c",
+    "d",
+    "e",
+    "f",
+    "g",
+    "h",
+]
+MERGES = ["Ġ a", "a b", "1 2", "Ġa b"]
+CONFIG = replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5)
+TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<|user|>{% endif %}"
+FIELDS = {
+    "llama.vocab_size": 20,
+    "llama.embedding_length": 16,
+    "llama.feed_forward_length": 32,
+    "llama.block_count": 1,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": 4,
+    "llama.rope.freq_base": 500.0,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3] + [1] * (len(TOKENS) - 2),
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.eos_token_id": 0,
+    "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.chat_template": TEMPLATE,
+}
+NAMES_THERE = {
+    "embeddings/embedding": "token_embd",
+    "norm/scale": "output_norm",
+    "head/kernel": "output",
+    "layers/0/attention_norm/scale": "blk.0.attn_norm",
+    "layers/0/mlp_norm/scale": "blk.0.ffn_norm",
+    "layers/0/attention/query/kernel": "blk.0.attn_q",
+    "layers/0/attention/key/kernel": "blk.0.attn_k",
+    "layers/0/attention/value/kernel": "blk.0.attn_v",
+    "layers/0/attention/output/kernel": "blk.0.attn_output",
+    "layers/0/mlp/gate/kernel": "blk.0.ffn_gate",
+    "layers/0/mlp/up/kernel": "blk.0.ffn_up",
+    "layers/0/mlp/output/kernel": "blk.0.ffn_down",
+}
+
+
+def interleaved(weight, width=4):
+    """Rows as llama.cpp has them: of each head 0, half, 1, half + 1, ..."""
+    heads = range(0, len(weight), width)
+    order = [
+        head + i + half for head in heads for i in range(width // 2) for half in (0, width // 2)
+    ]
+    return weight[order]
+
+
+def q4_1(rows):
+    """Rows of 32 weights in blocks: a scale, a minimum, then 16 bytes of two weights each."""
+    digits = np.round((rows + 2) * 4).astype(np.uint8)  # scale 1/4, minimum -2
+    packed = digits[:, :16] | digits[:, 16:] << 4
+    head = np.tile(np.array([0.25, -2], np.float16).view(np.uint8), (len(rows), 1))
+    return np.concatenate([head, packed], axis=1)
+
+
+def tensors_of(model):
+    """The model's weights as a file has them, `ffn_down` in steps of 1/4 that Q4_1 can hold."""
+    down = model.layers[0].mlp.output.kernel
+    down[...] = jnp.clip(jnp.round(down[...] * 8), -8, 7) / 4
+    found = {}
+    for path, name in NAMES_THERE.items():
+        node = model
+        for part in path.split("/"):
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        weight = np.array(node[...].T if path.endswith("kernel") else node[...], order="C")
+        found[f"{name}.weight"] = interleaved(weight) if name[-2:] in ("_q", "_k") else weight
+    return found
+
+
+def write(path, tensors, architecture="llama", **changes):
+    """A GGUF file; a field that is changed to None is left out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders |= {str: writer.add_string, list: writer.add_array}
+    for name, value in (FIELDS | changes).items():
+        if value is not None:
+            adders[type(value)](name, value)
+    for name, weight in tensors.items():
+        if name.endswith("ffn_down.weight"):
+            writer.add_tensor(name, q4_1(weight), raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+        else:
+            writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tensors(model):
+    return tensors_of(model)
+
+
+@pytest.fixture
+def file(tensors, tmp_path):
+    return write(tmp_path / "tiny.gguf", tensors)
+
+
+def test_a_file_is_the_model_it_was_written_from(model, file, tensors):
+    config, loaded = load_llama(file)
+    assert replace(config, rms_norm_eps=1e-5, head_dim=None) == CONFIG
+    assert config.rms_norm_eps == pytest.approx(1e-5)
+    wanted, got = nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(loaded))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    query = read_gguf(file).tensors()["model.layers.0.self_attn.q_proj.weight"]
+    assert np.abs(query - tensors["blk.0.attn_q.weight"]).max() > 0.1
+    assert {array.dtype for array in read_gguf(file).tensors().values()} == {np.dtype("float32")}
+
+
+def test_a_directory_with_one_file_and_an_open_file_load_alike(model, file):
+    for source in (file.parent, read_gguf(file)):
+        _, loaded = load_llama(source, param_dtype=jnp.bfloat16)
+        kernel = loaded.layers[0].mlp.output.kernel[...]
+        np.testing.assert_array_equal(kernel, model.layers[0].mlp.output.kernel[...])
+    (file.parent / "config.json").write_text("{}")
+    assert find_gguf(file.parent) is None
+    (file.parent / "config.json").unlink()
+    (file.parent / "other.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds other\.gguf, tiny\.gguf: give the path of one"):
+        load_llama(file.parent)
+
+
+def test_without_an_output_the_embeddings_are_tied(tensors, tmp_path):
+    rest = {name: weight for name, weight in tensors.items() if name != "output.weight"}
+    config, loaded = load_llama(write(tmp_path / "tied.gguf", rest))
+    assert config.tie_word_embeddings
+    assert not hasattr(loaded, "head")
+
+
+def test_the_tokenizer_cuts_digits_then_merges(file):
+    tokenizer = read_gguf(file).tokenizer()
+    encoded = tokenizer.encode("<|user|>ab ab.12 1<|end|>")
+    wanted = ["<|user|>", "ab", "Ġab", ".", "1", "2", "Ġ", "1", "<|end|>"]
+    assert encoded.tokens == wanted
+    assert encoded.ids == [TOKENS.index(token) for token in wanted]
+    assert tokenizer.decode(encoded.ids) == "ab ab.12 1"
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False).startswith("<|user|>ab")
+
+
+def test_special_tokens_and_chat(file):
+    opened = read_gguf(file)
+    assert opened.special_tokens == {"eos": 0}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert opened.chat(messages) == "<|user|>a<|end|><|user|>b<|end|><|user|>"
+    assert opened.chat(messages, reply=False) == "<|user|>a<|end|><|user|>b<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "these messages: roles must alternate"),
+        ("{{ messages[0]['content'] + messages[0]['name'] }}", "these messages: .* 'name'"),
+        ("{{ messages[0]['role'] + 1 }}", "these messages: "),
+        ("{% for %}", "these messages: "),
+        ("{{ ''.__class__.__mro__ }}", "these messages: .*unsafe"),
+        ("{{ messages.append(1) }}", "these messages: .*"),
+    ],
+)
+def test_a_template_that_cannot_render_is_a_clear_error(template, message):
+    with pytest.raises(ValueError, match=f"^the chat template cannot render {message}"):
+        chat.render(template, [{"role": "user", "content": "a"}])
+
+
+def test_a_chat_needs_a_message():
+    with pytest.raises(ValueError, match=r"^a chat needs a message: write \[\{'role': 'user'"):
+        chat.render(TEMPLATE, [])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("gemma", {}, r"general.architecture='gemma' \(supported: 'llama'\)"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, r"rope.scaling.type='yarn' .* 'none'"),
+        ("llama", {"llama.expert_count": 8}, r"llama.expert_count=8 \(supported: 0\)"),
+        (
+            "llama",
+            {"llama.block_count": None, "llama.vocab_size": None},
+            "lacks the fields llama.vocab_size, llama.block_count",
+        ),
+        ("llama", {"llama.attention.head_count": 5}, "5 attention heads do not divide into 2 key"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, tensors, architecture, changes, message):
+    path = write(tmp_path / "wrong.gguf", tensors, architecture, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_llama(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer.ggml.model='llama' \(supported: 'gpt2'\)"),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, "pre='llama-bpe' .supported: 'smollm'"),
+        ({"tokenizer.ggml.add_bos_token": True}, "add_bos_token=True .supported: False"),
+        ({"tokenizer.ggml.merges": None}, "lacks the fields tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": [3]}, "has a broken tokenizer: zip"),
+        (
+            {"tokenizer.ggml.merges": ["x y"]},
+            "has a broken tokenizer: .*Token `x` out of vocabulary",
+        ),
+    ],
+)
+def test_tokenizers_of_another_kind_are_refused(tmp_path, tensors, changes, message):
+    path = write(tmp_path / "other.gguf", tensors, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_gguf(path).tokenizer()
+
+
+def test_a_file_without_chat_says_so(tmp_path, tensors):
+    path = write(tmp_path / "base.gguf", tensors, **{"tokenizer.chat_template": None})
+    with pytest.raises(ValueError, match="lacks the fields tokenizer.chat_template"):
+        read_gguf(path).chat([{"role": "user", "content": "a"}])
+
+
+def test_tensors_of_another_shape_or_name_are_named(tmp_path, tensors):
+    changed = tensors | {"rope_freqs.weight": np.ones(2, np.float32)}
+    changed["blk.0.attn_q.weight"] = changed["blk.0.attn_q.weight"][:8]
+    with pytest.raises(MismatchError) as caught:
+        load_llama(write(tmp_path / "odd.gguf", changed))
+    assert "1 unexpected: rope_freqs.weight" in str(caught.value)
+    assert "(layers.0.self_attn.q_proj.weight) is [8, 16], wanted [16, 16]" in str(caught.value)
+    changed["blk.0.attn_q.weight"] = changed["blk.0.attn_q.weight"][:7]
+    with pytest.raises(ValueError, match=r"q_proj.weight has 7 rows, wanted an even number"):
+        load_llama(write(tmp_path / "odd.gguf", changed))
+
+
+def test_a_file_cut_short_or_of_another_kind_is_damaged(file):
+    whole = file.read_bytes()
+    for cut in (0, 3, 8, 23, 40, 200, 700, len(whole) // 2, len(whole) - 40):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"tiny.gguf' is not a whole GGUF file: .+\.$"):
+            read_gguf(file)
+    file.write_bytes(json.dumps({"not": "a model"} | dict.fromkeys(map(str, range(40)))).encode())
+    with pytest.raises(ValueError, match="is not a whole GGUF file: GGUF magic invalid"):
+        read_gguf(file)
+
+
+def test_weights_that_are_no_floats_are_named(tmp_path, tensors):
+    integers = tensors | {"output_norm.weight": np.ones(16, np.int32)}
+    with pytest.raises(ValueError, match="^output_norm.weight cannot be read as float32: .*I32"):
+        load_llama(write(tmp_path / "integers.gguf", integers))
+
+
+def test_an_absent_file_and_an_absent_package(file, monkeypatch):
+    with pytest.raises(ValueError, match="'no.gguf' is neither a GGUF file nor a directory"):
+        load_llama("no.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'adapters-jax\[finetune\]'"):
+        read_gguf(file)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_smollm2_reads_wikitext_as_well_as_it_should():
+    directory = cached("smollm2-135m")
+    if directory is None or not WIKITEXT.is_file():
+        pytest.skip("SmolLM2 is not in the cache, or WikiText-2 is not beside the project")
+    opened = read_gguf(directory)
+    tokenizer, text = opened.tokenizer(), WIKITEXT.read_text(encoding="utf-8")[1000:9000]
+    tokens = tokenizer.encode(text).ids
+    assert tokenizer.decode(tokens) == text
+    _, model = load_llama(opened)
+
+    @nnx.jit
+    def perplexity(model, ids):
+        chosen = jax.nn.log_softmax(model(ids)[:, :-1])
+        return jnp.exp(-jnp.take_along_axis(chosen, ids[:, 1:, None], axis=-1).mean())
+
+    assert perplexity(model, jnp.array([tokens[:1024]])) == pytest.approx(14.57, rel=0.01)
