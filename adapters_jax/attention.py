@@ -5,6 +5,7 @@ projection. flax's attention modules are known, and so are this library's.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,13 @@ def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[Non
         wrap: called as `wrap(function, query, key, value, ...)` in its place.
     """
     function = getattr(module, name)
+
+    @functools.wraps(function)  # flax passes what the signature names, and nothing else
+    def wrapped(*args: Any, **kwargs: Any) -> Array:
+        return wrap(function, *args, **kwargs)
+
     # Modules refuse assignments outside of their constructor; this one is taken back.
-    object.__setattr__(module, name, lambda *args, **kwargs: wrap(function, *args, **kwargs))
+    object.__setattr__(module, name, wrapped)
     try:
         yield
     finally:

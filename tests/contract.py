@@ -231,11 +231,16 @@ def drawn(shapes, half):
     return shaken(zeros, seed=3, size=0.4)
 
 
+def caller(jit, options):
+    """Compiles where the model itself would compile parts; else all subjects share operations."""
+    return jit if options else lambda function: function
+
+
 class Linen:
     """The linen door, behind the few calls that the contract needs."""
 
     def __init__(self, case, half=False, **options):
-        self.recipe = case.recipe
+        self.recipe, self.call = case.recipe, caller(jax.jit, options)
         self.base = LinenNet(case.kind, dtype=jnp.bfloat16 if half else None, **options)
         shapes = jax.eval_shape(lambda: self.base.init(jax.random.key(0), ids())["params"])
         self.base_params = drawn(shapes, half)
@@ -244,7 +249,7 @@ class Linen:
         self.adapters, self.frozen = aj.partition(whole, self.recipe)
 
     def base_logits(self):
-        return jax.jit(self.base.apply)({"params": self.base_params}, ids())
+        return self.call(self.base.apply)({"params": self.base_params}, ids())
 
     def run(self, adapters, frozen):
         return self.model.apply({"params": aj.merge_trees(adapters, frozen)}, ids())
@@ -271,7 +276,7 @@ class Linen:
     def merged_logits(self, adapters):
         params = aj.merge(self.model, self.whole(adapters), ids())
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, self.base_params)
-        return jax.jit(self.base.apply)({"params": params}, ids())
+        return self.call(self.base.apply)({"params": params}, ids())
 
     def loaded(self, directory):
         """The adapters of a directory, after they were loaded onto the base."""
@@ -284,7 +289,7 @@ class Nnx:
     """The NNX door, behind the same calls."""
 
     def __init__(self, case, half=False, **options):
-        self.recipe = case.recipe
+        self.recipe, self.call = case.recipe, caller(nnx.jit, options)
         options["dtype"] = jnp.bfloat16 if half else None
         self.new = lambda: NnxNet(case.kind, **options, rngs=nnx.Rngs(0))
         graphdef, shapes, other = nnx.split(nnx.eval_shape(self.new), nnx.Param, ...)
@@ -297,7 +302,7 @@ class Nnx:
         return aj.adapt(base, self.recipe, rngs=nnx.Rngs(1), example_inputs=(ids(),))
 
     def base_logits(self):
-        return nnx.jit(lambda model, x: model(x))(self.base, ids())
+        return self.call(lambda model, x: model(x))(self.base, ids())
 
     def run(self, adapters, frozen):
         return nnx.merge(self.graphdef, adapters, frozen, copy=True)(ids())
@@ -321,7 +326,7 @@ class Nnx:
         model = aj.merge(self.whole(adapters))
         assert _kinds(model) == _kinds(self.base)
         assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(self.base))
-        return nnx.jit(lambda model, x: model(x))(model, ids())
+        return self.call(lambda model, x: model(x))(model, ids())
 
     def loaded(self, directory):
         """The adapters of a directory, after they were loaded onto the base."""

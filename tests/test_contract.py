@@ -34,7 +34,7 @@ def as_float(x):
 
 def test_init_count_file_and_merge(subject, tmp_path):
     """At init the output is the base's; counts are the formulas; files and merging lose nothing."""
-    run = jax.jit(subject.run)
+    run = subject.call(subject.run)
     base, adapted = subject.base_logits(), run(subject.adapters, subject.frozen)
     assert adapted.dtype == base.dtype
     if subject.case.away:
@@ -103,7 +103,7 @@ def test_adapters_vmap_over_one_base(door, case):
     several = [shaken(subject.adapters, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
     outputs = jax.jit(jax.vmap(subject.run, in_axes=(0, None)))(stacked, subject.frozen)
-    run = jax.jit(subject.run)
+    run = subject.call(subject.run)
     for one, output in zip(several, outputs, strict=True):
         np.testing.assert_allclose(output, run(one, subject.frozen), atol=1e-5)
 
@@ -118,8 +118,8 @@ def test_both_doors_compute_the_same(case, variant):
     shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
     assert {path: x.shape for path, x in flatten(params).items()} == shapes
     np.testing.assert_allclose(
-        jax.jit(linen.model.apply)({"params": params}, ids()),
-        jax.jit(other.run)(adapters, other.frozen),
+        linen.call(linen.model.apply)({"params": params}, ids()),
+        other.call(other.run)(adapters, other.frozen),
         atol=1e-5,
     )
     assert set(flatten(mine)) == set(flatten(adapters))

@@ -22,6 +22,8 @@ PRESETS = {
     "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
     "bitfit": aj.bitfit(head="head"),
     "last_layers": aj.last_layers(2, 12),
+    "llama_adapter": aj.llama_adapter(4, last=2, num_layers=8, gate="layer"),
+    "prefix_tuning": aj.prefix_tuning(4, layers=(0, 3)),
     "full": aj.full(),
 }
 # A value for every field that is not its default.
@@ -46,6 +48,14 @@ OTHER = {
         "rank_pattern": {"layer_0/**": 1, "**": 2},
         "alpha_pattern": {"layer_0/**": 1.5, "**": None},
     },
+    "llama_adapter": {
+        "targets": ("a", "b"),
+        "prompt_length": 3,
+        "gate": "layer",
+        "gate_activation": "identity",
+        "init_std": 0.5,
+    },
+    "prefix": {"targets": ("a",), "length": 3, "init_std": 0.0},
     "unfreeze": {"targets": ("a/**",)},
 }
 
@@ -170,9 +180,15 @@ def as_json(**row):
         ('{"methods": 3}', 'recipe JSON wants one key "methods"'),
         ('{"methods": {"lora": 1}}', 'recipe JSON wants one key "methods"'),
         ('{"methods": [], "alpha": 1}', 'recipe JSON wants one key "methods"'),
-        ('{"methods": ["lora"]}', "method None is none of bottleneck, lora, unfreeze"),
-        (as_json(method="loar"), "method 'loar' is none of bottleneck, lora, unfreeze"),
-        (as_json(method=["lora"]), "is none of bottleneck, lora, unfreeze"),
+        (
+            '{"methods": ["lora"]}',
+            "method None is none of bottleneck, lora, llama_adapter, prefix, unfreeze",
+        ),
+        (
+            as_json(method="loar"),
+            "method 'loar' is none of bottleneck, lora, llama_adapter, prefix, unfreeze",
+        ),
+        (as_json(method=["lora"]), "is none of bottleneck, lora, llama_adapter, prefix, unfreeze"),
         (as_json(targets="a"), "method None is none of"),
         (
             as_json(method="lora", targets=["a"], rank=4),
@@ -303,7 +319,8 @@ def test_a_recipe_is_made_of_methods(part):
     with pytest.raises(TypeError) as error:
         Recipe(LoRA("a"), part)
     assert str(error.value) == (
-        f"a recipe is made of methods (Bottleneck, LoRA, Unfreeze); got {part!r}"
+        f"a recipe is made of methods (Bottleneck, LoRA, LlamaAdapter, PrefixTuning, Unfreeze); "
+        f"got {part!r}"
     )
     with pytest.raises(TypeError):
         Recipe(LoRA("a")) + part

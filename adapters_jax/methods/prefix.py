@@ -130,11 +130,7 @@ class PrefixTuning:
             edge = [(0, 0)] * (rows.ndim - 1) + [(self.length, 0)]
             return jnp.pad(rows, edge, constant_values=fill)
 
-        return attention_fn(
-            query,
-            longer(key, leaves["key"]),
-            longer(value, leaves["value"]),
-            bias=padded(bias, 0.0),
-            mask=padded(mask, True),
-            **kwargs,
-        )
+        limits = {"bias": padded(bias, 0.0), "mask": padded(mask, True)}
+        kwargs |= {name: limit for name, limit in limits.items() if limit is not None}
+        key, value = longer(key, leaves["key"]), longer(value, leaves["value"])
+        return attention_fn(query, key, value, **kwargs)

@@ -1,0 +1,304 @@
+"""Prompts in attention: values of a plain formula, with gates that are open."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax import attention
+from adapters_jax.methods.base import Site
+from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
+
+B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
+CAUSAL = np.tril(np.ones((T, T), bool))[None, None]
+LAYERS = 3
+TINY = LlamaConfig(
+    vocab_size=17,
+    hidden_size=D,
+    intermediate_size=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=2,
+)
+rng = np.random.default_rng(0)
+X = rng.standard_normal((B, T, D)).astype(np.float32)
+IDS = rng.integers(0, 17, (B, T)).astype(np.int32)
+
+
+def double(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def attend(query, key, value, mask=None):
+    """Attention over (length, heads, width) in float64, a head at a time."""
+    out = np.zeros_like(query)
+    group = query.shape[-2] // key.shape[-2]
+    for b in range(len(query)):
+        for h in range(query.shape[-2]):
+            scores = query[b, :, h] @ key[b, :, h // group].T / np.sqrt(query.shape[-1])
+            if mask is not None:
+                scores = np.where(mask[0, 0], scores, -np.inf)
+            out[b, :, h] = softmax(scores) @ value[b, :, h // group]
+    return out
+
+
+def project(x, layer):
+    return np.einsum("...d,dhk->...hk", x, layer["kernel"]) + layer["bias"]
+
+
+def formula(params, method, x=X):
+    """The adapted flax attention: two softmaxes for the gated prompt, one for the prefix."""
+    p = double(params)
+    names = ("query", "key", "value")
+    query, key, value = (project(x.astype(np.float64), p[name]) for name in names)
+    if isinstance(method, aj.LlamaAdapter):
+        prompt = p["prompt"]["embedding"]
+        ahead = [np.stack([project(prompt, p[name])] * B) for name in names[1:]]
+        gate = p["prompt"]["gate"][:, None]
+        gate = np.tanh(gate) if method.gate_activation == "tanh" else gate
+        mixed = attend(query, key, value, CAUSAL) + gate * attend(query, *ahead)
+    else:
+        key = np.concatenate([np.stack([p["prefix"]["key"]] * B), key], axis=1)
+        value = np.concatenate([np.stack([p["prefix"]["value"]] * B), value], axis=1)
+        seen = np.concatenate([np.ones((1, 1, T, K), bool), CAUSAL], axis=-1)
+        mixed = attend(query, key, value, seen)
+    return np.einsum("bthk,hkd->btd", mixed, p["out"]["kernel"]) + p["out"]["bias"]
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(HEADS, name="attention")(x, mask=jnp.asarray(CAUSAL))
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        self.attention = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.attention(x, mask=jnp.asarray(CAUSAL))
+
+
+def noise(tree, seed=1):
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.5 * generator.standard_normal(x.shape), jnp.float32), tree
+    )
+
+
+METHODS = {
+    "heads, tanh": aj.LlamaAdapter("attention", K),
+    "heads, identity": aj.LlamaAdapter("attention", K, gate_activation="identity"),
+    "layer, tanh": aj.LlamaAdapter("attention", K, gate="layer"),
+    "prefix": aj.PrefixTuning("attention", K),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_flax_attention_computes_the_formula(method):
+    shapes = jax.eval_shape(lambda: Linen().init(jax.random.key(0), X)["params"])
+    model = aj.adapt(Linen(), method)
+    params = noise(aj.init_adapters(model, shapes, jax.random.key(0), X))
+    wanted = formula(params["attention"], method)
+    np.testing.assert_allclose(model.apply({"params": params}, X), wanted, atol=2e-6)
+
+    other = aj.adapt(Nnx(), method, rngs=nnx.Rngs(0))  # no example inputs are needed
+    nnx.update(other, params)
+    np.testing.assert_allclose(other(X), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("gate", ["head", "layer"])
+def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
+    """Each layer's attention function is watched; what it gives and gets are put together here."""
+    calls = []
+
+    def watched(query, key, value, **kwargs):
+        mixed = nnx.dot_product_attention(query, key, value, **kwargs)
+        calls.append((query, mixed))
+        return mixed
+
+    def open_gates(model):
+        nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam), seed=2))
+        return model
+
+    def build(attention_fn):
+        return Llama(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+
+    recipe = aj.llama_adapter(K, last=2, num_layers=LAYERS, gate=gate)
+    model = open_gates(aj.adapt(build(watched), recipe, rngs=nnx.Rngs(1)))
+    layer = model.layers[1].attention
+    outputs = []
+    layer.output = lambda x: outputs.append(x) or jnp.zeros((B, T, D))
+    model(IDS)
+    query, mixed = double(calls[1])
+    prompt = double(layer.prompt["embedding"][...])
+    key, value = (
+        np.stack([(prompt @ double(child.kernel[...])).reshape(K, 2, WIDTH)] * B)
+        for child in (layer.key, layer.value)
+    )
+    gates = np.tanh(double(layer.prompt["gate"][...]))[:, None]
+    wanted = mixed + gates * attend(query, key, value)
+    np.testing.assert_allclose(outputs[0], wanted.reshape(B, T, D), atol=2e-6)
+    assert not hasattr(model.layers[0].attention, "prompt")
+    assert layer.attention_fn is watched
+
+
+def test_the_prompt_has_no_position_and_hides_behind_no_mask():
+    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
+    nnx.update(model, noise(nnx.state(model, nnx.Param)))
+    near = model(IDS, positions=jnp.arange(T)[None])
+    far = model(IDS, positions=100 + jnp.arange(T)[None])
+    assert np.abs(near - far).max() > 1e-2  # rotated queries against keys that are not
+    padded = model(IDS, jnp.asarray([[0, 0, 1, 1, 1]] * B))
+    alone = model(IDS[:, 2:], positions=2 + jnp.arange(T - 2)[None])
+    np.testing.assert_allclose(padded[:, 2:], alone, atol=1e-5)
+
+
+def test_llama_7b_has_the_published_counts_without_allocating():
+    base = nnx.eval_shape(lambda: Llama(LLAMA_7B, rngs=nnx.Rngs(0)))
+    for gate, count in (("head", 1_229_760), ("layer", 1_228_830)):
+        recipe = aj.llama_adapter(last=30, num_layers=32, gate=gate)
+        model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
+        audit = aj.audit(model)
+        assert audit.adapter_parameters == audit.trainable_parameters == count
+        assert len(audit.sites) == 30
+    assert audit.sites[0].formula == "10*4096 + 1"
+
+
+def test_lora_on_the_key_projection_also_projects_the_prompt():
+    recipe = aj.llama_adapter(K) + aj.LoRA("layers/*/attention/key", 2)
+    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
+    base = Llama(TINY, rngs=nnx.Rngs(0))
+    folded = aj.adapt(base, aj.LoRA("layers/*/attention/key", 2), rngs=nnx.Rngs(1))
+    for here, there in zip(model.layers, folded.layers, strict=True):
+        nnx.update(there.attention.key, nnx.state(here.attention.key))
+    prompts = aj.adapt(aj.merge(folded), aj.llama_adapter(K), rngs=nnx.Rngs(1))
+    for here, there in zip(model.layers, prompts.layers, strict=True):
+        nnx.update(there.attention.prompt, nnx.state(here.attention.prompt))
+    np.testing.assert_allclose(model(IDS), prompts(IDS), atol=1e-5)
+
+
+class ZooAttention(nn.Module):
+    """An attention of another library: its own names, heads side by side, a bias in its call."""
+
+    attend: object = nn.dot_product_attention
+
+    def setup(self):
+        self.q_proj, self.k_proj, self.v_proj = (nn.Dense(D) for _ in range(3))
+
+    def __call__(self, x):
+        heads = (*x.shape[:-1], HEADS, WIDTH)
+        query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.attend(query, key, value, jnp.zeros((1, 1, 1, T))).reshape(x.shape)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(attention, "_REGISTRY", dict(attention._REGISTRY))
+
+
+class Zoo(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return ZooAttention(name="attention")(x)
+
+
+def zoo(method):
+    model = aj.adapt(Zoo(), method)
+    base = jax.eval_shape(lambda: Zoo().init(jax.random.key(0), X)["params"])
+    return model, noise(aj.init_adapters(model, base, jax.random.key(0), X))
+
+
+def test_an_attention_of_another_library_is_one_line(known):
+    with pytest.raises(aj.TargetError, match=r"aj.register_attention\(ZooAttention, key='key'"):
+        zoo(aj.LlamaAdapter("attention", K))
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    model, params = zoo(aj.LlamaAdapter("attention", K))
+    p = double(params["attention"])
+    query, key, value = (
+        (X @ p[name]["kernel"] + p[name]["bias"]).reshape(B, T, HEADS, WIDTH)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    prompt = p["prompt"]["embedding"]
+    ahead = (
+        np.stack([(prompt @ p[n]["kernel"] + p[n]["bias"]).reshape(K, HEADS, WIDTH)] * B)
+        for n in ("k_proj", "v_proj")
+    )
+    gates = np.tanh(p["prompt"]["gate"])[:, None]
+    wanted = attend(query, key, value) + gates * attend(query, *ahead)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, X), wanted.reshape(X.shape), atol=2e-6
+    )
+    model, params = zoo(aj.PrefixTuning("attention", K))
+    assert np.isfinite(model.apply({"params": params}, X)).all()
+
+
+def test_a_wrong_name_in_a_registration_is_named(known):
+    aj.register_attention(ZooAttention, key="keys", value="v_proj", attention_fn="attend")
+    with pytest.raises(aj.RecipeError, match=r"calls no submodule 'keys' .* correct key=\.\.\. in"):
+        zoo(aj.LlamaAdapter("attention", K))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aj.LlamaAdapter("**", 0), "prompt_length=0, wanted a whole number >= 1"),
+        (lambda: aj.PrefixTuning("**", 0), "length=0, wanted a whole number >= 1"),
+        (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token', wanted one of head, layer"),
+        (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "wanted one of tanh, identity"),
+        (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, wanted a number from 1 to"),
+        (lambda: aj.llama_adapter(last=3), "give last together with num_layers, or layers alone"),
+        (lambda: aj.llama_adapter(layers=[1], targets="**"), r"wanted \{\} where the layer's"),
+    ],
+)
+def test_fields_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_more_layers_than_there_are():
+    model = Llama(TINY, rngs=nnx.Rngs(0))
+    message = r"target 'layers/3/attention' matches nothing. Nearest paths .* layers/\d/attention"
+    with pytest.raises(aj.TargetError, match=message):
+        aj.adapt(model, aj.llama_adapter(layers=range(2, 5)), rngs=nnx.Rngs(0))
+
+
+def test_heads_that_do_not_divide():
+    site = Site("attention", "__call__", D, attention=attention.Attention(D, 4, 3, 4))
+    for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
+        with pytest.raises(aj.RecipeError, match="4 query heads do not divide .* for 3 key heads"):
+            method.leaves(site)
+
+
+def test_a_function_that_masks_by_itself_would_hide_the_prefix():
+    class Causal(nnx.Module):
+        def __init__(self):
+            self.attention = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.attention(x, is_causal=True)
+
+    model = aj.adapt(Causal(), aj.PrefixTuning("attention", K), rngs=nnx.Rngs(0))
+    with pytest.raises(aj.RecipeError, match="is_causal=True would hide the prefix"):
+        model(X)
+
+
+def test_prompts_keep_the_dtype_of_a_half_precision_base():
+    half = jnp.bfloat16
+    model = Llama(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))
+    adapted = aj.adapt(model, aj.llama_adapter(K), rngs=nnx.Rngs(1))
+    assert adapted.hidden(IDS).dtype == model.hidden(IDS).dtype == half
+    np.testing.assert_array_equal(adapted(IDS), model(IDS))
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(adapted, aj.nnx.AdapterParam))} == {
+        np.dtype(np.float32)
+    }
