@@ -10,6 +10,7 @@ from adapters_jax.linen import init_adapters
 from adapters_jax.merge import merge
 from adapters_jax.methods import (
     Bottleneck,
+    DoRA,
     LlamaAdapter,
     LoRA,
     PrefixTuning,
@@ -41,6 +42,7 @@ __all__ = [
     "AdapterFileError",
     "Audit",
     "Bottleneck",
+    "DoRA",
     "LlamaAdapter",
     "LoRA",
     "MismatchError",

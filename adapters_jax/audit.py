@@ -158,8 +158,12 @@ def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The patterns that nothing in the tree answers to."""
     owned = {owner[0] for path in shapes if (owner := recipe.owner(path))}
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
-    patterns += [(p, set(shapes)) for p in recipe.unfrozen]
-    return tuple(p for p, paths in patterns if not any(matches(p, path) for path in paths))
+    patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
+    return tuple(p for p, paths in patterns if p[0] != "!" and not _answered(p, paths))
+
+
+def _answered(pattern: str, paths: set[str]) -> bool:
+    return any(matches(pattern, path) for path in paths)
 
 
 def _size(tree: Any) -> int:

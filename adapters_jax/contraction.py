@@ -7,6 +7,7 @@ contractions through the rank, never a product of the weight's size. Convolution
 reach their hidden state differently, but their factors have the same form.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class Contraction:
         project: `(x, a) -> hidden`, where `hidden` ends in the rank or holds it as the einsum says.
         expand: `(hidden, b) -> y`.
         lookup: the layer reads rows (an embedding), so A starts at zero and B random.
+        trailing: the axes that go to B are the last ones of the layer's output, in order.
     """
 
     weight: str
@@ -38,6 +40,7 @@ class Contraction:
     project: Callable[[Array, Array], Array]
     expand: Callable[[Array, Array], Array]
     lookup: bool = False
+    trailing: bool = True
 
     def split_shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The parts of a weight's shape that go to A and to B.
@@ -52,6 +55,12 @@ class Contraction:
             )
         outputs = (axis for axis in range(self.ndim) if axis not in self.inputs)
         return tuple(shape[i] for i in self.inputs), tuple(shape[i] for i in outputs)
+
+    def as_matrix(self, weight: Float[Array, "..."]) -> Float[Array, "in out"]:
+        """The weight with the axes that go to A as rows, and the others as columns."""
+        rows, columns = self.split_shape(weight.shape)
+        order = (*self.inputs, *(i for i in range(self.ndim) if i not in self.inputs))
+        return weight.transpose(order).reshape(math.prod(rows), math.prod(columns))
 
     def product(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
         """A times B in the weight's own layout, under any leading layer axes."""
@@ -101,4 +110,5 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
         inputs,
         einsum(f"{x},{a}{_RANK}->{hidden}"),
         einsum(f"{hidden},{_RANK}{b}->{output}"),
+        trailing=output.endswith(b),
     )

@@ -183,9 +183,8 @@ def load_adapter(
         nnx.update(grown, jax.tree_util.tree_map_with_path(lambda p, _: tensors[path_of(p)], state))
         return grown
     adapted = adapt(model, recipe)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    whole = init_adapters(adapted, shapes, jax.random.key(0), *args, **kwargs)
-    trained, _ = partition(whole, recipe)
+    # The base itself, since PiSSA takes its factors out of the weights.
+    whole = init_adapters(adapted, params, jax.random.key(0), *args, **kwargs)
+    trained, base = partition(whole, recipe)
     compare_trees(subject, tensors, nn.meta.unbox(flatten(trained)), fix, dtypes=True)
-    _, base = partition(params, recipe)
     return adapted, merge_trees(base, unflatten(tensors))

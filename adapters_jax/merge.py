@@ -70,7 +70,7 @@ def _merge_linen(model: Adapted, params: Tree, args: Any, kwargs: Any) -> Tree:
         change = _as_change(method)
         leaves = {name: flat[join(path, slot, name)] for name in method.leaf_names}
         weight = join(path, linear(site).weight)
-        value = change.merged(nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
+        value = change.merged_stacked(nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
         merged[weight] = nn.meta.replace_boxed(merged[weight], value)
     return unflatten(merged)
 
@@ -81,6 +81,6 @@ def _merge_nnx(model: nnx.Module) -> nnx.Module:
     for module, method, site in adapted_sites(merged):
         change = _as_change(method)
         weight = getattr(module, linear(site).weight)
-        weight[...] = change.merged(leaves_of(module, method), site, weight[...])
+        weight[...] = change.merged_stacked(leaves_of(module, method), site, weight[...])
     detach(merged)
     return merged

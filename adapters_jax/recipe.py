@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import METHODS, Attached, Method, Unfreeze
-from adapters_jax.targets import matches, require_match
+from adapters_jax.targets import require_match, selects
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Recipe:
         return tuple(m for m in self.methods if not isinstance(m, Unfreeze))
 
     @property
-    def unfrozen(self) -> tuple[str, ...]:
-        """The patterns of base parameters that train."""
-        return tuple(p for m in self.methods if isinstance(m, Unfreeze) for p in m.targets)
+    def unfrozen(self) -> tuple[tuple[str, ...], ...]:
+        """The patterns of base parameters that train, those of each `Unfreeze` together."""
+        return tuple(tuple(m.targets) for m in self.methods if isinstance(m, Unfreeze))
 
     def at(self, path: str) -> tuple[Attached, ...]:
         """The methods that target a module, in order.
@@ -73,7 +73,7 @@ class Recipe:
         Raises:
             RecipeError: two of them would keep their leaves under one name.
         """
-        found = tuple(m for m in self.attached if any(matches(p, path) for p in m.targets))
+        found = tuple(m for m in self.attached if selects(m.targets, path))
         slots = [m.slot for m in found]
         if len(set(slots)) < len(slots):
             raise RecipeError(
@@ -94,13 +94,13 @@ class Recipe:
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
                 site, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
-                if leaf in method.leaf_names and any(matches(p, site) for p in method.targets):
+                if leaf in method.leaf_names and selects(method.targets, site):
                     return site, method
         return None
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path is trained."""
-        return self.owner(path) is not None or any(matches(p, path) for p in self.unfrozen)
+        return self.owner(path) is not None or any(selects(p, path) for p in self.unfrozen)
 
     def to_json(self) -> str:
         """The recipe as JSON text; `Recipe.from_json` gives an equal recipe."""
@@ -135,7 +135,7 @@ def require_sites(method: Attached, usable: Sequence[str], unusable: Mapping[str
     """
     owner = type(method).__name__
     require_match(owner, method.targets, usable, unusable)
-    targeted = [path for path in usable if any(matches(p, path) for p in method.targets)]
+    targeted = [path for path in usable if selects(method.targets, path)]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = [pattern for pattern, _ in getattr(method, field, ())]
         require_match(f"{owner} {field}", patterns, targeted)

@@ -7,6 +7,8 @@ A path is the names from the root of a model to a module or parameter, joined by
 * `**` stands for any number of whole names, also none,
 * `{a,b}` stands for either of its parts.
 
+Among several patterns, one that begins with `!` takes away what the others mean.
+
 The same patterns serve linen and NNX, modules and parameters, single and stacked layers.
 """
 
@@ -58,16 +60,30 @@ def matches(pattern: str, path: str) -> bool:
     return _compile(pattern).fullmatch(f"/{path}" if path else "") is not None
 
 
+def selects(patterns: Sequence[str], path: str) -> bool:
+    """Whether several patterns together mean a path.
+
+    Example:
+        >>> patterns = ("**/query", "!layer_0/**")
+        >>> selects(patterns, "layer_1/query"), selects(patterns, "layer_0/query")
+        (True, False)
+    """
+    return any(matches(p, path) for p in patterns if p[0] != "!") and not any(
+        matches(p[1:], path) for p in patterns if p[0] == "!"
+    )
+
+
 def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
     """Targets as a tuple of patterns; raises TargetError where they are none at all."""
     several = isinstance(targets, Iterable) and not isinstance(targets, str)
     patterns: tuple[Any, ...] = tuple(targets) if several else (targets,)
-    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+    texts = bool(patterns) and all(isinstance(p, str) and p.removeprefix("!") for p in patterns)
+    if not texts or all(p.startswith("!") for p in patterns):
         raise TargetError(
             f"{owner} got targets={targets!r}; it wants one or more patterns such as '**/query'"
         )
     for pattern in patterns:
-        _compile(pattern)
+        _compile(pattern.removeprefix("!"))
     return patterns
 
 
@@ -89,7 +105,14 @@ def require_match(
         TargetError: names every pattern that fails and lists the paths nearest to it.
     """
     usable, problems = list(usable), []
+    named = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     for pattern in patterns:
+        if pattern[0] == "!":
+            taken = [path for path in named if matches(pattern[1:], path)]
+            if not taken or len(taken) == len(named):
+                what = "everything" if taken else "nothing"
+                problems.append(f"{owner}: {pattern!r} takes away {what} of {_some(named)}")
+            continue
         if any(matches(pattern, path) for path in usable):
             continue
         others = (unusable or {}).items()

@@ -160,6 +160,23 @@ CASES = {
     "lora_dense": Case(
         "mlp", aj.Recipe(aj.LoRA("**/mlp/{up,output}", R, 6.0)), 2 * R * (D + HIDDEN)
     ),
+    "dora": Case(
+        "mlp",
+        aj.Recipe(aj.DoRA("**/mlp/{up,output}", R, 6.0)),
+        2 * R * (D + HIDDEN) + D + HIDDEN,
+        away=1e-5,
+    ),
+    "pissa": Case(
+        "attention",
+        aj.Recipe(aj.LoRA("**/attention/{query,out}", R, 6.0, a_init="pissa")),
+        2 * R * 2 * D,
+        away=1e-5,
+    ),
+    "lora_slices": Case(
+        "mlp",
+        aj.Recipe(aj.LoRA("**/mlp/up", R, 6.0, slices=((1, 4), (8, 16)))),
+        R * (D + 11),
+    ),
     "lora_dense_general": Case(
         "attention", aj.Recipe(aj.LoRA("**/attention/{query,value,out}", R, 6.0)), 3 * R * 2 * D
     ),

@@ -78,7 +78,7 @@ def test_recipes_add_in_order():
     assert Recipe(lora) + Recipe(adapter) + Recipe(head) == whole
     assert Recipe(Recipe(lora), [Recipe(adapter), (head,)]) == whole
     assert tuple(whole) == (lora, adapter, head) and len(whole) == 3
-    assert whole.attached == (lora, adapter) and whole.unfrozen == ("head/**",)
+    assert whole.attached == (lora, adapter) and whole.unfrozen == (("head/**",),)
 
 
 def test_repr_shows_what_is_not_default_and_can_be_typed_in_again():

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from jaxtyping import Array, PRNGKeyArray
 from adapters_jax.errors import compare_trees
 from adapters_jax.examples import explained, filled, is_abstract
 from adapters_jax.linen.intercept import Interceptor
-from adapters_jax.methods import Attached, base
+from adapters_jax.methods import Attached, LoRA, base
 from adapters_jax.methods.base import Site
-from adapters_jax.partition import Tree, flatten, join, merge_trees, unflatten, without_adapters
+from adapters_jax.methods.lora import linear
+from adapters_jax.partition import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.recipe import Recipe
 
 
@@ -151,7 +152,8 @@ def init_adapters(
         **kwargs: further arguments of the model's `__call__`.
 
     Returns:
-        The base's tree with the adapters' leaves beside its own; abstract where `params` is.
+        The base's tree with the adapters' leaves beside its own; abstract where `params` is. PiSSA
+        takes its factors out of the weights, whose arrays are then new.
 
     Raises:
         TargetError: a pattern of the recipe meets nothing, or nothing its method can attach to.
@@ -177,13 +179,26 @@ def init_adapters(
     )
     shapes = {path: leaf.shape for path, leaf in flatten(whole).items()}
 
-    def grow(key: PRNGKeyArray) -> dict[str, Array]:
-        return {
-            path: leaf.init(base.key_at(key, path), shapes[path])
-            for (module, slot), (method, site) in found.items()
-            for name, leaf in method.leaves(site).items()
-            if (path := join(module, slot, name))
-        }
+    def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:
+        grown = {}
+        for (module, slot), (method, site) in found.items():
+            leaves = {
+                name: leaf.init(base.key_at(key, path), shapes[path])
+                for name, leaf in method.leaves(site).items()
+                if (path := join(module, slot, name))
+            }
+            if isinstance(method, LoRA) and method.from_weight:
+                path = join(module, linear(site).weight)
+                leaves, grown[path] = method.start_stacked(leaves, site, weights[path])
+            grown |= {join(module, slot, name): leaf for name, leaf in leaves.items()}
+        return grown
 
-    grown = jax.eval_shape(grow, key) if is_abstract(params) else grow(key)
-    return merge_trees(without_adapters(params, model.recipe), unflatten(grown))
+    own = flatten(without_adapters(params, model.recipe))
+    seen = {
+        path: nn.meta.unbox(own[path])
+        for (module, _), (method, site) in found.items()
+        if method.from_weight and (path := join(module, linear(site).weight))
+    }
+    grown = jax.eval_shape(grow, key, seen) if is_abstract(params) else grow(key, seen)
+    boxed = {path: nn.meta.replace_boxed(own[path], grown.pop(path)) for path in seen}
+    return unflatten({**own, **boxed, **grown})

@@ -23,7 +23,8 @@ from adapters_jax import attention, registry
 from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import Frozen, Site
+from adapters_jax.methods.lora import linear
 from adapters_jax.partition import Tree, flatten, join
 from adapters_jax.recipe import Recipe, require_sites
 from adapters_jax.targets import require_match
@@ -33,14 +34,27 @@ _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "
 _RUNS = itertools.count()
 
 
-def _leaves(scope: Any, method: Attached, site: Site) -> dict[str, Array]:
+def _leaves(module: Any, scope: Any, method: Attached, site: Site) -> dict[str, Array]:
     """A method's arrays by name; made where they are not there yet."""
+    new = not scope.has_variable("params", method.leaf_names[0])
     leaves = {}
     for name, leaf in method.leaves(site).items():
         *groups, last = name.split("/")
         holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
         leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+    if new and isinstance(method, LoRA) and method.from_weight:
+        name = linear(site).weight
+        weight = module.scope.get_variable("params", name)
+        leaves, rest = method.start(leaves, site, nn.meta.unbox(weight))
+        module.scope.put_variable("params", name, nn.meta.replace_boxed(weight, rest))
+        for name, started in leaves.items():
+            scope.put_variable("params", name, started)
     return leaves
+
+
+def _frozen(module: Any) -> Frozen:
+    """A module's own parameters by name."""
+    return lambda name: nn.meta.unbox(module.scope.get_variable("params", name))
 
 
 def run_method(
@@ -53,11 +67,11 @@ def run_method(
     evaluation: bool | None,
 ) -> Array:
     """One method on a module's output, its leaves in the given scope."""
-    leaves = _leaves(scope, method, site)
+    leaves = _leaves(module, scope, method, site)
     if evaluation is None:
         evaluation = not module.has_rng("dropout")
     key = module.make_rng("dropout") if method.dropout and not evaluation else None
-    return method.forward(leaves, site, x, y, key)
+    return method.forward(leaves, site, x, y, key, _frozen(module))
 
 
 def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> Site:
@@ -226,7 +240,8 @@ class Interceptor:
         if self._init and all(seen != path for seen, _ in self.visited):
             self._refuse_taken_names(module, site, methods)
         for method in methods:
-            leaves = _leaves(module.scope.push(method.slot, reuse=True), method, site)
+            scope = module.scope.push(method.slot, reuse=True)
+            leaves = _leaves(module, scope, method, site)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
             function = functools.partial(method.attend, leaves, site, project, function)
         return function(query, key, *args, **kwargs)
@@ -251,4 +266,5 @@ class Interceptor:
             usable = {path for (path, _), (_, site) in self.visited.items() if method.fits(site)}
             unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
             require_sites(method, sorted(usable), unusable)
-        require_match("Unfreeze", self.recipe.unfrozen, flatten(params))
+        for patterns in self.recipe.unfrozen:
+            require_match("Unfreeze", patterns, flatten(params))

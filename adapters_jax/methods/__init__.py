@@ -1,23 +1,25 @@
 """The methods, one a file. A new method is one file and one line here."""
 
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
+from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.unfreeze import Unfreeze
 
 Prompt = LlamaAdapter | PrefixTuning  # act where an attention module calls its function
-Attached = Bottleneck | LoRA | Prompt
+Attached = Bottleneck | LoRA | Prompt  # DoRA is a LoRA
 Method = Attached | Unfreeze
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Bottleneck, LoRA, LlamaAdapter, PrefixTuning, Unfreeze)
+    m.name: m for m in (Bottleneck, LoRA, DoRA, LlamaAdapter, PrefixTuning, Unfreeze)
 }
 
 __all__ = [
     "METHODS",
     "Attached",
     "Bottleneck",
+    "DoRA",
     "LlamaAdapter",
     "LoRA",
     "Method",

@@ -15,6 +15,7 @@ from adapters_jax.contraction import Contraction
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 Leaves = Mapping[str, Any]
+Frozen = Callable[[str], Any]  # a module's own parameter by name, None where it has none
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Count:
     formula: str
     parameters: int
     copies: int = 1
+
+
+def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """A function of one layer's arrays, for arrays that are stacked on so many leading axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
+def nothing(name: str) -> None:
+    """The parameters of a module that has none of its own."""
 
 
 def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:

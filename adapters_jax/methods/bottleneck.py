@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -73,6 +73,7 @@ class Bottleneck:
     slot: ClassVar[str] = "adapter"
     leaf_names: ClassVar[tuple[str, ...]] = ("down/kernel", "down/bias", "up/kernel", "up/bias")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
+    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
 
     targets: str | tuple[str, ...]
@@ -143,6 +144,7 @@ class Bottleneck:
         x: Any,
         y: Float[Array, "... d"],
         key: PRNGKeyArray | None = None,
+        frozen: Frozen = nothing,
     ) -> Float[Array, "... d"]:
         """The adapted output.
 
@@ -152,6 +154,7 @@ class Bottleneck:
             x: the module's input; used by the parallel placement only.
             y: the module's output, (..., d).
             key: for dropout while training; None in evaluation.
+            frozen: not used.
 
         Returns:
             An array like y, of its dtype.

@@ -64,6 +64,7 @@ class LlamaAdapter:
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     dropout: ClassVar[float] = 0.0
+    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its prompt is attended to under a softmax of its own"
 
     targets: str | tuple[str, ...]

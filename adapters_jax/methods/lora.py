@@ -1,7 +1,8 @@
 """LoRA: a low-rank change beside a frozen linear map.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685. The scale
-alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732.
+alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
+start from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 """
 
 import math
@@ -16,7 +17,7 @@ from adapters_jax import registry
 from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns, matches
 
 # How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
@@ -24,6 +25,7 @@ INITS = {
     "gaussian": lambda fan_in, rank: base.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: base.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: base.normal(1.0 / rank),
+    "pissa": lambda fan_in, rank: base.zeros,  # until `LoRA.start` has seen the weight
 }
 
 
@@ -52,10 +54,14 @@ class LoRA:
         alpha: None follows the rank, for a scale of 1 (the paper: set alpha to the first r tried).
         dropout: probability of zeroing an entry of the branch's input while training.
         a_init: law of A: "gaussian" has deviation 1/sqrt(in), "uniform" is within 1/sqrt(in) (the
-            authors' code and PEFT), "gaussian_rank" has deviation 1/r (PEFT's "gaussian").
+            authors' code and PEFT), "gaussian_rank" has deviation 1/r (PEFT's "gaussian"). "pissa"
+            takes A and B from the weight's r principal components, and these out of the weight: the
+            output starts as the base's but for rounding, and the frozen weight is another.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; first match wins.
         alpha_pattern: other alphas likewise, resolved on their own.
+        slices: ranges of a dense layer's outputs that alone are adapted, such as the queries and
+            values of a fused projection: `((0, 768), (1536, 2304))`. B has as many columns.
 
     Raises:
         ValueError: a field out of its range.
@@ -79,6 +85,7 @@ class LoRA:
     rank_stabilized: bool = False
     rank_pattern: Any = ()
     alpha_pattern: Any = ()
+    slices: Any = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "LoRA"))
@@ -91,6 +98,14 @@ class LoRA:
                 base.check_number("LoRA", "alpha", alpha)
         base.check_number("LoRA", "dropout", self.dropout, high=1.0, closed=True)
         base.check_choice("LoRA", "a_init", self.a_init, INITS)
+        object.__setattr__(self, "slices", _ranges(self.slices))
+        if self.slices and self.from_weight:
+            raise ValueError("LoRA: slices go with a random start, without dora and pissa")
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether `start` has to see the weight."""
+        return self.a_init == "pissa"
 
     def fits(self, site: Site) -> bool:
         """Whether the method can attach there: to every linear layer that is known."""
@@ -119,6 +134,8 @@ class LoRA:
         """
         layer, rank = linear(site), self.rank_at(site.path)
         inputs, outputs = layer.split_shape(site.weight_shape)
+        if self.slices:
+            outputs = self._sliced(site, outputs)
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if rank > min(fan_in, fan_out):
             raise RecipeError(
@@ -126,9 +143,51 @@ class LoRA:
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{site.path!r}: {min(fan_in, fan_out)}}}"
             )
-        a = base.zeros if layer.lookup else INITS[self.a_init](fan_in, rank)
+        law = INITS[self.a_init](fan_in, rank)
+        a = base.zeros if layer.lookup else law
         b = base.normal(1.0) if layer.lookup else base.zeros
         return {"a": Leaf((*inputs, rank), a), "b": Leaf((rank, *outputs), b)}
+
+    def _sliced(self, site: Site, outputs: tuple[int, ...]) -> tuple[int]:
+        """The width of the slices together; raises RecipeError where they do not fit."""
+        if len(outputs) != 1 or not linear(site).trailing or self.slices[-1][1] > outputs[0]:
+            raise RecipeError(
+                f"LoRA: slices {self.slices} do not fit {site.path!r}, whose outputs are "
+                f"{outputs}; give ranges of a dense layer's last axis"
+            )
+        return (sum(stop - start for start, stop in self.slices),)
+
+    def start(
+        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
+    ) -> tuple[dict[str, Array], Array]:
+        """Leaves that follow from the weight, and the weight that stays: W - scale A B for PiSSA.
+
+        The decomposition W = U S V^T gives A = U_r sqrt(S_r / scale), B = sqrt(S_r / scale) V_r^T.
+        """
+        if self.a_init != "pissa":
+            return dict(leaves), weight
+        layer, rank, scale = linear(site), self.rank_at(site.path), self.scale_at(site.path)
+        matrix = layer.as_matrix(weight.astype(jnp.float32))
+        u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+        root = jnp.sqrt(s[:rank] / scale)
+        factors = {
+            "a": (u[:, :rank] * root).reshape(leaves["a"].shape),
+            "b": (root[:, None] * v[:rank]).reshape(leaves["b"].shape),
+        }
+        rest = weight.astype(jnp.float32) - scale * layer.product(factors["a"], factors["b"])
+        return {**leaves, **factors}, rest.astype(weight.dtype)
+
+    def start_stacked(
+        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
+    ) -> tuple[dict[str, Array], Array]:
+        """`start` for weights that may be stacked on layer axes."""
+        start = lambda leaves, weight: self.start(leaves, site, weight)  # noqa: E731
+        return base.over_layers(start, weight.ndim - linear(site).ndim)(leaves, weight)
+
+    def merged_stacked(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+        """`merged` for weights that may be stacked on layer axes."""
+        merged = lambda leaves, weight: self.merged(leaves, site, weight)  # noqa: E731
+        return base.over_layers(merged, weight.ndim - linear(site).ndim)(leaves, weight)
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -137,7 +196,7 @@ class LoRA:
         rank = self.rank_at(path)
         copies = len(shapes["a"]) + len(shapes["b"]) - 2 - len(weight)
         fan_in = math.prod(shapes["a"][copies:-1])
-        fan_out = math.prod(weight[copies:]) // fan_in
+        fan_out = sum(b - a for a, b in self.slices) or math.prod(weight[copies:]) // fan_in
         return Count(
             f"{rank}*({fan_in} + {fan_out})",
             lora_parameters(fan_in, fan_out, rank),
@@ -146,9 +205,19 @@ class LoRA:
 
     def merged(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
         """The weight with the change folded in: summed in float32, cast once to its own dtype."""
+        return (weight.astype(jnp.float32) + self.delta(leaves, site, weight)).astype(weight.dtype)
+
+    def delta(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+        """The change of the weight, scale * A B, in float32 and in the weight's layout."""
         a, b = (leaves[name].astype(jnp.float32) for name in ("a", "b"))
-        delta = self.scale_at(site.path) * linear(site).product(a, b)
-        return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+        change = self.scale_at(site.path) * linear(site).product(a, b)
+        return self._spread(change, weight.shape[-1]) if self.slices else change
+
+    def _spread(self, part: Float[Array, "... part"], width: int) -> Float[Array, "... width"]:
+        """The slices' outputs at their places among all, zeros elsewhere."""
+        columns = [i for start, stop in self.slices for i in range(start, stop)]
+        whole = jnp.zeros((*part.shape[:-1], width), part.dtype)
+        return whole.at[..., jnp.asarray(columns)].set(part)
 
     def forward(
         self,
@@ -157,6 +226,7 @@ class LoRA:
         x: Any,
         y: Float[Array, "..."],
         key: PRNGKeyArray | None = None,
+        frozen: Frozen = nothing,
     ) -> Float[Array, "..."]:
         """The adapted output.
 
@@ -166,16 +236,24 @@ class LoRA:
             x: the layer's input, of whatever form the layer takes.
             y: the layer's output.
             key: for dropout while training; None in evaluation.
+            frozen: the layer's own parameters by name.
 
         Returns:
             An array like y, of its dtype.
         """
+        return y + self.branch(leaves, site, x, y, key)
+
+    def branch(
+        self, leaves: Leaves, site: Site, x: Any, y: Array, key: PRNGKeyArray | None
+    ) -> Float[Array, "..."]:
+        """scale * B(A(x)), like y."""
         layer = linear(site)
         a = leaves["a"].astype(y.dtype)
         b = (leaves["b"] * self.scale_at(site.path)).astype(y.dtype)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             x = base.dropout(x.astype(y.dtype), self.dropout, key)
-        return y + layer.expand(layer.project(x, a), b)
+        change = layer.expand(layer.project(x, a), b)
+        return self._spread(change, y.shape[-1]) if self.slices else change
 
 
 def _pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
@@ -186,6 +264,16 @@ def _pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
     for pattern, _ in items:
         as_patterns(pattern, f"LoRA {field}")
     return tuple((pattern, number) for pattern, number in items)
+
+
+def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
+    """Ranges of whole numbers in order, none of them empty or in another."""
+    ranges = tuple(map(tuple, value)) if isinstance(value, tuple | list) else None
+    ends = [end for each in ranges or () for end in each]
+    good = ranges is not None and all(len(each) == 2 for each in ranges)
+    if not good or ends != sorted(ends) or any(a == b or a < 0 for a, b in ranges or ()):
+        raise ValueError(f"LoRA: slices={value!r}, wanted ranges in order such as ((0, 768),)")
+    return ranges or ()
 
 
 def _is_pair(item: Any) -> bool:

@@ -57,6 +57,7 @@ class PrefixTuning:
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     dropout: ClassVar[float] = 0.0
+    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]

@@ -19,7 +19,8 @@ from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import Frozen, Site
+from adapters_jax.methods.lora import linear
 from adapters_jax.partition import join
 
 
@@ -142,7 +143,17 @@ def run_method(
         return y
     x = registry.input_of(module, call, args, kwargs)
     key = key_of(getattr(module, method.slot))
-    return method.forward(leaves_of(module, method), site, x, y, key)
+    return method.forward(leaves_of(module, method), site, x, y, key, frozen_of(module))
+
+
+def frozen_of(module: Any) -> Frozen:
+    """A module's own parameters by name."""
+
+    def frozen(name: str) -> Array | None:
+        variable = getattr(module, name, None)
+        return variable[...] if isinstance(variable, nnx.Variable) else None
+
+    return frozen
 
 
 def children_of(
@@ -190,6 +201,12 @@ def grow(
     if hasattr(module, method.slot):
         raise taken(site.path, method)
     setattr(module, method.slot, nnx.Dict(children_of(method, site, layers, rngs)))
+    if isinstance(method, LoRA) and method.from_weight:
+        weight = getattr(module, linear(site).weight)
+        leaves = leaves_of(module, method)
+        leaves, weight[...] = method.start_stacked(leaves, site, weight[...])
+        for name, leaf in leaves.items():
+            getattr(module, method.slot)[name][...] = leaf
     module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
     if not hasattr(type(module), "adapted_from"):
         module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]

@@ -33,7 +33,8 @@ def _check(recipe: Recipe, model: nnx.Module, sites: dict[str, Any], traced: boo
         if method.slot == "adapter":
             other = {path: f"{why}{hint}" for path, why in other.items()}
         require_sites(method, usable, other | shared)
-    require_match("Unfreeze", recipe.unfrozen, params_of(model), shared)
+    for patterns in recipe.unfrozen:
+        require_match("Unfreeze", patterns, params_of(model), shared)
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:

@@ -1,0 +1,115 @@
+"""DoRA: low-rank factors that turn a weight's columns, and a magnitude that scales them.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
+from adapters_jax.methods.lora import LoRA, linear
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA whose adapted weight keeps a trained norm for every output.
+
+    `m * (W + scale A B) / |W + scale A B|`, the norm over the inputs of each output. m starts at
+    the norm of W, so that the output starts as the base's but for rounding. The norm is not
+    differentiated (section 4.3 of the paper), and the layer's bias is not scaled. Norms are taken
+    in float32. It attaches to layers whose outputs are their last axes: dense ones, convolutions.
+
+    Args: as in `LoRA`, without `slices`.
+
+    Example:
+        >>> DoRA("**/query", rank=4).leaf_names
+        ('a', 'b', 'magnitude')
+    """
+
+    name: ClassVar[str] = "dora"
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether `start` has to see the weight: always."""
+        return True
+
+    def fits(self, site: Site) -> bool:
+        """Whether the method can attach there."""
+        found = site.contraction
+        return found is not None and not found.lookup and found.trailing
+
+    def why_not(self, module: Any) -> str:
+        """Why the method cannot attach to a module."""
+        name = type(module).__name__
+        return f"{super().why_not(module)}; or the outputs of {name} are not its last axes"
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        """The factors, and the magnitude of the weight's output axes."""
+        _, outputs = linear(site).split_shape(site.weight_shape)
+        return {**super().leaves(site), "magnitude": Leaf(outputs, lambda key, s: jnp.ones(s))}
+
+    def start(
+        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
+    ) -> tuple[dict[str, Array], Array]:
+        """Leaves that follow from the weight, and the weight that stays."""
+        magnitude = _norm(weight, site)
+        factors, rest = super().start(leaves, site, weight)
+        return {**factors, "magnitude": magnitude}, rest
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form r(in + out) + out."""
+        pair = super().count(path, shapes, weight)
+        copies = len(shapes["a"]) + len(shapes["b"]) - 2 - len(weight)
+        out = math.prod(weight[copies:]) // math.prod(shapes["a"][copies:-1])
+        return Count(f"{pair.formula} + {out}", pair.parameters + out, pair.copies)
+
+    def merged(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+        """The weight that the layer computes with: in float32, cast once to its own dtype."""
+        turned = weight.astype(jnp.float32) + self.delta(leaves, site, weight)
+        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(turned, site)
+        return (turned * _beside(ratio, site)).astype(weight.dtype)
+
+    def forward(
+        self,
+        leaves: Leaves,
+        site: Site,
+        x: Any,
+        y: Float[Array, "..."],
+        key: PRNGKeyArray | None = None,
+        frozen: Frozen = nothing,
+    ) -> Float[Array, "..."]:
+        """The adapted output; the arguments are those of `LoRA.forward`."""
+        weight, bias = frozen(linear(site).weight), frozen("bias")
+        if weight is None:
+            raise RecipeError(f"DoRA at {site.path!r} does not find its weight")
+        detached = jax.lax.stop_gradient(self.delta(leaves, site, weight))
+        norm = _norm(weight.astype(jnp.float32) + detached, site)
+        ratio = (leaves["magnitude"] / norm).astype(y.dtype)
+        shift = jnp.zeros((), y.dtype) if bias is None else _last(bias.astype(y.dtype), y)
+        turned = (y - shift) + self.branch(leaves, site, x, y, key)
+        return _last(ratio, y) * turned + shift
+
+
+def _norm(weight: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
+    """The norm over the inputs of every output, in float32."""
+    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=linear(site).inputs))
+
+
+def _beside(ratio: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
+    """Numbers of the output axes, with axes of size 1 where the weight has inputs."""
+    return jnp.expand_dims(ratio, linear(site).inputs)
+
+
+def _last(ratio: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Numbers of the last axes of y, with axes of size 1 before them."""
+    return ratio.reshape((1,) * (y.ndim - ratio.ndim) + ratio.shape)
