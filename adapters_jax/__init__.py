@@ -4,10 +4,11 @@ from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
+from adapters_jax.combine import Combined, combine
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
 from adapters_jax.linen import init_adapters
-from adapters_jax.merge import merge
+from adapters_jax.merge import merge, unmerge
 from adapters_jax.methods import (
     Bottleneck,
     DoRA,
@@ -20,7 +21,7 @@ from adapters_jax.methods import (
     lora_parameters,
     prefix_parameters,
 )
-from adapters_jax.partition import freeze_base, merge_trees, partition
+from adapters_jax.partition import freeze_base, lora_plus, merge_trees, partition
 from adapters_jax.presets import (
     bitfit,
     full,
@@ -42,6 +43,7 @@ __all__ = [
     "AdapterFileError",
     "Audit",
     "Bottleneck",
+    "Combined",
     "DoRA",
     "LlamaAdapter",
     "LoRA",
@@ -56,6 +58,7 @@ __all__ = [
     "audit",
     "bitfit",
     "bottleneck_parameters",
+    "combine",
     "freeze_base",
     "full",
     "houlsby",
@@ -67,6 +70,7 @@ __all__ = [
     "load_adapter",
     "lora",
     "lora_parameters",
+    "lora_plus",
     "make_eval_step",
     "make_train_step",
     "merge",
@@ -80,4 +84,5 @@ __all__ = [
     "register_attention",
     "register_contraction",
     "save_adapter",
+    "unmerge",
 ]

@@ -1,19 +1,26 @@
 """Folding low-rank adapters into the base: merged, it is the base model, at its speed."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen import Adapted, shapes_of, sites
-from adapters_jax.methods import Attached, LoRA
+from adapters_jax.methods import Attached, DoRA, LoRA
+from adapters_jax.methods.base import Leaves, Site
 from adapters_jax.methods.lora import linear
 from adapters_jax.nnx import adapted_sites, copy, detach, leaves_of, recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten, without_adapters
 
+# What takes the place of a weight: from the method, its leaves, its site and the weight.
+_Change = Callable[[LoRA, Leaves, Site, Array], Array]
 
-def _as_change(method: Attached) -> LoRA:
+
+def _as_lora(method: Attached) -> LoRA:
     """A method that is a change of a weight; raises RecipeError for another."""
     if not isinstance(method, LoRA):
         raise RecipeError(
@@ -51,12 +58,69 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
         >>> type(aj.merge(adapted)).__name__
         'Linear'
     """
+    return _folded(model, params, args, kwargs, LoRA.merged_stacked)
+
+
+def unmerge(
+    model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any
+) -> tuple[Any, float]:
+    """The base before a merge, for those who kept the merged weights alone.
+
+    Subtracting is not exact: a merged weight was rounded, and so is what is left. Keep the base
+    where you can, and merge the next adapter with that.
+
+    Args: as in `merge`: the model, or the tree, has the merged weights with the adapters beside.
+        `load_adapter` onto the merged model gives just that.
+
+    Returns:
+        What `merge` returns, with the change taken out; and a bound: no entry of a weight is
+        further from the original than this number.
+
+    Raises:
+        RecipeError: a method is no change that can be subtracted: DoRA rescales the weight too.
+        MismatchError: `params` is not the tree of this model; every difference is listed.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> from flax import nnx
+        >>> adapted = aj.adapt(
+        ...     nnx.Linear(4, 3, rngs=nnx.Rngs(0)), aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> base, error = aj.unmerge(adapted)
+        >>> type(base).__name__, error < 1e-6
+        ('Linear', True)
+    """
+    bounds = [0.0]
+
+    def subtracted(method: LoRA, leaves: Leaves, site: Site, weight: Array) -> Array:
+        if isinstance(method, DoRA):
+            raise RecipeError(
+                f"unmerge: DoRA at {site.path!r} rescales the weight, which cannot be taken back "
+                "by subtracting; merge with the base that you kept"
+            )
+        opposite = {**leaves, "b": -leaves["b"]}
+        left = method.merged_stacked(opposite, site, weight)
+        bounds.append(_rounding(weight, left))
+        return left
+
+    base = _folded(model, params, args, kwargs, subtracted)
+    return base, max(bounds)
+
+
+def _rounding(merged: Array, left: Array) -> float:
+    """How far the roundings of a sum and of a difference may move an entry together."""
+    units = jnp.finfo(merged.dtype).eps / 2 + jnp.finfo(jnp.float32).eps
+    largest = jnp.abs(merged.astype(jnp.float32)) + jnp.abs(left.astype(jnp.float32))
+    return float(units * largest.max())
+
+
+def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
+    """The base with every targeted weight changed."""
     if isinstance(model, Adapted):
-        return _merge_linen(model, params, args, kwargs)
-    return _merge_nnx(model)
+        return _linen(model, params, args, kwargs, change)
+    return _nnx(model, change)
 
 
-def _merge_linen(model: Adapted, params: Tree, args: Any, kwargs: Any) -> Tree:
+def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
     found, whole = sites(model, *args, **kwargs)
     compare_trees(
         "params",
@@ -67,20 +131,20 @@ def _merge_linen(model: Adapted, params: Tree, args: Any, kwargs: Any) -> Tree:
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
     for (path, slot), (method, site) in found.items():
-        change = _as_change(method)
+        lora = _as_lora(method)
         leaves = {name: flat[join(path, slot, name)] for name in method.leaf_names}
         weight = join(path, linear(site).weight)
-        value = change.merged_stacked(nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
+        value = change(lora, nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
         merged[weight] = nn.meta.replace_boxed(merged[weight], value)
     return unflatten(merged)
 
 
-def _merge_nnx(model: nnx.Module) -> nnx.Module:
+def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
     merged = copy(model)
     for module, method, site in adapted_sites(merged):
-        change = _as_change(method)
+        lora = _as_lora(method)
         weight = getattr(module, linear(site).weight)
-        weight[...] = change.merged_stacked(leaves_of(module, method), site, weight[...])
+        weight[...] = change(lora, leaves_of(module, method), site, weight[...])
     detach(merged)
     return merged

@@ -13,6 +13,7 @@ import optax
 from flax import nnx, traverse_util
 
 from adapters_jax.methods import Method
+from adapters_jax.methods.fields import check_number
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 
@@ -159,3 +160,48 @@ def freeze_base(
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
+
+
+def lora_plus(
+    optimizer: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    recipe: Recipe | Method,
+    *,
+    ratio: float = 16.0,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """LoRA+: B learns at a higher rate than A and all else.
+
+    Args:
+        optimizer: makes an optimiser of a learning rate, such as `optax.adamw`.
+        learning_rate: of A and of everything else that trains; a number or a schedule.
+        recipe: says what trains.
+        ratio: the rate of B over that of A; 16 in the paper's code, larger than 1.
+        **options: further arguments of the optimiser.
+
+    Returns:
+        `freeze_base` with a group for B.
+
+    Raises:
+        ValueError: the ratio is not a positive number.
+        TargetError: at `init`, where there is no B.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"lora": {"a": jnp.ones(1), "b": jnp.ones(1)}}}
+        >>> tx = lora_plus(optax.sgd, 0.25, LoRA("query", 1), ratio=4.0)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> float(updates["query"]["lora"]["a"][0]), float(updates["query"]["lora"]["b"][0])
+        (-0.25, -1.0)
+
+    Reference: Hayou et al. 2024, arXiv:2402.12354.
+    """
+    check_number("lora_plus", "ratio", ratio)
+    if callable(learning_rate):
+        schedule = learning_rate
+        faster: optax.ScalarOrSchedule = lambda step: ratio * schedule(step)  # noqa: E731
+    else:
+        faster = ratio * learning_rate
+    groups = {"**/lora/b": optimizer(faster, **options)}
+    return freeze_base(optimizer(learning_rate, **options), recipe, groups)

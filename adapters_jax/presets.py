@@ -1,16 +1,18 @@
 """Recipes of the literature, and the baselines that it compares with."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from adapters_jax.methods import (
     Bottleneck,
+    DoRA,
     LlamaAdapter,
     LoRA,
     Method,
     PrefixTuning,
     Unfreeze,
 )
+from adapters_jax.methods.fields import check_choice
 from adapters_jax.recipe import Recipe
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
@@ -101,6 +103,8 @@ def lora(
     alpha: float | None = None,
     *,
     targets: str | tuple[str, ...] = "**/{query,value}",
+    bias: Literal["none", "all", "lora_only"] = "none",
+    dora: bool = False,
     head: str | None = None,
     **fields: Any,
 ) -> Recipe:
@@ -110,10 +114,26 @@ def lora(
         rank: r.
         alpha: the scale is alpha / r; None follows the rank.
         targets: patterns of linear layers.
+        bias: which biases train as well: none, all of the model, or those of the targets alone.
+        dora: `DoRA` instead of `LoRA`.
         head: path of the task's head, which trains whole.
         **fields: further fields of `LoRA`.
+
+    Raises:
+        ValueError: `bias` is none of the three.
+
+    Example:
+        >>> lora(4, bias="lora_only")
+        Recipe(
+          LoRA(targets=('**/{query,value}',), rank=4),
+          Unfreeze(targets=('**/{query,value}/bias',)),
+        )
     """
-    return _recipe(LoRA(targets, rank, alpha, **fields), head=head)
+    check_choice("lora", "bias", bias, ("none", "all", "lora_only"))
+    factors = (DoRA if dora else LoRA)(targets, rank, alpha, **fields)
+    own = tuple(f"{target}/bias" for target in factors.targets)
+    biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}
+    return _recipe(factors, biases[bias], head=head)
 
 
 def llama_adapter(

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.methods.base import check_size
+from adapters_jax.methods.fields import check_size
 from adapters_jax.partition import Tree
 from adapters_jax.state import TrainState
 

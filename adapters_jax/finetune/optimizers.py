@@ -9,7 +9,7 @@ import optax
 
 from adapters_jax.finetune.flags import flag
 from adapters_jax.finetune.recipes import HEAD, PRESETS
-from adapters_jax.methods.base import check_number, check_size
+from adapters_jax.methods.fields import check_number, check_size
 from adapters_jax.partition import freeze_base, path_of
 from adapters_jax.recipe import Recipe
 

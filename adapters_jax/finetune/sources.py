@@ -10,7 +10,7 @@ from adapters_jax.finetune import assets, tasks
 from adapters_jax.finetune.flags import flag, given
 from adapters_jax.finetune.metrics import METRICS
 from adapters_jax.finetune.tasks import TaskData
-from adapters_jax.methods.base import check_size
+from adapters_jax.methods.fields import check_size
 
 _OF_FILES = ("dev", "test", "text", "text_pair", "label", "task", "metrics")
 

@@ -1,8 +1,7 @@
 """What every method of adaptation has in common: a site to attach to and leaves to add there."""
 
-import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,35 +110,3 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Fl
 def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
     """x + bias along the last axis, without leaning on implicit rank promotion."""
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-
-
-def check_number(
-    owner: str,
-    name: str,
-    value: Any,
-    low: float = 0.0,
-    high: float = math.inf,
-    closed: bool = False,
-) -> None:
-    """Raises ValueError unless `value` is a finite number in (low, high), or [low, high)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        not number
-        or not math.isfinite(value)
-        or not (low < value < high or (closed and value == low))
-    ):
-        lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
-        upper = f" and < {high:g}" if math.isfinite(high) else ""
-        raise ValueError(f"{owner}: {name}={value!r}, wanted a finite number{lower}{upper}")
-
-
-def check_size(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{owner}: {name}={value!r}, wanted a whole number >= 1")
-
-
-def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{owner}: {name}={value!r}, wanted one of {', '.join(choices)}")

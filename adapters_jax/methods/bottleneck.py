@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base
+from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns
 
@@ -93,14 +93,14 @@ class Bottleneck:
                 f"{self.reduction_factor}; give exactly one of them, such as bottleneck_dim=64"
             )
         if self.bottleneck_dim is not None:
-            base.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
+            fields.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
         else:
-            base.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
-        base.check_number("Bottleneck", "init_std", self.init_std, closed=True)
-        base.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
-        base.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
-        base.check_choice("Bottleneck", "placement", self.placement, ("sequential", "parallel"))
-        base.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
+            fields.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
+        fields.check_number("Bottleneck", "init_std", self.init_std, closed=True)
+        fields.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
+        fields.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
+        fields.check_choice("Bottleneck", "placement", self.placement, ("sequential", "parallel"))
+        fields.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
 
     def fits(self, site: Site) -> bool:
         """Whether the method can attach there: to every module that returns a float array."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from adapters_jax import attention
 from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base
+from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
 from adapters_jax.targets import as_patterns
 
@@ -75,10 +75,10 @@ class LlamaAdapter:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "LlamaAdapter"))
-        base.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
-        base.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
-        base.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
-        base.check_number("LlamaAdapter", "init_std", self.init_std)
+        fields.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
+        fields.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
+        fields.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
+        fields.check_number("LlamaAdapter", "init_std", self.init_std)
 
     def fits(self, site: Site) -> bool:
         """Whether the method can attach there: to every attention module that is known."""

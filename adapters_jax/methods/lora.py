@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax import registry
 from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base
+from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns, matches
 
@@ -88,19 +88,20 @@ class LoRA:
     slices: Any = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", as_patterns(self.targets, "LoRA"))
+        owner = type(self).__name__
+        object.__setattr__(self, "targets", as_patterns(self.targets, owner))
         for field in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, field, _pairs(field, getattr(self, field)))
+            object.__setattr__(self, field, fields.pairs(field, getattr(self, field)))
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            base.check_size("LoRA", "rank", rank)
+            fields.check_size(owner, "rank", rank)
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if alpha is not None:
-                base.check_number("LoRA", "alpha", alpha)
-        base.check_number("LoRA", "dropout", self.dropout, high=1.0, closed=True)
-        base.check_choice("LoRA", "a_init", self.a_init, INITS)
-        object.__setattr__(self, "slices", _ranges(self.slices))
+                fields.check_number(owner, "alpha", alpha)
+        fields.check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
+        fields.check_choice(owner, "a_init", self.a_init, INITS)
+        object.__setattr__(self, "slices", fields.ranges(self.slices))
         if self.slices and self.from_weight:
-            raise ValueError("LoRA: slices go with a random start, without dora and pissa")
+            raise ValueError(f"{owner}: slices go with a random start, without dora and pissa")
 
     @property
     def from_weight(self) -> bool:
@@ -139,7 +140,7 @@ class LoRA:
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if rank > min(fan_in, fan_out):
             raise RecipeError(
-                f"LoRA: rank {rank} at {site.path!r} exceeds min(in, out) = "
+                f"{type(self).__name__}: rank {rank} at {site.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{site.path!r}: {min(fan_in, fan_out)}}}"
             )
@@ -254,30 +255,6 @@ class LoRA:
             x = base.dropout(x.astype(y.dtype), self.dropout, key)
         change = layer.expand(layer.project(x, a), b)
         return self._spread(change, y.shape[-1]) if self.slices else change
-
-
-def _pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """A mapping from patterns, or its items, as pairs."""
-    items = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
-        raise ValueError(f"LoRA: {field}={value!r}, wanted a mapping such as {{'layer_0/**': 4}}")
-    for pattern, _ in items:
-        as_patterns(pattern, f"LoRA {field}")
-    return tuple((pattern, number) for pattern, number in items)
-
-
-def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
-    """Ranges of whole numbers in order, none of them empty or in another."""
-    ranges = tuple(map(tuple, value)) if isinstance(value, tuple | list) else None
-    ends = [end for each in ranges or () for end in each]
-    good = ranges is not None and all(len(each) == 2 for each in ranges)
-    if not good or ends != sorted(ends) or any(a == b or a < 0 for a, b in ranges or ()):
-        raise ValueError(f"LoRA: slices={value!r}, wanted ranges in order such as ((0, 768),)")
-    return ranges or ()
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def linear(site: Site) -> Contraction:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from adapters_jax import attention
 from adapters_jax.attention import AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base
+from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
 from adapters_jax.methods.llama_adapter import grouped
 from adapters_jax.targets import as_patterns
@@ -66,8 +66,8 @@ class PrefixTuning:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "PrefixTuning"))
-        base.check_size("PrefixTuning", "length", self.length)
-        base.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+        fields.check_size("PrefixTuning", "length", self.length)
+        fields.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
 
     def fits(self, site: Site) -> bool:
         """Whether the method can attach there: to every attention module that is known."""
