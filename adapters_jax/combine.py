@@ -113,7 +113,8 @@ def combine(
     ranks = {site: factors[0].shape[-1] for site, factors in made.items()}
     usual = max(ranks.values())
     other = {site: r for site, r in ranks.items() if r != usual}
-    recipe = Recipe(LoRA(tuple(sites), usual, rank_pattern=other))
+    # A model that is itself the layer has the empty path, which is no pattern.
+    recipe = Recipe(LoRA(tuple(site or "**" for site in sites), usual, rank_pattern=other))
     flat = {join(s, "lora", n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
     return Combined(recipe, unflatten(flat), math.sqrt(lost / whole) if whole else 0.0)
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import jax
 import pytest
+from flax import nnx
 
-from benchmarks import __main__, harness, step
+from benchmarks import __main__, harness, llama, step
 from benchmarks.harness import Report, Spread
 
 
@@ -106,6 +107,17 @@ def test_ours_and_by_hand_do_equal_work(case):
         # Ours also has the gradient's norm and keeps the state where it is not finite: work that
         # grows with the adapters alone, a few operations a parameter.
         ours, hand = sides[door, "ours"], sides[door, "by hand"]
+        assert 0 <= ours.flops - hand.flops <= 14 * ours.trainable
+
+
+def test_the_decoder_by_hand_does_equal_work():
+    size = llama.Size(replace(llama.TINY, num_hidden_layers=2), batch=2, length=6)
+    base, ids = llama.Llama(size.config, rngs=nnx.Rngs(0)), size.ids(size.length)
+    for recipe in size.recipes.values():
+        model = llama.adapted(base, recipe)
+        sides = {"ours": llama.ours(model, ids), "by hand": llama.by_hand(model, size.config, ids)}
+        llama.check_equal(sides)
+        ours, hand = sides.values()
         assert 0 <= ours.flops - hand.flops <= 14 * ours.trainable
 
 
