@@ -16,8 +16,9 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.finetune.assets import cached
 from adapters_jax.models import generate as generation
-from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
 from adapters_jax.partition import flatten
 from benchmarks.harness import Report, Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of
@@ -160,6 +161,9 @@ def run_decode(report: Report, size: Size, base: Llama) -> None:
         start = time.perf_counter()
         texts[name] = lowered.compile().as_text()
         report.add("Compiling prefill and decode", model=name, seconds=time.perf_counter() - start)
+    first, second = (nnx.jit(lambda model: model(ids))(models[n]) for n in ("LoRA", "LoRA, merged"))
+    apart = float(jnp.abs(first - second).max() / jnp.abs(first).max())
+    report.claim("logits of LoRA and merged apart, part of the largest logit", apart, 1e-5)
     same = texts["LoRA, merged"] == texts["base"]
     report.claim("programs of base and merged that differ", float(not same), 0.0)
 
@@ -218,7 +222,9 @@ def run_switch(report: Report, size: Size, base: Llama) -> None:
 def run(report: Report, quick: bool) -> None:
     """The whole benchmark; at toy sizes if quick."""
     size = Size(TINY, batch=2, length=8, prompt=4, tokens=3, rounds=2) if quick else Size()
-    base = Llama(size.config, rngs=nnx.Rngs(0))
+    weights = None if quick else cached("smollm2-135m")
+    base = load_llama(weights)[1] if weights else Llama(size.config, rngs=nnx.Rngs(0))
+    report.add("Base", weights="SmolLM2-135M-Instruct" if weights else "random")
     run_steps(report, size, base)
     run_decode(report, size, base)
     run_switch(report, size, base)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import adapters_jax as aj
 from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import (
@@ -324,3 +325,26 @@ def test_minilm_embeddings_agree_with_human_similarity():
     scores = [float(row["score"]) for row in rows]
     assert len(scores) == 1500
     assert spearmanr((first * second).sum(axis=1), scores).statistic >= 0.86
+
+
+def test_merged_is_unmerged_on_minilm():
+    from adapters_jax.finetune.assets import cached
+
+    directory = cached("minilm")
+    if directory is None:
+        pytest.skip("minilm is not in the cache")
+    config, params = load_bert(directory)
+    ids = jnp.asarray(np.random.default_rng(0).integers(1000, 20000, (2, 16)), jnp.int32)
+    recipe = aj.Recipe(aj.LoRA("**/attention/{query,value}", 8)) + aj.DoRA("**/mlp/output/dense", 4)
+    model = aj.adapt(Bert(config), recipe)
+    whole = aj.init_adapters(model, params, jax.random.key(0), ids)
+    adapters, base = aj.partition(whole, recipe)
+    whole = aj.merge_trees(
+        jax.tree.map(lambda x: x + 0.01 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapters),
+        base,
+    )
+    run = jax.jit(Bert(config).apply)
+    unmerged = jax.jit(model.apply)({"params": whole}, ids)
+    assert np.abs(unmerged - run({"params": params}, ids)).max() > 0.1
+    merged = run({"params": aj.merge(model, whole, ids)}, ids)
+    np.testing.assert_allclose(merged, unmerged, atol=1e-5)
