@@ -82,6 +82,30 @@ class Output:
             yield _Bar(bar, title, steps)
 
 
+class Speed:
+    """Tokens a second, from a step that is known to be done: compiling and scoring do not count.
+
+    Args:
+        tokens: of a step, without padding; 0 where there are none to count.
+    """
+
+    def __init__(self, tokens: float):
+        self.tokens = tokens
+        self.first: tuple[int, float] | None = None
+
+    def at(self, step: int) -> str:
+        """The mean speed up to a step, in words; empty before there is one."""
+        now = time.monotonic()
+        first, began = self.first = self.first or (step, now)
+        if not self.tokens or step == first or now == began:
+            return ""
+        return f"{self.tokens * (step - first) / (now - began):,.0f} tokens/s"
+
+    def pause(self) -> None:
+        """Begins anew with the next step."""
+        self.first = None
+
+
 class _Bar:
     """Progress as a live bar."""
 
