@@ -55,7 +55,7 @@ class DecoderJob(Job):
 
     def _base(self) -> Result:
         """The row of the base as it was."""
-        self.output.say("scoring the base")
+        self.output.say("the base as it was:")
         model, problem = self.problem.decoder.model, self.problem
         scores: dict[str, Any] = {part: problem.score_model(model, part) for part in HELD_OUT}
         self.run.log({"method": "base", **scores})
@@ -84,7 +84,7 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Decode
     rows = layout.build(task, output)
     metrics = task.metrics if rows.held_out["dev"].asked else task.metrics[:1]
     model = _adapted(options, decoder)
-    problem = Generation(model, decoder, rows.train, rows.held_out, rows.most, metrics)
+    problem = Generation(model, decoder, rows.train, rows.held_out, rows.most, metrics, output.say)
     text_alone = options.data.text is not None
     config = {
         "kind": "decoder",

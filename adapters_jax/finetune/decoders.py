@@ -30,7 +30,6 @@ class Decoder:
         tokenizer: its own.
         special_tokens: by role, such as `eos_token`, which ends a completion.
         chat_template: jinja source; None where the model has none.
-        max_positions: how many tokens it was trained on at most; None where it does not say.
         sha256: of the weights' files.
     """
 
@@ -40,7 +39,6 @@ class Decoder:
     tokenizer: tokenizers.Tokenizer
     special_tokens: Mapping[str, Any]
     chat_template: str | None
-    max_positions: int | None
     sha256: str
 
     @property
@@ -55,6 +53,14 @@ class Decoder:
         return chat.render(
             self.chat_template, [{"role": "user", "content": content}], **self.special_tokens
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` says of it."""
+        if self.files.is_dir():
+            return huggingface.read_json(self.files / "config.json")
+        words = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
+        ids = {f"{r}_id": self.tokenizer.token_to_id(word) for r, word in words.items() if word}
+        return read_gguf(self.files).config | ids
 
     def tokenizer_config(self) -> dict[str, Any]:
         """What `tokenizer_config.json` says of it."""
@@ -85,10 +91,8 @@ def load_decoder(name: str, dtype: str = "float32") -> Decoder:
             f"{str(files)!r} names no eos_token that its tokenizer has, so that nothing would end "
             f"a completion; write it into {TOKENIZER_CONFIG}"
         )
-    room = opened.config if opened else huggingface.read_json(files / "config.json")
-    positions = room.get("max_position_embeddings")
     config, model = load_llama(opened or files, param_dtype=dtype)
-    return Decoder(files, config, model, tokenizer, special, template, positions, sha256_of(files))
+    return Decoder(files, config, model, tokenizer, special, template, sha256_of(files))
 
 
 def _words_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ class Generation:
         held_out: "dev" and "test".
         most: tokens to learn in any sequence; only their logits are computed.
         metrics: names, the one selected on first.
+        say: told of what takes a while.
         said: what was last generated for each part.
         params: None, since an NNX model holds its own.
     """
@@ -73,6 +74,7 @@ class Generation:
     held_out: Mapping[str, HeldOut]
     most: int
     metrics: Sequence[str]
+    say: Callable[[str], None] = lambda words: None
     said: dict[str, list[str]] = field(default_factory=dict)
     params: None = None
 
@@ -102,6 +104,7 @@ class Generation:
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """Metrics of any decoder of this shape, also of the base itself."""
         rows, (graphdef, state) = self.held_out[part], nnx.split(model)
+        self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
         losses = in_row_order(lambda b: _sums(graphdef, state, b, self.most), rows.batches)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import tyro
 
@@ -19,6 +19,14 @@ from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.rows import DataError
 from adapters_jax.merge import merge
 from adapters_jax.models.llama import Llama, save_llama
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -78,19 +86,21 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: Llama) -> list[st
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
     try:
         beside.chmod(0o755)
-        save_llama(beside, decoder.config, model, **_ids(decoder))
-        decoder.tokenizer.save(str(beside / "tokenizer.json"))
-        text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)
-        (beside / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_llama(beside, decoder.config, model, **decoder.settings())
+        _write_tokenizer(beside, decoder)
         os.rename(beside, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
 
 
-def _ids(decoder: Decoder) -> dict[str, Any]:
-    """The ids of special tokens, as `config.json` has them."""
-    words = ((role, decoder.special_tokens.get(role)) for role in ("bos_token", "eos_token"))
-    ids = {f"{role}_id": decoder.tokenizer.token_to_id(word) for role, word in words if word}
-    positions = decoder.max_positions
-    return ids if positions is None else {**ids, "max_position_embeddings": positions}
+def _write_tokenizer(directory: Path, decoder: Decoder) -> None:
+    """The tokenizer: the base's own files where it has some."""
+    if decoder.files.is_dir():
+        for name in TOKENIZER_FILES:
+            if (decoder.files / name).is_file():
+                shutil.copyfile(decoder.files / name, directory / name)
+        return
+    decoder.tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)
+    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")

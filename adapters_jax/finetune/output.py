@@ -122,13 +122,16 @@ class _Lines:
     def __init__(self, output: Output, title: str, steps: int):
         self.output, self.title, self.steps = output, title, steps
         self.began = self.last = time.monotonic()
+        self.first: tuple[int, float] | None = None  # from there on nothing compiles
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         now, pause = time.monotonic(), NEWS_SECONDS if news else QUIET_SECONDS
+        first, since = self.first = self.first or (step, now)
         if now - self.last < pause and not (news and step == self.steps):
             return
         self.last = now
-        left = (now - self.began) * (self.steps - step) / step
+        pace = (now - since) / (step - first) if step > first else (now - self.began) / step
+        left = pace * (self.steps - step)
         self.output.say(
             f"{self.title}  step {step} of {self.steps}  {note}  "
             + (f"{duration(left)} left" if step < self.steps else duration(now - self.began))

@@ -109,7 +109,9 @@ class Run:
         found = values.get("kind", "encoder")
         if found != kind and found in _OF_KIND:
             command = f"adapters-jax {_COMMANDS[found]}"
-            raise RunError(f"{self.path} is a run on a {found}, not a {kind}; use {command}")
+            raise RunError(
+                f"{self.path} is a run on a base of another kind, {found}; use {command}"
+            )
         needed = _NEEDED | _OF_KIND[kind]
         wrong = [key for key, wanted in needed.items() if type(values.get(key)) is not wanted]
         if wrong or values["format"] != FORMAT:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
@@ -394,21 +394,22 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         directory: an empty one.
         config: the model's.
         model: without adapters; see `adapters_jax.merge`.
-        **more: of `config.json`, such as `eos_token_id`.
+        **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
     """
     tensors = huggingface.to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
     values = {
+        **more,
         **asdict(config),
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
         "torch_dtype": str(next(iter(tensors.values())).dtype),
-        **more,
     }
     text = json.dumps(values, indent=2) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")
-    save_file(tensors, Path(directory, "model.safetensors"), {"format": "pt"})
+    path = Path(directory, "model.safetensors")
+    path.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def _read(
