@@ -19,6 +19,8 @@ from typing import Any
 COMMANDS = {
     "finetune": ("adapters_jax.finetune.run", "Finetune"),
     "predict": ("adapters_jax.finetune.predict", "Predict"),
+    "generate": ("adapters_jax.finetune.generate", "Generate"),
+    "merge": ("adapters_jax.finetune.merge", "Merge"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
 }
 HELP = """\
@@ -27,13 +29,17 @@ usage: adapters-jax COMMAND [FLAGS]
 Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
-  finetune   train adapters on labelled texts, and compare them with baselines
+  finetune   train adapters on texts and labels, or prompts and completions; compare with baselines
   predict    label texts with a finished run
+  generate   complete prompts with a finished run
+  merge      fold a finished run's LoRA into a Hugging Face checkpoint
   audit      count what a recipe adds to a model and trains in it
 
 examples:
   adapters-jax finetune
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
+  adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
+  adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import write_model, write_reviews
 
 from adapters_jax.cli import COMMANDS, main
-from adapters_jax.finetune import training
+from adapters_jax.finetune.classification import Classification
 from adapters_jax.finetune.runs import Run
 
 
@@ -178,7 +178,7 @@ AUDIT = "audit --model bert-base"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("fintune", "no such command; there are finetune, predict, audit"),
+        ("fintune", "no such command; there are finetune, predict, generate, merge, audit"),
         (f"{AUDIT} --rnk 3", "Unrecognized options: --rnk, 3 Perhaps you meant: --rank INT"),
         (f"{AUDIT} --rank x", "Error parsing --rank: no type matching INT could be instantiated"),
         (f"{AUDIT} --rank 3", "--rank: no field of --method houlsby; its fields are --targets, "),
@@ -234,7 +234,11 @@ def test_a_mistake_is_one_line(mistake, monkeypatch, words, message):
     ("name", "content", "message"),
     [
         ("column.csv", b"text,stars\na,1\n", "column.csv: no column 'label'; the columns are"),
-        ("empty.csv", b"text,label\na,1\n,0\nb,0\n", "1 row has no text or no label: line 3"),
+        (
+            "empty.csv",
+            b"text,label\na,1\n,0\nb,0\n",
+            "1 row has no text or label: line 3",
+        ),
         ("latin.csv", b"text,label\ncaf\xe9,1\n", "latin.csv, line 2: byte 0xe9 at offset 14"),
         ("none.csv", b"", "none.csv: the file is empty"),
         ("one.csv", b"text,label\na,1\nb,1\n", "every label is '1'; classification needs"),
@@ -328,7 +332,7 @@ def test_a_missing_extra_is_one_line(mistake, monkeypatch):
 
 
 def test_our_own_errors_keep_their_traceback(say, monkeypatch):
-    monkeypatch.setattr(training.Scorer, "score", lambda *_: 1 / 0)
+    monkeypatch.setattr(Classification, "score", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         say(f"{TRAIN} --method head-only --name broken --no-baselines --epochs 1")
 
@@ -337,6 +341,6 @@ def test_interrupting_is_one_line_and_130(say, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Scorer, "score", interrupt)
+    monkeypatch.setattr(Classification, "score", interrupt)
     status, _, err = say(f"{TRAIN} --method head-only --name stopped --no-baselines --epochs 1")
     assert (status, err) == (130, "adapters-jax finetune: interrupted\n")

@@ -108,18 +108,18 @@ def test_texts_without_labels(write):
         (
             "a.csv",
             "text,label\na,1\nb, \n  ,1\n\nc,2\n",
-            "a.csv: 3 rows have no text or no label: lines 3, 4, 5; fill them in or remove them",
+            "a.csv: 3 rows have no text or label: lines 3, 4, 5; fill them in or remove them",
         ),
         (
             "a.csv",
             "text,label\n" + "a,\n" * 12,
-            "a.csv: 12 rows have no text or no label: lines 2, 3, 4, 5, 6 and 7 more; "
+            "a.csv: 12 rows have no text or label: lines 2, 3, 4, 5, 6 and 7 more; "
             "fill them in or remove them",
         ),
         (
             "a.jsonl",
             lines_of([{"text": "a", "label": 1}, {"text": ["b"], "label": 1}, {"text": "c"}]),
-            "a.jsonl: 2 rows have no text or no label: lines 2, 3; fill them in or remove them",
+            "a.jsonl: 2 rows have no text or label: lines 2, 3; fill them in or remove them",
         ),
         (
             "a.csv",

@@ -16,6 +16,7 @@ from tiny import write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.cli import main
+from adapters_jax.finetune.classification import Classification
 from adapters_jax.finetune.head import FeatureBatches, Head
 from adapters_jax.finetune.metrics import compute
 from adapters_jax.finetune.optimizers import OptimizerOptions
@@ -27,7 +28,7 @@ from adapters_jax.finetune.runs import Run, run_name
 from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.tasks import load_task
-from adapters_jax.finetune.training import Problem, in_row_order
+from adapters_jax.finetune.training import in_row_order
 from adapters_jax.partition import flatten
 
 
@@ -202,13 +203,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
 
 
 def test_the_best_adapter_outlives_a_loss_that_is_not_finite(place, monkeypatch):
-    rows = Problem.batch
+    rows = Classification.batch
 
     def poisoned(self, step):
         batch = rows(self, step)
         return {**batch, "weight": batch["weight"] * np.float32("nan" if step == 13 else 1)}
 
-    monkeypatch.setattr(Problem, "batch", poisoned)
+    monkeypatch.setattr(Classification, "batch", poisoned)
     flags = ("--method", "head-only", "--epochs", 2, "--limit", 160, "--no-baselines")
     status, _, run, said = finetune(place, *flags, "--name", "poisoned")
     assert status == 2
@@ -320,7 +321,7 @@ def test_filler_rows_do_not_count():
     model, target = aj.adapt(Head(2), aj.full()), Target(("no", "yes"))
     params = model.init(jax.random.key(0), rows)["params"]
     batches = FeatureBatches(rows, labels, 4, seed=None)
-    problem = Problem(model, params, ("features",), target, batches, {}, {}, ())
+    problem = Classification(model, params, ("features",), target, batches, {}, {}, ())
     losses = target.losses(model.apply({"params": params}, rows), labels)
     for step, part in enumerate((slice(0, 4), slice(4, 5))):
         loss = problem.loss(params, problem.batch(step), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""A tiny random BERT with a tokenizer, and rows it can learn, for tests of the application."""
+"""A tiny random BERT, a tiny Llama, and rows they can learn, for tests of the application."""
 
 import dataclasses
 import json
@@ -7,10 +7,12 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from adapters_jax.models.bert import NAMES, Bert, BertConfig
+from adapters_jax.models.llama import Llama, LlamaConfig, save_llama
 from adapters_jax.partition import flatten
 
 GOOD, BAD = ("good", "fine", "lovely"), ("bad", "poor", "dull")
@@ -47,6 +49,50 @@ def write_model(directory, seed=0, **settings):
     )
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+CHAT = "{% for m in messages %}<user>{{ m.content }}{{ eos_token }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<bot>{% endif %}"
+FOODS = ("French", "Thai", "Greek", "Dutch")
+SPOKEN = ("[UNK]", "<end>", "<user>", "<bot>", "food", "It", "is", "serves", "dishes", *FOODS)
+LLAMA = LlamaConfig(
+    vocab_size=len(SPOKEN),
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+    tie_word_embeddings=True,
+)
+
+
+def write_llama(directory, seed=0, chat_template=CHAT, **settings):
+    """A random checkpoint in Hugging Face's layout, with a tokenizer of whole words that chats."""
+    directory.mkdir(parents=True)
+    config = dataclasses.replace(LLAMA, **settings)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(seed).normal
+    state = jax.tree.map(lambda x: jnp.asarray(draw(0, 0.15, x.shape), x.dtype), nnx.state(model))
+    nnx.update(model, state)
+    save_llama(directory, config, model, max_position_embeddings=64)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPOKEN)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<end>", "<user>", "<bot>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    words = {"eos_token": {"content": "<end>"}, "chat_template": chat_template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(words))
+    return directory
+
+
+def write_meanings(path, rows=120):
+    """Prompts, whose completion is told by one word."""
+    lines = ["mr,ref"]
+    for i in range(rows):
+        food = FOODS[i % len(FOODS)]
+        lines.append(f"{'food ' * (1 + i // 4 % 6)}{food},It serves {food} dishes")
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def write_reviews(path, rows=480, seed=0):

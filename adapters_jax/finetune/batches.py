@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+NOTHING = -1  # the label of a token that nothing is to be learnt of
 
 
 class Row(NamedTuple):
@@ -64,7 +67,7 @@ def encode(
 
 
 def choose_buckets(
-    rows: Sequence[Row], max_length: int, batch_size: int, count: int = 4
+    rows: Sequence[Any], max_length: int, batch_size: int, count: int = 4
 ) -> tuple[int, ...]:
     """Few bucket widths that leave little padding on `rows`.
 
@@ -117,7 +120,8 @@ class Batches:
     weight is 0. Iterating gives the first epoch.
 
     Args:
-        rows: as `encode` returns them.
+        rows: as `encode` returns them; or other named tuples of int32 arrays `(length,)`, one of
+            them `input_ids`, of which the batch then has each.
         labels: class ids or floats, `(rows,)`; integers become int32, others float32. None for
             texts without labels: batches then have no `labels`.
         batch_size: rows a batch.
@@ -140,7 +144,7 @@ class Batches:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         labels: ArrayLike | None,
         batch_size: int,
         seed: int | None,
@@ -173,7 +177,7 @@ class Batches:
     @classmethod
     def in_order(
         cls,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         labels: ArrayLike | None,
         batch_size: int,
         buckets: Sequence[int] | None = None,
@@ -223,12 +227,13 @@ class Batches:
         rows = [self.rows[i] for i in taken]
         width = self.buckets[self._bucket_of[real[0]]]
         weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
+        fills = {"input_ids": self.pad_id, "labels": NOTHING}
         batch = {
-            "input_ids": _padded([row.input_ids for row in rows], width, self.pad_id),
-            "attention_mask": _padded([np.ones_like(row.input_ids) for row in rows], width, 0),
-            "token_type_ids": _padded([row.token_type_ids for row in rows], width, 0),
-            "weight": weight,
+            name: _padded([getattr(row, name) for row in rows], width, fills.get(name, 0))
+            for name in rows[0]._fields
         }
+        batch["attention_mask"] = _padded([np.ones_like(row.input_ids) for row in rows], width, 0)
+        batch["weight"] = weight
         if self.labels is not None:
             batch["labels"] = self.labels[taken]
         if self._ordered:
@@ -261,7 +266,7 @@ def _padded(arrays: list[np.ndarray], width: int, fill: int) -> np.ndarray:
     return out
 
 
-def _lengths(rows: Sequence[Row]) -> np.ndarray:
+def _lengths(rows: Sequence[Any]) -> np.ndarray:
     if not rows:
         raise ValueError("there are no rows to batch; give at least one")
     return np.array([len(row.input_ids) for row in rows])

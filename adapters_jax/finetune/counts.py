@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -15,10 +14,9 @@ from flax import nnx
 
 from adapters_jax.adapt import adapt
 from adapters_jax.audit import audit
-from adapters_jax.finetune import assets
+from adapters_jax.finetune.bases import read_config
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.interop import huggingface
 from adapters_jax.linen import init_adapters
 from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import ROBERTA_TYPES, Bert, BertConfig
@@ -53,7 +51,8 @@ class CountParameters:
     """Counts what a recipe adds to a model and trains in it, adapter by adapter; needs no weights.
 
     Args:
-        model: a known shape, a directory with config.json, or an id on the Hugging Face Hub.
+        model: a known shape such as bert-base, a pinned model, a directory with config.json, a GGUF
+            file, or an id on the Hugging Face Hub.
         method: the recipe.
         json: print the counts as JSON.
     """
@@ -88,7 +87,8 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
     """The audit of a model by name, without its weights.
 
     Args:
-        name: a key of `KNOWN`, "minilm", a directory with `config.json`, or an id on the Hub.
+        name: a key of `KNOWN`, a pinned asset, a directory with `config.json`, a GGUF file, or an
+            id on the Hub.
         method: the recipe; encoders have no head here.
 
     Raises:
@@ -113,29 +113,11 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
 
 
 def shape_of(name: str) -> tuple[Any, tuple[Any, ...]]:
-    """A model and example inputs, by the name of a known shape or by a `config.json`."""
+    """A model and example inputs, by the name of a known shape or by a configuration."""
     if name in KNOWN:
         return KNOWN[name]()
-    values = huggingface.read_json(_config_file(name))
+    values = read_config(name)
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{name!r} is a {family!r} model; there are {', '.join(FAMILIES)}")
     return FAMILIES[family](values), (np.zeros((1, 8), np.int32),)
-
-
-def _config_file(name: str) -> Path:
-    """The model's `config.json`: in its directory, or alone from the Hub."""
-    directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    if (directory / "config.json").is_file():
-        return directory / "config.json"
-    if directory.is_dir():
-        raise ValueError(f"{name!r} has no config.json")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such id, no network
-        raise ValueError(
-            f"{name!r} is neither a known shape ({', '.join(KNOWN)}), nor a directory, nor a model "
-            f"that the Hugging Face Hub gives: {error}"
-        ) from error

@@ -149,10 +149,40 @@ def split(
         >>> [len(part) for part in split(data, seed=0)]
         [32, 4, 4]
     """
+    keys = [key_of(*pair) for pair in dataset.texts]
+    strata = [0] * len(dataset) if dataset.is_regression else dataset.labels.tolist()
+    train_rows, dev_rows, test_rows = split_rows(keys, strata, seed, dev, test)
+    return dataset.take(train_rows), dataset.take(dev_rows), dataset.take(test_rows)
+
+
+def split_rows(
+    keys: Sequence[str], strata: Sequence[int], seed: int, dev: float, test: float
+) -> tuple[list[int], list[int], list[int]]:
+    """The numbers of the rows of train, dev and test; see `split`.
+
+    Args:
+        keys: rows of one key stay together; see `key_of`.
+        strata: rows of each are split in the same proportions; a group is of its first row's.
+        seed: of the choice.
+        dev: fraction of the rows.
+        test: fraction of the rows.
+
+    Returns:
+        Three ascending lists.
+
+    Raises:
+        DataError: as for `split`.
+        ValueError: likewise.
+
+    Example:
+        >>> train, dev, test = split_rows(["a", "b", "b", "a"], [0] * 4, seed=0, dev=0.5, test=0)
+        >>> sorted([train, dev]), test
+        ([[0, 3], [1, 2]], [])
+    """
     if min(dev, test) < 0 or dev + test >= 1:
         raise ValueError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
     chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
-    for groups in _strata(dataset, seed):
+    for groups in _groups(keys, strata, seed):
         rows = sum(map(len, groups))
         room = {"test": int(rows * test + 1e-9), "dev": int(rows * dev + 1e-9), "train": rows}
         for group in groups:
@@ -162,22 +192,40 @@ def split(
     for part, fraction in (("dev", dev), ("test", test)):
         if fraction and not chosen[part]:
             raise DataError(
-                f"{len(dataset)} rows are too few to hold out {fraction:g} of them for {part}; "
+                f"{len(keys)} rows are too few to hold out {fraction:g} of them for {part}; "
                 f"give a {part} file or more rows"
             )
-    train_rows, dev_rows, test_rows = (sorted(chosen[p]) for p in ("train", "dev", "test"))
-    return dataset.take(train_rows), dataset.take(dev_rows), dataset.take(test_rows)
+    return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
 
 
-def _strata(dataset: Dataset, seed: int) -> Iterable[list[list[int]]]:
-    """For each class, its groups of rows of one text, in an order drawn by the seed."""
+def key_of(*texts: str | None) -> str:
+    """What texts that differ in case and spacing alone have in common.
+
+    Example:
+        >>> key_of("A  film", None)
+        'a film'
+    """
+    return "\t".join(" ".join(text.casefold().split()) for text in texts if text is not None)
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """The numbers of at most so many rows, evenly spread: files are often sorted.
+
+    Example:
+        >>> spread(10, 4), spread(3, 4), spread(2, None)
+        ([0, 2, 5, 7], [0, 1, 2], [0, 1])
+    """
+    most = count if most is None else min(most, count)
+    return [i * count // most for i in range(most)]
+
+
+def _groups(keys: Sequence[str], strata: Sequence[int], seed: int) -> Iterable[list[list[int]]]:
+    """For each stratum, its groups of rows of one text, in an order drawn by the seed."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for row, pair in enumerate(dataset.texts):
-        words = [" ".join(text.casefold().split()) for text in pair if text is not None]
-        groups["\t".join(words)].append(row)
-    strata: dict[int, list[list[int]]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        groups[key].append(row)
+    chosen: dict[int, list[list[int]]] = defaultdict(list)
     # A hash, not a random generator: the split outlives changes of numpy and of the rows' order.
     for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
-        label = 0 if dataset.is_regression else int(dataset.labels[groups[key][0]])
-        strata[label].append(groups[key])
-    return strata.values()
+        chosen[strata[groups[key][0]]].append(groups[key])
+    return chosen.values()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tokenizers
 
-from adapters_jax.finetune import assets
+from adapters_jax.finetune.bases import locate, read_tokenizer, sha256_of
 from adapters_jax.finetune.batches import Batches, Row, encode
 from adapters_jax.finetune.rows import Texts
-from adapters_jax.interop import huggingface
 from adapters_jax.models.bert import BertConfig, load_bert
 from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import merge_trees, partition
@@ -86,31 +83,9 @@ def load_encoder(name: str, pooling: str = "mean", dtype: str = "float32") -> En
         ValueError: files are absent, or the checkpoint is of another architecture.
         AssetError: the pinned asset could not be fetched.
     """
-    directory = huggingface.resolve(assets.fetch(name) if name in assets.ASSETS else name)
+    directory = locate(name)
     config, params = load_bert(directory, pooler=pooling == "pooler")
-    return Encoder(config, params, _tokenizer(directory), pooling, dtype, _sha256(directory))
-
-
-def _tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        )
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{str(path)!r} is not a tokenizer: {error}") from error
-
-
-def _sha256(directory: Path) -> str:
-    """One hash of all the weights' files."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return Encoder(config, params, read_tokenizer(directory), pooling, dtype, sha256_of(directory))
 
 
 def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 
 from adapters_jax.adapt import adapt
 from adapters_jax.finetune.batches import Batches as TextBatches
+from adapters_jax.finetune.classification import Classification
 from adapters_jax.finetune.encoders import Encoder
 from adapters_jax.finetune.recipes import head_only
-from adapters_jax.finetune.training import Batch, Batches, Problem, in_row_order
+from adapters_jax.finetune.training import Batch, Batches, in_row_order
 
 
 class Head(nn.Module):
@@ -84,7 +85,9 @@ def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batch
     )
 
 
-def head_problem(problem: Problem, encoder: Encoder, train: TextBatches, seed: int) -> Problem:
+def head_problem(
+    problem: Classification, encoder: Encoder, train: TextBatches, seed: int
+) -> Classification:
     """A problem's frozen base with a trained head, as a problem of its own on cached features.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,21 @@ import jax
 
 from adapters_jax.audit import audit
 from adapters_jax.files import save_adapter
-from adapters_jax.finetune.batches import Batches
-from adapters_jax.finetune.encoders import Encoder
-from adapters_jax.finetune.head import head_problem
-from adapters_jax.finetune.metrics import compute
 from adapters_jax.finetune.optimizers import OptimizerOptions
-from adapters_jax.finetune.output import Meter, Output, duration
-from adapters_jax.finetune.recipes import HEAD_ONLY, head_only
+from adapters_jax.finetune.output import Meter, Output, Speed, duration
 from adapters_jax.finetune.report import draw_curves, results_table, write_report
 from adapters_jax.finetune.runs import Run
-from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.finetune.training import (
     NotFiniteError,
     Problem,
     Record,
-    Scorer,
     StoppedError,
     Trained,
     train,
 )
 from adapters_jax.state import TrainState
+
+Result = dict[str, Any]  # a row of the results' table
 
 
 @dataclass(frozen=True)
@@ -44,9 +39,6 @@ class Job:
         optimizer: how, with a learning rate and epochs.
         seed: of dropout and of the baseline's order.
         baselines: whether to compare.
-        task: the rows as text.
-        encoder: the base.
-        in_order: the training rows in order.
         config: what `config.json` says.
         output: where words go.
         began: when, in seconds of `time.perf_counter`.
@@ -58,9 +50,6 @@ class Job:
     optimizer: OptimizerOptions
     seed: int
     baselines: bool
-    task: TaskData
-    encoder: Encoder
-    in_order: Batches
     config: dict[str, Any]
     output: Output
     began: float
@@ -71,11 +60,12 @@ class Job:
         Raises:
             StoppedError: a loss was not finite; the last good adapter is on disk.
         """
-        model, steps = self.problem.model, self.optimizer.steps(len(self.problem.train))
-        counts = audit(model, self.problem.params, self.optimizer.make(steps, model.recipe))
+        steps = self.optimizer.steps(len(self.problem.train))
+        tx = self.optimizer.make(steps, self.problem.recipe)
+        counts = audit(self.problem.model, self.problem.params, tx)
         self.output.show(counts)
         try:
-            found, results = self._train_all()
+            found, results = self.train_all()
         except NotFiniteError as error:
             raise self._stopped(error) from error
         summary: dict[str, Any] = {
@@ -105,67 +95,49 @@ class Job:
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
 
-    def _train_all(self) -> tuple[Trained, list[dict[str, Any]]]:
-        """The method and then its baselines: what it found, and the rows of the results' table."""
+    def train_all(self) -> tuple[Trained, list[Result]]:
+        """The method and its baselines: what it found, and the rows of the results' table."""
+        raise NotImplementedError
 
-        def save(state: TrainState) -> None:
-            save_adapter(self.run.adapter, state)
+    def save(self, state: TrainState) -> None:
+        """Keeps a state's adapter as the run's."""
+        save_adapter(self.run.adapter, state)
 
-        alone = self.problem.model.recipe == head_only()
-        problem = self._head_only() if alone else self.problem
-        found, row = self._train(self.title, problem, self.optimizer, save)
-        rows = [row]
-        if self.baselines and not alone:
-            size = self.optimizer.batch_size
-            optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
-            rows.insert(0, self._train(HEAD_ONLY, self._head_only(), optimizer)[1])
-        if self.baselines:
-            rows.insert(0, self._constant())
-        return found, rows
-
-    def _head_only(self) -> Problem:
-        self.output.say("computing the frozen base's features, once for all epochs of its head")
-        return head_problem(self.problem, self.encoder, self.in_order, self.seed)
-
-    def _train(
+    def train(
         self,
         title: str,
         problem: Problem,
         optimizer: OptimizerOptions,
         on_best: Callable[[TrainState], None] = lambda state: None,
-    ) -> tuple[Trained, dict[str, Any]]:
-        """One training, logged, and tested once with its best adapters."""
-        scorer, key = Scorer(problem), jax.random.fold_in(jax.random.key(self.seed), 1)
+        tokens: int = 0,
+    ) -> tuple[Trained, Result]:
+        """One training, logged, and tested once with its best adapters; `tokens` are an epoch's."""
+        key = jax.random.fold_in(jax.random.key(self.seed), 1)
         with self.output.progress(title, optimizer.steps(len(problem.train))) as meter:
-            log = self._logger(title, problem.metrics[0], meter)
-            found = train(problem, optimizer, key, scorer=scorer, on_record=log, on_best=on_best)
-        test = scorer.score(found.best, "test")
+            speed = Speed(tokens / len(problem.train))
+            log = self._logger(title, problem.metrics[0], meter, speed)
+            found = train(problem, optimizer, key, on_record=log, on_best=on_best)
+        test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
         return found, row
 
-    def _logger(self, title: str, metric: str, meter: Meter) -> Callable[[Record], None]:
+    def _logger(
+        self, title: str, metric: str, meter: Meter, speed: Speed
+    ) -> Callable[[Record], None]:
         """Takes records to the run's metrics and to the progress that is shown."""
-        notes = {"loss": "", "dev": ""}
+        notes = {"loss": "", "speed": "", "dev": ""}
 
         def log(record: Record) -> None:
             self.run.log({"method": title, **record})
             if "dev" in record:
                 notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
+                speed.pause()
             else:
                 notes["loss"] = f"loss {record['loss']:.3f}"
+                notes["speed"] = speed.at(record["step"]) or notes["speed"]
             words = "  ".join(filter(None, notes.values()))
             meter.update(record["step"], words, news="dev" in record)
 
         return log
-
-    def _constant(self) -> dict[str, Any]:
-        """The row of the best constant prediction."""
-        target, train, metrics = self.problem.target, self.task.train, self.problem.metrics
-        scores: Mapping[str, Any] = {
-            part: compute(metrics, target.constant(train, len(labels)), labels)
-            for part, labels in self.problem.labels.items()
-        }
-        title = "majority class" if target.names else "mean"
-        return {"method": title, "trainable_parameters": 0, **scores}

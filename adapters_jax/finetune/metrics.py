@@ -1,11 +1,11 @@
-"""Metrics of classification and regression on numpy predictions.
+"""Metrics: of classes and numbers that were predicted, and of text that was generated.
 
 Every metric is defined for constant predictions: a correlation, and Matthews' too, is then 0.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -115,6 +115,58 @@ def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
     if _constant(predictions) or _constant(labels):
         return 0.0
     return float(spearmanr(predictions, labels).statistic)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """The exponential of the mean negative log-likelihood of a token.
+
+    Args:
+        nll: summed over the tokens, in nats.
+        tokens: how many.
+
+    Returns:
+        At least 1, and infinity where it is too large for a number.
+
+    Example:
+        >>> round(perplexity(nll=2 * np.log(5.0), tokens=2), 3)
+        5.0
+    """
+    return float(np.exp(min(nll / tokens, 709.0))) if np.isfinite(nll) else float("inf")
+
+
+def exact_match(generated: Sequence[str], references: Sequence[Collection[str]]) -> float:
+    """The fraction of texts that equal one of their references, but for spacing.
+
+    Args:
+        generated: a text a row.
+        references: a row's texts that are right.
+
+    Returns:
+        A number in [0, 1].
+
+    Example:
+        >>> exact_match(["a  b", "c"], [["a b", "b a"], ["d"]])
+        0.5
+    """
+
+    def words(text: str) -> str:
+        return " ".join(text.split())
+
+    hits = [words(g) in map(words, r) for g, r in zip(generated, references, strict=True)]
+    return float(np.mean(hits))
+
+
+LOWER_IS_BETTER = ("perplexity",)
+
+
+def better(name: str, new: float, old: float) -> bool:
+    """Whether a value of a metric is better than another one.
+
+    Example:
+        >>> better("accuracy", 0.9, 0.8), better("perplexity", 9.0, 8.0)
+        (True, False)
+    """
+    return new < old if name in LOWER_IS_BETTER else new > old
 
 
 METRICS = {function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)}

@@ -20,12 +20,12 @@ class OptimizerOptions:
 
     Args:
         learning_rate: the highest one; by default the method's own.
-        head_learning_rate: of the head, which starts from nothing; by default 0.01, of full and
-            last-layers 0.001, of head-only --learning-rate.
+        head_learning_rate: of an encoder's head, which starts from nothing; by default 0.01, of
+            full and last-layers 0.001, of head-only --learning-rate.
         epochs: passes over the training rows, also a fraction; by default 3, of head-only 20, on
             the movie reviews 1.5.
-        dropout: of the base; by default none, and of full and last-layers the checkpoint's own.
-        batch_size: rows a step.
+        dropout: of an encoder; by default none, and of full and last-layers the checkpoint's own.
+        batch_size: rows a step, of a decoder packed sequences; by default 32, of a decoder 4.
         accumulate: parts that a batch is computed in, one after the other, to save memory.
         weight_decay: on everything trained but biases and layer norms.
         warmup: fraction of the steps that the learning rate rises over.
@@ -37,7 +37,7 @@ class OptimizerOptions:
     head_learning_rate: float | None = None
     epochs: float | None = None
     dropout: float | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     accumulate: int = 1
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -46,7 +46,8 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "evaluations"):
-            check_size("the optimizer", flag(name), getattr(self, name))
+            if getattr(self, name) is not None:
+                check_size("the optimizer", flag(name), getattr(self, name))
         for name in ("learning_rate", "head_learning_rate", "epochs"):
             if getattr(self, name) is not None:
                 check_number("the optimizer", flag(name), getattr(self, name))
@@ -54,21 +55,29 @@ class OptimizerOptions:
             check_number("the optimizer", flag(name), getattr(self, name), high=high, closed=True)
         if self.dropout is not None:
             check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
-        if self.batch_size % self.accumulate:
+        if self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
 
     def of(self, method: str) -> "OptimizerOptions":
-        """With the method's own learning rates, epochs and dropout where none are given."""
+        """An encoder's training by a method: its own values where none are given."""
         preset = PRESETS[method]
         rate = self.learning_rate or preset.learning_rate
         return dataclasses.replace(
-            self,
-            learning_rate=rate,
+            self.of_decoder(method, batch_size=32),
             head_learning_rate=self.head_learning_rate or preset.head_learning_rate or rate,
-            epochs=self.epochs or preset.epochs,
             dropout=preset.dropout if self.dropout is None else self.dropout,
+        )
+
+    def of_decoder(self, method: str, batch_size: int = 4) -> "OptimizerOptions":
+        """A decoder's training by a method, likewise; it has no head and no dropout."""
+        preset = PRESETS[method]
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate or preset.learning_rate,
+            epochs=self.epochs or preset.epochs,
+            batch_size=self.batch_size or batch_size,
         )
 
     def steps(self, epoch: int) -> int:
@@ -95,9 +104,9 @@ class OptimizerOptions:
             schedule = self.schedule(steps, peak or 0.0)
             return optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
 
-        tx = freeze_base(
-            adamw(self.learning_rate), recipe, {f"{HEAD}/**": adamw(self.head_learning_rate)}
-        )
+        rate = self.head_learning_rate
+        groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
+        tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
 
 

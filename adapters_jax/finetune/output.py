@@ -82,6 +82,30 @@ class Output:
             yield _Bar(bar, title, steps)
 
 
+class Speed:
+    """Tokens a second, from a step that is known to be done: compiling and scoring do not count.
+
+    Args:
+        tokens: of a step, without padding; 0 where there are none to count.
+    """
+
+    def __init__(self, tokens: float):
+        self.tokens = tokens
+        self.first: tuple[int, float] | None = None
+
+    def at(self, step: int) -> str:
+        """The mean speed up to a step, in words; empty before there is one."""
+        now = time.monotonic()
+        first, began = self.first = self.first or (step, now)
+        if not self.tokens or step == first or now == began:
+            return ""
+        return f"{self.tokens * (step - first) / (now - began):,.0f} tokens/s"
+
+    def pause(self) -> None:
+        """Begins anew with the next step."""
+        self.first = None
+
+
 class _Bar:
     """Progress as a live bar."""
 
@@ -98,13 +122,16 @@ class _Lines:
     def __init__(self, output: Output, title: str, steps: int):
         self.output, self.title, self.steps = output, title, steps
         self.began = self.last = time.monotonic()
+        self.first: tuple[int, float] | None = None  # from there on nothing compiles
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         now, pause = time.monotonic(), NEWS_SECONDS if news else QUIET_SECONDS
+        first, since = self.first = self.first or (step, now)
         if now - self.last < pause and not (news and step == self.steps):
             return
         self.last = now
-        left = (now - self.began) * (self.steps - step) / step
+        pace = (now - since) / (step - first) if step > first else (now - self.began) / step
+        left = pace * (self.steps - step)
         self.output.say(
             f"{self.title}  step {step} of {self.steps}  {note}  "
             + (f"{duration(left)} left" if step < self.steps else duration(now - self.began))

@@ -13,7 +13,7 @@ from adapters_jax.files import load_adapter
 from adapters_jax.finetune.batches import choose_buckets
 from adapters_jax.finetune.encoders import INPUTS, Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.rows import DataError, Texts
-from adapters_jax.finetune.runs import Run, RunError, target_of
+from adapters_jax.finetune.runs import Run, check_base, target_of
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.training import in_row_order
 from adapters_jax.linen import Adapted
@@ -113,11 +113,6 @@ def load_predictor(path: str | Path) -> Predictor:
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
     model, params = load_adapter(run.adapter, encoder.classifier(target.width), params, ids)
-    if encoder.sha256 != config["base_sha256"]:
-        raise RunError(
-            f"the weights of {config['model']} are not those that {run.path} was trained on: their "
-            f"sha256 is {encoder.sha256[:12]}..., was {config['base_sha256'][:12]}...; put those "
-            "back, or train anew"
-        )
+    check_base(run, config, encoder.sha256)
     params = store_frozen(params, model.recipe, config["dtype"])
     return Predictor(encoder, model, params, target, config["max_length"], config["pairs"])

@@ -49,7 +49,22 @@ def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
     return recipes.last_layers(layers, **fields)
 
 
+def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """In all but the lowest two layers, as in the paper."""
+    last = max(num_layers - 2, 1) if last is None else last
+    targets = f"{layer}/attention"
+    return recipes.llama_adapter(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
+def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """In all layers, as in the paper."""
+    fields["length"] = fields.pop("prompt_length", 20)
+    last, targets = last or num_layers, f"{layer}/attention"
+    return recipes.prefix_tuning(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
+_PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized", "rank_pattern", "alpha_pattern")
 
@@ -58,13 +73,24 @@ PRESETS = {
     "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
     "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
     "lora": Preset(recipes.lora, _LORA, 2e-3),
+    "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
+    "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(recipes.bitfit, (), 2e-3),
     "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
     "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
     HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
 MethodName = Literal[
-    "houlsby", "pfeiffer", "parallel", "lora", "bitfit", "last-layers", "full", "head-only"
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "lora",
+    "llama-adapter",
+    "prefix-tuning",
+    "bitfit",
+    "last-layers",
+    "full",
+    "head-only",
 ]
 
 
@@ -78,7 +104,8 @@ class MethodOptions:
         bottleneck_dim: width m of bottleneck adapters; 64 by default.
         reduction_factor: m as a fraction of the model's width, d / reduction_factor.
         activation: between the projections of a bottleneck: gelu, relu, silu, tanh, ...
-        init_std: standard deviation that bottleneck kernels start with; 0.01 by default.
+        init_std: standard deviation that bottleneck kernels start with, 0.01 by default, or that
+            prompts start with, 1 for llama-adapter and 0.02 for prefix-tuning.
         scale: factor on a bottleneck's branch; 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         rank: r of LoRA; 8 by default.
@@ -90,6 +117,10 @@ class MethodOptions:
         adapter_dropout: of a bottleneck's inner activations, or of LoRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
         layers: how many layers last-layers trains; 2 by default.
+        prompt_length: tokens of a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
+        last: how many layers have prompts, from the top; all, for llama-adapter all but two.
+        gate: of llama-adapter: one for every "head", or one for the "layer".
+        gate_activation: of llama-adapter: tanh or identity.
     """
 
     method: MethodName = "houlsby"
@@ -109,6 +140,10 @@ class MethodOptions:
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()
     layers: int | None = None
+    prompt_length: int | None = None
+    last: int | None = None
+    gate: str | None = None
+    gate_activation: str | None = None
 
     @property
     def title(self) -> str:
@@ -122,7 +157,7 @@ class MethodOptions:
 
         Args:
             head: path of the task's head, which always trains.
-            num_layers: of the model, for last-layers.
+            num_layers: of the model, for methods that count layers.
             layer: pattern of one layer of the model, with `{}` for its number.
 
         Raises:
@@ -148,7 +183,7 @@ class MethodOptions:
             )
         if "adapter_dropout" in fields:
             fields["dropout"] = fields.pop("adapter_dropout")
-        if self.method == "last-layers":
+        if self.method in ("last-layers", "llama-adapter", "prefix-tuning"):
             fields |= {"num_layers": num_layers, "layer": layer}
         return preset.make(**fields, head=head)
 

@@ -21,7 +21,8 @@ from adapters_jax.finetune.runs import Run
 from adapters_jax.summary import HEADERS, Audit
 
 BLUE, GREY = "#0f62a8", "#6b7280"
-PERCENT = ("accuracy", "f1")
+PERCENT = ("accuracy", "f1", "exact_match")
+SAMPLE_HEADER = ("prompt", "reference", "generated")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
 NUMBER = ' class="number"'
 
@@ -119,14 +120,16 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
     summary = config["summary"]
     title = f"{config['task']}: {summary['results'][-1]['method']} on {Path(config['model']).name}"
     picture = base64.b64encode(run.curves.read_bytes()).decode()
+    samples = [[s["prompt"], s["completion"], s["generated"]] for s in _samples(summary)]
     sections = {
         "Results": _table(*results_table(summary["results"], config["metrics"]), words=1)
         + _paragraph(_sentence(config)),
         "Curves": '<div class="wide"><img alt="Training loss and dev metric over the steps" '
         f'src="data:image/png;base64,{picture}"></div>',
+        **({"Samples": _table([*SAMPLE_HEADER], samples, words=3)} if samples else {}),
         "What was trained": _table(list(HEADERS), [list(row) for row in counts.rows()], words=4)
         + "".join(map(_paragraph, counts.totals())),
-        "How to use it": _code(_usage(run)),
+        "How to use it": _code(_usage(run, config)),
         "Configuration": _table(["setting", "value"], list(_settings(config)), words=2),
     }
     body = "".join(f"<h2>{html.escape(name)}</h2>{part}" for name, part in sections.items())
@@ -144,9 +147,22 @@ def _sentence(config: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(run: Run) -> str:
+def _samples(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the trained decoder said of a few test prompts."""
+    return summary["results"][-1].get("samples", [])
+
+
+def _usage(run: Run, config: Mapping[str, Any]) -> str:
     """The run from the command line and from Python, in three lines."""
     name = run.path.as_posix()
+    if config.get("kind") == "decoder":
+        return "\n".join(
+            (
+                f'adapters-jax generate {shlex.quote(name)} --prompt "A prompt of your own."',
+                "from adapters_jax.finetune.generator import load_generator",
+                f'load_generator({name!r}).generate(["A prompt of your own."])',
+            )
+        )
     return "\n".join(
         (
             f'adapters-jax predict {shlex.quote(name)} "A text of your own." "Another one."',

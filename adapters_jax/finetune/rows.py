@@ -43,6 +43,15 @@ class Table:
     labels: list[str] | None
     lines: list[int]
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """The rows of these numbers, in their order."""
+        texts, lines = [self.texts[i] for i in rows], [self.lines[i] for i in rows]
+        labels = None if self.labels is None else [self.labels[i] for i in rows]
+        return Table(self.path, texts, labels, lines)
+
 
 def read_rows(
     path: FilePath, text: str = "text", text_pair: str | None = None, label: str | None = "label"
@@ -81,7 +90,8 @@ def make_table(
 ) -> Table:
     """Named columns of rows that were read; see `read_rows`."""
     header, records = rows
-    places = _places(path, header, [c for c in (text, text_pair, label) if c is not None])
+    names = [c for c in (text, text_pair, label) if c is not None]
+    places = _places(path, header, names)
     uneven = [
         f"line {line} has {len(fields)}" for line, fields in records if len(fields) != len(header)
     ]
@@ -94,7 +104,7 @@ def make_table(
     blank = [str(line) for line, fields in records if not all(fields[i].strip() for i in places)]
     if blank:
         raise DataError(
-            f"{path.as_posix()}: {count_rows(blank)} no text or no label: "
+            f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: "
             f"line{'s' * (len(blank) > 1)} {first_few(blank)}; fill them in or remove them"
         )
     cells = [[fields[i] for i in places] for _, fields in records]

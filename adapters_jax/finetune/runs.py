@@ -11,17 +11,18 @@ from typing import Any
 from adapters_jax.finetune.targets import Target
 
 FORMAT = 1
-_NEEDED = {
+_NEEDED: dict[str, type] = {
     "format": int,
     "model": str,
     "base_sha256": str,
-    "pooling": str,
     "dtype": str,
     "max_length": int,
-    "target": dict,
-    "text": str,
-    "pairs": bool,
 }
+_OF_KIND: dict[str, dict[str, type]] = {
+    "encoder": {"pooling": str, "target": dict, "text": str, "pairs": bool},
+    "decoder": {"prompts": dict},
+}
+_COMMANDS = {"encoder": "predict", "decoder": "generate or merge"}
 
 
 class RunError(ValueError):
@@ -90,8 +91,12 @@ class Run:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read_config(self) -> dict[str, Any]:
-        """The configuration; raises RunError where it is absent or damaged."""
+    def read_config(self, kind: str = "encoder") -> dict[str, Any]:
+        """The configuration of a run on a base of a kind, "encoder" or "decoder".
+
+        Raises:
+            RunError: it is absent or damaged, or the base is of another kind.
+        """
         if not self.config.is_file():
             near = sorted(p.parent.as_posix() for p in self.path.parent.glob("*/config.json"))
             there = f"; there are: {', '.join(near[:5])}" if near else ""
@@ -101,13 +106,30 @@ class Run:
         except ValueError as error:
             raise RunError(f"{self.config} is damaged: {error}") from error
         values = config if isinstance(config, dict) else {}
-        wrong = [key for key, kind in _NEEDED.items() if type(values.get(key)) is not kind]
+        found = values.get("kind", "encoder")
+        if found != kind and found in _OF_KIND:
+            command = f"adapters-jax {_COMMANDS[found]}"
+            raise RunError(
+                f"{self.path} is a run on a base of another kind, {found}; use {command}"
+            )
+        needed = _NEEDED | _OF_KIND[kind]
+        wrong = [key for key, wanted in needed.items() if type(values.get(key)) is not wanted]
         if wrong or values["format"] != FORMAT:
             raise RunError(
                 f"{self.config} is not the configuration of a run of format {FORMAT}"
                 + (f": it has no good {', '.join(wrong)}" if wrong else "")
             )
         return config
+
+
+def check_base(run: Run, config: dict[str, Any], sha256: str) -> None:
+    """Raises RunError where a base's weights are not those that a run was trained on."""
+    if sha256 != config["base_sha256"]:
+        raise RunError(
+            f"the weights of {config['model']} are not those that {run.path} was trained on: their "
+            f"sha256 is {sha256[:12]}..., was {config['base_sha256'][:12]}...; put those back, or "
+            "train anew"
+        )
 
 
 def run_name(*parts: str) -> str:

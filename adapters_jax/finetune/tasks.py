@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,16 +29,16 @@ class TaskData:
 
     Args:
         name: for reports.
-        train: the rows to train on.
+        train: the rows to train on: a `Dataset`, of a decoder a `Table`.
         dev: the rows to select on.
         test: the rows to report on.
         metrics: names for `metrics.compute`; the first is the one selected on.
     """
 
     name: str
-    train: Dataset
-    dev: Dataset
-    test: Dataset
+    train: Any
+    dev: Any
+    test: Any
     metrics: tuple[str, ...]
 
 

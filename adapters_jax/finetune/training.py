@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from adapters_jax.finetune.metrics import compute
+from adapters_jax.finetune.metrics import better
 from adapters_jax.finetune.optimizers import OptimizerOptions
-from adapters_jax.finetune.targets import Target
-from adapters_jax.linen import Adapted
+from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
-from adapters_jax.train import make_eval_step, make_train_step
+from adapters_jax.train import make_train_step
 
 Batch = Mapping[str, np.ndarray]
 Record = dict[str, Any]
@@ -51,65 +50,37 @@ class NotFiniteError(ArithmeticError):
         self.step = step
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A model, its parameters and the rows it learns from.
+class Problem(Protocol):
+    """What is learnt: a model, its rows, a loss and a score."""
 
-    Attributes:
-        model: adapted; its recipe says what trains.
-        params: its whole tree.
-        inputs: the batch's arrays that the model is called with, by name and in order.
-        target: what the outputs mean.
-        train: training batches.
-        held_out: batches in order, "dev" and "test".
-        labels: of the held-out rows.
-        metrics: names, the one selected on first.
-    """
+    @property
+    def model(self) -> Any:
+        """Adapted."""
 
-    model: Adapted
-    params: Any
-    inputs: tuple[str, ...]
-    target: Target
-    train: Batches
-    held_out: Mapping[str, Batches]
-    labels: Mapping[str, np.ndarray]
-    metrics: Sequence[str]
+    @property
+    def params(self) -> Any:
+        """linen: its whole tree; None in NNX."""
 
-    def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
-        """The model's outputs on a batch."""
-        arrays = [batch[name] for name in self.inputs]
-        return self.model.apply({"params": params}, *arrays, **options)
+    @property
+    def recipe(self) -> Recipe:
+        """Says what trains."""
 
-    def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
-        """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
-        outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
-        losses = self.target.losses(outputs, jnp.asarray(batch["labels"]))
-        return jnp.mean(batch["weight"] * losses)
+    @property
+    def train(self) -> Batches:
+        """Training batches."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names, the one selected on first."""
+
+    def loss(self, subject: Any, batch: Batch, key: PRNGKeyArray) -> Any:
+        """The mean loss of a batch under parameters (linen) or a model (NNX)."""
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, its weights of mean 1, also where parts accumulate."""
-        batch = self.train[step]
-        return {**batch, "weight": batch["weight"] / batch["weight"].mean()}
-
-
-class Scorer:
-    """Scores states of one problem on its held-out rows; compiles once a shape."""
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self._evaluate = make_eval_step(problem.outputs)
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
-        problem = self.problem
-
-        def run(batch: Batch) -> Any:
-            return self._evaluate(state, {name: batch[name] for name in problem.inputs})
-
-        outputs = in_row_order(run, problem.held_out[part])
-        if not np.isfinite(outputs).all():
-            raise NotFiniteError(int(state.step), f"an output on {part}")
-        return compute(problem.metrics, problem.target.decode(outputs), problem.labels[part])
 
 
 def in_row_order(run: Callable[[Batch], Any], batches: Batches) -> Float[np.ndarray, "rows width"]:
@@ -155,7 +126,7 @@ class Trained:
     def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
         """Keeps a state's adapters if they are the best so far; on the host, since steps donate."""
         self.note([{"step": step, "dev": dev}])
-        if not self.dev or dev[self.metric] > self.dev[self.metric]:
+        if not self.dev or better(self.metric, dev[self.metric], self.dev[self.metric]):
             self.step, self.dev = step, dev
             self._adapters = jax.device_get(state.adapters)
             self.on_best(state)
@@ -206,7 +177,6 @@ def train(
     options: OptimizerOptions,
     key: PRNGKeyArray,
     *,
-    scorer: Scorer,
     on_record: Callable[[Record], None] = lambda record: None,
     on_best: Callable[[TrainState], None] = lambda state: None,
 ) -> Trained:
@@ -216,7 +186,6 @@ def train(
         problem: what to learn.
         options: how, with a learning rate and epochs.
         key: seeds dropout.
-        scorer: of the problem.
         on_record: called with every record of the log.
         on_best: called with the first state, and after every evaluation that is the best so far.
 
@@ -228,7 +197,7 @@ def train(
             it were scored, unless their outputs are not finite either.
     """
     steps = options.steps(len(problem.train))
-    tx = options.make(steps, problem.model.recipe)
+    tx = options.make(steps, problem.recipe)
     state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
     step = make_train_step(problem.loss, accumulate=options.accumulate)
     log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
@@ -241,9 +210,9 @@ def train(
             found.note(log.add(i, metrics))
             if i in marks:
                 found.note(log.flush())
-                found.consider(state, i, scorer.score(state, "dev"))
+                found.consider(state, i, problem.score(state, "dev"))
     except NotFiniteError as error:
         with contextlib.suppress(NotFiniteError):
-            found.consider(state, error.step - 1, scorer.score(state, "dev"))
+            found.consider(state, error.step - 1, problem.score(state, "dev"))
         raise
     return found.finish(state)

@@ -35,6 +35,7 @@ _OPTIONAL = {
     "num_key_value_heads": "llama.attention.head_count_kv",
     "head_dim": "llama.rope.dimension_count",
     "rope_theta": "llama.rope.freq_base",
+    "max_position_embeddings": "llama.context_length",
 }
 _TOKENIZER = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from adapters_jax.errors import compare_trees
 
 # Top level only: some repositories keep exports for other runtimes in folders.
-WANTED_FILES = ("*.json", "*.safetensors", "vocab.txt", "merges.txt")
+WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 UNWANTED_FILES = ("*/*",)
 INDEX = "model.safetensors.index.json"
 PICKLE_ADVICE = (
@@ -312,6 +312,32 @@ def from_tensors(tensors: Mapping[str, np.ndarray], names: NameTable, like: Any)
             for source, leaf in places.values()
         ],
     )
+
+
+def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
+    """A model's parameters as a checkpoint's tensors; the inverse of `from_tensors`.
+
+    Args:
+        tree: parameters; each is a tensor of its own there, none is fused with others.
+        names: the model's table; its first prefix is put before every name but the head's.
+
+    Example:
+        >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
+        >>> tensors = to_tensors({"query": {"kernel": np.ones((2, 3))}}, table)
+        >>> tensors["model.q_proj.weight"].shape
+        (3, 2)
+    """
+    tensors = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name, transposed, part = names.source(
+            jax.tree_util.keystr(keys, simple=True, separator="/")
+        )
+        if part:
+            raise ValueError(f"{name} fuses parts, which cannot be written one by one.")
+        array = np.asarray(leaf)
+        prefix = "" if name.startswith("lm_head") else "".join(names.prefixes[:1])
+        tensors[prefix + name] = np.ascontiguousarray(array.T if transposed else array)
+    return tensors
 
 
 def _shortened(names: Iterable[str], limit: int = 8) -> str:

@@ -5,8 +5,9 @@ Reference:
     Su et al., RoFormer (2021), https://arxiv.org/abs/2104.09864
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
+from safetensors.numpy import save
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
@@ -270,9 +272,10 @@ class Llama(nnx.Module):
         input_ids: Int[Array, "batch length"],
         attention_mask: Num[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Float32 logits of the next token; the arguments are those of `hidden`."""
-        return self.logits(self.hidden(input_ids, attention_mask, positions))
+        return self.logits(self.hidden(input_ids, attention_mask, positions, segments))
 
     def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""
@@ -285,6 +288,7 @@ class Llama(nnx.Module):
         input_ids: Int[Array, "batch length"],
         attention_mask: Num[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length d"]:
         """The hidden states after the last norm.
 
@@ -292,12 +296,15 @@ class Llama(nnx.Module):
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
             positions: by default 0, 1, 2, ...; only their differences matter.
+            segments: of several texts in one row, each token's text; texts do not see each other.
         """
         check_tokens(input_ids, attention_mask)
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
         mask = causal_mask(input_ids, attention_mask)
+        if segments is not None:
+            mask &= segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embeddings(input_ids)
         run = nnx.remat(_run) if self.remat else _run
         for layer in self.layers:
@@ -378,6 +385,31 @@ def load_llama(
     like = nnx.to_pure_dict(nnx.state(model))
     nnx.update(model, huggingface.from_tensors(tensors, NAMES, like))
     return config, model
+
+
+def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more: Any) -> None:
+    """Writes a checkpoint in the layout of Hugging Face, which `load_llama` reads as well.
+
+    Args:
+        directory: an empty one.
+        config: the model's.
+        model: without adapters; see `adapters_jax.merge`.
+        **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
+    """
+    tensors = huggingface.to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
+    values = {
+        **more,
+        **asdict(config),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "torch_dtype": str(next(iter(tensors.values())).dtype),
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    Path(directory, "config.json").write_text(text, encoding="utf-8")
+    path = Path(directory, "model.safetensors")
+    path.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def _read(

@@ -1,0 +1,115 @@
+"""The base of a run that generates: a Llama with its tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from adapters_jax.finetune.bases import locate, read_tokenizer, sha256_of
+from adapters_jax.interop import chat, huggingface
+from adapters_jax.interop.gguf import GGUF, read_gguf
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_OF_GGUF = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A pretrained decoder.
+
+    Attributes:
+        files: its GGUF file or its directory.
+        config: its shape.
+        model: its weights in it.
+        tokenizer: its own.
+        special_tokens: by role, such as `eos_token`, which ends a completion.
+        chat_template: jinja source; None where the model has none.
+        sha256: of the weights' files.
+    """
+
+    files: Path
+    config: LlamaConfig
+    model: Llama
+    tokenizer: tokenizers.Tokenizer
+    special_tokens: Mapping[str, Any]
+    chat_template: str | None
+    sha256: str
+
+    @property
+    def end(self) -> int:
+        """The id of the token that ends a completion."""
+        return self.tokenizer.token_to_id(self.special_tokens["eos_token"]) or 0
+
+    def chat(self, content: str) -> str:
+        """A user's message as the model was trained to read it, up to where its answer begins."""
+        if self.chat_template is None:
+            raise ValueError(f"{str(self.files)!r} has no chat template; add --no-chat")
+        return chat.render(
+            self.chat_template, [{"role": "user", "content": content}], **self.special_tokens
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` says of it."""
+        if self.files.is_dir():
+            return huggingface.read_json(self.files / "config.json")
+        words = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
+        ids = {f"{r}_id": self.tokenizer.token_to_id(word) for r, word in words.items() if word}
+        return read_gguf(self.files).config | ids
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` says of it."""
+        values = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        return (
+            values if self.chat_template is None else values | {"chat_template": self.chat_template}
+        )
+
+
+def load_decoder(name: str, dtype: str = "float32") -> Decoder:
+    """Loads a decoder.
+
+    Args:
+        name: "smollm2-135m" for the pinned asset, a GGUF file, a directory, or an id on the Hugging
+            Face Hub.
+        dtype: what its weights are in, float32 or bfloat16.
+
+    Raises:
+        ValueError: files are absent, or the checkpoint is of another architecture.
+        AssetError: the pinned asset could not be fetched.
+    """
+    files = locate(name)
+    opened = read_gguf(files) if files.suffix == ".gguf" else None
+    tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
+    special, template = _words_of_gguf(opened) if opened else _words_of_directory(files)
+    if tokenizer.token_to_id(special.get("eos_token", "")) is None:
+        raise ValueError(
+            f"{str(files)!r} names no eos_token that its tokenizer has, so that nothing would end "
+            f"a completion; write it into {TOKENIZER_CONFIG}"
+        )
+    config, model = load_llama(opened or files, param_dtype=dtype)
+    return Decoder(files, config, model, tokenizer, special, template, sha256_of(files))
+
+
+def _words_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
+    """Special tokens by role, and the chat template."""
+    tokens = file.fields.get("tokenizer.ggml.tokens", [])
+    ids = file.special_tokens.items()
+    special = {_OF_GGUF[role]: tokens[i] for role, i in ids if role in _OF_GGUF}
+    return special, file.fields.get("tokenizer.chat_template")
+
+
+def _words_of_directory(directory: Path) -> tuple[dict[str, str], str | None]:
+    """The same of `tokenizer_config.json` and `chat_template.jinja`."""
+    path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
+    values = huggingface.read_json(path) if path.is_file() else {}
+    words = {role: values.get(role) for role in _ROLES}
+    special = {r: w["content"] if isinstance(w, dict) else w for r, w in words.items() if w}
+    template = values.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return special, jinja.read_text(encoding="utf-8") if jinja.is_file() else template

@@ -1,0 +1,81 @@
+"""A finished run on a decoder, ready to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adapters_jax.files import load_adapter
+from adapters_jax.finetune.decoders import Decoder, load_decoder
+from adapters_jax.finetune.generation import complete
+from adapters_jax.finetune.prompts import Prompts
+from adapters_jax.finetune.runs import Run, RunError, check_base
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A run that is ready to generate; `load_generator` makes it.
+
+    Attributes:
+        decoder: the base.
+        model: adapted.
+        prompts: how a prompt was put in training, and is put here.
+    """
+
+    decoder: Decoder
+    model: nnx.Module
+    prompts: Prompts
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the run says after each prompt.
+
+        Args:
+            prompts: as in the column it was trained on.
+            max_new_tokens: how many tokens to generate at most.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+            top_p: sample among the likeliest tokens that have this probability together.
+            seed: of sampling.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        ids = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        key = jax.random.key(seed)
+        return complete(self.model, self.decoder, ids, max_new_tokens, key=key, **sampling)
+
+
+def load_generator(path: str | Path) -> Generator:
+    """Loads a run: its base again, and its adapter onto it.
+
+    Args:
+        path: of the run's directory.
+
+    Raises:
+        ValueError: no run on a decoder, a damaged one, or a base that is not the one it was trained
+            on (`RunError`, `AdapterFileError`, `MismatchError`).
+        AssetError: the pinned model could not be fetched.
+    """
+    run = Run(Path(path))
+    config = run.read_config("decoder")
+    try:
+        prompts = Prompts(**config["prompts"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
+    decoder = load_decoder(config["model"], config["dtype"])
+    model = load_adapter(run.adapter, decoder.model, None, np.zeros((1, 8), np.int32))
+    check_base(run, config, decoder.sha256)
+    return Generator(decoder, model, prompts)

@@ -1,0 +1,328 @@
+"""Decoders in the application: what is learnt of a row, packing, and the three commands."""
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import drawn_like
+from flax import nnx
+from test_gguf import tensors_of, write
+from test_llama import TINY, build
+from tiny import FOODS, write_llama, write_meanings
+
+import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.batches import NOTHING, Batches
+from adapters_jax.finetune.completions import load_completions
+from adapters_jax.finetune.decoders import load_decoder
+from adapters_jax.finetune.generation import Generation, HeldOut, sums
+from adapters_jax.finetune.generator import load_generator
+from adapters_jax.finetune.merge import write_checkpoint
+from adapters_jax.finetune.packing import pack, sequence
+from adapters_jax.finetune.prompts import Example, Prompts, encode
+from adapters_jax.finetune.recipes import MethodOptions
+from adapters_jax.finetune.rows import Table
+from adapters_jax.finetune.runs import Run
+from adapters_jax.models.llama import load_llama
+from adapters_jax.nnx import AdapterParam
+
+LENGTH = 16
+EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]
+
+
+def shaken(model, recipe):
+    """The model with adapters that change what it says."""
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(jnp.ones((1, 4), int),))
+    state = nnx.state(adapted, AdapterParam)
+    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.5 * x), drawn_like(state, 1)))
+    return adapted
+
+
+def batch_of(groups, examples=EXAMPLES):
+    rows = [sequence([examples[i] for i in group]) for group in groups]
+    return next(iter(Batches.in_order(rows, None, len(rows), (LENGTH,))))
+
+
+losses = nnx.jit(partial(sums, most=LENGTH))
+full_pass = nnx.jit(lambda model, ids: model(ids))
+
+
+@pytest.fixture(scope="module")
+def model():
+    recipe = aj.Recipe(aj.LlamaAdapter("layers/0/attention", 3), aj.LoRA("**/{query,value}", 2))
+    return shaken(build(TINY), recipe)
+
+
+def by_hand(model, example):
+    """The loss of each token of a completion, from the logits of the example alone."""
+    ids = [*example.prompt, *example.completion]
+    padded = jnp.array([ids + [0] * (LENGTH - len(ids))])  # behind it, so that nothing sees it
+    logits = np.asarray(full_pass(model, padded)[0], np.float64)
+    chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    places = range(len(example.prompt) - 1, len(ids) - 1)
+    return -np.array([chances[i, ids[i + 1]] for i in places])
+
+
+def test_packed_losses_are_those_of_each_example_alone(model):
+    packed = losses(model, batch_of([[0, 1, 2]]))
+    alone = losses(model, batch_of([[0], [1], [2]]))
+    wanted = [by_hand(model, example).sum() for example in EXAMPLES]
+    np.testing.assert_allclose(alone, wanted, rtol=1e-4)
+    np.testing.assert_allclose(packed, [sum(wanted)], rtol=1e-4)
+    unseen = {**batch_of([[0, 1, 2]]), "segments": np.ones((1, LENGTH), np.int32)}
+    assert abs(float(losses(model, unseen)[0]) - sum(wanted)) > 0.01
+
+
+def test_the_loss_is_the_mean_over_tokens_of_completions(model):
+    rows = [sequence([EXAMPLES[0], EXAMPLES[1]]), sequence([EXAMPLES[2]])]
+    train = Batches(rows, None, 3, 0, (LENGTH,))
+    problem = Generation(model, None, train, {}, LENGTH, ("perplexity",))
+    batch = problem.batch(0)
+    assert batch["weight"].tolist().count(0) == 1
+    wanted = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
+    assert float(problem.loss(model, batch, None)) == pytest.approx(wanted, rel=1e-4)
+    held_out = HeldOut(Batches.in_order(rows, None, 2, (LENGTH,)), 7)
+    score = replace(problem, held_out={"dev": held_out}).score_model(model, "dev")
+    assert score == {"perplexity": pytest.approx(np.exp(wanted), rel=1e-4)}
+
+
+def test_packing_holds_every_example_once_and_no_more_than_fits():
+    sizes = np.random.default_rng(0).integers(2, 20, 200).tolist()
+    examples = [Example([1], [2] * (size - 1)) for size in sizes]
+    packed = pack(examples, 20, seed=1)
+    assert sorted(i for group in packed for i in group) == list(range(200))
+    held = [sum(sizes[i] for i in group) for group in packed]
+    assert max(held) <= 20
+    assert np.mean(held) > 18
+    assert packed == pack(examples, 20, seed=1) != pack(examples, 20, seed=2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a decoder, rows, and two runs: `full` learns, `lora` makes one step."""
+    place = tmp_path_factory.mktemp("decoders")
+    write_llama(place / "tiny", num_hidden_layers=1)
+    write_meanings(place / "rows.csv")
+    flags = "--method full --learning-rate 0.03 --epochs 4 --evaluations 1"
+    assert finetune(place, "full", flags)[0] == 0
+    flags = "--method lora --rank 2 --learning-rate 0.5 --epochs 0.01 --no-baselines"
+    assert finetune(place, "lora", f"{flags} --exact-match 0 --no-pack --limit 8")[0] == 0
+    return place
+
+
+def finetune(place, name, flags):
+    """A run's status, its summary, and what it said."""
+    words = f"finetune --model tiny --train rows.csv --prompt mr --completion ref --name {name}"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(place), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(f"{words} --max-length 32 --json {flags}".split())
+    return status, json.loads(out.getvalue() or "null"), err.getvalue()
+
+
+@pytest.fixture
+def say(place, monkeypatch, capsys):
+    """Runs a command in that directory: its status, its stdout, its stderr."""
+    monkeypatch.chdir(place)
+
+    def say(words):
+        status = main(words.split() if isinstance(words, str) else words)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return say
+
+
+def test_a_run_learns_and_writes_what_it_found(place):
+    run = Run(place / "runs" / "full")
+    config = run.read_config("decoder")
+    base, full = config["summary"]["results"]
+    assert (base["method"], base["trainable_parameters"]) == ("base", 0)
+    assert base["test"]["perplexity"] > 5 > 1.5 > full["test"]["perplexity"] >= 1
+    assert (base["test"]["exact_match"], full["test"]["exact_match"]) == (0.0, 1.0)
+    assert full["samples"][0]["generated"] == full["samples"][0]["completion"]
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    scored = [r["dev"]["perplexity"] for r in records if r["method"] == "full" and "dev" in r]
+    assert len(scored) == 4
+    assert config["summary"]["dev"]["perplexity"] == min(scored)
+    page = run.report.read_text(encoding="utf-8")
+    assert "adapters-jax generate" in page
+    assert full["samples"][0]["generated"] in page
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_says_what_the_run_learnt(say, monkeypatch):
+    prompts = [f"food {food}" for food in FOODS]
+    texts = [f"It serves {food} dishes" for food in FOODS]
+    status, out, _ = say(["generate", "runs/full", "--prompt", *prompts, "--max-new-tokens", "8"])
+    assert (status, out.splitlines()) == (0, texts)
+    Path("prompts.csv").write_text("mr\n" + "\n".join(prompts))
+    _, out, _ = say("generate runs/full --file prompts.csv --max-new-tokens 8 --json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert rows == [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts) + "\n"))
+    _, piped, _ = say("generate runs/full --prompt - --max-new-tokens 8 --json")
+    assert piped == out
+
+
+def test_a_seed_decides_what_is_sampled(place):
+    generator = load_generator(place / "runs" / "lora")
+    draws = [generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) > 1
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(say, tmp_path, name):
+    out = tmp_path / "merged"
+    status, printed, err = say(["merge", f"runs/{name}", "--out", str(out), "--json"])
+    assert status == 0, err
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert json.loads(printed) == {"out": out.as_posix(), "files": files}
+    ids = jnp.array([[4, 9, 5, 6]])
+    adapted = load_generator(f"runs/{name}").model(ids)
+    _, merged = load_llama(out)
+    np.testing.assert_allclose(merged(ids), adapted, atol=1e-4)
+    base = load_llama("tiny")[1](ids)
+    assert np.abs(base - adapted).max() > 0.01
+    assert load_decoder(str(out)).chat("food Thai") == load_decoder("tiny").chat("food Thai")
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
+    model = build(replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5))
+    path = write(tmp_path / "tiny.gguf", tensors_of(model), **{"llama.context_length": 99})
+    decoder = load_decoder(str(path))
+    write_checkpoint(tmp_path / "merged", decoder, decoder.model)
+    again = load_decoder(str(tmp_path / "merged"))
+    assert again.end == decoder.end == 0
+    assert again.chat("ab12") == decoder.chat("ab12") == "<|user|>ab12<|end|><|user|>"
+    assert again.tokenizer.encode("ab 12.").ids == decoder.tokenizer.encode("ab 12.").ids
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["eos_token_id"]) == (99, 0)
+    ids = jnp.array([[3, 4, 5]])
+    np.testing.assert_allclose(again.model(ids), decoder.model(ids), atol=1e-6)
+
+
+def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
+    decoder = load_decoder(str(place / "tiny"))
+    table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
+    (example,), cut = encode(table, Prompts(), decoder, 32)
+    spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
+    assert spoken == "<user> food Thai <end> <bot>"
+    assert decoder.tokenizer.decode(example.completion, skip_special_tokens=False) == (
+        "It serves <end>"
+    )
+    row = sequence([example])
+    learnt = row.labels[row.labels != NOTHING].tolist()
+    assert (learnt, cut) == (example.completion, 0)
+    (example,), cut = encode(table, Prompts("is {prompt}", chat=False), decoder, 4)
+    assert decoder.tokenizer.decode(example.prompt) == "is food Thai"
+    assert (len(example.completion), cut) == (1, 1)
+    (example,), _ = encode(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
+    assert [len(part) for part in example] == [1, 2]
+
+
+def test_rows_of_one_prompt_are_held_out_together(tmp_path):
+    write_meanings(tmp_path / "rows.csv")
+    task = load_completions(tmp_path / "rows.csv", None, None, "mr", "ref", limit=50)
+    prompts = [{text for text, _ in part.texts} for part in (task.train, task.dev, task.test)]
+    assert all(prompts)
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert len(task.train) == 50
+
+
+def test_prompts_are_in_all_layers_but_two():
+    options = {"num_layers": 30, "layer": "layers/{}"}
+    recipe = MethodOptions("llama-adapter").build(**options)
+    assert recipe == aj.llama_adapter(10, last=28, num_layers=30)
+    few = MethodOptions("llama-adapter", prompt_length=4, last=3, gate="layer").build(**options)
+    assert few == aj.llama_adapter(4, last=3, num_layers=30, gate="layer")
+    prefix = MethodOptions("prefix-tuning", prompt_length=5).build(**options)
+    assert prefix == aj.prefix_tuning(5, last=30, num_layers=30)
+
+
+TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --max-length 32"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{TRAIN} --prompt meaning", "rows.csv: no column 'meaning'; the columns are mr, ref"),
+        (f"{TRAIN} --text mr", "--text is of texts alone, without --prompt and --completion"),
+        (f"{TRAIN} --max-length 8", "rows have a prompt that leaves no room for a completion in"),
+        (f"{TRAIN} --template {{mr}}", "no field {mr}; it has {prompt}, which --prompt COLUMN"),
+        (f"{TRAIN} --template Say:", "--template 'Say:': it lacks the field {prompt}"),
+        (f"{TRAIN} --template {{prompt", "--template '{prompt': expected '}' before end of"),
+        (f"{TRAIN} --label ref --dropout 0.1", "--label, --dropout: for encoders, and 'tiny' is a"),
+        (f"{TRAIN} --pooling cls", "--pooling: for encoders, and 'tiny' is a decoder"),
+        (f"{TRAIN} --method head-only", "--method head-only: of encoders; a decoder has no head"),
+        (f"{TRAIN} --method bitfit", "Unfreeze: target '**/bias' matches nothing"),
+        (f"{TRAIN} --method llama-adapter --last 9", "last=9, wanted a number from 1 to num_la"),
+        (f"{TRAIN} --rank 4 --prompt-length 3", "--rank, --prompt-length: no field of --method"),
+        (f"{TRAIN} --held-out 0", "--held-out=0, wanted a whole number >= 1"),
+        (f"{TRAIN} --exact-match -1", "--exact-match -1: wanted a number of rows, or 0"),
+        ("finetune --model tiny", "a decoder learns from a file: add --train rows.csv --prompt"),
+        ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
+        ("predict runs/full x", "a base of another kind, decoder; use adapters-jax generate or"),
+        ("generate runs/none --prompt x", "no run at runs/none: it has no config.json; there are"),
+        ("generate runs/full", "generate wants --prompt TEXT..., or --prompt - for stdin, or --fi"),
+        ("generate runs/full --prompt x --column mr", "--column names a column; it goes with --f"),
+        ("generate runs/full --prompt x --top-p 0", "--top-p 0: wanted a number above 0 and at"),
+        ("generate runs/full --prompt x --seed -1", "--seed -1: wanted a number from 0 to 2**32"),
+        ("generate runs/full --prompt x --temperature -1", "--temperature=-1.0, wanted a finite"),
+        ("generate runs/full --prompt x --max-new-tokens 0", "--max-new-tokens=0, wanted a whole"),
+        ("merge runs/full --out tiny", "--out tiny exists already; give another directory"),
+        ("merge runs/full --out no/where", "--out no/where: there is no directory no"),
+    ],
+)
+def test_a_mistake_is_one_line(say, words, message):
+    status, out, err = say(words)
+    assert (status, out) == (2, ""), err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_decoder_without_what_it_needs_is_refused(say, tmp_path):
+    shutil.copytree("tiny", tmp_path / "bare")
+    words = TRAIN.replace("tiny", str(tmp_path / "bare"))
+    (tmp_path / "bare" / "tokenizer_config.json").unlink()
+    assert "names no eos_token that its tokenizer has" in say(words)[2]
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    assert "lacks tokenizer.json; write it with transformers'" in say(words)[2]
+    Path("blank.csv").write_text("mr,ref\na,b\nc, \n")
+    assert "blank.csv: 1 row has no mr or ref: line 3" in say(TRAIN.replace("rows.", "blank."))[2]
+
+
+def test_what_is_no_change_of_a_weight_is_not_merged(say, tmp_path):
+    shutil.copytree("runs/lora", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    recipe = aj.LlamaAdapter("layers/0/attention", 2)
+    adapted = shaken(load_decoder("tiny").model, recipe)
+    aj.save_adapter(tmp_path / "run" / "adapter", nnx.state(adapted, AdapterParam), recipe)
+    status, _, err = say(f"merge {tmp_path / 'run'} --out {tmp_path / 'merged'}")
+    assert status == 2
+    assert "merge: LlamaAdapter cannot be folded into a weight, since its prompt is" in err
+    assert not (tmp_path / "merged").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "prompts": {"a": 1}}))
+    assert (
+        "config.json is damaged: its prompts are {'a': 1}"
+        in say(f"generate {tmp_path / 'run'} --prompt x")[2]
+    )
+
+
+def test_a_run_that_is_there_or_an_encoder_is_refused(say, place):
+    words = "--pack --completion x --template {prompt}!"
+    status, _, err = say(f"finetune --train rows.csv {words}")
+    assert status == 2
+    assert "--completion, --template: for decoders, and 'minilm' is an encoder; name a Llama" in err
+    assert "runs/full exists already" in say(f"{TRAIN} --name full")[2]
