@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": ("adapters_jax.finetune.predict", "Predict"),
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),
+    "combine": ("adapters_jax.finetune.combine", "Combine"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
 }
 HELP = """\
@@ -33,6 +34,7 @@ commands:
   predict    label texts with a finished run
   generate   complete prompts with a finished run
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
+  combine    sum the LoRA of several runs with weights
   audit      count what a recipe adds to a model and trains in it
 
 examples:

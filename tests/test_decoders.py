@@ -197,6 +197,21 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(say, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
+def test_a_combined_run_generates_from_the_sum(say):
+    words = "combine runs/lora runs/lora --weights 1.5 -0.5 --out runs/both --json"
+    status, out, err = say(words)
+    assert (status, json.loads(out)) == (0, {"out": "runs/both", "error": 0.0}), err
+    ids = jnp.array([[4, 9, 5, 6]])
+    one, both = (load_generator(f"runs/{name}").model for name in ("lora", "both"))
+    np.testing.assert_allclose(both(ids), one(ids), atol=1e-4)
+    assert aj.nnx.recipe_of(both).attached[0].rank == 2 * aj.nnx.recipe_of(one).attached[0].rank
+    config = Run(Path("runs/both")).read_config("decoder")
+    assert config["combined"]["weights"] == [1.5, -0.5] and "summary" not in config
+    assert say("generate runs/both --prompt food --max-new-tokens 2")[0] == 0
+    _, _, err = say(words.replace("runs/both", "runs/svd --how svd --rank 1"))
+    assert "runs/svd holds the sum of 2 adapters; the rank lost " in err
+
+
 def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     model = build(replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5))
     path = write(tmp_path / "tiny.gguf", tensors_of(model), **{"llama.context_length": 99})
@@ -280,6 +295,10 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ("generate runs/full --prompt x --seed -1", "--seed -1: wanted a number from 0 to 2**32"),
         ("generate runs/full --prompt x --temperature -1", "--temperature=-1.0, wanted a finite"),
         ("generate runs/full --prompt x --max-new-tokens 0", "--max-new-tokens=0, wanted a whole"),
+        ("combine runs/lora --weights 1 2 --out both", "1 adapters and 2 weights; give one weight"),
+        ("combine runs/lora --weights 1 --out runs/full", "runs/full exists already; give this"),
+        ("combine runs/full --weights 1 --out both", "and a recipe trains the base's parameter"),
+        ("combine runs/lora --weights 1 --how svd --out both", "how='svd' wants a rank"),
         ("merge runs/full --out tiny", "--out tiny exists already; give another directory"),
         ("merge runs/full --out no/where", "--out no/where: there is no directory no"),
     ],

@@ -14,7 +14,7 @@ from adapters_jax.finetune.generator import Generator, load_generator
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.rows import DataError, read_rows
 from adapters_jax.finetune.runs import Run
-from adapters_jax.methods.base import check_number, check_size
+from adapters_jax.methods.fields import check_number, check_size
 
 BATCH_SIZE = 16
 

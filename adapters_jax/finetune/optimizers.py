@@ -22,6 +22,8 @@ class OptimizerOptions:
         learning_rate: the highest one; by default the method's own.
         head_learning_rate: of an encoder's head, which starts from nothing; by default 0.01, of
             full and last-layers 0.001, of head-only --learning-rate.
+        lora_plus: how many times the learning rate LoRA's B has (LoRA+); 16 in the paper's code, by
+            default 1.
         epochs: passes over the training rows, also a fraction; by default 3, of head-only 20, on
             the movie reviews 1.5.
         dropout: of an encoder; by default none, and of full and last-layers the checkpoint's own.
@@ -35,6 +37,7 @@ class OptimizerOptions:
 
     learning_rate: float | None = None
     head_learning_rate: float | None = None
+    lora_plus: float = 1.0
     epochs: float | None = None
     dropout: float | None = None
     batch_size: int | None = None
@@ -48,7 +51,7 @@ class OptimizerOptions:
         for name in ("batch_size", "accumulate", "evaluations"):
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
-        for name in ("learning_rate", "head_learning_rate", "epochs"):
+        for name in ("learning_rate", "head_learning_rate", "lora_plus", "epochs"):
             if getattr(self, name) is not None:
                 check_number("the optimizer", flag(name), getattr(self, name))
         for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
@@ -106,6 +109,8 @@ class OptimizerOptions:
 
         rate = self.head_learning_rate
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
+        if self.lora_plus != 1.0:
+            groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
 

@@ -66,7 +66,8 @@ def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fi
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
-_LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized", "rank_pattern", "alpha_pattern")
+_LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
+_LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
 
 PRESETS = {
     "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
@@ -110,10 +111,13 @@ class MethodOptions:
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         rank: r of LoRA; 8 by default.
         alpha: LoRA scales by alpha / r; the rank by default.
-        a_init: how LoRA's A starts: gaussian, uniform or gaussian_rank.
+        a_init: how LoRA's A starts: gaussian, uniform or gaussian_rank; or both from the weight's
+            principal components: pissa.
         rank_stabilized: LoRA scales by alpha / sqrt(r) instead.
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
         alpha_pattern: other alphas for some targets, likewise.
+        dora: LoRA with a trained norm for every output (DoRA).
+        bias: biases that train beside LoRA: none, all, or lora_only; none by default.
         adapter_dropout: of a bottleneck's inner activations, or of LoRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
         layers: how many layers last-layers trains; 2 by default.
@@ -137,6 +141,8 @@ class MethodOptions:
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    dora: bool = False
+    bias: str | None = None
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()
     layers: int | None = None

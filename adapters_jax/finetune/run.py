@@ -24,7 +24,8 @@ from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.runs import Run, RunError, run_name
 from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.finetune.tasks import TaskData
-from adapters_jax.methods.base import check_size
+from adapters_jax.methods import LoRA
+from adapters_jax.methods.fields import check_size
 from adapters_jax.recipe import Recipe
 
 
@@ -114,6 +115,8 @@ class Finetune:
         self, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
     ) -> dict[str, Any]:
         """What a run's `config.json` says whatever the base is."""
+        if training.lora_plus != 1.0 and not any(isinstance(m, LoRA) for m in recipe):
+            raise ValueError(f"--lora-plus: a rate for LoRA's B, and {self.method.title} has none")
         model = Path(self.model)
         return {
             "model": str(model.resolve()) if model.exists() else self.model,
