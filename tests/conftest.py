@@ -34,5 +34,7 @@ def pytest_unconfigure(config):
 def optimized():
     """For tests of what XLA makes of a program, and for tests that compute much."""
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)  # its programs name other lines
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_compilation_cache", True)
