@@ -1,7 +1,7 @@
 """The linen front door: adapters inside modules that nobody edits.
 
 - `door`: `adapt` wraps a module; `init_adapters` grows the leaves.
-- `intercept`: what happens inside the running model.
+- `intercept`: what happens inside the running model; `site`: and at one module of it.
 - `layers`: adapters as modules, to write by hand.
 """
 

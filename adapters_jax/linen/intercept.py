@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -22,9 +21,9 @@ from jaxtyping import Array
 from adapters_jax import attention, registry
 from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
-from adapters_jax.methods.base import Frozen, Site
-from adapters_jax.methods.lora import linear
+from adapters_jax.linen.site import leaves_in, run_method, site_of
+from adapters_jax.methods import Attached, Prompt
+from adapters_jax.methods.base import Site
 from adapters_jax.partition import Tree, flatten, join
 from adapters_jax.recipe import Recipe, require_sites
 from adapters_jax.targets import require_match
@@ -32,63 +31,6 @@ from adapters_jax.targets import require_match
 # The arguments by which flax modules say that they run in evaluation, and the value that says so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
 _RUNS = itertools.count()
-
-
-def _leaves(module: Any, scope: Any, method: Attached, site: Site) -> dict[str, Array]:
-    """A method's arrays by name; made where they are not there yet."""
-    new = not scope.has_variable("params", method.leaf_names[0])
-    leaves = {}
-    for name, leaf in method.leaves(site).items():
-        *groups, last = name.split("/")
-        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
-        leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
-    if new and isinstance(method, LoRA) and method.from_weight:
-        name = linear(site).weight
-        weight = module.scope.get_variable("params", name)
-        leaves, rest = method.start(leaves, site, nn.meta.unbox(weight))
-        module.scope.put_variable("params", name, nn.meta.replace_boxed(weight, rest))
-        for name, started in leaves.items():
-            scope.put_variable("params", name, started)
-    return leaves
-
-
-def _frozen(module: Any) -> Frozen:
-    """A module's own parameters by name."""
-    return lambda name: nn.meta.unbox(module.scope.get_variable("params", name))
-
-
-def run_method(
-    module: nn.Module,
-    scope: Any,
-    method: Bottleneck | LoRA,
-    site: Site,
-    x: Any,
-    y: Array,
-    evaluation: bool | None,
-) -> Array:
-    """One method on a module's output, its leaves in the given scope."""
-    leaves = _leaves(module, scope, method, site)
-    if evaluation is None:
-        evaluation = not module.has_rng("dropout")
-    key = module.make_rng("dropout") if method.dropout and not evaluation else None
-    return method.forward(leaves, site, x, y, key, _frozen(module))
-
-
-def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> Site:
-    """What methods need to know of a module that has just run."""
-    found = registry.find(module, call, *args, **kwargs)
-    shape: tuple[int, ...] = ()
-    if found is not None:
-        if not module.scope.has_variable("params", found.weight):
-            raise RecipeError(
-                f"{type(module).__name__} at {path!r} has no parameter {found.weight!r}; correct "
-                "weight=... in aj.register_contraction"
-            )
-        shape = nn.meta.unbox(module.scope.get_variable("params", found.weight)).shape
-    array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
-    return Site(
-        path, call, y.shape[-1] if array else 0, found, shape, getattr(module, "precision", None)
-    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -241,7 +183,7 @@ class Interceptor:
             self._refuse_taken_names(module, site, methods)
         for method in methods:
             scope = module.scope.push(method.slot, reuse=True)
-            leaves = _leaves(module, scope, method, site)
+            leaves = leaves_in(module, scope, method, site)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
             function = functools.partial(method.attend, leaves, site, project, function)
         return function(query, key, *args, **kwargs)

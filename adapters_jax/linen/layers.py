@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.linen.intercept import run_method, site_of
+from adapters_jax.linen.site import run_method, site_of
 from adapters_jax.methods.base import Site
 
 

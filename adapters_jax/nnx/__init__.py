@@ -1,7 +1,7 @@
 """The NNX front door: adapters inside modules that nobody edits.
 
 - `door`: `adapt` copies a model's structure and attaches the adapters.
-- `trace`: where they can attach, by an abstract run.
+- `trace`: where they can attach, by an abstract run; `site`: what one module says of itself.
 - `attach`: what an adapted module is made of.
 - `layers`: adapters as modules, to write by hand.
 """

@@ -13,11 +13,11 @@ from adapters_jax.nnx.attach import (
     grow,
     modules_of,
     params_of,
-    site_of,
     taken,
     trained_class,
     variable_path,
 )
+from adapters_jax.nnx.site import site_of
 from adapters_jax.nnx.trace import known_width, sites_of
 from adapters_jax.recipe import Recipe, require_sites
 from adapters_jax.targets import require_match

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from adapters_jax import methods
 from adapters_jax.methods.base import Site
-from adapters_jax.nnx.attach import children_of, grow, key_of, read, site_of
+from adapters_jax.nnx.attach import children_of, grow, key_of, read
+from adapters_jax.nnx.site import site_of
 
 
 class Bottleneck(nnx.Module):

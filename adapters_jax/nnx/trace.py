@@ -11,7 +11,8 @@ from flax import nnx
 from adapters_jax import attention, registry
 from adapters_jax.examples import explained, filled
 from adapters_jax.methods.base import Site
-from adapters_jax.nnx.attach import copy, layers_of, modules_of, site_of
+from adapters_jax.nnx.attach import copy, modules_of
+from adapters_jax.nnx.site import layers_of, site_of
 
 
 @functools.cache
