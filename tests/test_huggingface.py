@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import MismatchError
-from adapters_jax.interop.huggingface import NameTable, Rule, from_tensors, read_tensors, resolve
+from adapters_jax.interop.huggingface import read_tensors, resolve
+from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.models.llama import load_llama

@@ -22,7 +22,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
-from adapters_jax.interop.huggingface import NameTable, Rule
+from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -293,4 +293,4 @@ def load_bert(
     ids = jnp.zeros((1, 1), jnp.int32)
     init = partial(bert.init, method=forward)
     like = jax.eval_shape(init, jax.random.key(0), ids)["params"]
-    return config, huggingface.from_tensors(huggingface.read_tensors(directory), NAMES, like)
+    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

@@ -22,7 +22,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
-from adapters_jax.interop.huggingface import NameTable, Rule
+from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -263,4 +263,4 @@ def load_gpt2(
     config = GPT2Config.from_json(directory / "config.json")
     init = GPT2(config, param_dtype=param_dtype).init
     like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return config, huggingface.from_tensors(huggingface.read_tensors(directory), NAMES, like)
+    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
-from adapters_jax.interop.huggingface import NameTable, Rule
+from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.cache import Cache, LayerCache
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
@@ -383,7 +383,7 @@ def load_llama(
     config, tensors = _read(name_or_path, revision)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
     like = nnx.to_pure_dict(nnx.state(model))
-    nnx.update(model, huggingface.from_tensors(tensors, NAMES, like))
+    nnx.update(model, from_tensors(tensors, NAMES, like))
     return config, model
 
 
@@ -396,7 +396,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         model: without adapters; see `adapters_jax.merge`.
         **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
     """
-    tensors = huggingface.to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
+    tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
     values = {
         **more,
         **asdict(config),
