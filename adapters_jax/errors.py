@@ -1,6 +1,6 @@
 """The library's own errors, and the comparison of two trees that says every difference at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -54,10 +54,3 @@ def _listed(what: str, items: Sequence[str], count: int = 12) -> str:
     """A count and the first items, or nothing."""
     more = f" and {len(items) - count} more" if len(items) > count else ""
     return f"{len(items)} {what}: {', '.join(items[:count])}{more}" if items else ""
-
-
-def shortened(names: Iterable[str], limit: int = 8) -> str:
-    """The names in a row, the rest of a long list as a count."""
-    names = list(names)
-    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"

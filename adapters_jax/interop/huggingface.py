@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from adapters_jax.errors import shortened
-
 # Top level only: some repositories keep exports for other runtimes in folders.
 WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 UNWANTED_FILES = ("*/*",)
@@ -86,7 +84,7 @@ def _check_files(directory: Path) -> None:
         # A download never fetches the pickle, so its absence here says nothing about the Hub.
         raise ValueError(
             f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
-            f"{shortened(sorted(path.name for path in directory.iterdir()))}; note that "
+            f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
             f"{PICKLE_ADVICE}."
         )
 
@@ -109,7 +107,7 @@ def read_tensors(directory: str | Path) -> dict[str, np.ndarray]:
         shards = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
     absent = [name for name in shards if not (directory / name).is_file()]
     if absent:
-        raise ValueError(f"{str(directory)!r} lacks {shortened(absent)}, which hold the weights.")
+        raise ValueError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
     tensors: dict[str, np.ndarray] = {}
     for name in shards:
         tensors |= _read_file(directory / name)
@@ -170,3 +168,10 @@ class CheckpointConfig:
     def from_json(cls, path: str | Path) -> Self:
         """Reads the file at `path`, usually a `config.json`; see `from_dict`."""
         return cls.from_dict(read_json(path))
+
+
+def _shortened(names: Iterable[str], limit: int = 8) -> str:
+    """The names in a row, the rest of a long list as a count."""
+    names = list(names)
+    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"
