@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ Result = dict[str, Any]  # a row of the results' table
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ABC):
     """A run that is ready to start, in its directory; `Finetune.prepare` makes it.
 
     Attributes:
@@ -95,9 +96,9 @@ class Job:
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
 
+    @abstractmethod
     def train_all(self) -> tuple[Trained, list[Result]]:
         """The method and its baselines: what it found, and the rows of the results' table."""
-        raise NotImplementedError
 
     def save(self, state: TrainState) -> None:
         """Keeps a state's adapter as the run's."""
