@@ -18,7 +18,8 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.finetune.assets import cached
 from adapters_jax.models import generate as generation
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.llama_files import load_llama
 from adapters_jax.partition import flatten
 from benchmarks.harness import Report, Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of

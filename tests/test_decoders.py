@@ -31,7 +31,7 @@ from adapters_jax.finetune.prompts import Example, Prompts, encode
 from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.rows import Table
 from adapters_jax.finetune.runs import Run
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.llama_files import load_llama
 from adapters_jax.nnx import AdapterParam
 
 LENGTH = 16

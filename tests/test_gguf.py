@@ -17,7 +17,7 @@ from adapters_jax.errors import MismatchError
 from adapters_jax.finetune.assets import cached
 from adapters_jax.interop import chat
 from adapters_jax.interop.gguf import find_gguf, read_gguf
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.llama_files import load_llama
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
 TOKENS = [

@@ -18,7 +18,7 @@ from adapters_jax.interop.huggingface import read_tensors, resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.gpt2 import load_gpt2
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.llama_files import load_llama
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TABLE = NameTable(

@@ -12,7 +12,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from adapters_jax.models import KNOWN
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama, rotary_angles, rotate
+from adapters_jax.models.llama import Llama, LlamaConfig, rotary_angles, rotate
+from adapters_jax.models.llama_files import load_llama
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = LlamaConfig(

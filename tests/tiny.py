@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from adapters_jax.models.bert import NAMES, Bert, BertConfig
-from adapters_jax.models.llama import Llama, LlamaConfig, save_llama
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.llama_files import save_llama
 from adapters_jax.partition import flatten
 
 GOOD, BAD = ("good", "fine", "lovely"), ("bad", "poor", "dull")

@@ -12,7 +12,8 @@ import tokenizers
 from adapters_jax.finetune.bases import locate, read_tokenizer, sha256_of
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.llama_files import load_llama
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -18,7 +18,8 @@ from adapters_jax.finetune.generator import load_generator
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.rows import DataError
 from adapters_jax.merge import merge
-from adapters_jax.models.llama import Llama, save_llama
+from adapters_jax.models.llama import Llama
+from adapters_jax.models.llama_files import save_llama
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -5,24 +5,18 @@ Reference:
     Su et al., RoFormer (2021), https://arxiv.org/abs/2104.09864
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
-from safetensors.numpy import save
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
-from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
-from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.cache import Cache, LayerCache
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
@@ -340,86 +334,3 @@ class Llama(nnx.Module):
         for layer, memory in zip(self.layers, layers, strict=True):
             x = layer(x, mask, angles, memory)
         return self.norm(x), cache.filled(layers)
-
-
-NAMES = NameTable(
-    rules=(
-        Rule(r"embeddings", r"embed_tokens"),
-        Rule(r"layers/(\d+)/attention_norm", r"layers.\1.input_layernorm"),
-        Rule(r"layers/(\d+)/attention/query", r"layers.\1.self_attn.q_proj"),
-        Rule(r"layers/(\d+)/attention/key", r"layers.\1.self_attn.k_proj"),
-        Rule(r"layers/(\d+)/attention/value", r"layers.\1.self_attn.v_proj"),
-        Rule(r"layers/(\d+)/attention/output", r"layers.\1.self_attn.o_proj"),
-        Rule(r"layers/(\d+)/mlp_norm", r"layers.\1.post_attention_layernorm"),
-        Rule(r"layers/(\d+)/mlp/gate", r"layers.\1.mlp.gate_proj"),
-        Rule(r"layers/(\d+)/mlp/up", r"layers.\1.mlp.up_proj"),
-        Rule(r"layers/(\d+)/mlp/output", r"layers.\1.mlp.down_proj"),
-        Rule(r"norm", r"norm"),
-        Rule(r"head", r"lm_head"),
-    ),
-    prefixes=("model.",),
-    # Rotary tables of older files; a head that repeats tied embeddings.
-    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
-)
-
-
-def load_llama(
-    name_or_path: str | Path | GGUF, *, revision: str | None = None, **options: Any
-) -> tuple[LlamaConfig, Llama]:
-    """Loads a Llama from a directory, a GGUF file or the Hugging Face Hub.
-
-    Args:
-        name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
-            directory with one, or what `read_gguf` gave), or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
-
-    Returns:
-        The configuration and the model, its parameters those of the checkpoint.
-
-    Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
-    """
-    config, tensors = _read(name_or_path, revision)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
-    like = nnx.to_pure_dict(nnx.state(model))
-    nnx.update(model, from_tensors(tensors, NAMES, like))
-    return config, model
-
-
-def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more: Any) -> None:
-    """Writes a checkpoint in the layout of Hugging Face, which `load_llama` reads as well.
-
-    Args:
-        directory: an empty one.
-        config: the model's.
-        model: without adapters; see `adapters_jax.merge`.
-        **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
-    """
-    tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
-    values = {
-        **more,
-        **asdict(config),
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "torch_dtype": str(next(iter(tensors.values())).dtype),
-    }
-    text = json.dumps(values, indent=2) + "\n"
-    Path(directory, "config.json").write_text(text, encoding="utf-8")
-    path = Path(directory, "model.safetensors")
-    path.write_bytes(save(tensors, {"format": "pt"}))
-
-
-def _read(
-    name_or_path: str | Path | GGUF, revision: str | None
-) -> tuple[LlamaConfig, Mapping[str, np.ndarray]]:
-    """The configuration, checked before any weight is used, and the tensors."""
-    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
-        name_or_path = read_gguf(name_or_path)
-    if isinstance(name_or_path, GGUF):
-        return LlamaConfig.from_dict(name_or_path.config), name_or_path.tensors()
-    directory = huggingface.resolve(name_or_path, revision)
-    config = LlamaConfig.from_json(directory / "config.json")
-    return config, huggingface.read_tensors(directory)
