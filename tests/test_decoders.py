@@ -26,11 +26,14 @@ from adapters_jax.finetune.decoders import load_decoder
 from adapters_jax.finetune.generation import Generation, HeldOut, sums
 from adapters_jax.finetune.generator import load_generator
 from adapters_jax.finetune.merge import write_checkpoint
+from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.packing import pack, sequence
 from adapters_jax.finetune.prompts import Example, Prompts, encode
 from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.rows import Table
+from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.models.llama import load_llama
 from adapters_jax.nnx import AdapterParam
 
@@ -174,7 +177,7 @@ def test_generate_says_what_the_run_learnt(say, monkeypatch):
 
 def test_a_seed_decides_what_is_sampled(place):
     generator = load_generator(place / "runs" / "lora")
-    draws = [generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed) for seed in (1, 1, 2)]
+    draws = [list(generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 1
 
@@ -326,3 +329,23 @@ def test_a_run_that_is_there_or_an_encoder_is_refused(say, place):
     assert status == 2
     assert "--completion, --template: for decoders, and 'minilm' is an encoder; name a Llama" in err
     assert "runs/full exists already" in say(f"{TRAIN} --name full")[2]
+
+
+def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
+    monkeypatch.chdir(place)
+    write_llama(place / "silent", chat_template=None, num_hidden_layers=1)
+    options = {"max_length": 32, "name": "texts", "pack": False}
+    data = DataOptions(Path("rows.csv"), text="ref", limit=8)
+    job = Finetune("silent", data, **options).prepare(Output(json=True))
+    assert (job.config["prompt"], job.config["completion"]) == (None, "ref")
+    assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
+    assert (job.problem.metrics, job.problem.held_out["dev"].asked) == (("perplexity",), [])
+    batch = job.problem.batch(0)
+    learnt = [row[row != NOTHING].tolist() for row in batch["labels"][:1]]
+    assert learnt[0] == [*batch["input_ids"][0, 1:4].tolist(), 1]
+    assert batch["input_ids"].shape == (4, 8)
+    plain = Finetune("silent", DataOptions(Path("rows.csv"), None, None, **MEANINGS), name="plain")
+    assert plain.prepare(Output(json=True)).config["prompts"]["chat"] is False
+
+
+MEANINGS = {"prompt": "mr", "completion": "ref"}
