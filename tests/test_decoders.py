@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import drawn_like
 from flax import nnx
+from test_generate import shaken
 from test_gguf import tensors_of, write
 from test_llama import TINY, build
 from tiny import FOODS, write_llama, write_meanings
@@ -39,14 +39,6 @@ from adapters_jax.nnx import AdapterParam
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]
-
-
-def shaken(model, recipe):
-    """The model with adapters that change what it says."""
-    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(jnp.ones((1, 4), int),))
-    state = nnx.state(adapted, AdapterParam)
-    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.5 * x), drawn_like(state, 1)))
-    return adapted
 
 
 def batch_of(groups, examples=EXAMPLES):
@@ -335,15 +327,18 @@ def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
     monkeypatch.chdir(place)
     write_llama(place / "silent", chat_template=None, num_hidden_layers=1)
     options = {"max_length": 32, "name": "texts", "pack": False}
-    data = DataOptions(Path("rows.csv"), text="ref", limit=8)
+    data = DataOptions(Path("rows.csv"), text="mr", limit=8)
     job = Finetune("silent", data, **options).prepare(Output(json=True))
-    assert (job.config["prompt"], job.config["completion"]) == (None, "ref")
+    assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
     assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
     assert (job.problem.metrics, job.problem.held_out["dev"].asked) == (("perplexity",), [])
     batch = job.problem.batch(0)
-    learnt = [row[row != NOTHING].tolist() for row in batch["labels"][:1]]
-    assert learnt[0] == [*batch["input_ids"][0, 1:4].tolist(), 1]
-    assert batch["input_ids"].shape == (4, 8)
+    assert batch["input_ids"].shape[0] == 4
+    for ids, mask, labels in zip(
+        *map(batch.get, ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        assert labels[labels != NOTHING].tolist() == ids[mask == 1].tolist()[1:]
+        assert ids[mask == 1][-1] == 1
     plain = Finetune("silent", DataOptions(Path("rows.csv"), None, None, **MEANINGS), name="plain")
     assert plain.prepare(Output(json=True)).config["prompts"]["chat"] is False
 

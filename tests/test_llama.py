@@ -11,8 +11,16 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama, rotary_angles, rotate
+from adapters_jax.models.llama import (
+    Llama,
+    LlamaConfig,
+    load_llama,
+    rotary_angles,
+    rotate,
+    save_llama,
+)
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = LlamaConfig(
@@ -126,6 +134,28 @@ def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     _, model = load_llama(tmp_path)
     logits = model.hidden(IDS) @ model.embeddings.embedding[...].T
     np.testing.assert_allclose(model(IDS), logits, atol=1e-5)
+
+
+def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
+    config, model = load_llama(FIXTURE)
+    save_llama(tmp_path, config, model, eos_token_id=2)
+    wanted, got = (read_tensors(directory) for directory in (FIXTURE, tmp_path))
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    settings = json.loads((FIXTURE / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text())
+    same = ("model_type", "num_key_value_heads", "rope_theta", "rms_norm_eps", "hidden_act")
+    assert [written[key] for key in same] == [settings[key] for key in same]
+    assert (written["architectures"], written["eos_token_id"]) == (["LlamaForCausalLM"], 2)
+
+
+def test_segments_do_not_see_each_other():
+    model, segments = build(), jnp.array([[1, 1, 2, 2], [1, 2, 2, 2]])
+    together = nnx.jit(lambda model: model(IDS, segments=segments))(model)
+    np.testing.assert_allclose(together[0, 2:], run(model, IDS[:1, 2:])[0], atol=1e-5)
+    np.testing.assert_allclose(together[1, 1:], run(model, IDS[1:, 1:])[0], atol=1e-5)
+    assert np.abs(together[0, 2:] - run(model, IDS)[0, 2:]).max() > 1e-3
 
 
 def test_every_parameter_path():
