@@ -397,6 +397,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
     """
     tensors = huggingface.to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
+    dtype = str(next(iter(tensors.values())).dtype)
     values = {
         **more,
         **asdict(config),
@@ -404,7 +405,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         "model_type": "llama",
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "torch_dtype": str(next(iter(tensors.values())).dtype),
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype),  # new and old readers
     }
     text = json.dumps(values, indent=2) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")
