@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
@@ -410,7 +410,8 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
     text = json.dumps(values, indent=2) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")
     path = Path(directory, "model.safetensors")
-    path.write_bytes(save(tensors, {"format": "pt"}))
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors writes it for its owner alone
 
 
 def _read(
