@@ -280,7 +280,7 @@ def test_another_architecture_is_refused(mistake, tmp_path):
     ("file", "content", "message"),
     [
         ("config.json", "{", "config.json is damaged"),
-        ("config.json", '{"format": 1, "model": "tiny"}', "it has no good base_sha256, pooling"),
+        ("config.json", '{"format": 1, "model": "tiny"}', "it has no good base_sha256, dtype"),
         ("config.json", "[]", "it has no good format, model"),
         ("config.json", None, "it has no config.json"),
         ("adapter/adapter.safetensors", "x", "is damaged"),

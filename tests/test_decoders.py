@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import drawn_like
 from flax import nnx
+from test_generate import shaken
 from test_gguf import tensors_of, write
 from test_llama import TINY, build
 from tiny import FOODS, write_llama, write_meanings
@@ -26,24 +25,19 @@ from adapters_jax.finetune.decoders import load_decoder
 from adapters_jax.finetune.generation import Generation, HeldOut, sums
 from adapters_jax.finetune.generator import load_generator
 from adapters_jax.finetune.merge import write_checkpoint
+from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.packing import pack, sequence
 from adapters_jax.finetune.prompts import Example, Prompts, encode
 from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.rows import Table
+from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.models.llama_files import load_llama
 from adapters_jax.nnx import AdapterParam
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]
-
-
-def shaken(model, recipe):
-    """The model with adapters that change what it says."""
-    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(jnp.ones((1, 4), int),))
-    state = nnx.state(adapted, AdapterParam)
-    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.5 * x), drawn_like(state, 1)))
-    return adapted
 
 
 def batch_of(groups, examples=EXAMPLES):
@@ -88,7 +82,8 @@ def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     batch = problem.batch(0)
     assert batch["weight"].tolist().count(0) == 1
     wanted = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
-    assert float(problem.loss(model, batch, None)) == pytest.approx(wanted, rel=1e-4)
+    loss = nnx.jit(lambda model, batch: problem.loss(model, batch, None))
+    assert float(loss(model, batch)) == pytest.approx(wanted, rel=1e-4)
     held_out = HeldOut(Batches.in_order(rows, None, 2, (LENGTH,)), 7)
     score = replace(problem, held_out={"dev": held_out}).score_model(model, "dev")
     assert score == {"perplexity": pytest.approx(np.exp(wanted), rel=1e-4)}
@@ -174,7 +169,7 @@ def test_generate_says_what_the_run_learnt(say, monkeypatch):
 
 def test_a_seed_decides_what_is_sampled(place):
     generator = load_generator(place / "runs" / "lora")
-    draws = [generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed) for seed in (1, 1, 2)]
+    draws = [list(generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 1
 
@@ -187,10 +182,9 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(say, tmp_path, 
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert json.loads(printed) == {"out": out.as_posix(), "files": files}
     ids = jnp.array([[4, 9, 5, 6]])
-    adapted = load_generator(f"runs/{name}").model(ids)
-    _, merged = load_llama(out)
-    np.testing.assert_allclose(merged(ids), adapted, atol=1e-4)
-    base = load_llama("tiny")[1](ids)
+    adapted = full_pass(load_generator(f"runs/{name}").model, ids)
+    merged, base = (full_pass(load_llama(path)[1], ids) for path in (out, "tiny"))
+    np.testing.assert_allclose(merged, adapted, atol=1e-4)
     assert np.abs(base - adapted).max() > 0.01
     assert load_decoder(str(out)).chat("food Thai") == load_decoder("tiny").chat("food Thai")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
@@ -224,7 +218,8 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (99, 0)
     ids = jnp.array([[3, 4, 5]])
-    np.testing.assert_allclose(again.model(ids), decoder.model(ids), atol=1e-6)
+    logits = full_pass(again.model, ids)
+    np.testing.assert_allclose(logits, full_pass(decoder.model, ids), atol=1e-6)
 
 
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
@@ -345,3 +340,26 @@ def test_a_run_that_is_there_or_an_encoder_is_refused(say, place):
     assert status == 2
     assert "--completion, --template: for decoders, and 'minilm' is an encoder; name a Llama" in err
     assert "runs/full exists already" in say(f"{TRAIN} --name full")[2]
+
+
+def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
+    monkeypatch.chdir(place)
+    write_llama(place / "silent", chat_template=None, num_hidden_layers=1)
+    options = {"max_length": 32, "name": "texts", "pack": False}
+    data = DataOptions(Path("rows.csv"), text="mr", limit=8)
+    job = Finetune("silent", data, **options).prepare(Output(json=True))
+    assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
+    assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
+    assert (job.problem.metrics, job.problem.held_out["dev"].asked) == (("perplexity",), [])
+    batch = job.problem.batch(0)
+    assert batch["input_ids"].shape[0] == 4
+    for ids, mask, labels in zip(
+        *map(batch.get, ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        assert labels[labels != NOTHING].tolist() == ids[mask == 1].tolist()[1:]
+        assert ids[mask == 1][-1] == 1
+    plain = Finetune("silent", DataOptions(Path("rows.csv"), None, None, **MEANINGS), name="plain")
+    assert plain.prepare(Output(json=True)).config["prompts"]["chat"] is False
+
+
+MEANINGS = {"prompt": "mr", "completion": "ref"}

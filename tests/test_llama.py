@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
 from adapters_jax.models.llama import Llama, LlamaConfig, rotary_angles, rotate
-from adapters_jax.models.llama_files import load_llama
+from adapters_jax.models.llama_files import load_llama, save_llama
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = LlamaConfig(
@@ -127,6 +128,31 @@ def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     _, model = load_llama(tmp_path)
     logits = model.hidden(IDS) @ model.embeddings.embedding[...].T
     np.testing.assert_allclose(model(IDS), logits, atol=1e-5)
+
+
+def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
+    config, model = load_llama(FIXTURE)
+    save_llama(tmp_path, config, model, eos_token_id=2)
+    wanted, got = (read_tensors(directory) for directory in (FIXTURE, tmp_path))
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    again = LlamaConfig.from_json(tmp_path / "config.json")
+    assert replace(again, num_key_value_heads=config.kv_heads, head_dim=config.head_width) == (
+        replace(config, num_key_value_heads=config.kv_heads, head_dim=config.head_width)
+    )
+    written = json.loads((tmp_path / "config.json").read_text())
+    wanted = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 2}
+    assert wanted.items() <= written.items()
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+
+
+def test_segments_do_not_see_each_other():
+    model, segments = build(), jnp.array([[1, 1, 2, 2], [1, 2, 2, 2]])
+    together = nnx.jit(lambda model: model(IDS, segments=segments))(model)
+    np.testing.assert_allclose(together[0, 2:], run(model, IDS[:1, 2:])[0], atol=1e-5)
+    np.testing.assert_allclose(together[1, 1:], run(model, IDS[1:, 1:])[0], atol=1e-5)
+    assert np.abs(together[0, 2:] - run(model, IDS)[0, 2:]).max() > 1e-3
 
 
 def test_every_parameter_path():

@@ -1,1 +1,1 @@
-"""The application behind `adapters-jax finetune`: assets, data, batches and metrics."""
+"""The application behind `adapters-jax`: bases, rows, problems, jobs and finished runs."""

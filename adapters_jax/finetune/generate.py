@@ -16,8 +16,6 @@ from adapters_jax.finetune.rows import DataError, read_rows
 from adapters_jax.finetune.runs import Run
 from adapters_jax.methods.fields import check_number, check_size
 
-BATCH_SIZE = 16
-
 
 @dataclass(frozen=True)
 class Generate:
@@ -86,13 +84,9 @@ class Generate:
         return prompts
 
     def _complete(self, generator: Generator, prompts: list[str], output: Output) -> None:
-        """Batch by batch: each text is printed when it is there."""
-        for first in range(0, len(prompts), BATCH_SIZE):
-            some = prompts[first : first + BATCH_SIZE]
-            texts = generator.generate(
-                some, self.max_new_tokens, self.temperature, self.top_p, self.seed + first
-            )
-            for prompt, text in zip(some, texts, strict=True):
-                output.result({"prompt": prompt, "completion": text})
-                if not self.json:
-                    output.say(text)
+        """Each text is printed when its batch is there."""
+        sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):
+            output.result({"prompt": prompt, "completion": text})
+            if not self.json:
+                output.say(text)

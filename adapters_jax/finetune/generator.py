@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,8 @@ from adapters_jax.finetune.decoders import Decoder, load_decoder
 from adapters_jax.finetune.generation import complete
 from adapters_jax.finetune.prompts import Prompts
 from adapters_jax.finetune.runs import Run, RunError, check_base
+
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
-        """What the run says after each prompt.
+    ) -> Iterator[str]:
+        """What the run says after each prompt, batch by batch.
 
         Args:
             prompts: as in the column it was trained on.
@@ -52,10 +53,17 @@ class Generator:
         Raises:
             ValueError: an argument is out of range.
         """
-        ids = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
-        key = jax.random.key(seed)
-        return complete(self.model, self.decoder, ids, max_new_tokens, key=key, **sampling)
+        for first in range(0, len(prompts), BATCH_SIZE):
+            some = prompts[first : first + BATCH_SIZE]
+            yield from complete(
+                self.model,
+                self.decoder,
+                [self.prompts.encode(prompt, self.decoder) for prompt in some],
+                max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                key=jax.random.fold_in(jax.random.key(seed), first),
+            )
 
 
 def load_generator(path: str | Path) -> Generator:

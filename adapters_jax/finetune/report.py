@@ -160,7 +160,7 @@ def _usage(run: Run, config: Mapping[str, Any]) -> str:
             (
                 f'adapters-jax generate {shlex.quote(name)} --prompt "A prompt of your own."',
                 "from adapters_jax.finetune.generator import load_generator",
-                f'load_generator({name!r}).generate(["A prompt of your own."])',
+                f'list(load_generator({name!r}).generate(["A prompt of your own."]))',
             )
         )
     return "\n".join(

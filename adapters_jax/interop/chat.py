@@ -1,5 +1,6 @@
 """Chat templates: a conversation as the text that a model was trained to read."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -30,26 +31,37 @@ def render(
     messages = list(messages)
     if not messages:
         raise ValueError("a chat needs a message: write [{'role': 'user', 'content': '...'}].")
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ImportError(
-            "a chat template needs jinja2: pip install 'adapters-jax[finetune]'."
-        ) from error
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
     values: dict[str, Any] = {
         "messages": messages,
         "add_generation_prompt": reply,
         "raise_exception": _refuse,
         **tokens,
     }
+    jinja2 = _jinja2()
     try:
-        return environment.from_string(template).render(values)
+        return _compiled(template).render(values)
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+
+def _jinja2() -> Any:
+    try:
+        import jinja2
+        import jinja2.sandbox
+    except ImportError as error:
+        raise ImportError(
+            "a chat template needs jinja2: pip install 'adapters-jax[finetune]'."
+        ) from error
+    return jinja2
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """The template, ready to render; a data set renders the same one for every row."""
+    environment = _jinja2().sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    return environment.from_string(template)
 
 
 def _refuse(reason: str) -> NoReturn:

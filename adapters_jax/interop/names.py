@@ -160,6 +160,9 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         tree: parameters; each is a tensor of its own there, none is fused with others.
         names: the model's table; its first prefix is put before every name but the head's.
 
+    Raises:
+        ValueError: one of their tensors fuses several of ours.
+
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
         >>> tensors = to_tensors({"query": {"kernel": np.ones((2, 3))}}, table)

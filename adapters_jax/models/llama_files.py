@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
@@ -70,6 +70,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
     """
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
+    dtype = str(next(iter(tensors.values())).dtype)
     values = {
         **more,
         **asdict(config),
@@ -77,12 +78,13 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
         "model_type": "llama",
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "torch_dtype": str(next(iter(tensors.values())).dtype),
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype),  # new and old readers
     }
     text = json.dumps(values, indent=2) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")
     path = Path(directory, "model.safetensors")
-    path.write_bytes(save(tensors, {"format": "pt"}))
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors writes it for its owner alone
 
 
 def _read(
