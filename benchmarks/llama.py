@@ -157,6 +157,7 @@ def run_decode(report: Report, size: Size, base: Llama) -> None:
     lora = adapted(base, size.recipes["LoRA r=8 on q, v"])
     models = {"base": base, "LoRA": lora, "LoRA, merged": aj.merge(lora)}
     texts = {}
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # texts without lines of Python
     for name, model in models.items():
         lowered = program(model, ids, size.tokens)
         start = time.perf_counter()

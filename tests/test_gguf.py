@@ -295,6 +295,7 @@ def test_an_absent_file_and_an_absent_package(file, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized")
 def test_smollm2_reads_wikitext_as_well_as_it_should():
     directory = cached("smollm2-135m")
     if directory is None or not WIKITEXT.is_file():

@@ -11,7 +11,7 @@ from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.usefixtures("optimized", "placeless")
 IDS = np.zeros((2, 8), np.int32)
 RECIPE = aj.Recipe(aj.lora(2), aj.DoRA("**/attention/key", 2))
 BERT = BertConfig(
@@ -33,6 +33,15 @@ LLAMA = LlamaConfig(
 GPT = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
 
+@pytest.fixture(scope="module")
+def placeless():
+    """A program's text names the lines of Python that it comes from; here it does not."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", before)
+
+
 def linen_texts(base):
     """The programs of the base, adapted and merged."""
     params = jax.eval_shape(lambda: base.init(jax.random.key(0), IDS)["params"])
@@ -43,7 +52,6 @@ def linen_texts(base):
     def text(module, params):
         return jax.jit(lambda p, ids: module.apply({"params": p}, ids)).lower(params, IDS)
 
-    # One line for all, since a program's text names the lines that it comes from.
     return [text(*pair) for pair in ((base, params), (model, whole), (base, merged))]
 
 
