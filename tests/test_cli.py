@@ -90,7 +90,7 @@ def test_version(say):
         ("bert-base", "--method pfeiffer --reduction-factor 16", 894_528, 894_528),
         ("bert-base", "--reduction-factor 16 --layer-norms=", 1_789_056, 1_789_056),
         ("roberta-base", "--method lora --rank 8", 294_912, 294_912),
-        ("llama-7b", "--method last-layers --layers 1", 0, 202_383_360),
+        ("llama-7b", "--method llama-adapter", 1_229_760, 1_229_760),
     ],
 )
 def test_audit_gives_the_published_counts(say, model, flags, adapters, trainable):
