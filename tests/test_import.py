@@ -1,0 +1,14 @@
+"""What `import adapters_jax` brings with it."""
+
+import subprocess
+import sys
+
+APPLICATION = ("tyro", "matplotlib", "tokenizers", "grain", "sklearn", "huggingface_hub", "gguf")
+
+
+def test_the_core_imports_nothing_of_the_application():
+    code = "import sys, adapters_jax; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "adapters_jax.nnx" in imported
+    assert not imported & {*APPLICATION, "adapters_jax.finetune", "adapters_jax.models"}
