@@ -21,7 +21,7 @@ class LinenMlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = nn.Dense(HIDDEN, name="up", dtype=self.dtype)(x)
-        return nn.Dense(D, name="output", dtype=self.dtype)(nn.gelu(h))
+        return nn.Dense(D, name="output", dtype=self.dtype)(nn.relu(h))
 
 
 class LinenBlock(nn.Module):
@@ -40,7 +40,7 @@ class LinenBlock(nn.Module):
             ),
             "mlp": lambda: LinenMlp(self.dtype, name="mlp"),
         }[self.kind]()
-        return nn.LayerNorm(name="norm", dtype=self.dtype)(x + layer(x)), None
+        return nn.RMSNorm(name="norm", dtype=self.dtype)(x + layer(x)), None
 
 
 class LinenNet(nn.Module):
@@ -72,7 +72,7 @@ class NnxMlp(nnx.Module):
         self.output = nnx.Linear(HIDDEN, D, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return self.output(nnx.gelu(self.up(x)))
+        return self.output(nnx.relu(self.up(x)))
 
 
 class NnxBlock(nnx.Module):
@@ -87,7 +87,7 @@ class NnxBlock(nnx.Module):
         }[kind]()
         setattr(self, kind, layer)
         self.kind = kind
-        self.norm = nnx.LayerNorm(D, dtype=dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(D, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         return self.norm(x + getattr(self, self.kind)(x))
@@ -196,16 +196,16 @@ CASES = {
         away=1.0,
         unmergeable="PrefixTuning",
     ),
-    "unfreeze": Case("mlp", aj.Recipe(aj.Unfreeze("**/bias")), unfrozen=HIDDEN + D + D),
+    "unfreeze": Case("mlp", aj.Recipe(aj.Unfreeze("**/bias")), unfrozen=HIDDEN + D),
     "together": Case(
         "mlp",
         aj.Recipe(
             aj.LoRA("**/mlp/output", R, 6.0),
             aj.Bottleneck("**/mlp/output", M, init_std=1e-3),
-            aj.Unfreeze("**/norm/{scale,bias}"),
+            aj.Unfreeze("**/norm/scale"),
         ),
         R * (D + HIDDEN) + ADAPTER,
-        unfrozen=2 * D,
+        unfrozen=D,
         **NEAR,
     ),
 }

@@ -5,10 +5,10 @@ from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
+from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.unfreeze import Unfreeze
 
-Prompt = LlamaAdapter | PrefixTuning  # act where an attention module calls its function
-Attached = Bottleneck | LoRA | Prompt  # DoRA is a LoRA
+Attached = Bottleneck | LoRA | LlamaAdapter | PrefixTuning  # DoRA is a LoRA
 Method = Attached | Unfreeze
 
 METHODS: dict[str, type[Method]] = {

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax import attention
 from adapters_jax.attention import Attention, AttentionFn
-from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods.prompt import Prompt, grouped
 from adapters_jax.targets import as_patterns
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
@@ -34,7 +33,7 @@ def llama_adapter_parameters(d: int, length: int, gates: int) -> int:
 
 
 @dataclass(frozen=True)
-class LlamaAdapter:
+class LlamaAdapter(Prompt):
     """Gated prompts in attention modules.
 
     `attention(q, k, v) + f(gate) * softmax(q k_p^T / sqrt(head_dim)) v_p`, before the output
@@ -63,8 +62,6 @@ class LlamaAdapter:
     slot: ClassVar[str] = "prompt"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
-    dropout: ClassVar[float] = 0.0
-    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its prompt is attended to under a softmax of its own"
 
     targets: str | tuple[str, ...]
@@ -79,14 +76,6 @@ class LlamaAdapter:
         fields.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
         fields.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
         fields.check_number("LlamaAdapter", "init_std", self.init_std)
-
-    def fits(self, site: Site) -> bool:
-        """Whether the method can attach there: to every attention module that is known."""
-        return site.attention is not None
-
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        return attention.why_not(module)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """The prompt (K, d), and the gates, (heads,) or (1,).
@@ -138,19 +127,6 @@ class LlamaAdapter:
         branch = attend_to_prompt(query, key, value, grouped(site, "LlamaAdapter"), site.precision)
         gates = gate.reshape((1,) * (branch.ndim - 2) + (-1, 1))
         return mixed + gates * branch.astype(mixed.dtype)
-
-
-def grouped(site: Site, owner: str) -> Attention:
-    """The sizes of a site; raises RecipeError where heads do not divide among the key heads."""
-    sizes = site.attention
-    if sizes is None:
-        raise RecipeError(f"{owner} cannot attach to {site.path!r}: no known attention module")
-    if sizes.heads % sizes.kv_heads:
-        raise RecipeError(
-            f"{owner} at {site.path!r}: {sizes.heads} query heads do not divide into groups for "
-            f"{sizes.kv_heads} key heads; target attention modules whose heads do"
-        )
-    return sizes
 
 
 def attend_to_prompt(

@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax import attention
 from adapters_jax.attention import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
-from adapters_jax.methods.llama_adapter import grouped
+from adapters_jax.methods.prompt import Prompt, grouped
 from adapters_jax.targets import as_patterns
 
 
@@ -31,7 +30,7 @@ def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(Prompt):
     """Trained keys and values that every query of an attention module sees before all others.
 
     One softmax runs over the prefix and the context, so that the output is not the base's at init:
@@ -56,8 +55,6 @@ class PrefixTuning:
     slot: ClassVar[str] = "prefix"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
-    dropout: ClassVar[float] = 0.0
-    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
@@ -68,14 +65,6 @@ class PrefixTuning:
         object.__setattr__(self, "targets", as_patterns(self.targets, "PrefixTuning"))
         fields.check_size("PrefixTuning", "length", self.length)
         fields.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
-
-    def fits(self, site: Site) -> bool:
-        """Whether the method can attach there: to every attention module that is known."""
-        return site.attention is not None
-
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        return attention.why_not(module)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""
