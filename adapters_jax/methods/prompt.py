@@ -1,18 +1,45 @@
 """What methods that act inside an attention module have in common."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+from jaxtyping import Array
+
 from adapters_jax import attention
-from adapters_jax.attention import Attention
+from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import Leaves, Site
 
 
-class Prompt:
-    """A method that acts where an attention module calls its function, by `attend`."""
+class Prompt(ABC):
+    """A method that acts where an attention module calls its function."""
 
+    slot: ClassVar[str]
+    leaf_names: ClassVar[tuple[str, ...]]
     dropout: ClassVar[float] = 0.0
     from_weight: ClassVar[bool] = False
+
+    @abstractmethod
+    def attend(
+        self,
+        leaves: Leaves,
+        site: Site,
+        project: Callable[[str, Array], Array],
+        attention_fn: AttentionFn,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Array:
+        """What the attention function returns, with the prompt.
+
+        Args:
+            leaves: the method's arrays by name.
+            site: the attention module they are attached to.
+            project: `project("key", x)` is the module's own projection of x, (K, d).
+            attention_fn: the module's attention function.
+            *args: what it is called with: query, key and value first.
+            **kwargs: likewise.
+        """
 
     def fits(self, site: Site) -> bool:
         """Whether the method can attach there: to every attention module that is known."""

@@ -116,7 +116,7 @@ def children_of(
     return children
 
 
-def read(child: Any, method: Attached) -> dict[str, Array]:
+def read(child: Any, method: Attached | Prompt) -> dict[str, Array]:
     """A method's arrays by name, out of the node that holds them."""
 
     def step(node: Any, name: str) -> Any:
@@ -131,7 +131,7 @@ def key_of(child: Any) -> Array | None:
     return None if drop is None or drop.deterministic else drop.rngs()
 
 
-def leaves_of(module: Any, method: Attached) -> dict[str, Array]:
+def leaves_of(module: Any, method: Attached | Prompt) -> dict[str, Array]:
     """The arrays of a method that is attached to a module, by name."""
     return read(getattr(module, method.slot), method)
 
