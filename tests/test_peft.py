@@ -105,7 +105,7 @@ def test_logits_are_those_of_peft(fixture, tmp_path):
     if logits.ndim == 3:
         seen = inputs["attention_mask"] == 1
     np.testing.assert_allclose(logits[seen], expected[seen], atol=1e-4)
-    assert np.abs(plain[seen] - expected[seen]).max() > 0.1  # the adapter matters
+    assert np.abs(plain[seen] - expected[seen]).max() > 0.05  # the adapter matters
 
 
 @pytest.mark.parametrize("fixture", HAVE)
@@ -346,7 +346,7 @@ def test_names_that_do_not_fit_the_base(tmp_path):
     ):
         load_peft(directory, {"h.0.q": "block/q"}, PARAMS)
     with pytest.raises(ValueError, match="names knows none of the base's modules block_0/q"):
-        load_peft(directory, gpt2.NAMES, PARAMS)
+        load_peft(directory, bert.NAMES, PARAMS)
 
 
 def factors(path, rank=2, width=32, out=32, seed=0):
