@@ -36,7 +36,7 @@ _ADVICE = (
     " (a start that changes the base: PEFT's save_pretrained converts it, given "
     "path_initial_model_for_weight_conversion)"
 )
-_NUMBERS = {"r": int, "adapter_len": int, "adapter_layers": int}
+_NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
 _NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), (bool,)),

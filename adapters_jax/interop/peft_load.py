@@ -77,7 +77,7 @@ def _lora(
             if factors is None:
                 problem = _unlike(module, found, place)
                 break
-            leaves |= {f"{place.path}/lora/{k}": np.float32(x) for k, x in factors.items()}
+            leaves |= {f"{place.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()}
             ranks[place.path] = rank
             alphas[place.path] = number_at(config, "lora_alpha", "alpha_pattern", module)
         problems += [problem] if problem else []
@@ -156,7 +156,7 @@ def _prompts(
         else:
             sites.append(site)
             both = {"embedding": found["embedding"][0], "gate": found["gate"]}
-            leaves |= {f"{site}/prompt/{name}": np.float32(x) for name, x in both.items()}
+            leaves |= {f"{site}/prompt/{name}": x.astype(np.float32) for name, x in both.items()}
     if len(added) != count:
         problems.append(f"it has prompts of {len(added)} layers, and says adapter_layers={count}")
     if not sites:

@@ -76,7 +76,8 @@ def _factors(
     Parts that share one A keep it, and their Bs stand below each other. Others get rows of A of
     their own, and B has zeros where a part does not read them.
     """
-    made, scales = [], []
+    made: list[tuple[Array, Array] | None] = []
+    scales: list[float] = []
     for place, leaves in zip(parts, mine, strict=True):
         if leaves is None:
             made.append(None)
