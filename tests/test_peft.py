@@ -549,3 +549,26 @@ def test_an_nnx_state_is_saved(tmp_path):
 )
 def test_modules_are_meant_as_peft_means_them(fields, module, meant):
     assert means(fields, module) == meant
+
+
+def test_prompts_by_a_mapping_of_ones_own(tmp_path):
+    table, _, model, _ = base_of("llama")
+    wanted, adapters = load_peft(FIXTURES / "llama_prompt", table, model)
+    own = {f"model.layers.{i}.self_attn": f"layers/{i}/attention" for i in (0, 1)}
+    recipe, leaves = load_peft(FIXTURES / "llama_prompt", own, model)
+    assert recipe == wanted
+    equal(flatten(leaves), flatten(adapters))
+    directory = save_peft(tmp_path / "a", recipe, leaves, own, model)
+    equal(tensors_of(directory), tensors_of(FIXTURES / "llama_prompt"))
+
+
+def test_a_fused_layer_by_a_mapping_of_ones_own():
+    _, _, params, _ = base_of("gpt2")
+    own = {}
+    for i in (0, 1):
+        parts = (f"layer_{i}/attention/{name}" for name in ("query", "key", "value"))
+        own[f"transformer.h.{i}.attn.c_attn"] = tuple(parts)
+    recipe, leaves = load_peft(FIXTURES / "gpt2_dora", own, params)
+    wanted, adapters = load_peft(FIXTURES / "gpt2_dora", gpt2.NAMES, params)
+    assert recipe == wanted
+    equal(flatten(leaves), flatten(adapters))

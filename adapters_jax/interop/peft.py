@@ -41,7 +41,9 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
         names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
             `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
             module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
-            module is several of ours, fused along its outputs.
+            module is several of ours, fused along its outputs, and an attention module's path for
+            prompts. Only a `NameTable` can say that weights are `(in, out)` in PyTorch as well,
+            which matters where such a weight is saved whole.
         base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module;
             their shapes say which layer is of which kind.
 
