@@ -110,11 +110,12 @@ def read_tensors(directory: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
     tensors: dict[str, np.ndarray] = {}
     for name in shards:
-        tensors |= _read_file(directory / name)
+        tensors |= read_file(directory / name)
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Reads every tensor of one safetensors file, or raises a `ValueError` that names it."""
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()  # a file is no mapping: it cannot be iterated over itself

@@ -6,8 +6,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.interop.names import NameTable, Rule
+from adapters_jax.models import bert as encoder
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.layers import Typed
+
+# With pooling="pooler" it is Hugging Face's BertForSequenceClassification.
+NAMES = NameTable(
+    rules=(
+        *(rule._replace(ours=f"bert/{rule.ours}") for rule in encoder.NAMES.rules),
+        Rule(r"head", r"classifier"),
+    ),
+    prefixes=encoder.NAMES.prefixes,
+)
 
 
 def mean_pool(

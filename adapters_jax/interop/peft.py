@@ -1,0 +1,168 @@
+"""Adapters of Hugging Face PEFT, read and written: LoRA, DoRA and LLaMA-Adapter.
+
+A directory of theirs holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
+PEFT is needed. A pickled `adapter_model.bin` is never opened, because unpickling runs whatever code
+the file holds.
+
+Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from adapters_jax.files import AdapterFileError
+from adapters_jax.interop import huggingface, peft_load, peft_save
+from adapters_jax.interop.peft_config import config_problems
+from adapters_jax.interop.peft_places import Names, find_places
+from adapters_jax.methods import Method
+from adapters_jax.partition import Tree, flatten, unflatten
+from adapters_jax.recipe import Recipe
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLE_ADVICE = (
+    f"a pickled {PICKLE} is never opened, since unpickling runs code: convert it where you trust "
+    "it, with PEFT's PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR)"
+)
+
+
+def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, dict[str, Any]]:
+    """Reads an adapter that PEFT wrote.
+
+    Args:
+        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
+            `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
+            module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
+            module is several of ours, fused along its outputs, and an attention module's path for
+            prompts. Only a `NameTable` can say that weights are `(in, out)` in PyTorch as well,
+            which matters where such a weight is saved whole.
+        base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module;
+            their shapes say which layer is of which kind.
+
+    Returns:
+        The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
+        taking out the base's leaves that train too (`partition(params, recipe)`), or for
+        `save_adapter`, whose directory `load_adapter` puts onto linen and NNX models alike.
+
+    Raises:
+        AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
+            tensors do not fit the base; everything is named at once.
+        ValueError: `names` does not fit the base.
+
+    Example:
+        >>> import tempfile
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> from adapters_jax import LoRA
+        >>> names = {"q_proj": "query"}
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     saved = save_peft(f"{place}/a", LoRA("query", 2), leaves, names, params)
+        ...     recipe, adapters = load_peft(saved, names, params)
+        >>> recipe
+        Recipe(
+          LoRA(targets=('query',), rank=2, alpha=2, a_init='uniform'),
+        )
+        >>> adapters["query"]["lora"]["a"].shape
+        (6, 2)
+    """
+    directory = Path(directory)
+    config, tensors = _read(directory)
+    places = find_places(names, base)
+    problems = config_problems(config)
+    if not problems:
+        try:
+            methods, leaves, problems = peft_load.read(config, tensors, places)
+        except (ValueError, re.error) as error:  # a method refuses a number
+            problems = [str(error)]
+    if problems:
+        raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
+    return Recipe(*methods), unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+
+
+def save_peft(
+    directory: str | Path,
+    recipe: Recipe | Method,
+    adapters: Tree,
+    names: Names,
+    base: Any,
+    *,
+    prefix: str | None = None,
+    **fields: Any,
+) -> Path:
+    """Writes an adapter that PEFT loads.
+
+    Where PEFT's module is several of ours (GPT-2's `c_attn`), those without an A in common get one
+    each, side by side in a pair of factors of a higher rank, with the same product. A pattern's
+    ranks and alphas are written for every module by its whole name.
+
+    Args:
+        directory: a new or empty one; its parents are made.
+        recipe: LoRA, DoRA or LlamaAdapter, and Unfreeze beside the first two.
+        adapters: the trained part of a model, as `partition` gives, or an NNX state.
+        names, base: as in `load_peft`. A kernel with several input axes is taken for a
+            convolution's.
+        prefix: what stands before the names of all modules but heads in the PyTorch model, such as
+            "roberta."; by default the first prefix of the table.
+        **fields: of `adapter_config.json`, such as `base_model_name_or_path` and `task_type`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: PEFT has no such thing as the recipe says, a leaf has no name, or the directory
+            holds something; everything is named at once.
+        TypeError: `adapters` is not a tree.
+    """
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"save_peft: {type(adapters).__name__} is not a tree of adapters; write "
+            "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam)"
+        )
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; give another directory")
+    flat = {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+    places = find_places(names, base)
+    config, tensors, problems = peft_save.write(Recipe(recipe), flat, places, prefix)
+    if problems:
+        raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
+    _write(directory, {**config, "inference_mode": True, **fields}, tensors)
+    return directory
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a directory."""
+    lacking = [name for name in (CONFIG, TENSORS) if not (directory / name).is_file()]
+    if lacking:
+        pickled = f"; {PICKLE_ADVICE}" if (directory / PICKLE).exists() else ""
+        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
+    try:
+        config = huggingface.read_json(directory / CONFIG)
+        if "peft_type" not in config:
+            raise AdapterFileError(
+                f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
+                "save_adapter wrote is for load_adapter"
+            )
+        return config, huggingface.read_file(directory / TENSORS)
+    except AdapterFileError:
+        raise
+    except ValueError as error:
+        raise AdapterFileError(str(error)) from error
+
+
+def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Puts both files into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(whole, directory / TENSORS, {"format": "pt"})
+    (directory / TENSORS).chmod(0o644)  # safetensors writes it for its owner alone
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")

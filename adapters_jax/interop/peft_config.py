@@ -1,0 +1,163 @@
+"""PEFT's `adapter_config.json`: the fields that we honour, the modules and ranks that it means.
+
+Reference: https://huggingface.co/docs/peft/package_reference/lora
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+HONOURED = {
+    "LORA": {
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
+        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+        *("layers_pattern", "bias", "modules_to_save", "init_lora_weights", "fan_in_fan_out"),
+    },
+    "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
+}
+# What the writer notes for itself, and what acts only beside a field that is not honoured.
+IDLE = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
+}
+DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
+
+# Laws of the start that leave the base as it is, and ours that comes nearest.
+STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
+STARTS |= dict.fromkeys(("orthogonal", "eva"), "uniform")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": tuple(STARTS),
+    "bias": ("none", "all", "lora_only"),
+}
+_ADVICE = (
+    " (a start that changes the base: PEFT's save_pretrained converts it, given "
+    "path_initial_model_for_weight_conversion)"
+)
+_NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
+_NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), (bool,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
+    **{"layers_pattern": (str, list), "layers_to_transform": (int, list)},
+}
+
+
+def value(config: Config, field: str) -> Any:
+    """A field's value, or PEFT's default where it is absent or null."""
+    found = config.get(field)
+    return DEFAULTS.get(field) if found is None else found
+
+
+def config_problems(config: Config) -> list[str]:
+    """What of a configuration cannot be honoured, each as `field=value` with the reason.
+
+    Args:
+        config: the parsed file.
+
+    Returns:
+        A sentence each; none where all can be honoured. Fields that are not known are no problem
+        where they are null, false or empty.
+
+    Example:
+        >>> config_problems({"peft_type": "LORA", "r": 4, "lora_bias": True, "new_field": None})
+        ['lora_bias=True is not supported']
+        >>> config_problems({"peft_type": "IA3"})
+        ["peft_type='IA3', wanted LORA or ADAPTION_PROMPT"]
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in HONOURED:
+        return [f"peft_type={kind!r}, wanted {' or '.join(HONOURED)}"]
+    problems = []
+    for field, found in config.items():
+        if field in IDLE or found is None:
+            continue
+        if field in HONOURED[kind]:
+            problems += [f"{field}={found!r}, {wanted}" for wanted in _wanted(field, found)]
+        elif found is not False and found not in ({}, [], ""):
+            problems.append(f"{field}={found!r} is not supported")
+    return problems
+
+
+def _wanted(field: str, found: Any) -> list[str]:
+    """What a field wants instead of the value found; nothing where that is good."""
+    if field in _CHOICES:
+        allowed = _CHOICES[field]
+        good = isinstance(found, bool | str) and found in allowed
+        advice = _ADVICE if field == "init_lora_weights" else ""
+        return [] if good else [f"wanted one of {', '.join(map(repr, allowed))}{advice}"]
+    if field in _NUMBERS:
+        types = (int,) if _NUMBERS[field] is int else (int, float)
+        good = isinstance(found, types) and not isinstance(found, bool) and found >= 0
+        return [] if good else ["wanted a whole number" if types == (int,) else "wanted a number"]
+    if not isinstance(found, _TYPES[field]):
+        return [f"wanted {' or '.join(each.__name__ for each in _TYPES[field])}"]
+    if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
+        return ["wanted a number for each pattern"]
+    return _broken(found) if isinstance(found, str | dict) else []
+
+
+def _broken(patterns: Iterable[str]) -> list[str]:
+    """Regular expressions that are none; `patterns` is one, or a mapping from several."""
+    problems = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"and {pattern!r} is no regular expression: {error}")
+    return problems
+
+
+def number_at(config: Config, field: str, patterns: str, module: str) -> Any:
+    """The rank or alpha of one module: that of the first pattern that means it, or the field's.
+
+    Example:
+        >>> config = {"r": 8, "rank_pattern": {"q_proj": 4}}
+        >>> number_at(config, "r", "rank_pattern", "layers.0.q_proj")
+        4
+    """
+    for pattern, found in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return found
+    return value(config, field)
+
+
+def means(config: Config, module: str) -> bool:
+    """Whether PEFT would adapt a module, by its name in the model.
+
+    Example:
+        >>> config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+        >>> means(config, "model.layers.0.q_proj"), means(config, "model.layers.1.q_proj")
+        (False, True)
+    """
+    saved = config.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        return False
+    excluded, targets = config.get("exclude_modules"), config.get("target_modules")
+    if excluded and _listed(excluded, module):
+        return False
+    if targets is None or targets == "all-linear":
+        return True  # PEFT's own choice for the architecture; what it chose is in the file
+    exact = not isinstance(targets, str) and module in targets
+    return exact or (_listed(targets, module) and _in_layers(config, module))
+
+
+def _listed(names: str | list[str], module: str) -> bool:
+    """A text is a regular expression of the whole name; a list has names or their last words."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: Config, module: str) -> bool:
+    """Whether a module is in one of the layers to transform, where these are given."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    words = [patterns] if isinstance(patterns, str) else patterns
+    forms = [rf".*\.{word}\.(\d+)\." for word in words or [r"[^.]*"]]
+    match = next(filter(None, (re.match(form, module) for form in forms)), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)

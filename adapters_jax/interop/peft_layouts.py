@@ -1,0 +1,119 @@
+"""How the arrays of PEFT's files are laid out, and ours.
+
+Theirs keep the output axis first: A `(r, in)`, B `(out, r)`, a convolution's A `(r, in, window)`
+and B `(out, r, 1)`. Ours keep it last: `(in, r)` and `(r, out)`, `(window, in, r)` and `(r, out)`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+Array = Shaped[np.ndarray, "..."]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of our modules.
+
+    Attributes:
+        path: where it is in our model.
+        leaves: the base's arrays in it, by name; only their shapes are needed.
+        part: `(index, count)` where PEFT's module is `count` of ours, fused along the outputs.
+    """
+
+    path: str
+    leaves: Mapping[str, Any]
+    part: tuple[int, int] | None = None
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight: `kernel`, `embedding`, `scale`."""
+        return next((name for name in self.leaves if name != "bias"), "bias")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its weight."""
+        return tuple(self.leaves[self.weight].shape)
+
+    @property
+    def width(self) -> int:
+        """How many outputs it has."""
+        return self.shape[-1]
+
+
+def our_factors(
+    place: Place, a: Array, b: Array, magnitude: Array | None = None
+) -> dict[str, Array] | None:
+    """Our leaves of one module out of PEFT's factors; None where they do not fit its weight.
+
+    Example:
+        >>> place = Place("query", {"kernel": np.zeros((6, 4))})
+        >>> factors = our_factors(place, np.ones((2, 6)), np.ones((4, 2)))
+        >>> factors["a"].shape, factors["b"].shape
+        ((6, 2), (2, 4))
+    """
+    shape, rank = place.shape, len(a)
+    index, count = place.part or (0, 1)
+    if b.size != math.prod(b.shape[:2]) or len(b) % count or b.shape[1] != rank:
+        return None
+    a = a.transpose(*range(2, a.ndim), 1, 0)
+    b = np.split(b.reshape(b.shape[:2]).T, count, axis=1)[index]
+    flat = a.ndim == 2
+    for n in range(1, len(shape)):
+        inputs, outputs = shape[:n], shape[n:]
+        same = math.prod(inputs) == len(a) if flat else inputs == a.shape[:-1]
+        if same and math.prod(outputs) == b.shape[1]:
+            leaves = {"a": a.reshape(*inputs, rank), "b": b.reshape(rank, *outputs)}
+            if magnitude is not None:
+                if magnitude.size != math.prod(outputs) * count:
+                    return None
+                own = np.split(magnitude.ravel(), count)[index]
+                leaves["magnitude"] = own.reshape(outputs)
+            return leaves
+    return None
+
+
+def their_factors(
+    place: Place, leaves: Mapping[str, Array], slices: Iterable[tuple[int, int]] = ()
+) -> tuple[Array, Array]:
+    """PEFT's A and B out of our leaves; a kernel with more than one input axis is a convolution's.
+
+    Outputs beside the slices get zeros.
+    """
+    a, b = leaves["a"], leaves["b"]
+    if slices:
+        columns = [i for start, stop in slices for i in range(start, stop)]
+        part, b = b, np.zeros((len(b), place.width), b.dtype)
+        b[:, columns] = part
+    n, window = a.ndim, (1,) * (a.ndim - 2)
+    outputs = b.reshape(len(b), -1).T
+    return a.transpose(n - 1, n - 2, *range(n - 2)), outputs.reshape(*outputs.shape, *window)
+
+
+def our_leaf(place: Place, name: str, tensor: Array, fan_in_fan_out: bool) -> Array | None:
+    """Our array of the base out of theirs; None where it does not fit."""
+    shape = tuple(place.leaves[name].shape)
+    if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
+        tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
+    index, count = place.part or (0, 1)
+    if tensor.size != math.prod(shape) * count or (tensor.ndim and tensor.shape[-1] % count):
+        return None
+    tensor = np.split(tensor, count, axis=-1)[index] if place.part else tensor
+    # A layer of heads has more axes than their matrix.
+    split = 0 < tensor.ndim < len(shape) and tensor.shape[0] in accumulate(shape, mul)
+    return tensor.reshape(shape) if split or tensor.shape == shape else None
+
+
+def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array:
+    """Their tensor out of our arrays, one for each part."""
+    whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    n = whole.ndim
+    if name != "kernel" or n < 2 or (fan_in_fan_out and n == 2):
+        return whole
+    return whole.transpose(n - 1, n - 2, *range(n - 2))

@@ -1,0 +1,158 @@
+"""Where a model's modules are in PEFT's files."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import linen, nnx
+
+from adapters_jax.interop.names import NameTable
+from adapters_jax.interop.peft_layouts import Place
+from adapters_jax.partition import flatten, join
+from adapters_jax.targets import selects
+
+Names = NameTable | Mapping[str, str | Sequence[str]]
+ROOT = "base_model.model."
+TIED = (
+    "{}: PEFT adapts the word embeddings alone, and here they are the output layer as well, which "
+    "the same factors would reach; leave them out, or use a model with tie_word_embeddings=False"
+)
+HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not in it
+
+
+@dataclass(frozen=True)
+class Places:
+    """A model's modules by the names that PEFT has for them.
+
+    Attributes:
+        modules: our modules by their name, without prefix; several where theirs is fused.
+        attention: paths of our attention modules, likewise.
+        base: the base's arrays by path.
+        prefixes: leading words that their names may have.
+        fan_in_fan_out: whether their linear weights are `(in, out)`.
+        tied: whether the word embeddings are also the output layer.
+    """
+
+    modules: Mapping[str, tuple[Place, ...]]
+    attention: Mapping[str, str]
+    base: Mapping[str, Any]
+    prefixes: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    tied: bool = False
+
+    def at(self, name: str) -> tuple[Place, ...]:
+        """Our modules for one of theirs, in the order of the parts; none where it is not known."""
+        return self.modules.get(self.bare(name), ())
+
+    def bare(self, name: str) -> str:
+        """A name of theirs without prefix."""
+        for prefix in self.prefixes:
+            name = name.removeprefix(prefix)
+        return name
+
+    def full(self, name: str, prefix: str | None) -> str:
+        """A bare name as the model has it: with the prefix given, or the first of the table's."""
+        prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
+        return name if name.split(".")[0] in HEADS else prefix + name
+
+    @property
+    def paths(self) -> list[str]:
+        """Our modules that have parameters."""
+        return sorted({path.rpartition("/")[0] for path in self.base})
+
+
+def find_places(names: Names, base: Any) -> Places:
+    """Goes through a model and asks what its modules are called in PEFT's files.
+
+    Args:
+        names: a model's table, or a mapping from PEFT's module names to our paths; to a tuple of
+            paths where theirs is fused, to an attention module's path for prompts.
+        base: the parameters as a tree of arrays, also abstract ones, or an NNX module.
+
+    Raises:
+        ValueError: nothing is found, or a mapping names paths that the base does not have.
+    """
+    state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
+    leaves = {path: linen.meta.unbox(leaf) for path, leaf in flatten(state).items()}
+    by_path: dict[str, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        by_path.setdefault(module, {})[name] = leaf
+    if isinstance(names, NameTable):
+        return _by_table(names, by_path, leaves)
+    return _by_mapping(names, by_path, leaves)
+
+
+def _by_table(
+    names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
+) -> Places:
+    modules: dict[str, list[Place]] = {}
+    attention = {}
+    for path, leaves in by_path.items():
+        try:
+            source = names.module(path)
+        except ValueError:
+            continue  # a module that no file of theirs has, such as another head
+        modules.setdefault(source.name, []).append(Place(path, leaves, source.part))
+        if path.endswith("/query"):
+            attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
+    if not modules:
+        raise ValueError(
+            f"names knows none of the base's modules {', '.join(list(by_path)[:3])}; give the "
+            "NAMES that stands beside the model, and the parameters of that model"
+        )
+    ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
+    tied = r"lm_head\.weight" in names.ignored and "lm_head" not in modules
+    return Places(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
+
+
+def _index(place: Place) -> int:
+    return place.part[0] if place.part else 0
+
+
+def _by_mapping(
+    names: Mapping[str, str | Sequence[str]],
+    by_path: Mapping[str, Mapping[str, Any]],
+    base: Mapping[str, Any],
+) -> Places:
+    modules, attention, problems = {}, {}, []
+    for theirs, ours in names.items():
+        paths = [ours] if isinstance(ours, str) else list(ours)
+        if all(path in by_path for path in paths):
+            parts = [(i, len(paths)) if len(paths) > 1 else None for i in range(len(paths))]
+            places = zip(paths, parts, strict=True)
+            modules[theirs] = tuple(Place(path, by_path[path], part) for path, part in places)
+        elif len(paths) == 1 and any(path.startswith(f"{paths[0]}/") for path in by_path):
+            attention[theirs] = paths[0]
+        else:
+            near = difflib.get_close_matches(paths[0], by_path, 3) or list(by_path)[:3]
+            problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
+    if problems:
+        raise ValueError(f"names maps to what the base does not have: {'; '.join(problems)}")
+    return Places(modules, attention, base)
+
+
+def shortest(wanted: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that mean these paths and no others: by the last names, or the paths themselves.
+
+    Example:
+        >>> shortest(["layer_0/query", "layer_1/query"], ["layer_0/query", "layer_1/query", "norm"])
+        ('**/query',)
+        >>> shortest(["layer_0/query"], ["layer_0/query", "layer_1/query"])
+        ('layer_0/query',)
+    """
+    wanted, among = set(wanted), list(among)
+    for depth in (1, 2):
+        tails = {"/".join(path.split("/")[-depth:]) for path in wanted}
+        patterns = tuple(sorted(join("**", tail) for tail in tails))
+        fewer = len(patterns) < len(wanted)
+        if fewer and {path for path in among if selects(patterns, path)} == wanted:
+            return patterns
+    return tuple(sorted(wanted, key=in_order))
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """A key that sorts paths with their numbers as numbers."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]

@@ -1,0 +1,110 @@
+"""What is trained here computes the same in PEFT itself; needs the extra `interop-test`."""
+
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_peft import BASES, FIXTURES, HAVE, base_of
+
+import adapters_jax as aj
+from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.models.llama import Llama
+
+WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
+torch = pytest.importorskip("torch", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+peft = pytest.importorskip("peft", reason=WHY)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+RECIPES = {
+    "bert": [
+        aj.lora(4, 6.0, targets=("**/query", "**/mlp/intermediate"), bias="all", head="head"),
+        aj.lora(2, dora=True, targets="**/{key,value}", bias="lora_only"),
+        aj.Recipe(aj.LoRA("**/{word,value}", 3, 6.0), aj.Unfreeze("**/attention_norm/*")),
+    ],
+    "gpt2": [
+        aj.lora(4, 8.0),  # query and value, which have no A in common
+        aj.lora(2, dora=True, targets=("**/{query,key,value}", "**/mlp/output/dense")),
+        aj.lora(3, targets="**/attention/*", rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
+    ],
+    "llama": [
+        aj.lora(4, 8.0, targets="**/mlp/*", alpha_pattern={"**/up": 2.0}),
+        aj.Recipe(aj.LoRA("**/{embeddings,head}", 2, 6.0), aj.Unfreeze("norm/*")),
+        aj.llama_adapter(4, layers=[1], gate="layer"),
+    ],
+}
+CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
+
+
+def theirs(base, directory):
+    """The logits of a saved adapter in PEFT, which must miss no tensor."""
+    classes = {
+        "bert": transformers.BertForSequenceClassification,
+        "gpt2": transformers.GPT2LMHeadModel,
+        "llama": transformers.LlamaForCausalLM,
+    }
+    model = classes[base].from_pretrained(BASES / base)
+    with np.load(BASES / base / "expected.npz") as file:
+        inputs = {name: torch.tensor(file[name]) for name in FIELDS if name in file}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        return peft.PeftModel.from_pretrained(model, directory).eval()(**inputs).logits.numpy()
+
+
+def trained(base, recipe):
+    """Adapters after three steps, and the logits with them."""
+    _, model, params, inputs = base_of(base)
+    if isinstance(model, Llama):
+        grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
+        graph, adapters, rest = nnx.split(grown, aj.nnx.AdapterParam, ...)
+
+        def apply(adapters):
+            return nnx.merge(graph, adapters, rest)(**inputs)
+    else:
+        adapted = aj.adapt(model, recipe)
+        whole = aj.init_adapters(adapted, params, jax.random.key(0), **inputs)
+        adapters, frozen = aj.partition(whole, recipe)
+
+        def apply(adapters):
+            return adapted.apply({"params": aj.merge_trees(adapters, frozen)}, **inputs)
+
+    gradient = jax.jit(jax.grad(lambda tree: -jax.nn.log_softmax(apply(tree))[..., 0].mean()))
+    noise = np.random.default_rng(0).normal
+    for _ in range(3):
+        move = gradient(adapters)
+        adapters = jax.tree.map(lambda x, g: x - 0.1 * g, adapters, move)
+    shaken = jax.tree.map(lambda x: x + jnp.asarray(noise(0, 0.05, x.shape), x.dtype), adapters)
+    return shaken, apply(shaken)
+
+
+def seen(base, logits):
+    """Without what padding computes."""
+    return np.asarray(logits)[base_of(base)[3]["attention_mask"] == 1] if base != "bert" else logits
+
+
+@pytest.mark.parametrize(("base", "index"), CASES)
+def test_what_is_trained_here_has_the_same_logits_in_peft(base, index, tmp_path):
+    names, model, params, inputs = base_of(base)
+    recipe = aj.Recipe(RECIPES[base][index])
+    adapters, logits = trained(base, recipe)
+    directory = save_peft(tmp_path / "a", recipe, adapters, names, params)
+    np.testing.assert_allclose(seen(base, theirs(base, directory)), seen(base, logits), atol=1e-4)
+    plain = (
+        model(**inputs) if isinstance(model, Llama) else model.apply({"params": params}, **inputs)
+    )
+    assert np.abs(seen(base, plain) - seen(base, logits)).max() > 1e-2
+
+
+@pytest.mark.parametrize("fixture", [name for name in HAVE if not name.startswith("net")])
+def test_what_came_from_peft_goes_back(fixture, tmp_path):
+    base = fixture.split("_")[0]
+    names, _, params, _ = base_of(fixture)
+    recipe, adapters = load_peft(FIXTURES / fixture, names, params)
+    directory: Path = save_peft(tmp_path / "a", recipe, adapters, names, params)
+    expected = np.load(FIXTURES / fixture / "logits.npy")
+    np.testing.assert_allclose(seen(base, theirs(base, directory)), seen(base, expected), atol=1e-4)
