@@ -18,7 +18,11 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
 
 
 def pytest_configure(config):
-    """Workers, and the commands that tests run, share what is compiled; a next run starts anew."""
+    """Workers, and the commands that tests run, share what is compiled; a next run starts anew.
+
+    One may meet an entry that another is still writing: then it compiles that program itself.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
     if not hasattr(config, "workerinput"):
         config.compiled = tempfile.TemporaryDirectory(prefix="adapters-jax-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
