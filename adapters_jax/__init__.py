@@ -5,9 +5,17 @@ from adapters_jax.adapt import adapt
 from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
 from adapters_jax.combine import Combined, combine
-from adapters_jax.errors import MismatchError, RecipeError, TargetError
-from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
+from adapters_jax.errors import (
+    AdapterFileError,
+    MismatchError,
+    OtherBaseError,
+    RecipeError,
+    TargetError,
+)
+from adapters_jax.files import save_adapter
+from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
+from adapters_jax.loading import load_adapter
 from adapters_jax.merge import merge, unmerge
 from adapters_jax.methods import (
     Bottleneck,
@@ -42,12 +50,14 @@ from adapters_jax.train import make_eval_step, make_train_step
 __all__ = [
     "AdapterFileError",
     "Audit",
+    "BaseIdentity",
     "Bottleneck",
     "Combined",
     "DoRA",
     "LlamaAdapter",
     "LoRA",
     "MismatchError",
+    "OtherBaseError",
     "PrefixTuning",
     "Recipe",
     "RecipeError",
@@ -56,6 +66,7 @@ __all__ = [
     "Unfreeze",
     "adapt",
     "audit",
+    "base_identity",
     "bitfit",
     "bottleneck_parameters",
     "combine",

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax import files
+from adapters_jax import atomic
 from adapters_jax.files import CONFIG, TENSORS, AdapterFileError, read_adapter
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.partition import flatten
@@ -224,7 +224,7 @@ def test_a_failure_while_overwriting_leaves_the_old_adapter(saved, adapters, mon
 
     monkeypatch.setattr(os, "replace", replace)
     if failing == "write":
-        monkeypatch.setattr(files, "_write", write)
+        monkeypatch.setattr(atomic, "_write", write)
     with pytest.raises(OSError, match="the disk is gone"):
         aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
     assert os.listdir(saved.parent) == ["adapter"]
@@ -235,7 +235,7 @@ def test_a_failure_the_first_time_leaves_nothing(tmp_path, adapters, monkeypatch
     def write(path, data):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(files, "_write", write)
+    monkeypatch.setattr(atomic, "_write", write)
     with pytest.raises(OSError, match="the disk is gone"):
         aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
     assert os.listdir(tmp_path) == []

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adapters_jax.files import load_adapter
 from adapters_jax.finetune.decoders import Decoder, load_decoder
 from adapters_jax.finetune.generation import complete
 from adapters_jax.finetune.prompts import Prompts
 from adapters_jax.finetune.runs import Run, RunError, check_base
+from adapters_jax.loading import load_adapter
 
 BATCH_SIZE = 16
 

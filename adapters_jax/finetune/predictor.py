@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapters_jax.files import load_adapter
 from adapters_jax.finetune.batches import choose_buckets
 from adapters_jax.finetune.encoders import INPUTS, Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.rows import DataError, Texts
@@ -17,6 +16,7 @@ from adapters_jax.finetune.runs import Run, check_base, target_of
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.training import in_row_order
 from adapters_jax.linen import Adapted
+from adapters_jax.loading import load_adapter
 
 BATCH_SIZE = 32
 

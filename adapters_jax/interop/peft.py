@@ -18,13 +18,15 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from adapters_jax.files import AdapterFileError
-from adapters_jax.interop import huggingface, peft_load, peft_save
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.interop import peft_load, peft_save
 from adapters_jax.interop.peft_config import config_problems
 from adapters_jax.interop.peft_places import Names, find_places
 from adapters_jax.methods import Method
 from adapters_jax.partition import Tree, flatten, unflatten
 from adapters_jax.recipe import Recipe
+from adapters_jax.tensors import read_tensors
+from adapters_jax.untrusted import read_json
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PICKLE_ADVICE = (
@@ -144,18 +146,13 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if lacking:
         pickled = f"; {PICKLE_ADVICE}" if (directory / PICKLE).exists() else ""
         raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
-    try:
-        config = huggingface.read_json(directory / CONFIG)
-        if "peft_type" not in config:
-            raise AdapterFileError(
-                f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
-                "save_adapter wrote is for load_adapter"
-            )
-        return config, huggingface.read_file(directory / TENSORS)
-    except AdapterFileError:
-        raise
-    except ValueError as error:
-        raise AdapterFileError(str(error)) from error
+    config = read_json(directory / CONFIG)
+    if "peft_type" not in config:
+        raise AdapterFileError(
+            f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what save_adapter "
+            "wrote is for load_adapter"
+        )
+    return config, read_tensors(directory / TENSORS)
 
 
 def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
