@@ -1,5 +1,6 @@
 """Which base an adapter was trained on: what is cheap to know and hard to mistake."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -18,40 +19,35 @@ from adapters_jax.recipe import Recipe
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What tells one base from another; `base_identity` makes it.
+    """What tells one base from another, None where nobody said; `base_identity` makes it.
 
     Attributes:
+        id: what it is called, such as its name on the Hugging Face Hub.
+        config_sha256: of its configuration.
         tree_sha256: of the paths and shapes of its parameters, without their values and dtypes.
-        id: what it is called, such as its name on the Hugging Face Hub; None where nobody said.
-        config_sha256: of its configuration; None where nobody said.
     """
 
-    tree_sha256: str
     id: str | None = None
     config_sha256: str | None = None
+    tree_sha256: str | None = None
 
     def differences(self, other: "BaseIdentity") -> str:
         """What is known of both and differs, for a message; empty where nothing does.
 
         Example:
-            >>> BaseIdentity("00", "gpt2").differences(BaseIdentity("00", "bert"))
-            "its id was 'gpt2' and is 'bert'"
+            >>> BaseIdentity("gpt2", tree_sha256="00").differences(BaseIdentity("bert"))
+            "id 'gpt2', here 'bert'"
         """
-        named = {
-            "id": "id",
-            "config_sha256": "configuration's sha256",
-            "tree_sha256": "tree of shapes' sha256",
-        }
-        pairs = {word: (getattr(self, k), getattr(other, k)) for k, word in named.items()}
-        return ", ".join(
-            f"its {word} was {shortened(repr(was), 80)} and is {shortened(repr(now), 80)}"
-            for word, (was, now) in pairs.items()
-            if None not in (was, now) and was != now
+        pairs = {key: (getattr(self, key), getattr(other, key)) for key in vars(self)}
+        return "; ".join(
+            f"{key} {shortened(repr(was), 80)}, here {shortened(repr(here), 80)}"
+            for key, (was, here) in pairs.items()
+            if None not in (was, here) and was != here
         )
 
 
 def base_identity(
-    base: Tree | nnx.Module,
+    base: Tree | nnx.Module | None = None,
     recipe: Recipe | Method | None = None,
     *,
     id: str | None = None,
@@ -60,14 +56,15 @@ def base_identity(
     """Makes the identity of a base, adapted or not: what its adapters added is not counted.
 
     Args:
-        base: its parameter tree, also an abstract one, or the NNX model.
+        base: its parameter tree, also an abstract one, or the NNX model. Not needed for a
+            `TrainState` and for `load_adapter`, which know it.
         recipe: by which the tree has adapters; an adapted NNX model knows that itself.
-        id: what it is called, such as `"google-bert/bert-base-uncased"`; no path, since that is
-            another one elsewhere.
-        config: its configuration, for instance what `config.json` says: anything JSON can hold.
+        id: what it is called, such as `"google-bert/bert-base-uncased"`; no path of a directory,
+            which has another one elsewhere.
+        config: its configuration, such as `config.json` has it: anything that JSON can hold.
 
     Returns:
-        The identity, to be given to `save_adapter` and `load_adapter`.
+        The identity, for `save_adapter` and `load_adapter`.
 
     Raises:
         TypeError: the configuration holds what JSON cannot.
@@ -78,17 +75,18 @@ def base_identity(
         >>> adapted = {**base, "lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}
         >>> base_identity(base) == base_identity(adapted, LoRA("**", 1))
         True
-        >>> base_identity(base).tree_sha256[:12]
+        >>> base_identity(base, id="tiny").tree_sha256[:12]
         'fbeaa27acc70'
     """
+    tree = None
     if isinstance(base, nnx.Module):
         recipe = Recipe(recipe or (), getattr(base, "adapter_recipe", ()))
         base = nnx.state(base, nnx.Param)
-    config_sha256 = None
-    if config is not None:
-        text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-        config_sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return BaseIdentity(tree_sha256([base], Recipe(recipe or ())), id, config_sha256)
+    if base is not None:
+        tree = tree_sha256([base], Recipe(recipe or ()))
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    config_sha256 = None if config is None else hashlib.sha256(text.encode()).hexdigest()
+    return BaseIdentity(id, config_sha256, tree)
 
 
 def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
@@ -108,10 +106,11 @@ def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
 
 
 def with_tree(base: BaseIdentity | None, tree: str, caller: str) -> BaseIdentity:
-    """What the caller says of a base whose tree is known; raises ValueError for another's."""
-    if base is not None and base.tree_sha256 != tree:
+    """What is said of a base whose tree is known; raises ValueError where it is of another tree."""
+    base = base or BaseIdentity()
+    if base.tree_sha256 not in (None, tree):
         raise ValueError(
-            f"{caller}: base={base} is of another tree of parameters than the model; make it of "
-            "this very model, with aj.base_identity"
+            f"{caller}: base has the tree_sha256 {base.tree_sha256}, and the model {tree}; make it "
+            "of this very model: aj.base_identity(params_or_model, recipe)"
         )
-    return base or BaseIdentity(tree)
+    return dataclasses.replace(base, tree_sha256=tree)

@@ -102,7 +102,7 @@ def _check_base(
     """Raises OtherBaseError where what is known of both bases differs."""
     if manifest.base is None:
         return
-    tree = base_identity(model, recipe).tree_sha256
+    tree = base_identity(model, recipe).tree_sha256 or ""
     differences = manifest.base.differences(with_tree(base, tree, "load_adapter"))
     if differences:
         raise OtherBaseError(

@@ -13,6 +13,7 @@ from adapters_jax.errors import AdapterFileError, shortened
 from adapters_jax.identity import BaseIdentity
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
+from adapters_jax.tensors import LONGEST_NAME
 from adapters_jax.untrusted import check_size, read_json
 
 FORMAT = 1
@@ -114,12 +115,12 @@ def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
 
 def _is_base(base: Any) -> bool:
     """Whether a JSON value is the identity of a base."""
-    if not isinstance(base, dict) or base.keys() != {"tree_sha256", "id", "config_sha256"}:
+    if not isinstance(base, dict) or base.keys() != set(BaseIdentity.__dataclass_fields__):
         return False
-    tree, config, name = base["tree_sha256"], base["config_sha256"], base["id"]
-    hashes = [tree] if config is None else [tree, config]
-    good = all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in hashes)
-    return good and (name is None or (isinstance(name, str) and len(name) <= 512))
+    said = {key: value for key, value in base.items() if value is not None}
+    name = said.pop("id", "")
+    hashes = (isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in said.values())
+    return isinstance(name, str) and len(name) <= LONGEST_NAME and all(hashes)
 
 
 def _recipe(values: Any) -> Recipe:

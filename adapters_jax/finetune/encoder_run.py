@@ -25,6 +25,7 @@ from adapters_jax.finetune.sources import OF_DECODERS
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.finetune.training import Trained
+from adapters_jax.identity import BaseIdentity
 from adapters_jax.linen import init_adapters
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class EncoderJob(Job):
     task: TaskData
     encoder: Encoder
     in_order: Batches
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The encoder's."""
+        return self.encoder.identity
 
     def train_all(self) -> tuple[Trained, list[Result]]:
         """The method and then its baselines: what it found, and the rows of the results' table."""

@@ -103,7 +103,7 @@ def load_predictor(path: str | Path) -> Predictor:
 
     Raises:
         ValueError: no run, a damaged one, or a base that is not the one it was trained on
-            (`RunError`, `AdapterFileError`, `MismatchError`).
+            (`RunError`, `AdapterFileError`).
         AssetError: the pinned model could not be fetched.
     """
     run = Run(Path(path))
@@ -112,7 +112,8 @@ def load_predictor(path: str | Path) -> Predictor:
     encoder = load_encoder(config["model"], config["pooling"], config["dtype"])
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
-    model, params = load_adapter(run.adapter, encoder.classifier(target.width), params, ids)
+    classifier, base = encoder.classifier(target.width), encoder.identity
+    model, params = load_adapter(run.adapter, classifier, params, ids, base=base)
     check_base(run, config, encoder.sha256)
     params = store_frozen(params, model.recipe, config["dtype"])
     return Predictor(encoder, model, params, target, config["max_length"], config["pairs"])
