@@ -11,7 +11,6 @@ import re
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from adapters_jax.errors import AdapterFileError, shortened
 
 MOST_JSON = 2**20  # bytes: four thousand patterns of 200 characters, and a parse within 0.3 s
 DEEPEST = 32  # lists and objects in one another
-_TEXT = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_TOKEN = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 
@@ -105,10 +104,7 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
     """A JSON object out of its bytes."""
     try:
         text = data.decode("utf-8")
-        brackets = re.sub(r"[^\[\]{}]+", "", _TEXT.sub("", text))
-        depth = max(accumulate(1 if c in "[{" else -1 for c in brackets), default=0)
-        if depth > DEEPEST:
-            raise ValueError(f"its JSON is nested {depth} deep, wanted at most {DEEPEST}")
+        _check_depth(text)
         values = json.loads(
             text,
             object_pairs_hook=_object,
@@ -123,6 +119,15 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a {type(values).__name__}, wanted a JSON object")
     return values
+
+
+def _check_depth(text: str) -> None:
+    """Raises ValueError where lists and objects are too deep in one another, texts aside."""
+    depth = 0
+    for found in _TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > DEEPEST:
+            raise ValueError(f"its JSON is nested more than {DEEPEST} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

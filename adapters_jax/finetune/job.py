@@ -108,7 +108,7 @@ class Job(ABC):
 
     def save(self, state: TrainState) -> None:
         """Keeps a state's adapter as the run's."""
-        save_adapter(self.run.adapter, state, base=self.identity)
+        save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
 
     def train(
         self,

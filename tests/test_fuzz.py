@@ -1,0 +1,166 @@
+"""Hostile adapter files: nothing but our own errors, in little time and memory, and no effect.
+
+`ADAPTERS_JAX_FUZZ=50000` makes as many examples, drawn anew each time, instead of the same 2,000.
+"""
+
+import json
+import os
+import time
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+from flax import nnx
+from hypothesis import HealthCheck, Phase, given, settings
+from hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt
+
+import adapters_jax as aj
+from adapters_jax.files import TENSORS, read_adapter
+from adapters_jax.manifest import CONFIG
+from adapters_jax.partition import flatten
+
+ASKED = os.environ.get("ADAPTERS_JAX_FUZZ")
+EXAMPLES = int(ASKED or 2000)
+SHARE = 20  # one of so many examples is loaded onto a model
+
+
+def fuzzed(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=ASKED is None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def adapters(place):
+    """The files of valid adapters, by door and method."""
+    return {
+        f"{door}-{name}": {file: (directory / file).read_bytes() for file in (TENSORS, CONFIG)}
+        for door in ("linen", "nnx")
+        for name in RECIPES
+        for directory in [save(place, door, name)]
+    }
+
+
+def written(place, files):
+    """A directory with these files, or what stands in their place; and its size."""
+    directory = place / "hostile"
+    for old in directory.iterdir() if directory.exists() else ():
+        old.rmdir() if old.is_dir() and not old.is_symlink() else old.unlink()
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+        else:
+            NODES[content](directory, directory / name)
+    return directory
+
+
+def state_of(directory):
+    """What is there, down to sizes and times."""
+    seen = []
+    for parent in (directory.parent, directory):
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                seen.append((entry.name, status.st_mode, status.st_size, status.st_mtime_ns))
+    return sorted(seen)
+
+
+def said_elsewhere(files):
+    """The tensors and the recipe, read by others' code."""
+    tensors = {
+        name: (tuple(tensor["shape"]), bytes(tensor["data"]))
+        for name, tensor in safetensors.deserialize(files[TENSORS])
+    }
+    return aj.Recipe.from_json(json.loads(files[CONFIG])["recipe"]), tensors
+
+
+def raw(tensors):
+    return {name: (x.shape, np.asarray(x).tobytes()) for name, x in tensors.items()}
+
+
+def size_of(files):
+    return sum(len(content) for content in files.values() if isinstance(content, bytes))
+
+
+@pytest.fixture(scope="module")
+def outside(place):
+    (place / "elsewhere").write_text("{}")
+
+
+def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters, outside):
+    outcomes = {True: 0, False: 0}
+
+    @fuzzed(EXAMPLES)
+    @given(spoilt(adapters))
+    def run(case):
+        key, files, same = case.adapter, case.files, case.says_the_same
+        directory = written(place, files)
+        before = state_of(directory)
+        tracemalloc.start()
+        began = time.thread_time()
+        try:
+            got = read_adapter(directory)
+        except aj.AdapterFileError as error:
+            assert str(directory) in str(error) and len(str(error)) < 4000
+            got = None
+        seconds = time.thread_time() - began
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        arrays = sum(x.nbytes for x in got[1].values()) if got else 0
+        assert state_of(directory) == before
+        assert seconds < 1 and used + arrays < 2 * size_of(files) + 2**20, (seconds, used)
+        if got:
+            recipe, tensors = got
+            assert (recipe, raw(tensors)) == said_elsewhere(files)
+        if same:
+            assert got and said_elsewhere(adapters[key]) == said_elsewhere(files)
+        outcomes[got is not None] += 1
+
+    run()
+    assert min(outcomes.values()) > EXAMPLES // 50, outcomes
+
+
+@pytest.mark.parametrize("door", ["linen", "nnx"])
+def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(place, adapters, outside, door):
+    base = linen_base() if door == "linen" else (nnx_base(), None)
+    tree = (lambda: base[1]) if door == "linen" else (lambda: nnx.state(base[0]))
+    before = [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())]
+    of_door = {key: files for key, files in adapters.items() if key.startswith(door)}
+    loaded = 0
+
+    @fuzzed(max(1, EXAMPLES // SHARE // 2))
+    @given(spoilt(of_door))
+    def run(case):
+        nonlocal loaded
+        key, files, same = case.adapter, case.files, case.says_the_same
+        directory = written(place, files)
+        seen = state_of(directory)
+        began = time.thread_time()
+        try:
+            model = aj.load_adapter(directory, *base, X)
+        except aj.AdapterFileError as error:
+            assert not same and len(str(error)) < 9000
+        else:
+            loaded += 1
+            whole = flatten(model[1]) if door == "linen" else flatten(nnx.state(model, nnx.Param))
+            for name, (shape, data) in said_elsewhere(files)[1].items():
+                assert (whole[name].shape, np.asarray(whole[name]).tobytes()) == (shape, data)
+        assert time.thread_time() - began < 1
+        assert state_of(directory) == seen
+        assert [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())] == before
+
+    run()
+    assert loaded
