@@ -14,8 +14,8 @@ from flax import nnx
 from hypothesis import strategies as st
 
 import adapters_jax as aj
-from adapters_jax.manifest import CONFIG
 from adapters_jax.files import TENSORS
+from adapters_jax.manifest import CONFIG
 from adapters_jax.nnx import AdapterParam
 
 X = np.ones((1, 3, 4), np.float32)
@@ -77,10 +77,19 @@ def save(place, door, name):
     return aj.save_adapter(place / f"{door}-{name}", drawn_like(adapters, 1), recipe, base=base)
 
 
+class Entries(list):
+    """The pairs of a JSON object, also such as have the same key."""
+
+
+def as_plain(value):
+    return {k: as_plain(v) for k, v in value} if isinstance(value, Entries) else value
+
+
 def taken_apart(data):
-    """The entries of a safetensors header, and the bytes after it."""
+    """The entries of a safetensors header, all of them, and the bytes after it."""
     (length,) = struct.unpack("<Q", data[:8])
-    return list(json.loads(data[8 : 8 + length]).items()), data[8 + length :]
+    entries = json.loads(data[8 : 8 + length], object_pairs_hook=Entries)
+    return [(name, as_plain(entry)) for name, entry in entries], data[8 + length :]
 
 
 def put_together(entries, body, length=None, spaces=0):
@@ -185,14 +194,17 @@ def bad_entry(draw, tensors):
 
 
 def bad_numbers(draw, tensors):
-    """NaN or infinity in some tensor."""
+    """NaN, quiet or signalling, or infinity in some tensor."""
     entries, body = taken_apart(tensors)
-    name, entry = draw(st.sampled_from(entries))
+    _, entry = draw(st.sampled_from(entries))
     start, stop = entry["data_offsets"]
-    kind = {"F32": np.float32, "BF16": jnp.bfloat16}[entry["dtype"]]
-    array = np.frombuffer(body[start:stop], kind).copy()
-    array[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
-    return put_together(entries, body[:start] + array.tobytes() + body[stop:])
+    size, first = {"F32": (4, 0x7F800000), "BF16": (2, 0x7F80)}[entry["dtype"]]
+    bits = first + draw(st.sampled_from((0, 1, 2**6, first // 0x7F80 * 2**6)))
+    bits += draw(st.booleans()) << (8 * size - 1)
+    place = start + size * draw(st.integers(0, (stop - start) // size - 1))
+    return put_together(
+        entries, body[:place] + bits.to_bytes(size, "little") + body[place + size :]
+    )
 
 
 def equal_tensors(draw, tensors):
@@ -221,6 +233,18 @@ def bad_config(draw, config):
         for _ in range(draw(st.integers(20, 400))):
             deep = [deep]
         values = at_random(draw, values, lambda _: deep)
+    return json.dumps(values).encode()
+
+
+def bad_recipe(draw, config):
+    """A configuration whose recipe is JSON and something other."""
+    values = json.loads(config)
+    news = st.sampled_from((*JUNK, 1, 2, 3, 10**6, "attention", "attention/*", "out", "**/bias"))
+    values["recipe"] = at_random(draw, values["recipe"], lambda _: draw(news))
+    others = [row for recipe in RECIPES.values() for row in json.loads(recipe.to_json())["methods"]]
+    methods = values["recipe"].get("methods") if isinstance(values["recipe"], dict) else None
+    if draw(st.booleans()) and isinstance(methods, list):
+        methods.append(draw(st.sampled_from(others)))
     return json.dumps(values).encode()
 
 
@@ -261,19 +285,20 @@ class Spoilt(NamedTuple):
         return f"Spoilt({self.adapter!r}, {self.way!r}, {files})"
 
 
+_ANYWHERE = (flipped, spliced, "cut", "length", "other", "node")
+WAYS = {
+    TENSORS: (*_ANYWHERE, bad_entry, bad_entry, bad_entry, bad_numbers, equal_tensors),
+    CONFIG: (*_ANYWHERE, bad_config, bad_config, bad_recipe, bad_recipe, equal_config),
+}
+
+
 @st.composite
 def spoilt(draw, adapters):
-    """One of several adapters, each the bytes of its two files by name, spoilt in some way.
-
-    """
+    """One of several adapters, each the bytes of its two files by name, spoilt in some way."""
     key = draw(st.sampled_from(sorted(adapters)))
     files = dict(adapters[key])
     name = draw(st.sampled_from((TENSORS, CONFIG)))
-    ways = {
-        TENSORS: (flipped, spliced, bad_entry, bad_entry, bad_numbers, equal_tensors),
-        CONFIG: (flipped, spliced, bad_config, bad_config, equal_config),
-    }[name]
-    way = draw(st.sampled_from((*ways, *ways, "cut", "length", "other", "node")))
+    way = draw(st.sampled_from(WAYS[name]))
     if way == "cut":
         files[name] = files[name][: draw(st.integers(0, len(files[name]) - 1))]
     elif way == "length":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors
 from flax import nnx
+from hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt, taken_apart
 from hypothesis import HealthCheck, Phase, given, settings
-from hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt
 
 import adapters_jax as aj
 from adapters_jax.files import TENSORS, read_adapter
@@ -23,7 +23,7 @@ from adapters_jax.partition import flatten
 
 ASKED = os.environ.get("ADAPTERS_JAX_FUZZ")
 EXAMPLES = int(ASKED or 2000)
-SHARE = 20  # one of so many examples is loaded onto a model
+SHARE = 10  # for so many files one is loaded onto a model as well
 
 
 def fuzzed(examples):
@@ -79,7 +79,11 @@ def state_of(directory):
 
 
 def said_elsewhere(files):
-    """The tensors and the recipe, read by others' code."""
+    """The recipe and the tensors, read by others' code; fails for what no reader may accept."""
+    header, _ = taken_apart(files[TENSORS])
+    names = [name for name, _ in header]
+    assert len(set(names)) == len(names)
+    assert not [n for n in names if not n.isprintable() or {"", ".", ".."} & set(n.split("/"))]
     tensors = {
         name: (tuple(tensor["shape"]), bytes(tensor["data"]))
         for name, tensor in safetensors.deserialize(files[TENSORS])
@@ -88,7 +92,21 @@ def said_elsewhere(files):
 
 
 def raw(tensors):
+    assert all(np.isfinite(np.asarray(x)).all() for x in tensors.values())
     return {name: (x.shape, np.asarray(x).tobytes()) for name, x in tensors.items()}
+
+
+def outcome(function, *args):
+    """What a function returns, and what it says in an error of ours; it has a second for that."""
+    for _ in range(3):  # a collection of garbage may have fallen into it
+        began = time.thread_time()
+        try:
+            found = function(*args), ""
+        except aj.AdapterFileError as error:
+            found = None, str(error)
+        if time.thread_time() - began < 1:
+            return found
+    raise AssertionError(f"it takes over a second: {found}")
 
 
 def size_of(files):
@@ -110,23 +128,19 @@ def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters, outside
         directory = written(place, files)
         before = state_of(directory)
         tracemalloc.start()
-        began = time.thread_time()
-        try:
-            got = read_adapter(directory)
-        except aj.AdapterFileError as error:
-            assert str(directory) in str(error) and len(str(error)) < 4000
-            got = None
-        seconds = time.thread_time() - began
+        got, message = outcome(read_adapter, directory)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         arrays = sum(x.nbytes for x in got[1].values()) if got else 0
         assert state_of(directory) == before
-        assert seconds < 1 and used + arrays < 2 * size_of(files) + 2**20, (seconds, used)
+        assert got or (str(directory) in message and len(message) < 4000)
+        assert used + arrays < 2 * size_of(files) + 2**20
         if got:
             recipe, tensors = got
             assert (recipe, raw(tensors)) == said_elsewhere(files)
         if same:
-            assert got and said_elsewhere(adapters[key]) == said_elsewhere(files)
+            assert got, message
+            assert said_elsewhere(adapters[key]) == said_elsewhere(files)
         outcomes[got is not None] += 1
 
     run()
@@ -145,20 +159,17 @@ def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(place, adapte
     @given(spoilt(of_door))
     def run(case):
         nonlocal loaded
-        key, files, same = case.adapter, case.files, case.says_the_same
+        files, same = case.files, case.says_the_same
         directory = written(place, files)
         seen = state_of(directory)
-        began = time.thread_time()
-        try:
-            model = aj.load_adapter(directory, *base, X)
-        except aj.AdapterFileError as error:
-            assert not same and len(str(error)) < 9000
-        else:
+        model, message = outcome(aj.load_adapter, directory, *base, X)
+        assert model or (str(directory) in message and len(message) < 9000)
+        assert model or not same, message
+        if model:
             loaded += 1
             whole = flatten(model[1]) if door == "linen" else flatten(nnx.state(model, nnx.Param))
             for name, (shape, data) in said_elsewhere(files)[1].items():
                 assert (whole[name].shape, np.asarray(whole[name]).tobytes()) == (shape, data)
-        assert time.thread_time() - began < 1
         assert state_of(directory) == seen
         assert [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())] == before
 
