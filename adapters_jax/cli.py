@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its flags; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 if
-        the user interrupted.
+        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 after
+        Ctrl-C, 143 after SIGTERM.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
@@ -95,7 +95,7 @@ def _run(name: str, flags: Sequence[str]) -> int:
     try:
         work()
     except StoppedError as error:
-        return _say(name, str(error), 2)
+        return _say(name, str(error), error.status)
     return 0
 
 
@@ -112,7 +112,7 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
-        import tyro
+        from adapters_jax.finetune.flags import parse
 
         command = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -121,13 +121,8 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                command,
-                prog=f"adapters-jax {name}",
-                description=f"{summary}\n\nexamples:\n{command.examples}",
-                args=flags,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-            )
+            description = f"{summary}\n\nexamples:\n{command.examples}"
+            return parse(command, flags, prog=f"adapters-jax {name}", description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
