@@ -112,6 +112,7 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
+        importlib.import_module("tyro")
         from adapters_jax.finetune.flags import parse
 
         command = getattr(importlib.import_module(module), attribute)

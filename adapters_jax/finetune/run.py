@@ -165,6 +165,8 @@ class Finetune:
         name = run_name(*parts) if self.name is None else self.name
         if not name or Path(name).name != name:
             raise RunError(f"--name {name!r}: wanted the name of one directory, below --runs")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise RunError(f"--runs {self.runs} is a file; wanted a directory")
         return Run(self.runs / name)
 
     def shared_config(
