@@ -208,7 +208,7 @@ class Checkpoints:
             self._clean()
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
-                f"{_first_line(error)}; {self._intact()}"
+                f"{_short(error)}; {self._intact()}"
             ) from error
         if not saved:
             raise CheckpointError(
@@ -247,9 +247,9 @@ class Checkpoints:
                 f"{json.dumps(recipe)}; adapt the model with the recipe that it was trained by"
             )
         wanted = _arrays(_moving(state, state.adapters if about["best"] else None))
-        there = dict(self._manager.item_metadata(step)["arrays"].items())
+        saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = "Restore it into a state of the model, the recipe and the optimiser of its training."
-        compare_trees(where, there, wanted, fix, dtypes=True)
+        compare_trees(where, saved, wanted, fix, dtypes=True)
         abstract = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for path, x in wanted.items()
@@ -322,8 +322,10 @@ def _damage(root: Path) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _short(error: Exception) -> str:
+    """An error's first line; of a long one the beginning, and the end, where the reason is."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 240 else f"{line[:80]} ... {line[-150:]}"
 
 
 def _score(metrics: Mapping[str, float]) -> float:

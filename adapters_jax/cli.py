@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import logging
 import os
 import re
 import sys
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
     try:
         return _run(name, flags)
     except KeyboardInterrupt:
