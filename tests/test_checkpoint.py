@@ -207,13 +207,13 @@ def test_another_shape_or_recipe_is_refused_and_nothing_is_put_aside(tmp_path):
         assert checkpoints.steps == [1]
 
 
+# orbax leaves tasks of a failed save behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_finds_no_room_says_so_and_the_others_are_intact(tmp_path):
     after = saved(tmp_path, [None, None])
-    state = new_state("linen")
     big = {"a": np.random.default_rng(0).standard_normal((500, 1000)).astype(np.float32)}
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as checkpoints:
-        advance("linen", state, 0, 0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writing more is an error
         try:
             checkpoints.save(3, new_state("linen"), best=big)
@@ -273,6 +273,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
         for x, y, z in zip(*map(jax.tree.leaves, (found.adapters, like.adapters, moved.adapters))):
             assert x.sharding == y.sharding, (x.sharding, y.sharding)
             assert (np.asarray(x) == np.asarray(z)).all()
+np.savez(sys.argv[2], *jax.tree.leaves(moved.adapters))
 print(len(jax.devices()))
 """
 
@@ -281,15 +282,14 @@ def test_it_restores_onto_another_device_layout(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
-        [sys.executable, "-c", LAYOUTS, str(tmp_path)],
+        [sys.executable, "-c", LAYOUTS, str(tmp_path / "saved"), str(tmp_path / "wanted.npz")],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
     assert ran.stdout == "8\n", ran.stderr
-    with Checkpoints(tmp_path) as checkpoints:  # and onto this process's one
+    with Checkpoints(tmp_path / "saved") as checkpoints:  # and onto this process's one
         found = checkpoints.restore(new_state("linen"))
-    state = new_state("linen")
-    for path, x in flatten(found.state.adapters).items():
-        start = np.asarray(flatten(state.adapters)[path])
-        assert (np.asarray(x) == start + np.arange(x.size, dtype=x.dtype).reshape(x.shape)).all()
+    wanted = list(np.load(tmp_path / "wanted.npz").values())
+    leaves = jax.tree.leaves(found.state.adapters)
+    assert all((x == y).all() for x, y in zip(leaves, wanted, strict=True))
