@@ -120,9 +120,9 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
         )
     problems = [problem for path in flat if (problem := name_problem(path))]
     problems += [
-        f"{path} is of {array.dtype}, wanted one of {', '.join(map(str, DTYPES.values()))}"
+        f"{path} is of {array.dtype}, which no adapter file holds; train floats"
         for path, array in flat.items()
-        if array.dtype not in DTYPES.values()
+        if array.dtype not in DTYPES.values() or not _kept(array.dtype)
     ]
     if problems:
         raise ValueError(f"save_adapter: {'; '.join(problems)}")
@@ -148,10 +148,22 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
 
 
 def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
-    """The tensors, once they are as many as the configuration says."""
+    """The tensors by path; raises AdapterFileError where they are not what the manifest says."""
     manifest.check_counts(file.shapes, file.path)
+    for path, leaf in file.shapes.items():
+        if not _kept(leaf.dtype):
+            raise AdapterFileError(
+                f"{file.path} has {leaf.dtype} in {path}, wanted floats that jax keeps as they are"
+                ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
+            )
     arrays = file.read()
     return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+
+
+def _kept(dtype: Any) -> bool:
+    """Whether a dtype is one of floats, and jax has arrays of it."""
+    floats = jnp.issubdtype(dtype, jnp.inexact)
+    return floats and jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
