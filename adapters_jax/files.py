@@ -149,13 +149,13 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
 
 def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
     """The tensors by path; raises AdapterFileError where they are not what the manifest says."""
-    manifest.check_counts(file.shapes, file.path)
     for path, leaf in file.shapes.items():
         if not _kept(leaf.dtype):
             raise AdapterFileError(
                 f"{file.path} has {leaf.dtype} in {path}, wanted floats that jax keeps as they are"
                 ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
             )
+    manifest.check_counts(file.shapes, file.path)
     arrays = file.read()
     return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
 

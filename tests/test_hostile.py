@@ -97,11 +97,11 @@ BAD_TENSORS = {
     "a deep header": (deep, "damaged: its JSON is nested more than 32 deep"),
     "an overlap": (
         entry_edit("attention/value/lora/a", data_offsets=[0, 16]),
-        "attention/query/lora/a overlaps another tensor: it begins at 328, wanted 344",
+        "attention/query/lora/a overlaps another tensor: it begins at [0-9]+, wanted [0-9]+$",
     ),
     "a hole": (
         entry_edit("attention/value/lora/b", data_offsets=[96, 112]),
-        "value/lora/b leaves a hole before it: it begins at 424, wanted 408",
+        "value/lora/b leaves a hole before it: it begins at [0-9]+, wanted [0-9]+$",
     ),
     "offsets that go back": (
         entry_edit(data_offsets=[32, 0]),
@@ -430,12 +430,13 @@ def test_reading_takes_at_most_twice_the_memory_of_the_file(tmp_path, tensors):
         tracemalloc.stop()
 
 
-def test_json_takes_a_bounded_part_of_the_memory(tmp_path):
-    (tmp_path / "a").write_text('{"a": [' + "{}," * (2**20 // 3 - 10) + "0]}")
+def test_json_takes_at_most_32_times_its_size(tmp_path):
+    size = 2**17  # of 2**20 at most
+    (tmp_path / "a").write_text('{"a": [' + "{}," * (size // 3) + "0]}")
     tracemalloc.start()
     try:
         read_json(tmp_path / "a")
-        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+        assert tracemalloc.get_traced_memory()[1] < 32 * size
     finally:
         tracemalloc.stop()
 
