@@ -153,7 +153,7 @@ def _blaming(file: TensorFile, base_alone: Callable[[], Any]) -> Iterator[None]:
     """Says of a failing abstract run that the recipe is at fault, unless the base fails alone."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
         if not isinstance(error, RecipeError):
             base_alone()
         raise AdapterRecipeError(
