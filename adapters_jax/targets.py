@@ -14,8 +14,9 @@ The same patterns serve linen and NNX, modules and parameters, single and stacke
 
 import difflib
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adapters_jax.errors import TargetError, shortened
@@ -156,30 +157,36 @@ def require_match(
     Raises:
         TargetError: names the patterns that fail and lists the paths nearest to each.
     """
-    usable, problems = list(usable), []
+    failures = _failures(owner, patterns, list(usable), unusable or {})
+    problems = list(itertools.islice(failures, _DETAILED + 1))
+    if len(problems) > _DETAILED:  # to find the nearest paths of all of them would take its time
+        problems[-1] = f"{owner}: other targets fail as well"
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def _failures(
+    owner: str, patterns: Sequence[str], usable: Sequence[str], unusable: Mapping[str, str]
+) -> Iterator[str]:
+    """What is wrong with each pattern that fails."""
     named = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     for pattern in patterns:
         if pattern[0] == "!":
             taken = [path for path in named if matches(pattern[1:], path)]
             if not taken or len(taken) == len(named):
                 what = "everything" if taken else "nothing"
-                problems.append(f"{owner}: {pattern!r} takes away {what} of {_some(named)}")
+                yield f"{owner}: {pattern!r} takes away {what} of {_some(named)}"
             continue
         if any(matches(pattern, path) for path in usable):
             continue
-        if len(problems) == _DETAILED:  # finding the nearest paths takes its time
-            problems.append(f"{owner}: other targets, such as {pattern!r}, fail as well")
-            break
-        others = (unusable or {}).items()
+        others = unusable.items()
         blocked = [f"{_shown(path)} ({why})" for path, why in others if matches(pattern, path)]
         if blocked:
             problem = f"matches only paths it cannot attach to: {_some(blocked, 3)}"
         else:
             near = nearest(pattern, usable) or usable
             problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
-        problems.append(f"{owner}: target {pattern!r} {problem}")
-    if problems:
-        raise TargetError("\n".join(problems))
+        yield f"{owner}: target {pattern!r} {problem}"
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
