@@ -170,7 +170,9 @@ def bad_entry(draw, tensors):
     name, entry = entries[place]
     entry = dict(entry)
     what = draw(
-        st.sampled_from(("name", "twice", "dtype", "shape", "offsets", "key", "gone", "junk"))
+        st.sampled_from(
+            ("name", "twice", "dtype", "shape", "offsets", "moved", "key", "gone", "junk")
+        )
     )
     if what == "name":
         name = draw(st.sampled_from(NAMES))
@@ -183,6 +185,9 @@ def bad_entry(draw, tensors):
     elif what == "offsets":
         ends = st.one_of(st.sampled_from(NUMBERS), st.integers(0, len(body) + 8))
         entry["data_offsets"] = draw(st.lists(ends, min_size=1, max_size=3))
+    elif what == "moved":
+        by = draw(st.sampled_from((-16, -8, -4, 4, 8, 16, 2**40)))
+        entry["data_offsets"] = [end + by for end in entry["data_offsets"]]
     elif what == "key":
         entry[draw(st.sampled_from(("more", "Shape", "dtype ")))] = 1
     elif what == "gone":
