@@ -323,27 +323,70 @@ def _shard_state(
     return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.moving)))
 
 
-def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Splits a batch's leading axis over `data` and `fsdp`.
+def local_rows(rows: int, mesh: Mesh) -> slice:
+    """Which rows of a batch this process's devices need: all of them where it is alone.
 
     Args:
-        batch: arrays of which every process has the same rows, `(batch, ...)`, or those without
-            axes, which every device gets; only what its devices hold is copied.
+        rows: of the batch, over all processes.
         mesh: of named axes.
 
     Raises:
-        ShardingError: the rows do not divide.
+        ShardingError: the rows do not divide, or there are fewer than parts.
+
+    Example:
+        >>> local_rows(8, make_mesh("data=-1"))
+        slice(0, 8, None)
     """
-    names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
-    parts = math.prod(mesh.shape[name] for name in names)
+    where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
+    taken = [index[0].indices(rows) for index in where.values() if index is not None]
+    return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
+
+
+def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
+    """Splits a batch's leading axis over `data` and `fsdp`.
+
+    Args:
+        batch: arrays `(rows, ...)`, or without axes, which every device gets.
+        mesh: of named axes.
+        rows: of the batch over all processes, where `batch` has only those that `local_rows` says;
+            by default every process has all of them.
+
+    Returns:
+        The batch on the mesh, `(rows, ...)`.
+
+    Raises:
+        ShardingError: the rows do not divide, or are not those that this process needs.
+
+    Example:
+        >>> shard_batch(np.ones((8, 3)), make_mesh("data=-1")).shape
+        (8, 3)
+    """
 
     def put(x: Any) -> Any:
         shape = np.shape(x)
-        if shape and shape[0] % parts:
+        if not shape:
+            return place(x, NamedSharding(mesh, P()))
+        sharding = _of_batch(shape[0] if rows is None else rows, mesh)
+        if rows is None:
+            return place(x, sharding)
+        own = local_rows(rows, mesh)
+        if shape[0] != own.stop - own.start:
             raise ShardingError(
-                f"a batch of {shape[0]} rows does not split into {parts} parts "
-                f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose a multiple"
+                f"a batch of {shape[0]} rows, and this process needs the {own.stop - own.start} "
+                f"from {own.start} on, of {rows}; take those that local_rows says"
             )
-        return place(x, NamedSharding(mesh, P(names) if shape and names else P()))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *shape[1:]))
 
     return jax.tree.map(put, batch)
+
+
+def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
+    """Where a batch goes; raises ShardingError where its rows do not divide."""
+    names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
+    parts = math.prod(mesh.shape[name] for name in names)
+    if rows % parts:
+        raise ShardingError(
+            f"a batch of {rows} rows does not split into {parts} parts "
+            f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose a multiple of {parts}"
+        )
+    return NamedSharding(mesh, P(names) if names else P())
