@@ -18,8 +18,21 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
 
 
 def pytest_addoption(parser):
-    help = "how often a training is killed and resumed (3)"
-    parser.addoption("--kills", type=int, default=3, help=help)
+    help = "also the tests marked slow, and more rounds of those that draw lots: some ten minutes"
+    parser.addoption("--slow", action="store_true", help=help)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; pytest --slow runs it"))
+
+
+@pytest.fixture(scope="session")
+def slow(request):
+    """Whether there is time."""
+    return request.config.getoption("--slow")
 
 
 def pytest_configure(config):
@@ -27,6 +40,7 @@ def pytest_configure(config):
 
     One may meet an entry that another is still writing: then it compiles that program itself.
     """
+    config.addinivalue_line("markers", "slow: only with --slow")
     config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
     if not hasattr(config, "workerinput"):
         config.compiled = tempfile.TemporaryDirectory(prefix="adapters-jax-tests-")
