@@ -1,6 +1,6 @@
 """Hostile adapter files: nothing but our own errors, in little time and memory, and no effect.
 
-`ADAPTERS_JAX_FUZZ=50000` makes as many examples, drawn anew each time, instead of the same 2,000.
+The same 2,000 each time; with `--slow` 50,000, drawn anew.
 """
 
 import json
@@ -22,17 +22,16 @@ from adapters_jax.files import TENSORS, read_adapter
 from adapters_jax.manifest import CONFIG
 from adapters_jax.partition import flatten
 
-ASKED = os.environ.get("ADAPTERS_JAX_FUZZ")
-EXAMPLES = int(ASKED or 2000)
+USUAL, MANY = 2000, 50_000
 SHARE = 10  # for so many files one is loaded onto a model as well
 
 
-def fuzzed(examples):
+def fuzzed(slow, share=1):
     return settings(
-        max_examples=examples,
+        max_examples=(MANY if slow else USUAL) // share,
         deadline=None,
         database=None,
-        derandomize=ASKED is None,
+        derandomize=not slow,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
@@ -118,10 +117,10 @@ def size_of(files):
     return sum(len(content) for content in files.values() if isinstance(content, bytes))
 
 
-def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters):
+def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters, slow):
     outcomes = {True: 0, False: 0}
 
-    @fuzzed(EXAMPLES)
+    @fuzzed(slow)
     @given(spoilt(adapters))
     def run(case):
         whole, files = adapters[case.adapter], case.files
@@ -144,18 +143,18 @@ def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters):
         outcomes[got is not None] += 1
 
     run()
-    assert min(outcomes.values()) > EXAMPLES // 50, outcomes
+    assert min(outcomes.values()) > USUAL // 50, outcomes
 
 
 @pytest.mark.parametrize("door", ["linen", "nnx"])
-def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(place, adapters, door):
+def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(place, adapters, door, slow):
     base = linen_base() if door == "linen" else (nnx_base(), None)
     tree = (lambda: base[1]) if door == "linen" else (lambda: nnx.state(base[0]))
     before = [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())]
     of_door = {key: files for key, files in adapters.items() if key.startswith(door)}
     loaded = 0
 
-    @fuzzed(max(1, EXAMPLES // SHARE // 2))
+    @fuzzed(slow, 2 * SHARE)
     @given(spoilt(of_door))
     def run(case):
         nonlocal loaded
