@@ -151,7 +151,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
                 "save_adapter wrote is for load_adapter"
             )
-        return config, huggingface.read_file(directory / TENSORS)
+        stored = huggingface.read_file(directory / TENSORS)
+        return config, {name: np.asarray(tensor) for name, tensor in stored.items()}
     except AdapterFileError:
         raise
     except ValueError as error:

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
@@ -32,6 +33,7 @@ from adapters_jax.models.layers import (
     check_heads,
     check_tokens,
 )
+from adapters_jax.sharding import Rules, laid_out
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 
@@ -265,6 +267,8 @@ def load_bert(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     pooler: bool = False,
     param_dtype: Dtype = jnp.float32,
 ) -> tuple[BertConfig, dict[str, Any]]:
@@ -273,6 +277,9 @@ def load_bert(
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
+        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
+            the default device.
+        rules: partition specs by pattern of the parameter's path, likewise.
         pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
         param_dtype: dtype of the parameters returned.
 
@@ -293,4 +300,5 @@ def load_bert(
     ids = jnp.zeros((1, 1), jnp.int32)
     init = partial(bert.init, method=forward)
     like = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+    like = laid_out(like, mesh, rules)
     return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)
