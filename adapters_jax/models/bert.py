@@ -28,6 +28,7 @@ from adapters_jax.models.layers import (
     FeedForward,
     Output,
     SelfAttention,
+    Sum,
     Typed,
     check_heads,
     check_tokens,
@@ -172,8 +173,9 @@ class BertLayer(Typed):
             name="mlp",
             **inits,
         )
-        x = norm(name="attention_norm")(x + attention(x, mask, deterministic))
-        return norm(name="mlp_norm")(x + mlp(x, deterministic))
+        x = Sum(name="attention_sum")(x, attention(x, mask, deterministic))
+        x = norm(name="attention_norm")(x)
+        return norm(name="mlp_norm")(Sum(name="mlp_sum")(x, mlp(x, deterministic)))
 
 
 class Bert(Typed):
