@@ -50,8 +50,8 @@ class Bottleneck:
 
     Sequential: `y + scale * up(f(down(y)))` of the module's output y (Houlsby, Pfeiffer).
     Parallel: `y + scale * up(f(down(x)))` of the module's input x, which must be as wide as y.
-    Norm: `norm(x + scale * up(f(down(y))))`, where the module is a norm, x its input and y = norm(x)
-    (Pfeiffer's place in post-norm transformers, where x is the sum with the residual).
+    Norm: `norm(x + scale * up(f(down(y))))`, where the module is a norm, x its input and
+    y = norm(x) (Pfeiffer's place in post-norm transformers, where x is the sum with the residual).
     Both projections have a bias. Leaves are float32 and compute in the dtype of y.
 
     Args:
@@ -150,7 +150,10 @@ class Bottleneck:
             "up/bias": Leaf((d,), base.zeros),
         }
         for name in self.norms:
-            leaves |= {f"{name}/scale": Leaf((d,), base.ones), f"{name}/bias": Leaf((d,), base.zeros)}
+            leaves |= {
+                f"{name}/scale": Leaf((d,), base.ones),
+                f"{name}/bias": Leaf((d,), base.zeros),
+            }
         return leaves
 
     def count(
