@@ -167,7 +167,7 @@ def _wanted(kind: str | None) -> Any:
             good = isinstance(found, list) and all(type(n) is int for n in found)
             return [] if good else ["wanted a list of layers' numbers"]
         if field == "attn_matrices":
-            good = isinstance(found, list) and 0 < len(found) and {*map(str, found)} <= set("qkv")
+            good = isinstance(found, list) and {"q"} <= {"q", *map(str, found)} <= set("qkv")
             return [] if good else ["wanted a list of q, k and v"]
         if field in ("scaling", "alpha", "dropout"):
             return [] if number else ["wanted a number"]

@@ -34,10 +34,10 @@ def write(
     known = (Bottleneck, LoRA)
     others = {type(m).__name__ for m in recipe.attached if not isinstance(m, known)}
     others |= {type(m).__name__ for m in recipe.attached if isinstance(m, DoRA)}
-    if others or not configs:
+    if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(f"it adds {what}; bottlenecks and LoRA are what can be written")
-    whole = [c for c in configs if c["architecture"] == "lora" and not c["leave_out"]]
+    whole = [c for c in configs if "architecture" in c and not c["leave_out"]]
     if len(whole) > 1:
         problems.append(
             "LoRA of different ranks or scales in every layer: AdapterHub has one rank and alpha"
