@@ -486,6 +486,11 @@ def test_what_adapterhub_cannot_express_is_named(tmp_path):
         aj.LoRA(path[:12] + "/attention/output/dense", 2),
     )
     lora("query: a_init='pissa' took its factors out", aj.LoRA(query, 2, a_init="pissa"))
+    lora(
+        "AdapterHub has one LoRA in an adapter",
+        aj.LoRA(query, 2),
+        aj.LoRA(query[:11] + "1" + query[12:], 3),
+    )
     wrong = {f"{query}/lora/a": np.ones((5, 2)), f"{query}/lora/b": np.ones((2, 32))}
     saving("bert", aj.LoRA(query, 2), wrong, "query: its factors are not of its weight")
 

@@ -37,10 +37,10 @@ def write(
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(f"it adds {what}; bottlenecks and LoRA are what can be written")
-    whole = [c for c in configs if "architecture" in c and not c["leave_out"]]
-    if len(whole) > 1:
+    if sum("architecture" in config for config in configs) > 1:
         problems.append(
-            "LoRA of different ranks or scales in every layer: AdapterHub has one rank and alpha"
+            "AdapterHub has one LoRA in an adapter: of one rank, alpha and dropout, on the same "
+            "projections of every layer that has any"
         )
     union = {"architecture": "union", "configs": configs}
     return configs[0] if len(configs) == 1 else union, tensors
