@@ -250,6 +250,26 @@ def test_settings_that_cannot_be_honoured_are_named(tmp_path, change, message):
     loading(place, "copy cannot be read as it is meant: ")
 
 
+def test_a_placement_that_is_refused_is_the_only_problem(tmp_path):
+    place = copied(tmp_path, "bert_double", {"original_ln_after": False})
+    loading(
+        place,
+        "meant: original_ln_before=False, original_ln_after=False, residual_before_ln=True, "
+        "is_parallel=False together are not supported$",
+    )
+
+
+@pytest.mark.parametrize("configs", [None, "text", [3], [{"architecture": "union"}]])
+def test_unions_of_what_is_no_configuration(tmp_path, configs):
+    place = copied(tmp_path, "bert_double", {"architecture": "union", "configs": configs})
+    loading(place, "architecture=.*, wanted lora, union, or null for a bottleneck")
+
+
+def test_invertible_adapters_are_refused_where_they_are_used(tmp_path):
+    nice = {"invertible_adapter": {"block_type": "nice"}}
+    loading(copied(tmp_path, "bert_double", nice), "invertible_adapter=.*nice.* is not supported")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -558,6 +578,9 @@ OWN = {
 }
 
 
+KEY = {"model.layers.0.self_attn.k_proj": "layers/0/attention/key"}
+
+
 def test_names_of_ones_own(tmp_path):
     _, _, model, _ = base_of("llama")
     sums = {
@@ -576,6 +599,10 @@ def test_names_of_ones_own(tmp_path):
         AdapterFileError, match="names has no path for the sum of layers.0.attention_"
     ):
         load_adapterhub(FIXTURES / "llama_par", OWN, model)
+    with pytest.raises(
+        AdapterFileError, match="layers.0.output_adapters, or for the projection be"
+    ):
+        load_adapterhub(FIXTURES / "llama_par", sums | KEY, model)
     with pytest.raises(ValueError, match="names has no blocks of BERT, GPT-2 or Llama"):
         load_adapterhub(FIXTURES / "llama_par", {"a.b": "norm"}, model)
 

@@ -109,8 +109,8 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
     config, problems, found = whole.get("config"), [], []
     if not isinstance(config, Mapping):
         return [], [f"config={config!r}, wanted an object with the settings"]
-    union = config.get("architecture") == "union"
-    for each in config.get("configs", ()) if union else (config,):
+    several = config.get("configs") if config.get("architecture") == "union" else [config]
+    for each in several if isinstance(several, list) else [several]:
         kind = each.get("architecture") if isinstance(each, Mapping) else each
         if not isinstance(each, Mapping) or not (kind is None or kind == "lora"):
             problems.append(f"architecture={kind!r}, wanted lora, union, or null for a bottleneck")
@@ -130,11 +130,8 @@ def _modern(whole: Config, config: Config) -> dict[str, Any]:
         config["non_linearity"] = _OLD_ACTIVATIONS.get(
             config["non_linearity"], config["non_linearity"]
         )
-    inverse = config.pop("invertible_adapter", None)
-    if inverse:
-        config["inv_adapter"] = inverse.get("block_type")
     if whole.get("type") == "text_task":  # they name an invertible adapter and have none
-        config.pop("inv_adapter", None)
+        config = {k: v for k, v in config.items() if k not in ("inv_adapter", "invertible_adapter")}
     old = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
     top = whole["config"].get("architecture") == "lora"
     if top and old and (int(old[1]), int(old[2])) < (1, 1) and "r" in config:

@@ -68,6 +68,11 @@ def _bottlenecks(
     config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
 ) -> list[Method]:
     """One Bottleneck for each reduction factor."""
+    there = {
+        site: blocks.name(site[0], blocks.family.bottlenecks[site[1]].site)
+        for site in _sites(config, blocks)
+    }
+    mine = {site: found.pop(f"{module}.adapters", {}) for site, module in there.items()}
     kind = placement(config, blocks.family.post_norm)
     if isinstance(kind, str):
         problems.append(kind)
@@ -81,17 +86,17 @@ def _bottlenecks(
         "norm_before": config["ln_before"],
         "norm_after": config["ln_after"],
     }
-    for layer, location in _sites(config, blocks):
-        module = blocks.name(layer, blocks.family.bottlenecks[location].site)
-        got = found.pop(f"{module}.adapters", {})
+    for (layer, location), got in mine.items():
+        module, width = there[layer, location], blocks.width(layer, location)
         path, factor = blocks.spot(layer, location, role), _factor(config, layer)
         if factor is None:
             problems.append(f"reduction_factor has neither layer {layer} nor a default")
-        elif path is None:
-            problems.append(f"names has no path for the {role} of {module}")
+        elif path is None or not width:
+            what = f"the {role} of {module}, or for the projection before it"
+            problems.append(f"names has no path for {what}")
         else:
             method = Bottleneck(path, reduction_factor=factor, **fields)
-            new = _leaves(method, path, blocks.width(layer, location), got, module, problems)
+            new = _leaves(method, path, width, got, module, problems)
             leaves |= {f"{path}/adapter/{name}": x for name, x in new.items()}
             groups.setdefault(factor, []).append(path)
     return [

@@ -112,9 +112,10 @@ class Blocks:
         return there[0].path.removesuffix("/dense") if there else None
 
     def width(self, layer: int, location: str) -> int:
-        """The width of the residual stream."""
-        dense = self.family.bottlenecks[location].dense
-        return next((place.width for place in self.places.at(self.name(layer, dense))), 0)
+        """The width of the residual stream; 0 where names does not say, as of LoRA alone."""
+        _, *modules = self.family.bottlenecks[location]
+        there = [place for module in modules for place in self.places.at(self.name(layer, module))]
+        return there[0].width if there else 0
 
     def spots(self) -> dict[str, tuple[int, str, str]]:
         """Layer, location and role of our modules; a whole sublayer of our models is "sublayer"."""

@@ -2,7 +2,8 @@
 
 Each block is post-norm: `norm(x + output(attention(x)))`, then the same around the feed-forward.
 `output` is a projection with its dropout, so a Houlsby adapter on `**/attention/output` and
-`**/mlp/output` sits between that dropout and the residual sum, as in its paper.
+`**/mlp/output` sits between that dropout and the residual sum, as in its paper. The sums are
+modules as well, `attention_sum` and `mlp_sum`.
 
 Reference:
     Devlin et al., BERT (2018), https://arxiv.org/abs/1810.04805
