@@ -4,6 +4,7 @@ from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
+from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
@@ -43,6 +44,9 @@ __all__ = [
     "AdapterFileError",
     "Audit",
     "Bottleneck",
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpoints",
     "Combined",
     "DoRA",
     "LlamaAdapter",

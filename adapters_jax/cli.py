@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import logging
 import os
 import re
 import sys
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its flags; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 if
-        the user interrupted.
+        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 after
+        Ctrl-C, 143 after SIGTERM.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
     try:
         return _run(name, flags)
     except KeyboardInterrupt:
@@ -95,7 +97,7 @@ def _run(name: str, flags: Sequence[str]) -> int:
     try:
         work()
     except StoppedError as error:
-        return _say(name, str(error), 2)
+        return _say(name, str(error), error.status)
     return 0
 
 
@@ -112,7 +114,8 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
-        import tyro
+        importlib.import_module("tyro")
+        from adapters_jax.finetune.flags import parse
 
         command = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -121,13 +124,8 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                command,
-                prog=f"adapters-jax {name}",
-                description=f"{summary}\n\nexamples:\n{command.examples}",
-                args=flags,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-            )
+            description = f"{summary}\n\nexamples:\n{command.examples}"
+            return parse(command, flags, prog=f"adapters-jax {name}", description=description)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -10,6 +10,7 @@ from benchmarks.harness import ROOT, Report
 
 # A benchmark is a module with `run(report, quick)`; the value says what it measures.
 BENCHMARKS = {
+    "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "llama": "a decoder: the step beside one by hand, decoding with and without LoRA, switching",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
 }

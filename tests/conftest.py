@@ -17,6 +17,11 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
     os.environ["XLA_FLAGS"] = f"{flags} {quick}"
 
 
+def pytest_addoption(parser):
+    help = "how often a training is killed and resumed (3)"
+    parser.addoption("--kills", type=int, default=3, help=help)
+
+
 def pytest_configure(config):
     """Workers, and the commands that tests run, share what is compiled; a next run starts anew.
 

@@ -264,7 +264,8 @@ def test_a_label_that_train_lacks_is_named(mistake):
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(mistake):
-    assert "Not a directory" in mistake(f"{TRAIN} --runs reviews.jsonl --name x")
+    said = mistake(f"{TRAIN} --runs reviews.jsonl --name x")
+    assert "--runs reviews.jsonl is a file; wanted a directory" in said
 
 
 def test_another_architecture_is_refused(mistake, tmp_path):

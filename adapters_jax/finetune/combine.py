@@ -17,6 +17,8 @@ from adapters_jax.finetune.flags import given
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.runs import Run, RunError, check_base
 
+_OF_A_TRAINING = ("summary", "stopped", "recipe", "command", "data_sha256")
+
 
 @dataclass(frozen=True)
 class Combine:
@@ -76,7 +78,7 @@ class Combine:
         )
         made = {**given(self), "runs": [run.path.as_posix() for run in runs]}
         made = {k: v for k, v in made.items() if k not in ("out", "json")}
-        kept = {k: v for k, v in configs[0].items() if k not in ("summary", "stopped", "recipe")}
+        kept = {k: v for k, v in configs[0].items() if k not in _OF_A_TRAINING}
 
         def write() -> None:
             out.create({**kept, "combined": {**made, "error": combined.error}})

@@ -20,7 +20,7 @@ from adapters_jax.finetune.prompts import Prompts
 from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.sources import OF_ENCODERS
-from adapters_jax.finetune.training import Trained
+from adapters_jax.finetune.training import Saving, Trained
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.run import Finetune
@@ -41,9 +41,9 @@ class DecoderJob(Job):
     problem: Generation
     tokens: int
 
-    def train_all(self) -> tuple[Trained, list[Result]]:
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and its base: what was found, and the rows of the results' table."""
-        found, row = self.train(self.title, self.problem, self.optimizer, self.save, self.tokens)
+        found, row = self.train(self.title, self.problem, self.optimizer, self.tokens, saving)
         row["samples"] = self._samples()
         return found, [*([self._base()] if self.baselines else []), row]
 
@@ -96,9 +96,10 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Decode
         "prompt": None if text_alone else options.data.prompt,
         "completion": options.data.text if text_alone else options.data.completion,
     }
-    run.create(config)
     return DecoderJob(
         run=run,
+        lock=options.open(run, config, output),
+        every=options.checkpoint_every,
         title=options.method.title,
         problem=problem,
         optimizer=training,

@@ -24,7 +24,7 @@ from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.sources import OF_DECODERS
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.tasks import TaskData
-from adapters_jax.finetune.training import Trained
+from adapters_jax.finetune.training import Saving, Trained
 from adapters_jax.linen import init_adapters
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class EncoderJob(Job):
     encoder: Encoder
     in_order: Batches
 
-    def train_all(self) -> tuple[Trained, list[Result]]:
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and then its baselines: what it found, and the rows of the results' table."""
         alone = self.problem.recipe == head_only()
         problem = self._head_only() if alone else self.problem
         tokens = 0 if alone else sum(len(row.input_ids) for row in self.in_order.rows)
-        found, row = self.train(self.title, problem, self.optimizer, self.save, tokens)
+        found, row = self.train(self.title, problem, self.optimizer, tokens, saving)
         rows = [row]
         if self.baselines and not alone:
             size = self.optimizer.batch_size
@@ -103,9 +103,10 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Encode
         "text_pair": text_pair,
         "pairs": text_pair is not None,
     }
-    run.create(config)
     return EncoderJob(
         run=run,
+        lock=options.open(run, config, output),
+        every=options.checkpoint_every,
         title=options.method.title,
         problem=problem,
         optimizer=training,

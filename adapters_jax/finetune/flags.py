@@ -1,6 +1,7 @@
 """Flags are the fields of frozen dataclasses; what all of those share."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,47 @@ def flag(field: str) -> str:
 
 
 def plain(options: Any) -> dict[str, Any]:
-    """A dataclass as JSON would have it."""
+    """A dataclass as JSON would have it, its paths whole."""
     values = dataclasses.asdict(options)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    return {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def words(options: Any) -> list[str]:
+    """A command's flags as words of a command line, which `parse` reads again.
+
+    Only what is not at its default is among them; paths are whole, so that they hold in whatever
+    directory the process is.
+
+    Example:
+        >>> from adapters_jax.finetune.optimizers import OptimizerOptions
+        >>> words(OptimizerOptions(epochs=2.0, clip=0.5))
+        ['--epochs=2.0', '--clip=0.5']
+    """
+    found: list[str] = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            found += words(value)
+        elif field.name in given(options):
+            found += _words(flag(field.name), value)
+    return found
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [name if value else f"--no-{name[2:]}"]
+    if isinstance(value, dict):
+        value = tuple(word for pair in value.items() for word in pair)
+    if isinstance(value, tuple):
+        return [name, *map(str, value)]
+    return [f"{name}={value.resolve() if isinstance(value, Path) else value}"]
+
+
+def parse(
+    command: Any, flags: Sequence[str], prog: str | None = None, description: str | None = None
+) -> Any:
+    """A command of its flags, as the command line reads them; tyro's errors exit the process."""
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    return tyro.cli(command, args=flags, config=config, prog=prog, description=description)

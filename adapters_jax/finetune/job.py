@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shlex
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +14,9 @@ from typing import Any
 import jax
 
 from adapters_jax.audit import audit
+from adapters_jax.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files import save_adapter
+from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.finetune.output import Meter, Output, Speed, duration
 from adapters_jax.finetune.report import draw_curves, results_table, write_report
@@ -20,6 +25,7 @@ from adapters_jax.finetune.training import (
     NotFiniteError,
     Problem,
     Record,
+    Saving,
     StoppedError,
     Trained,
     train,
@@ -43,6 +49,8 @@ class Job(ABC):
         config: what `config.json` says.
         output: where words go.
         began: when, in seconds of `time.perf_counter`.
+        every: steps from one checkpoint to the next.
+        lock: the handle by which this process has the run.
     """
 
     run: Run
@@ -54,38 +62,68 @@ class Job(ABC):
     config: dict[str, Any]
     output: Output
     began: float
+    every: int
+    lock: int
 
     def __call__(self) -> None:
         """Trains, compares, reports.
 
         Raises:
-            StoppedError: a loss was not finite; the last good adapter is on disk.
+            StoppedError: a loss was not finite, a signal came or the disk is full; what was trained
+                is on disk.
         """
+        try:
+            with Interrupts() as interrupts:
+                self._work(interrupts)
+        except NotFiniteError as error:
+            raise self._stopped(error) from error
+        except InterruptedRunError as error:
+            raise StoppedError(f"{error}; {self._again}", error.status) from error
+        except CheckpointError as error:
+            raise StoppedError(f"{error}; {self._again}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoppedError(f"{error}; make room, and {self._again}") from error
+        finally:
+            self.run.unlock(self.lock)
+
+    @property
+    def _again(self) -> str:
+        return f"go on with: adapters-jax finetune --resume {shlex.quote(self.run.path.as_posix())}"
+
+    def _work(self, interrupts: Interrupts) -> None:
         steps = self.optimizer.steps(len(self.problem.train))
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.output.show(counts)
-        try:
-            found, results = self.train_all()
-        except NotFiniteError as error:
-            raise self._stopped(error) from error
+        with Checkpoints(self.run.checkpoints, on_damage=self.output.say) as checkpoints:
+            saving = Saving(checkpoints, self.every, interrupts, self._resumed)
+            found, results = self.train_all(saving)
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
             "trainable_parameters": counts.trainable_parameters,
             "best_step": found.step,
             "dev": found.dev,
             "results": results,
         }
-        config = {**self.config, "summary": summary}
-        self.run.write_config(config)
         metric = self.problem.metrics[0]
         levels = {row["method"]: row["dev"][metric] for row in results[:-1]}
+        config = {**self.config, "summary": summary}
         draw_curves(self.run.curves, self.title, found.records, metric, levels)
         write_report(self.run, config, counts)
+        self.run.write_config(config)  # the run is finished
+        shutil.rmtree(self.run.checkpoints)
         self.output.table(*results_table(results, self.problem.metrics))
         self.output.say(f"finished in {duration(summary['seconds'])}: see {self.run.report}")
         self.output.result(summary)
+
+    def _resumed(self, found: Trained, step: int) -> None:
+        """Puts the metrics' file back to where training goes on, and says where that is."""
+        self.run.write_log({"method": self.title, **record} for record in found.records)
+        steps = self.optimizer.steps(len(self.problem.train))
+        self.output.say(f"going on after step {step} of {steps}")
 
     def _stopped(self, error: NotFiniteError) -> StoppedError:
         """Notes in the run that it broke off, and says so."""
@@ -97,7 +135,7 @@ class Job(ABC):
         return StoppedError(message)
 
     @abstractmethod
-    def train_all(self) -> tuple[Trained, list[Result]]:
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and its baselines: what it found, and the rows of the results' table."""
 
     def save(self, state: TrainState) -> None:
@@ -109,15 +147,26 @@ class Job(ABC):
         title: str,
         problem: Problem,
         optimizer: OptimizerOptions,
-        on_best: Callable[[TrainState], None] = lambda state: None,
         tokens: int = 0,
+        saving: Saving | None = None,
     ) -> tuple[Trained, Result]:
-        """One training, logged, and tested once with its best adapters; `tokens` are an epoch's."""
+        """One training, logged, and tested once with its best adapters.
+
+        Args:
+            title: of its row.
+            problem: what is learnt.
+            optimizer: how.
+            tokens: of an epoch.
+            saving: of the run's own training, whose best adapters are kept; None of a baseline.
+        """
+        on_best = self.save if saving else lambda state: None
+        if saving and not saving.checkpoints.steps:
+            self.run.write_log([])
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
         with self.output.progress(title, optimizer.steps(len(problem.train))) as meter:
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], meter, speed)
-            found = train(problem, optimizer, key, on_record=log, on_best=on_best)
+            found = train(problem, optimizer, key, on_record=log, on_best=on_best, saving=saving)
         test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.best.adapters))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +17,7 @@ import tyro
 
 from adapters_jax.finetune import decoder_run, encoder_run
 from adapters_jax.finetune.bases import is_decoder
-from adapters_jax.finetune.flags import plain
+from adapters_jax.finetune.flags import flag, given, parse, plain, words
 from adapters_jax.finetune.job import Job
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.finetune.output import Output
@@ -54,6 +56,9 @@ class Finetune:
             decoder, the base.
         runs: directory of the runs.
         name: of this run; by default the model, the task and the method.
+        checkpoint_every: steps from one checkpoint to the next; dev's scoring makes one, too.
+        resume: directory of a run that was cut off, which goes on as if it had not been; all other
+            flags are the run's own.
         json: print JSON for machines on stdout; everything else goes to stderr.
     """
 
@@ -64,7 +69,8 @@ class Finetune:
   adapters-jax finetune --glue stsb --data glue/STS-B --model google-bert/bert-base-uncased
   adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr --completion ref
   adapters-jax finetune --model smollm2-135m --method llama-adapter --train poems.csv --text poem
-  adapters-jax finetune --limit 1000 --no-baselines --json"""
+  adapters-jax finetune --limit 1000 --no-baselines --json
+  adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
     model: str = "minilm"
     data: DataOptions = field(default_factory=DataOptions)
@@ -81,6 +87,8 @@ class Finetune:
     baselines: bool = True
     runs: Path = Path("runs")
     name: str | None = None
+    checkpoint_every: int = 100
+    resume: Path | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def prepare(self, output: Output) -> Job:
@@ -94,21 +102,71 @@ class Finetune:
             OSError: the directory cannot be made.
         """
         began = time.perf_counter()
+        if self.resume is not None:
+            return self._resumed(output).prepare_in(Run(self.resume), output, began)
+        run = self._run()
+        run.refuse_existing()
+        return self.prepare_in(run, output, began)
+
+    def prepare_in(self, run: Run, output: Output, began: float) -> Job:
+        """As `prepare`, for a run in a directory."""
+        check_size("saving", "--checkpoint-every", self.checkpoint_every)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
         check_size("scoring", "--held-out", self.held_out)
         if self.exact_match < 0:
             raise ValueError(f"--exact-match {self.exact_match}: wanted a number of rows, or 0")
-        run = self._run()
-        run.refuse_existing()
         room: Any = decoder_run if is_decoder(self.model) else encoder_run
         return room.prepare(self, run, output, began)
+
+    def open(self, run: Run, config: dict[str, Any], output: Output) -> int:
+        """Makes a run's directory, or checks that one that is there is of the same run.
+
+        Returns:
+            The handle by which this process has it.
+
+        Raises:
+            RunError: another process has the run, or it was another one, or it is finished.
+        """
+        if not run.path.exists():
+            run.create(config)
+            return run.lock()
+        handle = run.lock()
+        try:
+            _check_same(run, config, output)
+        except RunError:
+            os.close(handle)
+            raise
+        return handle
+
+    def _resumed(self, output: Output) -> Finetune:
+        """The flags of the run to go on with."""
+        run = Run(self.resume or Path())
+        nested = ("data", "method", "optimizer", "prompts")
+        others = [name for name in given(self) if name not in ("resume", "json", *nested)]
+        others += [
+            name
+            for part in ("data", "method", "optimizer", "prompts")
+            for name in given(getattr(self, part))
+        ]
+        if others:
+            raise RunError(
+                f"{', '.join(map(flag, others))}: --resume goes on with the flags that {run.path} "
+                "was started with; leave all others out"
+            )
+        config = run.read_config(None)
+        if not isinstance(config.get("command"), list):
+            raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+        check_unfinished(run, config)
+        return replace(parse(Finetune, config["command"]), json=self.json)
 
     def _run(self) -> Run:
         parts = (self.model, self.data.title, self.method.title)
         name = run_name(*parts) if self.name is None else self.name
         if not name or Path(name).name != name:
             raise RunError(f"--name {name!r}: wanted the name of one directory, below --runs")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise RunError(f"--runs {self.runs} is a file; wanted a directory")
         return Run(self.runs / name)
 
     def shared_config(
@@ -117,9 +175,10 @@ class Finetune:
         """What a run's `config.json` says whatever the base is."""
         if training.lora_plus != 1.0 and not any(isinstance(m, LoRA) for m in recipe):
             raise ValueError(f"--lora-plus: a rate for LoRA's B, and {self.method.title} has none")
-        model = Path(self.model)
+        path = Path(self.model)
+        model = str(path.resolve()) if path.exists() else self.model
         return {
-            "model": str(model.resolve()) if model.exists() else self.model,
+            "model": model,
             "base_sha256": sha256,
             "dtype": self.dtype,
             "task": task.name,
@@ -129,8 +188,45 @@ class Finetune:
             "method": self.method.title,
             "recipe": json.loads(recipe.to_json()),
             "optimizer": plain(training),
+            "data_sha256": _sha256(task),
+            "command": words(replace(self, model=model, json=False)),
             "versions": _versions(),
         }
+
+
+def check_unfinished(run: Run, config: dict[str, Any]) -> None:
+    """Raises RunError where there is nothing to go on with."""
+    if "summary" in config:
+        raise RunError(f"{run.path} is finished: see {run.report}")
+    if "stopped" in config:
+        raise RunError(f"{run.path} would stop again: {config['stopped']}")
+
+
+def _check_same(run: Run, config: dict[str, Any], output: Output) -> None:
+    """Raises RunError where a run would go on with something else than it was started with."""
+    before = run.read_config(None)
+    check_unfinished(run, before)
+    now = {"format": before["format"], **json.loads(json.dumps(config))}
+    differing = [
+        key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+    ]
+    if "versions" in differing:
+        differing.remove("versions")
+        was, are = before["versions"], now["versions"]
+        changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
+        output.say(f"{changed}: what follows may differ in the last digits")
+    if differing:
+        raise RunError(
+            f"{run.path} was started with another {', '.join(differing)} than there is now; put "
+            "that back, or start a new run"
+        )
+
+
+def _sha256(task: TaskData) -> str:
+    """One hash of all texts and labels."""
+    parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
+    said = json.dumps(parts, default=lambda labels: labels.tolist())
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

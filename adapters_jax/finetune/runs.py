@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,31 +73,79 @@ class Run:
         """The page that shows all of it."""
         return self.path / "report.html"
 
+    @property
+    def checkpoints(self) -> Path:
+        """What training needs to go on where it was cut off; removed when it is finished."""
+        return self.path / "checkpoints"
+
     def refuse_existing(self) -> None:
         """Raises RunError where something has the run's name: nothing is ever overwritten."""
         if self.path.exists():
             raise RunError(
-                f"{self.path} exists already; give this run another --name, or remove that one"
+                f"{self.path} exists already; give this run another --name, remove that one, or go "
+                f"on with it, if it was cut off: adapters-jax finetune --resume {self.path}"
             )
 
     def create(self, config: dict[str, Any]) -> None:
-        """Makes the directory, with its configuration."""
+        """Makes the directory, which is there with its configuration or not at all."""
         self.refuse_existing()
-        self.path.mkdir(parents=True)
-        self.write_config(config)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        try:
+            beside.chmod(0o755)
+            Run(beside).write_config(config)
+            beside.rename(self.path)
+        except OSError:
+            shutil.rmtree(beside)
+            self.refuse_existing()  # another process was faster
+            raise
+
+    def lock(self) -> int:
+        """Takes the run for this process, until it ends or `unlock`.
+
+        Raises:
+            RunError: another process has it.
+        """
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode()
+            os.close(handle)
+            raise RunError(
+                f"{self.path} is being worked on by process {holder}; wait for it, or stop it"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        return handle
+
+    def unlock(self, handle: int) -> None:
+        """Gives the run back."""
+        (self.path / "lock").unlink(missing_ok=True)
+        os.close(handle)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes the configuration, or writes it again."""
         text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
-        self.config.write_text(text + "\n", encoding="utf-8")
+        self._replace(self.config, text + "\n")
+
+    def write_log(self, records: Iterable[dict[str, Any]]) -> None:
+        """Writes the metrics anew."""
+        self._replace(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+
+    def _replace(self, path: Path, text: str) -> None:
+        """A whole file takes the place of one that was there."""
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one record to the metrics; the file is whole after every line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read_config(self, kind: str = "encoder") -> dict[str, Any]:
-        """The configuration of a run on a base of a kind, "encoder" or "decoder".
+    def read_config(self, kind: str | None = "encoder") -> dict[str, Any]:
+        """The configuration of a run on a base of a kind: "encoder", "decoder", or None for either.
 
         Raises:
             RunError: it is absent or damaged, or the base is of another kind.
@@ -107,6 +160,8 @@ class Run:
             raise RunError(f"{self.config} is damaged: {error}") from error
         values = config if isinstance(config, dict) else {}
         found = values.get("kind", "encoder")
+        if kind is None:
+            kind = found if found in _OF_KIND else "encoder"
         if found != kind and found in _OF_KIND:
             command = f"adapters-jax {_COMMANDS[found]}"
             raise RunError(

@@ -7,6 +7,7 @@ long finished, and a step that was not finite moved nothing, so that finding out
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
+from adapters_jax.checkpoint import Checkpoints
+from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.metrics import better
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.recipe import Recipe
@@ -35,7 +38,15 @@ class Batches(Protocol):
 
 
 class StoppedError(RuntimeError):
-    """Training broke off; the message says where, and what was kept."""
+    """Training broke off; the message says where, and what was kept.
+
+    Attributes:
+        status: the exit status that belongs to it.
+    """
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
 
 
 class NotFiniteError(ArithmeticError):
@@ -106,6 +117,8 @@ class Trained:
         step: when that was.
         dev: its metrics on dev.
         records: what was logged: losses by step, and evaluations.
+        seconds: what it took before this process went on with it.
+        adapters: the best ones, on the host, since steps donate; None before dev is scored.
         best: the last state with the best adapters, once training is over.
     """
 
@@ -115,6 +128,8 @@ class Trained:
     step: int = 0
     dev: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    adapters: Any = None
     best: Any = None
 
     def note(self, records: list[Record]) -> None:
@@ -124,52 +139,78 @@ class Trained:
             self.on_record(record)
 
     def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
-        """Keeps a state's adapters if they are the best so far; on the host, since steps donate."""
+        """Keeps a state's adapters if they are the best so far."""
         self.note([{"step": step, "dev": dev}])
         if not self.dev or better(self.metric, dev[self.metric], self.dev[self.metric]):
             self.step, self.dev = step, dev
-            self._adapters = jax.device_get(state.adapters)
+            self.adapters = jax.device_get(state.adapters)
             self.on_best(state)
 
-    def finish(self, state: TrainState) -> Trained:
-        """Gives the last state its best adapters back."""
-        self.best = replace(state, adapters=jax.tree.map(jnp.asarray, self._adapters))
-        return self
+    def with_best(self, state: TrainState) -> TrainState:
+        """A state with the best adapters, if there are any yet."""
+        if self.adapters is None:
+            return state
+        return replace(state, adapters=jax.tree.map(jnp.asarray, self.adapters))
 
 
 class Log:
-    """Step metrics of one training, read from the device a window late, as records of means."""
+    """Step metrics of one training, read from the device a window late, as records of means.
+
+    Attributes:
+        waiting: windows of `(step, metrics)` that are not read yet.
+    """
+
+    _NAMES = ("loss", "grad_norm", "finite")
 
     def __init__(self, window: int, schedule: Callable[[int], Any]):
         self.window, self.schedule = window, schedule
-        self._waiting: list[list[tuple[int, Any]]] = [[]]
+        self.waiting: list[list[tuple[int, Any]]] = [[]]
 
     def add(self, step: int, metrics: Any) -> list[Record]:
         """Takes a step's metrics; returns the records that are due."""
-        self._waiting[-1].append((step, metrics))
+        self.waiting[-1].append((step, {name: metrics[name] for name in self._NAMES}))
         if step % self.window:
             return []
-        self._waiting.append([])
-        return self._read(self._waiting.pop(0)) if len(self._waiting) > 2 else []
+        self.waiting.append([])
+        return self._read(self.waiting.pop(0)) if len(self.waiting) > 2 else []
 
     def flush(self) -> list[Record]:
         """Every record that is left."""
-        waiting, self._waiting = self._waiting, [[]]
+        waiting, self.waiting = self.waiting, [[]]
         return [record for window in waiting for record in self._read(window)]
 
     def _read(self, window: list[tuple[int, Any]]) -> list[Record]:
         if not window:
             return []
-        steps, values = [step for step, _ in window], jax.device_get([m for _, m in window])
+        # As Python's numbers, which a checkpoint keeps to the last bit.
+        values = [
+            {name: float(x) for name, x in metrics.items()}
+            for metrics in jax.device_get([metrics for _, metrics in window])
+        ]
+        steps = [step for step, _ in window]
         for step, metrics in zip(steps, values, strict=True):
             if not metrics["finite"]:
                 raise NotFiniteError(step, "the loss or its gradient")
-        means = {
-            name: float(np.mean([metrics[name] for metrics in values]))
-            for name in ("loss", "grad_norm")
-        }
+        means = {name: float(np.mean([m[name] for m in values])) for name in ("loss", "grad_norm")}
         rate = float(self.schedule(steps[-1] - 1))
         return [{"step": steps[-1], **means, "learning_rate": rate}]
+
+
+@dataclass
+class Saving:
+    """How a training is saved, so that it can be cut off at any instant and go on exactly.
+
+    Attributes:
+        checkpoints: where to.
+        every: steps from one to the next.
+        interrupts: signals to stop; training is saved before it does.
+        on_resume: told of what was found and of the step, when there is something to go on from.
+    """
+
+    checkpoints: Checkpoints
+    every: int
+    interrupts: Interrupts
+    on_resume: Callable[[Trained, int], None]
 
 
 def train(
@@ -179,6 +220,7 @@ def train(
     *,
     on_record: Callable[[Record], None] = lambda record: None,
     on_best: Callable[[TrainState], None] = lambda state: None,
+    saving: Saving | None = None,
 ) -> Trained:
     """Trains what the recipe says, and keeps the adapters that are the best on dev.
 
@@ -188,6 +230,7 @@ def train(
         key: seeds dropout.
         on_record: called with every record of the log.
         on_best: called with the first state, and after every evaluation that is the best so far.
+        saving: where to go on from, if anything is there, and how to save; None does neither.
 
     Returns:
         What was found; its state has the best adapters.
@@ -195,24 +238,115 @@ def train(
     Raises:
         NotFiniteError: training broke off; nothing has moved at that step, and the adapters before
             it were scored, unless their outputs are not finite either.
+        InterruptedRunError: a signal broke it off; it is saved.
+        CheckpointError: it could not be saved, or what is there cannot be read.
     """
     steps = options.steps(len(problem.train))
     tx = options.make(steps, problem.recipe)
     state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
-    step = make_train_step(problem.loss, accumulate=options.accumulate)
     log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
     found = Trained(problem.metrics[0], on_record, on_best)
-    marks = options.marks(len(problem.train))
-    on_best(state)
+    training = _Training(problem, state, log, found, steps, options.marks(len(problem.train)))
+    if saving is not None:
+        training.resume(saving)
+    on_best(found.with_best(training.state))
+    step = make_train_step(problem.loss, accumulate=options.accumulate)
     try:
-        for i in range(1, steps + 1):
-            state, metrics = step(state, problem.batch(i - 1))
-            found.note(log.add(i, metrics))
-            if i in marks:
-                found.note(log.flush())
-                found.consider(state, i, problem.score(state, "dev"))
+        training.run(step, saving)
     except NotFiniteError as error:
         with contextlib.suppress(NotFiniteError):
+            state = training.state
             found.consider(state, error.step - 1, problem.score(state, "dev"))
         raise
-    return found.finish(state)
+    found.best = found.with_best(training.state)
+    return found
+
+
+@dataclass
+class _Training:
+    """The loop, and all that it carries from step to step.
+
+    Attributes:
+        problem: what is learnt.
+        state: after `step` steps.
+        log: their metrics.
+        found: so far.
+        steps: to make.
+        marks: after which dev is scored.
+        step: so many are made.
+        due: whether dev is to be scored before the next one.
+        saved: the step of the last checkpoint.
+        began: when this process took over.
+    """
+
+    problem: Problem
+    state: TrainState
+    log: Log
+    found: Trained
+    steps: int
+    marks: set[int]
+    step: int = 0
+    due: bool = False
+    saved: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def run(self, step: Callable[..., Any], saving: Saving | None) -> None:
+        """Makes the steps that are left."""
+        if saving is None:
+            interrupts, every = Interrupts(), self.steps + 1
+        else:
+            interrupts, every = saving.interrupts, saving.every
+        try:
+            with interrupts.deferred():
+                while self.due or self.step < self.steps:
+                    if self.due:
+                        self._score(interrupts)
+                    else:
+                        self._advance(step)
+                    if not self.due and (self.step in self.marks or self.step % every == 0):
+                        self._save(saving)
+                    interrupts.check()
+        except InterruptedRunError:
+            self._save(saving)
+            if saving is not None:
+                saving.checkpoints.wait()
+            raise
+
+    def _advance(self, step: Callable[..., Any]) -> None:
+        self.state, metrics = step(self.state, self.problem.batch(self.step))
+        self.step += 1
+        self.due = self.step in self.marks
+        self.found.note(self.log.add(self.step, metrics))
+
+    def _score(self, interrupts: Interrupts) -> None:
+        self.found.note(self.log.flush())
+        with interrupts.at_once():
+            dev = self.problem.score(self.state, "dev")
+        self.found.consider(self.state, self.step, dev)
+        self.due = False
+
+    def _save(self, saving: Saving | None) -> None:
+        if saving is None or self.step == self.saved:
+            return
+        found, self.saved = self.found, self.step
+        progress = {
+            "due": self.due,
+            "step": found.step,
+            "dev": found.dev,
+            "records": list(found.records),
+            "waiting": [list(window) for window in self.log.waiting],
+            "seconds": found.seconds + time.monotonic() - self.began,
+        }
+        saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)
+
+    def resume(self, saving: Saving) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        if not saving.checkpoints.steps:
+            return
+        was = saving.checkpoints.restore(self.state)
+        self.state, self.step, self.saved = was.state, was.step, was.step
+        self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
+        for name in ("step", "dev", "records", "seconds"):
+            setattr(self.found, name, was.progress[name])
+        self.found.adapters = jax.device_get(was.best)
+        saving.on_resume(self.found, self.step)

@@ -1,0 +1,187 @@
+"""`adapters-jax finetune --resume`: killed, asked to stop, refused; nothing is lost or differs."""
+
+import errno
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kills import Commands, kill_and_resume, whole
+from tiny import write_llama, write_meanings, write_model, write_reviews
+
+from adapters_jax.cli import main
+from adapters_jax.finetune.flags import parse, words
+from adapters_jax.finetune.run import Finetune
+from adapters_jax.finetune.runs import Run
+
+
+@pytest.fixture(scope="module")
+def commands():
+    with Commands() as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("resume")
+    write_model(place / "tiny")
+    write_reviews(place / "reviews.jsonl")
+    return place
+
+
+def finetune(place, name):
+    """A command of 16 steps, scored 4 times and saved every second step."""
+    flags = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
+    flags += ["--max-length", 8, "--batch-size", 16, "--learning-rate", 0.01, "--epochs", 2]
+    flags += ["--bottleneck-dim", 8, "--limit", 128, "--no-baselines", "--dropout", 0.1]
+    return ["finetune", *flags, "--checkpoint-every", 2, "--runs", place, "--name", name]
+
+
+def result(run):
+    """All that must not differ: the adapter's bytes, the metrics, and what was found."""
+    summary = json.loads((run / "config.json").read_text())["summary"]
+    found = {key: summary[key] for key in ("dev", "best_step", "results")}
+    return (run / "metrics.jsonl").read_bytes(), tensors(run), found
+
+
+def tensors(run):
+    return (run / "adapter" / "adapter.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight(commands, place):
+    """The run that nothing interrupts, and about how long it takes once all is compiled."""
+    began, log = time.monotonic(), place / "log"
+    assert commands.run(log, *finetune(place, "straight")) == 0, log.read_text()
+    return place / "straight", 0.7 * (time.monotonic() - began)
+
+
+def test_killed_at_random_instants_nothing_is_lost_and_no_bit_differs(
+    straight, commands, place, request
+):
+    run, seconds = straight
+    wanted, left = request.config.getoption("--kills"), []
+    for seed in range(1000):
+        name = f"killed{seed}"
+        kills = min(wanted - len(left), 5)
+        left += kill_and_resume(commands, place / name, finetune(place, name), seed, kills, seconds)
+        assert result(place / name) == result(run), f"seed {seed}"
+        if len(left) >= wanted:
+            break
+    print(f"{len(left)} kills, {sum(kill['cut'] for kill in left)} of them during a save")
+    lost = [k for k in left if k["from"] is not None and k["from"] != max(k["whole"])]
+    assert not lost, lost
+
+
+def wait_for(condition, log):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.005)
+
+
+def refusal(capsys, *flags):
+    assert main(["finetune", *map(str, flags)]) == 2
+    return capsys.readouterr().err
+
+
+def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
+    straight, commands, place, capsys
+):
+    run, log = place / "asked", place / "log"
+    pid = commands.start(log, *finetune(place, run.name))
+    wait_for(lambda: whole(run), log)
+    assert f"{run} is being worked on by process {pid}" in refusal(capsys, "--resume", run)
+    os.kill(pid, signal.SIGTERM)
+    assert commands.wait() == 143
+    assert f"go on with: adapters-jax finetune --resume {run}" in log.read_text()
+    step = max(whole(run))
+    assert commands.run(log, "finetune", "--resume", run) == 0, log.read_text()
+    assert f"going on after step {step} of 16" in log.read_text()
+    assert result(run) == result(straight[0])
+    names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in run.iterdir()) == names
+
+
+def meals(place, name):
+    flags = ["--model", place / "llama", "--train", place / "meals.csv", "--prompt", "mr"]
+    flags += ["--completion", "ref", "--max-length", 32, "--method", "lora", "--rank", 2]
+    flags += ["--epochs", 2, "--exact-match", 0, "--no-baselines", "--checkpoint-every", 1]
+    return ["finetune", *flags, "--runs", place, "--name", name]
+
+
+def test_a_decoder_goes_on_from_the_one_before_a_damaged_checkpoint(commands, place):
+    write_llama(place / "llama")
+    write_meanings(place / "meals.csv")
+    log, run = place / "log", place / "meals"
+    assert commands.run(log, *meals(place, "straight-meals")) == 0, log.read_text()
+    pid = commands.start(log, *meals(place, run.name))
+    wait_for(lambda: len(whole(run)) > 1, log)
+    os.kill(pid, signal.SIGINT)
+    assert commands.wait() == 130
+    before, newest = whole(run)[-2:]
+    root = run / "checkpoints" / str(newest)
+    largest = max((p for p in root.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-10])
+    assert commands.run(log, "finetune", "--resume", run) == 0, log.read_text()
+    name = largest.relative_to(root)
+    assert f"the checkpoint of step {newest} is damaged: {name}" in log.read_text()
+    assert f"going on after step {before} of" in log.read_text()
+    assert result(run) == result(place / "straight-meals")
+
+
+def test_what_cannot_be_resumed_is_refused(straight, place, capsys):
+    run = straight[0]
+    assert f"{run} is finished: see {run}/report.html" in refusal(capsys, "--resume", run)
+    said = refusal(capsys, "--resume", run, "--epochs", 3, "--method", "lora")
+    assert "--epochs" in said and "--method" in said and "leave all others out" in said
+    assert "no run at" in refusal(capsys, "--resume", place / "nothing")
+    said = refusal(capsys, *finetune(place, run.name)[1:])
+    assert "exists already" in said and f"finetune --resume {run}" in said
+    config = json.loads((run / "config.json").read_text())
+    del config["summary"]
+    other = place / "other"
+    other.mkdir()
+    for key, value, wanted in (
+        ("stopped", "step 3: the loss is not finite", "would stop again: step 3"),
+        ("command", None, "was not written by adapters-jax finetune"),
+        ("data_sha256", "0" * 64, "was started with another data_sha256 than there is now"),
+        ("base_sha256", "0" * 64, "was started with another base_sha256 than there is now"),
+    ):
+        (other / "config.json").write_text(json.dumps({**config, key: value}))
+        assert wanted in refusal(capsys, "--resume", other), key
+    changed = {**config, "versions": {**config["versions"], "jax": "0.1"}}
+    (other / "config.json").write_text(json.dumps(changed))
+    assert main(["finetune", "--resume", str(other), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "jax 0.1 -> " in said.err and "may differ in the last digits" in said.err
+    assert result(other) == result(run)  # there was no checkpoint: from the start
+    assert json.loads(said.out)["run"] == str(other)
+
+
+def test_a_disk_that_is_full_ends_a_run_that_goes_on_later(straight, place, capsys, monkeypatch):
+    run = place / "full"
+
+    def full(self, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", full)
+        assert main([*map(str, finetune(place, run.name))]) == 2
+        said = capsys.readouterr().err
+        assert "No space left on device; make room, and go on with: adapters-jax" in said
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert result(run) == result(straight[0])
+
+
+def test_words_are_read_again_as_the_same_flags():
+    flags = ["--train=a.csv", "--no-pack", "--metrics", "f1", "accuracy", "--text-pair=-x y"]
+    flags += ["--method", "lora", "--rank-pattern", "a", "1", "b", "2", "--template={prompt} ="]
+    options = parse(Finetune, [*flags, "--json"])
+    again = parse(Finetune, words(options))
+    assert again == replace(options, data=replace(options.data, train=Path("a.csv").resolve()))
+    assert words(again) == words(options)
+    assert words(Finetune()) == []
