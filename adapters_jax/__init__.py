@@ -8,6 +8,7 @@ from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
+from adapters_jax.hosts import join_hosts
 from adapters_jax.linen import init_adapters
 from adapters_jax.merge import merge, unmerge
 from adapters_jax.methods import (
@@ -36,6 +37,14 @@ from adapters_jax.presets import (
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import register_contraction
+from adapters_jax.sharding import (
+    ShardingError,
+    layout,
+    local_rows,
+    make_mesh,
+    shard,
+    shard_batch,
+)
 from adapters_jax.state import TrainState
 from adapters_jax.summary import Audit
 from adapters_jax.train import make_eval_step, make_train_step
@@ -55,6 +64,7 @@ __all__ = [
     "PrefixTuning",
     "Recipe",
     "RecipeError",
+    "ShardingError",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -67,15 +77,19 @@ __all__ = [
     "full",
     "houlsby",
     "init_adapters",
+    "join_hosts",
     "last_layers",
+    "layout",
     "linen",
     "llama_adapter",
     "llama_adapter_parameters",
     "load_adapter",
+    "local_rows",
     "lora",
     "lora_parameters",
     "lora_plus",
     "make_eval_step",
+    "make_mesh",
     "make_train_step",
     "merge",
     "merge_trees",
@@ -88,5 +102,7 @@ __all__ = [
     "register_attention",
     "register_contraction",
     "save_adapter",
+    "shard",
+    "shard_batch",
     "unmerge",
 ]

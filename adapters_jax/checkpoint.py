@@ -346,8 +346,7 @@ def _sum(path: Path) -> tuple[int, str]:
 
 def _moving(state: TrainState, best: Tree | None) -> dict[str, Any]:
     """What a checkpoint has of a state."""
-    names = ("step", "adapters", "opt_state", "key", "other")
-    return {name: getattr(state, name) for name in names} | {"best": best}
+    return {**state.moving, "best": best}
 
 
 def _arrays(moving: dict[str, Any]) -> dict[str, jax.Array]:

@@ -33,6 +33,7 @@ class TrainState:
         recipe: says what trains.
         graphdef: NNX: the model's structure.
         dtypes: in which the model has the leaves of `adapters`, in their order.
+        layout: the shardings of the leaves of `moving`, which steps keep; None on one device.
     """
 
     step: Int[Array, ""]
@@ -45,6 +46,7 @@ class TrainState:
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
     dtypes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    layout: tuple[Any, ...] | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def create(
@@ -113,6 +115,12 @@ class TrainState:
             graphdef=graphdef,
             dtypes=dtypes,
         )
+
+    @property
+    def moving(self) -> dict[str, Any]:
+        """All that a step changes, or needs beside the base: what a checkpoint keeps."""
+        names = ("step", "adapters", "opt_state", "key", "other")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def trained(self) -> Tree:

@@ -108,6 +108,7 @@ def make_train_step(
         state = replace(
             state, step=state.step + 1, adapters=adapters, opt_state=opt_state, other=other
         )
+        state = _laid_out(state)
         return state, {**metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -124,6 +125,15 @@ def _moved(
     """Adapters and optimiser state after an update."""
     updates, opt_state = tx.update(grads, opt_state, adapters)
     return optax.apply_updates(adapters, updates), opt_state
+
+
+def _laid_out(state: TrainState) -> TrainState:
+    """A state whose leaves stay where its layout says: the next step is the same program."""
+    if state.layout is None:
+        return state
+    leaves, structure = jax.tree.flatten(state.moving)
+    kept = map(jax.lax.with_sharding_constraint, leaves, state.layout)
+    return replace(state, **jax.tree.unflatten(structure, kept))
 
 
 def _other(model: nnx.Module) -> Any:

@@ -20,6 +20,8 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
 def pytest_addoption(parser):
     help = "how often a training is killed and resumed (3)"
     parser.addoption("--kills", type=int, default=3, help=help)
+    help = "train every method on every layout over devices, instead of on one each"
+    parser.addoption("--layouts", action="store_true", help=help)
 
 
 def pytest_configure(config):

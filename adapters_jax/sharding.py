@@ -1,0 +1,392 @@
+"""Layouts: which device holds which part of a base, of its adapters and of a batch.
+
+A layout is a sharding for every leaf; results do not depend on it, XLA sees to that (GSPMD). A base
+leaf is laid out as its own annotations say, else by the first rule whose pattern means its path,
+else along its largest axis that divides. The factors of LoRA inherit: A has the input axes of the
+kernel beside it, B its output axes. All else that trains is small, and every device has it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.partition import Tree, flatten, path_of
+from adapters_jax.recipe import Recipe
+from adapters_jax.state import TrainState
+from adapters_jax.targets import matches, require_match
+
+BATCH, WEIGHTS = ("data", "fsdp"), ("fsdp", "model")  # what each axis of a mesh, by name, splits
+SMALL = 2**16  # of a leaf with fewer elements every device has all, unless told otherwise
+Rules = Mapping[str, P]
+
+
+class ShardingError(ValueError):
+    """A mesh that the devices do not make, or a layout that does not fit a parameter."""
+
+
+def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of named axes.
+
+    Args:
+        axes: sizes by name, as a mapping or as in `"data=4,model=2"`; one size may be -1, which is
+            what the devices leave. Batches are split over `data` and `fsdp`, and a base without
+            rules over `fsdp` and `model`.
+        devices: all of them, of all hosts, by default.
+
+    Raises:
+        ShardingError: the text does not read so, or the sizes do not multiply to the devices.
+
+    Example:
+        >>> make_mesh("data=-1,model=1").axis_names
+        ('data', 'model')
+    """
+    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    devices = jax.devices() if devices is None else devices
+    said = ",".join(f"{name}={size}" for name, size in sizes.items())
+    open_ones = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_ones) == 1 and known > 0:
+        sizes[open_ones[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices) or min(sizes.values(), default=0) < 1:
+        raise ShardingError(
+            f"mesh {said!r} does not multiply to the {len(devices)} devices that there are; "
+            f"write data={len(devices)}, or factors of {len(devices)}"
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
+
+
+def _parse(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    sizes = {name.strip(): size.strip() for name, _, size in pairs}
+    wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
+    if wrong or len(sizes) < len(pairs):
+        raise ShardingError(
+            f"mesh {text!r} does not read as NAME=SIZE,...: {', '.join(wrong) or 'a name twice'}; "
+            "write data=4,model=2"
+        )
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def _whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def layout(
+    params: Tree,
+    mesh: Mesh,
+    rules: Rules | None = None,
+    recipe: Recipe | None = None,
+    small: int = SMALL,
+) -> dict[str, NamedSharding]:
+    """Where every parameter goes.
+
+    Args:
+        params: a linen tree, whose boxes (`nn.with_partitioning`) are read, or an NNX state, whose
+            Variables' metadata is; arrays or abstract.
+        mesh: of named axes.
+        rules: partition specs by pattern of the parameter's path; the first that matches counts.
+            They are for base leaves without annotations, and for adapters' leaves.
+        recipe: tells adapters' leaves from the base's; None where there are none.
+        small: leaves with fewer elements that nothing else speaks of are on every device.
+
+    Returns:
+        A sharding by path.
+
+    Raises:
+        ShardingError: an axis that the mesh has not, or one that does not divide a dimension.
+        TargetError: a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mesh = make_mesh("data=-1,model=1")
+        >>> where = layout({"q": {"kernel": jnp.ones((8, 4))}}, mesh, {"q/*": P(None, "model")})
+        >>> where["q/kernel"].spec == P(None, "model")
+        True
+    """
+    return _layout(_leaves(params), mesh, rules, recipe, small)
+
+
+def _layout(
+    leaves: Mapping[str, tuple[Any, P | None]],
+    mesh: Mesh,
+    rules: Rules | None,
+    recipe: Recipe | None,
+    small: int,
+) -> dict[str, NamedSharding]:
+    rules = dict(rules or {})
+    require_match("sharding rules", tuple(rules), leaves)
+    owners = {path: recipe.owner(path) if recipe else None for path in leaves}
+    base = {
+        path: _told(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
+        for path, (leaf, annotation) in leaves.items()
+        if owners[path] is None
+    }
+    specs = {}
+    for path, (leaf, annotation) in leaves.items():
+        owner = owners[path]
+        if owner is None:
+            specs[path] = base[path]
+        else:
+            told = _told(path, leaf, annotation, mesh, rules)
+            specs[path] = told or _inherited(path, owner[0], leaves, base, mesh, small)
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+
+
+def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
+    """Each leaf with the partition spec of its annotation."""
+    if isinstance(params, nnx.State):
+        specs = dict(flatten(nnx.get_partition_spec(params)))
+        return {path: (leaf, specs[path] or None) for path, leaf in flatten(params).items()}
+    return {
+        path: (nn.meta.unbox(leaf), leaf.get_partition_spec() if _boxed(leaf) else None)
+        for path, leaf in flatten(params).items()
+    }
+
+
+def _boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
+
+
+def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
+    """What an annotation or a rule says of a leaf, checked; None where nothing does."""
+    spec, who = annotation, "its annotation"
+    if spec is None:
+        pattern = next((pattern for pattern in rules if matches(pattern, path)), None)
+        if pattern is None:
+            return None
+        spec, who = rules[pattern], f"rule {pattern!r}"
+    if len(spec) > len(leaf.shape):
+        raise ShardingError(
+            f"{path} has the shape {list(leaf.shape)}, and {who} has {len(spec)} axes: {spec}"
+        )
+    for size, names in zip(leaf.shape, spec, strict=False):
+        names = () if names is None else (names,) if isinstance(names, str) else names
+        unknown = [name for name in names if name not in mesh.shape]
+        if unknown:
+            raise ShardingError(
+                f"{path}: {who} names the axis {unknown[0]!r}, and the mesh has "
+                f"{', '.join(mesh.axis_names)}; add {unknown[0]}=1 to the mesh, or rename it"
+            )
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ShardingError(
+                f"{path} has the shape {list(leaf.shape)}, and {who}, {spec}, splits {size} into "
+                f"{parts} parts, which do not divide it; choose another axis, or None"
+            )
+    return spec
+
+
+def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
+    """The largest axis that each of `fsdp` and `model` divides; the last one among equals."""
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < small:
+        return P()
+    for name in (name for name in reversed(WEIGHTS) if mesh.shape.get(name, 1) > 1):
+        free = [
+            i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape[name] == 0
+        ]
+        if free:
+            spec[max(free, key=lambda i: (shape[i], i))] = name
+    return P(*spec)
+
+
+def _inherited(
+    path: str,
+    site: str,
+    leaves: Mapping[str, tuple[Any, Any]],
+    base: Mapping[str, P],
+    mesh: Mesh,
+    small: int,
+) -> P:
+    """A low-rank factor's axes as the kernel's beside it; everything else on every device.
+
+    Axes are told by size: those before the rank from the left, those behind it from the right.
+    """
+    factor, kind = leaves[path][0].shape, path.rpartition("/")[2]
+    weights = [p for p in base if p.rpartition("/")[0] == site]
+    if kind not in ("a", "b") or math.prod(factor) < small or not weights:
+        return P()
+    weight = max(weights, key=lambda p: math.prod(leaves[p][0].shape))
+    shape, spec = leaves[weight][0].shape, [*base[weight]]
+    spec += [None] * (len(shape) - len(spec))
+    if kind == "a":
+        rank = len(factor) - 1
+    else:  # behind the layer axes, which the weight and both factors have
+        rank = leaves[f"{path[:-1]}a"][0].ndim + len(factor) - 2 - len(shape)
+    found: list[Any] = [None] * len(factor)
+    for i in range(len(factor)):
+        j = i if i < rank else i - len(factor) + len(shape)
+        if i != rank and 0 <= j < len(shape) and factor[i] == shape[j]:
+            found[i] = spec[j]
+    return P(*found)
+
+
+def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) -> Any:
+    """Puts a tree of parameters, a model or a training onto a mesh.
+
+    Args:
+        subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
+            optimiser state goes where its parameters do. What is there already is not moved.
+        mesh: of named axes; see `make_mesh`.
+        rules: as for `layout`.
+        **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
+
+    Returns:
+        The same on the mesh; an NNX model is a new one.
+
+    Raises:
+        ShardingError: as for `layout`.
+        TargetError: a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mesh = make_mesh("data=-1,model=1")
+        >>> shard({"kernel": jnp.ones((8, 4))}, mesh)["kernel"].sharding.mesh.axis_names
+        ('data', 'model')
+    """
+    if isinstance(subject, TrainState):
+        return _shard_state(subject, mesh, rules, **options)
+    if isinstance(subject, nnx.Module):
+        graphdef, *states = nnx.split(subject, nnx.Param, ...)
+        params, other = states
+        adapted = any(isinstance(x, AdapterParam) for x in _variables(params))
+        recipe = recipe_of(subject) if adapted else None
+        where = layout(params, mesh, rules, recipe, **options)
+        return nnx.merge(graphdef, _put(params, where), _everywhere(other, mesh), copy=True)
+    return _put(subject, layout(subject, mesh, rules, **options))
+
+
+def _variables(state: nnx.State) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _put(tree: Tree, where: Mapping[str, NamedSharding]) -> Tree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(leaf, where[path_of(path)]), tree
+    )
+
+
+def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
+
+
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array where a sharding says; on several hosts each has the same one, and copies its part.
+
+    Args:
+        x: numpy's or jax's, or a random key.
+        sharding: on any mesh.
+    """
+    if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        words = place(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    own = np.asarray(x)
+    return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+
+def _shard_state(
+    state: TrainState, mesh: Mesh, rules: Rules | None, small: int = SMALL
+) -> TrainState:
+    parts = [_leaves(state.adapters), _leaves(state.base)]
+    where = _layout({**parts[0], **parts[1]}, mesh, rules, state.recipe, small)
+    shapes = {path: leaf.shape for path, (leaf, _) in parts[0].items()}
+
+    def of_optimizer(key_path: Any, leaf: Any) -> Any:
+        """A leaf of the optimiser's state whose path ends like a parameter's, of its shape."""
+        names = path_of(key_path).split("/")
+        ends = ("/".join(names[i:]) for i in range(len(names)))
+        own = next((end for end in ends if shapes.get(end) == leaf.shape), None)
+        return place(leaf, where[own] if own else NamedSharding(mesh, P()))
+
+    laid = replace(
+        state,
+        adapters=_put(state.adapters, where),
+        base=_put(state.base, where),
+        opt_state=jax.tree_util.tree_map_with_path(of_optimizer, state.opt_state),
+        step=_everywhere(state.step, mesh),
+        key=_everywhere(state.key, mesh),
+        other=_everywhere(state.other, mesh),
+    )
+    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.moving)))
+
+
+def local_rows(rows: int, mesh: Mesh) -> slice:
+    """Which rows of a batch this process's devices need: all of them where it is alone.
+
+    Args:
+        rows: of the batch, over all processes.
+        mesh: of named axes.
+
+    Raises:
+        ShardingError: the rows do not divide, or there are fewer than parts.
+
+    Example:
+        >>> local_rows(8, make_mesh("data=-1"))
+        slice(0, 8, None)
+    """
+    where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
+    taken = [index[0].indices(rows) for index in where.values() if index is not None]
+    return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
+
+
+def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
+    """Splits a batch's leading axis over `data` and `fsdp`.
+
+    Args:
+        batch: arrays `(rows, ...)`, or without axes, which every device gets.
+        mesh: of named axes.
+        rows: of the batch over all processes, where `batch` has only those that `local_rows` says;
+            by default every process has all of them.
+
+    Returns:
+        The batch on the mesh, `(rows, ...)`.
+
+    Raises:
+        ShardingError: the rows do not divide, or are not those that this process needs.
+
+    Example:
+        >>> shard_batch(np.ones((8, 3)), make_mesh("data=-1")).shape
+        (8, 3)
+    """
+
+    def put(x: Any) -> Any:
+        shape = np.shape(x)
+        if not shape:
+            return place(x, NamedSharding(mesh, P()))
+        sharding = _of_batch(shape[0] if rows is None else rows, mesh)
+        if rows is None:
+            return place(x, sharding)
+        own = local_rows(rows, mesh)
+        if shape[0] != own.stop - own.start:
+            raise ShardingError(
+                f"a batch of {shape[0]} rows, and this process needs the {own.stop - own.start} "
+                f"from {own.start} on, of {rows}; take those that local_rows says"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
+    """Where a batch goes; raises ShardingError where its rows do not divide."""
+    names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
+    parts = math.prod(mesh.shape[name] for name in names)
+    if rows % parts:
+        raise ShardingError(
+            f"a batch of {rows} rows does not split into {parts} parts "
+            f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose a multiple of {parts}"
+        )
+    return NamedSharding(mesh, P(names) if names else P())

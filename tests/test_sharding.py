@@ -1,0 +1,265 @@
+"""Layouts over many devices and several processes: the same losses; the base is not sent about."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import contract
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+import adapters_jax as aj
+from adapters_jax.sharding import ShardingError, layout, make_mesh, shard, shard_batch
+from benchmarks.collectives import collective_bytes
+
+HERE = Path(__file__).parent
+LAYOUTS = ("data=8", "fsdp=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2")
+SUBJECTS = [(door, case, "plain") for door in contract.DOORS for case in contract.CASES]
+SUBJECTS += [(door, "together", "scan") for door in contract.DOORS]
+
+
+def environment(devices):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path, "XLA_FLAGS": flags}
+    return {**os.environ, **quick}
+
+
+def start(devices, **job):
+    return subprocess.Popen(
+        [sys.executable, HERE / "layouts.py", json.dumps(job)],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-4000:]
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("[[")]
+    return {tuple(row): result for row, result in found}
+
+
+@pytest.fixture(scope="module")
+def trained(request):
+    """Every method on one device and on a layout; on each layout with --layouts."""
+    rows = [(*subject, None) for subject in SUBJECTS]
+    for i, subject in enumerate(SUBJECTS):
+        all_of_them = request.config.getoption("--layouts")
+        rows += [(*subject, x) for x in (LAYOUTS if all_of_them else LAYOUTS[i % 5 : i % 5 + 1])]
+    rows += [("nnx", "together", "plain", x) for x in LAYOUTS]
+    return finish(start(8, rows=list(dict.fromkeys(rows))))
+
+
+def test_every_layout_gives_the_losses_of_one_device(trained):
+    compared = 0
+    for (*subject, laid), result in trained.items():
+        if laid is not None:
+            alone = trained[(*subject, None)]["losses"]
+            assert len(set(alone)) == 20
+            np.testing.assert_allclose(
+                result["losses"], alone, rtol=1e-5, err_msg=f"{subject} {laid}"
+            )
+            compared += 1
+    assert compared >= len(SUBJECTS)
+
+
+def test_devices_exchange_gradients_of_the_adapters_and_the_loss(trained):
+    rows = {row: result for row, result in trained.items() if row[3] == "data=8"}
+    assert len(rows) >= 6
+    for (_, case, _, _), result in rows.items():
+        sent = result["trained_bytes"]
+        if case == "llama_adapter":  # its prompt's gradients as keys and as values
+            sent += 4 * contract.K * contract.D
+        assert result["exchanged"] == {"all-reduce": sent + 4}, case
+
+
+MESH = AbstractMesh((2, 2, 4), ("data", "fsdp", "model"))
+
+
+def specs(params, *args, mesh=MESH, **options):
+    return {path: s.spec for path, s in layout(params, mesh, *args, **options).items()}
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_a_base_without_rules_is_split_along_what_divides():
+    tree = {
+        "wide": shape(8, 512),
+        "equal": shape(512, 512),
+        "odd": shape(3, 4096),
+        "model_alone": shape(7, 36, 4096 // 4 * 3 + 1),
+        "nothing": shape(4097, 4099),
+        "bias": shape(512),
+    }
+    assert specs(tree, small=1000) == {
+        "wide": P("fsdp", "model"),
+        "equal": P("fsdp", "model"),
+        "odd": P(None, "model"),
+        "model_alone": P(None, "model", None),
+        "nothing": P(None, None),
+        "bias": P(),
+    }
+    assert specs(tree) == {**specs(tree, small=1000), "wide": P(), "odd": P()}
+    data = AbstractMesh((8,), ("data",))
+    assert set(specs(tree, mesh=data, small=0).values()) <= {
+        P(),
+        P(None),
+        P(None, None),
+        P(*[None] * 3),
+    }
+
+
+def lora_of(base, recipe, x):
+    params = jax.eval_shape(lambda: base.init(jax.random.key(0), x))["params"]
+    return aj.init_adapters(aj.adapt(base, recipe), params, jax.random.key(0), x)
+
+
+def test_factors_inherit_and_all_else_that_trains_is_everywhere():
+    recipe = aj.Recipe(aj.LoRA("**/{query,out}", 3), aj.Bottleneck("attention", 8), aj.DoRA("*", 2))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.MultiHeadDotProductAttention(4, name="attention")(x)
+            return nn.Dense(32, name="dense")(x)
+
+    params = lora_of(Model(), aj.Recipe(recipe.methods[0], recipe.methods[1]), jnp.ones((1, 2, 16)))
+    rules = {
+        "attention/query/kernel": P("fsdp", "model"),
+        "**/out/kernel": P("model", None, "fsdp"),
+    }
+    found = specs(params, rules, recipe=recipe, small=0)
+    assert found["attention/query/lora/a"] == P("fsdp", None)  # (16, 3) of (16, 4, 4)
+    assert found["attention/query/lora/b"] == P(None, "model", None)  # (3, 4, 4)
+    assert found["attention/out/lora/a"] == P("model", None, None)  # (4, 4, 3) of (4, 4, 16)
+    assert found["attention/out/lora/b"] == P(None, "fsdp")
+    assert found["attention/adapter/down/kernel"] == found["attention/adapter/up/kernel"] == P()
+    few = specs(params, rules, recipe=recipe, small=10_000)
+    assert few["attention/query/lora/a"] == few["dense/kernel"] == P()
+    told = {**rules, "**/lora/b": P(None, "data"), "**/down/kernel": P("model")}
+    assert specs(params, told, recipe=recipe)["attention/out/lora/b"] == P(None, "data")
+    assert specs(params, told, recipe=recipe)["attention/adapter/down/kernel"] == P("model")
+
+
+def test_factors_of_stacked_layers_inherit_the_layer_axis_too():
+    case = contract.CASES["lora_dense"]
+    subject = contract.Linen(case, scan=True, layers=4)
+    params = subject.whole(subject.adapters)
+    rules = {"layers/mlp/up/kernel": P("data", "fsdp", "model")}
+    found = specs(params, rules, recipe=subject.recipe, small=0)
+    assert found["layers/mlp/up/lora/a"] == P("data", "fsdp", None)
+    assert found["layers/mlp/up/lora/b"] == P("data", None, "model")
+
+
+def test_annotations_come_first():
+    init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    base = nn.Sequential([nn.Dense(8, kernel_init=init), nn.Dense(8)])
+    recipe = aj.Recipe(aj.LoRA("*", 2))
+    params = lora_of(base, recipe, jnp.ones((1, 8)))
+    found = specs(params, {"*/kernel": P("fsdp")}, recipe=recipe, small=0)
+    assert found["layers_0/kernel"] == P(None, "model")
+    assert found["layers_1/kernel"] == P("fsdp")
+    assert found["layers_0/lora/b"] == P(None, "model")
+    assert found["layers_1/lora/a"] == P("fsdp", None)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            init = nnx.with_partitioning(nnx.initializers.ones, ("fsdp", "model"))
+            self.told = nnx.Linear(8, 8, kernel_init=init, rngs=rngs)
+            self.plain = nnx.Linear(8, 8, rngs=rngs)
+
+    with jax.set_mesh(make_mesh({"fsdp": 1, "model": 1})):
+        model = aj.adapt(Model(nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    found = specs(nnx.state(model, nnx.Param), recipe=recipe, small=0)
+    assert found["told/kernel"] == P("fsdp", "model")
+    assert found["plain/kernel"] == P("fsdp", "model")
+    assert found["told/lora/a"] == P("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"q/kernel": P("tensor")}, r"q/kernel: rule 'q/kernel' names the axis 'tensor', and the "
+         r"mesh has data, fsdp, model; add tensor=1"),
+        ({"**": P(None, "model")}, r"q/kernel has the shape \[8, 6\], and rule '\*\*', .* splits 6 "
+         "into 4 parts, which do not divide it"),
+        ({"q/*": P(None, None, "data")}, r"q/kernel has the shape \[8, 6\], and .* has 3 axes"),
+    ],
+)  # fmt: skip
+def test_rules_that_do_not_fit_name_the_parameter(rules, words):
+    with pytest.raises(ShardingError, match=words):
+        layout({"q": {"kernel": shape(8, 6)}}, MESH, rules)
+    with pytest.raises(aj.TargetError, match="sharding rules: target 'qq/\\*' matches nothing"):
+        layout({"q": {"kernel": shape(8, 6)}}, MESH, {"qq/*": P()})
+
+
+def test_meshes_that_the_devices_do_not_make():
+    mesh = make_mesh("data=-1, model=1")
+    assert dict(mesh.shape) == {"data": 1, "model": 1}
+    assert dict(make_mesh({"data": 1}).shape) == {"data": 1}
+    for text in ("data=4,model=2", "data=0", "data=-1,model=3", "data=-1,model=-1,x=-1"):
+        with pytest.raises(ShardingError, match="does not multiply to the 1 devices"):
+            make_mesh(text)
+    for text in ("data", "data=two", "data=1,data=1", "4", ""):
+        with pytest.raises(ShardingError, match="does not read as NAME=SIZE"):
+            make_mesh(text)
+
+
+def test_a_batch_that_does_not_split_is_refused():
+    with pytest.raises(
+        ShardingError, match=r"a batch of 6 rows does not split into 4 parts \(data=2"
+    ):
+        shard_batch({"x": np.ones((6, 3))}, MESH)
+
+
+def test_a_model_on_a_mesh_is_the_same_model():
+    base = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    for model in (base, aj.adapt(base, aj.LoRA("layers/0", 2), rngs=nnx.Rngs(2))):
+        laid = shard(model, make_mesh("data=1"))
+        laid.eval(), model.eval()
+        x = jnp.ones((2, 8))
+        np.testing.assert_array_equal(laid(x), model(x))
+        assert laid.layers[0].kernel.sharding.mesh.axis_names == ("data",)
+        assert laid.layers[0].kernel is not model.layers[0].kernel
+
+
+def test_two_processes_are_one_job_and_its_losses_those_of_one_device():
+    rows = [("linen", "together", "plain", "data=2"), ("nnx", "lora_dense", "plain", "model=2")]
+    job = {"rows": rows, "processes": 2, "address": f"localhost:{free_port()}"}
+    both = [start(1, process=i, **job) for i in range(2)]
+    alone = start(1, rows=[(*row[:3], None) for row in rows])
+    wanted = finish(alone)
+    first, second = map(finish, both)
+    assert first == second and list(first) == rows
+    for row, result in first.items():
+        losses = wanted[(*row[:3], None)]["losses"]
+        np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_collective_bytes_adds_up_what_the_text_says():
+    text = """
+  %all-reduce.1 = (f32[2,3]{1,0}, bf16[4]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c)
+  %all-gather-start.2 = f32[8]{0} all-gather-start(%d)
+  %dot.1 = f32[9,9]{1,0} dot(%e, %f)
+"""
+    assert collective_bytes(text) == {"all-reduce": 24 + 8 + 4, "all-gather": 32}
