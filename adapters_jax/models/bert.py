@@ -2,7 +2,8 @@
 
 Each block is post-norm: `norm(x + output(attention(x)))`, then the same around the feed-forward.
 `output` is a projection with its dropout, so a Houlsby adapter on `**/attention/output` and
-`**/mlp/output` sits between that dropout and the residual sum, as in its paper.
+`**/mlp/output` sits between that dropout and the residual sum, as in its paper. The sums are
+modules as well, `attention_sum` and `mlp_sum`.
 
 Reference:
     Devlin et al., BERT (2018), https://arxiv.org/abs/1810.04805
@@ -29,6 +30,7 @@ from adapters_jax.models.layers import (
     FeedForward,
     Output,
     SelfAttention,
+    Sum,
     Typed,
     check_heads,
     check_tokens,
@@ -174,8 +176,9 @@ class BertLayer(Typed):
             name="mlp",
             **inits,
         )
-        x = norm(name="attention_norm")(x + attention(x, mask, deterministic))
-        return norm(name="mlp_norm")(x + mlp(x, deterministic))
+        x = Sum(name="attention_sum")(x, attention(x, mask, deterministic))
+        x = norm(name="attention_norm")(x)
+        return norm(name="mlp_norm")(Sum(name="mlp_sum")(x, mlp(x, deterministic)))
 
 
 class Bert(Typed):

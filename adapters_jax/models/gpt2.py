@@ -28,6 +28,7 @@ from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
     SelfAttention,
+    Sum,
     Typed,
     check_heads,
     check_tokens,
@@ -139,8 +140,9 @@ class GPT2Layer(Typed):
             name="mlp",
             **inits,
         )
-        x = x + attention(norm(name="attention_norm")(x), mask, deterministic)
-        return x + mlp(norm(name="mlp_norm")(x), deterministic)
+        y = attention(norm(name="attention_norm")(x), mask, deterministic)
+        x = Sum(name="attention_sum")(x, y)
+        return Sum(name="mlp_sum")(x, mlp(norm(name="mlp_norm")(x), deterministic))
 
 
 class GPT2(Typed):
