@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from adapters_jax.errors import compare_trees
 from adapters_jax.methods.fields import check_size
@@ -108,6 +109,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._clean()
             self._put_damaged_aside()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
         kept = [
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),

@@ -267,6 +267,18 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
     return _put(subject, layout(subject, mesh, rules, **options))
 
 
+def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
+    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
+    where = {} if mesh is None else layout(params, mesh, rules)
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where.get(path_of(path))
+        ),
+        pure,
+    )
+
+
 def _variables(state: nnx.State) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

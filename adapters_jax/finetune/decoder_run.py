@@ -90,7 +90,17 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Decode
     rows = layout.build(task, output)
     metrics = task.metrics if rows.held_out["dev"].asked else task.metrics[:1]
     model = _adapted(options, decoder)
-    problem = Generation(model, decoder, rows.train, rows.held_out, rows.most, metrics, output.say)
+    mesh = options.make_mesh(training.batch_size)
+    problem = Generation(
+        model=model,
+        decoder=decoder,
+        train=rows.train,
+        held_out=rows.held_out,
+        most=rows.most,
+        metrics=metrics,
+        say=output.say,
+        mesh=mesh,
+    )
     text_alone = options.data.text is not None
     config = {
         "kind": "decoder",

@@ -175,6 +175,7 @@ def _problem(
         {p: encoder.in_order(rows[p], None, size, buckets) for p in ("dev", "test")},
         {"dev": task.dev.labels, "test": task.test.labels},
         task.metrics,
+        options.make_mesh(training.batch_size),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from adapters_jax.finetune import decoder_run, encoder_run
 from adapters_jax.finetune.bases import is_decoder
@@ -29,6 +30,7 @@ from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.methods import LoRA
 from adapters_jax.methods.fields import check_size
 from adapters_jax.recipe import Recipe
+from adapters_jax.sharding import local_rows, make_mesh
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Finetune:
         pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
         dtype: what the model computes in; what trains stays float32.
         seed: of the head, the adapters, the order of rows and dropout.
+        mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
+            over fsdp and model; by default one device.
         baselines: also report the majority class and the frozen base with a trained head; of a
             decoder, the base.
         runs: directory of the runs.
@@ -84,6 +88,7 @@ class Finetune:
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
+    mesh: str | None = None
     baselines: bool = True
     runs: Path = Path("runs")
     name: str | None = None
@@ -138,6 +143,14 @@ class Finetune:
             os.close(handle)
             raise
         return handle
+
+    def make_mesh(self, batch_size: int | None) -> Mesh | None:
+        """The devices to train on; raises ShardingError where a batch does not split over them."""
+        if self.mesh is None:
+            return None
+        mesh = make_mesh(self.mesh)
+        local_rows(batch_size or 1, mesh)
+        return mesh
 
     def _resumed(self, output: Output) -> Finetune:
         """The flags of the run to go on with."""

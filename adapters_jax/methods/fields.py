@@ -44,6 +44,12 @@ def check_flag(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name}={_told(value)}, wanted True or False")
 
 
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}: {name}={value!r}, wanted True or False")
+
+
 def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if not isinstance(value, str) or value not in choices:
