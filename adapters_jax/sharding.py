@@ -293,13 +293,15 @@ def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: NamedSharding) -> Any:
     """An array where a sharding says; on several hosts each has the same one, and copies its part.
 
     Args:
-        x: numpy's or jax's, or a random key.
+        x: numpy's or jax's, or a random key; an abstract one gets the sharding.
         sharding: on any mesh.
     """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
