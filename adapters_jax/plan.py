@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh
 
