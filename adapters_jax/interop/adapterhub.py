@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.files import AdapterFileError
+from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import adapterhub_heads, adapterhub_load, adapterhub_save, directories
 from adapters_jax.interop.adapterhub_config import VERSION
 from adapters_jax.interop.adapterhub_places import Blocks, find_blocks

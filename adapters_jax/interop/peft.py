@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.files import AdapterFileError
+from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import directories, peft_load, peft_save
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.peft_config import config_problems
