@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import linen as nn
+from jax.experimental import multihost_utils
 
 from adapters_jax.atomic import write_directory
 from adapters_jax.errors import AdapterFileError
@@ -46,7 +47,8 @@ def save_adapter(
 ) -> Path:
     """Writes an adapter: its recipe and what it trained, never the frozen base.
 
-    The directory appears whole or not at all, and takes the place of an adapter that was there.
+    The directory appears whole or not at all, and takes the place of an adapter that was there. Of
+    several processes all call it, and the first one writes.
 
     Args:
         directory: where; its parents are made.
@@ -100,13 +102,19 @@ def save_adapter(
     check_header(int.from_bytes(tensors[:8], "little"), len(tensors), directory / TENSORS)
     config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
     files = {TENSORS: tensors, CONFIG: config}
-    write_directory(directory.resolve(), files)  # what a link points to is replaced, not the link
+    if jax.process_index() == 0:
+        write_directory(directory.resolve(), files)  # of a link, what it points to is replaced
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
 
 
 def _plain(leaf: Any) -> np.ndarray:
     """A leaf as an array that lies in order, of a dtype that jax would give it."""
-    array = np.asarray(nn.meta.unbox(leaf))
+    leaf = nn.meta.unbox(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
     return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype), order="C")
 
 

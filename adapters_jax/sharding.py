@@ -50,7 +50,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         >>> make_mesh("data=-1,model=1").axis_names
         ('data', 'model')
     """
-    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
     said = ",".join(f"{name}={size}" for name, size in sizes.items())
     open_ones = [name for name, size in sizes.items() if size == -1]
@@ -66,7 +66,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
-def _parse(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes by name, as `"data=4,model=2"` says them."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
     wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
@@ -293,13 +294,15 @@ def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: NamedSharding) -> Any:
     """An array where a sharding says; on several hosts each has the same one, and copies its part.
 
     Args:
-        x: numpy's or jax's, or a random key.
+        x: numpy's or jax's, or a random key; an abstract one gets the sharding.
         sharding: on any mesh.
     """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

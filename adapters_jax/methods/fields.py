@@ -41,7 +41,7 @@ def check_size(owner: str, name: str, value: Any) -> None:
 def check_flag(owner: str, name: str, value: Any) -> None:
     """Raises ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{owner}: {name}={value!r}, wanted True or False")
+        raise ValueError(f"{owner}: {name}={_told(value)}, wanted True or False")
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
