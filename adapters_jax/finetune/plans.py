@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -109,6 +111,7 @@ class PlanTraining:
         """The plan of the batch, and of the largest that fits."""
         loss = _loss_of(shape[0])
 
+        @functools.cache
         def of(batch: int) -> Plan:
             output.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
             ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
@@ -159,9 +162,7 @@ def _pretended(text: str) -> Mesh:
     sizes = mesh_sizes(text)
     if -1 in sizes.values():
         raise ShardingError(f"--mesh {text}: nothing says what -1 stands for; write the number")
-    count = 1
-    for size in sizes.values():
-        count *= size
+    count = math.prod(sizes.values())
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
