@@ -167,7 +167,8 @@ def command(*flags):
 def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     (write_model if model == "tiny" else write_llama)(tmp_path / model)
     flags = ("--model", tmp_path / model, "--batch-size", 4, "--length", 16)
-    status, out, _ = command(*flags, "--method", "lora", "--rank", 2, "--memory", 1e-3)
+    memory = ("--memory", 1.2e-3) if model == "tiny" else ()
+    status, out, _ = command(*flags, "--method", "lora", "--rank", 2, *memory)
     assert status == 0
     found = json.loads(out)
     lora, full = found["plans"]["lora"], found["plans"]["full"]
@@ -176,11 +177,13 @@ def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     assert lora["base"] == 2 * counted.frozen_parameters
     assert full["trainable_parameters"] == counted.frozen_parameters
     assert full["gradients"] == 4 * counted.frozen_parameters
-    largest = found["largest"]["lora"]
-    assert largest["total"] <= 1e6 and largest["batch"] > 4
-    status, out, _ = command(*flags, "--method", "lora", "--no-full", "--dtype", "float32")
-    assert list(json.loads(out)["plans"]) == ["lora"]
-    assert json.loads(out)["plans"]["lora"]["base"] == 4 * counted.frozen_parameters
+    if memory:
+        largest = found["largest"]["lora"]
+        assert largest["total"] <= 1.2e6 and largest["batch"] > 4
+    else:
+        status, out, _ = command(*flags, "--method", "lora", "--no-full", "--dtype", "float32")
+        assert list(json.loads(out)["plans"]) == ["lora"]
+        assert json.loads(out)["plans"]["lora"]["base"] == 4 * counted.frozen_parameters
 
 
 def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
@@ -194,7 +197,7 @@ def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
 
 def test_what_cannot_be_planned_is_one_line():
     for flags, words in (
-        (("--mesh", "data=-1"), "nothing says what -1 stands for; write the number"),
+        (("--mesh", "data=-1"), "a plan wants every number"),
         (("--mesh", "data=64"), "--batch-size 8 does not split over --mesh data=64"),
         (("--mesh", "tensor"), "does not read as NAME=SIZE"),
         (("--length", 0), "--length"),
