@@ -167,7 +167,7 @@ def command(*flags):
 def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     (write_model if model == "tiny" else write_llama)(tmp_path / model)
     flags = ("--model", tmp_path / model, "--batch-size", 4, "--length", 16)
-    memory = ("--memory", 1.2e-3) if model == "tiny" else ()
+    memory = ("--memory", 1e-6) if model == "tiny" else ()
     status, out, _ = command(*flags, "--method", "lora", "--rank", 2, *memory)
     assert status == 0
     found = json.loads(out)
@@ -178,8 +178,7 @@ def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     assert full["trainable_parameters"] == counted.frozen_parameters
     assert full["gradients"] == 4 * counted.frozen_parameters
     if memory:
-        largest = found["largest"]["lora"]
-        assert largest["total"] <= 1.2e6 and largest["batch"] > 4
+        assert found["largest"] == {"lora": None, "full": None}  # not a row fits a kilobyte
     else:
         status, out, _ = command(*flags, "--method", "lora", "--no-full", "--dtype", "float32")
         assert list(json.loads(out)["plans"]) == ["lora"]
