@@ -45,7 +45,7 @@ class BertClassifier(Typed):
         config: the encoder's shape.
         num_labels: the width of the head.
         pooling: "mean" over the tokens, "cls" for the first, or "pooler" for the pre-trained one.
-        dtype, param_dtype, attention_fn, remat: as in `Bert`.
+        dtype, param_dtype, attention_fn, remat, scan: as in `Bert`.
 
     Example:
         >>> import jax
@@ -61,7 +61,8 @@ class BertClassifier(Typed):
     num_labels: int
     pooling: str = "mean"
     attention_fn: Callable[..., Array] = nn.dot_product_attention
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
 
     def setup(self) -> None:
         """Checks the settings and names the parts."""
@@ -69,9 +70,8 @@ class BertClassifier(Typed):
             raise ValueError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
-        self.bert = Bert(
-            self.config, attention_fn=self.attention_fn, remat=self.remat, **self.types
-        )
+        options = {"attention_fn": self.attention_fn, "remat": self.remat, "scan": self.scan}
+        self.bert = Bert(self.config, **options, **self.types)
         rate = self.config.classifier_dropout
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
         init = nn.initializers.normal(self.config.initializer_range)

@@ -54,7 +54,7 @@ def load_llama(
         mesh: where its parameters go, each as it is read; see `adapters_jax.layout`. By default
             the default device.
         rules: partition specs by pattern of the parameter's path, likewise.
-        options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
+        options: `dtype`, `param_dtype`, `attention_fn`, `remat` and `scan` of `Llama`.
 
     Returns:
         The configuration and the model, its parameters those of the checkpoint.
