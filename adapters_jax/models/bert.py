@@ -23,6 +23,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.blocks import run_linen
@@ -271,6 +272,7 @@ NAMES = NameTable(
         r"embeddings\.(position_ids|token_type_ids)",
         r"(pooler|cls|lm_head|classifier|qa_outputs)\..*",
     ),
+    stack=Stack("layer_{}", "layers"),
 )
 
 
@@ -297,8 +299,8 @@ def load_bert(
         scan: whether they are for a model of scanned blocks.
 
     Returns:
-        The configuration and the parameters of `Bert(config, scan=scan)`; a `BertClassifier` has them under
-        `bert`.
+        The configuration and the parameters of `Bert(config, scan=scan)`; a `BertClassifier` has
+        them under `bert`.
 
     Raises:
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.

@@ -107,3 +107,21 @@ def run_nnx(layers: nnx.Module, x: Array, *args: Any, remat: bool | str) -> Arra
         return x
     scan = nnx.scan(lambda x, layer: block(layer, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     return scan(x, layers)
+
+
+def extend_nnx(
+    step: Callable[..., Any], layers: Any, x: Array, keys: Any, values: Any
+) -> tuple[Array, Any, Any]:
+    """Runs blocks that have a cache: `step(x, layer, key, value)` for each, which returns the like.
+
+    Returns:
+        What leaves the last; the keys and the values, tuples or stacked as they were.
+    """
+    if not isinstance(layers, nnx.List):
+        scan = nnx.scan(step, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0, 0))
+        return scan(x, layers, keys, values)
+    pairs = []
+    for layer, key, value in zip(layers, keys, values, strict=True):
+        x, *pair = step(x, layer, key, value)
+        pairs.append(pair)
+    return x, *zip(*pairs, strict=True)  # type: ignore[return-value]

@@ -18,6 +18,7 @@ NAMES = NameTable(
         Rule(r"head", r"classifier"),
     ),
     prefixes=encoder.NAMES.prefixes,
+    stack=encoder.NAMES.stack,
 )
 
 
@@ -70,8 +71,13 @@ class BertClassifier(Typed):
             raise ValueError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
-        options = {"attention_fn": self.attention_fn, "remat": self.remat, "scan": self.scan}
-        self.bert = Bert(self.config, **options, **self.types)
+        self.bert = Bert(
+            self.config,
+            attention_fn=self.attention_fn,
+            remat=self.remat,
+            scan=self.scan,
+            **self.types,
+        )
         rate = self.config.classifier_dropout
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
         init = nn.initializers.normal(self.config.initializer_range)

@@ -22,6 +22,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.blocks import run_linen
@@ -252,6 +253,7 @@ NAMES = NameTable(
     # The causal mask's buffers, and the head that repeats the word embeddings.
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
     fan_in_fan_out=True,
+    stack=Stack("layer_{}", "layers"),
 )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
-from adapters_jax.models.blocks import check_remat, run_nnx, stack_nnx
+from adapters_jax.models.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.cache import Cache, LayerCache
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
@@ -253,9 +253,7 @@ class Llama(nnx.Module):
         )
         length = config.num_hidden_layers
         self.layers = (
-            stack_nnx(block, length, rngs)
-            if scan
-            else nnx.List(block(rngs) for _ in range(length))
+            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
         )
         self.norm = norm(config.hidden_size, rngs=rngs)
         if not config.tie_word_embeddings:
@@ -327,19 +325,12 @@ class Llama(nnx.Module):
         cache, positions, mask = cache.reserve(attention_mask)
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
 
-        def step(x: Array, layer: LlamaLayer, *pair: Array) -> tuple[Array, Array, Array]:
-            memory = LayerCache(*pair, start)
+        def step(x: Array, layer: LlamaLayer, key: Array, value: Array) -> tuple[Array, ...]:
+            memory = LayerCache(key, value, start)
             x = layer(x, mask, angles, memory)
             return x, memory.key, memory.value
 
-        x, pairs = self.embeddings(input_ids), []
-        if self.scan:
-            axes = (nnx.Carry, 0, 0)
-            scan = nnx.scan(step, in_axes=(nnx.Carry, 0, 0, 0), out_axes=axes)
-            x, keys, values = scan(x, self.layers, cache.keys, cache.values)
-            return self.norm(x), cache._replace(keys=keys, values=values)
-        for layer, *pair in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, *pair = step(x, layer, *pair)
-            pairs.append(pair)
-        keys, values = zip(*pairs, strict=True)
+        x, keys, values = extend_nnx(
+            step, self.layers, self.embeddings(input_ids), cache.keys, cache.values
+        )
         return self.norm(x), cache._replace(keys=keys, values=values)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
 from adapters_jax.interop.names import NameTable, Rule, Tensor, from_tensors, to_tensors
@@ -34,6 +35,7 @@ NAMES = NameTable(
     prefixes=("model.",),
     # Rotary tables of older files; a head that repeats tied embeddings.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    stack=Stack("layers/{}", "layers"),
 )
 
 
