@@ -6,6 +6,7 @@ from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
+from adapters_jax.depth import Stack, stack_layers, unstack_layers
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
 from adapters_jax.hosts import join_hosts
@@ -65,6 +66,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ShardingError",
+    "Stack",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -104,5 +106,7 @@ __all__ = [
     "save_adapter",
     "shard",
     "shard_batch",
+    "stack_layers",
     "unmerge",
+    "unstack_layers",
 ]

@@ -16,8 +16,8 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, RecipeError
-from adapters_jax.files import read_adapter
-from adapters_jax.methods import METHODS, Method
+from adapters_jax.files import Adapter, opened
+from adapters_jax.methods import METHODS
 from adapters_jax.moves import Moves, moved
 from adapters_jax.partition import Tree, flatten, unflatten
 from adapters_jax.recipe import Recipe
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from adapters_jax.interop.names import NameTable
 
 ADVICE = "scanned layers are all alike; use the unrolled model (scan=False)"
-Adapter = tuple[Recipe | Method, Tree]
 _Flat = dict[str, Any]
 
 
@@ -217,18 +216,14 @@ def _converted(
     subject: Any, change: Callable[[_Flat], _Flat], moves: Callable[[_Flat], Moves]
 ) -> Any:
     """A tree, an adapter or its directory with its trees changed."""
-    if isinstance(subject, str | Path):
-        recipe, flat = read_adapter(subject)
-        subject = recipe, unflatten(flat)
-    if not _is_adapter(subject):
+    if not isinstance(subject, str | Path) and not _is_adapter(subject):
         return _mapped(subject, change)
-    recipe, tree = subject
-    problems: list[str] = []
-    made = _mapped(tree, change)
-    recipe = moved(Recipe(recipe), moves(flatten(tree)), problems)
+    recipe, flat = opened(subject)
+    made, problems = change(flat), list[str]()
+    recipe = moved(recipe, moves(flat), problems)
     if problems:
         raise RecipeError(f"stack_layers: {_some(problems)}; {ADVICE}")
-    return recipe, made
+    return recipe, unflatten(made)
 
 
 def _is_adapter(subject: Any) -> bool:

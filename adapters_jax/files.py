@@ -32,6 +32,7 @@ from adapters_jax.state import TrainState
 
 FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+Adapter = tuple[Recipe | Method, Tree]
 
 
 class AdapterFileError(ValueError):
@@ -154,13 +155,22 @@ def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
         raise AdapterFileError(f"{directory / CONFIG} holds no usable recipe: {error}") from error
 
 
+def opened(adapter: Adapter | str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the leaves by path of an adapter, or of the directory it is in."""
+    if isinstance(adapter, str | Path):
+        return read_adapter(adapter)
+    recipe, tree = adapter
+    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
+
+
 def load_adapter(
-    directory: str | Path, model: Any, params: Tree = None, *args: Any, **kwargs: Any
+    source: str | Path | Adapter, model: Any, params: Tree = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Puts a saved adapter onto a base; the recipe comes from the file, with every rank and alpha.
 
     Args:
-        directory: as written by `save_adapter`.
+        source: a directory that `save_adapter` wrote; or an adapter as a pair, its recipe and what
+            it trained, as `stack_layers`, `unstack_layers` and `load_peft` return it.
         model: the base, a linen or NNX module without adapters.
         params: linen only: the base's parameter tree.
         *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
@@ -174,8 +184,10 @@ def load_adapter(
         MismatchError: the adapter does not fit this base; every difference is named.
         TargetError: the recipe does not fit this base.
     """
-    recipe, tensors = read_adapter(directory)
-    subject, fix = f"the adapter in {directory}", "Load it onto the base it was trained on."
+    recipe, found = opened(source)
+    tensors = {path: jnp.asarray(leaf) for path, leaf in found.items()}
+    subject = "the adapter" if isinstance(source, tuple) else f"the adapter in {source}"
+    fix = "Load it onto the base it was trained on."
     if isinstance(model, nnx.Module):
         grown = adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
         state = nnx.state(grown, AdapterParam)

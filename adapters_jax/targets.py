@@ -122,6 +122,12 @@ def require_match(
         else:
             near = nearest(pattern, usable) or usable
             problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
+            whole = re.sub(r"layer(s/|_)\d+", "layers", pattern)
+            if any(matches(whole, path) for path in usable):
+                problem += (
+                    "; its layers are scanned, one module for all of them: to choose among them, "
+                    "use the unrolled model (scan=False)"
+                )
         problems.append(f"{owner}: target {pattern!r} {problem}")
     if problems:
         raise TargetError("\n".join(problems))
