@@ -89,7 +89,7 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
 
 def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any]) -> _Flat:
     """Leaves by path, of scanned ones `row(leaf, number)` for each layer; see `unstack_layers`."""
-    length, rows = depth(flat, stack), dict[str, Any]()
+    length, rows = count_layers(flat, stack), dict[str, Any]()
     for path, leaf in flat.items():
         if stack.holds(path):
             rows |= {str(stack.layer(path, i)): row(leaf, i) for i in range(length)}
@@ -98,7 +98,7 @@ def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any])
     return rows
 
 
-def depth(flat: Mapping[str, Any], stack: Stack) -> int:
+def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
     """How many layers are scanned, 0 where none is.
 
     Raises:
@@ -130,7 +130,9 @@ def _kind(leaf: Any) -> str:
 def _stacked(leaves: Sequence[Any]) -> Any:
     first = leaves[0]
     if isinstance(first, nnx.Variable):
-        return first.replace(_stacked([leaf[...] for leaf in leaves]))
+        return first.replace(_stacked([leaf.get_value() for leaf in leaves]))
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
     if not _has_axes(first):
         return first
     return (np if isinstance(first, np.ndarray) else jnp).stack(leaves)
@@ -138,7 +140,9 @@ def _stacked(leaves: Sequence[Any]) -> Any:
 
 def _row(leaf: Any, number: int) -> Any:
     if isinstance(leaf, nnx.Variable):
-        return leaf.replace(leaf[...][number])
+        return leaf.replace(_row(leaf.get_value(), number))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     return leaf[number] if _has_axes(leaf) else leaf
 
 
@@ -148,14 +152,14 @@ def stack_layers(
     """The leaves of a model's layers on one axis, as the scanned model has them.
 
     Args:
-        tree: a tree of parameters, linen's or an `nnx.State`; of adapters alone; or the state of an
-            optimiser such as Adam, whose moments are such trees. Or an adapter: its recipe and its
-            tree as a pair, or the directory that `save_adapter` wrote.
+        tree: a tree of parameters, linen's or an `nnx.State`, also an abstract one; of adapters
+            alone; or the state of an optimiser such as Adam, whose moments are such trees. Or an
+            adapter: its recipe and its tree as a pair, or the directory that `save_adapter` wrote.
         names: the `NAMES` that stands beside a model, or a `Stack`.
         length: how many layers there are; by default as many as the highest number says.
 
     Returns:
-        The tree; the recipe and the tree where an adapter is given, for `load_adapter` and
+        The tree; the recipe and the tree where an adapter is given, for
         `save_adapter`. Patterns that mean the same places stay as they are. What is outside of
         layers is unchanged.
 
@@ -194,7 +198,7 @@ def unstack_layers(tree: Tree | Adapter | str | Path, names: "NameTable | Stack"
     stack = stack_of(names)
 
     def moves(flat: _Flat) -> Moves:
-        numbers = range(depth(flat, stack) or 1)
+        numbers = range(count_layers(flat, stack) or 1)
         pairs = ((path, stack.layer(path, i) or path) for path in flat for i in numbers)
         return list(dict.fromkeys(pairs))
 

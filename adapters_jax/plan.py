@@ -166,8 +166,8 @@ def largest_batch(
 ) -> Plan | None:
     """The plan of the largest batch that fits a device.
 
-    What a step holds grows with its rows along a line, nearly: two plans give the line, and the
-    answer is planned itself, and corrected.
+    What a step holds grows with its rows along a line, nearly; the line through what fits and what
+    does not says what to plan next, until they are neighbours.
 
     Args:
         planned: the plan of a batch of so many rows.
@@ -178,18 +178,23 @@ def largest_batch(
     Returns:
         The plan; None where not even `unit` rows fit.
     """
-    found, more = planned(unit), planned(2 * unit)
-    if found.total > memory:
+    fits, above = planned(unit), None
+    if fits.total > memory:
         return None
-    slope = max(1, more.total - found.total)
-    units = max(1, min(most // unit, 1 + int((memory - found.total) // slope)))
-    while units > 1:
-        candidate = planned(units * unit)
-        if candidate.total <= memory:
-            return candidate
-        over = candidate.total - memory
-        units = min(units - 1, units - math.ceil(over / slope))
-    return found
+    tried = planned(2 * unit)
+    slope = (tried.total - fits.total) / unit
+    while True:
+        fits, above = (tried, above) if tried.total <= memory else (fits, tried)
+        end = most + unit if above is None else above.batch
+        if above is not None:
+            slope = (above.total - fits.total) / (above.batch - fits.batch)
+        rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
+        low, high = fits.batch + unit, end - unit
+        if above is None:
+            high = min(high, 16 * fits.batch)  # one step at a time: the line is of small batches
+        if low > high:
+            return fits
+        tried = planned(int(min(max(rows, low), high)) // unit * unit)
 
 
 def parts_of(mesh: Mesh | None) -> int:

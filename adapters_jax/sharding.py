@@ -50,7 +50,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         >>> make_mesh("data=-1,model=1").axis_names
         ('data', 'model')
     """
-    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
     said = ",".join(f"{name}={size}" for name, size in sizes.items())
     open_ones = [name for name, size in sizes.items() if size == -1]
@@ -66,7 +66,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
-def _parse(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes by name, as `"data=4,model=2"` says them."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
     wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]

@@ -21,6 +21,7 @@ from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.sources import OF_ENCODERS
 from adapters_jax.finetune.training import Saving, Trained
+from adapters_jax.identity import BaseIdentity
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.run import Finetune
@@ -40,6 +41,11 @@ class DecoderJob(Job):
 
     problem: Generation
     tokens: int
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The decoder's."""
+        return self.problem.decoder.identity
 
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and its base: what was found, and the rows of the results' table."""

@@ -12,10 +12,11 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from adapters_jax.files import AdapterFileError
-from adapters_jax.interop import huggingface
+from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop.layouts import Array
 from adapters_jax.partition import Tree, flatten
+from adapters_jax.tensors import read_tensors
+from adapters_jax.untrusted import read_json
 
 
 def read_pair(
@@ -30,18 +31,13 @@ def read_pair(
         advice: how to convert that one.
 
     Raises:
-        AdapterFileError: a file is absent, pickled or damaged.
+        AdapterFileError: a file is absent, pickled or damaged, or holds what ours may not.
     """
     lacking = [name for name in (config, tensors) if not (directory / name).is_file()]
     if lacking:
         pickled = f"; {advice}" if (directory / pickle).exists() else ""
         raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
-    try:
-        stored = huggingface.read_file(directory / tensors)
-        arrays = {name: np.asarray(tensor) for name, tensor in stored.items()}
-        return huggingface.read_json(directory / config), arrays
-    except ValueError as error:
-        raise AdapterFileError(str(error)) from error
+    return read_json(directory / config), read_tensors(directory / tensors)
 
 
 def write_pair(
