@@ -6,6 +6,7 @@ from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
+from adapters_jax.depth import Stack, stack_layers, unstack_layers
 from adapters_jax.errors import (
     AdapterFileError,
     MismatchError,
@@ -75,6 +76,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ShardingError",
+    "Stack",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -115,5 +117,7 @@ __all__ = [
     "save_adapter",
     "shard",
     "shard_batch",
+    "stack_layers",
     "unmerge",
+    "unstack_layers",
 ]

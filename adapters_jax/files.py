@@ -23,7 +23,7 @@ from adapters_jax.errors import AdapterFileError
 from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.manifest import CONFIG, Manifest
 from adapters_jax.methods import Method
-from adapters_jax.partition import flatten
+from adapters_jax.partition import Tree, flatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
 from adapters_jax.tensors import (
@@ -36,6 +36,7 @@ from adapters_jax.tensors import (
 )
 
 TENSORS = "adapter.safetensors"
+Adapter = tuple[Recipe | Method, Tree]
 
 
 def save_adapter(
@@ -184,3 +185,11 @@ def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
     """
     with opened_adapter(Path(directory)) as (manifest, file):
         return manifest.recipe, read_arrays(file, manifest)
+
+
+def opened(adapter: Adapter | str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the leaves by path of an adapter, or of the directory it is in."""
+    if isinstance(adapter, str | Path):
+        return read_adapter(adapter)
+    recipe, tree = adapter
+    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
