@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import nnx
@@ -16,6 +17,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods import Attached, Unfreeze
 from adapters_jax.nnx import recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.quantized import is_quantized, unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import in_full
 from adapters_jax.summary import Audit, Shape, SiteCount
@@ -70,6 +72,7 @@ def audit(
         optimizer_bytes=_size(optimizer),
         frozen_bytes=_size(frozen),
         unmatched=_unmatched(recipe, shapes),
+        quantized_parameters=sum(math.prod(x.shape) for x in frozen.values() if is_quantized(x)),
     )
 
 
@@ -82,7 +85,8 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
         raise TypeError(
             "audit wants (adapted linen model, params), (adapted NNX model) or (recipe, params)"
         )
-    return recipe, {path: nn.meta.unbox(leaf) for path, leaf in flatten(params).items()}
+    flat = flatten(params)
+    return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 
 
 def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
@@ -167,4 +171,9 @@ def _answered(pattern: str, paths: set[str]) -> bool:
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.shape) * _bits(x.dtype) for x in jax.tree.leaves(tree)) // 8
+
+
+def _bits(dtype: Any) -> int:
+    """Bits of one number; XLA puts two of four bits into a byte."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize

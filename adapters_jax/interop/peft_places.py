@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flax import linen, nnx
+from flax import nnx
 
 from adapters_jax.interop.names import NameTable
 from adapters_jax.interop.peft_layouts import Place
 from adapters_jax.partition import flatten, join
+from adapters_jax.quantized import unboxed
 from adapters_jax.targets import selects
 
 Names = NameTable | Mapping[str, str | Sequence[str]]
@@ -75,7 +76,7 @@ def find_places(names: Names, base: Any) -> Places:
         ValueError: nothing is found, or a mapping names paths that the base does not have.
     """
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
-    leaves = {path: linen.meta.unbox(leaf) for path, leaf in flatten(state).items()}
+    leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
     by_path: dict[str, dict[str, Any]] = {}
     for path, leaf in leaves.items():
         module, _, name = path.rpartition("/")

@@ -1,0 +1,266 @@
+"""A frozen base in few bits: its weights as qwix's quantised arrays, with adapters on top.
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314. Only weights
+are quantised: layers get them in floats, one at a time, and compute as ever.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from adapters_jax import registry
+from adapters_jax.contraction import Contraction
+from adapters_jax.linen import Adapted, seen
+from adapters_jax.methods.fields import check_choice, check_size
+from adapters_jax.nnx import (
+    AdapterParam,
+    copy,
+    float_again,
+    modules_of,
+    quantized_in_place,
+)
+from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.quantized import Quantized, is_quantized, opened, pack, unboxed
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import as_patterns, require_match, selects
+
+# What qwix calls them, and the block that is used where none is given.
+DTYPES: dict[str, tuple[Any, int | None]] = {
+    "int8": (jnp.int8, None),
+    "int4": (jnp.int4, 64),
+    "nf4": ("nf4", 64),
+}
+
+
+def quantize(
+    model: nn.Module | nnx.Module,
+    params: Tree = None,
+    /,
+    *args: Any,
+    dtype: str = "int8",
+    block: int | None = None,
+    targets: str | Iterable[str] = "**",
+    **kwargs: Any,
+) -> Any:
+    """Quantises the weights of linear layers and embeddings; all else stays as it is.
+
+    `adapt` and all that follows take the result as any other base, and an adapter's file fits both.
+    A model by `adapt` (an empty recipe will do), and an NNX model, have a weight in floats for the
+    time of one layer's call, and again for its gradient. `audit` says how much is quantised.
+
+    Args:
+        model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
+        params: linen only: the parameter tree; arrays or abstract.
+        *args: linen only: example inputs, of which only shapes matter; they tell how each weight
+            meets its input.
+        dtype: "int8", "int4", or "nf4" (the 4-bit numbers of QLoRA, even in a normal's quantiles).
+        block: how many numbers along a weight's inputs, or along an embedding's row, share a scale.
+            By default all of them in int8, and 64 in four bits.
+        targets: patterns of the modules whose weights are quantised.
+        **kwargs: linen only: further arguments of the model's call.
+
+    Returns:
+        linen: the tree, with `Quantized` leaves at the same paths, which the same model takes. NNX:
+        a model with `QuantizedParam` weights at the same paths. Layers get floats of the dtype that
+        the weight had.
+
+    Raises:
+        ValueError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
+        TargetError: a pattern meets no module with a weight.
+        ImportError: qwix is not installed.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> base = nnx.Linear(64, 4, rngs=nnx.Rngs(0))
+        >>> small = aj.quantize(base, dtype="int8")
+        >>> small.kernel.get_raw_value().array.qvalue.dtype
+        dtype('int8')
+        >>> bool(abs(small.kernel[...] - base.kernel[...]).max() < 0.01 * abs(base.kernel[...]).max())
+        True
+    """
+    check_choice("quantize", "dtype", dtype, DTYPES)
+    if block is not None:
+        check_size("quantize", "block", block)
+    plan = _Plan(dtype, block, as_patterns(targets, "quantize"))
+    if isinstance(model, nn.Module):
+        return _linen(model, params, args, kwargs, plan)
+    if isinstance(model, nnx.Module):
+        if params is not None or args or kwargs:
+            raise TypeError("quantize: an NNX model holds its parameters; pass the model alone")
+        return _nnx(model, plan)
+    raise TypeError(f"quantize wants a linen or NNX module, got {type(model).__name__}")
+
+
+def dequantize(subject: Any) -> Any:
+    """The float base that a quantised one stands for.
+
+    Args:
+        subject: a linen parameter tree or an NNX model, adapted or not.
+
+    Returns:
+        The same with float weights, each of the dtype that it had before; a new one.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = aj.quantize(nnx.Linear(64, 4, rngs=nnx.Rngs(0)), dtype="nf4")
+        >>> type(aj.dequantize(model)).__name__, type(aj.dequantize(model).kernel).__name__
+        ('Linear', 'Param')
+    """
+    if not isinstance(subject, nnx.Module):
+        return jax.tree.map(
+            lambda leaf: opened(leaf) if is_quantized(leaf) else leaf, subject, is_leaf=is_quantized
+        )
+    model = copy(subject)
+    float_again(model)
+    return model
+
+
+class _Plan:
+    """How weights are quantised: all are checked before any is."""
+
+    def __init__(self, dtype: str, block: int | None, targets: tuple[str, ...]):
+        self.qtype, default = DTYPES[dtype]
+        self.block = default if block is None else block
+        self.targets = targets
+
+    def chosen(
+        self, layers: Mapping[str, Contraction | str], weight_at: Callable[[str], Any]
+    ) -> dict[str, Contraction]:
+        """The layers whose weights are quantised, by path.
+
+        Args:
+            layers: every module by path; where it has no weight to quantise, why.
+            weight_at: the weight in the parameter of a path.
+        """
+        known = {path: layer for path, layer in layers.items() if isinstance(layer, Contraction)}
+        others = {path: why for path, why in layers.items() if isinstance(why, str)}
+        require_match("quantize", self.targets, known, others)
+        chosen = {path: layer for path, layer in known.items() if selects(self.targets, path)}
+        places = {join(path, layer.weight): layer for path, layer in chosen.items()}
+        self._check({place: (layer, weight_at(place)) for place, layer in places.items()})
+        return chosen
+
+    def _check(self, weights: Mapping[str, tuple[Contraction, Any]]) -> None:
+        """Raises ValueError for weights that are no floats, or that the blocks do not divide."""
+        for path, (_, x) in weights.items():
+            if is_quantized(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
+                kind = "quantised already" if is_quantized(x) else f"of {x.dtype}"
+                raise ValueError(
+                    f"quantize: {path} is {kind}, wanted floats; leave it out of targets"
+                )
+        bad = [
+            path
+            for path, (layer, x) in weights.items()
+            if self.block and _tiles(_shared(layer, x.shape), self.block) is None
+        ]
+        if not bad:
+            return
+        layer, x = weights[bad[0]]
+        sizes = list(_shared(layer, x.shape).values())
+        fits = [
+            size
+            for size in range(1, (self.block or 1) + 1)
+            if all(_tiles(_shared(layer, x.shape), size) for layer, x in weights.values())
+        ]
+        more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        module = bad[0].rpartition("/")[0]
+        raise ValueError(
+            f"quantize: {bad[0]} has the shape {list(x.shape)}{more}, and blocks of {self.block} do "
+            f"not divide the {'x'.join(map(str, sizes))} numbers that share scales; write "
+            f"block={fits[-1]}, which fits all, or leave it in float: targets=('**', '!{module}')"
+        )
+
+    def apply(self, layer: Contraction, box: Any) -> Quantized:
+        """A weight, quantised."""
+        spec = box.get_partition_spec() if isinstance(box, nn.Partitioned) else None
+        weight = unboxed(box)
+        shared = _shared(layer, weight.shape)
+        tiles = _tiles(shared, self.block) if self.block else {}
+        whole = tuple(i for i in range(len(weight.shape)) if i not in shared or tiles.get(i) == 1)
+        blocks = tuple((i, size) for i, size in tiles.items() if size > 1)
+        arguments = (self.qtype, whole, blocks)
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            array = jax.eval_shape(lambda x: pack(x, *arguments), weight)
+        else:
+            array = pack(jnp.asarray(weight), *arguments)
+        return Quantized(array, jnp.dtype(weight.dtype), spec)
+
+
+def _shared(layer: Contraction, shape: tuple[int, ...]) -> dict[int, int]:
+    """The axes whose numbers share scales, with their sizes: a weight's inputs, a table's rows."""
+    stacked = len(shape) - layer.ndim
+    axes = set(range(layer.ndim)) - set(layer.inputs) if layer.lookup else layer.inputs
+    return {stacked + i: shape[stacked + i] for i in sorted(axes)}
+
+
+def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
+    """How long a block of so many numbers is along each axis, the last one first; None: it cannot.
+
+    Example:
+        >>> _tiles({0: 12, 1: 32}, 64), _tiles({0: 12, 1: 32}, 16), _tiles({0: 12}, 64)
+        ({1: 32, 0: 2}, {1: 16, 0: 1}, None)
+    """
+    tiles = {}
+    for axis, size in reversed(sizes.items()):
+        tiles[axis] = math.gcd(block, size)
+        if tiles[axis] < min(block, size):
+            return None
+        block //= tiles[axis]
+    return tiles if block == 1 else None
+
+
+def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) -> Tree:
+    if params is None:
+        raise TypeError(
+            "quantize: a linen model needs its parameters and example inputs; write "
+            "params = aj.quantize(model, params, *example_inputs)"
+        )
+    adapted = isinstance(model, Adapted)
+    base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
+    interceptor, _ = seen(base, Recipe(), args, kwargs)
+    layers = {
+        path: _layer(module, site.contraction, lambda place: recipe.trains(join(path, place)))
+        for (path, _), (module, site) in interceptor.visited.items()
+    }
+    flat = flatten(params)
+    chosen = plan.chosen(layers, lambda place: unboxed(flat[place]))
+    for path, layer in chosen.items():
+        place = join(path, layer.weight)
+        flat[place] = plan.apply(layer, flat[place])
+    return unflatten(flat)
+
+
+def _layer(
+    module: Any, layer: Contraction | None, trained: Callable[[str], bool]
+) -> Contraction | str:
+    """How a module contracts its weight; or why there is none to quantise."""
+    if layer is None:
+        return registry.why_not(module)
+    return f"its {layer.weight} is trained" if trained(layer.weight) else layer
+
+
+def _nnx(model: nnx.Module, plan: _Plan) -> nnx.Module:
+    small = copy(model)
+    modules = modules_of(small)
+
+    def parameter(place: str) -> Any:
+        path, _, name = place.rpartition("/")
+        return getattr(modules[path], name)
+
+    def trained(place: str) -> bool:
+        return isinstance(parameter(place), AdapterParam)
+
+    layers = {
+        path: _layer(module, registry.find(module, "__call__"), lambda n: trained(join(path, n)))
+        for path, module in modules.items()
+    }
+    chosen = plan.chosen(layers, lambda place: parameter(place).get_raw_value())
+    for path, layer in chosen.items():
+        value = plan.apply(layer, parameter(join(path, layer.weight)).get_raw_value())
+        quantized_in_place(modules[path], layer.weight, value)
+    return small
