@@ -15,7 +15,8 @@ from flax import nnx
 
 from adapters_jax import registry
 from adapters_jax.contraction import Contraction
-from adapters_jax.linen import Adapted, seen
+from adapters_jax.errors import compare_trees
+from adapters_jax.linen import Adapted, seen, shapes_of
 from adapters_jax.methods.fields import check_choice, check_size
 from adapters_jax.nnx import (
     AdapterParam,
@@ -24,7 +25,7 @@ from adapters_jax.nnx import (
     modules_of,
     quantized_in_place,
 )
-from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.partition import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.quantized import Quantized, is_quantized, opened, pack, unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, require_match, selects
@@ -72,6 +73,7 @@ def quantize(
     Raises:
         ValueError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
         TargetError: a pattern meets no module with a weight.
+        MismatchError: `params` is not the tree of this model; every difference is listed.
         ImportError: qwix is not installed.
 
     Example:
@@ -222,11 +224,17 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         )
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
-    interceptor, _ = seen(base, Recipe(), args, kwargs)
+    interceptor, whole = seen(base, Recipe(), args, kwargs)
     layers = {
         path: _layer(module, site.contraction, lambda place: recipe.trains(join(path, place)))
         for (path, _), (module, site) in interceptor.visited.items()
     }
+    compare_trees(
+        "params",
+        flatten(without_adapters(shapes_of(params), recipe)),
+        flatten(whole),
+        "Pass the base's own parameter tree, variables['params'], of this very model.",
+    )
     flat = flatten(params)
     chosen = plan.chosen(layers, lambda place: unboxed(flat[place]))
     for path, layer in chosen.items():

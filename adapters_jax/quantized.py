@@ -42,6 +42,10 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         """Of the weight."""
         return len(self.shape)
 
+    def astype(self, dtype: Any) -> "Quantized":
+        """The same, which layers get in another dtype."""
+        return self.replace(dtype=jnp.dtype(dtype))
+
     def unbox(self) -> Float[Array, "..."]:
         """The weight in floats."""
         return _qwix().dequantize(self.array).astype(self.dtype)

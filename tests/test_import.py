@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-APPLICATION = ("tyro", "matplotlib", "tokenizers", "grain", "sklearn", "huggingface_hub", "gguf")
+APPLICATION = ("tyro", "matplotlib", "tokenizers", "grain", "sklearn", "huggingface_hub", "gguf", "qwix")
 
 
 def test_the_core_imports_nothing_of_the_application():
