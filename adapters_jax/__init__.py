@@ -6,10 +6,18 @@ from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
-from adapters_jax.errors import MismatchError, RecipeError, TargetError
-from adapters_jax.files import AdapterFileError, load_adapter, save_adapter
+from adapters_jax.errors import (
+    AdapterFileError,
+    MismatchError,
+    OtherBaseError,
+    RecipeError,
+    TargetError,
+)
+from adapters_jax.files import save_adapter
 from adapters_jax.hosts import join_hosts
+from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
+from adapters_jax.loading import load_adapter
 from adapters_jax.merge import merge, unmerge
 from adapters_jax.methods import (
     Bottleneck,
@@ -53,6 +61,7 @@ from adapters_jax.train import make_eval_step, make_train_step
 __all__ = [
     "AdapterFileError",
     "Audit",
+    "BaseIdentity",
     "Bottleneck",
     "Checkpoint",
     "CheckpointError",
@@ -62,6 +71,7 @@ __all__ = [
     "LlamaAdapter",
     "LoRA",
     "MismatchError",
+    "OtherBaseError",
     "PrefixTuning",
     "Recipe",
     "RecipeError",
@@ -71,6 +81,7 @@ __all__ = [
     "Unfreeze",
     "adapt",
     "audit",
+    "base_identity",
     "bitfit",
     "bottleneck_parameters",
     "combine",

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import nnx
 
 from adapters_jax import registry
@@ -17,7 +15,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods import Attached, Unfreeze
 from adapters_jax.nnx import recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten
-from adapters_jax.quantized import is_quantized, unboxed
+from adapters_jax.quantized import bits_of, is_quantized, unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import in_full
 from adapters_jax.summary import Audit, Shape, SiteCount
@@ -171,9 +169,4 @@ def _answered(pattern: str, paths: set[str]) -> bool:
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) * _bits(x.dtype) for x in jax.tree.leaves(tree)) // 8
-
-
-def _bits(dtype: Any) -> int:
-    """Bits of one number; XLA puts two of four bits into a byte."""
-    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+    return sum(math.prod(x.shape) * bits_of(x.dtype) for x in jax.tree.leaves(tree)) // 8

@@ -22,11 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from adapters_jax.errors import compare_trees
+from adapters_jax.identity import tree_sha256
 from adapters_jax.methods.fields import check_size
 from adapters_jax.partition import Tree, path_of
-from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
 
 SUMS = "sha256.json"
@@ -108,6 +109,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._clean()
             self._put_damaged_aside()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
         kept = [
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
@@ -127,6 +130,7 @@ class Checkpoints:
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._identity: dict[str, Any] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -169,9 +173,8 @@ class Checkpoints:
         for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
             leaves[i] = copied
         moving = jax.tree.unflatten(structure, leaves)
-        self._pending = self._thread.submit(
-            self._write, step, moving, state.recipe, score, progress
-        )
+        self._identity = self._identity or _identity(state)
+        self._pending = self._thread.submit(self._write, step, moving, score, progress)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more.
@@ -183,12 +186,10 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _write(
-        self, step: int, moving: dict, recipe: Recipe, score: float | None, progress: Any
-    ) -> None:
+    def _write(self, step: int, moving: dict[str, Any], score: float | None, progress: Any) -> None:
         """Writes what `save` copied; this is what the thread does."""
         about = {
-            "recipe": json.loads(recipe.to_json()),
+            **(self._identity or {}),
             "best": moving["best"] is not None,
             "progress": json.loads(json.dumps(progress or {}, default=_number)),
         }
@@ -229,7 +230,7 @@ class Checkpoints:
             step: of another checkpoint than the newest.
 
         Raises:
-            CheckpointError: there is none, or its recipe is another one.
+            CheckpointError: there is none, or its recipe or base is another one.
             MismatchError: arrays of other shapes or dtypes; all are named.
         """
         self.wait()
@@ -240,12 +241,13 @@ class Checkpoints:
         step = there[-1] if step is None else step
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._read(step, about=self._args.JsonRestore())["about"]
-        recipe = json.loads(state.recipe.to_json())
-        if about["recipe"] != recipe:
-            raise CheckpointError(
-                f"{where} is of another recipe: {json.dumps(about['recipe'])}, and the state's is "
-                f"{json.dumps(recipe)}; adapt the model with the recipe that it was trained by"
-            )
+        for name, own in _identity(state).items():
+            if about[name] != own:
+                raise CheckpointError(
+                    f"{where} is of another {name}: {json.dumps(about[name])}, and the state's is "
+                    f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
+                    "it was trained with"
+                )
         wanted = _arrays(_moving(state, state.adapters if about["best"] else None))
         saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = "Restore it into a state of the model, the recipe and the optimiser of its training."
@@ -303,6 +305,12 @@ class Checkpoints:
                 f"the checkpoint of step {number} is damaged: {why}; it is now {aside}, and there "
                 + (f"is that of step {there}" if there else "is no other")
             )
+
+
+def _identity(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint is of: the recipe, and the paths and shapes of the base."""
+    tree = tree_sha256((state.adapters, state.base), state.recipe)
+    return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
 
 
 def _damage(root: Path) -> str | None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": ("adapters_jax.finetune.merge", "Merge"),
     "combine": ("adapters_jax.finetune.combine", "Combine"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
+    "plan": ("adapters_jax.finetune.plans", "PlanTraining"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -37,6 +38,7 @@ commands:
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
   combine    sum the LoRA of several runs with weights
   audit      count what a recipe adds to a model and trains in it
+  plan       what each device will hold in training, before there is any
 
 examples:
   adapters-jax finetune

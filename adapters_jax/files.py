@@ -1,64 +1,88 @@
 """The adapter file: what was trained as safetensors, beside the recipe that it was trained by.
 
 A directory holds `adapter.safetensors`, its tensors named by their slash paths, and
-`adapter_config.json` with the recipe and versions.
+`adapter_config.json` with the recipe, the base's identity, versions and counts; docs/format.md says
+it all. A file may come from anyone: see `untrusted`.
 """
 
-import json
+import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.flax
+import safetensors.numpy
 from flax import linen as nn
-from flax import nnx
+from jax.experimental import multihost_utils
 
-from adapters_jax.adapt import adapt
-from adapters_jax.errors import compare_trees
-from adapters_jax.linen import init_adapters
+from adapters_jax.atomic import write_directory
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
+from adapters_jax.manifest import CONFIG, Manifest
 from adapters_jax.methods import Method
-from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import Tree, flatten, merge_trees, partition, path_of, unflatten
+from adapters_jax.partition import flatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
+from adapters_jax.tensors import (
+    DTYPES,
+    TensorFile,
+    check_header,
+    name_problem,
+    not_finite,
+    open_tensors,
+)
 
-FORMAT = 1
-TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
-
-
-class AdapterFileError(ValueError):
-    """An adapter directory that cannot be read."""
+TENSORS = "adapter.safetensors"
 
 
 def save_adapter(
-    directory: str | Path, adapters: Any, recipe: Recipe | Method | None = None
+    directory: str | Path,
+    adapters: Any,
+    recipe: Recipe | Method | None = None,
+    *,
+    base: BaseIdentity | None = None,
 ) -> Path:
     """Writes an adapter: its recipe and what it trained, never the frozen base.
 
-    The directory appears whole or not at all, and takes the place of an adapter that was there.
+    The directory appears whole or not at all, and takes the place of an adapter that was there. Of
+    several processes all call it, and the first one writes.
 
     Args:
         directory: where; its parents are made.
         adapters: a `TrainState`; or, together with its recipe, the trained part of a model: a tree
             as `partition` gives, or an NNX state of `AdapterParam`.
         recipe: says what trains; not wanted with a `TrainState`.
+        base: which base it was trained on, as `base_identity` says; of a `TrainState` the tree is
+            known without.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: there is something else at that path, or a leaf that the recipe does not train.
+        ValueError: there is something else at that path, a leaf that the recipe does not train or a
+            file cannot hold, numbers that are not finite, or a base of another tree than the
+            state's.
         TypeError: the recipe is missing, or `adapters` is not a tree.
+        OSError: the disk is full or cannot be written; what was there is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from adapters_jax import LoRA
+        >>> leaves = {"query": {"lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}}
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     saved = save_adapter(f"{place}/a", leaves, LoRA("query", rank=1))
+        ...     recipe, tensors = read_adapter(saved)
+        >>> recipe, tensors["query/lora/a"].shape
+        (Recipe(
+          LoRA(targets=('query',), rank=1),
+        ), (3, 1))
     """
     if isinstance(adapters, TrainState):
+        own = tree_sha256((adapters.adapters, adapters.base), adapters.recipe)
+        base = with_tree(base, own, "save_adapter")
         adapters, recipe = adapters.trained, adapters.recipe
     if recipe is None:
         raise TypeError(
@@ -69,59 +93,85 @@ def save_adapter(
             f"save_adapter: {type(adapters).__name__} is not a tree of adapters; for an NNX model "
             "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
         )
-    recipe = Recipe(recipe)
-    directory = Path(directory)
-    place = directory.resolve()  # what a link points to is replaced, not the link
+    recipe, directory = Recipe(recipe), Path(directory)
     if directory.exists() and not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not an adapter; give another directory")
-    flat = {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+    flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
+    _check_savable(flat, recipe)
+    tensors = safetensors.numpy.save(flat)
+    check_header(int.from_bytes(tensors[:8], "little"), len(tensors), directory / TENSORS)
+    config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
+    files = {TENSORS: tensors, CONFIG: config}
+    if jax.process_index() == 0:
+        write_directory(directory.resolve(), files)  # of a link, what it points to is replaced
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_adapter {directory}")
+    return directory
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """A leaf as an array that lies in order, of a dtype that jax would give it."""
+    leaf = nn.meta.unbox(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
+    return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype), order="C")
+
+
+def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
+    """Raises ValueError for what no adapter file holds."""
     frozen = [path for path in flat if not recipe.trains(path)]
     if frozen:
         raise ValueError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "
             f"{frozen[0]}; give the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
-    config = {
-        "format": FORMAT,
-        "adapters_jax": version("adapters-jax"),
-        "recipe": json.loads(recipe.to_json()),
-        "parameters": sum(x.size for x in flat.values()),
-    }
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        beside.chmod(0o755)
-        tensors = safetensors.flax.save({k: jnp.asarray(v) for k, v in flat.items()})
-        _write(beside / TENSORS, tensors)
-        _write(beside / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        _put(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return directory
+    problems = [problem for path in flat if (problem := name_problem(path))]
+    problems += [
+        f"{path} is of {array.dtype}, which no adapter file holds; train floats"
+        for path, array in flat.items()
+        if array.dtype not in DTYPES.values() or not _kept(array.dtype)
+    ]
+    if problems:
+        raise ValueError(f"save_adapter: {'; '.join(problems)}")
+    wrong = not_finite(flat)
+    if wrong:
+        raise ValueError(
+            f"save_adapter: numbers that are not finite in {wrong}; save a state from before "
+            "training diverged"
+        )
 
 
-def _put(beside: Path, directory: Path) -> None:
-    """Renames a finished directory into its place; what was there stays until then, or returns."""
-    if not directory.exists():
-        os.replace(beside, directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    try:
-        os.replace(directory, old)
-        os.replace(beside, directory)
-    finally:
-        if directory.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, directory)
+@contextlib.contextmanager
+def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
+    """What an adapter says of itself, and its tensors, which are not read yet."""
+    for name in (CONFIG, TENSORS):
+        if not os.path.lexists(directory / name):
+            raise AdapterFileError(
+                f"{directory} has no {name}; give a directory that save_adapter wrote"
+            )
+    manifest = Manifest.read(directory / CONFIG)
+    with open_tensors(directory / TENSORS) as file:
+        yield manifest, file
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file through to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
+    """The tensors by path; raises AdapterFileError where they are not what the manifest says."""
+    for path, leaf in file.shapes.items():
+        if not _kept(leaf.dtype):
+            raise AdapterFileError(
+                f"{file.path} has {leaf.dtype} in {path}, wanted floats that jax keeps as they are"
+                ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
+            )
+    manifest.check_counts(file.shapes, file.path)
+    arrays = file.read()
+    return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+
+
+def _kept(dtype: Any) -> bool:
+    """Whether a dtype is one of floats, and jax has arrays of it."""
+    floats = jnp.issubdtype(dtype, jnp.inexact)
+    return floats and jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
@@ -133,58 +183,5 @@ def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
     Raises:
         AdapterFileError: the directory is no adapter of this library, or is damaged.
     """
-    directory = Path(directory)
-    for name in (CONFIG, TENSORS):
-        if not (directory / name).is_file():
-            raise AdapterFileError(
-                f"{directory} has no {name}; give a directory that save_adapter wrote"
-            )
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise AdapterFileError(
-                f"{directory / CONFIG} is not of format {FORMAT}; it needs another adapters_jax"
-            )
-        tensors = safetensors.flax.load_file(directory / TENSORS)
-    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"{directory} is damaged: {error}") from error
-    try:
-        return Recipe.from_json(config.get("recipe", {})), tensors
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f"{directory / CONFIG} holds no usable recipe: {error}") from error
-
-
-def load_adapter(
-    directory: str | Path, model: Any, params: Tree = None, *args: Any, **kwargs: Any
-) -> Any:
-    """Puts a saved adapter onto a base; the recipe comes from the file, with every rank and alpha.
-
-    Args:
-        directory: as written by `save_adapter`.
-        model: the base, a linen or NNX module without adapters.
-        params: linen only: the base's parameter tree.
-        *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
-        **kwargs: linen only: further arguments of the model's call.
-
-    Returns:
-        linen: `(adapted model, params)`. NNX: the adapted model.
-
-    Raises:
-        AdapterFileError: the directory is no adapter, or is damaged.
-        MismatchError: the adapter does not fit this base; every difference is named.
-        TargetError: the recipe does not fit this base.
-    """
-    recipe, tensors = read_adapter(directory)
-    subject, fix = f"the adapter in {directory}", "Load it onto the base it was trained on."
-    if isinstance(model, nnx.Module):
-        grown = adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
-        state = nnx.state(grown, AdapterParam)
-        compare_trees(subject, tensors, flatten(state), fix, dtypes=True)
-        nnx.update(grown, jax.tree_util.tree_map_with_path(lambda p, _: tensors[path_of(p)], state))
-        return grown
-    adapted = adapt(model, recipe)
-    # The base itself, since PiSSA takes its factors out of the weights.
-    whole = init_adapters(adapted, params, jax.random.key(0), *args, **kwargs)
-    trained, base = partition(whole, recipe)
-    compare_trees(subject, tensors, nn.meta.unbox(flatten(trained)), fix, dtypes=True)
-    return adapted, merge_trees(base, unflatten(tensors))
+    with opened_adapter(Path(directory)) as (manifest, file):
+        return manifest.recipe, read_arrays(file, manifest)

@@ -74,6 +74,9 @@ def pfeiffer(
 ) -> Recipe:
     """Pfeiffer et al. 2021, arXiv:2005.00247: one adapter a block, after the feed-forward layer.
 
+    In post-norm models, `targets="**/mlp_norm", placement="norm"` is the place that the paper found
+    best, which AdapterHub calls seq_bn: it reads the norm's output and adds to its input.
+
     Args: as in `houlsby`.
     """
     return _recipe(_bottleneck(targets, bottleneck_dim, reduction_factor, **fields), head=head)

@@ -68,6 +68,14 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
+def bits_of(dtype: Any) -> int:
+    """Bits of one number, as XLA stores it: two of four bits in a byte; 64 of a random key."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return 64
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    return jnp.iinfo(dtype).bits if integer else 8 * jnp.dtype(dtype).itemsize
+
+
 def unboxed(leaf: Any) -> Any:
     """A parameter out of flax's boxes; a quantised one, whose box computes, as it is."""
     return leaf if is_quantized(leaf) else nn.meta.unbox(leaf)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, shortened
 from adapters_jax.methods import METHODS, Attached, Method, Unfreeze
 from adapters_jax.targets import require_match, selects
 
@@ -165,13 +165,17 @@ def _method(row: Any) -> Method:
     """One method from its JSON object."""
     got = row.get("method") if isinstance(row, Mapping) else None
     if not isinstance(got, str) or got not in METHODS:
-        raise ValueError(f"recipe JSON: method {got!r} is none of {', '.join(METHODS)}")
+        told = shortened(repr(got))
+        raise ValueError(f"recipe JSON: method {told} is none of {', '.join(METHODS)}")
     cls = METHODS[got]
     fields = {f.name for f in dataclasses.fields(cls)}
     problems = []
-    for key in sorted(set(row) - fields - {"method"}):
+    for key in sorted(set(row) - fields - {"method"})[:5]:
         near = difflib.get_close_matches(key, fields, 1)
-        problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        problems.append(
+            f"unknown key {shortened(repr(key))}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
     for key in [key for key in cls.stated if key not in row]:
         problems.append(f"{key!r} is missing")
     if problems:

@@ -74,6 +74,19 @@ def input_of(module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, An
     return next(by_name, next(iter(kwargs.values()), None))
 
 
+def with_input(
+    run: Callable[..., Any], module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Any], Any]:
+    """A call as a function of its input alone, the other arguments as they were given."""
+    given = input_of(module, call, args, kwargs)
+
+    def again(x: Any) -> Any:
+        new = [x if value is given else value for value in (*args, *kwargs.values())]
+        return run(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
+
+    return again
+
+
 def _entry(cls: type, call: str) -> tuple[int, Callable[..., Contraction | None]] | None:
     keys = ((base, call) for base in cls.__mro__)
     return next((_REGISTRY[key] for key in keys if key in _REGISTRY), None)

@@ -51,7 +51,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         >>> make_mesh("data=-1,model=1").axis_names
         ('data', 'model')
     """
-    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
     said = ",".join(f"{name}={size}" for name, size in sizes.items())
     open_ones = [name for name, size in sizes.items() if size == -1]
@@ -67,7 +67,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
-def _parse(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes by name, as `"data=4,model=2"` says them."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
     wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
@@ -273,6 +274,18 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
     return _put(subject, layout(subject, mesh, rules, **options))
 
 
+def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
+    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
+    where = {} if mesh is None else layout(params, mesh, rules)
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where.get(path_of(path))
+        ),
+        pure,
+    )
+
+
 def _variables(state: nnx.State) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -284,31 +297,33 @@ def _put(tree: Tree, where: Mapping[str, NamedSharding]) -> Tree:
 
 
 def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
-    """A leaf where a sharding says; of a quantised one, scales too few to be split go everywhere."""
+    """A leaf where a sharding says; scales of a quantised one along the axes that they divide."""
+    if not is_quantized(leaf):
+        return place(leaf, sharding)
+    mesh = sharding.mesh
 
     def fitting(x: Any) -> NamedSharding:
-        spec = [
-            names if x.shape[i] % math.prod(sharding.mesh.shape[n] for n in _names(names)) == 0 else None
-            for i, names in enumerate(sharding.spec)
-        ]
-        return NamedSharding(sharding.mesh, P(*spec))
+        parts = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        fits = [size % n == 0 for size, n in zip(x.shape, parts, strict=False)]
+        kept = [axis if fit else None for axis, fit in zip(sharding.spec, fits, strict=True)]
+        return NamedSharding(mesh, P(*kept))
 
-    if is_quantized(leaf):
-        return jax.tree.map(lambda x: place(x, fitting(x)), leaf)
-    return place(leaf, sharding)
+    return jax.tree.map(lambda x: place(x, fitting(x)), leaf)
 
 
 def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: NamedSharding) -> Any:
     """An array where a sharding says; on several hosts each has the same one, and copies its part.
 
     Args:
-        x: numpy's or jax's, or a random key.
+        x: numpy's or jax's, or a random key; an abstract one gets the sharding.
         sharding: on any mesh.
     """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

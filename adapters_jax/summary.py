@@ -97,9 +97,9 @@ class Audit:
         lines = [
             f"trainable {self.trainable_parameters:,} ({self.percent:.4g} % of the base), "
             f"of them in adapters {self.adapter_parameters:,}; frozen {self.frozen_parameters:,}",
-            f"bytes: trainable {_bytes(self.trainable_bytes)}, gradients "
-            f"{_bytes(self.gradient_bytes)}, optimizer {_bytes(self.optimizer_bytes)}, "
-            f"frozen {_bytes(self.frozen_bytes)}",
+            f"bytes: trainable {bytes_text(self.trainable_bytes)}, gradients "
+            f"{bytes_text(self.gradient_bytes)}, optimizer {bytes_text(self.optimizer_bytes)}, "
+            f"frozen {bytes_text(self.frozen_bytes)}",
         ]
         if self.quantized_parameters:
             floats = self.frozen_parameters - self.quantized_parameters
@@ -134,11 +134,11 @@ class Audit:
 HEADERS = ("path", "method", "shapes", "formula", "sites", "parameters")
 
 
-def _bytes(n: float) -> str:
+def bytes_text(n: float) -> str:
     """Bytes for people, in powers of 1024.
 
     Example:
-        >>> _bytes(1536)
+        >>> bytes_text(1536)
         '1.5 KiB'
     """
     units = ("B", "KiB", "MiB", "GiB", "TiB")

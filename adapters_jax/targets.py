@@ -14,34 +14,87 @@ The same patterns serve linen and NNX, modules and parameters, single and stacke
 
 import difflib
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from adapters_jax.errors import TargetError
+from adapters_jax.errors import TargetError, shortened
+
+MOST = 65_536  # characters that taking the braces of one pattern apart may make
+_DETAILED = 12  # failing patterns that a message tells about
+_ANY_NAMES, _END = "(?:/[^/]+)*", r"(?=/|\Z)"
 
 
 @functools.lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a pattern, for paths that begin with a slash."""
-    means = {"/**": "(?:/[^/]+)*", "*": "[^/]*"}
-    forms = []
-    for form in _expanded(pattern):
-        if "{" in form or "}" in form:
-            raise TargetError(f"target {pattern!r} has an unbalanced brace; write {{a,b}}")
-        tokens = re.findall(r"/\*\*(?=/|$)|\*|[^*]", "/" + form)
-        forms.append("".join(means.get(token) or re.escape(token) for token in tokens))
-    return re.compile("|".join(forms))
+def _compile(pattern: str) -> Callable[[str], Any]:
+    """What tells whether a pattern means a path, given with a slash before it.
+
+    No pattern is slow: what stands between two wildcards is settled where it first fits, `(?>...)`,
+    since whatever can follow a later place can follow the first one too.
+    """
+    if not re.search(r"[*{}]", pattern):
+        return f"/{pattern}".__eq__
+    return re.compile("|".join(map(_regex, _expanded(pattern)[0]))).fullmatch
 
 
-def _expanded(pattern: str) -> list[str]:
-    """The patterns without braces that a pattern stands for, from the innermost brace outwards."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
-    if brace is None:
-        return [pattern]
-    before, after = pattern[: brace.start()], pattern[brace.end() :]
-    parts = (part.strip() for part in brace[1].split(","))
-    return [form for part in parts for form in _expanded(before + part + after)]
+def _regex(form: str) -> str:
+    """The regular expression of a pattern without braces.
+
+    Example:
+        >>> _regex("a/**/b*")
+        '/a(?:/[^/]+)*/b[^/]*'
+    """
+    first, *others = map(_names, re.split(r"/\*\*(?=/|$)", f"/{form}"))
+    settled = (f"(?>(?:/[^/]+)*?{part}{_END})" for part in others[:-1])
+    return "".join([first, *settled, *(_ANY_NAMES + part for part in others[-1:])])
+
+
+def _names(part: str) -> str:
+    """The regular expression of names with single stars in them."""
+    first, *others = map(re.escape, re.split(r"\*+", part))
+    settled = (f"(?>[^/]*?{text})" for text in others[:-1])
+    return "".join([first, *settled, *(f"[^/]*{text}" for text in others[-1:])])
+
+
+def _expanded(pattern: str) -> tuple[list[str], int]:
+    """The patterns without braces that a pattern stands for, from the innermost brace outwards.
+
+    Also how many characters that made; raises TargetError for an unbalanced brace and for too many.
+    """
+    forms, made = [pattern], len(pattern)
+    while "{" in forms[0] or "}" in forms[0]:
+        wider = []
+        for form in forms:
+            brace = re.search(r"\{([^{}]*)\}", form)
+            if brace is None:
+                raise TargetError(
+                    f"target {shortened(repr(pattern))} has an unbalanced brace; write {{a,b}}"
+                )
+            before, after = form[: brace.start()], form[brace.end() :]
+            for option in brace[1].split(","):
+                wider.append(before + option.strip() + after)
+                made += len(wider[-1]) + 1
+                if made > MOST:
+                    raise TargetError(
+                        f"target {shortened(repr(pattern))} stands for too many patterns, of over "
+                        f"{MOST} characters; write * or ** instead of some of its braces"
+                    )
+        forms = wider
+    return forms, made
+
+
+def weight(pattern: str) -> int:
+    """How many characters of plain patterns there are to make of a pattern and to compile.
+
+    Raises:
+        TargetError: they are too many, or a brace is not closed.
+
+    Example:
+        >>> weight("{a,b}_{0,1}"), weight("a_0")
+        (43, 0)
+    """
+    return _expanded(pattern)[1] if re.search(r"[*{}]", pattern) else 0
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -57,7 +110,7 @@ def matches(pattern: str, path: str) -> bool:
         >>> matches("*/query", "layer_0/attention/query")
         False
     """
-    return _compile(pattern).fullmatch(f"/{path}" if path else "") is not None
+    return bool(_compile(pattern)(f"/{path}" if path else ""))
 
 
 def selects(patterns: Sequence[str], path: str) -> bool:
@@ -102,29 +155,38 @@ def require_match(
         unusable: the model's other paths, each with the reason.
 
     Raises:
-        TargetError: names every pattern that fails and lists the paths nearest to it.
+        TargetError: names the patterns that fail and lists the paths nearest to each.
     """
-    usable, problems = list(usable), []
+    failures = _failures(owner, patterns, list(usable), unusable or {})
+    problems = list(itertools.islice(failures, _DETAILED + 1))
+    if len(problems) > _DETAILED:  # to find the nearest paths of all of them would take its time
+        problems[-1] = f"{owner}: other targets fail as well"
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def _failures(
+    owner: str, patterns: Sequence[str], usable: Sequence[str], unusable: Mapping[str, str]
+) -> Iterator[str]:
+    """What is wrong with each pattern that fails."""
     named = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     for pattern in patterns:
         if pattern[0] == "!":
             taken = [path for path in named if matches(pattern[1:], path)]
             if not taken or len(taken) == len(named):
                 what = "everything" if taken else "nothing"
-                problems.append(f"{owner}: {pattern!r} takes away {what} of {_some(named)}")
+                yield f"{owner}: {pattern!r} takes away {what} of {_some(named)}"
             continue
         if any(matches(pattern, path) for path in usable):
             continue
-        others = (unusable or {}).items()
+        others = unusable.items()
         blocked = [f"{_shown(path)} ({why})" for path, why in others if matches(pattern, path)]
         if blocked:
             problem = f"matches only paths it cannot attach to: {_some(blocked, 3)}"
         else:
             near = nearest(pattern, usable) or usable
             problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
-        problems.append(f"{owner}: target {pattern!r} {problem}")
-    if problems:
-        raise TargetError("\n".join(problems))
+        yield f"{owner}: target {pattern!r} {problem}"
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:

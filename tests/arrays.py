@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapters_jax.interop.huggingface import read_tensors
+
 
 def drawn(shape, seed=0):
     """Gaussian noise."""
@@ -24,3 +26,8 @@ def shapes(tree):
 def double(x):
     """The numbers of an array as float64, for a reference formula."""
     return np.asarray(x).astype(np.float64)
+
+
+def read_arrays(directory):
+    """Every tensor of a checkpoint."""
+    return {name: np.asarray(tensor) for name, tensor in read_tensors(directory).items()}

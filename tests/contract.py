@@ -202,9 +202,10 @@ CASES = {
         aj.Recipe(
             aj.LoRA("**/mlp/output", R, 6.0),
             aj.Bottleneck("**/mlp/output", M, init_std=1e-3),
+            aj.Bottleneck("**/norm", M, placement="norm", init_std=1e-3, norm_before=True),
             aj.Unfreeze("**/norm/scale"),
         ),
-        R * (D + HIDDEN) + ADAPTER,
+        R * (D + HIDDEN) + ADAPTER + ADAPTER + 2 * D,
         unfrozen=D,
         **NEAR,
     ),

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import read_arrays
 from flax.traverse_util import flatten_dict
 
 import adapters_jax as aj
-from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import (
     BERT_BASE,
@@ -82,7 +82,7 @@ def test_pooler_and_classifier_are_those_of_the_reference():
     pool = Bert(config).apply({"params": params}, hidden, method=Bert.pool)
     np.testing.assert_allclose(pool, expected["pooled"], atol=2e-5)
 
-    tensors = read_tensors(FIXTURES / "bert")
+    tensors = read_arrays(FIXTURES / "bert")
     head = {"kernel": tensors["classifier.weight"].T, "bias": tensors["classifier.bias"]}
     model = BertClassifier(config, num_labels=3, pooling="pooler")
     logits = model.apply({"params": {"bert": params, "head": head}}, **inputs)

@@ -13,6 +13,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.methods.base import Site
 from adapters_jax.methods.bottleneck import ACTIVATIONS
+from adapters_jax.partition import flatten, path_of
 
 D, M = 6, 3
 SITE = Site("layer_0/mlp", "__call__", D)
@@ -42,6 +43,20 @@ def branch(x, activation="gelu", leaves=LEAVES):
     return FORMULAS[activation](double(x) @ down + down_bias) @ up + up_bias
 
 
+def layer_norm(x, scale=1.0, bias=0.0, epsilon=1e-5):
+    """In float64."""
+    centred = double(x) - double(x).mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * scale + bias
+
+
+NORM = {
+    f"{name}/{part}": drawn((D,), 7 + i)
+    for i, (name, part) in enumerate(
+        (name, part) for name in ("norm_before", "norm_after") for part in ("scale", "bias")
+    )
+}
+
+
 def test_every_activation_has_a_formula_here():
     assert FORMULAS.keys() == ACTIVATIONS.keys()
 
@@ -62,6 +77,90 @@ def test_placement_and_scale(placement, scale):
     got = method.forward(LEAVES, SITE, x, jnp.asarray(y))
     source = y if placement == "sequential" else x
     np.testing.assert_allclose(got, y + scale * branch(source, "relu"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_norms_of_its_own(placement, before, after):
+    x, y = 3 + 2 * drawn((2, 5, D), 5), drawn((2, 5, D), 6)
+    method = aj.Bottleneck(
+        "**", M, placement=placement, scale=0.5, norm_before=before, norm_after=after
+    )
+    wanted = x if placement == "parallel" else y
+    if before:
+        wanted = layer_norm(wanted, NORM["norm_before/scale"], NORM["norm_before/bias"])
+    wanted = 0.5 * branch(wanted)
+    if after:
+        wanted = layer_norm(wanted, NORM["norm_after/scale"], NORM["norm_after/bias"])
+    got = method.forward(LEAVES | NORM, SITE, x, jnp.asarray(y))
+    np.testing.assert_allclose(got, y + wanted, rtol=1e-5, atol=1e-5)
+    assert set(method.leaves(SITE)) == set(method.leaf_names)
+    shapes = {name: leaf.shape for name, leaf in method.leaves(SITE).items()}
+    count = method.count("", shapes, None)
+    extra = " + 2*6" * (before + after)
+    assert count.formula == f"2*6*3 + 6 + 3{extra}"
+    assert count.parameters == sum(math.prod(shape) for shape in shapes.values())
+
+
+def test_norms_of_its_own_start_as_plain_ones():
+    leaves = aj.Bottleneck("**", M, norm_before=True, norm_after=True).leaves(SITE)
+    for name in ("norm_before", "norm_after"):
+        for part, value in (("scale", 1.0), ("bias", 0.0)):
+            leaf = leaves[f"{name}/{part}"]
+            np.testing.assert_array_equal(leaf.init(jax.random.key(0), leaf.shape), value)
+    with pytest.raises(ValueError, match="Bottleneck: norm_before=1, wanted True or False"):
+        aj.Bottleneck("**", M, norm_before=1)
+
+
+class Norms(nn.Module):
+    """A layer norm called by position, and one by name."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = nn.LayerNorm(epsilon=1e-3, name="first")(x)
+        return nn.LayerNorm(epsilon=1e-3, name="second")(x=first)
+
+
+class NnxNorms(nnx.Module):
+    def __init__(self):
+        self.first = nnx.LayerNorm(D, epsilon=1e-3, rngs=nnx.Rngs(0))
+        self.second = nnx.LayerNorm(D, epsilon=1e-3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.second(x=self.first(x))
+
+
+def test_around_a_norm():
+    """norm(x + branch(norm(x))), in both doors."""
+    x = drawn((2, 4, D), 5)
+    recipe = aj.Recipe(aj.Bottleneck("*", M, placement="norm", scale=0.5, activation="tanh"))
+    model = aj.adapt(Norms(), recipe)
+    params = drawn_like(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
+    wanted = double(x)
+    for name in ("first", "second"):
+        own = params[name]
+        norm = lambda x, own=own: layer_norm(x, own["scale"], own["bias"], 1e-3)  # noqa: E731
+        leaves = {leaf: own["adapter"][leaf.split("/")[0]][leaf.split("/")[1]] for leaf in LEAVES}
+        wanted = norm(wanted + 0.5 * branch(norm(wanted), "tanh", leaves))
+    np.testing.assert_allclose(model.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
+
+    grown = aj.adapt(NnxNorms(), recipe, rngs=nnx.Rngs(0))
+    whole = {path: jnp.asarray(leaf) for path, leaf in flatten(params).items()}
+    state = nnx.state(grown, nnx.Param)
+    nnx.update(grown, jax.tree_util.tree_map_with_path(lambda p, _: whole[path_of(p)], state))
+    np.testing.assert_allclose(grown(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_around_a_norm_wants_a_norm():
+    model = aj.adapt(nn.Dense(D), aj.Bottleneck("**", M, placement="norm"))
+    with pytest.raises(aj.TargetError, match="Dense does not return one float array or is not a n"):
+        jax.eval_shape(model.init, jax.random.key(0), drawn((2, D)))
+    method = aj.Bottleneck("**", M, placement="norm")
+    with pytest.raises(
+        aj.RecipeError, match="placement='norm' wants a norm to target, by a recipe"
+    ):
+        method.forward(LEAVES, SITE, drawn((2, D)), drawn((2, D)))
 
 
 def test_any_number_of_leading_axes():

@@ -23,9 +23,11 @@ RECIPE = aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze("dense/bias"))
 
 
 class Linen(nn.Module):
+    width: int = 8
+
     @nn.compact
     def __call__(self, x, train=True):
-        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(8, name="dense")(x))
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(self.width, name="dense")(x))
 
 
 class Nnx(nnx.Module):
@@ -46,7 +48,7 @@ def optimizer(recipe):
 
 def new_state(door, recipe=RECIPE, width=8):
     if door == "linen":
-        base = Linen()
+        base = Linen(width)
         model = aj.adapt(base, recipe)
         x = jnp.ones((1, 4))
         params = base.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)["params"]
@@ -197,9 +199,13 @@ def test_another_shape_or_recipe_is_refused_and_nothing_is_put_aside(tmp_path):
         other = aj.Recipe(aj.LoRA("dense", 2, alpha=4.0), aj.Unfreeze("dense/bias"))
         with pytest.raises(CheckpointError, match=r"of another recipe: .*\"alpha\": 4.0"):
             checkpoints.restore(new_state("linen", other))
+        with pytest.raises(CheckpointError, match="of another base: "):
+            checkpoints.restore(new_state("linen", width=9))
         state = new_state("linen")
-        wide = jax.tree.map(lambda x: jnp.zeros((3, *x.shape)), state.adapters)
-        with pytest.raises(aj.MismatchError, match=r"adapters/dense/lora/a is float32\[4, 2\]"):
+        wide = {"dense": {**state.adapters["dense"], "lora": {"a": jnp.ones((5, 2))}}}
+        with pytest.raises(
+            aj.MismatchError, match=r"adapters/dense/lora/a is float32\[4, 2\], wanted"
+        ):
             checkpoints.restore(state.replace(adapters=wide))
         sgd = state.replace(opt_state=optax.sgd(0.1, momentum=0.9).init(state.adapters))
         with pytest.raises(aj.MismatchError, match="unexpected: opt_state/"):

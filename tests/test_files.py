@@ -1,8 +1,12 @@
 """The adapter file: nothing lost, nothing half-written, and every misfit named."""
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +14,17 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from arrays import drawn_like
 from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax import files
-from adapters_jax.files import CONFIG, TENSORS, AdapterFileError, read_adapter
+from adapters_jax import atomic
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.files import TENSORS, read_adapter
+from adapters_jax.manifest import CONFIG
+from adapters_jax.models.bert import BertConfig
+from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.partition import flatten
 
@@ -152,14 +161,42 @@ def test_what_is_on_disk(saved, adapters):
     assert os.listdir(saved.parent) == ["adapter"]
     assert saved.stat().st_mode & 0o777 == 0o755
     config = json.loads((saved / CONFIG).read_text())
-    assert config["format"] == 1
+    assert config["format"] == 1 and config["base"] is None
     assert aj.Recipe.from_json(config["recipe"]) == RECIPE
-    assert config["parameters"] == sum(x.size for x in jax.tree.leaves(adapters))
-    assert set(safetensors.numpy.load_file(saved / TENSORS)) == set(flatten(adapters))
+    leaves = jax.tree.leaves(adapters)
+    assert config["parameters"] == sum(x.size for x in leaves) and config["tensors"] == len(leaves)
+    with safetensors.safe_open(saved / TENSORS, "np") as file:
+        assert set(file.keys()) == set(flatten(adapters)) and not file.metadata()
     assert "mlp/down/lora/a" in flatten(adapters)
     recipe, tensors = read_adapter(saved)
     assert recipe == RECIPE
     assert {p: (x.dtype, np.asarray(x).tobytes()) for p, x in tensors.items()} == bits(adapters)
+
+
+def test_the_documented_example_is_what_is_written(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    base = {"query": {"kernel": np.ones((3, 2)), "bias": np.ones(2)}}
+    adapters = {"query": {"lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}}
+    identity = aj.base_identity(base, id="tiny", config={"width": 2})
+    saved = aj.save_adapter(tmp_path / "a", adapters, aj.LoRA("query", rank=1), base=identity)
+    assert (saved / CONFIG).read_text() == example
+    lines = b"query/bias 2\nquery/kernel 3,2\n"
+    assert hashlib.sha256(lines).hexdigest() == identity.tree_sha256
+    assert hashlib.sha256(b'{"width":2}').hexdigest() == identity.config_sha256
+
+
+def test_the_format_is_at_most_2_percent_over_its_numbers(tmp_path):
+    base = BertClassifier(BertConfig(), 2)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(base.init, jax.random.key(0), ids)["params"]
+    whole = aj.init_adapters(aj.adapt(base, aj.lora(8)), params, jax.random.key(0), ids)
+    adapters = drawn_like(aj.partition(whole, aj.lora(8))[0])
+    raw = sum(x.nbytes for x in jax.tree.leaves(adapters))
+    assert raw == 4 * 294_912
+    identity = aj.base_identity(params, id="bert-base", config={"layers": 12})
+    saved = aj.save_adapter(tmp_path / "a", adapters, aj.lora(8), base=identity)
+    assert sum(path.stat().st_size for path in saved.iterdir()) < 1.02 * raw
 
 
 @pytest.mark.parametrize("door", ["linen", "nnx"])
@@ -224,21 +261,49 @@ def test_a_failure_while_overwriting_leaves_the_old_adapter(saved, adapters, mon
 
     monkeypatch.setattr(os, "replace", replace)
     if failing == "write":
-        monkeypatch.setattr(files, "_write", write)
+        monkeypatch.setattr(atomic, "_write", write)
     with pytest.raises(OSError, match="the disk is gone"):
         aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
     assert os.listdir(saved.parent) == ["adapter"]
     assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
 
 
-def test_a_failure_the_first_time_leaves_nothing(tmp_path, adapters, monkeypatch):
-    def write(path, data):
-        raise OSError("the disk is gone")
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("after", [0, 100])
+def test_a_full_disk_leaves_what_was_there(tmp_path, adapters, monkeypatch, before, after):
+    """The first or the second file meets a disk with room for so many bytes."""
+    if before:
+        aj.save_adapter(tmp_path / "adapter", drawn(adapters, seed=9), RECIPE)
+    seen = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
 
-    monkeypatch.setattr(files, "_write", write)
-    with pytest.raises(OSError, match="the disk is gone"):
+    def write(path, data):
+        path.write_bytes(data[:after])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(atomic, "_write", write)
+    with pytest.raises(OSError, match="No space left"):
         aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
-    assert os.listdir(tmp_path) == []
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == seen
+    assert os.listdir(tmp_path) == (["adapter"] if before else [])
+
+
+def test_all_of_it_is_on_the_disk_before_it_is_renamed(tmp_path, adapters, monkeypatch):
+    done = []
+
+    def fsync(descriptor, really=os.fsync):
+        done.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        really(descriptor)
+
+    def replace(source, target, really=os.replace):
+        done.append("renamed")
+        really(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
+    names = [Path(path).name for path in done]
+    assert names[:2] == [TENSORS, CONFIG] and done[2] == str(Path(done[0]).parent)
+    assert done[3:] == ["renamed", str(tmp_path)]
 
 
 def test_a_link_to_an_adapter_stays_a_link(saved, adapters):
@@ -268,6 +333,35 @@ def test_what_cannot_be_saved(tmp_path, base, adapters):
         aj.save_adapter(tmp_path / "a", whole, RECIPE)
     with pytest.raises(TypeError, match=r"NnxNet is not a tree .* nnx.state\(model, aj.nnx.Adapt"):
         aj.save_adapter(tmp_path / "a", nnx_base(), RECIPE)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (np.array([1.0, np.nan]), "numbers that are not finite in a; save a state from before"),
+        (jnp.array([np.inf], jnp.bfloat16), "numbers that are not finite in a; save a"),
+        (np.array([1]), "a is of int32, which no adapter file holds; train floats"),
+        (np.array([True]), "a is of bool, which no adapter file holds; train floats"),
+    ],
+)
+def test_numbers_that_cannot_be_read_again_are_not_saved(tmp_path, leaf, message):
+    with pytest.raises(ValueError, match=message):
+        aj.save_adapter(tmp_path / "a", {"a": leaf}, aj.Unfreeze("a"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_or_recipe_that_cannot_be_read_again_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="save_adapter: the name '../a' is no plain path"):
+        aj.save_adapter(tmp_path / "a", {"..": {"a": np.ones(1)}}, aj.Unfreeze("**"))
+    recipe = aj.Unfreeze([f"a{i}" for i in range(5000)])
+    with pytest.raises(
+        ValueError, match=f"a/{CONFIG} holds no usable recipe: its patterns are too"
+    ):
+        aj.save_adapter(tmp_path / "a", {"a1": np.ones(1)}, recipe)
+    flat = {f"{'x' * 250}{i}": np.ones(1) for i in range(4000)}
+    with pytest.raises(ValueError, match=f"a/{TENSORS} has a header of .* wanted at most 1048576"):
+        aj.save_adapter(tmp_path / "a", flat, aj.Unfreeze("*"))
     assert os.listdir(tmp_path) == []
 
 
@@ -325,9 +419,14 @@ def method_edit(**fields):
         (lambda d: (d / TENSORS).write_bytes(b"PK" * 99), " is damaged: "),
         (lambda d: (d / CONFIG).write_text('{"format": 1'), " is damaged: .*line 1"),
         (lambda d: (d / CONFIG).write_bytes(b'{"format": "\xff"}'), " is damaged: .*utf-8"),
-        (lambda d: (d / CONFIG).write_text("[1]"), f"/{CONFIG} is not of format 1; it needs anot"),
-        (config_edit(lambda c: c.update(format=2)), f"/{CONFIG} is not of format 1; it needs ano"),
-        (config_edit(lambda c: c.pop("recipe")), f"/{CONFIG} holds no usable recipe: .*one key"),
+        (
+            config_edit(lambda c: c.update(format=2)),
+            f"/{CONFIG} is not of format 1, it says",
+        ),
+        (
+            config_edit(lambda c: c.pop("recipe")),
+            "is not of format 1: 'recipe' is missing",
+        ),
         (config_edit(lambda c: c.update(recipe=5)), f"/{CONFIG} holds no usable recipe: .*one key"),
         (method_edit(rnak=3), "holds no usable recipe: .*'rnak' .did you mean 'rank'?"),
         (method_edit(rank=0), "holds no usable recipe: LoRA: rank=0, wanted a whole number"),

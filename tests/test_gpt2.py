@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import read_arrays
 from flax.traverse_util import flatten_dict
 
-from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
 from adapters_jax.models.gpt2 import GPT2, GPT2Config, causal_mask, load_gpt2
 
@@ -51,7 +51,7 @@ def test_logits_without_padding_need_neither_mask_nor_positions():
 
 def test_fused_projection_is_split_in_order():
     _, params = load_gpt2(FIXTURE)
-    fused = read_tensors(FIXTURE)["transformer.h.1.attn.c_attn.weight"]
+    fused = read_arrays(FIXTURE)["transformer.h.1.attn.c_attn.weight"]
     attention = params["layer_1"]["attention"]
     kernels = [attention[name]["kernel"] for name in ("query", "key", "value")]
     np.testing.assert_array_equal(np.concatenate(kernels, axis=1), fused)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import read_arrays
 from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import MismatchError
-from adapters_jax.interop.huggingface import read_tensors, resolve
+from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.gpt2 import load_gpt2
@@ -42,7 +43,7 @@ def tiny(tmp_path):
 
 def rewrite(directory, change):
     """Reads the tensors, applies the change in place and writes them back."""
-    tensors = read_tensors(directory)
+    tensors = read_arrays(directory)
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
 
@@ -102,7 +103,7 @@ def test_fused_tensors_are_split_in_either_layout():
 def test_bfloat16_and_float16_are_read(tmp_path):
     stored = {"a": np.array([1.5], ml_dtypes.bfloat16), "b": np.array([2.5], np.float16)}
     save_file(stored, tmp_path / "model.safetensors")
-    tensors = read_tensors(tmp_path)
+    tensors = read_arrays(tmp_path)
     assert tensors["a"].dtype == ml_dtypes.bfloat16
     assert tensors["b"].dtype == np.float16
     assert float(tensors["a"][0]) == 1.5
@@ -111,7 +112,7 @@ def test_bfloat16_and_float16_are_read(tmp_path):
 
 def shard(directory):
     """Splits the file into two shards and an index."""
-    tensors = read_tensors(directory)
+    tensors = read_arrays(directory)
     (directory / "model.safetensors").unlink()
     files = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
     for file in set(files.values()):
@@ -193,7 +194,7 @@ def test_weights_of_another_architecture_give_short_lists():
     config, _ = load_bert(FIXTURES / "bert")
     like = jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.ones((1, 1), int))["params"]
     with pytest.raises(MismatchError) as caught:
-        from_tensors(read_tensors(FIXTURES / "gpt2"), NAMES, like)
+        from_tensors(read_arrays(FIXTURES / "gpt2"), NAMES, like)
     message = str(caught.value)
     assert "37 missing" in message
     assert "unexpected" in message

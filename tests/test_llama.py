@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import read_arrays
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from adapters_jax.interop.huggingface import read_tensors
 from adapters_jax.models import KNOWN
 from adapters_jax.models.llama import Llama, LlamaConfig, rotary_angles, rotate
 from adapters_jax.models.llama_files import load_llama, save_llama
@@ -133,7 +133,7 @@ def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
 def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
     config, model = load_llama(FIXTURE)
     save_llama(tmp_path, config, model, eos_token_id=2)
-    wanted, got = (read_tensors(directory) for directory in (FIXTURE, tmp_path))
+    wanted, got = (read_arrays(directory) for directory in (FIXTURE, tmp_path))
     assert wanted.keys() == got.keys()
     for name, tensor in wanted.items():
         np.testing.assert_array_equal(got[name], tensor, err_msg=name)

@@ -3,12 +3,10 @@
 import warnings
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from test_peft import BASES, FIXTURES, HAVE, base_of
+from trained import trained
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
@@ -56,32 +54,6 @@ def theirs(base, directory):
         return peft.PeftModel.from_pretrained(model, directory).eval()(**inputs).logits.numpy()
 
 
-def trained(base, recipe):
-    """Adapters after three steps, and the logits with them."""
-    _, model, params, inputs = base_of(base)
-    if isinstance(model, Llama):
-        grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
-        graph, adapters, rest = nnx.split(grown, aj.nnx.AdapterParam, ...)
-
-        def apply(adapters):
-            return nnx.merge(graph, adapters, rest)(**inputs)
-    else:
-        adapted = aj.adapt(model, recipe)
-        whole = aj.init_adapters(adapted, params, jax.random.key(0), **inputs)
-        adapters, frozen = aj.partition(whole, recipe)
-
-        def apply(adapters):
-            return adapted.apply({"params": aj.merge_trees(adapters, frozen)}, **inputs)
-
-    gradient = jax.jit(jax.grad(lambda tree: -jax.nn.log_softmax(apply(tree))[..., 0].mean()))
-    noise = np.random.default_rng(0).normal
-    for _ in range(3):
-        move = gradient(adapters)
-        adapters = jax.tree.map(lambda x, g: x - 0.1 * g, adapters, move)
-    shaken = jax.tree.map(lambda x: x + jnp.asarray(noise(0, 0.05, x.shape), x.dtype), adapters)
-    return shaken, apply(shaken)
-
-
 def seen(base, logits):
     """Without what padding computes."""
     return np.asarray(logits)[base_of(base)[3]["attention_mask"] == 1] if base != "bert" else logits
@@ -91,7 +63,7 @@ def seen(base, logits):
 def test_what_is_trained_here_has_the_same_logits_in_peft(base, index, tmp_path):
     names, model, params, inputs = base_of(base)
     recipe = aj.Recipe(RECIPES[base][index])
-    adapters, logits = trained(base, recipe)
+    adapters, logits = trained(base_of(base), recipe)
     directory = save_peft(tmp_path / "a", recipe, adapters, names, params)
     np.testing.assert_allclose(seen(base, theirs(base, directory)), seen(base, logits), atol=1e-4)
     plain = (

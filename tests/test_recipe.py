@@ -37,6 +37,8 @@ OTHER = {
         "activation": "relu",
         "dropout": 0.25,
         "init_std": 0.0,
+        "norm_before": True,
+        "norm_after": True,
     },
     "lora": {
         "targets": ("a", "{b,c}"),

@@ -162,6 +162,17 @@ def test_what_cannot_be_resumed_is_refused(straight, place, capsys):
     assert json.loads(said.out)["run"] == str(other)
 
 
+def test_a_mesh_is_part_of_a_run(straight, place):
+    run = place / "meshed"
+    assert main([*map(str, finetune(place, run.name)), "--mesh", "data=1,model=1"]) == 0
+    (losses, _, found), (wanted, _, best) = result(run), result(straight[0])
+    assert found["best_step"] == best["best_step"]
+    for ours, theirs in zip(losses.splitlines(), wanted.splitlines(), strict=True):
+        ours, theirs = json.loads(ours), json.loads(theirs)
+        assert ours.keys() == theirs.keys()
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
+
+
 def test_a_disk_that_is_full_ends_a_run_that_goes_on_later(straight, place, capsys, monkeypatch):
     run = place / "full"
 

@@ -20,6 +20,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import adapters_jax as aj
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.llama_files import save_llama
 from adapters_jax.sharding import ShardingError, layout, make_mesh, shard, shard_batch
 from benchmarks.collectives import collective_bytes
 
@@ -79,12 +81,13 @@ def test_every_layout_gives_the_losses_of_one_device(trained):
 
 
 def test_devices_exchange_gradients_of_the_adapters_and_the_loss(trained):
-    rows = {row: result for row, result in trained.items() if row[3] == "data=8"}
+    # Used twice, these have two gradients each: a prompt (keys, values), a tied embedding, a norm.
+    again = {"llama_adapter": contract.K * contract.D, "together": contract.D}
+    again["lora_embed"] = contract.R * (contract.VOCAB + contract.D)
+    rows = {row: result for row, result in trained.items() if row[2:] == ("plain", "data=8")}
     assert len(rows) >= 4
     for (_, case, _, _), result in rows.items():
-        sent = result["trained_bytes"]
-        if case == "llama_adapter":  # its prompt's gradients as keys and as values
-            sent += 4 * contract.K * contract.D
+        sent = result["trained_bytes"] + 4 * again.get(case, 0)
         assert result["exchanged"] == {"all-reduce": sent + 4}, case
 
 
@@ -257,6 +260,60 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+LOADING = """
+import json, sys, threading, jax, numpy as np
+from adapters_jax.models.llama_files import load_llama
+from adapters_jax.sharding import make_mesh
+from flax import nnx
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.001):
+        peak[0] = max(peak[0], anonymous())
+
+mesh = make_mesh("model=8")
+jax.block_until_ready(jax.device_put(np.ones(8), jax.devices()[-1]))
+before, peak, done = anonymous(), [0], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+_, model = load_llama(sys.argv[1], mesh=mesh)
+leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+done.set()
+watcher.join()
+whole = sum(x.nbytes for x in leaves)
+held = [sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == d)
+        for d in jax.devices()]
+total = [float(np.abs(np.asarray(x)).sum(dtype=np.float64)) for x in leaves]
+print(json.dumps([whole, max(held), peak[0] - before, sum(total)]))
+"""
+
+
+def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), nnx.state(model))
+    nnx.update(model, state)
+    save_llama(tmp_path, config, model)
+    run = [sys.executable, "-c", LOADING, tmp_path]
+    ran = subprocess.run(run, env=environment(8), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    whole, held, grown, total = json.loads(ran.stdout)
+    assert whole == 4 * sum(x.size for x in jax.tree.leaves(state)) > 200e6
+    assert held < whole / 8 * 1.01  # what every device has is small
+    assert total == 0.5 * whole / 4
+    assert grown < 1.25 * whole, f"{grown / whole:.2f} times the parameters"
 
 
 def example(tmp_path, devices, *flags, process=None, port=0):

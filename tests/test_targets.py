@@ -1,6 +1,8 @@
 """The pattern language: every construct, and what its errors say."""
 
 import itertools
+import random
+import re
 
 import pytest
 
@@ -123,6 +125,54 @@ def test_every_failing_pattern_is_in_one_message():
     assert first.startswith("LoRA: target '**/vlaue' matches nothing")
     assert first.endswith("could attach to: layer_0/attention/value, layer_0/attention/query")
     assert second.startswith("LoRA: target 'nowhere' matches nothing")
+
+
+def test_of_many_failing_patterns_the_first_are_in_the_message():
+    many = [f"nowhere_{i}" for i in range(99)]
+    for patterns in (many, ["**/query", *(f"!{name}" for name in many)]):
+        with pytest.raises(TargetError) as error:
+            require_match("LoRA", patterns, LAYERS)
+        lines = str(error.value).split("\n")
+        assert len(lines) == 13 and "nowhere_11'" in lines[11]
+        assert lines[12] == "LoRA: other targets fail as well"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*a" * 40 + "b", "**/a*/" * 30 + "b", "{a,aa}" * 9 + "b", "*" * 60 + "b", "**/" * 60 + "b"],
+)
+def test_no_pattern_is_slow(pattern):
+    """A matcher that tries every split of a path would not end within the age of the universe."""
+    assert not matches(pattern, "a" * 300)
+    assert not matches(pattern, "/".join(["a" * 20] * 60))
+    assert matches(pattern, "/".join(["a" * 45] * 30 + ["b"])) == ("/" in pattern)
+
+
+def test_patterns_agree_with_plain_regular_expressions():
+    """What stands between wildcards is settled where it first fits, and nothing is lost by that."""
+    plain = {"/**": "(?:/[^/]+)*", "*": "[^/]*"}
+    draw, found = random.Random(0), 0
+    parts = ("a", "b", "/", "*", "**", "/**/", "*a", "b*")
+    for _ in range(8000):
+        pattern = "".join(draw.choices(parts, k=draw.randint(1, 8)))
+        names = [
+            "".join(draw.choices("ab", k=draw.randint(1, 3))) for _ in range(draw.randint(0, 5))
+        ]
+        tokens = re.findall(r"/\*\*(?=/|$)|\*|[^*]", f"/{pattern}")
+        wanted = re.fullmatch(
+            "".join(plain.get(t, t) for t in tokens), "".join(f"/{n}" for n in names)
+        )
+        assert matches(pattern, "/".join(names)) == (wanted is not None), (pattern, names)
+        found += wanted is not None
+    assert found > 200
+
+
+@pytest.mark.parametrize("pattern", ["{a,b}" * 40, "{,}" * 40, "{a}" * 9000, "{a,{b,c}}" * 20])
+def test_a_pattern_stands_for_so_many_and_no_more(pattern):
+    with pytest.raises(TargetError, match="stands for too many patterns, of over 65536 characters"):
+        as_patterns(pattern, "LoRA")
+    many = "layer_{" + ",".join(map(str, range(126))) + "}/*/{q,k,v,o,gate,up,down}"
+    assert as_patterns(many, "LoRA") and matches(many, "layer_125/mlp/down")
 
 
 def test_paths_that_cannot_be_used_are_named_with_the_reason():

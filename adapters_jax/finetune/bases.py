@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from adapters_jax.finetune import assets
+from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
 
@@ -84,3 +86,15 @@ def sha256_of(files: Path) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
+    """What an adapter's file says of a base: a directory is not known by its path.
+
+    Args:
+        name: as the user gave it.
+        config: its shape, a dataclass.
+        model: the NNX model, where there is one.
+    """
+    public = None if Path(name).exists() else name
+    return base_identity(model, id=public, config=dataclasses.asdict(config))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from adapters_jax.finetune.metrics import compute
@@ -16,6 +17,7 @@ from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.training import Batch, Batches, NotFiniteError, in_row_order
 from adapters_jax.linen import Adapted
 from adapters_jax.recipe import Recipe
+from adapters_jax.sharding import shard_batch
 from adapters_jax.state import TrainState
 from adapters_jax.train import make_eval_step
 
@@ -33,6 +35,7 @@ class Classification:
         held_out: batches in order, "dev" and "test".
         labels: of the held-out rows.
         metrics: names, the one selected on first.
+        mesh: of the devices that batches are split over; None is one.
     """
 
     model: Adapted
@@ -43,6 +46,7 @@ class Classification:
     held_out: Mapping[str, Batches]
     labels: Mapping[str, np.ndarray]
     metrics: Sequence[str]
+    mesh: Mesh | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -74,7 +78,8 @@ class Classification:
         """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
 
         def run(batch: Batch) -> Any:
-            return self._evaluate(state, {name: batch[name] for name in self.inputs})
+            inputs = {name: batch[name] for name in self.inputs}
+            return self._evaluate(state, shard_batch(inputs, self.mesh) if self.mesh else inputs)
 
         outputs = in_row_order(run, self.held_out[part])
         if not np.isfinite(outputs).all():

@@ -12,7 +12,7 @@ import tyro
 
 from adapters_jax.combine import combine
 from adapters_jax.files import save_adapter
-from adapters_jax.finetune.decoders import load_decoder
+from adapters_jax.finetune.decoders import Decoder, load_decoder
 from adapters_jax.finetune.flags import given
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.runs import Run, RunError, check_base
@@ -66,9 +66,9 @@ class Combine:
         out.refuse_existing()
         runs = [Run(path) for path in self.runs]
         configs = [run.read_config("decoder") for run in runs]
-        base = _base(runs, configs)
+        decoder = _decoder(runs, configs)
         combined = combine(
-            base,
+            decoder.model,
             [run.adapter for run in runs],
             self.weights,
             how=self.how,
@@ -82,7 +82,8 @@ class Combine:
 
         def write() -> None:
             out.create({**kept, "combined": {**made, "error": combined.error}})
-            save_adapter(out.adapter, combined.adapters, combined.recipe)
+            adapters, recipe = combined.adapters, combined.recipe
+            save_adapter(out.adapter, adapters, recipe, base=decoder.identity)
             lost = f"; the rank lost {combined.error:.2%} of the sum" if combined.error else ""
             output.say(f"{out.path} holds the sum of {len(runs)} adapters{lost}")
             output.result({"out": out.path.as_posix(), "error": combined.error})
@@ -90,7 +91,7 @@ class Combine:
         return write
 
 
-def _base(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Any:
+def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Decoder:
     """The one base of all runs; raises RunError where they have different ones."""
     for run, config in zip(runs, configs, strict=True):
         if config["base_sha256"] != configs[0]["base_sha256"]:
@@ -100,4 +101,4 @@ def _base(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Any:
             )
     decoder = load_decoder(configs[0]["model"], configs[0]["dtype"])
     check_base(runs[0], configs[0], decoder.sha256)
-    return decoder.model
+    return decoder

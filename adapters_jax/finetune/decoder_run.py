@@ -21,6 +21,7 @@ from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.sources import OF_ENCODERS
 from adapters_jax.finetune.training import Saving, Trained
+from adapters_jax.identity import BaseIdentity
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.run import Finetune
@@ -40,6 +41,11 @@ class DecoderJob(Job):
 
     problem: Generation
     tokens: int
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The decoder's."""
+        return self.problem.decoder.identity
 
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and its base: what was found, and the rows of the results' table."""
@@ -84,7 +90,17 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Decode
     rows = layout.build(task, output)
     metrics = task.metrics if rows.held_out["dev"].asked else task.metrics[:1]
     model = _adapted(options, decoder)
-    problem = Generation(model, decoder, rows.train, rows.held_out, rows.most, metrics, output.say)
+    mesh = options.make_mesh(training.batch_size)
+    problem = Generation(
+        model=model,
+        decoder=decoder,
+        train=rows.train,
+        held_out=rows.held_out,
+        most=rows.most,
+        metrics=metrics,
+        say=output.say,
+        mesh=mesh,
+    )
     text_alone = options.data.text is not None
     config = {
         "kind": "decoder",

@@ -9,7 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from adapters_jax.finetune.bases import locate, read_tokenizer, sha256_of
+from adapters_jax.finetune.bases import identity_of, locate, read_tokenizer, sha256_of
+from adapters_jax.identity import BaseIdentity
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
 from adapters_jax.models.llama import Llama, LlamaConfig
@@ -33,6 +34,7 @@ class Decoder:
         special_tokens: by role, such as `eos_token`, which ends a completion.
         chat_template: jinja source; None where the model has none.
         sha256: of the weights' files.
+        identity: what an adapter's file says of it.
     """
 
     files: Path
@@ -42,6 +44,7 @@ class Decoder:
     special_tokens: Mapping[str, Any]
     chat_template: str | None
     sha256: str
+    identity: BaseIdentity
 
     @property
     def end(self) -> int:
@@ -97,9 +100,10 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
             f"a completion; write it into {TOKENIZER_CONFIG}"
         )
     config, model = load_llama(opened or files, param_dtype=dtype)
+    identity = identity_of(name, config, model)
     if quantize:
         model = in_few_bits(model, dtype=quantize)
-    return Decoder(files, config, model, tokenizer, special, template, sha256_of(files))
+    return Decoder(files, config, model, tokenizer, special, template, sha256_of(files), identity)
 
 
 def _words_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:

@@ -25,6 +25,7 @@ from adapters_jax.finetune.sources import OF_DECODERS
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.finetune.training import Saving, Trained
+from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class EncoderJob(Job):
     task: TaskData
     encoder: Encoder
     in_order: Batches
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The encoder's, with the head on it, also where the head alone is trained."""
+        whole = base_identity(self.problem.params, self.problem.recipe)
+        return replace(self.encoder.identity, tree_sha256=whole.tree_sha256)
 
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and then its baselines: what it found, and the rows of the results' table."""
@@ -168,6 +175,7 @@ def _problem(
         {p: encoder.in_order(rows[p], None, size, buckets) for p in ("dev", "test")},
         {"dev": task.dev.labels, "test": task.test.labels},
         task.metrics,
+        options.make_mesh(training.batch_size),
     )
 
 

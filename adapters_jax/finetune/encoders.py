@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from adapters_jax.finetune.bases import locate, read_tokenizer, sha256_of
+from adapters_jax.finetune.bases import identity_of, locate, read_tokenizer, sha256_of
 from adapters_jax.finetune.batches import Batches, Row, encode
 from adapters_jax.finetune.rows import Texts
+from adapters_jax.identity import BaseIdentity
 from adapters_jax.models.bert import BertConfig, load_bert
 from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import merge_trees, partition
@@ -37,6 +38,7 @@ class Encoder:
         pooling: how token states become one vector: mean, cls or pooler.
         dtype: what it computes in.
         sha256: of the weights' files, so that an adapter never meets another base unnoticed.
+        identity: what an adapter's file says of it.
     """
 
     config: BertConfig
@@ -45,6 +47,7 @@ class Encoder:
     pooling: str
     dtype: str
     sha256: str
+    identity: BaseIdentity
 
     def classifier(self, width: int, dropout: float | None = None) -> BertClassifier:
         """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
@@ -100,7 +103,8 @@ def load_encoder(
     directory = locate(name)
     config, params = load_bert(directory, pooler=pooling == "pooler")
     tokenizer, sha256 = read_tokenizer(directory), sha256_of(directory)
-    encoder = Encoder(config, params, tokenizer, pooling, dtype, sha256)
+    identity = identity_of(name, config)
+    encoder = Encoder(config, params, tokenizer, pooling, dtype, sha256, identity)
     return encoder.quantized(quantize) if quantize else encoder
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.finetune.batches import NOTHING
@@ -21,6 +22,7 @@ from adapters_jax.finetune.training import Batch, Batches, NotFiniteError, in_ro
 from adapters_jax.models.generate import generate
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
+from adapters_jax.sharding import shard_batch
 from adapters_jax.state import TrainState
 
 STEP = 16  # widths are multiples of it, so that few are compiled
@@ -65,6 +67,7 @@ class Generation:
         metrics: names, the one selected on first.
         say: told of what takes a while.
         said: what was last generated for each part.
+        mesh: of the devices that batches are split over; None is one.
         params: None, since an NNX model holds its own.
     """
 
@@ -77,6 +80,7 @@ class Generation:
     say: Callable[[str], None] = lambda words: None
     said: dict[str, list[str]] = field(default_factory=dict)
     params: None = None
+    mesh: Mesh | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -105,7 +109,12 @@ class Generation:
         """Metrics of any decoder of this shape, also of the base itself."""
         rows, (graphdef, state) = self.held_out[part], nnx.split(model)
         self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
-        losses = in_row_order(lambda b: _sums(graphdef, state, b, self.most), rows.batches)
+
+        def run(batch: Batch) -> Array:
+            placed = shard_batch(batch, self.mesh) if self.mesh else batch
+            return _sums(graphdef, state, placed, self.most)
+
+        losses = in_row_order(run, rows.batches)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:
             self.said[part] = complete(model, self.decoder, rows.prompts, rows.new_tokens)

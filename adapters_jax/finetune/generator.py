@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adapters_jax.files import load_adapter
 from adapters_jax.finetune.decoders import Decoder, load_decoder
 from adapters_jax.finetune.generation import complete
 from adapters_jax.finetune.prompts import Prompts
 from adapters_jax.finetune.runs import Run, RunError, check_base
+from adapters_jax.loading import load_adapter
 
 BATCH_SIZE = 16
 
@@ -74,7 +74,7 @@ def load_generator(path: str | Path) -> Generator:
 
     Raises:
         ValueError: no run on a decoder, a damaged one, or a base that is not the one it was trained
-            on (`RunError`, `AdapterFileError`, `MismatchError`).
+            on (`RunError`, `AdapterFileError`).
         AssetError: the pinned model could not be fetched.
     """
     run = Run(Path(path))
@@ -84,6 +84,7 @@ def load_generator(path: str | Path) -> Generator:
     except (TypeError, ValueError) as error:
         raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
     decoder = load_decoder(config["model"], config["dtype"], config.get("quantize"))
-    model = load_adapter(run.adapter, decoder.model, None, np.zeros((1, 8), np.int32))
+    ids = np.zeros((1, 8), np.int32)
+    model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
     check_base(run, config, decoder.sha256)
     return Generator(decoder, model, prompts)

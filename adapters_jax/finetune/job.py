@@ -30,6 +30,7 @@ from adapters_jax.finetune.training import (
     Trained,
     train,
 )
+from adapters_jax.identity import BaseIdentity
 from adapters_jax.state import TrainState
 
 Result = dict[str, Any]  # a row of the results' table
@@ -134,13 +135,18 @@ class Job(ABC):
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
 
+    @property
+    @abstractmethod
+    def identity(self) -> BaseIdentity:
+        """What an adapter's file says of the base."""
+
     @abstractmethod
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
         """The method and its baselines: what it found, and the rows of the results' table."""
 
     def save(self, state: TrainState) -> None:
         """Keeps a state's adapter as the run's."""
-        save_adapter(self.run.adapter, state)
+        save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
 
     def train(
         self,

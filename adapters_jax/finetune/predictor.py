@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapters_jax.files import load_adapter
 from adapters_jax.finetune.batches import choose_buckets
 from adapters_jax.finetune.encoders import INPUTS, Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.rows import DataError, Texts
@@ -17,6 +16,7 @@ from adapters_jax.finetune.runs import Run, check_base, target_of
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.training import in_row_order
 from adapters_jax.linen import Adapted
+from adapters_jax.loading import load_adapter
 
 BATCH_SIZE = 32
 
@@ -103,7 +103,7 @@ def load_predictor(path: str | Path) -> Predictor:
 
     Raises:
         ValueError: no run, a damaged one, or a base that is not the one it was trained on
-            (`RunError`, `AdapterFileError`, `MismatchError`).
+            (`RunError`, `AdapterFileError`).
         AssetError: the pinned model could not be fetched.
     """
     run = Run(Path(path))
@@ -114,7 +114,8 @@ def load_predictor(path: str | Path) -> Predictor:
     )
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
-    model, params = load_adapter(run.adapter, encoder.classifier(target.width), params, ids)
+    classifier, base = encoder.classifier(target.width), encoder.identity
+    model, params = load_adapter(run.adapter, classifier, params, ids, base=base)
     check_base(run, config, encoder.sha256)
     params = store_frozen(params, model.recipe, config["dtype"])
     return Predictor(encoder, model, params, target, config["max_length"], config["pairs"])

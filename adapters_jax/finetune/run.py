@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from adapters_jax.finetune import decoder_run, encoder_run
 from adapters_jax.finetune.bases import is_decoder
@@ -29,6 +30,7 @@ from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.methods import LoRA
 from adapters_jax.methods.fields import check_size
 from adapters_jax.recipe import Recipe
+from adapters_jax.sharding import local_rows, make_mesh
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Finetune:
         dtype: what the model computes in; what trains stays float32.
         quantize: keep the frozen weights in 8 or 4 bits, by qwix.
         seed: of the head, the adapters, the order of rows and dropout.
+        mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
+            over fsdp and model; by default one device.
         baselines: also report the majority class and the frozen base with a trained head; of a
             decoder, the base.
         runs: directory of the runs.
@@ -86,6 +90,7 @@ class Finetune:
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "int4", "nf4"] | None = None
     seed: int = 0
+    mesh: str | None = None
     baselines: bool = True
     runs: Path = Path("runs")
     name: str | None = None
@@ -140,6 +145,14 @@ class Finetune:
             os.close(handle)
             raise
         return handle
+
+    def make_mesh(self, batch_size: int | None) -> Mesh | None:
+        """The devices to train on; raises ShardingError where a batch does not split over them."""
+        if self.mesh is None:
+            return None
+        mesh = make_mesh(self.mesh)
+        local_rows(batch_size or 1, mesh)
+        return mesh
 
     def _resumed(self, output: Output) -> Finetune:
         """The flags of the run to go on with."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.checkpoint import Checkpoints
@@ -22,6 +22,7 @@ from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.metrics import better
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.recipe import Recipe
+from adapters_jax.sharding import shard, shard_batch
 from adapters_jax.state import TrainState
 from adapters_jax.train import make_train_step
 
@@ -83,6 +84,10 @@ class Problem(Protocol):
     @property
     def metrics(self) -> Sequence[str]:
         """Names, the one selected on first."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the devices to train on; None is one."""
 
     def loss(self, subject: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch under parameters (linen) or a model (NNX)."""
@@ -150,7 +155,10 @@ class Trained:
         """A state with the best adapters, if there are any yet."""
         if self.adapters is None:
             return state
-        return replace(state, adapters=jax.tree.map(jnp.asarray, self.adapters))
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), self.adapters, state.adapters
+        )
+        return replace(state, adapters=placed)
 
 
 class Log:
@@ -244,6 +252,8 @@ def train(
     steps = options.steps(len(problem.train))
     tx = options.make(steps, problem.recipe)
     state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
+    if problem.mesh is not None:
+        state = shard(state, problem.mesh)
     log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
     found = Trained(problem.metrics[0], on_record, on_best)
     training = _Training(problem, state, log, found, steps, options.marks(len(problem.train)))
@@ -313,7 +323,8 @@ class _Training:
             raise
 
     def _advance(self, step: Callable[..., Any]) -> None:
-        self.state, metrics = step(self.state, self.problem.batch(self.step))
+        batch, mesh = self.problem.batch(self.step), self.problem.mesh
+        self.state, metrics = step(self.state, shard_batch(batch, mesh) if mesh else batch)
         self.step += 1
         self.due = self.step in self.marks
         self.found.note(self.log.add(self.step, metrics))

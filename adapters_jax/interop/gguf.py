@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from adapters_jax.interop import chat
 from adapters_jax.interop.gguf_tensors import read_tensors
+from adapters_jax.interop.names import Stored
 
 if TYPE_CHECKING:
     import tokenizers
@@ -84,7 +83,7 @@ class GGUF:
             "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in self.stored),
         }
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, Stored]:
         """The weights as Hugging Face stores them, in float32.
 
         Raises:

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from adapters_jax.interop.names import Stored
 
 _MODULES = {
     "token_embd": "model.embed_tokens",
@@ -22,8 +25,8 @@ _MODULES = {
 }
 
 
-def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str, np.ndarray]:
-    """Dequantises the tensors of a `gguf.GGUFReader`.
+def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str, Stored]:
+    """The tensors of a `gguf.GGUFReader`; each is dequantised when its array is asked for.
 
     Args:
         tensors: the reader's.
@@ -34,13 +37,21 @@ def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str,
         Each in float32 and as `(out, in)`, by its Hugging Face name.
 
     Raises:
-        ValueError: a q or k weight does not divide into the heads, or a quantisation is unknown.
+        ValueError: in reading: a q or k weight does not divide into the heads, or a quantisation is
+            unknown.
     """
-    weights = {tensor_name(tensor.name): _dequantised(tensor) for tensor in tensors}
-    for name, weight in weights.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weights[name] = half_split(weight, heads if "q_proj" in name else kv_heads, name)
-    return weights
+    found = {}
+    for tensor in tensors:
+        name = tensor_name(tensor.name)
+        rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2:][0], 0)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        found[name] = Stored(shape, partial(_read, tensor, rotated, name))
+    return found
+
+
+def _read(tensor: Any, heads: int, name: str) -> np.ndarray:
+    weight = _dequantised(tensor)
+    return half_split(weight, heads, name) if heads else weight
 
 
 def _dequantised(tensor: Any) -> np.ndarray:

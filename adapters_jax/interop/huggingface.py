@@ -7,11 +7,14 @@ unpickling runs whatever code the file holds.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from adapters_jax.interop.names import Stored
 
 # Top level only: some repositories keep exports for other runtimes in folders.
 WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
@@ -89,14 +92,15 @@ def _check_files(directory: Path) -> None:
         )
 
 
-def read_tensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of `model.safetensors`, or of the shards its index names.
+def read_tensors(directory: str | Path) -> dict[str, Stored]:
+    """The tensors of `model.safetensors`, or of the shards its index names; none is read yet.
 
     Args:
         directory: where the files are.
 
     Returns:
-        The tensors by their names in the files, each of the dtype stored (bfloat16 included).
+        The tensors by their names in the files; each is read when its array is asked for, in the
+        dtype stored (bfloat16 included).
 
     Raises:
         ValueError: if a shard is absent or a file is damaged; all of them are named.
@@ -108,20 +112,26 @@ def read_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     absent = [name for name in shards if not (directory / name).is_file()]
     if absent:
         raise ValueError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Stored] = {}
     for name in shards:
         tensors |= read_file(directory / name)
     return tensors
 
 
-def read_file(path: Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of one safetensors file, or raises a `ValueError` that names it."""
+def read_file(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, or raises a `ValueError` that names it."""
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()  # a file is no mapping: it cannot be iterated over itself
-            return {name: file.get_tensor(name) for name in names}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}.") from error
+    return {name: Stored(shape, partial(_read, path, name)) for name, shape in shapes.items()}
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(name)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

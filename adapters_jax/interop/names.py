@@ -4,7 +4,7 @@ Each model's names stand beside that model, as a `NameTable`; what every model s
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapters_jax.errors import compare_trees
+from adapters_jax.sharding import place
 
 
 class Rule(NamedTuple):
@@ -46,6 +47,29 @@ class Source(NamedTuple):
             index, count = self.part
             tensor = np.split(tensor, count, axis=-1)[index]
         return tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, read whenever its array is asked for; `numpy.asarray` does.
+
+    Args:
+        shape: known without reading it.
+        read: gives the array.
+
+    Example:
+        >>> np.asarray(Stored((2,), lambda: np.ones(2)))
+        array([1., 1.])
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read() if dtype is None else self.read().astype(dtype)
+
+
+Tensor = np.ndarray | Stored
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class NameTable:
         transposed = leaf == "kernel" and not self.fan_in_fan_out
         return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
 
-    def canonical(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by names without prefix, with the oldest files' gamma and beta renamed."""
         theirs: dict[str, str] = {}
         for name in tensors:
@@ -105,13 +129,14 @@ class NameTable:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], names: NameTable, like: Any) -> Any:
+def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
     """Puts a checkpoint's tensors where a model's parameters are.
 
     Args:
-        tensors: the checkpoint's, by name; see `read_tensors`.
+        tensors: the checkpoint's, by name; see `read_tensors`. They are read one by one.
         names: the model's table.
-        like: the model's parameters, arrays or abstract; their dtypes are what comes back.
+        like: the model's parameters, arrays or abstract; their dtypes and shardings are what comes
+            back.
 
     Returns:
         A tree of `like`'s structure, shapes and dtypes.
@@ -147,10 +172,18 @@ def from_tensors(tensors: Mapping[str, np.ndarray], names: NameTable, like: Any)
     return jax.tree_util.tree_unflatten(
         structure,
         [
-            jnp.asarray(source.take(found[source.name]), leaf.dtype)
+            _placed(source.take(np.asarray(found[source.name])), leaf)
             for source, leaf in places.values()
         ],
     )
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    """An array with another one's dtype, where that one is."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None:
+        return jnp.asarray(array, like.dtype)
+    return place(array.astype(like.dtype, copy=False), sharding)
 
 
 def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:

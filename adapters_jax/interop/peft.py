@@ -7,23 +7,19 @@ the file holds.
 Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
-from safetensors.numpy import save_file
 
-from adapters_jax.files import AdapterFileError
-from adapters_jax.interop import huggingface, peft_load, peft_save
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.interop import directories, peft_load, peft_save
+from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.peft_config import config_problems
-from adapters_jax.interop.peft_places import Names, find_places
+from adapters_jax.interop.places import Names, find_places
 from adapters_jax.methods import Method
-from adapters_jax.partition import Tree, flatten, unflatten
+from adapters_jax.partition import Tree, unflatten
 from adapters_jax.recipe import Recipe
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -59,6 +55,7 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
 
     Example:
         >>> import tempfile
+        >>> import numpy as np
         >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
         >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
         >>> from adapters_jax import LoRA
@@ -121,48 +118,23 @@ def save_peft(
             holds something; everything is named at once.
         TypeError: `adapters` is not a tree.
     """
-    if not isinstance(adapters, Mapping):
-        raise TypeError(
-            f"save_peft: {type(adapters).__name__} is not a tree of adapters; write "
-            "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam)"
-        )
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not empty; give another directory")
-    flat = {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+    flat = directories.flat_leaves("save_peft", adapters)
+    directory = directories.empty_directory(directory)
     places = find_places(names, base)
     config, tensors, problems = peft_save.write(Recipe(recipe), flat, places, prefix)
     if problems:
         raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
-    _write(directory, {**config, "inference_mode": True, **fields}, tensors)
+    config |= {"inference_mode": True, **fields}
+    directories.write_pair(directory, (CONFIG, config), (TENSORS, tensors))
     return directory
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """The configuration and the tensors of a directory."""
-    lacking = [name for name in (CONFIG, TENSORS) if not (directory / name).is_file()]
-    if lacking:
-        pickled = f"; {PICKLE_ADVICE}" if (directory / PICKLE).exists() else ""
-        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
-    try:
-        config = huggingface.read_json(directory / CONFIG)
-        if "peft_type" not in config:
-            raise AdapterFileError(
-                f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
-                "save_adapter wrote is for load_adapter"
-            )
-        return config, huggingface.read_file(directory / TENSORS)
-    except AdapterFileError:
-        raise
-    except ValueError as error:
-        raise AdapterFileError(str(error)) from error
-
-
-def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Puts both files into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(whole, directory / TENSORS, {"format": "pt"})
-    (directory / TENSORS).chmod(0o644)  # safetensors writes it for its owner alone
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
+    config, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, PICKLE_ADVICE)
+    if "peft_type" not in config:
+        raise AdapterFileError(
+            f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
+            "save_adapter wrote is for load_adapter"
+        )
+    return config, tensors

@@ -7,7 +7,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from adapters_jax.interop.directories import field_problems
+
 Config = Mapping[str, Any]
+ROOT = "base_model.model."
+TIED = (
+    "{}: PEFT adapts the word embeddings alone, and here they are the output layer as well, which "
+    "the same factors would reach; leave them out, or use a model with tie_word_embeddings=False"
+)
 
 HONOURED = {
     "LORA": {
@@ -71,15 +78,7 @@ def config_problems(config: Config) -> list[str]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in HONOURED:
         return [f"peft_type={kind!r}, wanted {' or '.join(HONOURED)}"]
-    problems = []
-    for field, found in config.items():
-        if field in IDLE or found is None:
-            continue
-        if field in HONOURED[kind]:
-            problems += [f"{field}={found!r}, {wanted}" for wanted in _wanted(field, found)]
-        elif found is not False and found not in ({}, [], ""):
-            problems.append(f"{field}={found!r} is not supported")
-    return problems
+    return field_problems(config, HONOURED[kind], IDLE, _wanted)
 
 
 def _wanted(field: str, found: Any) -> list[str]:

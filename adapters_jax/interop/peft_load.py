@@ -1,14 +1,14 @@
 """PEFT's tensors and configuration as methods and leaves of ours."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.peft_config import STARTS, Config, means, number_at, value
-from adapters_jax.interop.peft_layouts import Array, Place, our_factors, our_leaf
-from adapters_jax.interop.peft_places import ROOT, TIED, Places, shortest
+from adapters_jax.interop.layouts import Array, Place, our_factors, our_leaf
+from adapters_jax.interop.peft_config import ROOT, STARTS, TIED, Config, means, number_at, value
+from adapters_jax.interop.places import Places, as_in_base, shortest
 from adapters_jax.methods import DoRA, LlamaAdapter, LoRA, Method, Unfreeze
 
 _LEAVES = {
@@ -183,12 +183,6 @@ def _trained(plain: Mapping[str, Array], places: Places, problems: list[str]) ->
                 problems.append(f"{key} is {list(tensor.shape)}, which does not fit {place.path}")
             else:
                 new[f"{place.path}/{leaf}"] = array
-        if not (key.endswith(".base_layer.weight") and _as_in_base(new, places)):
+        if not (key.endswith(".base_layer.weight") and as_in_base(new, places)):
             leaves |= {p: x.astype(places.base[p].dtype) for p, x in new.items()}
     return leaves
-
-
-def _as_in_base(leaves: Mapping[str, Array], places: Places) -> bool:
-    """Whether these are the base's own values: PEFT saves an adapted embedding's whole weight."""
-    both: Iterable[tuple[Array, Any]] = [(x, places.base[path]) for path, x in leaves.items()]
-    return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.peft_layouts import Array, their_leaf
-from adapters_jax.interop.peft_places import ROOT, Places, in_order
-from adapters_jax.interop.peft_save_lora import Added, Tensors, lora
+from adapters_jax.interop.layouts import Array, their_leaf
+from adapters_jax.interop.peft_config import ROOT
+from adapters_jax.interop.peft_save_lora import Tensors, lora
+from adapters_jax.interop.places import Added, Places, by_site, in_order, trained_value
 from adapters_jax.methods import DoRA, LlamaAdapter, LoRA
 from adapters_jax.recipe import Recipe
 
@@ -17,7 +18,7 @@ def write(
 ) -> tuple[dict[str, Any], Tensors, list[str]]:
     """The configuration, the tensors, and every problem."""
     problems: list[str] = []
-    added, trained = _sorted(recipe, leaves, problems)
+    added, trained = by_site(recipe, leaves, problems)
     kinds = {type(method) for method in recipe.attached}
     if kinds == {LlamaAdapter}:
         problems += [f"{path}: PEFT's prompts go with no other trained leaf" for path in trained]
@@ -30,30 +31,6 @@ def write(
     config, tensors = lora(recipe, added, places, prefix, problems)
     more, fields = _trained(trained, added, places, prefix, problems)
     return config | fields, tensors | more, problems
-
-
-def _sorted(
-    recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
-) -> tuple[Added, Tensors]:
-    """The leaves that methods added, by site, and the base's own that train."""
-    added: Added = {}
-    trained: Tensors = {}
-    for path, leaf in leaves.items():
-        owner = recipe.owner(path)
-        if owner is not None:
-            site, method = owner
-            added.setdefault(site, {})[path.removeprefix(f"{site}/{method.slot}/")] = leaf
-        elif recipe.trains(path):
-            trained[path] = leaf
-        else:
-            problems.append(f"{path} is not trained by the recipe")
-    for site in list(added):
-        names = {name for method in recipe.at(site) for name in method.leaf_names}
-        lacking = sorted(names - added[site].keys())
-        if lacking:
-            problems.append(f"{site} lacks {', '.join(lacking)}")
-            del added[site]
-    return added, trained
 
 
 def _trained(
@@ -83,7 +60,7 @@ def _trained(
         biases |= {adapted} if alone else set()
         saved += [] if alone else [name]
         for leaf in ["bias"] if alone else parts[0].leaves:
-            arrays = [_value(f"{p.path}/{leaf}", trained, places, problems) for p in parts]
+            arrays = [trained_value(f"{p.path}/{leaf}", trained, places, problems) for p in parts]
             kind = "bias" if leaf == "bias" else "weight"
             inner = ".base_layer" if adapted else ""
             whole = their_leaf(leaf, arrays, places.fan_in_fan_out)
@@ -91,15 +68,6 @@ def _trained(
     problems += [f"{path} has no name in PEFT's files; add it to names" for path in sorted(unknown)]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
     return tensors, {"bias": bias, "modules_to_save": saved or None}
-
-
-def _value(path: str, trained: Mapping[str, Array], places: Places, problems: list[str]) -> Array:
-    """A trained leaf, or the base's where its module is saved whole."""
-    own = places.base[path]
-    if path not in trained and not hasattr(own, "__array__"):
-        problems.append(f"{path} goes with what trains: give a base with its values, not shapes")
-        return np.zeros(own.shape, np.float32)
-    return np.asarray(trained.get(path, own))
 
 
 def _prompts(

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.peft_layouts import Array, Place, their_factors
-from adapters_jax.interop.peft_places import ROOT, TIED, Places, in_order
+from adapters_jax.interop.layouts import Array, Place, rounded, their_factors
+from adapters_jax.interop.peft_config import ROOT, TIED
+from adapters_jax.interop.places import Added, Places, in_order
 from adapters_jax.methods import DoRA, LoRA
 from adapters_jax.recipe import Recipe
 
 Tensors = dict[str, Array]
-Added = dict[str, dict[str, Array]]  # by site, then by the leaf's name
 STARTS = {"gaussian_rank": "gaussian"}
 
 
@@ -47,7 +47,7 @@ def lora(
             continue
         a, b, scale = _factors(recipe, parts, mine)
         ranks[name] = len(a)
-        alphas[name] = _rounded(
+        alphas[name] = rounded(
             scale * (math.sqrt(len(a)) if methods[0].rank_stabilized else len(a))
         )
         tensors |= _named(name, parts[0], a, b)
@@ -111,12 +111,6 @@ def _magnitude(parts: Sequence[Array], a: Array) -> Array:
     """The norms of all outputs; a convolution has them along its second axis."""
     whole = np.concatenate(parts)
     return whole if a.ndim == 2 else whole.reshape(1, -1, *(1,) * (a.ndim - 2))
-
-
-def _rounded(number: float) -> float:
-    """Without the last digits, which a root and its square leave behind; whole where it is."""
-    number = float(f"{number:.12g}")
-    return int(number) if number == int(number) else number
 
 
 def _fields(

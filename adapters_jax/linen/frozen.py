@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import linen as nn
-from jaxtyping import Array
 
 from adapters_jax import registry
 from adapters_jax.quantized import is_quantized, once
@@ -35,14 +34,14 @@ def has_quantized(module: Any, call: str, args: Any, kwargs: Any) -> bool:
     return found is not None and is_quantized(module.scope.get_variable("params", found.weight))
 
 
-def call_quantized(module: nn.Module, call: str, args: Any, kwargs: Any) -> Array:
+def call_quantized(module: nn.Module, call: str, args: Any, kwargs: Any) -> Any:
     """What a layer returns, computed by a stand-in that gets the weight in floats."""
     own = module.variables["params"]
     weights = {name: leaf for name, leaf in own.items() if is_quantized(leaf)}
     params = {n: x for n, x in own.items() if n not in weights and not isinstance(x, Mapping)}
     alone = module.clone(parent=None)
 
-    def run(weights: Any, params: Any, args: Any, kwargs: Any) -> Array:
+    def run(weights: Any, params: Any, args: Any, kwargs: Any) -> Any:
         with _unseen():
             return alone.apply({"params": {**params, **weights}}, *args, method=call, **kwargs)
 

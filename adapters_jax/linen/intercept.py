@@ -50,6 +50,12 @@ def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -
     return None
 
 
+def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a call of a compact module once more, with names in its scope free again."""
+    object.__setattr__(module, "scope", module.scope.rewound())
+    return run(*args, **kwargs)
+
+
 @dataclass
 class _Running:
     """A call under way.
@@ -117,16 +123,27 @@ class Interceptor:
         self._running.append(here)
         try:
             with self._attending(module, path, here):
-                quantized = has_quantized(module, call, args, kwargs)
-                y = call_quantized(module, call, args, kwargs) if quantized else run(*args, **kwargs)
+                if has_quantized(module, call, args, kwargs):
+                    y = call_quantized(module, call, args, kwargs)
+                else:
+                    y = run(*args, **kwargs)
         finally:
             self._running.pop()
         if reentrant or call not in registry.calls(type(module)):
             return y
-        return self._adapted(module, path, call, args, kwargs, y, here)
+        run = functools.partial(_rerun, module, run)
+        return self._adapted(module, path, call, run, args, kwargs, y, here)
 
     def _adapted(
-        self, module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any, here: _Running
+        self,
+        module: Any,
+        path: str,
+        call: str,
+        run: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        y: Any,
+        here: _Running,
     ) -> Any:
         """The output after every method that targets the module and acts on its output."""
         site = site_of(module, path, call, args, kwargs, y)
@@ -139,7 +156,9 @@ class Interceptor:
             if method.fits(site):
                 x = registry.input_of(module, call, args, kwargs)
                 scope = module.scope.push(method.slot, reuse=True)
-                y = run_method(module, scope, method, site, x, y, here.evaluation)
+                again = registry.with_input(run, module, call, args, kwargs)
+                here_now = dataclasses.replace(site, again=again)
+                y = run_method(module, scope, method, here_now, x, y, here.evaluation)
         return y
 
     def _attending(

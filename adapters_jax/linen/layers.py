@@ -30,6 +30,8 @@ class Bottleneck(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     init_std: float = 1e-2
+    norm_before: bool = False
+    norm_after: bool = False
 
     @nn.compact
     def __call__(
@@ -50,6 +52,8 @@ class Bottleneck(nn.Module):
             activation=self.activation,
             dropout=self.dropout,
             init_std=self.init_std,
+            norm_before=self.norm_before,
+            norm_after=self.norm_after,
         )
         y = x if y is None else y
         site = Site("/".join(self.path), "__call__", x.shape[-1])

@@ -29,6 +29,7 @@ class Site:
         weight_shape: shape of that weight, without layer axes.
         precision: matmul precision of the module.
         attention: the sizes of an attention module; None where it is none that is known.
+        again: the call under way, without adapters, on another input; None outside of a call.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Site:
     weight_shape: tuple[int, ...] = ()
     precision: Any = None
     attention: Attention | None = None
+    again: Callable[[Array], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     return jnp.zeros(shape)
 
 
+def ones(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Ones; the key is not used."""
+    return jnp.ones(shape)
+
+
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
     """Zeroes entries with probability `rate` and scales the rest; no key means evaluation."""
     if key is None or rate == 0.0:
@@ -110,3 +117,14 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Fl
 def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
     """x + bias along the last axis, without leaning on implicit rank promotion."""
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "... d"]:
+    """Layer normalisation as PyTorch's default: statistics in float32, epsilon 1e-5."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return add_last(normed.astype(x.dtype) * scale, bias)

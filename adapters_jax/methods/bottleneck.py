@@ -2,7 +2,7 @@
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751. The parallel
 placement is He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning",
-arXiv:2110.04366.
+arXiv:2110.04366; the one around a norm is Pfeiffer et al. 2021, "AdapterFusion", arXiv:2005.00247.
 """
 
 import math
@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "softplus": jax.nn.softplus,
     "identity": lambda x: x,
 }
+_NORMS = ("norm_before", "norm_after")
 
 
 def bottleneck_parameters(d: int, m: int) -> int:
@@ -49,17 +50,21 @@ class Bottleneck:
 
     Sequential: `y + scale * up(f(down(y)))` of the module's output y (Houlsby, Pfeiffer).
     Parallel: `y + scale * up(f(down(x)))` of the module's input x, which must be as wide as y.
+    Norm: `norm(x + scale * up(f(down(y))))`, where the module is a norm, x its input and
+    y = norm(x) (Pfeiffer's place in post-norm transformers, where x is the sum with the residual).
     Both projections have a bias. Leaves are float32 and compute in the dtype of y.
 
     Args:
         targets: patterns of module paths.
         bottleneck_dim: m, the width between the projections.
         reduction_factor: instead of `bottleneck_dim`: m = max(1, floor(d / reduction_factor)).
-        placement: "sequential" or "parallel".
+        placement: "sequential", "parallel" or "norm".
         scale: factor on the branch; He et al. use 4 for the parallel form.
         activation: "gelu" (tanh form, as in Houlsby's code), or another name in `ACTIVATIONS`.
         dropout: probability of zeroing an entry between the projections while training.
         init_std: standard deviation of both kernels, truncated at two of them; 1e-2 in the paper.
+        norm_before: whether a layer norm of the adapter's own comes before the down-projection.
+        norm_after: whether one comes behind the scaled up-projection.
 
     Raises:
         ValueError: a field out of its range, or not exactly one of the two width fields.
@@ -71,7 +76,6 @@ class Bottleneck:
 
     name: ClassVar[str] = "bottleneck"
     slot: ClassVar[str] = "adapter"
-    leaf_names: ClassVar[tuple[str, ...]] = ("down/kernel", "down/bias", "up/kernel", "up/bias")
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
@@ -79,11 +83,13 @@ class Bottleneck:
     targets: str | tuple[str, ...]
     bottleneck_dim: int | None = None
     reduction_factor: float | None = None
-    placement: Literal["sequential", "parallel"] = "sequential"
+    placement: Literal["sequential", "parallel", "norm"] = "sequential"
     scale: float = 1.0
     activation: str = "gelu"
     dropout: float = 0.0
     init_std: float = 1e-2
+    norm_before: bool = False
+    norm_after: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "Bottleneck"))
@@ -99,16 +105,35 @@ class Bottleneck:
         fields.check_number("Bottleneck", "init_std", self.init_std, closed=True)
         fields.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
         fields.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
-        fields.check_choice("Bottleneck", "placement", self.placement, ("sequential", "parallel"))
+        placements = ("sequential", "parallel", "norm")
+        fields.check_choice("Bottleneck", "placement", self.placement, placements)
         fields.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
+        for name in _NORMS:
+            fields.check_flag("Bottleneck", name, getattr(self, name))
+
+    @property
+    def leaf_names(self) -> tuple[str, ...]:
+        """The names of its arrays."""
+        own = [f"{name}/{part}" for name in self.norms for part in ("scale", "bias")]
+        return ("down/kernel", "down/bias", "up/kernel", "up/bias", *own)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The layer norms of its own."""
+        return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, site: Site) -> bool:
-        """Whether the method can attach there: to every module that returns a float array."""
-        return site.call == "__call__" and site.width > 0
+        """Whether the method can attach there: to every module that returns a float array.
+
+        Around a norm it runs the module twice, and so wants one that no other method changes.
+        """
+        alone = self.placement != "norm" or site.contraction is None
+        return site.call == "__call__" and site.width > 0 and alone
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
-        return f"{type(module).__name__} does not return one float array"
+        norm = " or is not a norm" if self.placement == "norm" else ""
+        return f"{type(module).__name__} does not return one float array{norm}"
 
     def width(self, d: int) -> int:
         """The bottleneck's width m on an output of width d."""
@@ -118,22 +143,28 @@ class Bottleneck:
         """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
         d, m = site.width, self.width(site.width)
         kernel = base.truncated_normal(self.init_std)
-        return {
+        leaves = {
             "down/kernel": Leaf((d, m), kernel),
             "down/bias": Leaf((m,), base.zeros),
             "up/kernel": Leaf((m, d), kernel),
             "up/bias": Leaf((d,), base.zeros),
         }
+        for name in self.norms:
+            leaves |= {
+                f"{name}/scale": Leaf((d,), base.ones),
+                f"{name}/bias": Leaf((d,), base.zeros),
+            }
+        return leaves
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
     ) -> Count:
-        """The closed form 2md + d + m; d is read off the leaves, m from this recipe."""
+        """The closed form 2md + d + m, and 2d for a norm; d is read off the leaves, m from here."""
         d = shapes["down/kernel"][-2]
         m = self.width(d)
         return Count(
-            f"2*{d}*{m} + {d} + {m}",
-            bottleneck_parameters(d, m),
+            f"2*{d}*{m} + {d} + {m}" + f" + 2*{d}" * len(self.norms),
+            bottleneck_parameters(d, m) + 2 * d * len(self.norms),
             math.prod(shapes["down/bias"][:-1]),
         )
 
@@ -151,7 +182,7 @@ class Bottleneck:
         Args:
             leaves: the arrays by name.
             site: where they are attached.
-            x: the module's input; used by the parallel placement only.
+            x: the module's input; not used by the sequential placement.
             y: the module's output, (..., d).
             key: for dropout while training; None in evaluation.
             frozen: not used.
@@ -159,16 +190,32 @@ class Bottleneck:
         Returns:
             An array like y, of its dtype.
         """
-        source = y if self.placement == "sequential" else x
-        shape = getattr(source, "shape", type(source).__name__)
-        if shape != y.shape:
+        if self.placement != "sequential" and getattr(x, "shape", None) != y.shape:
+            shape = getattr(x, "shape", type(x).__name__)
             raise RecipeError(
-                f"parallel Bottleneck at {site.path!r}: input {shape} and output {y.shape} "
+                f"{self.placement} Bottleneck at {site.path!r}: input {shape} and output {y.shape} "
                 "differ; target a module that keeps the shape"
             )
-        down, down_bias, up, up_bias = (leaves[name].astype(y.dtype) for name in self.leaf_names)
-        hidden = jnp.matmul(source.astype(y.dtype), down, precision=site.precision)
-        hidden = ACTIVATIONS[self.activation](base.add_last(hidden, down_bias))
+        source = x if self.placement == "parallel" else y
+        branch = self._branch(leaves, source.astype(y.dtype), site.precision, key)
+        if self.placement != "norm":
+            return y + branch
+        if site.again is None:
+            raise RecipeError("Bottleneck: placement='norm' wants a norm to target, by a recipe")
+        return site.again(x + branch.astype(x.dtype))
+
+    def _branch(
+        self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
+    ) -> Float[Array, "... d"]:
+        """scale * up(f(down(x))), with the adapter's own norms around it."""
+        own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
+        if self.norm_before:
+            x = base.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
+        hidden = jnp.matmul(x, own["down/kernel"], precision=precision)
+        hidden = ACTIVATIONS[self.activation](base.add_last(hidden, own["down/bias"]))
         hidden = base.dropout(hidden, self.dropout, key)
-        branch = base.add_last(jnp.matmul(hidden, up, precision=site.precision), up_bias)
-        return y + (branch if self.scale == 1.0 else branch * jnp.asarray(self.scale, y.dtype))
+        y = base.add_last(jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"])
+        y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
+        if self.norm_after:
+            y = base.layer_norm(y, own["norm_after/scale"], own["norm_after/bias"])
+        return y

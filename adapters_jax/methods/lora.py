@@ -100,6 +100,7 @@ class LoRA:
                 fields.check_number(owner, "alpha", alpha)
         fields.check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
         fields.check_choice(owner, "a_init", self.a_init, INITS)
+        fields.check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", fields.ranges(self.slices))
         if self.slices and self.from_weight:
             raise ValueError(f"{owner}: slices go with a random start, without dora and pissa")

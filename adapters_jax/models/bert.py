@@ -2,7 +2,8 @@
 
 Each block is post-norm: `norm(x + output(attention(x)))`, then the same around the feed-forward.
 `output` is a projection with its dropout, so a Houlsby adapter on `**/attention/output` and
-`**/mlp/output` sits between that dropout and the residual sum, as in its paper.
+`**/mlp/output` sits between that dropout and the residual sum, as in its paper. The sums are
+modules as well, `attention_sum` and `mlp_sum`.
 
 Reference:
     Devlin et al., BERT (2018), https://arxiv.org/abs/1810.04805
@@ -19,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
@@ -28,10 +30,12 @@ from adapters_jax.models.layers import (
     FeedForward,
     Output,
     SelfAttention,
+    Sum,
     Typed,
     check_heads,
     check_tokens,
 )
+from adapters_jax.sharding import Rules, laid_out
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 
@@ -172,8 +176,9 @@ class BertLayer(Typed):
             name="mlp",
             **inits,
         )
-        x = norm(name="attention_norm")(x + attention(x, mask, deterministic))
-        return norm(name="mlp_norm")(x + mlp(x, deterministic))
+        x = Sum(name="attention_sum")(x, attention(x, mask, deterministic))
+        x = norm(name="attention_norm")(x)
+        return norm(name="mlp_norm")(Sum(name="mlp_sum")(x, mlp(x, deterministic)))
 
 
 class Bert(Typed):
@@ -265,6 +270,8 @@ def load_bert(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     pooler: bool = False,
     param_dtype: Dtype = jnp.float32,
 ) -> tuple[BertConfig, dict[str, Any]]:
@@ -273,6 +280,9 @@ def load_bert(
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
+        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
+            the default device.
+        rules: partition specs by pattern of the parameter's path, likewise.
         pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
         param_dtype: dtype of the parameters returned.
 
@@ -293,4 +303,5 @@ def load_bert(
     ids = jnp.zeros((1, 1), jnp.int32)
     init = partial(bert.init, method=forward)
     like = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+    like = laid_out(like, mesh, rules)
     return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.interop import huggingface
@@ -27,10 +28,12 @@ from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
     SelfAttention,
+    Sum,
     Typed,
     check_heads,
     check_tokens,
 )
+from adapters_jax.sharding import Rules, laid_out
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ class GPT2Layer(Typed):
             name="mlp",
             **inits,
         )
-        x = x + attention(norm(name="attention_norm")(x), mask, deterministic)
-        return x + mlp(norm(name="mlp_norm")(x), deterministic)
+        y = attention(norm(name="attention_norm")(x), mask, deterministic)
+        x = Sum(name="attention_sum")(x, y)
+        return Sum(name="mlp_sum")(x, mlp(norm(name="mlp_norm")(x), deterministic))
 
 
 class GPT2(Typed):
@@ -244,13 +248,21 @@ NAMES = NameTable(
 
 
 def load_gpt2(
-    name_or_path: str | Path, *, revision: str | None = None, param_dtype: Dtype = jnp.float32
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    param_dtype: Dtype = jnp.float32,
 ) -> tuple[GPT2Config, dict[str, Any]]:
     """Loads a GPT-2 from a directory or the Hugging Face Hub.
 
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
+        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
+            the default device.
+        rules: partition specs by pattern of the parameter's path, likewise.
         param_dtype: dtype of the parameters returned.
 
     Returns:
@@ -263,4 +275,5 @@ def load_gpt2(
     config = GPT2Config.from_json(directory / "config.json")
     init = GPT2(config, param_dtype=param_dtype).init
     like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    like = laid_out(like, mesh, rules)
     return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

@@ -1,4 +1,4 @@
-"""What the linen transformers share: a block's two sublayers, and checks of their inputs."""
+"""What the linen transformers share: a block's sublayers and sums, and checks of their inputs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -77,6 +77,16 @@ class Output(Typed):
         """The projection of `x`, with dropout unless deterministic."""
         dense = nn.Dense(self.features, kernel_init=self.kernel_init, name="dense", **self.types)
         return nn.Dropout(self.dropout_rate)(dense(x), deterministic=deterministic)
+
+
+class Sum(nn.Module):
+    """The residual stream behind a sublayer: what went into it plus what came out."""
+
+    def __call__(
+        self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
+    ) -> Float[Array, "batch length d"]:
+        """Their sum; a module, so that adapters can stand here, or beside the sublayer."""
+        return x + y
 
 
 class SelfAttention(Typed):

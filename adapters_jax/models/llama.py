@@ -177,6 +177,16 @@ class LlamaMLP(nnx.Module):
         return self.output(self.activation(self.gate(x)) * self.up(x))
 
 
+class LlamaSum(nnx.Module):
+    """The residual stream behind a sublayer; a module, so that adapters can stand here."""
+
+    def __call__(
+        self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
+    ) -> Float[Array, "batch length d"]:
+        """What went into the sublayer plus what came out."""
+        return x + y
+
+
 class LlamaLayer(nnx.Module):
     """One pre-norm block."""
 
@@ -190,8 +200,10 @@ class LlamaLayer(nnx.Module):
     ):
         self.attention_norm = norm(config.hidden_size)
         self.attention = LlamaAttention(config, linear, attention_fn, dtype)
+        self.attention_sum = LlamaSum()
         self.mlp_norm = norm(config.hidden_size)
         self.mlp = LlamaMLP(config, linear)
+        self.mlp_sum = LlamaSum()
 
     def __call__(
         self,
@@ -201,8 +213,8 @@ class LlamaLayer(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Float[Array, "batch length d"]:
         """The hidden states that leave the block."""
-        x = x + self.attention(self.attention_norm(x), mask, angles, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_sum(x, self.attention(self.attention_norm(x), mask, angles, cache))
+        return self.mlp_sum(x, self.mlp(self.mlp_norm(x)))
 
 
 def _run(layer: LlamaLayer, *args: Any) -> Array:

@@ -6,14 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
-from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
+from adapters_jax.interop.names import NameTable, Rule, Tensor, from_tensors, to_tensors
 from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.sharding import Rules, laid_out
 
 NAMES = NameTable(
     rules=(
@@ -37,7 +38,12 @@ NAMES = NameTable(
 
 
 def load_llama(
-    name_or_path: str | Path | GGUF, *, revision: str | None = None, **options: Any
+    name_or_path: str | Path | GGUF,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    **options: Any,
 ) -> tuple[LlamaConfig, Llama]:
     """Loads a Llama from a directory, a GGUF file or the Hugging Face Hub.
 
@@ -45,6 +51,9 @@ def load_llama(
         name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
             directory with one, or what `read_gguf` gave), or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
+        mesh: where its parameters go, each as it is read; see `adapters_jax.layout`. By default
+            the default device.
+        rules: partition specs by pattern of the parameter's path, likewise.
         options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
 
     Returns:
@@ -55,7 +64,7 @@ def load_llama(
     """
     config, tensors = _read(name_or_path, revision)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
-    like = nnx.to_pure_dict(nnx.state(model))
+    like = laid_out(nnx.state(model), mesh, rules)
     nnx.update(model, from_tensors(tensors, NAMES, like))
     return config, model
 
@@ -89,7 +98,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
 
 def _read(
     name_or_path: str | Path | GGUF, revision: str | None
-) -> tuple[LlamaConfig, Mapping[str, np.ndarray]]:
+) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
     """The configuration, checked before any weight is used, and the tensors."""
     if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
         name_or_path = read_gguf(name_or_path)

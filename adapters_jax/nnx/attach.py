@@ -5,6 +5,7 @@ The module's class is swapped for a cached subclass. Everything that trains is a
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -59,7 +60,8 @@ def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
                 y = call(self, *args, **kwargs)
             for attached, path in self.adapter_methods:
                 if not isinstance(attached, Prompt):
-                    y = run_method(self, attached, path, name, args, kwargs, y)
+                    run = functools.partial(call, self)
+                    y = run_method(self, attached, path, name, run, args, kwargs, y)
             return y
 
         return method
@@ -88,12 +90,20 @@ def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
 
 
 def run_method(
-    module: Any, method: Bottleneck | LoRA, path: str, call: str, args: Any, kwargs: Any, y: Array
+    module: Any,
+    method: Bottleneck | LoRA,
+    path: str,
+    call: str,
+    run: Callable[..., Array],
+    args: Any,
+    kwargs: Any,
+    y: Array,
 ) -> Array:
     """One method on a module's output, its leaves in the module's child of the method's name."""
     site = site_of(module, path, y.shape[-1], call, *args, **kwargs)
     if not method.fits(site):
         return y
+    site = dataclasses.replace(site, again=registry.with_input(run, module, call, args, kwargs))
     x = registry.input_of(module, call, args, kwargs)
     key = key_of(getattr(module, method.slot))
     return method.forward(leaves_of(module, method), site, x, y, key, frozen_of(module))

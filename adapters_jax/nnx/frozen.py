@@ -77,9 +77,9 @@ def _call(call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
 def quantized_in_place(module: Any, name: str, value: Quantized) -> None:
     """Puts a quantised weight into a layer of a model of one's own; its adapters stay."""
     variable = getattr(module, name)
-    variable.__class__ = quantized_param(type(variable))
+    variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
     variable.set_raw_value(value)
-    _change_class(module, quantized_layer)
+    _change_class(module, lambda cls: quantized_layer(cls))  # type: ignore[arg-type]
 
 
 def float_again(model: nnx.Module) -> None:
@@ -97,4 +97,5 @@ def float_again(model: nnx.Module) -> None:
 def _change_class(module: Any, change: Callable[[type[Any]], type[Any]]) -> None:
     """Changes a layer's class, below that of its adapters."""
     adapted = getattr(type(module), "adapted_from", None)
-    module.__class__ = adapted_class(change(adapted)) if adapted else change(type(module))
+    changed = change(adapted or type(module))
+    module.__class__ = adapted_class(changed) if adapted else changed  # type: ignore[arg-type]

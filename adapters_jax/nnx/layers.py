@@ -20,7 +20,8 @@ class Bottleneck(nnx.Module):
         features: d, the width of its input and output.
         bottleneck_dim: m.
         rngs: seeds the kernels, and dropout.
-        **fields: scale, activation, dropout and init_std as in `adapters_jax.Bottleneck`.
+        **fields: scale, activation, dropout, init_std, norm_before and norm_after as in
+            `adapters_jax.Bottleneck`.
 
     Example:
         >>> import jax.numpy as jnp

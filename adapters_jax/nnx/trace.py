@@ -1,7 +1,9 @@
 """What methods need to know of an NNX model's modules: widths, weights and layer axes."""
 
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,14 +16,17 @@ from adapters_jax.methods.base import Site
 from adapters_jax.nnx.attach import copy, modules_of
 from adapters_jax.nnx.site import layers_of, site_of
 
+# Not on the modules: jax keeps the structure of every model that it traced, and compares with all.
+_RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
+
 
 @functools.cache
 def _recording_class(cls: type[Any]) -> type[Any]:
-    """The subclass of a module class that shows every output to the module's `adapter_trace`."""
+    """The subclass of a module class that shows every output to the `_RECORDER`."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = cls.__call__(self, *args, **kwargs)
-        self.adapter_trace(self, y)
+        _RECORDER.get()(*self.adapter_trace, self, y)
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -39,10 +44,14 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
     probe = copy(model)
     for path, module in list(modules_of(probe).items()):
         if callable(module):
-            module.adapter_trace = functools.partial(record, path, _first_shape(module))
+            module.adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    with explained(model, args):
-        nnx.eval_shape(lambda m: m(*filled(args)), probe)
+    token = _RECORDER.set(record)
+    try:
+        with explained(model, args):
+            nnx.eval_shape(lambda m: m(*filled(args)), probe)
+    finally:
+        _RECORDER.reset(token)
     return seen
 
 

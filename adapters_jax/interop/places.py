@@ -1,4 +1,4 @@
-"""Where a model's modules are in PEFT's files."""
+"""Where a model's modules are in files of other libraries."""
 
 import difflib
 import re
@@ -6,26 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
+from adapters_jax.interop.layouts import Array, Place
 from adapters_jax.interop.names import NameTable
-from adapters_jax.interop.peft_layouts import Place
 from adapters_jax.partition import flatten, join
 from adapters_jax.quantized import unboxed
+from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
 
 Names = NameTable | Mapping[str, str | Sequence[str]]
-ROOT = "base_model.model."
-TIED = (
-    "{}: PEFT adapts the word embeddings alone, and here they are the output layer as well, which "
-    "the same factors would reach; leave them out, or use a model with tie_word_embeddings=False"
-)
+Leaves = dict[str, Array]  # by path
+Added = dict[str, Leaves]  # by site, then by the leaf's name
 HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not in it
 
 
 @dataclass(frozen=True)
 class Places:
-    """A model's modules by the names that PEFT has for them.
+    """A model's modules by the names that PyTorch has for them.
 
     Attributes:
         modules: our modules by their name, without prefix; several where theirs is fused.
@@ -65,10 +64,10 @@ class Places:
 
 
 def find_places(names: Names, base: Any) -> Places:
-    """Goes through a model and asks what its modules are called in PEFT's files.
+    """Goes through a model and asks what its modules are called in PyTorch.
 
     Args:
-        names: a model's table, or a mapping from PEFT's module names to our paths; to a tuple of
+        names: a model's table, or a mapping from their module names to our paths; to a tuple of
             paths where theirs is fused, to an attention module's path for prompts.
         base: the parameters as a tree of arrays, also abstract ones, or an NNX module.
 
@@ -133,6 +132,47 @@ def _by_mapping(
     if problems:
         raise ValueError(f"names maps to what the base does not have: {'; '.join(problems)}")
     return Places(modules, attention, base)
+
+
+def by_site(
+    recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
+) -> tuple[Added, Leaves]:
+    """The leaves that methods added, by site, and the base's own that train."""
+    added: Added = {}
+    trained: Leaves = {}
+    for path, leaf in leaves.items():
+        owner = recipe.owner(path)
+        if owner is not None:
+            site, method = owner
+            added.setdefault(site, {})[path.removeprefix(join(site, method.slot) + "/")] = leaf
+        elif recipe.trains(path):
+            trained[path] = leaf
+        else:
+            problems.append(f"{path} is not trained by the recipe")
+    for site in list(added):
+        names = {name for method in recipe.at(site) for name in method.leaf_names}
+        lacking = sorted(names - added[site].keys())
+        if lacking:
+            problems.append(f"{site} lacks {', '.join(lacking)}")
+            del added[site]
+    return added, trained
+
+
+def trained_value(
+    path: str, trained: Mapping[str, Array], places: Places, problems: list[str]
+) -> Array:
+    """A trained leaf, or the base's where its module is saved whole."""
+    own = places.base[path]
+    if path not in trained and not hasattr(own, "__array__"):
+        problems.append(f"{path} goes with what trains: give a base with its values, not shapes")
+        return np.zeros(own.shape, np.float32)
+    return np.asarray(trained.get(path, own))
+
+
+def as_in_base(leaves: Mapping[str, Array], places: Places) -> bool:
+    """Whether these are the base's own values, which some files repeat."""
+    both: Iterable[tuple[Array, Any]] = [(x, places.base[path]) for path, x in leaves.items()]
+    return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)
 
 
 def shortest(wanted: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:

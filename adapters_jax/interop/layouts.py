@@ -1,4 +1,4 @@
-"""How the arrays of PEFT's files are laid out, and ours.
+"""How the arrays of PyTorch's adapters are laid out, and ours.
 
 Theirs keep the output axis first: A `(r, in)`, B `(out, r)`, a convolution's A `(r, in, window)`
 and B `(out, r, 1)`. Ours keep it last: `(in, r)` and `(r, out)`, `(window, in, r)` and `(r, out)`.
@@ -24,7 +24,7 @@ class Place:
     Attributes:
         path: where it is in our model.
         leaves: the base's arrays in it, by name; only their shapes are needed.
-        part: `(index, count)` where PEFT's module is `count` of ours, fused along the outputs.
+        part: `(index, count)` where their module is `count` of ours, fused along the outputs.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Place:
 def our_factors(
     place: Place, a: Array, b: Array, magnitude: Array | None = None
 ) -> dict[str, Array] | None:
-    """Our leaves of one module out of PEFT's factors; None where they do not fit its weight.
+    """Our leaves of one module out of their factors; None where they do not fit its weight.
 
     Example:
         >>> place = Place("query", {"kernel": np.zeros((6, 4))})
@@ -82,7 +82,7 @@ def our_factors(
 def their_factors(
     place: Place, leaves: Mapping[str, Array], slices: Iterable[tuple[int, int]] = ()
 ) -> tuple[Array, Array]:
-    """PEFT's A and B out of our leaves; a kernel with more than one input axis is a convolution's.
+    """Their A and B out of our leaves; a kernel with more than one input axis is a convolution's.
 
     Outputs beside the slices get zeros.
     """
@@ -117,3 +117,9 @@ def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array
     if name != "kernel" or n < 2 or (fan_in_fan_out and n == 2):
         return whole
     return whole.transpose(n - 1, n - 2, *range(n - 2))
+
+
+def rounded(number: float) -> float:
+    """Without the last digits, which a root and its square leave behind; whole where it is."""
+    number = float(f"{number:.12g}")
+    return int(number) if number == int(number) else number

@@ -1,0 +1,97 @@
+"""Adapter directories of other libraries: settings in JSON, tensors in safetensors.
+
+A pickled file is never opened, because unpickling runs whatever code the file holds.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.interop.layouts import Array
+from adapters_jax.partition import Tree, flatten
+from adapters_jax.tensors import read_tensors
+from adapters_jax.untrusted import read_json
+
+
+def read_pair(
+    directory: Path, config: str, tensors: str, pickle: str, advice: str
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The settings and the tensors of a directory.
+
+    Args:
+        directory: where the files are.
+        config, tensors: their names.
+        pickle: the name of the file that may be there instead of the tensors.
+        advice: how to convert that one.
+
+    Raises:
+        AdapterFileError: a file is absent, pickled or damaged, or holds what ours may not.
+    """
+    lacking = [name for name in (config, tensors) if not (directory / name).is_file()]
+    if lacking:
+        pickled = f"; {advice}" if (directory / pickle).exists() else ""
+        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
+    return read_json(directory / config), read_tensors(directory / tensors)
+
+
+def write_pair(
+    directory: Path,
+    config: tuple[str, Mapping[str, Any]],
+    tensors: tuple[str, Mapping[str, Array]],
+) -> None:
+    """Puts settings and tensors, each with the name of its file, into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors[1].items()}
+    path = directory / tensors[0]
+    save_file(whole, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors writes it for its owner alone
+    text = json.dumps(config[1], indent=2, sort_keys=True) + "\n"
+    (directory / config[0]).write_text(text, encoding="utf-8")
+
+
+def empty_directory(directory: str | Path) -> Path:
+    """A directory to write into; raises ValueError where there is something already."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; give another directory")
+    return directory
+
+
+def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
+    """The trained leaves of a tree by path; raises TypeError where it is no tree."""
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"{owner}: {type(adapters).__name__} is not a tree of adapters; write "
+            "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam)"
+        )
+    return {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
+
+
+def field_problems(
+    config: Mapping[str, Any],
+    honoured: Collection[str],
+    idle: Collection[str],
+    wanted: Callable[[str, Any], list[str]],
+) -> list[str]:
+    """What of some settings cannot be honoured, each as `field=value` with the reason.
+
+    Args:
+        config: the settings.
+        honoured: the fields that are; `wanted(field, value)` says what is wrong with a value.
+        idle: those that do nothing. Others must be null, false or empty.
+    """
+    problems = []
+    for field, found in config.items():
+        if field in idle or found is None:
+            continue
+        if field in honoured:
+            problems += [f"{field}={found!r}, {reason}" for reason in wanted(field, found)]
+        elif found is not False and found not in ({}, [], ""):
+            problems.append(f"{field}={found!r} is not supported")
+    return problems

@@ -1,0 +1,172 @@
+"""What is trained here computes the same in AdapterHub, and back; needs extra `interop-test`."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+from test_adapterhub import (
+    BASES,
+    FIXTURES,
+    HAVE,
+    base_of,
+    loaded,
+    logits_of,
+    of_fixture,
+    pooling_of,
+    seen,
+)
+from trained import trained
+
+import adapters_jax as aj
+from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
+
+WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"
+torch = pytest.importorskip("torch", reason=WHY)
+hub = pytest.importorskip("adapters", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+loading = pytest.importorskip("adapters.loading", reason=WHY)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+AROUND = {"placement": "norm", "activation": "relu"}
+BESIDE = {"placement": "parallel", "scale": 4.0}
+RECIPES = {
+    "bert": [
+        aj.houlsby(4, layer_norms=None, head="head"),
+        aj.pfeiffer(5, targets="**/mlp_norm", head="head", **AROUND)
+        + aj.Unfreeze("bert/pooler/**"),
+        aj.parallel(4, activation="tanh", norm_before=True),  # beside whole sublayers
+        aj.Recipe(aj.Bottleneck("**/attention_norm", reduction_factor=3.0, norm_after=True)),
+        aj.Recipe(
+            aj.Bottleneck("**/layer_0/attention/output", 4, activation="leaky_relu"),
+            aj.Bottleneck("**/layer_0/mlp_sum", 2, activation="identity", **BESIDE),
+            aj.Bottleneck("**/layer_1/{attention,mlp}_norm", 6, **AROUND),
+            aj.LoRA(
+                "**/layer_1/{attention/{query,value},mlp/intermediate}", 4, rank_stabilized=True
+            ),
+        ),
+    ],
+    "gpt2": [
+        aj.houlsby(4, layer_norms=None, activation="gelu_exact", scale=0.5),
+        aj.Recipe(aj.Bottleneck("**/{attention,mlp}_sum", 3, activation="sigmoid")),
+        aj.parallel(targets="**/mlp_sum", reduction_factor=5),
+        aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/intermediate")),
+    ],
+    "llama": [
+        aj.houlsby(4, layer_norms=None, activation="silu"),
+        aj.pfeiffer(targets="**/mlp_sum", reduction_factor=7, norm_before=True, norm_after=True),
+        aj.parallel(4, targets="**/{attention,mlp}_sum"),
+        aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
+    ],
+}
+CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
+CONFIGS = {
+    "double": lambda: hub.DoubleSeqBnConfig(reduction_factor=7, non_linearity="gelu_new"),
+    "seq": lambda: hub.SeqBnConfig(reduction_factor={"0": 5, "default": 64}, mh_adapter=True),
+    "par": lambda: hub.ParBnConfig(ln_after=True),
+    "before": lambda: hub.DoubleSeqBnConfig(ln_before=True, residual_before_ln=False),
+    "plus": lambda: hub.SeqBnConfig(original_ln_after=False, residual_before_ln=False),
+    "lora": lambda: hub.LoRAConfig(
+        r=3, alpha=7, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
+    ),
+    "union": lambda: hub.ConfigUnion(
+        hub.SeqBnConfig(non_linearity="tanh"),
+        hub.DoubleSeqBnConfig(output_adapter=False, leave_out=[0]),
+        hub.LoRAConfig(intermediate_lora=True, selfattn_lora=False),
+    ),
+}
+
+
+def model_of(base, flexible):
+    """A base there, with heads by name or with the head of its class."""
+    classes = {
+        "bert": transformers.BertForSequenceClassification,
+        "roberta": transformers.RobertaForSequenceClassification,
+        "gpt2": transformers.GPT2LMHeadModel,
+        "llama": transformers.LlamaForCausalLM,
+    }
+    if flexible:
+        names = {"bert": hub.BertAdapterModel, "roberta": hub.RobertaAdapterModel}
+        return names[base].from_pretrained(BASES / base)
+    model = classes[base].from_pretrained(BASES / base)
+    hub.init(model)
+    return model
+
+
+def logits_there(model, base):
+    with np.load(BASES / base / "expected.npz") as file:
+        inputs = {name: torch.tensor(file[name]) for name in FIELDS if name in file}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.numpy()
+
+
+def theirs(base, directory):
+    """The logits of a saved adapter in AdapterHub, which must miss no tensor and know them all."""
+    model, info = model_of(base, (directory / "head_config.json").exists()), {}
+    options = {"use_safetensors": True, "set_active": True, "loading_info": info}
+    model.load_adapter(str(directory), **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return logits_there(model, base)
+
+
+@pytest.mark.parametrize(("base", "index"), CASES)
+def test_what_is_trained_here_has_the_same_logits_in_adapterhub(base, index, tmp_path):
+    of = base_of(base)
+    recipe = aj.Recipe(RECIPES[base][index])
+    adapters, logits = trained(of, recipe)
+    directory = save_adapterhub(tmp_path / "a", recipe, adapters, of[0], of[2], name="mine")
+    got, wanted = seen(of, theirs(base, directory)), seen(of, logits)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    plain = seen(of, logits_there(model_of(base, False), base))
+    assert np.abs(plain - wanted).max() > 1e-2
+
+
+def test_a_head_on_the_first_token_goes_over(tmp_path):
+    of = base_of("bert", "cls")
+    recipe = aj.houlsby(4, layer_norms=None, head="head")
+    adapters, logits = trained(of, recipe)
+    saved = save_adapterhub(tmp_path / "a", recipe, adapters, of[0], of[2], pooling="cls")
+    np.testing.assert_allclose(theirs("bert", saved), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("fixture", HAVE)
+def test_what_came_from_adapterhub_goes_back(fixture, tmp_path):
+    of, base = of_fixture(fixture), fixture.split("_")[0]
+    recipe, adapters = loaded(fixture)
+    options = {"prefix": "roberta."} if base == "roberta" else {}
+    directory = save_adapterhub(
+        tmp_path / "a", recipe, adapters, of[0], of[2], pooling=pooling_of(fixture), **options
+    )
+    expected = np.load(FIXTURES / fixture / "logits.npy")
+    np.testing.assert_allclose(seen(of, theirs(base, directory)), seen(of, expected), atol=1e-4)
+
+
+@contextmanager
+def tensors_apart():
+    """AdapterHub's `ln_before` has two names for one tensor, which safetensors refuses."""
+    save = loading.save_file
+
+    def saving(tensors, path):
+        save({name: tensor.clone() for name, tensor in tensors.items()}, path)
+
+    with mock.patch.object(loading, "save_file", saving):
+        yield
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("base", RECIPES)
+def test_what_is_made_there_has_the_same_logits_here(base, config, tmp_path):
+    torch.manual_seed(1)
+    model = model_of(base, False)
+    model.add_adapter("made", config=CONFIGS[config](), set_active=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".made." in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    with tensors_apart():
+        model.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
+    of = base_of(base)
+    recipe, adapters = load_adapterhub(tmp_path / "a", of[0], of[2])
+    got = seen(of, logits_of(of, recipe, adapters, tmp_path))
+    np.testing.assert_allclose(got, seen(of, logits_there(model, base)), atol=1e-4)
