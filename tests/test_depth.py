@@ -49,14 +49,14 @@ def inputs_of(name):
 
 
 @cache
-def loaded(name, scan):
-    """A model and its parameters, which of NNX are the model."""
+def loaded(name, scan, remat=False):
+    """A model and its parameters; those of NNX are its state."""
     if name == "llama":
-        model = llama_files.load_llama(FIXTURES / name, scan=scan)[1]
+        model = llama_files.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
         return model, nnx.state(model, nnx.Param)
     _, load, cls = LINEN[name]
     config, params = load(FIXTURES / name, scan=scan)
-    return cls(config, scan=scan), params
+    return cls(config, scan=scan, remat=remat), params
 
 
 _run = nnx.jit(lambda model, inputs: model(**inputs))
@@ -72,9 +72,9 @@ def logits(name, model, params=None):
     return np.asarray(found)[inputs["attention_mask"] == 1]
 
 
-def adapted(name, scan, recipe=RECIPE, trained=None):
+def adapted(name, scan, recipe=RECIPE, trained=None, remat=False):
     """A model with adapters that have these values, or noise, as (model, params, trained)."""
-    model, params = loaded(name, scan)
+    model, params = loaded(name, scan, remat)
     if name == "llama":
         ids = inputs_of(name)["input_ids"]
         grown = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,))
@@ -112,8 +112,9 @@ def test_one_checkpoint_gives_the_same_logits(name):
 
 def test_every_layer_begins_by_itself():
     tiny = gpt2.GPT2Config(11, 4, 4, 2, 1)
-    params = gpt2.GPT2(tiny, scan=True).init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
-    llama = Llama(LLAMA, scan=True, rngs=nnx.Rngs(0))
+    init = jax.jit(gpt2.GPT2(tiny, scan=True).init)
+    params = init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
+    llama = nnx.jit(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
     for kernel in (
         params["layers"]["attention"]["query"]["kernel"],
         llama.layers.attention.query.kernel[...],
@@ -144,7 +145,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)
-    scanned, stacked, trained = adapted(name, True, recipe)
+    scanned, stacked, trained = adapted(name, True, recipe, remat="dots_saveable")
     model, params, _ = adapted(name, False, recipe, aj.unstack_layers(trained, NAMES[name]))
     inputs = inputs_of(name)
 
@@ -209,10 +210,8 @@ def products(name, scan, remat):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_policies_say_what_is_computed_again(name, scan):
-    counts = [products(name, scan, policy) for policy in blocks.POLICIES]
-    nothing, without_batch, dots, everything = counts
-    assert nothing == products(name, scan, True)
-    assert nothing > without_batch > dots == everything
+    nothing, without_batch, dots = (products(name, scan, x) for x in (True, *blocks.POLICIES[1:3]))
+    assert nothing > without_batch > dots
 
 
 def test_an_unknown_policy_is_refused():
@@ -223,17 +222,6 @@ def test_an_unknown_policy_is_refused():
         jax.eval_shape(
             gpt2.GPT2(gpt2.GPT2_SMALL, remat="dots").init, jax.random.key(0), jnp.ones((1, 2), int)
         )
-
-
-def test_gradients_are_the_same_whatever_is_stored():
-    def gradient(model):
-        return nnx.grad(lambda model: (model(jnp.array([[3, 1, 4]])) ** 2).mean())(model)
-
-    stored = nnx.jit(gradient)(loaded("llama", True)[0])
-    _, again = llama_files.load_llama(FIXTURES / "llama", scan=True, remat="dots_saveable")
-    jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), nnx.jit(gradient)(again), stored
-    )
 
 
 def test_generation_with_a_stacked_cache():
