@@ -44,6 +44,7 @@ from adapters_jax.presets import (
     pfeiffer,
     prefix_tuning,
 )
+from adapters_jax.quantize import dequantize, quantize
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import register_contraction
 from adapters_jax.sharding import (
@@ -86,6 +87,7 @@ __all__ = [
     "bitfit",
     "bottleneck_parameters",
     "combine",
+    "dequantize",
     "freeze_base",
     "full",
     "houlsby",
@@ -112,6 +114,7 @@ __all__ = [
     "pfeiffer",
     "prefix_parameters",
     "prefix_tuning",
+    "quantize",
     "register_attention",
     "register_contraction",
     "save_adapter",

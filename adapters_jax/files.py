@@ -165,8 +165,7 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
                 ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
             )
     manifest.check_counts(file.shapes, file.path)
-    arrays = file.read()
-    return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+    return jax.device_put(file.read())
 
 
 def _kept(dtype: Any) -> bool:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from adapters_jax.linen import Adapted
 from adapters_jax.partition import Tree
+from adapters_jax.quantized import bits_of, is_quantized
 from adapters_jax.sharding import BATCH, Rules, shard, shard_batch
 from adapters_jax.state import TrainState
 from adapters_jax.summary import bytes_text
@@ -157,7 +158,7 @@ def plan(
         batch=max(x.shape[0] for x in jax.tree.leaves(batch) if x.shape),
         devices=1 if mesh is None else mesh.size,
         trainable_parameters=sum(x.size for x in adapters),
-        parameters=sum(x.size for x in [*adapters, *jax.tree.leaves(state.base)]),
+        parameters=sum(math.prod(x.shape) for x in [*adapters, *_parameters(state.base)]),
     )
 
 
@@ -214,8 +215,12 @@ def _part(x: Any, parts: int) -> Any:
     return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
 
+def _parameters(base: Tree) -> list[Any]:
+    """The leaves of a base; a quantised one counts as the weight that it is."""
+    return jax.tree.leaves(base, is_leaf=is_quantized)
+
+
 def _held(x: Any) -> int:
     """Bytes that a device has of an abstract array."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    size = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-    return math.prod(shape) * size
+    return math.prod(shape) * bits_of(x.dtype) // 8

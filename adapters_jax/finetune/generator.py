@@ -83,7 +83,7 @@ def load_generator(path: str | Path) -> Generator:
         prompts = Prompts(**config["prompts"])
     except (TypeError, ValueError) as error:
         raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
-    decoder = load_decoder(config["model"], config["dtype"])
+    decoder = load_decoder(config["model"], config["dtype"], config.get("quantize"))
     ids = np.zeros((1, 8), np.int32)
     model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
     check_base(run, config, decoder.sha256)

@@ -109,7 +109,9 @@ def load_predictor(path: str | Path) -> Predictor:
     run = Run(Path(path))
     config = run.read_config()
     target = target_of(run, config)
-    encoder = load_encoder(config["model"], config["pooling"], config["dtype"])
+    encoder = load_encoder(
+        config["model"], config["pooling"], config["dtype"], config.get("quantize")
+    )
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
     classifier, base = encoder.classifier(target.width), encoder.identity

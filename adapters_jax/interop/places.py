@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 
 from adapters_jax.depth import count_layers, split, stack_layers, unstack_layers
 from adapters_jax.interop.layouts import Array, Place
 from adapters_jax.interop.names import NameTable
 from adapters_jax.methods import Method
 from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.quantized import unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
 
@@ -81,7 +82,7 @@ def find_places(names: Names, base: Any) -> Places:
         ValueError: nothing is found, or a mapping names paths that the base does not have.
     """
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
-    leaves = {path: linen.meta.unbox(leaf) for path, leaf in flatten(state).items()}
+    leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
     stack = names.stack if isinstance(names, NameTable) else None
     scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
     if stack and scanned:
