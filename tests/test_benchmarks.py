@@ -84,7 +84,7 @@ def test_command_line(capsys):
         __main__.main(["stpe"])
     assert stop.value.code == 2
     assert (
-        "no benchmark is called stpe; there are: files, llama, plan, step"
+        "no benchmark is called stpe; there are: files, llama, plan, scale, step"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:

