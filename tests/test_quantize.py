@@ -1,0 +1,431 @@
+"""A quantised base: its numbers against numpy's, its gradients against floats', and its memory."""
+
+import dataclasses
+import json
+import sys
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from arrays import double, drawn, drawn_like, shapes
+from contract import CASES, DOORS, VARIANTS, ids, shaken
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tiny import write_model, write_reviews
+
+import adapters_jax as aj
+from adapters_jax.finetune.output import Output
+from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.finetune.run import Finetune
+from adapters_jax.finetune.sources import DataOptions
+from adapters_jax.partition import flatten
+from adapters_jax.plan import abstract_state, plan
+from adapters_jax.quantized import Quantized, is_quantized, once
+
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+X = drawn((2, 3, 8), 1)
+KINDS = {  # the layer, its input, where its weight is, and its shape with a block's numbers last
+    "dense": (nn.Dense(5), X, "kernel", (2, 4, 5), (0, 2, 1)),
+    "general_in": (nn.DenseGeneral(5, axis=(-2, -1)), X, "kernel", (6, 4, 5), (0, 2, 1)),
+    "einsum_outputs_first": (nn.Einsum((5, 8), "btd,fd->btf", False), X, "kernel", (5, 2, 4), None),
+    "conv": (nn.Conv(5, (3,)), X, "kernel", (6, 4, 5), (0, 2, 1)),
+    "embed": (nn.Embed(7, 8), np.array([[1, 6]]), "embedding", (7, 2, 4), None),
+}
+
+
+def check_blocks(found, blocks, dtype):
+    """Blocks as they are read again: in float64, each number is the nearest that there is."""
+    most = np.abs(blocks).max(-1, keepdims=True)
+    if dtype == "nf4":
+        nearest = np.abs((blocks / most)[..., None] - NF4).argmin(-1)
+        np.testing.assert_allclose(found, np.array(NF4)[nearest] * most, atol=1e-6)
+        return
+    steps = {"int8": 127.5, "int4": 7.5}[dtype]
+    counts = found / most * steps
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
+    assert np.abs(counts - blocks / most * steps).max() < 0.5001 and np.abs(counts).max() > 6.99
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_has_the_numbers_that_numpy_gives_it(kind, dtype):
+    base, x, name, blocks, order = KINDS[kind]
+    params = drawn_like(jax.eval_shape(base.init, jax.random.key(0), x)["params"])
+    small = aj.quantize(base, params, x, dtype=dtype, block=4)
+    weights = (double(tree[name]).reshape(blocks) for tree in (aj.dequantize(small), params))
+    check_blocks(*(w.transpose(order or range(len(blocks))) for w in weights), dtype)
+    assert small[name].array.qvalue.dtype == {"nf4": "uint4"}.get(dtype, dtype)
+    assert set(small) == set(params) and all(small[k] is params[k] for k in params if k != name)
+
+
+def test_int8_has_a_scale_for_each_output_and_for_each_row_of_a_table():
+    linen, stack = DOORS["linen"](CASES["lora_embed"]), DOORS["nnx"](CASES["lora_dense"], **SCAN)
+    small = flatten(aj.quantize(linen.base, linen.base_params, ids()))
+    assert {p: x.array.scale.shape for p, x in small.items() if is_quantized(x)} == {
+        "embed/embedding": (contract.VOCAB, 1),
+        "layer_0/mix/kernel": (1, contract.D),
+    }
+    model = aj.quantize(stack.base)  # three layers in one weight
+    weight = model.layers.mlp.up.kernel.get_raw_value()
+    assert weight.array.scale.shape == (3, 1, contract.HIDDEN)
+    np.testing.assert_array_equal(  # each layer as it would be alone
+        nnx.vmap(lambda m: aj.quantize(m).kernel[...])(stack.base.layers.mlp.up), weight.unbox()
+    )
+
+
+SCAN = VARIANTS["scan"]
+GRADIENTS = [
+    *((door, "lora_dense_general", "plain", "int4") for door in DOORS),
+    *((door, "lora_conv", "plain", "int8") for door in DOORS),
+    *((door, "dora", "plain", "nf4") for door in DOORS),
+    *((door, "together", "scan_remat", "nf4") for door in DOORS),
+    ("linen", "lora_embed", "plain", "int4"),
+    ("linen", "llama_adapter", "plain", "nf4"),
+    ("linen", "lora_dense", "bf16", "int8"),
+    ("nnx", "lora_einsum", "plain", "nf4"),
+    ("nnx", "unfreeze", "plain", "int8"),
+]
+
+
+def with_base(subject, quantized, **options):
+    """The subject with its base quantised, or in the floats that stand for that."""
+    if isinstance(subject, contract.Linen):
+        params = aj.quantize(subject.base, subject.base_params, ids(), **options)
+        params = params if quantized else aj.dequantize(params)
+        whole = aj.init_adapters(subject.model, params, jax.random.key(1), ids())
+        subject.adapters, subject.frozen = aj.partition(whole, subject.recipe)
+    else:
+        base = aj.quantize(subject.base, **options)
+        subject.model = subject.adapted(base if quantized else aj.dequantize(base))
+        parts = nnx.split(subject.model, aj.nnx.AdapterParam, ...)
+        subject.graphdef, subject.adapters, subject.frozen = parts
+    return subject
+
+
+@pytest.mark.parametrize(("door", "case", "variant", "dtype"), GRADIENTS)
+def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
+    door, case, variant, dtype
+):
+    found = []
+    for quantized in (True, False):
+        subject = DOORS[door](CASES[case], **VARIANTS[variant])
+        subject = with_base(subject, quantized, dtype=dtype, block=4)
+
+        def loss(adapters, subject=subject):
+            logits = subject.run(adapters, subject.frozen)
+            return jnp.mean(jnp.square(logits.astype(jnp.float32))), logits
+
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        found.append(run(shaken(subject.adapters)))
+    (_, logits), gradient = found[0]
+    assert logits.dtype == (jnp.bfloat16 if variant == "bf16" else jnp.float32)
+    assert all(np.abs(double(g)).max() > 1e-4 for g in jax.tree.leaves(gradient))
+    tolerance = 0.03 if variant == "bf16" else 1e-5
+    for mine, wanted in zip(*map(jax.tree.leaves, found), strict=True):
+        most = np.abs(double(wanted)).max()
+        np.testing.assert_allclose(double(mine), double(wanted), atol=tolerance * most)
+
+
+LAYERS, WIDTH, ROWS = (2, 6), 256, 8
+KERNEL = WIDTH * WIDTH * 4
+
+
+class LinenNet(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = nn.gelu(nn.Dense(WIDTH, name=f"layer_{i}")(x))
+        return x
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, layers):
+        self.layers = layers
+        for i in range(layers):
+            setattr(self, f"layer_{i}", nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)))
+
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = nnx.gelu(getattr(self, f"layer_{i}")(x))
+        return x
+
+
+def training(door, layers, dtype):
+    """The abstract state of a training with LoRA, its loss and its batch."""
+    x, recipe = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32), aj.LoRA("layer_*", 2)
+    tx = optax.adam(1e-3)
+    if door == "nnx":
+        small = aj.quantize(nnx.eval_shape(lambda: NnxNet(layers)), dtype=dtype)
+        model = aj.adapt(small, recipe, rngs=nnx.Rngs(0))
+        return abstract_state(model, tx=tx), lambda model, x, key: jnp.mean(model(x) ** 2), x
+    base = LinenNet(layers)
+    params = jax.eval_shape(base.init, jax.random.key(0), x)["params"]
+    model = aj.adapt(base, recipe)
+    small = aj.quantize(base, params, x, dtype=dtype)
+    params = aj.init_adapters(model, small, jax.random.key(0), x)
+
+    def loss(params, x, key):
+        return jnp.mean(model.apply({"params": params}, x) ** 2)
+
+    return abstract_state(model, params, tx=tx), loss, x
+
+
+def memory_of_a_step(door, layers, dtype):
+    """The bytes of the base as XLA takes it, and of what a step works with."""
+    state, loss, x = training(door, layers, dtype)
+    step, split = aj.make_train_step(loss), dataclasses.replace(state, base=None)
+    found = step.jitted.lower(split, state.base, x).compile().memory_analysis()
+    moving = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split.adapters))
+    rest = 3 * moving + 4 + 4 + 8 + x.size * 4  # Adam's moments and count, the step, the key
+    return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize(("door", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
+def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(door, dtype):
+    """By XLA's analysis; with each layer come rows of activations, and no kernel in floats."""
+    few, many = (memory_of_a_step(door, layers, dtype) for layers in LAYERS)
+    bits = {"int8": 8 + 32 / WIDTH}.get(dtype, 4 + 32 / 64)  # with the scales
+    assert many[0] == LAYERS[1] * (WIDTH * WIDTH * bits / 8 + 4 * WIDTH)
+    assert many[0] / (LAYERS[1] * (KERNEL + 4 * WIDTH)) < {"int8": 0.26}.get(dtype, 0.145)
+    assert KERNEL <= few[1] < 1.5 * KERNEL
+    assert many[1] - few[1] < (LAYERS[1] - LAYERS[0]) * KERNEL / 4
+
+
+def test_a_plan_counts_what_a_quantised_base_holds():
+    state, loss, x = training("linen", 1, "nf4")
+    found = plan(state, loss, x)
+    assert found.base == WIDTH * WIDTH * (4 + 32 / 64) / 8 + 4 * WIDTH
+    assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
+
+
+def test_a_batch_of_adapters_does_not_make_a_batch_of_weights():
+    base = nn.Dense(16)
+    params = drawn_like(jax.eval_shape(base.init, jax.random.key(0), X)["params"])
+    model = aj.adapt(base, aj.LoRA("**", 2))
+    small = aj.quantize(base, params, X, dtype="nf4", block=8)
+    adapters, frozen = aj.partition(
+        aj.init_adapters(model, small, jax.random.key(1), X), model.recipe
+    )
+    stacked = drawn_like(jax.tree.map(lambda x: jnp.zeros((5, *x.shape)), adapters))
+
+    def run(adapters, x):
+        return model.apply({"params": aj.merge_trees(adapters, frozen)}, x)
+
+    x = drawn((5, 2, 8))
+    each = [run(jax.tree.map(lambda a: a[i], stacked), x[i]) for i in range(5)]  # noqa: B023
+    np.testing.assert_allclose(jax.vmap(run)(stacked, x), each, atol=1e-5)
+    text = str(jax.make_jaxpr(jax.vmap(jax.grad(lambda a, x: run(a, x).sum())))(stacked, x))
+    assert "[8,16]" in text and "[5,8,16]" not in text
+
+
+def test_reading_a_weight_waits_and_changes_nothing_for_any_number():
+    weight = aj.quantize(nn.Dense(2), {"kernel": drawn((2, 2)), "bias": np.ones(2)}, X[..., :2])
+    for x in (1.0, -0.0, np.inf, np.nan, 1e-40):
+        y = once(lambda w, p, args, kwargs: w, weight["kernel"], {}, (jnp.float32([x]),), {})
+        np.testing.assert_array_equal(y, weight["kernel"].unbox())
+
+
+def trained(door, recipe, **options):
+    """A state after three steps on a quantised base, the subject, and its frozen bits before."""
+    subject = with_base(DOORS[door](contract.Case("mlp", aj.Recipe(recipe))), True, **options)
+    state = subject.state(optax.adam(0.02))
+    before = contract.bits(state.base)
+
+    def loss(whole, batch, key):
+        return jnp.mean(jnp.square(subject.logits_of(whole, batch) - 1.0))
+
+    step, losses = aj.make_train_step(loss), []
+    for _ in range(3):
+        state, metrics = step(state, ids())
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[1] < losses[0]
+    assert contract.bits(state.base) == before
+    assert step.jitted._cache_size() == 1
+    return state, subject
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_training_its_checkpoint_its_file_and_its_merge(door, tmp_path):
+    recipe = aj.Recipe(aj.LoRA("**/mlp/{up,output}", 2), aj.Unfreeze("**/norm/scale"))
+    state, subject = trained(door, recipe, dtype="int4", block=4)
+    with aj.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, state)
+        restored = checkpoints.restore(subject.state(optax.adam(0.02))).state
+    assert contract.bits(restored.adapters) == contract.bits(state.adapters)
+    aj.save_adapter(tmp_path / "adapter", state)
+    linen = door == "linen"
+    whole = state.params if linen else state.model
+    wanted = subject.logits_of(whole, ids())
+    quantized = aj.quantize(subject.base, *([subject.base_params, ids()] if linen else []))
+    for base in (quantized, aj.dequantize(quantized)):  # of another dtype, and of floats
+        place = (subject.base, base) if linen else (base, None)
+        loaded = aj.load_adapter(tmp_path / "adapter", *place, ids())
+        model, params = loaded if linen else (loaded, None)
+        run = (lambda x: model.apply({"params": params}, x)) if linen else model  # noqa: B023
+        assert 1e-4 < np.abs(run(ids()) - wanted).max() < 1.0
+    with pytest.raises(aj.RecipeError, match=r"is quantised, .* write aj\.merge\(.*aj\.dequantize"):
+        aj.merge(subject.model, whole, ids()) if linen else aj.merge(whole)
+    if linen:
+        merged = aj.merge(subject.model, aj.dequantize(whole), ids())
+        logits = subject.base.apply({"params": merged}, ids())
+        assert shapes(merged) == shapes(subject.base_params)
+    else:
+        merged = aj.merge(aj.dequantize(whole))
+        logits = merged(ids())
+        assert contract._kinds(merged) == contract._kinds(subject.base)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_an_audit_and_an_identity_count_weights_and_not_how_they_are_kept(door):
+    case, linen = CASES["lora_dense"], door == "linen"
+    plain = DOORS[door](case)
+    before = plain.audit()
+    identity = aj.base_identity(plain.base_params if linen else plain.base)
+    small = with_base(DOORS[door](case), True, dtype="nf4", block=4)
+    after = small.audit()
+    assert after.adapter_parameters == before.adapter_parameters == case.per_layer
+    assert after.frozen_parameters == before.frozen_parameters
+    mlp, table = 2 * contract.D * contract.HIDDEN, contract.VOCAB * contract.D
+    assert after.quantized_parameters == mlp + table
+    assert before.frozen_bytes - after.frozen_bytes == (4 - 0.5 - 4 / 4) * (mlp + table)
+    floats = before.frozen_parameters - mlp - table
+    assert f"quantized {mlp + table:,} of the frozen, float {floats:,}" in repr(after)
+    base = small.whole(small.adapters) if linen else small.model
+    assert aj.base_identity(base, small.recipe) == identity
+
+
+def test_an_adapted_model_is_quantised_but_for_what_trains():
+    """As PiSSA needs it: its factors come out of the float weight, and the rest is quantised."""
+    pissa = aj.LoRA("**/attention/query", 2, a_init="pissa")
+    recipe = aj.Recipe(pissa, aj.Unfreeze("**/attention/out/kernel"))
+    case = contract.Case("attention", recipe)
+    linen, other = DOORS["linen"](case), DOORS["nnx"](case)
+    params = aj.quantize(linen.model, linen.whole(linen.adapters), ids(), dtype="nf4", block=4)
+    model = aj.quantize(other.model, dtype="nf4", block=4)
+    mine, theirs = flatten(params), flatten(nnx.state(model, nnx.Param))
+    names = {path for path, leaf in mine.items() if is_quantized(leaf)}
+    assert names == {path for path, leaf in theirs.items() if is_quantized(leaf)}
+    attention = "layer_0/attention"
+    assert names == {f"{attention}/{name}/kernel" for name in ("query", "key", "value")} | {
+        "embed/embedding"
+    }
+    for run, whole in ((linen, aj.dequantize(params)), (other, aj.dequantize(model))):
+        used = params if run is linen else model
+        wanted = run.logits_of(whole, ids())
+        np.testing.assert_allclose(run.logits_of(used, ids()), wanted, atol=1e-5)
+    message = "PiSSA takes its factors out of the weight at 'layer_0/attention/query', which is qu"
+    with pytest.raises(aj.RecipeError, match=message):
+        with_base(DOORS["linen"](contract.Case("attention", aj.Recipe(pissa))), True, block=4)
+    with pytest.raises(aj.RecipeError, match=message):
+        with_base(DOORS["nnx"](contract.Case("attention", aj.Recipe(pissa))), True, block=4)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_quantised_weight_is_not_trained(door):
+    message = r"trains layer_0/mlp/up/kernel, which is quantised and so frozen; leave it out of"
+    with pytest.raises(aj.RecipeError, match=message):
+        trained(door, aj.Unfreeze("**/up/kernel"))
+
+
+class Annotated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+        return nn.Dense(8, kernel_init=init)(x)
+
+
+def test_a_layout_splits_numbers_and_such_scales_as_divide():
+    mesh = aj.make_mesh("data=-1,model=1")
+    params = Annotated().init(jax.random.key(0), X)["params"]
+    small = aj.quantize(Annotated(), params, X, dtype="int4", block=4)
+    laid = aj.shard(small, mesh)["Dense_0"]["kernel"]
+    assert isinstance(laid, Quantized)
+    for part in (laid.array.qvalue, laid.array.scale):
+        assert part.sharding.spec == P(None, "model")
+    back = aj.dequantize(small)["Dense_0"]["kernel"]
+    assert isinstance(back, nn.Partitioned) and back.names == (None, "model")
+    rules = {"kernel": P("model", None)}
+    model = aj.shard(aj.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), mesh, rules)
+    assert model.kernel.get_raw_value().array.qvalue.sharding.spec == P("model", None)
+
+
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(48, name="up")(x)
+        return nn.LayerNorm(name="norm")(nn.DenseGeneral((3, 4), name="out")(x))
+
+
+def test_what_does_not_fit_is_said_in_one_sentence():
+    base, x = Wide(), np.ones((1, 96), np.float32)
+    params = drawn_like(jax.eval_shape(base.init, jax.random.key(0), x)["params"])
+
+    def refused(error, message, *args, **options):
+        with pytest.raises(error) as caught:
+            aj.quantize(*(args or (base, params, x)), **options)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    refused(
+        ValueError,
+        "quantize: up/kernel has the shape [96, 48], and blocks of 64 do not divide the 96 numbers "
+        "that share scales (so do 1 others, such as out/kernel); write block=48, which divides "
+        "all, or leave it in float: targets=('**', '!up')",
+        dtype="nf4",
+    )
+    refused(ValueError, "dtype='int3', wanted one of int8, int4, nf4", dtype="int3")
+    refused(ValueError, "quantize: block=0, wanted a whole number >= 1", block=0)
+    refused(aj.TargetError, "quantize: target 'dwn' matches nothing. Nearest", targets="dwn")
+    refused(aj.TargetError, "'norm' matches only paths it cannot attach to", targets="norm")
+    bare = {**params, "norm": {"scale": x[0, :4]}}
+    refused(aj.MismatchError, "1 missing: norm/bias", base, bare, x)
+    refused(TypeError, "write params = aj.quantize(model, params, *example_inputs)", base)
+    refused(TypeError, "pass the model alone", nnx.Linear(2, 2, rngs=nnx.Rngs(0)), params)
+    refused(TypeError, "wants a linen or NNX module, got dict", params)
+    small = aj.quantize(base, params, x)
+    refused(ValueError, "up/kernel is quantised already, wanted floats", base, small, x)
+    with pytest.raises(TypeError, match="a quantised weight is frozen; write to the tree"):
+        nn.meta.replace_boxed(small, params)
+    with pytest.raises(TypeError, match="a quantised weight is frozen; write to the model"):
+        aj.quantize(nnx.Linear(2, 2, rngs=nnx.Rngs(0))).kernel[...] = np.ones((2, 2))
+
+
+def test_without_qwix_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"pip install 'adapters-jax\[quant\]'"):
+        aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
+
+
+def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
+    write_model(tmp_path / "tiny")
+    write_reviews(tmp_path / "reviews.jsonl", rows=40)
+
+    def prepared(dtype):
+        data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
+        options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "dtype": "bfloat16"}
+        return Finetune(**options, data=data, quantize=dtype, name=dtype).prepare(Output(json=True))
+
+    job = prepared("int8")
+    problem, config = job.problem, json.loads(job.run.config.read_text())
+    assert config["quantize"] == "int8" and "--quantize=int8" in config["command"]
+    trained, frozen = aj.partition(problem.params, problem.recipe)
+    assert not any(map(is_quantized, flatten(trained).values()))
+    kernel = frozen["bert"]["layer_0"]["attention"]["query"]["kernel"]
+    assert is_quantized(kernel) and kernel.dtype == jnp.bfloat16
+    aj.save_adapter(job.run.adapter, trained, problem.recipe, base=job.identity)
+    predictor = load_predictor(job.run.path)
+    (batch,) = job.encoder.in_order(job.encoder.encode([("good film", None)], 8)[0], None, 1, (8,))
+    wanted = jax.nn.softmax(problem.outputs(problem.params, batch)[0])
+    (said,) = predictor.predict([("good film", None)])
+    np.testing.assert_allclose(list(said.probabilities.values()), wanted, atol=0.01)
+    with pytest.raises(ValueError, match="blocks of 64 do not divide"):
+        prepared("nf4")
+    assert not (tmp_path / "nf4").exists()
