@@ -4,6 +4,7 @@ from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
+from adapters_jax.card import model_card
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
 from adapters_jax.errors import (
@@ -13,7 +14,7 @@ from adapters_jax.errors import (
     RecipeError,
     TargetError,
 )
-from adapters_jax.files import save_adapter
+from adapters_jax.files import read_adapter, save_adapter
 from adapters_jax.hosts import join_hosts
 from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
@@ -104,12 +105,14 @@ __all__ = [
     "make_train_step",
     "merge",
     "merge_trees",
+    "model_card",
     "nnx",
     "parallel",
     "partition",
     "pfeiffer",
     "prefix_parameters",
     "prefix_tuning",
+    "read_adapter",
     "register_attention",
     "register_contraction",
     "save_adapter",

@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),
     "combine": ("adapters_jax.finetune.combine", "Combine"),
+    "convert": ("adapters_jax.finetune.convert", "Convert"),
+    "push": ("adapters_jax.finetune.push", "Push"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
 }
 HELP = """\
@@ -36,6 +38,8 @@ commands:
   generate   complete prompts with a finished run
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
   combine    sum the LoRA of several runs with weights
+  convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
+  push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
 
 examples:
@@ -43,6 +47,7 @@ examples:
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
   adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"
+  adapters-jax convert runs/mine for-peft --to peft
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.

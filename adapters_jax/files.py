@@ -187,7 +187,7 @@ def _kept(dtype: Any) -> bool:
 
 def find_adapter(directory: str | Path, revision: str | None = None) -> Path:
     """A directory, or the two files of an id on the Hub; raises AdapterFileError for neither."""
-    return hub.find(directory, revision, (CONFIG, TENSORS), error=AdapterFileError)
+    return hub.find(directory, revision, (CONFIG, TENSORS))
 
 
 def read_adapter(

@@ -4,8 +4,10 @@ Only files that a caller names are fetched: JSON, texts and safetensors, never a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from adapters_jax.errors import AdapterFileError
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
@@ -32,12 +34,25 @@ def is_id(name: str | Path) -> bool:
     return isinstance(name, str) and _ID.fullmatch(split(name)[0]) is not None
 
 
+def is_adapter_id(name: str | Path) -> bool:
+    """Whether a text is the id of an adapter, which has a user's name, and no path.
+
+    What stands in a directory that is here, as `runs/mine` does, is a path that is mistaken.
+
+    Example:
+        >>> is_adapter_id("user/name"), is_adapter_id("name")
+        (True, False)
+    """
+    return is_id(name) and "/" in str(name) and not Path(name).parent.is_dir()
+
+
 def find(
     name_or_path: str | Path,
     revision: str | None,
     files: Sequence[str],
     what: str = "an adapter",
-    error: type[ValueError] = ValueError,
+    error: type[ValueError] = AdapterFileError,
+    is_id: Callable[[str | Path], bool] = is_adapter_id,
 ) -> Path:
     """Finds a directory: one that is here as it is, a text that is none on the Hub.
 
@@ -48,19 +63,20 @@ def find(
         files: patterns of the files to fetch, at the top of the repository.
         what: is wanted, for messages.
         error: what to raise.
+        is_id: which texts are ids.
 
     Returns:
         The directory, or the snapshot in the Hub's cache, whose name is the commit.
 
     Raises:
-        ValueError: (or `error`) it is neither; the Hub cannot be reached and its cache has no such
-            files, which with `HF_HUB_OFFLINE=1` is all that is asked; or it has another revision.
+        AdapterFileError: (or `error`) it is neither; the Hub has no such revision; or it cannot be
+            reached and its cache, which is all that is asked with `HF_HUB_OFFLINE=1`, has no copy.
         ImportError: an id is given and `huggingface_hub` is not installed.
 
     Example:
         >>> find("../none", None, ["config.json"])
         Traceback (most recent call last):
-        ValueError: '../none' is neither a directory here nor an adapter on the Hugging Face Hub, ...
+        adapters_jax.errors.AdapterFileError: '../none' is neither a directory here nor an ...
     """
     if Path(name_or_path).is_dir():
         if revision is not None:

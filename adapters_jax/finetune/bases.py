@@ -15,8 +15,6 @@ from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
 
-_MODELS = ("minilm", "smollm2-135m")
-
 
 def locate(name: str) -> Path:
     """A base's files: a GGUF file, or a directory of a Hugging Face checkpoint.
@@ -58,9 +56,10 @@ def _config_file(name: str) -> Path:
     if directory.is_dir():
         raise ValueError(f"{name!r} has no config.json")
     try:
-        return hub.find(name, None, ["config.json"], "a model") / "config.json"
+        found = hub.find(name, None, ["config.json"], "a model", ValueError, hub.is_id)
+        return found / "config.json"
     except ValueError as error:
-        raise ValueError(f"{error}; the pinned models are {', '.join(_MODELS)}") from error
+        raise ValueError(f"{error}; the pinned models are minilm and smollm2-135m") from error
 
 
 def pinned(name: str) -> str:

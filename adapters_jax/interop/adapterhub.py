@@ -8,7 +8,7 @@ whatever code the file holds.
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def load_adapterhub(
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory = hub.find(directory, revision, FILES, error=AdapterFileError)
+    directory = hub.find(directory, revision, FILES)
     blocks = find_blocks(names, base)
     whole, tensors = _read(directory)
     try:
@@ -118,6 +118,7 @@ def save_adapterhub(
     name: str = "adapter",
     prefix: str | None = None,
     pooling: str | None = None,
+    labels: Sequence[str] = (),
     beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
@@ -141,6 +142,7 @@ def save_adapterhub(
         prefix: what stands before the names of all modules but heads in the PyTorch model, such as
             "roberta."; by default the first prefix of the table.
         pooling: as in `load_adapterhub`.
+        labels: the names of a head's classes.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`. A head is
             for the class `model_class`: BertAdapterModel, or RobertaAdapterModel by the prefix.
@@ -160,7 +162,7 @@ def save_adapterhub(
         problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
     added, trained = by_site(Recipe(recipe), flat, problems)
     config, tensors = adapterhub_save.write(Recipe(recipe), added, blocks, name, problems)
-    head = adapterhub_heads.write(trained, blocks, name, pooling, problems)
+    head = adapterhub_heads.write(trained, blocks, name, pooling, labels, problems)
     if problems:
         raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields

@@ -47,7 +47,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         Traceback (most recent call last):
         ValueError: '...' lacks config.json and model.safetensors (or ...
     """
-    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model")
+    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model", ValueError, hub.is_id)
     _check_files(directory)
     return directory
 

@@ -76,7 +76,7 @@ def load_peft(
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory = hub.find(directory, revision, (CONFIG, TENSORS), error=AdapterFileError)
+    directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
     places = find_places(names, base)
     problems = config_problems(config)
