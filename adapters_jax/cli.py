@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
     try:
         return _run(name, flags)

@@ -97,7 +97,8 @@ def save_adapter(
             "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
         )
     recipe, directory = Recipe(recipe), Path(directory)
-    if directory.exists() and not (directory / CONFIG).is_file():
+    there = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if there and not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     _check_savable(flat, recipe)

@@ -134,12 +134,21 @@ def _why(revision: str | None, problem: Exception) -> str:
             f"in the Hugging Face Hub's cache {constants.HF_HUB_CACHE} {at}, and HF_HUB_OFFLINE "
             "keeps from fetching it; unset that once, or give a directory"
         )
-    return f"that the Hugging Face Hub gives {at}: {first_line(problem)}"
+    return f"that the Hugging Face Hub gives {at}: {said(problem)}"
 
 
-def first_line(problem: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return next((x.strip() for x in str(problem).splitlines() if x.strip()), type(problem).__name__)
+def said(problem: Exception) -> str:
+    """What an error of the Hub says, in one line.
+
+    Example:
+        >>> said(OSError("404 Client Error. (Request ID: 1)\\n\\nRepository Not Found for url: u."))
+        'Repository Not Found for url: u.'
+    """
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    telling = [line for line in lines if not re.match(r"\d+ Client Error", line)]
+    line = next(iter(telling or lines), type(problem).__name__)
+    more = getattr(problem, "server_message", None) or ""
+    return line if more in line else f"{line} {more}"
 
 
 def problems() -> tuple[type[Exception], ...]:

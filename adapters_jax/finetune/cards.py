@@ -129,7 +129,7 @@ def _load(source: Source, to: Format, name: str) -> str:
             f"# NNX: aj.load_adapter({name!r}, model); linen, with the base's parameters:\n"
             f"model, params = aj.load_adapter({name!r}, model, params, example_input)"
         )
-    where = f", model={base}" if Path(config["model"]).exists() else ""
+    where = f", model={base}" if Path(host.name).exists() else ""
     if config.get("kind") == "decoder":
         return (
             "from adapters_jax.finetune.generator import load_generator\n"

@@ -17,6 +17,7 @@ from adapters_jax.finetune.exchange import FILES, OWNERS, Format
 from adapters_jax.finetune.host import load_host
 from adapters_jax.finetune.runs import Run, check_base, check_finished
 from adapters_jax.interop.directories import empty_directory
+from adapters_jax.untrusted import read_json
 
 CARD, RUN_CONFIG = "README.md", "config.json"
 # Of a run's configuration, what says nothing of the machine it ran on or of single rows.
@@ -66,11 +67,11 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     every = {RUN_CONFIG, *(name for names in FILES.values() for name in names)}
     run = Run(hub.find(name, None, sorted(every)))
     config = None
-    if run.config.is_file():
+    if run.config.is_file() and "base_sha256" in read_json(run.config):  # and no model's
         config = run.read_config(None)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
-    kind = exchange.format_of(run.adapter)
+    kind = exchange.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
     base = model or (config["model"] if config else exchange.said_base(run.adapter, kind))
     if base is None:
         raise AdapterFileError(
@@ -80,7 +81,7 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     width, said = exchange.head_of(run.adapter, kind)
     host = load_host(base, width, said or pooling)
     if config:
-        check_base(run, config, host.sha256)
+        check_base(run, {**config, "model": base}, host.sha256)
     recipe, leaves = exchange.read(run.adapter, kind, host)
     return Source(kind, host, recipe, leaves, config)
 

@@ -87,8 +87,9 @@ def load_generator(
         prompts = Prompts(**config["prompts"])
     except (TypeError, ValueError) as error:
         raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
-    decoder = load_decoder(model or config["model"], config["dtype"])
+    model = model or config["model"]
+    decoder = load_decoder(model, config["dtype"])
     ids = np.zeros((1, 8), np.int32)
     adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-    check_base(run, config, decoder.sha256)
+    check_base(run, {**config, "model": model}, decoder.sha256)
     return Generator(decoder, adapted, prompts)

@@ -113,11 +113,12 @@ def load_predictor(
     run = find_run(path, revision)
     config = run.read_config()
     target = target_of(run, config)
-    encoder = load_encoder(model or config["model"], config["pooling"], config["dtype"])
+    model = model or config["model"]
+    encoder = load_encoder(model, config["pooling"], config["dtype"])
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
     classifier, base = encoder.classifier(target.width), encoder.identity
     adapted, params = load_adapter(run.adapter, classifier, params, ids, base=base)
-    check_base(run, config, encoder.sha256)
+    check_base(run, {**config, "model": model}, encoder.sha256)
     params = store_frozen(params, adapted.recipe, config["dtype"])
     return Predictor(encoder, adapted, params, target, config["max_length"], config["pairs"])

@@ -15,7 +15,7 @@ from adapters_jax import hub
 from adapters_jax.finetune.exchange import FILES, Format
 from adapters_jax.finetune.export import RUN_CONFIG, describe, export, open_source
 from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.runs import Run, RunError
+from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.training import StoppedError
 
 
@@ -80,7 +80,7 @@ class Push:
             raise
 
         def work() -> None:
-            for line in describe(written, self.to, (kept or self.run).as_posix()):
+            for line in describe(written, self.to, kept.as_posix() if kept else "the upload"):
                 output.say(line)
             found = {"repository": self.repository, "to": self.to, **vars(written)}
             try:
@@ -103,7 +103,10 @@ class Push:
         try:
             api.create_repo(repository, private=self.private or None, exist_ok=True)
             if self.private and not api.model_info(repository).private:
-                raise RunError(f"it is there already and is public; make {repository} private")
+                raise StoppedError(
+                    f"{repository} was not uploaded: it is there already and is public; make it "
+                    "private on the Hub, or leave --private out"
+                )
             if self.revision:
                 api.create_branch(repository, branch=self.revision, exist_ok=True)
             output.say(f"uploading {size:,} bytes to {repository}")
@@ -115,10 +118,9 @@ class Push:
                 delete_patterns=_stale(directory),
             )
         except hub.problems() as error:
-            said = getattr(error, "server_message", None) or ""
             raise StoppedError(
-                f"{repository} was not uploaded: {hub.first_line(error)} {said}".rstrip()
-                + "; see whether the token may write there: hf auth whoami"
+                f"{repository} was not uploaded: {hub.said(error)}; see whether the token may "
+                "write there: hf auth whoami"
             ) from error
         output.say(f"uploaded: {commit.commit_url}")
         return str(commit.commit_url)
@@ -126,11 +128,11 @@ class Push:
 
 def _check_token() -> None:
     """Raises ValueError where nobody is logged in, or nothing may be sent."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_token
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
-    if not huggingface_hub.get_token():
+    if not get_token():
         raise ValueError(
             "there is no token of the Hugging Face Hub: log in with `hf auth login`, set HF_TOKEN, "
             "or add --dry-run"
