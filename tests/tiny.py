@@ -43,7 +43,7 @@ def write_model(directory, seed=0, pooler=False, **settings):
     for path, leaf in flatten(init(jax.random.key(seed), jnp.ones((1, 4), int))["params"]).items():
         source = NAMES.source(path)
         tensors[source.name] = np.array(leaf.T if source.transposed else leaf, order="C")
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
