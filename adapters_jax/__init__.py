@@ -7,6 +7,7 @@ from adapters_jax.audit import audit
 from adapters_jax.card import model_card
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
+from adapters_jax.depth import Stack, stack_layers, unstack_layers
 from adapters_jax.errors import (
     AdapterFileError,
     MismatchError,
@@ -44,6 +45,7 @@ from adapters_jax.presets import (
     pfeiffer,
     prefix_tuning,
 )
+from adapters_jax.quantize import dequantize, quantize
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import register_contraction
 from adapters_jax.sharding import (
@@ -76,6 +78,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ShardingError",
+    "Stack",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -85,6 +88,7 @@ __all__ = [
     "bitfit",
     "bottleneck_parameters",
     "combine",
+    "dequantize",
     "freeze_base",
     "full",
     "houlsby",
@@ -112,11 +116,14 @@ __all__ = [
     "pfeiffer",
     "prefix_parameters",
     "prefix_tuning",
+    "quantize",
     "read_adapter",
     "register_attention",
     "register_contraction",
     "save_adapter",
     "shard",
     "shard_batch",
+    "stack_layers",
     "unmerge",
+    "unstack_layers",
 ]

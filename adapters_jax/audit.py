@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import linen as nn
 from flax import nnx
 
 from adapters_jax import registry
@@ -16,6 +15,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods import Attached, Unfreeze
 from adapters_jax.nnx import recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten
+from adapters_jax.quantized import bits_of, is_quantized, unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import in_full
 from adapters_jax.summary import Audit, Shape, SiteCount
@@ -70,6 +70,7 @@ def audit(
         optimizer_bytes=_size(optimizer),
         frozen_bytes=_size(frozen),
         unmatched=_unmatched(recipe, shapes),
+        quantized_parameters=sum(math.prod(x.shape) for x in frozen.values() if is_quantized(x)),
     )
 
 
@@ -82,7 +83,8 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
         raise TypeError(
             "audit wants (adapted linen model, params), (adapted NNX model) or (recipe, params)"
         )
-    return recipe, {path: nn.meta.unbox(leaf) for path, leaf in flatten(params).items()}
+    flat = flatten(params)
+    return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 
 
 def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
@@ -167,4 +169,4 @@ def _answered(pattern: str, paths: set[str]) -> bool:
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.shape) * bits_of(x.dtype) for x in jax.tree.leaves(tree)) // 8

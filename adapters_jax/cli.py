@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": ("adapters_jax.finetune.convert", "Convert"),
     "push": ("adapters_jax.finetune.push", "Push"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
+    "plan": ("adapters_jax.finetune.plans", "PlanTraining"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -41,6 +42,7 @@ commands:
   convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
   push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
+  plan       what each device will hold in training, before there is any
 
 examples:
   adapters-jax finetune

@@ -24,7 +24,7 @@ from adapters_jax.errors import AdapterFileError
 from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.manifest import CONFIG, Manifest
 from adapters_jax.methods import Method
-from adapters_jax.partition import flatten
+from adapters_jax.partition import Tree, flatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
 from adapters_jax.tensors import (
@@ -37,6 +37,7 @@ from adapters_jax.tensors import (
 )
 
 TENSORS = "adapter.safetensors"
+Adapter = tuple[Recipe | Method, Tree]
 
 
 def save_adapter(
@@ -176,8 +177,7 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
                 ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
             )
     manifest.check_counts(file.shapes, file.path)
-    arrays = file.read()
-    return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+    return jax.device_put(file.read())
 
 
 def _kept(dtype: Any) -> bool:
@@ -209,3 +209,11 @@ def read_adapter(
     """
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
         return manifest.recipe, read_arrays(file, manifest)
+
+
+def opened(adapter: Adapter | str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the leaves by path of an adapter, or of the directory it is in."""
+    if isinstance(adapter, str | Path):
+        return read_adapter(adapter)
+    recipe, tree = adapter
+    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}

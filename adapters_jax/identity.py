@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import shortened
 from adapters_jax.methods import Method
 from adapters_jax.partition import Tree, flatten
+from adapters_jax.quantized import unboxed
 from adapters_jax.recipe import Recipe
 
 
@@ -97,7 +97,7 @@ def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
         recipe: says which of them adapters added; these are left out.
     """
     lines = [
-        f"{path} {','.join(map(str, np.shape(nn.meta.unbox(leaf))))}\n"
+        f"{path} {','.join(map(str, np.shape(unboxed(leaf))))}\n"
         for part in parts
         for path, leaf in flatten(part).items()
         if recipe.owner(path) is None

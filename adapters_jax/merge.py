@@ -15,6 +15,7 @@ from adapters_jax.methods.base import Leaves, Site
 from adapters_jax.methods.lora import linear
 from adapters_jax.nnx import adapted_sites, copy, detach, leaves_of, recipe_of
 from adapters_jax.partition import Tree, flatten, join, unflatten, without_adapters
+from adapters_jax.quantized import is_quantized
 
 # What takes the place of a weight: from the method, its leaves, its site and the weight.
 _Change = Callable[[LoRA, Leaves, Site, Array], Array]
@@ -120,6 +121,15 @@ def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -
     return _nnx(model, change)
 
 
+def _refuse_quantized(site: Site, weight: Any, line: str) -> None:
+    """Raises RecipeError where a sum would have to be quantised anew, which loses more of it."""
+    if is_quantized(weight):
+        raise RecipeError(
+            f"merge: the weight at {site.path!r} is quantised, and a sum in so few bits would lose "
+            f"much of the adapter; keep it beside, or write {line} for a float base"
+        )
+
+
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
     found, whole = sites(model, *args, **kwargs)
     compare_trees(
@@ -134,6 +144,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
         lora = _as_lora(method)
         leaves = {name: flat[join(path, slot, name)] for name in method.leaf_names}
         weight = join(path, linear(site).weight)
+        _refuse_quantized(site, merged[weight], "aj.merge(model, aj.dequantize(params), *inputs)")
         value = change(lora, nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
         merged[weight] = nn.meta.replace_boxed(merged[weight], value)
     return unflatten(merged)
@@ -145,6 +156,7 @@ def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     for module, method, site in adapted_sites(merged):
         lora = _as_lora(method)
         weight = getattr(module, linear(site).weight)
+        _refuse_quantized(site, weight.get_raw_value(), "aj.merge(aj.dequantize(model))")
         weight[...] = change(lora, leaves_of(module, method), site, weight[...])
     detach(merged)
     return merged

@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 
 from adapters_jax.methods import Method
 from adapters_jax.methods.fields import check_number
+from adapters_jax.quantized import is_quantized
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 
@@ -23,7 +24,8 @@ Tree = Any
 def flatten(tree: Tree) -> dict[str, Any]:
     """A nested mapping or NNX state as a flat one, `{"layer_0/query/kernel": leaf}`."""
     if isinstance(tree, nnx.State):
-        return {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+        return {path_of(path): leaf for path, leaf in leaves}
     flat = traverse_util.flatten_dict(_plain(tree))
     return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from adapters_jax.linen import Adapted
 from adapters_jax.partition import Tree
+from adapters_jax.quantized import bits_of, is_quantized
 from adapters_jax.sharding import BATCH, Rules, shard, shard_batch
 from adapters_jax.state import TrainState
 from adapters_jax.summary import bytes_text
@@ -157,7 +158,7 @@ def plan(
         batch=max(x.shape[0] for x in jax.tree.leaves(batch) if x.shape),
         devices=1 if mesh is None else mesh.size,
         trainable_parameters=sum(x.size for x in adapters),
-        parameters=sum(x.size for x in [*adapters, *jax.tree.leaves(state.base)]),
+        parameters=sum(math.prod(x.shape) for x in [*adapters, *_parameters(state.base)]),
     )
 
 
@@ -166,8 +167,8 @@ def largest_batch(
 ) -> Plan | None:
     """The plan of the largest batch that fits a device.
 
-    What a step holds grows with its rows along a line, nearly: two plans give the line, and the
-    answer is planned itself, and corrected.
+    What a step holds grows with its rows along a line, nearly; the line through what fits and what
+    does not says what to plan next, until they are neighbours.
 
     Args:
         planned: the plan of a batch of so many rows.
@@ -178,18 +179,23 @@ def largest_batch(
     Returns:
         The plan; None where not even `unit` rows fit.
     """
-    found, more = planned(unit), planned(2 * unit)
-    if found.total > memory:
+    fits, above = planned(unit), None
+    if fits.total > memory:
         return None
-    slope = max(1, more.total - found.total)
-    units = max(1, min(most // unit, 1 + int((memory - found.total) // slope)))
-    while units > 1:
-        candidate = planned(units * unit)
-        if candidate.total <= memory:
-            return candidate
-        over = candidate.total - memory
-        units = min(units - 1, units - math.ceil(over / slope))
-    return found
+    tried = planned(2 * unit)
+    slope = (tried.total - fits.total) / unit
+    while True:
+        fits, above = (tried, above) if tried.total <= memory else (fits, tried)
+        end = most + unit if above is None else above.batch
+        if above is not None:
+            slope = (above.total - fits.total) / (above.batch - fits.batch)
+        rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
+        low, high = fits.batch + unit, end - unit
+        if above is None:
+            high = min(high, 16 * fits.batch)  # one step at a time: the line is of small batches
+        if low > high:
+            return fits
+        tried = planned(int(min(max(rows, low), high)) // unit * unit)
 
 
 def parts_of(mesh: Mesh | None) -> int:
@@ -209,8 +215,12 @@ def _part(x: Any, parts: int) -> Any:
     return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
 
+def _parameters(base: Tree) -> list[Any]:
+    """The leaves of a base; a quantised one counts as the weight that it is."""
+    return jax.tree.leaves(base, is_leaf=is_quantized)
+
+
 def _held(x: Any) -> int:
     """Bytes that a device has of an abstract array."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    size = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-    return math.prod(shape) * size
+    return math.prod(shape) * bits_of(x.dtype) // 8

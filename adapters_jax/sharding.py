@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.partition import Tree, flatten, path_of
+from adapters_jax.quantized import is_quantized, unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
 from adapters_jax.targets import matches, require_match
@@ -50,7 +51,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         >>> make_mesh("data=-1,model=1").axis_names
         ('data', 'model')
     """
-    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
     said = ",".join(f"{name}={size}" for name, size in sizes.items())
     open_ones = [name for name, size in sizes.items() if size == -1]
@@ -66,7 +67,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
-def _parse(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes by name, as `"data=4,model=2"` says them."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
     wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
@@ -148,14 +150,14 @@ def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
     if isinstance(params, nnx.State):
         specs = dict(flatten(nnx.get_partition_spec(params)))
         return {path: (leaf, specs[path] or None) for path, leaf in flatten(params).items()}
-    return {
-        path: (nn.meta.unbox(leaf), leaf.get_partition_spec() if _boxed(leaf) else None)
-        for path, leaf in flatten(params).items()
-    }
+    return {path: _annotated(leaf) for path, leaf in flatten(params).items()}
 
 
-def _boxed(leaf: Any) -> bool:
-    return isinstance(leaf, nn.Partitioned)
+def _annotated(leaf: Any) -> tuple[Any, P | None]:
+    if is_quantized(leaf):
+        return leaf, leaf.spec
+    spec = leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else None
+    return unboxed(leaf), spec
 
 
 def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
@@ -171,7 +173,7 @@ def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) 
             f"{path} has the shape {list(leaf.shape)}, and {who} has {len(spec)} axes: {spec}"
         )
     for size, names in zip(leaf.shape, spec, strict=False):
-        names = () if names is None else (names,) if isinstance(names, str) else names
+        names = _names(names)
         unknown = [name for name in names if name not in mesh.shape]
         if unknown:
             raise ShardingError(
@@ -185,6 +187,11 @@ def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) 
                 f"{parts} parts, which do not divide it; choose another axis, or None"
             )
     return spec
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    """The mesh axes that split one dimension."""
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
@@ -285,8 +292,23 @@ def _variables(state: nnx.State) -> list[Any]:
 
 def _put(tree: Tree, where: Mapping[str, NamedSharding]) -> Tree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: place(leaf, where[path_of(path)]), tree
+        lambda path, leaf: _place_leaf(leaf, where[path_of(path)]), tree, is_leaf=is_quantized
     )
+
+
+def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    """A leaf where a sharding says; scales of a quantised one along the axes that they divide."""
+    if not is_quantized(leaf):
+        return place(leaf, sharding)
+    mesh = sharding.mesh
+
+    def fitting(x: Any) -> NamedSharding:
+        parts = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        fits = [size % n == 0 for size, n in zip(x.shape, parts, strict=False)]
+        kept = [axis if fit else None for axis, fit in zip(sharding.spec, fits, strict=True)]
+        return NamedSharding(mesh, P(*kept))
+
+    return jax.tree.map(lambda x: place(x, fitting(x)), leaf)
 
 
 def _everywhere(tree: Tree, mesh: Mesh) -> Tree:

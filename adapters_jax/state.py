@@ -14,6 +14,7 @@ from adapters_jax.examples import is_abstract
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.partition import Tree, flatten, merge_trees, partition
+from adapters_jax.quantized import is_quantized
 from adapters_jax.recipe import Recipe
 
 
@@ -155,7 +156,14 @@ def in_full(x: Any) -> Any:
 
 def _check_trained(recipe: Recipe, adapters: Tree) -> None:
     """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
-    flat = flatten(nn.meta.unbox(adapters))
+    boxed = flatten(adapters)
+    packed = [path for path, leaf in boxed.items() if is_quantized(leaf)]
+    if packed:
+        raise RecipeError(
+            f"TrainState.create: the recipe trains {', '.join(packed)}, which is quantised and so "
+            "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
+        )
+    flat = nn.meta.unbox(boxed)
     owners = {owner[1] for path in flat if (owner := recipe.owner(path))}
     absent = [type(method).__name__ for method in recipe.attached if method not in owners]
     if absent or not flat:

@@ -44,6 +44,7 @@ class Audit:
         optimizer_bytes: bytes of the optimiser's state.
         frozen_bytes: bytes of the rest.
         unmatched: patterns of the recipe that nothing in the tree answers to.
+        quantized_parameters: those of the frozen ones that are quantised.
     """
 
     sites: tuple[SiteCount, ...]
@@ -55,6 +56,7 @@ class Audit:
     optimizer_bytes: int
     frozen_bytes: int
     unmatched: tuple[str, ...]
+    quantized_parameters: int = 0
 
     @property
     def percent(self) -> float:
@@ -99,6 +101,9 @@ class Audit:
             f"{bytes_text(self.gradient_bytes)}, optimizer {bytes_text(self.optimizer_bytes)}, "
             f"frozen {bytes_text(self.frozen_bytes)}",
         ]
+        if self.quantized_parameters:
+            floats = self.frozen_parameters - self.quantized_parameters
+            lines.append(f"quantized {self.quantized_parameters:,} of the frozen, float {floats:,}")
         return lines + [f"nothing answers to the pattern {p!r}" for p in self.unmatched]
 
     def __repr__(self) -> str:

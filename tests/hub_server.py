@@ -146,6 +146,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"success": True, "commitUrl": url, "commitOid": sha})
 
 
+def forget_connections():
+    """Those of huggingface_hub, old or new; the old one's keep what offline meant."""
+    from huggingface_hub import utils
+
+    for name in ("reset_sessions", "close_session"):
+        getattr(utils, name, lambda: None)()
+
+
 @contextlib.contextmanager
 def serving(monkeypatch, cache):
     """A Hub that huggingface_hub takes for the real one, with an empty cache and a token."""
@@ -162,9 +170,11 @@ def serving(monkeypatch, cache):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
+    forget_connections()
     try:
         yield server
     finally:
+        forget_connections()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -203,7 +203,9 @@ def test_another_shape_or_recipe_is_refused_and_nothing_is_put_aside(tmp_path):
             checkpoints.restore(new_state("linen", width=9))
         state = new_state("linen")
         wide = {"dense": {**state.adapters["dense"], "lora": {"a": jnp.ones((5, 2))}}}
-        with pytest.raises(aj.MismatchError, match=r"adapters/dense/lora/a is float32\[4, 2\], wanted"):
+        with pytest.raises(
+            aj.MismatchError, match=r"adapters/dense/lora/a is float32\[4, 2\], wanted"
+        ):
             checkpoints.restore(state.replace(adapters=wide))
         sgd = state.replace(opt_state=optax.sgd(0.1, momentum=0.9).init(state.adapters))
         with pytest.raises(aj.MismatchError, match="unexpected: opt_state/"):

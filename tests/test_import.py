@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
-APPLICATION = ("tyro", "matplotlib", "tokenizers", "grain", "sklearn", "huggingface_hub", "gguf")
+APPLICATION = (
+    "tyro",
+    "matplotlib",
+    "tokenizers",
+    "grain",
+    "sklearn",
+    "huggingface_hub",
+    "gguf",
+    "qwix",
+)
 
 
 def test_the_core_imports_nothing_of_the_application():
@@ -11,4 +20,4 @@ def test_the_core_imports_nothing_of_the_application():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "adapters_jax.nnx" in imported
-    assert not imported & {*APPLICATION, "adapters_jax.finetune", "adapters_jax.models"}
+    assert not imported & {*APPLICATION, "qwix", "adapters_jax.finetune", "adapters_jax.models"}

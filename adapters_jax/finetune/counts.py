@@ -25,20 +25,20 @@ from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.summary import Audit
 
 
-def _bert(values: dict[str, Any]) -> nn.Module:
-    return Bert(BertConfig.from_dict(values))
+def _bert(values: dict[str, Any], **options: Any) -> nn.Module:
+    return Bert(BertConfig.from_dict(values), **options)
 
 
-def _gpt2(values: dict[str, Any]) -> nn.Module:
-    return GPT2(GPT2Config.from_dict(values))
+def _gpt2(values: dict[str, Any], **options: Any) -> nn.Module:
+    return GPT2(GPT2Config.from_dict(values), **options)
 
 
-def _llama(values: dict[str, Any]) -> nnx.Module:
+def _llama(values: dict[str, Any], **options: Any) -> nnx.Module:
     config = LlamaConfig.from_dict(values)
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "bert": _bert,
     **dict.fromkeys(ROBERTA_TYPES, _bert),
     "gpt2": _gpt2,
@@ -99,25 +99,39 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
         >>> count_parameters("roberta-base", MethodOptions("lora", rank=8)).adapter_parameters
         294912
     """
-    model, inputs = shape_of(name)
+    adapted, params = adapted_shape(name, method)
+    return audit(adapted, params)
+
+
+def adapted_shape(name: str, method: MethodOptions, **options: Any) -> tuple[Any, Any]:
+    """An adapted model as a shape, and in linen its parameters likewise; None in NNX.
+
+    Args:
+        name: as for `count_parameters`.
+        method: the recipe.
+        **options: of the model's class, such as `param_dtype`.
+    """
+    model, inputs = shape_of(name, **options)
+    layers = number_of_layers(model)
     if isinstance(model, nnx.Module):
-        stack: Any = model
-        recipe = method.build(num_layers=len(stack.layers), layer="layers/{}")
-        rngs = nnx.Rngs(0)
-        return audit(nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)))
-    config = model.config
-    layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+        recipe, rngs = method.build(num_layers=layers, layer="layers/{}"), nnx.Rngs(0)
+        return nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)), None
     adapted = adapt(model, method.build(num_layers=layers))
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return audit(adapted, init_adapters(adapted, params, jax.random.key(0), *inputs))
+    return adapted, init_adapters(adapted, params, jax.random.key(0), *inputs)
 
 
-def shape_of(name: str) -> tuple[Any, tuple[Any, ...]]:
+def number_of_layers(model: Any) -> int:
+    """Of one of our models."""
+    return getattr(model.config, "num_hidden_layers", None) or model.config.n_layer
+
+
+def shape_of(name: str, **options: Any) -> tuple[Any, tuple[Any, ...]]:
     """A model and example inputs, by the name of a known shape or by a configuration."""
     if name in KNOWN:
-        return KNOWN[name]()
+        return KNOWN[name](**options)
     values = read_config(name)
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{name!r} is a {family!r} model; there are {', '.join(FAMILIES)}")
-    return FAMILIES[family](values), (np.zeros((1, 8), np.int32),)
+    return FAMILIES[family](values, **options), (np.zeros((1, 8), np.int32),)

@@ -74,7 +74,7 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Decode
     task = options.data.load_completions()
     held = {part: _few(getattr(task, part), options.held_out) for part in HELD_OUT}
     task = replace(task, **held)
-    decoder = load_decoder(options.model, options.dtype)
+    decoder = load_decoder(options.model, options.dtype, options.quantize)
     prompts = _prompts(options, decoder, output)
     training = options.optimizer.of_decoder(options.method.method)
     length = options.max_length or MAX_LENGTH

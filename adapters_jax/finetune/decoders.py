@@ -15,6 +15,7 @@ from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.models.llama_files import load_llama
+from adapters_jax.quantize import quantize as in_few_bits
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -74,17 +75,20 @@ class Decoder:
         )
 
 
-def load_decoder(name: str, dtype: str = "float32") -> Decoder:
+def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None) -> Decoder:
     """Loads a decoder.
 
     Args:
         name: "smollm2-135m" for the pinned asset, a GGUF file, a directory, or an id on the Hugging
             Face Hub.
         dtype: what its weights are in, float32 or bfloat16.
+        quantize: what they are kept in: int8, int4 or nf4; None keeps them as they are.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of another architecture.
+        ValueError: files are absent, or the checkpoint is of another architecture, or of widths
+            that do not fit the blocks of its quantisation.
         AssetError: the pinned asset could not be fetched.
+        ImportError: qwix is not installed, and wanted.
     """
     files = locate(name)
     opened = read_gguf(files) if files.suffix == ".gguf" else None
@@ -97,6 +101,8 @@ def load_decoder(name: str, dtype: str = "float32") -> Decoder:
         )
     config, model = load_llama(opened or files, param_dtype=dtype)
     identity = identity_of(name, config, model)
+    if quantize:
+        model = in_few_bits(model, dtype=quantize)
     return Decoder(files, config, model, tokenizer, special, template, sha256_of(files), identity)
 
 

@@ -90,7 +90,7 @@ def prepare(options: Finetune, run: Run, output: Output, began: float) -> Encode
     """Reads and checks everything, and makes the run's directory last; see `Finetune.prepare`."""
     _refuse_flags_of_decoders(options)
     task = options.data.load()
-    encoder = load_encoder(options.model, options.pooling, options.dtype)
+    encoder = load_encoder(options.model, options.pooling, options.dtype, options.quantize)
     training, length = _training(options), options.max_length or MAX_LENGTH
     rows = {
         part: _encode(encoder, getattr(task, part).texts, part, length, output)

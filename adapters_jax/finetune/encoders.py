@@ -18,6 +18,8 @@ from adapters_jax.identity import BaseIdentity
 from adapters_jax.models.bert import BertConfig, load_bert
 from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import merge_trees, partition
+from adapters_jax.quantize import quantize as in_few_bits
+from adapters_jax.quantized import is_quantized
 from adapters_jax.recipe import Recipe
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
@@ -31,7 +33,7 @@ class Encoder:
 
     Attributes:
         config: its shape.
-        params: of the encoder alone, float32.
+        params: of the encoder alone, float32 or quantised.
         tokenizer: its own.
         pooling: how token states become one vector: mean, cls or pooler.
         dtype: what it computes in.
@@ -62,6 +64,13 @@ class Encoder:
         head = jax.jit(lambda key: model.init(key, ids)["params"]["head"])(key)
         return {"bert": self.params, "head": head}
 
+    def quantized(self, dtype: str) -> Encoder:
+        """The same with its weights in few bits; see `adapters_jax.quantize`."""
+        params, ids = self.init(1, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
+        targets = ("**", "!head")
+        params = in_few_bits(self.classifier(1), params, ids, dtype=dtype, targets=targets)
+        return dataclasses.replace(self, params=params["bert"])
+
     def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
         """Batches in order, padded as this model wants; see `Batches.in_order`."""
         return Batches.in_order(rows, labels, size, buckets, self.config.pad_token_id)
@@ -74,25 +83,33 @@ class Encoder:
         return encode(self.tokenizer, texts, max_length)
 
 
-def load_encoder(name: str, pooling: str = "mean", dtype: str = "float32") -> Encoder:
+def load_encoder(
+    name: str, pooling: str = "mean", dtype: str = "float32", quantize: str | None = None
+) -> Encoder:
     """Loads an encoder.
 
     Args:
         name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
         pooling: mean, cls or pooler.
         dtype: what it computes in, float32 or bfloat16.
+        quantize: what its weights are kept in: int8, int4 or nf4; None keeps floats.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of another architecture.
+        ValueError: files are absent, or the checkpoint is of another architecture, or of widths
+            that do not fit the blocks of its quantisation.
+        ImportError: qwix is not installed, and wanted.
         AssetError: the pinned asset could not be fetched.
     """
     directory = locate(name)
     config, params = load_bert(directory, pooler=pooling == "pooler")
     tokenizer, sha256 = read_tokenizer(directory), sha256_of(directory)
-    return Encoder(config, params, tokenizer, pooling, dtype, sha256, identity_of(name, config))
+    identity = identity_of(name, config)
+    encoder = Encoder(config, params, tokenizer, pooling, dtype, sha256, identity)
+    return encoder.quantized(quantize) if quantize else encoder
 
 
 def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:
     """The tree with its frozen leaves in a dtype; what trains stays float32."""
     trained, frozen = partition(params, recipe)
-    return merge_trees(trained, jax.tree.map(lambda x: x.astype(dtype), frozen))
+    cast = jax.tree.map(lambda x: x.astype(dtype), frozen, is_leaf=is_quantized)
+    return merge_trees(trained, cast)

@@ -32,7 +32,7 @@ _PUBLIC: tuple[str, ...] = (
     "target",
 )
 _PUBLIC += ("text", "text_pair", "pairs", "prompts", "pack", "prompt", "completion", "task")
-_PUBLIC += ("rows", "seed", "method", "optimizer", "data_sha256", "versions", "format")
+_PUBLIC += ("rows", "seed", "quantize", "method", "optimizer", "data_sha256", "versions", "format")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def _notes(source: Source, to: Format, head: bool) -> list[str]:
     elif target and not source.labels:
         mean, std = target["mean"], target["std"]
         notes.append(f"the head's output y means {mean:g} + {std:g} y, which no file but this says")
+    if config.get("quantize"):
+        notes.append(f"it was trained on a base in {config['quantize']}, and suits that best")
     if config.get("prompts"):
         said = json.dumps(config["prompts"], ensure_ascii=False)
         notes.append(f"how prompts were put is said here alone: {said}")

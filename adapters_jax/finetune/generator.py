@@ -88,7 +88,7 @@ def load_generator(
     except (TypeError, ValueError) as error:
         raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
     model = model or config["model"]
-    decoder = load_decoder(model, config["dtype"])
+    decoder = load_decoder(model, config["dtype"], config.get("quantize"))
     ids = np.zeros((1, 8), np.int32)
     adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
     check_base(run, {**config, "model": model}, decoder.sha256)

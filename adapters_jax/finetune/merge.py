@@ -17,9 +17,11 @@ from adapters_jax.finetune.decoders import TOKENIZER_CONFIG, Decoder
 from adapters_jax.finetune.generator import load_generator
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.rows import DataError
+from adapters_jax.finetune.runs import Run
 from adapters_jax.merge import merge
 from adapters_jax.models.llama import Llama
 from adapters_jax.models.llama_files import save_llama
+from adapters_jax.quantize import dequantize
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,6 +42,7 @@ class Merge:
     Args:
         run: directory of the run.
         out: directory to write, which must not exist.
+        dequantize: of a run with --quantize: fold into the floats that its weights stand for.
         json: print what was written as JSON.
     """
 
@@ -49,6 +52,7 @@ class Merge:
 
     run: tyro.conf.Positional[Path]
     out: Path
+    dequantize: tyro.conf.FlagCreatePairsOff[bool] = False
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def prepare(self, output: Output) -> Callable[[], None]:
@@ -63,7 +67,13 @@ class Merge:
         if not self.out.absolute().parent.is_dir():
             raise DataError(f"--out {self.out}: there is no directory {self.out.parent}")
         generator = load_generator(self.run)
-        model = merge(generator.model)
+        quantized = Run(self.run).read_config("decoder").get("quantize")
+        if quantized and not self.dequantize:
+            raise DataError(
+                f"{self.run} has its base in {quantized}, and a sum in so few bits would lose much "
+                "of the adapter; add --dequantize to fold it into floats"
+            )
+        model = merge(dequantize(generator.model) if quantized else generator.model)
 
         def write() -> None:
             files = write_checkpoint(self.out, generator.decoder, model)

@@ -114,7 +114,7 @@ def load_predictor(
     config = run.read_config()
     target = target_of(run, config)
     model = model or config["model"]
-    encoder = load_encoder(model, config["pooling"], config["dtype"])
+    encoder = load_encoder(model, config["pooling"], config["dtype"], config.get("quantize"))
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
     classifier, base = encoder.classifier(target.width), encoder.identity

@@ -54,6 +54,7 @@ class Finetune:
         max_length: in tokens; longer rows are cut; by default 128, of a decoder 256.
         pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
         dtype: what the model computes in; what trains stays float32.
+        quantize: keep the frozen weights in 8 or 4 bits, by qwix.
         seed: of the head, the adapters, the order of rows and dropout.
         mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
             over fsdp and model; by default one device.
@@ -89,6 +90,7 @@ class Finetune:
     max_length: int | None = None
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "int4", "nf4"] | None = None
     seed: int = 0
     mesh: str | None = None
     baselines: bool = True
@@ -197,6 +199,7 @@ class Finetune:
             "model": model,
             "base_sha256": sha256,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "task": task.name,
             "rows": {part: len(getattr(task, part)) for part in ("train", "dev", "test")},
             "seed": self.seed,

@@ -12,17 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from adapters_jax import hub
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import adapterhub_heads, adapterhub_load, adapterhub_save, directories
 from adapters_jax.interop.adapterhub_config import VERSION
 from adapters_jax.interop.adapterhub_places import Blocks, find_blocks
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.places import Names, by_site, shortest
+from adapters_jax.interop.places import Names, as_in_file, as_in_model, by_site, shortest
 from adapters_jax.methods import Method, Unfreeze
-from adapters_jax.partition import Tree, unflatten
+from adapters_jax.partition import Tree
 from adapters_jax.recipe import Recipe
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
@@ -67,7 +65,8 @@ def load_adapterhub(
 
     Raises:
         AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base; everything is named at once.
+            tensors do not fit the base, whose layers are all alike where they are scanned;
+            everything is named at once.
         ValueError: `names` does not fit the base, or has no blocks that AdapterHub knows.
 
     Example:
@@ -99,13 +98,13 @@ def load_adapterhub(
             methods += [Unfreeze(shortest(trained, blocks.places.base))] if trained else []
             leaves |= trained
             problems += more
+        if not problems:
+            return as_in_model(methods, leaves, names, blocks.places)
     except AdapterFileError:
         raise
-    except ValueError as error:  # a method refuses a number
+    except ValueError as error:  # a method refuses a number, layers are not alike
         problems = [str(error)]
-    if problems:
-        raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
-    return Recipe(*methods), unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
 
 
 def save_adapterhub(
@@ -160,8 +159,9 @@ def save_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
-    added, trained = by_site(Recipe(recipe), flat, problems)
-    config, tensors = adapterhub_save.write(Recipe(recipe), added, blocks, name, problems)
+    unrolled, flat = as_in_file(recipe, flat, names, blocks.places)
+    added, trained = by_site(unrolled, flat, problems)
+    config, tensors = adapterhub_save.write(unrolled, added, blocks, name, problems)
     head = adapterhub_heads.write(trained, blocks, name, pooling, labels, problems)
     if problems:
         raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")

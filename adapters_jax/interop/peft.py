@@ -12,16 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from adapters_jax import hub
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import directories, peft_load, peft_save
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.peft_config import config_problems
-from adapters_jax.interop.places import Names, find_places
+from adapters_jax.interop.places import Names, as_in_file, as_in_model, find_places
 from adapters_jax.methods import Method
-from adapters_jax.partition import Tree, unflatten
+from adapters_jax.partition import Tree
 from adapters_jax.recipe import Recipe
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -50,13 +48,15 @@ def load_peft(
         revision: a branch, tag or commit on the Hub.
 
     Returns:
-        The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
-        taking out the base's leaves that train too (`partition(params, recipe)`), or for
-        `save_adapter`, whose directory `load_adapter` puts onto linen and NNX models alike.
+        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned:
+        for `merge_trees(adapters, params)` after taking out the base's leaves that train too
+        (`partition(params, recipe)`), or for `save_adapter`, whose directory `load_adapter` puts
+        onto linen and NNX models alike.
 
     Raises:
         AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base; everything is named at once.
+            tensors do not fit the base, whose layers are all alike where they are scanned;
+            everything is named at once.
         ValueError: `names` does not fit the base.
 
     Example:
@@ -83,11 +83,11 @@ def load_peft(
     if not problems:
         try:
             methods, leaves, problems = peft_load.read(config, tensors, places)
-        except (ValueError, re.error) as error:  # a method refuses a number
+            if not problems:
+                return as_in_model(methods, leaves, names, places)
+        except (ValueError, re.error) as error:  # a method refuses a number, layers are not alike
             problems = [str(error)]
-    if problems:
-        raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
-    return Recipe(*methods), unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
 
 
 def save_peft(
@@ -129,7 +129,8 @@ def save_peft(
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
     places = find_places(names, base)
-    config, tensors, problems = peft_save.write(Recipe(recipe), flat, places, prefix)
+    unrolled = as_in_file(recipe, flat, names, places)
+    config, tensors, problems = peft_save.write(*unrolled, places, prefix)
     if problems:
         raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}

@@ -5,7 +5,7 @@
 - `layers`: adapters as modules, to write by hand.
 """
 
-from adapters_jax.linen.door import Adapted, adapt, init_adapters, shapes_of, sites
+from adapters_jax.linen.door import Adapted, adapt, init_adapters, seen, shapes_of, sites
 from adapters_jax.linen.layers import Bottleneck, LoRADense
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LoRADense",
     "adapt",
     "init_adapters",
+    "seen",
     "shapes_of",
     "sites",
 ]

@@ -16,6 +16,7 @@ from adapters_jax.methods import Attached, LoRA, base
 from adapters_jax.methods.base import Site
 from adapters_jax.methods.lora import linear
 from adapters_jax.partition import Tree, flatten, join, unflatten, without_adapters
+from adapters_jax.quantized import is_quantized
 from adapters_jax.recipe import Recipe
 
 
@@ -109,21 +110,7 @@ def sites(
         TargetError: a pattern meets nothing, or nothing its method can attach to.
         ValueError: the example inputs do not fit the model.
     """
-    interceptors: list[Interceptor] = []
-
-    def run(module: nn.Module, *inputs: Any, **options: Any) -> Any:
-        interceptors.append(Interceptor(model.recipe, module, init=True))
-        with nn.intercept_methods(interceptors[-1]):
-            return module(*inputs, **options)  # type: ignore[operator]
-
-    def init(key: PRNGKeyArray) -> Tree:
-        inputs, options = filled((args, kwargs))
-        variables = model.inner.init(key, *inputs, method=run, **options)
-        return nn.meta.unbox(variables.get("params", {}))
-
-    with explained(model.inner, (*args, *kwargs.values())):
-        params = jax.eval_shape(init, jax.random.key(0))
-    (interceptor,) = interceptors
+    interceptor, params = seen(model.inner, model.recipe, args, kwargs)
     interceptor.check(params)
     found = {
         (path, method.slot): (method, site)
@@ -132,6 +119,26 @@ def sites(
         if method.fits(site)
     }
     return found, params
+
+
+def seen(base: nn.Module, recipe: Recipe, args: Any, kwargs: Any) -> tuple[Interceptor, Tree]:
+    """By an abstract run: an interceptor that saw every module, and all parameters, abstract."""
+    interceptors: list[Interceptor] = []
+
+    def run(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        interceptors.append(Interceptor(recipe, module, init=True))
+        with nn.intercept_methods(interceptors[-1]):
+            return module(*inputs, **options)  # type: ignore[operator]
+
+    def init(key: PRNGKeyArray) -> Tree:
+        inputs, options = filled((args, kwargs))
+        variables = base.init(key, *inputs, method=run, **options)
+        return nn.meta.unbox(variables.get("params", {}))
+
+    with explained(base, (*args, *kwargs.values())):
+        params = jax.eval_shape(init, jax.random.key(0))
+    (interceptor,) = interceptors
+    return interceptor, params
 
 
 def shapes_of(params: Tree) -> Tree:
@@ -189,16 +196,23 @@ def init_adapters(
             }
             if isinstance(method, LoRA) and method.from_weight:
                 path = join(module, linear(site).weight)
-                leaves, grown[path] = method.start_stacked(leaves, site, weights[path])
+                method.refuse_quantized(site, weights[path])
+                weight = nn.meta.unbox(weights[path])
+                leaves, grown[path] = method.start_stacked(leaves, site, weight)
             grown |= {join(module, slot, name): leaf for name, leaf in leaves.items()}
         return grown
 
     own = flatten(without_adapters(params, model.recipe))
-    seen = {
-        path: nn.meta.unbox(own[path])
+    weights = {
+        path: own[path]
         for (module, _), (method, site) in found.items()
         if method.from_weight and (path := join(module, linear(site).weight))
     }
-    grown = jax.eval_shape(grow, key, seen) if is_abstract(params) else grow(key, seen)
-    boxed = {path: nn.meta.replace_boxed(own[path], grown.pop(path)) for path in seen}
+    grown = jax.eval_shape(grow, key, weights) if is_abstract(params) else grow(key, weights)
+    rest = {path: grown.pop(path) for path in weights}
+    boxed = {
+        path: nn.meta.replace_boxed(own[path], leaf)
+        for path, leaf in rest.items()
+        if not is_quantized(own[path])
+    }
     return unflatten({**own, **boxed, **grown})

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from adapters_jax import attention, registry
 from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
+from adapters_jax.linen.frozen import call_quantized, has_quantized, standing_in
 from adapters_jax.linen.site import leaves_in, run_method, site_of
 from adapters_jax.methods import Attached, Prompt
 from adapters_jax.methods.base import Site
@@ -106,7 +107,7 @@ class Interceptor:
         """Runs one call of a submodule, as `nn.intercept_methods` asks, then its adapters."""
         module, call = context.module, context.method_name
         names = None if module.scope is None else tuple(module.scope.path)
-        if names is None or names[: len(self.root)] != self.root:
+        if names is None or standing_in() or names[: len(self.root)] != self.root:
             return run(*args, **kwargs)
         evaluation: bool | None = True
         if self._dropout:
@@ -122,7 +123,10 @@ class Interceptor:
         self._running.append(here)
         try:
             with self._attending(module, path, here):
-                y = run(*args, **kwargs)
+                if has_quantized(module, call, args, kwargs):
+                    y = call_quantized(module, call, args, kwargs)
+                else:
+                    y = run(*args, **kwargs)
         finally:
             self._running.pop()
         if reentrant or call not in registry.calls(type(module)):

@@ -12,6 +12,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Attached, Bottleneck, LoRA
 from adapters_jax.methods.base import Frozen, Site
 from adapters_jax.methods.lora import linear
+from adapters_jax.quantized import unboxed
 
 
 def leaves_in(module: Any, scope: Any, method: Attached, site: Site) -> dict[str, Array]:
@@ -64,7 +65,7 @@ def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -
                 f"{type(module).__name__} at {path!r} has no parameter {found.weight!r}; correct "
                 "weight=... in aj.register_contraction"
             )
-        shape = nn.meta.unbox(module.scope.get_variable("params", found.weight)).shape
+        shape = unboxed(module.scope.get_variable("params", found.weight)).shape
     array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
     return Site(
         path, call, y.shape[-1] if array else 0, found, shape, getattr(module, "precision", None)

@@ -18,6 +18,7 @@ from adapters_jax.contraction import Contraction
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import base, fields
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
+from adapters_jax.quantized import is_quantized
 from adapters_jax.targets import as_patterns, matches
 
 # How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
@@ -178,6 +179,15 @@ class LoRA:
         }
         rest = weight.astype(jnp.float32) - scale * layer.product(factors["a"], factors["b"])
         return {**leaves, **factors}, rest.astype(weight.dtype)
+
+    def refuse_quantized(self, site: Site, weight: Any) -> None:
+        """Raises RecipeError for a start that would take something out of a quantised weight."""
+        if self.a_init == "pissa" and is_quantized(weight):
+            raise RecipeError(
+                f"{type(self).__name__}: PiSSA takes its factors out of the weight at "
+                f"{site.path!r}, which is quantised and cannot change; adapt the float base first, "
+                "and quantise the adapted model"
+            )
 
     def start_stacked(
         self, leaves: Leaves, site: Site, weight: Float[Array, "..."]

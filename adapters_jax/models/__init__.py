@@ -29,15 +29,15 @@ def _ids() -> tuple[np.ndarray]:
     return (np.zeros((1, 8), np.int32),)
 
 
-def _linen(model: Callable[..., nn.Module], config: Any) -> Known:
-    return model(config), _ids()
+def _linen(model: Callable[..., nn.Module], config: Any, **options: Any) -> Known:
+    return model(config, **options), _ids()
 
 
-def _abstract_llama(config: LlamaConfig) -> Known:
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), _ids()
+def _abstract_llama(config: LlamaConfig, **options: Any) -> Known:
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options)), _ids()
 
 
-KNOWN: dict[str, Callable[[], Known]] = {
+KNOWN: dict[str, Callable[..., Known]] = {
     "bert-base": partial(_linen, Bert, BERT_BASE),
     "bert-large": partial(_linen, Bert, BERT_LARGE),
     "roberta-base": partial(_linen, Bert, ROBERTA_BASE),
@@ -47,8 +47,8 @@ KNOWN: dict[str, Callable[[], Known]] = {
     "gpt3-175b": partial(_linen, GPT2, GPT3_175B),
     "llama-7b": partial(_abstract_llama, LLAMA_7B),
 }
-"""Published shapes: each call gives a model and example inputs, and allocates no parameters.
+"""Published shapes: each call gives a model, with options of its class, and example inputs.
 
-A linen model's parameters are `jax.eval_shape(model.init, key, *inputs)`; the nnx model is abstract
-itself, every Variable a `jax.ShapeDtypeStruct`.
+No parameters are allocated. Those of a linen model are `jax.eval_shape(model.init, key, *inputs)`;
+the nnx model is abstract itself, every Variable a `jax.ShapeDtypeStruct`.
 """

@@ -22,6 +22,7 @@ from adapters_jax.methods.base import Site
 from adapters_jax.methods.lora import linear
 from adapters_jax.nnx.site import frozen_of, site_of
 from adapters_jax.partition import join
+from adapters_jax.quantized import is_quantized
 
 
 class AdapterParam(nnx.Param):
@@ -47,7 +48,7 @@ def variable_path(path: tuple[Any, ...]) -> str:
 
 
 @functools.cache
-def _adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
+def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass of a module class whose calls run the adapters attached to the module."""
 
     def adapted(name: str) -> Callable[..., Any]:
@@ -156,12 +157,15 @@ def grow(
     if isinstance(method, LoRA) and method.from_weight:
         weight = getattr(module, linear(site).weight)
         leaves = leaves_of(module, method)
-        leaves, weight[...] = method.start_stacked(leaves, site, weight[...])
+        method.refuse_quantized(site, weight.get_raw_value())
+        leaves, rest = method.start_stacked(leaves, site, weight[...])
+        if not is_quantized(weight.get_raw_value()):
+            weight[...] = rest
         for name, leaf in leaves.items():
             getattr(module, method.slot)[name][...] = leaf
     module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
     if not hasattr(type(module), "adapted_from"):
-        module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
+        module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
 
 
 def taken(path: str, method: Attached) -> RecipeError:

@@ -1,0 +1,206 @@
+"""Planned bytes: exact where arithmetic says them, and XLA's own where it does not."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from test_sharding import environment
+from tiny import write_llama, write_model
+
+import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.counts import count_parameters
+from adapters_jax.finetune.recipes import MethodOptions
+from adapters_jax.plan import Plan, abstract_state, largest_batch, parts_of, plan
+
+WIDTH, RANK = 64, 4
+
+
+class Net(nn.Module):
+    dtype: jnp.dtype = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = nn.tanh(nn.Dense(WIDTH, name=f"d{i}", param_dtype=self.dtype, dtype=jnp.float32)(x))
+        return x
+
+
+def planned(recipe, batch=8, tx=None, dtype=jnp.bfloat16, mesh=None, **options):
+    x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32)
+    base = Net(dtype)
+    params = jax.eval_shape(base.init, jax.random.key(0), x)["params"]
+    model = aj.adapt(base, recipe)
+    params = aj.init_adapters(model, params, jax.random.key(0), x)
+    state = abstract_state(model, params, tx=tx or optax.adam(1e-3))
+
+    def loss(params, batch, key):
+        return jnp.mean(model.apply({"params": params}, batch) ** 2)
+
+    return plan(state, loss, x, mesh, **options)
+
+
+def test_what_arithmetic_says_is_exact():
+    lora = planned(aj.LoRA("*", RANK))
+    base, adapters = 3 * (WIDTH * WIDTH + WIDTH), 3 * 2 * RANK * WIDTH
+    assert lora.base == 2 * base  # bfloat16
+    assert lora.adapters == lora.gradients == 4 * adapters
+    assert lora.optimizer == 2 * 4 * adapters + 4
+    assert (lora.trainable_parameters, lora.parameters) == (adapters, base + adapters)
+    assert (lora.batch, lora.devices) == (8, 1)
+    parts = (lora.base, lora.adapters, lora.optimizer, lora.gradients)
+    assert lora.total == sum(parts) + lora.activations + lora.temporaries
+    assert lora.to_dict()["total"] == lora.total
+    full = planned(aj.full())
+    assert (full.base, full.adapters) == (0, 4 * base)  # what trains is kept in float32
+    assert full.optimizer == 2 * 4 * base + 4
+    assert full.total > lora.total
+    frozen = planned(aj.Unfreeze("d0/bias"), tx=optax.sgd(0.1))
+    assert (frozen.adapters, frozen.optimizer) == (4 * WIDTH, 0)
+
+
+def test_activations_grow_with_the_batch_and_parts_share_memory():
+    small, large = planned(aj.LoRA("*", RANK), 512), planned(aj.LoRA("*", RANK), 4096)
+    per_row = (large.activations - small.activations) / (4096 - 512)
+    # At least the three layers' outputs, which tanh's derivative needs; not many times as much.
+    assert 3 * 4 * WIDTH <= per_row <= 12 * 4 * WIDTH, per_row
+    parts = planned(aj.LoRA("*", RANK), 4096, accumulate=8)
+    assert parts.activations < large.activations / 2
+    assert parts.base == large.base
+
+
+def test_the_largest_batch_that_fits_is_the_largest():
+    def plan_of(batch):
+        return planned(aj.LoRA("*", RANK), batch)
+
+    memory = plan_of(20 * 512).total + 7
+    found = largest_batch(plan_of, memory, unit=512)
+    assert found.batch == 20 * 512 and found == plan_of(20 * 512)
+    assert largest_batch(plan_of, plan_of(512).total - 1, unit=512) is None
+    assert largest_batch(plan_of, 1e15, unit=512, most=2048).batch == 2048
+
+
+def test_memory_that_does_not_grow_along_a_line():
+
+    def leap(batch):
+        return Plan(0, 0, 0, 0, 100 * batch if batch < 5 else 1000 * batch, 0, batch, 1, 0, 0)
+
+    assert largest_batch(leap, 20_000).batch == 20
+    assert largest_batch(leap, 4_500).batch == 4
+    assert largest_batch(leap, 100).batch == 1
+    assert largest_batch(leap, 3.3e6).batch == 3300
+
+
+def test_an_nnx_model_plans_like_a_linen_one():
+    def build():
+        base = nnx.Sequential(*[nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)) for i in range(3)])
+        return aj.adapt(base, aj.LoRA("layers/*", RANK), rngs=nnx.Rngs(1))
+
+    state = abstract_state(nnx.eval_shape(build), tx=optax.adam(1e-3))
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
+    found = plan(state, lambda model, batch, key: jnp.mean(model(batch) ** 2), x)
+    linen = planned(aj.LoRA("*", RANK), dtype=jnp.float32)
+    for name in ("base", "adapters", "optimizer", "gradients", "parameters"):
+        assert getattr(found, name) == getattr(linen, name), name
+
+
+MESHED = """
+import json, jax
+from test_plan import planned, RANK
+import adapters_jax as aj
+one = planned(aj.full(), 1024)
+rules = {"*/kernel": jax.sharding.PartitionSpec("fsdp", "model")}
+eight = planned(aj.full(), 1024, mesh=aj.make_mesh("data=2,fsdp=2,model=2"), rules=rules)
+lora = planned(aj.LoRA("*", RANK), 1024, mesh=aj.make_mesh("data=2,fsdp=2,model=2"), rules=rules)
+print(json.dumps([one.to_dict(), eight.to_dict(), lora.to_dict()]))
+"""
+
+
+def test_a_mesh_divides_it():
+    run = [sys.executable, "-c", MESHED]
+    ran = subprocess.run(run, env=environment(8), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, eight, lora = json.loads(ran.stdout)
+    kernels, biases = 3 * WIDTH * WIDTH, 3 * WIDTH
+    assert one["adapters"] == 4 * (kernels + biases)
+    assert eight["adapters"] == 4 * (kernels // 4 + biases)
+    assert eight["optimizer"] == 2 * eight["adapters"] + 4
+    assert (eight["devices"], eight["batch"]) == (8, 1024)
+    assert eight["activations"] < one["activations"] / 2
+    assert lora["base"] == 2 * (kernels // 4 + biases)
+    assert lora["adapters"] == 4 * 3 * 2 * RANK * WIDTH  # small: everywhere
+
+
+def test_parts_of_a_mesh():
+    mesh = jax.sharding.AbstractMesh((2, 3, 4), ("data", "fsdp", "model"))
+    assert (parts_of(mesh), parts_of(None)) == (6, 1)
+
+
+def test_a_real_state_is_planned_like_its_shapes():
+    model = aj.adapt(Net(jnp.float32), aj.LoRA("*", RANK))
+    x = np.ones((8, WIDTH), np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    state = aj.TrainState.create(model, params, tx=optax.adam(1e-3), key=jax.random.key(0))
+    loss = lambda params, batch, key: jnp.mean(model.apply({"params": params}, batch) ** 2)  # noqa: E731
+    assert plan(state, loss, x) == planned(aj.LoRA("*", RANK), dtype=jnp.float32)
+    with pytest.raises(aj.ShardingError, match="does not split into 2 parts"):
+        plan(state, loss, x[:7], jax.sharding.AbstractMesh((2,), ("data",)))
+
+
+def command(*flags):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["plan", *map(str, flags), "--json"])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
+    (write_model if model == "tiny" else write_llama)(tmp_path / model)
+    flags = ("--model", tmp_path / model, "--batch-size", 4, "--length", 16)
+    memory = ("--memory", 1e-6) if model == "tiny" else ()
+    status, out, _ = command(*flags, "--method", "lora", "--rank", 2, *memory)
+    assert status == 0
+    found = json.loads(out)
+    lora, full = found["plans"]["lora"], found["plans"]["full"]
+    counted = count_parameters(str(tmp_path / model), MethodOptions("lora", rank=2))
+    assert lora["trainable_parameters"] == counted.trainable_parameters
+    assert lora["base"] == 2 * counted.frozen_parameters
+    assert full["trainable_parameters"] == counted.frozen_parameters
+    assert full["gradients"] == 4 * counted.frozen_parameters
+    if memory:
+        assert found["largest"] == {"lora": None, "full": None}  # not a row fits a kilobyte
+    else:
+        status, out, _ = command(*flags, "--method", "lora", "--no-full", "--dtype", "float32")
+        assert list(json.loads(out)["plans"]) == ["lora"]
+        assert json.loads(out)["plans"]["lora"]["base"] == 4 * counted.frozen_parameters
+
+
+def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
+    write_llama(tmp_path / "llama")
+    flags = ("--model", tmp_path / "llama", "--length", 16, "--no-full")
+    status, out, said = command(*flags, "--method", "llama-adapter", "--last", 2)
+    assert status == 0, said
+    found = json.loads(out)["plans"]["llama-adapter"]
+    assert found["trainable_parameters"] == 2 * (10 * 32 + 4)
+
+
+def test_what_cannot_be_planned_is_one_line():
+    for flags, words in (
+        (("--mesh", "data=-1"), "a plan wants every number"),
+        (("--mesh", "data=64"), "--batch-size 8 does not split over --mesh data=64"),
+        (("--mesh", "tensor"), "does not read as NAME=SIZE"),
+        (("--length", 0), "--length"),
+        (("--memory", -1), "--memory"),
+    ):
+        status, _, said = command("--model", "bert-base", *flags)
+        assert status == 2 and words in said and said.count("\n") == 1, said
