@@ -23,7 +23,7 @@ from adapters_jax.errors import (
     RecipeError,
     compare_trees,
 )
-from adapters_jax.files import opened_adapter, read_arrays
+from adapters_jax.files import find_adapter, opened_adapter, read_arrays
 from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.linen import Adapted, init_adapters
 from adapters_jax.linen.door import shapes_of
@@ -55,6 +55,7 @@ def load_adapter(
     *args: Any,
     base: BaseIdentity | None = None,
     any_base: bool = False,
+    revision: str | None = None,
     names: "NameTable | Stack | None" = None,
     **kwargs: Any,
 ) -> Any:
@@ -63,12 +64,14 @@ def load_adapter(
     Everything is checked on shapes alone, before an array is read or made.
 
     Args:
-        directory: as written by `save_adapter`.
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub, of which the two
+            files of an adapter are fetched.
         model: the base, a linen or NNX module without adapters.
         params: linen only: the base's parameter tree.
         *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
         base: what is known of the base, as `base_identity` says; its tree is known without.
         any_base: whether a base other than the one in the file will do, if the tensors fit it.
+        revision: a branch, tag or commit on the Hub.
         names: the `NAMES` that stands beside a model, or a `Stack`: the adapter may be of its
             unrolled layers where the model's are scanned, and the other way round.
         **kwargs: linen only: further arguments of the model's call.
@@ -80,7 +83,8 @@ def load_adapter(
         OtherBaseError: the adapter was trained on another base.
         AdapterMismatchError: its tensors do not fit this base; every difference is named.
         AdapterRecipeError: its recipe does not fit this base.
-        AdapterFileError: the directory is no adapter, or is damaged. The other three are of its
+        AdapterFileError: the directory is no adapter, or is damaged; or there is none, here or on
+            the Hub. The other three are of its
             kind; the second is a `MismatchError` too, the third a `TargetError`.
         MismatchError, ValueError, TypeError: params or example inputs are not this model's.
 
@@ -106,7 +110,7 @@ def load_adapter(
             "aj.load_adapter(directory, model, params, *example_inputs)"
         )
     stack = None if names is None else stack_of(names)
-    with opened_adapter(Path(directory)) as (manifest, file):
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
         tree = nnx.state(model, nnx.Param) if in_nnx else params
         if not any_base:
             _check_base(file, manifest, tree, _recipe_of(model), base, stack)

@@ -8,9 +8,11 @@ Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters_jax import hub
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import directories, peft_load, peft_save
 from adapters_jax.interop.layouts import Array
@@ -27,11 +29,14 @@ PICKLE_ADVICE = (
 )
 
 
-def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, dict[str, Any]]:
+def load_peft(
+    directory: str | Path, names: Names, base: Any, *, revision: str | None = None
+) -> tuple[Recipe, dict[str, Any]]:
     """Reads an adapter that PEFT wrote.
 
     Args:
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`, or an id on the
+            Hugging Face Hub, of which these two are fetched.
         names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
             `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
             module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
@@ -40,6 +45,7 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
             which matters where such a weight is saved whole.
         base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module;
             their shapes say which layer is of which kind.
+        revision: a branch, tag or commit on the Hub.
 
     Returns:
         The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned:
@@ -70,7 +76,7 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory = Path(directory)
+    directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
     places = find_places(names, base)
     problems = config_problems(config)
@@ -92,9 +98,10 @@ def save_peft(
     base: Any,
     *,
     prefix: str | None = None,
+    beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
-    """Writes an adapter that PEFT loads.
+    """Writes an adapter that PEFT loads; the directory appears whole or not at all.
 
     Where PEFT's module is several of ours (GPT-2's `c_attn`), those without an A in common get one
     each, side by side in a pair of factors of a higher rank, with the same product. A pattern's
@@ -108,6 +115,7 @@ def save_peft(
             convolution's.
         prefix: what stands before the names of all modules but heads in the PyTorch model, such as
             "roberta."; by default the first prefix of the table.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json`, such as `base_model_name_or_path` and `task_type`.
 
     Returns:
@@ -126,8 +134,8 @@ def save_peft(
     if problems:
         raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
-    directories.write_pair(directory, (CONFIG, config), (TENSORS, tensors))
-    return directory
+    files = directories.pair((CONFIG, config), (TENSORS, tensors))
+    return directories.write(directory, files, beside)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
