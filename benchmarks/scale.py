@@ -1,4 +1,4 @@
-"""What scale costs: compiling a training step of deep models, their layers scanned or unrolled."""
+"""What scale costs: compiling deep models, scanned or unrolled; work over devices and processes."""
 
 import time
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ import adapters_jax as aj
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.plan import abstract_state
+from benchmarks import devices
 from benchmarks.harness import Report, Spread, interleave, ratio
 
 WIDTH, HEADS, VOCAB, BATCH, LENGTH = 256, 4, 1024, 2, 64
@@ -114,3 +115,5 @@ def run(report: Report, quick: bool) -> None:
         (2,) if quick else SHALLOW,
         rounds=1 if quick else 3,
     )
+    devices.flops(report, quick)
+    devices.processes(report, quick)
