@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, RecipeError
@@ -20,6 +19,7 @@ from adapters_jax.files import Adapter, opened
 from adapters_jax.methods import METHODS
 from adapters_jax.moves import Moves, moved
 from adapters_jax.partition import Tree, flatten, unflatten
+from adapters_jax.quantized import is_quantized, unboxed
 from adapters_jax.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -130,9 +130,11 @@ def _kind(leaf: Any) -> str:
 def _stacked(leaves: Sequence[Any]) -> Any:
     first = leaves[0]
     if isinstance(first, nnx.Variable):
-        return first.replace(_stacked([leaf.get_value() for leaf in leaves]))
+        return first.replace(_stacked([leaf.get_raw_value() for leaf in leaves]))
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
+    if is_quantized(first):
+        return jax.tree.map(lambda *arrays: _stacked(arrays), *leaves)
     if not _has_axes(first):
         return first
     return (np if isinstance(first, np.ndarray) else jnp).stack(leaves)
@@ -140,9 +142,11 @@ def _stacked(leaves: Sequence[Any]) -> Any:
 
 def _row(leaf: Any, number: int) -> Any:
     if isinstance(leaf, nnx.Variable):
-        return leaf.replace(_row(leaf.get_value(), number))
+        return leaf.replace(_row(leaf.get_raw_value(), number))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    if is_quantized(leaf):
+        return jax.tree.map(lambda array: _row(array, number), leaf)
     return leaf[number] if _has_axes(leaf) else leaf
 
 
@@ -244,7 +248,7 @@ def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
             new: Any = {_keys(path): leaf for path, leaf in change(flat).items()}
             return nnx.from_flat_state(new)
         if isinstance(node, Mapping):
-            flat = change(flatten(nn.meta.unbox(node)))
+            flat = change({path: unboxed(leaf) for path, leaf in flatten(node).items()})
             return unflatten({path: _mapped(leaf, change) for path, leaf in flat.items()})
         return node
 

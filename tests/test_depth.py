@@ -379,6 +379,19 @@ def test_the_state_of_an_optimiser_goes_along(name):
         equal(aj.stack_layers(other, NAMES[name]), state)
 
 
+def test_a_quantised_base_goes_along():
+    pytest.importorskip("qwix")
+    model, params = loaded("gpt2", True)
+    base = aj.adapt(model, aj.Recipe())
+    packed = aj.quantize(base, params, inputs_of("gpt2")["input_ids"], dtype="int8")
+    rows = aj.unstack_layers(packed, gpt2.NAMES)
+    equal(aj.stack_layers(rows, gpt2.NAMES), packed)
+    kernel = rows["layer_1"]["mlp"]["intermediate"]["kernel"]
+    assert kernel.shape == (32, 48) and kernel.array.qvalue.dtype == jnp.int8
+    stacked = packed["layers"]["mlp"]["intermediate"]["kernel"].unbox()
+    np.testing.assert_array_equal(kernel.unbox(), stacked[1])
+
+
 FILES = {
     "peft": (load_peft, save_peft, ("bert_dora", "bert_embedding", "bert_head", "llama_embedding")),
     "adapterhub": (load_adapterhub, save_adapterhub, ("bert_lora", "gpt2_double", "llama_par")),
