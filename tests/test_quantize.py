@@ -410,7 +410,12 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
 
     def prepared(dtype):
         data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
-        options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "dtype": "bfloat16"}
+        options = {
+            "model": str(tmp_path / "tiny"),
+            "runs": tmp_path,
+            "dtype": "bfloat16",
+            "max_length": 8,
+        }
         return Finetune(**options, data=data, quantize=dtype, name=dtype).prepare(Output(json=True))
 
     job = prepared("int8")
