@@ -131,6 +131,17 @@ def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
         np.testing.assert_allclose(double(mine), double(wanted), atol=tolerance * most)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pattern_for_everything_meets_each_layer_once(door):
+    """A tied table too, which is called by another name at the end."""
+    found = []
+    for quantized in (True, False):
+        subject = DOORS[door](contract.Case("mlp", aj.Recipe(aj.LoRA("**", 2))))
+        subject = with_base(subject, quantized, dtype="int4", block=4)
+        found.append(subject.run(shaken(subject.adapters), subject.frozen))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
 LAYERS, WIDTH, ROWS = (2, 6), 256, 8
 KERNEL = WIDTH * WIDTH * 4
 
