@@ -4,8 +4,10 @@ from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.attention import register_attention
 from adapters_jax.audit import audit
+from adapters_jax.card import model_card
 from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.combine import Combined, combine
+from adapters_jax.depth import Stack, stack_layers, unstack_layers
 from adapters_jax.errors import (
     AdapterFileError,
     MismatchError,
@@ -13,7 +15,7 @@ from adapters_jax.errors import (
     RecipeError,
     TargetError,
 )
-from adapters_jax.files import save_adapter
+from adapters_jax.files import read_adapter, save_adapter
 from adapters_jax.hosts import join_hosts
 from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
@@ -76,6 +78,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ShardingError",
+    "Stack",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -106,6 +109,7 @@ __all__ = [
     "make_train_step",
     "merge",
     "merge_trees",
+    "model_card",
     "nnx",
     "parallel",
     "partition",
@@ -113,10 +117,13 @@ __all__ = [
     "prefix_parameters",
     "prefix_tuning",
     "quantize",
+    "read_adapter",
     "register_attention",
     "register_contraction",
     "save_adapter",
     "shard",
     "shard_batch",
+    "stack_layers",
     "unmerge",
+    "unstack_layers",
 ]

@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),
     "combine": ("adapters_jax.finetune.combine", "Combine"),
+    "convert": ("adapters_jax.finetune.convert", "Convert"),
+    "push": ("adapters_jax.finetune.push", "Push"),
     "audit": ("adapters_jax.finetune.counts", "CountParameters"),
     "plan": ("adapters_jax.finetune.plans", "PlanTraining"),
 }
@@ -37,6 +39,8 @@ commands:
   generate   complete prompts with a finished run
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
   combine    sum the LoRA of several runs with weights
+  convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
+  push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
   plan       what each device will hold in training, before there is any
 
@@ -45,6 +49,7 @@ examples:
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
   adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"
+  adapters-jax convert runs/mine for-peft --to peft
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
@@ -78,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
     try:
         return _run(name, flags)

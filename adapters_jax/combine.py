@@ -17,15 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.files import read_adapter
-from adapters_jax.methods import DoRA, LoRA, Method
+from adapters_jax.files import Adapter, opened
+from adapters_jax.methods import DoRA, LoRA
 from adapters_jax.methods import base as arrays
 from adapters_jax.methods.fields import check_choice, check_number, check_size
 from adapters_jax.partition import Tree, flatten, join, unflatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import weight_names
 
-Adapter = tuple[Recipe | Method, Tree]
 HOW = ("linear", "svd", "ties", "dare")
 
 
@@ -99,7 +98,7 @@ def combine(
     """
     _check(adapters, weights, how, rank, density, key)
     shapes = _weights(base)
-    changes = [_changes(shapes, *_opened(adapter)) for adapter in adapters]
+    changes = [_changes(shapes, *opened(adapter)) for adapter in adapters]
     sites = sorted({site for each in changes for site in each})
     made, lost, whole = {}, 0.0, 0.0
     for site in sites:
@@ -144,14 +143,6 @@ def _check(
         check_number("combine", "density", density, high=1.0)
     if how == "dare" and key is None:
         raise ValueError("combine: how='dare' draws at random; give key=jax.random.key(0)")
-
-
-def _opened(adapter: Adapter | str | Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe and the flat tree of an adapter."""
-    if isinstance(adapter, str | Path):
-        return read_adapter(adapter)
-    recipe, tree = adapter
-    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
 
 
 def _weights(base: Any) -> dict[str, tuple[int, ...]]:

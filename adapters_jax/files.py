@@ -18,12 +18,13 @@ import safetensors.numpy
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
+from adapters_jax import hub
 from adapters_jax.atomic import write_directory
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.manifest import CONFIG, Manifest
 from adapters_jax.methods import Method
-from adapters_jax.partition import flatten
+from adapters_jax.partition import Tree, flatten
 from adapters_jax.recipe import Recipe
 from adapters_jax.state import TrainState
 from adapters_jax.tensors import (
@@ -36,6 +37,7 @@ from adapters_jax.tensors import (
 )
 
 TENSORS = "adapter.safetensors"
+Adapter = tuple[Recipe | Method, Tree]
 
 
 def save_adapter(
@@ -44,6 +46,7 @@ def save_adapter(
     recipe: Recipe | Method | None = None,
     *,
     base: BaseIdentity | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes an adapter: its recipe and what it trained, never the frozen base.
 
@@ -57,6 +60,7 @@ def save_adapter(
         recipe: says what trains; not wanted with a `TrainState`.
         base: which base it was trained on, as `base_identity` says; of a `TrainState` the tree is
             known without.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
 
     Returns:
         The directory.
@@ -94,19 +98,28 @@ def save_adapter(
             "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
         )
     recipe, directory = Recipe(recipe), Path(directory)
-    if directory.exists() and not (directory / CONFIG).is_file():
+    there = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if there and not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     _check_savable(flat, recipe)
     tensors = safetensors.numpy.save(flat)
     check_header(int.from_bytes(tensors[:8], "little"), len(tensors), directory / TENSORS)
     config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
-    files = {TENSORS: tensors, CONFIG: config}
+    files = {**texts(beside), TENSORS: tensors, CONFIG: config}
     if jax.process_index() == 0:
         write_directory(directory.resolve(), files)  # of a link, what it points to is replaced
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
+
+
+def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
+    """Texts as the files of a directory; raises ValueError where a name is no plain one."""
+    for name in beside or {}:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no name of a file in the adapter's directory")
+    return {name: text.encode("utf-8") for name, text in (beside or {}).items()}
 
 
 def _plain(leaf: Any) -> np.ndarray:
@@ -164,8 +177,7 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
                 ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
             )
     manifest.check_counts(file.shapes, file.path)
-    arrays = file.read()
-    return {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+    return jax.device_put(file.read())
 
 
 def _kept(dtype: Any) -> bool:
@@ -174,14 +186,34 @@ def _kept(dtype: Any) -> bool:
     return floats and jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def read_adapter(directory: str | Path) -> tuple[Recipe, dict[str, jax.Array]]:
+def find_adapter(directory: str | Path, revision: str | None = None) -> Path:
+    """A directory, or the two files of an id on the Hub; raises AdapterFileError for neither."""
+    return hub.find(directory, revision, (CONFIG, TENSORS))
+
+
+def read_adapter(
+    directory: str | Path, *, revision: str | None = None
+) -> tuple[Recipe, dict[str, jax.Array]]:
     """Reads an adapter as it was written, without a model.
+
+    Args:
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
+        revision: a branch, tag or commit there.
 
     Returns:
         The recipe, and the trained arrays by path.
 
     Raises:
-        AdapterFileError: the directory is no adapter of this library, or is damaged.
+        AdapterFileError: the directory is no adapter of this library, or is damaged; or there is
+            none, here or on the Hub.
     """
-    with opened_adapter(Path(directory)) as (manifest, file):
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
         return manifest.recipe, read_arrays(file, manifest)
+
+
+def opened(adapter: Adapter | str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the leaves by path of an adapter, or of the directory it is in."""
+    if isinstance(adapter, str | Path):
+        return read_adapter(adapter)
+    recipe, tree = adapter
+    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}

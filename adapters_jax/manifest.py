@@ -1,5 +1,6 @@
 """`adapter_config.json`: what an adapter says of itself; docs/format.md has its rules."""
 
+import functools
 import json
 import math
 import re
@@ -47,7 +48,7 @@ class Manifest:
         """The content of the file at a path; raises AdapterFileError where `read` would."""
         values = {
             "format": FORMAT,
-            "adapters_jax": version("adapters-jax"),
+            "adapters_jax": _version(),
             "base": self.base and asdict(self.base),
             "parameters": self.parameters,
             "tensors": self.tensors,
@@ -92,6 +93,12 @@ class Manifest:
                 f"{path} holds {found[0]} parameters in {found[1]} tensors, and {CONFIG} says "
                 f"{self.parameters} in {self.tensors}; they are not of one adapter"
             )
+
+
+@functools.cache
+def _version() -> str:
+    """This library's version; to ask for it takes milliseconds."""
+    return version("adapters-jax")
 
 
 def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:

@@ -205,9 +205,12 @@ def _numbers(
 
 
 def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]:
-    """A pattern for each layer, so that one that does not exist is noticed."""
+    """A pattern for each layer, so that one that does not exist is noticed.
+
+    That of all layers means scanned ones as well, where the number is a name of its own.
+    """
     if numbers is None:
-        return (targets.replace("{}", "*"),)
+        return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
     if "{}" not in targets:
         raise ValueError(f"targets={targets!r}, wanted {{}} where the layer's number is")
     return tuple(targets.replace("{}", str(number)) for number in numbers)

@@ -186,6 +186,12 @@ def _failures(
         else:
             near = nearest(pattern, usable) or usable
             problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
+            whole = re.sub(r"layer(s/|_)\d+", "layers", pattern)
+            if any(matches(whole, path) for path in usable):
+                problem += (
+                    "; its layers are scanned, one module for all of them: to choose among them, "
+                    "use the unrolled model (scan=False)"
+                )
         yield f"{owner}: target {pattern!r} {problem}"
 
 

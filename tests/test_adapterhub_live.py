@@ -5,6 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from finished import encoder_run
 from test_adapterhub import (
     BASES,
     FIXTURES,
@@ -19,6 +20,8 @@ from test_adapterhub import (
 from trained import trained
 
 import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.predictor import load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"
@@ -170,3 +173,18 @@ def test_what_is_made_there_has_the_same_logits_here(base, config, tmp_path):
     recipe, adapters = load_adapterhub(tmp_path / "a", of[0], of[2])
     got = seen(of, logits_of(of, recipe, adapters, tmp_path))
     np.testing.assert_allclose(got, seen(of, logits_there(model, base)), atol=1e-4)
+
+
+def test_a_converted_run_has_the_same_logits_in_adapterhub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = encoder_run("--bottleneck-dim 4 --layer-norms=")
+    assert main(["convert", run, "there", "--to", "adapterhub"]) == 0
+    model, info = hub.BertAdapterModel.from_pretrained("tiny"), {}
+    model.load_adapter("there", use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    ids = np.array([[2, 5, 9, 7, 3], [2, 8, 12, 4, 3]])
+    with torch.no_grad():
+        got = model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
+    ours = load_predictor(run)
+    np.testing.assert_allclose(got, ours.model.apply({"params": ours.params}, ids), atol=1e-4)
+    assert model.heads["there"].config["label2id"] == {"no": 0, "yes": 1}

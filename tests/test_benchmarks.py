@@ -83,7 +83,10 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["stpe"])
     assert stop.value.code == 2
-    assert "no benchmark is called stpe; there are: files, llama, step" in capsys.readouterr().err
+    assert (
+        "no benchmark is called stpe; there are: files, llama, plan, scale, step"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as stop:
         __main__.main(["--help"])
     assert stop.value.code == 0

@@ -412,7 +412,7 @@ def method_edit(**fields):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, f" has no {CONFIG}; give a directory that save_adapter wrote"),
+        (shutil.rmtree, "neither a directory here nor an adapter on the Hugging Face Hub, whose"),
         (lambda d: (d / TENSORS).unlink(), f" has no {TENSORS}; give a directory that save_ad"),
         (lambda d: (d / TENSORS).write_bytes((d / TENSORS).read_bytes()[:-3]), " is damaged: "),
         (lambda d: (d / TENSORS).write_bytes(b""), " is damaged: "),

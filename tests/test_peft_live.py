@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished import decoder_run, encoder_run
 from test_peft import BASES, FIXTURES, HAVE, base_of
 from trained import trained
 
 import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.generator import load_generator
+from adapters_jax.finetune.predictor import load_predictor
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models.llama import Llama
 
@@ -80,3 +84,30 @@ def test_what_came_from_peft_goes_back(fixture, tmp_path):
     directory: Path = save_peft(tmp_path / "a", recipe, adapters, names, params)
     expected = np.load(FIXTURES / fixture / "logits.npy")
     np.testing.assert_allclose(seen(base, theirs(base, directory)), seen(base, expected), atol=1e-4)
+
+
+def in_peft(model, directory, ids):
+    """The logits of a converted run in PEFT, which must miss no tensor, and those of its base."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        plain = model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
+        whole = peft.PeftModel.from_pretrained(model, directory).eval()
+        return whole(input_ids=torch.tensor(ids)).logits.numpy(), plain
+
+
+def test_converted_runs_have_the_same_logits_in_peft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = np.array([[2, 5, 9, 7, 3], [2, 8, 12, 4, 3]])
+    for run in (encoder_run(), decoder_run()):
+        assert main(["convert", run, f"{run}-peft", "--to", "peft"]) == 0
+    encoder = transformers.BertForSequenceClassification.from_pretrained("tiny", num_labels=2)
+    got, plain = in_peft(encoder, "runs/reviews-peft", ids)
+    ours = load_predictor("runs/reviews")
+    wanted = ours.model.apply({"params": ours.params}, ids)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert np.abs(plain - wanted).max() > 0.1
+    decoder = transformers.LlamaForCausalLM.from_pretrained("llama")
+    got, plain = in_peft(decoder, "runs/meanings-peft", ids % 12)
+    wanted = load_generator("runs/meanings").model(ids % 12)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert np.abs(plain - wanted).max() > 0.1

@@ -1,5 +1,7 @@
 """Planned bytes: exact where arithmetic says them, and XLA's own where it does not."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -12,8 +14,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from test_sharding import environment
+from tiny import write_llama, write_model
 
 import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune.counts import count_parameters
+from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.plan import Plan, abstract_state, largest_batch, parts_of, plan
 
 WIDTH, RANK = 64, 4
@@ -148,3 +154,53 @@ def test_a_real_state_is_planned_like_its_shapes():
     assert plan(state, loss, x) == planned(aj.LoRA("*", RANK), dtype=jnp.float32)
     with pytest.raises(aj.ShardingError, match="does not split into 2 parts"):
         plan(state, loss, x[:7], jax.sharding.AbstractMesh((2,), ("data",)))
+
+
+def command(*flags):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["plan", *map(str, flags), "--json"])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
+    (write_model if model == "tiny" else write_llama)(tmp_path / model)
+    flags = ("--model", tmp_path / model, "--batch-size", 4, "--length", 16)
+    memory = ("--memory", 1e-6) if model == "tiny" else ()
+    status, out, _ = command(*flags, "--method", "lora", "--rank", 2, *memory)
+    assert status == 0
+    found = json.loads(out)
+    lora, full = found["plans"]["lora"], found["plans"]["full"]
+    counted = count_parameters(str(tmp_path / model), MethodOptions("lora", rank=2))
+    assert lora["trainable_parameters"] == counted.trainable_parameters
+    assert lora["base"] == 2 * counted.frozen_parameters
+    assert full["trainable_parameters"] == counted.frozen_parameters
+    assert full["gradients"] == 4 * counted.frozen_parameters
+    if memory:
+        assert found["largest"] == {"lora": None, "full": None}  # not a row fits a kilobyte
+    else:
+        status, out, _ = command(*flags, "--method", "lora", "--no-full", "--dtype", "float32")
+        assert list(json.loads(out)["plans"]) == ["lora"]
+        assert json.loads(out)["plans"]["lora"]["base"] == 4 * counted.frozen_parameters
+
+
+def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
+    write_llama(tmp_path / "llama")
+    flags = ("--model", tmp_path / "llama", "--length", 16, "--no-full")
+    status, out, said = command(*flags, "--method", "llama-adapter", "--last", 2)
+    assert status == 0, said
+    found = json.loads(out)["plans"]["llama-adapter"]
+    assert found["trainable_parameters"] == 2 * (10 * 32 + 4)
+
+
+def test_what_cannot_be_planned_is_one_line():
+    for flags, words in (
+        (("--mesh", "data=-1"), "a plan wants every number"),
+        (("--mesh", "data=64"), "--batch-size 8 does not split over --mesh data=64"),
+        (("--mesh", "tensor"), "does not read as NAME=SIZE"),
+        (("--length", 0), "--length"),
+        (("--memory", -1), "--memory"),
+    ):
+        status, _, said = command("--model", "bert-base", *flags)
+        assert status == 2 and words in said and said.count("\n") == 1, said

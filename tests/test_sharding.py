@@ -58,12 +58,14 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def trained(slow):
-    """Every method on one device and on a layout, by turns; with --slow on each layout."""
-    subjects = SUBJECTS if slow else SUBJECTS[::2]
-    rows = [(*subject, None) for subject in subjects]
-    for i, subject in enumerate(subjects):
-        rows += [(*subject, x) for x in (LAYOUTS if slow else LAYOUTS[i % 5 : i % 5 + 1])]
-    rows += [("nnx", "together", "plain", x) for x in (None, *LAYOUTS)]
+    """Every method on one device and on a layout, by turns; with --slow in both doors, on each."""
+    rows = [("nnx", "together", "plain", layout) for layout in (None, *LAYOUTS)]
+    if slow:
+        rows += [(*subject, layout) for subject in SUBJECTS for layout in (None, *LAYOUTS)]
+    else:
+        for i, case in enumerate(contract.CASES):
+            subject = ("linen", "nnx")[i % 2], case, "plain"
+            rows += [(*subject, None), (*subject, LAYOUTS[i % len(LAYOUTS)])]
     return finish(start(8, rows=list(dict.fromkeys(rows))))
 
 
@@ -77,7 +79,7 @@ def test_every_layout_gives_the_losses_of_one_device(trained):
                 result["losses"], alone, rtol=1e-5, err_msg=f"{subject} {laid}"
             )
             compared += 1
-    assert compared >= len(SUBJECTS) // 2 + len(LAYOUTS)
+    assert compared >= len(contract.CASES) + len(LAYOUTS) - 1
 
 
 def test_devices_exchange_gradients_of_the_adapters_and_the_loss(trained):
@@ -85,7 +87,7 @@ def test_devices_exchange_gradients_of_the_adapters_and_the_loss(trained):
     again = {"llama_adapter": contract.K * contract.D, "together": contract.D}
     again["lora_embed"] = contract.R * (contract.VOCAB + contract.D)
     rows = {row: result for row, result in trained.items() if row[2:] == ("plain", "data=8")}
-    assert len(rows) >= 4
+    assert len(rows) >= 3
     for (_, case, _, _), result in rows.items():
         sent = result["trained_bytes"] + 4 * again.get(case, 0)
         assert result["exchanged"] == {"all-reduce": sent + 4}, case

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,19 @@ CONFIG = BertConfig(
 )
 
 
-def write_model(directory, seed=0, **settings):
+def write_model(directory, seed=0, pooler=False, **settings):
     """A random checkpoint in Hugging Face's layout, with a tokenizer of whole words."""
     directory.mkdir(parents=True)
     config = dataclasses.replace(CONFIG, **settings)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    init = jax.jit(Bert(config).init)
+    bert = Bert(config)
+    run = (lambda bert, ids: bert.pool(bert(ids))) if pooler else Bert.__call__
+    init = jax.jit(partial(bert.init, method=run))
     tensors = {}
     for path, leaf in flatten(init(jax.random.key(seed), jnp.ones((1, 4), int))["params"]).items():
         source = NAMES.source(path)
         tensors[source.name] = np.array(leaf.T if source.transposed else leaf, order="C")
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

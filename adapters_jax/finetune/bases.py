@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from adapters_jax import hub
 from adapters_jax.finetune import assets
 from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.interop import huggingface
@@ -54,15 +55,24 @@ def _config_file(name: str) -> Path:
         return directory / "config.json"
     if directory.is_dir():
         raise ValueError(f"{name!r} has no config.json")
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such id, no network
-        raise ValueError(
-            f"{name!r} is neither a pinned model ({', '.join(assets.ASSETS)}), nor a directory, "
-            f"nor a model that the Hugging Face Hub gives: {error}"
-        ) from error
+        found = hub.find(name, None, ["config.json"], "a model", ValueError, hub.is_id)
+        return found / "config.json"
+    except ValueError as error:
+        raise ValueError(f"{error}; the pinned models are minilm and smollm2-135m") from error
+
+
+def pinned(name: str) -> str:
+    """A base's name that will mean the same weights tomorrow: an id gets its commit.
+
+    Example:
+        >>> pinned("minilm")
+        'minilm'
+    """
+    if name in assets.ASSETS or Path(name).exists():
+        return name
+    commit = hub.commit_of(_config_file(name).parent)
+    return f"{hub.split(name)[0]}@{commit}" if commit else name
 
 
 def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
@@ -96,5 +106,5 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         config: its shape, a dataclass.
         model: the NNX model, where there is one.
     """
-    public = None if Path(name).exists() else name
+    public = None if Path(name).exists() else hub.split(name)[0]
     return base_identity(model, id=public, config=dataclasses.asdict(config))

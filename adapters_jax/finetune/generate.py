@@ -13,7 +13,7 @@ import tyro
 from adapters_jax.finetune.generator import Generator, load_generator
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.rows import DataError, read_rows
-from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.runs import find_run
 from adapters_jax.methods.fields import check_number, check_size
 
 
@@ -22,7 +22,7 @@ class Generate:
     """Completes prompts with a finished run on a decoder: its base with its adapter.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or the id of one on the Hugging Face Hub.
         prompt: prompts, as in the column trained on; - reads a prompt a line from stdin.
         file: CSV, TSV or JSON lines file of prompts; .gz may follow.
         column: its column of the prompt; by default the one trained on.
@@ -38,7 +38,7 @@ class Generate:
   adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
   head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json"""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[str]
     prompt: tuple[str, ...] = ()
     file: Path | None = None
     column: str | None = None
@@ -61,8 +61,9 @@ class Generate:
             raise ValueError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
-        prompts = self._read(Run(self.run).read_config("decoder").get("prompt"))
-        generator = load_generator(self.run)
+        run = find_run(self.run)
+        prompts = self._read(run.read_config("decoder").get("prompt"))
+        generator = load_generator(run.path)
         return lambda: self._complete(generator, prompts, output)
 
     def _read(self, column: str | None) -> list[str]:

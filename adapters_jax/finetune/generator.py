@@ -13,7 +13,7 @@ from flax import nnx
 from adapters_jax.finetune.decoders import Decoder, load_decoder
 from adapters_jax.finetune.generation import complete
 from adapters_jax.finetune.prompts import Prompts
-from adapters_jax.finetune.runs import Run, RunError, check_base
+from adapters_jax.finetune.runs import RunError, check_base, find_run
 from adapters_jax.loading import load_adapter
 
 BATCH_SIZE = 16
@@ -66,25 +66,30 @@ class Generator:
             )
 
 
-def load_generator(path: str | Path) -> Generator:
+def load_generator(
+    path: str | Path, *, revision: str | None = None, model: str | None = None
+) -> Generator:
     """Loads a run: its base again, and its adapter onto it.
 
     Args:
-        path: of the run's directory.
+        path: of the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit there.
+        model: where the base is, if it is not where it was in training; it must be the same one.
 
     Raises:
         ValueError: no run on a decoder, a damaged one, or a base that is not the one it was trained
             on (`RunError`, `AdapterFileError`).
         AssetError: the pinned model could not be fetched.
     """
-    run = Run(Path(path))
+    run = find_run(path, revision)
     config = run.read_config("decoder")
     try:
         prompts = Prompts(**config["prompts"])
     except (TypeError, ValueError) as error:
         raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
-    decoder = load_decoder(config["model"], config["dtype"], config.get("quantize"))
+    model = model or config["model"]
+    decoder = load_decoder(model, config["dtype"], config.get("quantize"))
     ids = np.zeros((1, 8), np.int32)
-    model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-    check_base(run, config, decoder.sha256)
-    return Generator(decoder, model, prompts)
+    adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+    check_base(run, {**config, "model": model}, decoder.sha256)
+    return Generator(decoder, adapted, prompts)

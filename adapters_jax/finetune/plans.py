@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -19,7 +21,7 @@ from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.methods.fields import check_number, check_size
 from adapters_jax.models.bert import Bert
 from adapters_jax.plan import Plan, abstract_state, largest_batch, parts_of, plan
-from adapters_jax.sharding import ShardingError, make_mesh, mesh_sizes
+from adapters_jax.sharding import BATCH, ShardingError, make_mesh, mesh_sizes
 from adapters_jax.summary import bytes_text
 
 FULL = MethodOptions("full")
@@ -78,12 +80,7 @@ class PlanTraining:
         check_size("the plan", "--batch-size", self.batch_size)
         if self.memory is not None:
             check_number("the plan", "--memory", self.memory)
-        mesh = _pretended(self.mesh)
-        if self.batch_size % parts_of(mesh):
-            raise ShardingError(
-                f"--batch-size {self.batch_size} does not split over --mesh {self.mesh}: write a "
-                f"multiple of {parts_of(mesh)}"
-            )
+        mesh = _pretended(self.mesh, self.batch_size)
         methods = [self.method, *([FULL] if self.full and self.method != FULL else [])]
         shapes = [self._state(method) for method in methods]
 
@@ -109,6 +106,7 @@ class PlanTraining:
         """The plan of the batch, and of the largest that fits."""
         loss = _loss_of(shape[0])
 
+        @functools.cache
         def of(batch: int) -> Plan:
             output.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
             ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
@@ -154,14 +152,18 @@ class PlanTraining:
         )
 
 
-def _pretended(text: str) -> Mesh:
-    """A mesh of CPU devices, as many as it says; they hold nothing."""
+def _pretended(text: str, batch_size: int) -> Mesh:
+    """A mesh of CPU devices, as many as it says, which a batch splits over; they hold nothing."""
     sizes = mesh_sizes(text)
-    if -1 in sizes.values():
-        raise ShardingError(f"--mesh {text}: nothing says what -1 stands for; write the number")
-    count = 1
-    for size in sizes.values():
-        count *= size
+    if min(sizes.values()) < 1:
+        raise ShardingError(f"--mesh {text}: a plan wants every number, and none below 1")
+    parts = math.prod(sizes.get(name, 1) for name in BATCH)
+    if batch_size % parts:
+        raise ShardingError(
+            f"--batch-size {batch_size} does not split over --mesh {text}: write a multiple of "
+            f"{parts}"
+        )
+    count = math.prod(sizes.values())
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

@@ -15,7 +15,7 @@ import tyro
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.predictor import Prediction, load_predictor
 from adapters_jax.finetune.rows import DataError, Texts, read_rows
-from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.runs import find_run
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Predict:
     """Predicts with a finished run: the label and its probability, or the value.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or the id of one on the Hugging Face Hub.
         texts: texts; two by two for a run on pairs; - reads a text a line from stdin.
         file: CSV, TSV or JSON lines file of texts; .gz may follow.
         text: its column of the text; by default the one trained on.
@@ -37,7 +37,7 @@ class Predict:
   adapters-jax predict runs/reviews --file new.csv --text review --out predictions.csv
   head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[str]
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     file: Path | None = None
     text: str | None = None
@@ -52,10 +52,11 @@ class Predict:
             ValueError: a run, texts or a file that cannot be used.
             AssetError: the pinned model could not be fetched.
         """
-        texts = self._read(Run(self.run).read_config())
+        run = find_run(self.run)
+        texts = self._read(run.read_config())
         if self.out is not None:
             _check_out(self.out)
-        predictor = load_predictor(self.run)
+        predictor = load_predictor(run.path)
         _, cut = predictor.encoder.encode(texts, predictor.max_length)
         if cut:
             words = f"{cut} of {len(texts)} texts are cut at {predictor.max_length} tokens"

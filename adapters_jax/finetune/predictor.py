@@ -12,7 +12,7 @@ import numpy as np
 from adapters_jax.finetune.batches import choose_buckets
 from adapters_jax.finetune.encoders import INPUTS, Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.rows import DataError, Texts
-from adapters_jax.finetune.runs import Run, check_base, target_of
+from adapters_jax.finetune.runs import check_base, find_run, target_of
 from adapters_jax.finetune.targets import Target
 from adapters_jax.finetune.training import in_row_order
 from adapters_jax.linen import Adapted
@@ -95,27 +95,30 @@ class Predictor:
         return Prediction(text, text_pair, self.target.names[decoded], probabilities, None)
 
 
-def load_predictor(path: str | Path) -> Predictor:
+def load_predictor(
+    path: str | Path, *, revision: str | None = None, model: str | None = None
+) -> Predictor:
     """Loads a run: its base again, and its adapter onto it.
 
     Args:
-        path: of the run's directory.
+        path: of the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit there.
+        model: where the base is, if it is not where it was in training; it must be the same one.
 
     Raises:
         ValueError: no run, a damaged one, or a base that is not the one it was trained on
             (`RunError`, `AdapterFileError`).
         AssetError: the pinned model could not be fetched.
     """
-    run = Run(Path(path))
+    run = find_run(path, revision)
     config = run.read_config()
     target = target_of(run, config)
-    encoder = load_encoder(
-        config["model"], config["pooling"], config["dtype"], config.get("quantize")
-    )
+    model = model or config["model"]
+    encoder = load_encoder(model, config["pooling"], config["dtype"], config.get("quantize"))
     params = encoder.init(target.width, jax.random.key(0))
     ids = np.zeros((1, 8), np.int32)
     classifier, base = encoder.classifier(target.width), encoder.identity
-    model, params = load_adapter(run.adapter, classifier, params, ids, base=base)
-    check_base(run, config, encoder.sha256)
-    params = store_frozen(params, model.recipe, config["dtype"])
-    return Predictor(encoder, model, params, target, config["max_length"], config["pairs"])
+    adapted, params = load_adapter(run.adapter, classifier, params, ids, base=base)
+    check_base(run, {**config, "model": model}, encoder.sha256)
+    params = store_frozen(params, adapted.recipe, config["dtype"])
+    return Predictor(encoder, adapted, params, target, config["max_length"], config["pairs"])

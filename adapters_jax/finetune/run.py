@@ -17,7 +17,7 @@ import tyro
 from jax.sharding import Mesh
 
 from adapters_jax.finetune import decoder_run, encoder_run
-from adapters_jax.finetune.bases import is_decoder
+from adapters_jax.finetune.bases import is_decoder, pinned
 from adapters_jax.finetune.flags import flag, given, parse, plain, words
 from adapters_jax.finetune.job import Job
 from adapters_jax.finetune.optimizers import OptimizerOptions
@@ -42,7 +42,8 @@ class Finetune:
     with pip.
 
     Args:
-        model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub.
+        model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub,
+            with @ and a revision or without; the run notes the commit, and uses that ever after.
         data: the rows.
         method: the recipe.
         optimizer: the training.
@@ -72,6 +73,7 @@ class Finetune:
   adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 --name lora4
   adapters-jax finetune --train train.csv --test test.csv --text review --label stars
   adapters-jax finetune --glue stsb --data glue/STS-B --model google-bert/bert-base-uncased
+  adapters-jax finetune --model google-bert/bert-base-uncased@main --train train.csv --text review
   adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr --completion ref
   adapters-jax finetune --model smollm2-135m --method llama-adapter --train poems.csv --text poem
   adapters-jax finetune --limit 1000 --no-baselines --json
@@ -123,8 +125,9 @@ class Finetune:
         check_size("scoring", "--held-out", self.held_out)
         if self.exact_match < 0:
             raise ValueError(f"--exact-match {self.exact_match}: wanted a number of rows, or 0")
-        room: Any = decoder_run if is_decoder(self.model) else encoder_run
-        return room.prepare(self, run, output, began)
+        options = replace(self, model=pinned(self.model))
+        room: Any = decoder_run if is_decoder(options.model) else encoder_run
+        return room.prepare(options, run, output, began)
 
     def open(self, run: Run, config: dict[str, Any], output: Output) -> int:
         """Makes a run's directory, or checks that one that is there is of the same run.

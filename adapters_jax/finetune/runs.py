@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters_jax import hub
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.files import TENSORS
 from adapters_jax.finetune.targets import Target
+from adapters_jax.manifest import CONFIG
+from adapters_jax.untrusted import read_json
 
 FORMAT = 1
 _NEEDED: dict[str, type] = {
@@ -50,8 +55,8 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """What `aj.save_adapter` wrote."""
-        return self.path / "adapter"
+        """What `aj.save_adapter` wrote; an exported run has it beside its configuration."""
+        return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
 
     @property
     def config(self) -> Path:
@@ -155,10 +160,9 @@ class Run:
             there = f"; there are: {', '.join(near[:5])}" if near else ""
             raise RunError(f"no run at {self.path}: it has no config.json{there}")
         try:
-            config = json.loads(self.config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{self.config} is damaged: {error}") from error
-        values = config if isinstance(config, dict) else {}
+            config = values = read_json(self.config)
+        except AdapterFileError as error:
+            raise RunError(str(error)) from error
         found = values.get("kind", "encoder")
         if kind is None:
             kind = found if found in _OF_KIND else "encoder"
@@ -175,6 +179,29 @@ class Run:
                 + (f": it has no good {', '.join(wrong)}" if wrong else "")
             )
         return config
+
+
+def find_run(name: str | Path, revision: str | None = None) -> Run:
+    """A run's directory, or an exported one by its id on the Hugging Face Hub.
+
+    Args:
+        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`.
+        revision: a branch, tag or commit on the Hub.
+
+    Raises:
+        RunError: the Hub does not give it.
+    """
+    if not hub.is_adapter_id(name):
+        return Run(Path(name))
+    return Run(hub.find(name, revision, ("config.json", CONFIG, TENSORS), "a run", RunError))
+
+
+def check_finished(run: Run, config: dict[str, Any]) -> None:
+    """Raises RunError where a run's adapter is not its last."""
+    if not {"summary", "combined"} & config.keys():
+        raise RunError(
+            f"{run.path} is not finished; go on with: adapters-jax finetune --resume {run.path}"
+        )
 
 
 def check_base(run: Run, config: dict[str, Any], sha256: str) -> None:

@@ -8,24 +8,25 @@ whatever code the file holds.
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
+from adapters_jax import hub
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import adapterhub_heads, adapterhub_load, adapterhub_save, directories
 from adapters_jax.interop.adapterhub_config import VERSION
 from adapters_jax.interop.adapterhub_places import Blocks, find_blocks
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.places import Names, by_site, shortest
+from adapters_jax.interop.places import Names, as_in_file, as_in_model, by_site, shortest
 from adapters_jax.methods import Method, Unfreeze
-from adapters_jax.partition import Tree, unflatten
+from adapters_jax.partition import Tree
 from adapters_jax.recipe import Recipe
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_CONFIG, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
 HEAD_PICKLE = "pytorch_model_head.bin"
+FILES = (CONFIG, TENSORS, HEAD_CONFIG, HEAD_TENSORS)
 PICKLE_ADVICE = (
     "a pickled {} is never opened, since unpickling runs code: convert it where you trust it, with "
     "AdapterHub's name = model.load_adapter(DIR), then "
@@ -40,11 +41,13 @@ def load_adapterhub(
     *,
     with_head: bool = True,
     pooling: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Reads an adapter, and the head beside it, that AdapterHub wrote.
 
     Args:
-        directory: with `adapter_config.json` and `adapter.safetensors`.
+        directory: with `adapter_config.json` and `adapter.safetensors`, or an id on the Hugging
+            Face Hub, of which these and a head's two are fetched.
         names: the `NAMES` that stands beside a model, or a mapping from the names of PyTorch's
             modules (as the file has them) to our module paths. There, AdapterHub's bottleneck layer
             (`encoder.layer.0.output`, `h.0.output_adapters`) goes to the module that adds the
@@ -53,6 +56,7 @@ def load_adapterhub(
         with_head: whether to read a head where there is one.
         pooling: what the model's head reads, "pooler" or "cls"; needed for a head on the first
             token, since parameters do not tell it from a mean.
+        revision: a branch, tag or commit on the Hub.
 
     Returns:
         The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
@@ -61,7 +65,8 @@ def load_adapterhub(
 
     Raises:
         AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base; everything is named at once.
+            tensors do not fit the base, whose layers are all alike where they are scanned;
+            everything is named at once.
         ValueError: `names` does not fit the base, or has no blocks that AdapterHub knows.
 
     Example:
@@ -81,7 +86,8 @@ def load_adapterhub(
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory, blocks = Path(directory), find_blocks(names, base)
+    directory = hub.find(directory, revision, FILES)
+    blocks = find_blocks(names, base)
     whole, tensors = _read(directory)
     try:
         methods, leaves, problems = adapterhub_load.read(whole, tensors, blocks)
@@ -92,13 +98,13 @@ def load_adapterhub(
             methods += [Unfreeze(shortest(trained, blocks.places.base))] if trained else []
             leaves |= trained
             problems += more
+        if not problems:
+            return as_in_model(methods, leaves, names, blocks.places)
     except AdapterFileError:
         raise
-    except ValueError as error:  # a method refuses a number
+    except ValueError as error:  # a method refuses a number, layers are not alike
         problems = [str(error)]
-    if problems:
-        raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
-    return Recipe(*methods), unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
 
 
 def save_adapterhub(
@@ -111,9 +117,13 @@ def save_adapterhub(
     name: str = "adapter",
     prefix: str | None = None,
     pooling: str | None = None,
+    labels: Sequence[str] = (),
+    beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
     """Writes an adapter, and a head where it trains, that AdapterHub loads.
+
+    The directory appears whole or not at all.
 
     Bottlenecks on a sublayer's output are its double_seq_bn; with `placement="norm"` on BERT's
     `**/mlp_norm`, and on the `**/mlp_sum` of GPT-2 and Llama, its seq_bn; with
@@ -131,6 +141,8 @@ def save_adapterhub(
         prefix: what stands before the names of all modules but heads in the PyTorch model, such as
             "roberta."; by default the first prefix of the table.
         pooling: as in `load_adapterhub`.
+        labels: the names of a head's classes.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`. A head is
             for the class `model_class`: BertAdapterModel, or RobertaAdapterModel by the prefix.
 
@@ -147,18 +159,19 @@ def save_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
-    added, trained = by_site(Recipe(recipe), flat, problems)
-    config, tensors = adapterhub_save.write(Recipe(recipe), added, blocks, name, problems)
-    head = adapterhub_heads.write(trained, blocks, name, pooling, problems)
+    unrolled, flat = as_in_file(recipe, flat, names, blocks.places)
+    added, trained = by_site(unrolled, flat, problems)
+    config, tensors = adapterhub_save.write(unrolled, added, blocks, name, problems)
+    head = adapterhub_heads.write(trained, blocks, name, pooling, labels, problems)
     if problems:
         raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
     whole = {blocks.places.full(key, prefix): tensor for key, tensor in tensors.items()}
-    directories.write_pair(directory, (CONFIG, about | {"config": config}), (TENSORS, whole))
+    files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))
     if head[0]:
         settings = (HEAD_CONFIG, about | {"config": head[0]})
-        directories.write_pair(directory, settings, (HEAD_TENSORS, head[1]))
-    return directory
+        files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
+    return directories.write(directory, files, beside)
 
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Theirs read the pooler or the first token. A head of two layers is ours of one o
 trained with it: `tanh(dense(first token))` is what a pooler computes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,11 +112,29 @@ def _flexible(
     if not found and tensors.keys() != names.keys():
         problems.append(f"the head has {sorted(tensors)}, wanted {sorted(names)}; {_ADVICE}")
     by_module = {names[key]: tensor for key, tensor in tensors.items() if key in names}
-    return by_module, "pooler" if pooled or layers == 2 else "cls"
+    return by_module, pooling_of(whole)
+
+
+def pooling_of(whole: Config) -> str:
+    """What a head reads by its settings: "pooler" or "cls".
+
+    Example:
+        >>> pooling_of({"config": {"layers": 1, "use_pooler": False}}), pooling_of({})
+        ('cls', 'pooler')
+    """
+    config = whole.get("config")
+    if not isinstance(config, Mapping):  # the own head of a model's class
+        return "pooler"
+    return "pooler" if config.get("use_pooler") or config.get("layers", 2) == 2 else "cls"
 
 
 def write(
-    trained: Leaves, blocks: Blocks, name: str, pooling: str | None, problems: list[str]
+    trained: Leaves,
+    blocks: Blocks,
+    name: str,
+    pooling: str | None,
+    labels: Sequence[str],
+    problems: list[str],
 ) -> tuple[dict[str, Any], Leaves]:
     """The settings and tensors of a head; nothing where none trains."""
     places = blocks.places
@@ -154,7 +172,7 @@ def write(
         "use_pooler": known == "pooler" and len(order) == 1,
         "bias": True,
         "dropout_prob": None,
-        "label2id": None,
+        "label2id": {label: i for i, label in enumerate(labels)} or None,
     }
     return config, tensors
 

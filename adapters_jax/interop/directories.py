@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 from flax import linen as nn
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from adapters_jax import hub
+from adapters_jax.atomic import write_directory
 from adapters_jax.errors import AdapterFileError
+from adapters_jax.files import texts
 from adapters_jax.interop.layouts import Array
 from adapters_jax.partition import Tree, flatten
 from adapters_jax.tensors import read_tensors
@@ -35,28 +38,29 @@ def read_pair(
     """
     lacking = [name for name in (config, tensors) if not (directory / name).is_file()]
     if lacking:
-        pickled = f"; {advice}" if (directory / pickle).exists() else ""
+        may_be = (directory / pickle).exists() or hub.commit_of(directory)  # it is not fetched
+        pickled = f"; {advice}" if may_be else ""
         raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
     return read_json(directory / config), read_tensors(directory / tensors)
 
 
-def write_pair(
-    directory: Path,
-    config: tuple[str, Mapping[str, Any]],
-    tensors: tuple[str, Mapping[str, Array]],
-) -> None:
-    """Puts settings and tensors, each with the name of its file, into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
+def pair(
+    config: tuple[str, Mapping[str, Any]], tensors: tuple[str, Mapping[str, Array]]
+) -> dict[str, bytes]:
+    """The contents of the files of settings and tensors, each given with its file's name."""
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors[1].items()}
-    path = directory / tensors[0]
-    save_file(whole, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors writes it for its owner alone
     text = json.dumps(config[1], indent=2, sort_keys=True) + "\n"
-    (directory / config[0]).write_text(text, encoding="utf-8")
+    return {config[0]: text.encode(), tensors[0]: save(whole, {"format": "pt"})}
+
+
+def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:
+    """Writes a directory, which appears whole or not at all, and further texts by name with it."""
+    write_directory(directory.resolve(), {**texts(beside), **files})
+    return directory
 
 
 def empty_directory(directory: str | Path) -> Path:
-    """A directory to write into; raises ValueError where there is something already."""
+    """A directory to write; raises ValueError where there is something already."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; give another directory")

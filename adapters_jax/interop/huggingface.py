@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from adapters_jax import hub
 from adapters_jax.interop.names import Stored
 
-# Top level only: some repositories keep exports for other runtimes in folders.
 WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
-UNWANTED_FILES = ("*/*",)
 INDEX = "model.safetensors.index.json"
 PICKLE_ADVICE = (
     "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
@@ -31,7 +30,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
 
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id such as
-            `"google-bert/bert-base-uncased"`.
+            `"google-bert/bert-base-uncased"`, also with `@` and a revision behind.
         revision: a branch, tag or commit of the Hub's repository.
 
     Returns:
@@ -48,35 +47,9 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         Traceback (most recent call last):
         ValueError: '...' lacks config.json and model.safetensors (or ...
     """
-    directory = Path(name_or_path)
-    if not directory.is_dir():
-        directory = _download(str(name_or_path), revision)
+    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model", ValueError, hub.is_id)
     _check_files(directory)
     return directory
-
-
-def _download(name: str, revision: str | None) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is not a directory here, and reading it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install 'adapters-jax[finetune]', or give a directory."
-        ) from error
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(WANTED_FILES),
-                ignore_patterns=list(UNWANTED_FILES),
-            )
-        )
-    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such id, no network
-        raise ValueError(
-            f"{name!r} is neither a directory here nor a model that the Hugging Face Hub gives "
-            f"(revision {revision or 'main'}): {error}"
-        ) from error
 
 
 def _check_files(directory: Path) -> None:

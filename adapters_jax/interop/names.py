@@ -4,14 +4,18 @@ Each model's names stand beside that model, as a `NameTable`; what every model s
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from adapters_jax.depth import Stack
 from adapters_jax.errors import compare_trees
 from adapters_jax.sharding import place
 
@@ -81,6 +85,8 @@ class NameTable:
         prefixes: leading words that a checkpoint may have or lack (`"bert."`).
         ignored: patterns of tensors that may be left over: buffers, and heads not asked for.
         fan_in_fan_out: whether linear weights are stored `(in, out)` as ours, not `(out, in)`.
+        stack: how the model names its layers unrolled and scanned; None where it cannot be scanned.
+            The rules are of unrolled layers.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -92,6 +98,7 @@ class NameTable:
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    stack: Stack | None = None
 
     def module(self, path: str) -> Source:
         """Their module for ours at `path`, without the leaf (`weight`, `bias`)."""
@@ -107,6 +114,16 @@ class NameTable:
         name, _, part = self.module(module)
         transposed = leaf == "kernel" and not self.fan_in_fan_out
         return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
+
+    def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
+        """Their tensors for our parameter at `path`, by our path of each; whether it is stacked.
+
+        The path of a leaf of scanned layers stands for that of every layer.
+        """
+        if self.stack and self.stack.holds(path):
+            each = (str(self.stack.layer(path, i)) for i in range(shape[0]))
+            return {layer: self.source(layer) for layer in each}, True
+        return {path: self.source(path)}, False
 
     def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by names without prefix, with the oldest files' gamma and beta renamed."""
@@ -154,28 +171,46 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     found = names.canonical(tensors)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     # An array of ours goes by both names in an error; what is left over has only theirs.
-    places = {}
+    wanted: dict[str, Any] = {}
+    got: dict[str, Any] = {}
+    used, places = set(), []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        source = names.source(path)
-        places[f"{path} ({source.name})"] = source, leaf
-    wanted = {
-        label: jax.ShapeDtypeStruct(source.shape(leaf.shape), leaf.dtype)
-        for label, (source, leaf) in places.items()
-    }
-    used = {source.name for source, _ in places.values()}
-    got = {
-        label: found[source.name] for label, (source, _) in places.items() if source.name in found
-    }
+        sources, stacked = names.sources(path, leaf.shape)
+        places.append((tuple(sources.values()), stacked, leaf))
+        for own, source in sources.items():
+            label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
+            wanted[label] = jax.ShapeDtypeStruct(source.shape(shape), leaf.dtype)
+            used.add(source.name)
+            if source.name in found:
+                got[label] = found[source.name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
     compare_trees("the checkpoint", got, wanted, "Is it of this architecture and size?")
-    return jax.tree_util.tree_unflatten(
-        structure,
-        [
-            _placed(source.take(np.asarray(found[source.name])), leaf)
-            for source, leaf in places.values()
-        ],
-    )
+
+    def read(sources: Sequence[Source], stacked: bool, leaf: Any) -> jax.Array:
+        arrays = (source.take(np.asarray(found[source.name])) for source in sources)
+        return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
+
+    return jax.tree_util.tree_unflatten(structure, [read(*each) for each in places])
+
+
+def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
+    """Layers on a first axis, put there one by one: there is never more than one of them twice."""
+    where = row = getattr(like, "sharding", None)
+    if isinstance(where, NamedSharding):
+        row = NamedSharding(where.mesh, P(*where.spec[1:]))
+    one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=row)
+    whole = jnp.zeros(like.shape, like.dtype, device=where)
+    for i, layer in enumerate(layers):
+        whole = jax.block_until_ready(_put(whole, _placed(layer, one), i, where))
+    return whole
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(whole: jax.Array, layer: jax.Array, i: int, where: Any) -> jax.Array:
+    """An array with one row replaced, in its place."""
+    whole = whole.at[i].set(layer)
+    return whole if where is None else jax.lax.with_sharding_constraint(whole, where)
 
 
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
@@ -190,7 +225,8 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
     """A model's parameters as a checkpoint's tensors; the inverse of `from_tensors`.
 
     Args:
-        tree: parameters; each is a tensor of its own there, none is fused with others.
+        tree: parameters, also of scanned layers; each is a tensor of its own there, none is fused
+            with others.
         names: the model's table; its first prefix is put before every name but the head's.
 
     Raises:
@@ -204,12 +240,12 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
     """
     tensors = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name, transposed, part = names.source(
-            jax.tree_util.keystr(keys, simple=True, separator="/")
-        )
-        if part:
-            raise ValueError(f"{name} fuses parts, which cannot be written one by one.")
-        array = np.asarray(leaf)
-        prefix = "" if name.startswith("lm_head") else "".join(names.prefixes[:1])
-        tensors[prefix + name] = np.ascontiguousarray(array.T if transposed else array)
+        array, path = np.asarray(leaf), jax.tree_util.keystr(keys, simple=True, separator="/")
+        sources, stacked = names.sources(path, array.shape)
+        for own, source in zip(array if stacked else [array], sources.values(), strict=True):
+            if source.part:
+                raise ValueError(f"{source.name} fuses parts, which cannot be written one by one.")
+            prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
+            turned = own.T if source.transposed else own
+            tensors[prefix + source.name] = np.ascontiguousarray(turned)
     return tensors

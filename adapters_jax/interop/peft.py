@@ -8,18 +8,18 @@ Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
+from adapters_jax import hub
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import directories, peft_load, peft_save
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.peft_config import config_problems
-from adapters_jax.interop.places import Names, find_places
+from adapters_jax.interop.places import Names, as_in_file, as_in_model, find_places
 from adapters_jax.methods import Method
-from adapters_jax.partition import Tree, unflatten
+from adapters_jax.partition import Tree
 from adapters_jax.recipe import Recipe
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -29,11 +29,14 @@ PICKLE_ADVICE = (
 )
 
 
-def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, dict[str, Any]]:
+def load_peft(
+    directory: str | Path, names: Names, base: Any, *, revision: str | None = None
+) -> tuple[Recipe, dict[str, Any]]:
     """Reads an adapter that PEFT wrote.
 
     Args:
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`, or an id on the
+            Hugging Face Hub, of which these two are fetched.
         names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
             `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
             module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
@@ -42,15 +45,18 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
             which matters where such a weight is saved whole.
         base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module;
             their shapes say which layer is of which kind.
+        revision: a branch, tag or commit on the Hub.
 
     Returns:
-        The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
-        taking out the base's leaves that train too (`partition(params, recipe)`), or for
-        `save_adapter`, whose directory `load_adapter` puts onto linen and NNX models alike.
+        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned:
+        for `merge_trees(adapters, params)` after taking out the base's leaves that train too
+        (`partition(params, recipe)`), or for `save_adapter`, whose directory `load_adapter` puts
+        onto linen and NNX models alike.
 
     Raises:
         AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base; everything is named at once.
+            tensors do not fit the base, whose layers are all alike where they are scanned;
+            everything is named at once.
         ValueError: `names` does not fit the base.
 
     Example:
@@ -70,18 +76,18 @@ def load_peft(directory: str | Path, names: Names, base: Any) -> tuple[Recipe, d
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory = Path(directory)
+    directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
     places = find_places(names, base)
     problems = config_problems(config)
     if not problems:
         try:
             methods, leaves, problems = peft_load.read(config, tensors, places)
-        except (ValueError, re.error) as error:  # a method refuses a number
+            if not problems:
+                return as_in_model(methods, leaves, names, places)
+        except (ValueError, re.error) as error:  # a method refuses a number, layers are not alike
             problems = [str(error)]
-    if problems:
-        raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
-    return Recipe(*methods), unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
 
 
 def save_peft(
@@ -92,9 +98,10 @@ def save_peft(
     base: Any,
     *,
     prefix: str | None = None,
+    beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
-    """Writes an adapter that PEFT loads.
+    """Writes an adapter that PEFT loads; the directory appears whole or not at all.
 
     Where PEFT's module is several of ours (GPT-2's `c_attn`), those without an A in common get one
     each, side by side in a pair of factors of a higher rank, with the same product. A pattern's
@@ -108,6 +115,7 @@ def save_peft(
             convolution's.
         prefix: what stands before the names of all modules but heads in the PyTorch model, such as
             "roberta."; by default the first prefix of the table.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json`, such as `base_model_name_or_path` and `task_type`.
 
     Returns:
@@ -121,12 +129,13 @@ def save_peft(
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
     places = find_places(names, base)
-    config, tensors, problems = peft_save.write(Recipe(recipe), flat, places, prefix)
+    unrolled = as_in_file(recipe, flat, names, places)
+    config, tensors, problems = peft_save.write(*unrolled, places, prefix)
     if problems:
         raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
-    directories.write_pair(directory, (CONFIG, config), (TENSORS, tensors))
-    return directory
+    files = directories.pair((CONFIG, config), (TENSORS, tensors))
+    return directories.write(directory, files, beside)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -67,7 +67,7 @@ def _trained(
             tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
     problems += [f"{path} has no name in PEFT's files; add it to names" for path in sorted(unknown)]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
-    return tensors, {"bias": bias, "modules_to_save": saved or None}
+    return tensors, {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
 
 
 def _prompts(

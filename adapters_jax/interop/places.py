@@ -3,15 +3,19 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adapters_jax.depth import count_layers, split, stack_layers, unstack_layers
 from adapters_jax.interop.layouts import Array, Place
 from adapters_jax.interop.names import NameTable
-from adapters_jax.partition import flatten, join
+from adapters_jax.methods import Method
+from adapters_jax.partition import Tree, flatten, join, unflatten
 from adapters_jax.quantized import unboxed
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -33,6 +37,8 @@ class Places:
         prefixes: leading words that their names may have.
         fan_in_fan_out: whether their linear weights are `(in, out)`.
         tied: whether the word embeddings are also the output layer.
+        scanned: how many layers the base has as one module, 0 where they are unrolled. Paths are
+            those of unrolled layers in any case.
     """
 
     modules: Mapping[str, tuple[Place, ...]]
@@ -41,6 +47,7 @@ class Places:
     prefixes: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     tied: bool = False
+    scanned: int = 0
 
     def at(self, name: str) -> tuple[Place, ...]:
         """Our modules for one of theirs, in the order of the parts; none where it is not known."""
@@ -76,12 +83,16 @@ def find_places(names: Names, base: Any) -> Places:
     """
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
+    stack = names.stack if isinstance(names, NameTable) else None
+    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
+    if stack and scanned:
+        leaves = split(leaves, stack, _row)
     by_path: dict[str, dict[str, Any]] = {}
     for path, leaf in leaves.items():
         module, _, name = path.rpartition("/")
         by_path.setdefault(module, {})[name] = leaf
     if isinstance(names, NameTable):
-        return _by_table(names, by_path, leaves)
+        return replace(_by_table(names, by_path, leaves), scanned=scanned)
     return _by_mapping(names, by_path, leaves)
 
 
@@ -132,6 +143,56 @@ def _by_mapping(
     if problems:
         raise ValueError(f"names maps to what the base does not have: {'; '.join(problems)}")
     return Places(modules, attention, base)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One layer of a stacked array, read off it when its numbers are asked for."""
+
+    stacked: Any
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stacked.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.stacked.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.stacked[self.number], dtype)
+
+
+def _row(stacked: Any, number: int) -> Any:
+    """One layer of a stacked array, abstract where that is."""
+    if hasattr(stacked, "__array__"):
+        return _Row(stacked, number)
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+
+
+def as_in_model(
+    methods: Sequence[Method], leaves: Leaves, names: Names, places: Places
+) -> tuple[Recipe, Tree]:
+    """What was read of unrolled layers as the base has it.
+
+    Raises:
+        ValueError: its layers are scanned, and those that were read are not alike.
+    """
+    recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
+    if not places.scanned or not isinstance(names, NameTable):
+        return recipe, tree
+    return stack_layers((recipe, tree), names, length=places.scanned)
+
+
+def as_in_file(
+    recipe: Recipe | Method, leaves: Leaves, names: Names, places: Places
+) -> tuple[Recipe, Leaves]:
+    """What a base trained, of unrolled layers."""
+    if not places.scanned or not isinstance(names, NameTable):
+        return Recipe(recipe), leaves
+    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
+    return unrolled, flatten(tree)
 
 
 def by_site(

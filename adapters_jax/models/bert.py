@@ -23,8 +23,10 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.models.blocks import run_linen
 from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -190,7 +192,13 @@ class Bert(Typed):
         param_dtype: dtype of the parameters.
         attention_fn: called as flax's attention modules call theirs, with query, key and value of
             shape `(batch, length, heads, head_dim)`.
-        remat: whether to recompute each block in the backward pass instead of storing it.
+        remat: whether to recompute each block in the backward pass instead of storing it, or the
+            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
+        scan: whether the blocks are one module `layers`, its leaves stacked on their first axis,
+            instead of `layer_0`, `layer_1`, ...
+
+    Raises:
+        ValueError: at the first call, where `remat` is no policy.
 
     Example:
         >>> bert = Bert(BERT_BASE)
@@ -202,16 +210,17 @@ class Bert(Typed):
 
     config: BertConfig
     attention_fn: Callable[..., Array] = nn.dot_product_attention
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
 
     def setup(self) -> None:
         """Names the parts; the pooler has parameters only where `pool` is called."""
-        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
+        block = partial(BertLayer, self.config, attention_fn=self.attention_fn, **self.types)
         self.embeddings = BertEmbeddings(self.config, **self.types)
-        self.layer = [
-            layer(self.config, attention_fn=self.attention_fn, **self.types)
-            for _ in range(self.config.num_hidden_layers)
-        ]
+        if self.scan:
+            self.layers = block()
+        else:
+            self.layer = [block() for _ in range(self.config.num_hidden_layers)]
         init = nn.initializers.normal(self.config.initializer_range)
         self.pooler = Output(self.config.hidden_size, kernel_init=init, **self.types)
 
@@ -236,8 +245,8 @@ class Bert(Typed):
         check_tokens(input_ids, attention_mask, longest)
         x = self.embeddings(input_ids, token_type_ids, position_ids, deterministic)
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        for layer in self.layer:
-            x = layer(x, mask, deterministic)
+        layers, length = self.layers if self.scan else self.layer, self.config.num_hidden_layers
+        x = run_linen(layers, x, mask, deterministic, length=length, remat=self.remat)
         return x
 
     def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:
@@ -263,6 +272,7 @@ NAMES = NameTable(
         r"embeddings\.(position_ids|token_type_ids)",
         r"(pooler|cls|lm_head|classifier|qa_outputs)\..*",
     ),
+    stack=Stack("layer_{}", "layers"),
 )
 
 
@@ -274,6 +284,7 @@ def load_bert(
     rules: Rules | None = None,
     pooler: bool = False,
     param_dtype: Dtype = jnp.float32,
+    scan: bool = False,
 ) -> tuple[BertConfig, dict[str, Any]]:
     """Loads a BERT or RoBERTa encoder from a directory or the Hugging Face Hub.
 
@@ -285,17 +296,18 @@ def load_bert(
         rules: partition specs by pattern of the parameter's path, likewise.
         pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
         param_dtype: dtype of the parameters returned.
+        scan: whether they are for a model of scanned blocks.
 
     Returns:
-        The configuration and the parameters of `Bert(config)`; a `BertClassifier` has them under
-        `bert`.
+        The configuration and the parameters of `Bert(config, scan=scan)`; a `BertClassifier` has
+        them under `bert`.
 
     Raises:
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = BertConfig.from_json(directory / "config.json")
-    bert = Bert(config, param_dtype=param_dtype)
+    bert = Bert(config, param_dtype=param_dtype, scan=scan)
 
     def forward(bert: Bert, ids: Array) -> Array:
         return bert.pool(bert(ids)) if pooler else bert(ids)

@@ -12,6 +12,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Int, Num, Shaped
 
 Slots = Shaped[Array, "batch slots kv_heads head_dim"]
+Stacked = Shaped[Array, "layers batch slots kv_heads head_dim"]
 
 
 class LayerCache:
@@ -43,20 +44,27 @@ class Cache(NamedTuple):
     """What a decoder keeps of the tokens it has read.
 
     Attributes:
-        keys: of each layer.
-        values: of each layer.
+        keys: of each layer; an array of all of them where layers are scanned.
+        values: likewise.
         held: which slots hold a token, not padding and not nothing.
         used: how many slots are taken, in every row.
     """
 
-    keys: tuple[Slots, ...]
-    values: tuple[Slots, ...]
+    keys: tuple[Slots, ...] | Stacked
+    values: tuple[Slots, ...] | Stacked
     held: Bool[Array, "batch slots"]
     used: Int[Array, ""]
 
     @classmethod
     def empty(
-        cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Dtype
+        cls,
+        layers: int,
+        batch: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Dtype,
+        stacked: bool = False,
     ) -> Self:
         """A cache with nothing in it.
 
@@ -65,8 +73,13 @@ class Cache(NamedTuple):
             >>> len(cache.keys), cache.keys[0].shape, int(cache.used)
             (1, (2, 5, 1, 4), 0)
         """
-        rows = tuple(jnp.zeros((batch, slots, kv_heads, head_dim), dtype) for _ in range(layers))
-        return cls(rows, rows, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        shape, held = (batch, slots, kv_heads, head_dim), jnp.zeros((batch, slots), bool)
+        rows = (
+            jnp.zeros((layers, *shape), dtype)
+            if stacked
+            else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+        )
+        return cls(rows, rows, held, jnp.zeros((), jnp.int32))
 
     def reserve(
         self, attention_mask: Num[Array, "batch length"]
@@ -100,13 +113,3 @@ class Cache(NamedTuple):
         past = jnp.arange(slots)[None] <= own[:, None]
         taken = self._replace(held=held, used=self.used + length)
         return taken, positions, past[None, None] & held[:, None, None]
-
-    def layers(self) -> list[LayerCache]:
-        """Each layer's keys and values, for a call whose slots are not reserved yet."""
-        pairs = zip(self.keys, self.values, strict=True)
-        return [LayerCache(key, value, self.used) for key, value in pairs]
-
-    def filled(self, layers: list[LayerCache]) -> Self:
-        """The cache with the keys and values that the layers have now."""
-        keys, values = tuple(x.key for x in layers), tuple(x.value for x in layers)
-        return self._replace(keys=keys, values=values)

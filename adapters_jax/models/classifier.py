@@ -18,6 +18,7 @@ NAMES = NameTable(
         Rule(r"head", r"classifier"),
     ),
     prefixes=encoder.NAMES.prefixes,
+    stack=encoder.NAMES.stack,
 )
 
 
@@ -45,7 +46,7 @@ class BertClassifier(Typed):
         config: the encoder's shape.
         num_labels: the width of the head.
         pooling: "mean" over the tokens, "cls" for the first, or "pooler" for the pre-trained one.
-        dtype, param_dtype, attention_fn, remat: as in `Bert`.
+        dtype, param_dtype, attention_fn, remat, scan: as in `Bert`.
 
     Example:
         >>> import jax
@@ -61,7 +62,8 @@ class BertClassifier(Typed):
     num_labels: int
     pooling: str = "mean"
     attention_fn: Callable[..., Array] = nn.dot_product_attention
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
 
     def setup(self) -> None:
         """Checks the settings and names the parts."""
@@ -70,7 +72,11 @@ class BertClassifier(Typed):
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
         self.bert = Bert(
-            self.config, attention_fn=self.attention_fn, remat=self.remat, **self.types
+            self.config,
+            attention_fn=self.attention_fn,
+            remat=self.remat,
+            scan=self.scan,
+            **self.types,
         )
         rate = self.config.classifier_dropout
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)

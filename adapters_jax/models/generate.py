@@ -179,7 +179,7 @@ def _generate(
 
 
 def _model(graphdef: Any, state: Any) -> Any:
-    model = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state, copy=True)  # Variables of this trace
     model.eval()
     return model
 

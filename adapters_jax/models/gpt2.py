@@ -22,8 +22,10 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.models.blocks import run_linen
 from adapters_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -154,7 +156,13 @@ class GPT2(Typed):
         param_dtype: dtype of the parameters.
         attention_fn: called as flax's attention modules call theirs, with query, key and value of
             shape `(batch, length, heads, head_dim)`.
-        remat: whether to recompute each block in the backward pass instead of storing it.
+        remat: whether to recompute each block in the backward pass instead of storing it, or the
+            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
+        scan: whether the blocks are one module `layers`, its leaves stacked on their first axis,
+            instead of `layer_0`, `layer_1`, ...
+
+    Raises:
+        ValueError: at the first call, where `remat` is no policy.
 
     Example:
         >>> gpt2 = GPT2(GPT2_SMALL)
@@ -166,16 +174,17 @@ class GPT2(Typed):
 
     config: GPT2Config
     attention_fn: Callable[..., Array] = nn.dot_product_attention
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
 
     def setup(self) -> None:
         """Names the parts."""
-        layer = nn.remat(GPT2Layer, static_argnums=(3,)) if self.remat else GPT2Layer
+        block = partial(GPT2Layer, self.config, attention_fn=self.attention_fn, **self.types)
         self.embeddings = GPT2Embeddings(self.config, **self.types)
-        self.layer = [
-            layer(self.config, attention_fn=self.attention_fn, **self.types)
-            for _ in range(self.config.n_layer)
-        ]
+        if self.scan:
+            self.layers = block()
+        else:
+            self.layer = [block() for _ in range(self.config.n_layer)]
         self.norm = nn.LayerNorm(epsilon=self.config.layer_norm_epsilon, **self.types)
 
     def __call__(
@@ -207,8 +216,8 @@ class GPT2(Typed):
         check_tokens(input_ids, attention_mask, self.config.n_positions)
         x = self.embeddings(input_ids, position_ids, deterministic)
         mask = causal_mask(input_ids, attention_mask)
-        for layer in self.layer:
-            x = layer(x, mask, deterministic)
+        layers, length = self.layers if self.scan else self.layer, self.config.n_layer
+        x = run_linen(layers, x, mask, deterministic, length=length, remat=self.remat)
         return self.norm(x)
 
 
@@ -244,6 +253,7 @@ NAMES = NameTable(
     # The causal mask's buffers, and the head that repeats the word embeddings.
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
     fan_in_fan_out=True,
+    stack=Stack("layer_{}", "layers"),
 )
 
 
@@ -254,6 +264,7 @@ def load_gpt2(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     param_dtype: Dtype = jnp.float32,
+    scan: bool = False,
 ) -> tuple[GPT2Config, dict[str, Any]]:
     """Loads a GPT-2 from a directory or the Hugging Face Hub.
 
@@ -264,16 +275,17 @@ def load_gpt2(
             the default device.
         rules: partition specs by pattern of the parameter's path, likewise.
         param_dtype: dtype of the parameters returned.
+        scan: whether they are for a model of scanned blocks.
 
     Returns:
-        The configuration and the parameters of `GPT2(config)`.
+        The configuration and the parameters of `GPT2(config, scan=scan)`.
 
     Raises:
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = GPT2Config.from_json(directory / "config.json")
-    init = GPT2(config, param_dtype=param_dtype).init
+    init = GPT2(config, param_dtype=param_dtype, scan=scan).init
     like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     like = laid_out(like, mesh, rules)
     return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

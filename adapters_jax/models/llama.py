@@ -1,8 +1,6 @@
 """Llama (flax.nnx): rotary positions, grouped-query attention, SwiGLU, RMS norms before each part.
 
-Reference:
-    Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971
-    Su et al., RoFormer (2021), https://arxiv.org/abs/2104.09864
+Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
+from adapters_jax.models.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.cache import Cache, LayerCache
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import ACTIVATIONS, check_tokens
+from adapters_jax.models.rotary import rotary_angles, rotate
 
 
 @dataclass(frozen=True)
@@ -81,30 +81,6 @@ class LlamaConfig(huggingface.CheckpointConfig):
 
 
 LLAMA_7B = LlamaConfig()
-
-
-def rotary_angles(
-    positions: Int[Array, "batch length"], head_dim: int, theta: float
-) -> Float[Array, "batch length half"]:
-    """The angle by which each position turns each pair of a head's features, in float32."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[:, :, None] * frequencies
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "#batch length half"]
-) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs (feature i of the first half, feature i of the second half).
-
-    Example:
-        >>> quarter = jnp.full((1, 1, 1), jnp.pi / 2)
-        >>> rotate(jnp.array([[[[1.0, 0.0]]]]), quarter).round(3).ravel().tolist()
-        [-0.0, 1.0]
-    """
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 class LlamaAttention(nnx.Module):
@@ -217,10 +193,6 @@ class LlamaLayer(nnx.Module):
         return self.mlp_sum(x, self.mlp(self.mlp_norm(x)))
 
 
-def _run(layer: LlamaLayer, *args: Any) -> Array:
-    return layer(*args)
-
-
 class Llama(nnx.Module):
     """The language model.
 
@@ -229,8 +201,14 @@ class Llama(nnx.Module):
         dtype: computation dtype; None means that of inputs and parameters together.
         param_dtype: dtype of the parameters.
         attention_fn: given to each attention; see `LlamaAttention`.
-        remat: whether to recompute each block in the backward pass instead of storing it.
+        remat: whether to recompute each block in the backward pass instead of storing it, or the
+            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
+        scan: whether `layers` is one block, its leaves stacked on their first axis, instead of a
+            list of blocks.
         rngs: for the initial parameters.
+
+    Raises:
+        ValueError: `remat` is no policy.
 
     Example:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
@@ -248,10 +226,12 @@ class Llama(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         attention_fn: Callable[..., Array] = nnx.dot_product_attention,
-        remat: bool = False,
+        remat: bool | str = False,
+        scan: bool = False,
         rngs: nnx.Rngs,
     ):
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        check_remat(remat)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         linear: Callable[..., nnx.Linear] = partial(
             nnx.Linear, use_bias=False, kernel_init=init, **types
@@ -262,16 +242,22 @@ class Llama(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
+        self.scan = scan
+
+        def block(rngs: nnx.Rngs) -> LlamaLayer:
+            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
+            return LlamaLayer(config, *parts, attention_fn, dtype)
+
         self.embeddings = nnx.Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, **types
+            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
-        self.layers = nnx.List(
-            LlamaLayer(config, linear, norm, attention_fn, dtype)
-            for _ in range(config.num_hidden_layers)
+        length = config.num_hidden_layers
+        self.layers = (
+            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
         )
-        self.norm = norm(config.hidden_size)
+        self.norm = norm(config.hidden_size, rngs=rngs)
         if not config.tie_word_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size)
+            self.head = linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def __call__(
         self,
@@ -312,17 +298,13 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embeddings(input_ids)
-        run = nnx.remat(_run) if self.remat else _run
-        for layer in self.layers:
-            x = run(layer, x, mask, angles)
-        return self.norm(x)
+        return self.norm(run_nnx(self.layers, x, mask, angles, remat=self.remat))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for so many rows and tokens a row, padding included; see `extend`."""
         config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
-        return Cache.empty(
-            config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width, dtype
-        )
+        sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
+        return Cache.empty(*sizes, dtype, stacked=self.scan)
 
     def extend(
         self,
@@ -339,10 +321,16 @@ class Llama(nnx.Module):
                 call can check.
         """
         check_tokens(input_ids, attention_mask)
-        layers = cache.layers()
+        start = cache.used
         cache, positions, mask = cache.reserve(attention_mask)
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
-        x = self.embeddings(input_ids)
-        for layer, memory in zip(self.layers, layers, strict=True):
+
+        def step(x: Array, layer: LlamaLayer, key: Array, value: Array) -> tuple[Array, ...]:
+            memory = LayerCache(key, value, start)
             x = layer(x, mask, angles, memory)
-        return self.norm(x), cache.filled(layers)
+            return x, memory.key, memory.value
+
+        x, keys, values = extend_nnx(
+            step, self.layers, self.embeddings(input_ids), cache.keys, cache.values
+        )
+        return self.norm(x), cache._replace(keys=keys, values=values)

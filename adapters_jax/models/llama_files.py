@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
 from adapters_jax.interop.names import NameTable, Rule, Tensor, from_tensors, to_tensors
@@ -34,6 +35,7 @@ NAMES = NameTable(
     prefixes=("model.",),
     # Rotary tables of older files; a head that repeats tied embeddings.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    stack=Stack("layers/{}", "layers"),
 )
 
 
@@ -54,7 +56,7 @@ def load_llama(
         mesh: where its parameters go, each as it is read; see `adapters_jax.layout`. By default
             the default device.
         rules: partition specs by pattern of the parameter's path, likewise.
-        options: `dtype`, `param_dtype`, `attention_fn` and `remat` of `Llama`.
+        options: `dtype`, `param_dtype`, `attention_fn`, `remat` and `scan` of `Llama`.
 
     Returns:
         The configuration and the model, its parameters those of the checkpoint.

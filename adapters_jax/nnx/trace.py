@@ -42,7 +42,9 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
         seen[path] = (y.shape[-1] if array else 0, layers)
 
     probe = copy(model)
-    for path, module in list(modules_of(probe).items()):
+    modules = modules_of(probe)
+    bare = {path for path, module in modules.items() if not _first_shape(module)}
+    for path, module in list(modules.items()):
         if callable(module):
             module.adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
@@ -52,6 +54,11 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
             nnx.eval_shape(lambda m: m(*filled(args)), probe)
     finally:
         _RECORDER.reset(token)
+    for path in bare & seen.keys():  # nothing of its own is stacked: it is as what it stands in
+        names = path.split("/")
+        above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
+        layers = next((seen[p][1] for p in above if p in seen and p not in bare), ())
+        seen[path] = seen[path][0], layers
     return seen
 
 

@@ -1,0 +1,88 @@
+"""What training holds on each device, planned for three published shapes; beside published figures.
+
+Nothing is trained and no weight is there: the steps are compiled, and XLA's memory analysis is
+read. The LoRA paper gives for GPT-3 175B 1.2 TB of memory in full fine-tuning and 350 GB with LoRA,
+and checkpoints of 350 GB and 35 MB (r = 4 on query and value); Hu et al. 2021, section 4.2.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.harness import ROOT, Report
+
+GB = 1e9
+CASES = {
+    "bert-large": ["--method", "houlsby", "--batch-size", "32", "--length", "128"],
+    "llama-7b": ["--method", "lora", "--batch-size", "8", "--length", "2048"],
+    "gpt3-175b": ["--method", "lora", "--rank", "4", "--batch-size", "8", "--length", "2048"],
+}
+MESHES = {"gpt3-175b": "fsdp=8,model=8"}
+HELD = ("base", "adapters", "optimizer", "gradients", "activations", "temporaries", "total")
+SECONDS = 180
+
+
+def run(report: Report, quick: bool) -> None:
+    """Plans all of it; `quick` leaves the two large ones out."""
+    for model, flags in list(CASES.items())[: 1 if quick else None]:
+        mesh = MESHES.get(model, "data=1")
+        began = time.perf_counter()
+        found = _planned([model, *flags, "--mesh", mesh])
+        seconds = time.perf_counter() - began
+        for recipe, plan in found["plans"].items():
+            report.add(
+                "GB on each device",
+                model=model,
+                recipe=recipe,
+                devices=plan["devices"],
+                **{"tokens a step": f"{plan['batch']} x {found['length']}"},
+                **{name: round(plan[name] / GB, 3) for name in HELD},
+                trainable=plan["trainable_parameters"],
+            )
+        if model == "gpt3-175b":
+            _published(report, found["plans"])
+            report.claim("seconds to plan GPT-3 175B, both recipes", seconds, SECONDS)
+
+
+def _planned(arguments: list[str]) -> Any:
+    command = [sys.executable, "-m", "adapters_jax.cli", "plan", "--model", *arguments, "--json"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
+    return json.loads(ran.stdout)
+
+
+def _published(report: Report, plans: dict[str, dict[str, int]]) -> None:
+    """GPT-3 175B over all devices, beside what the paper says."""
+    lora, full = plans["lora"], plans["full"]
+    weights = 2 * (lora["parameters"] - lora["trainable_parameters"])
+    states = {name: sum(p[part] for part in HELD[:4]) * p["devices"] for name, p in plans.items()}
+    table = "GPT-3 175B over all devices, beside published figures"
+    rows = (
+        ("weights, 2 bytes each", "350 GB", weights, "16 bits a parameter"),
+        ("adapter, 2 bytes each", "35 MB", 2 * lora["trainable_parameters"], "r = 4 on q, v"),
+        (
+            "LoRA: weights, adapters, gradients, moments",
+            "350 GB",
+            states["lora"],
+            "base in bfloat16, the rest float32 and on each of the devices",
+        ),
+        (
+            "full: weights, gradients, moments",
+            "1.2 TB",
+            states["full"],
+            "all float32, 16 bytes a parameter, and small leaves on each of the devices",
+        ),
+        (
+            "full, 2 bytes for each of them",
+            "1.2 TB",
+            8 * full["parameters"],
+            "weights, gradients and both moments in 16 bits; the paper's 1.2 TB is 6.9 bytes",
+        ),
+    )
+    for what, published, ours, assumed in rows:
+        report.add(
+            table, what=what, published=published, ours=f"{ours / GB:,.3f} GB", assumed=assumed
+        )

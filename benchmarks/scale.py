@@ -1,0 +1,119 @@
+"""What scale costs: compiling deep models, scanned or unrolled; work over devices and processes."""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.models.gpt2 import GPT2, GPT2Config
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.plan import abstract_state
+from benchmarks import devices
+from benchmarks.harness import Report, Spread, interleave, ratio
+
+WIDTH, HEADS, VOCAB, BATCH, LENGTH = 256, 4, 1024, 2, 64
+IDS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+RECIPE = aj.houlsby(16, layer_norms=None) + aj.lora(8)
+DEPTHS, SHALLOW = (12, 24, 48, 96), (12, 24)  # scanned, and unrolled, which is slow
+SLACK = 1.3
+
+
+@dataclass(frozen=True)
+class Deep:
+    """A model of so many layers, of which nothing but shapes is there."""
+
+    door: str
+    layers: int
+    scan: bool
+
+    def __str__(self) -> str:
+        return f"{self.door}, {self.layers} {'scanned' if self.scan else 'unrolled'} layers"
+
+    @property
+    def base(self) -> Any:
+        """Without adapters."""
+        if self.door == "linen":
+            config = GPT2Config(VOCAB, LENGTH, WIDTH, self.layers, HEADS)
+            return GPT2(config, scan=self.scan)
+        size = LlamaConfig(VOCAB, WIDTH, 3 * WIDTH, self.layers, HEADS)
+        return nnx.eval_shape(lambda: Llama(size, scan=self.scan, rngs=nnx.Rngs(0)))
+
+    def state(self) -> aj.TrainState:
+        """The adapted model's training."""
+        if self.door == "linen":
+            model = aj.adapt(self.base, RECIPE)
+            params = jax.eval_shape(self.base.init, jax.random.key(0), IDS)["params"]
+            params = aj.init_adapters(model, params, jax.random.key(1), IDS)
+            return abstract_state(model, params, tx=optax.adam(1e-3))
+        model = aj.adapt(self.base, RECIPE, rngs=nnx.Rngs(1), example_inputs=(IDS,))
+        return abstract_state(model, tx=optax.adam(1e-3))
+
+    def lower(self, state: aj.TrainState) -> Any:
+        """A new step, traced and lowered."""
+        model = aj.adapt(self.base, RECIPE) if self.door == "linen" else None
+
+        def loss(subject: Any, ids: jax.Array, key: Any) -> jax.Array:
+            logits = model.apply({"params": subject}, ids) if model else subject(ids)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+        step: Any = aj.make_train_step(loss)
+        return step.jitted.lower(replace(state, base=None), state.base, IDS)
+
+
+def _timed(deep: Deep, state: aj.TrainState, parts: dict[Deep, list[tuple[float, float]]]) -> float:
+    """Seconds to trace, lower and compile; both parts are kept."""
+    jax.clear_caches()  # a new step's inner functions are traced anew as well
+    start = time.perf_counter()
+    lowered = deep.lower(state)
+    middle = time.perf_counter()
+    lowered.compile()
+    end = time.perf_counter()
+    parts.setdefault(deep, []).append((middle - start, end - middle))
+    return end - start
+
+
+def run_compile(report: Report, depths: tuple[int, ...], shallow: tuple[int, ...], rounds: int):
+    """Times the compilation of an adapted model's training step by its depth."""
+    for door in ("linen", "NNX"):
+        models = [Deep(door, layers, True) for layers in depths]
+        models += [Deep(door, layers, False) for layers in shallow]
+        parts: dict[Deep, list[tuple[float, float]]] = {}
+        contenders = {deep: partial(_timed, deep, deep.state(), parts) for deep in models}
+        seconds = interleave(contenders, rounds)
+        report.samples(f"compile {door}", {str(deep): taken for deep, taken in seconds.items()})
+        first = models[0]
+        for deep in models:
+            lower, compiled = zip(*parts[deep][-rounds:], strict=True)
+            report.add(
+                "Compiling a training step",
+                door=door,
+                layers=deep.layers,
+                form="scanned" if deep.scan else "unrolled",
+                **{
+                    "trace and lower, s": Spread.of(lower),
+                    "compile, s": Spread.of(compiled),
+                    "together, s": Spread.of(seconds[deep]),
+                    f"/ {first.layers} scanned": ratio(seconds, deep, first),
+                },
+            )
+        last = models[len(depths) - 1]
+        what = f"time to compile, {door}, {last.layers} / {first.layers} scanned layers"
+        report.claim(what, ratio(seconds, last, first), SLACK)
+
+
+def run(report: Report, quick: bool) -> None:
+    """The whole benchmark; at few layers if quick."""
+    run_compile(
+        report,
+        (2, 4) if quick else DEPTHS,
+        (2,) if quick else SHALLOW,
+        rounds=1 if quick else 3,
+    )
+    devices.flops(report, quick)
+    devices.processes(report, quick)

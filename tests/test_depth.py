@@ -1,0 +1,507 @@
+"""Scanned layers beside unrolled ones: the same numbers from the same files, both ways."""
+
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from arrays import drawn_like
+from flax import linen as nn
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterRecipeError
+from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.interop.names import Stored, from_tensors, to_tensors
+from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.models import bert, blocks, classifier, gpt2, llama_files
+from adapters_jax.models.generate import generate
+from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.partition import flatten, unflatten
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LINEN = {
+    "bert": (bert.NAMES, bert.load_bert, bert.Bert),
+    "gpt2": (gpt2.NAMES, gpt2.load_gpt2, gpt2.GPT2),
+}
+NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": llama_files.NAMES}
+RECIPE = aj.Recipe(
+    aj.LoRA("**/attention/{query,value}", 2, alpha=6.0),
+    aj.LlamaAdapter("**/attention", 3),
+    aj.Bottleneck("**/mlp/output", 4),
+    aj.Bottleneck("**/mlp_sum", 3, placement="parallel"),
+    aj.Unfreeze("**/*norm/scale"),
+)
+
+
+def inputs_of(name):
+    with np.load(FIXTURES / name / "expected.npz") as file:
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+        found = {name: file[name] for name in names if name in file}
+    if name == "llama":
+        found["positions"] = found.pop("position_ids")
+    return found
+
+
+@cache
+def loaded(name, scan, remat=False):
+    """A model and its parameters; those of NNX are its state."""
+    if name == "llama":
+        model = llama_files.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
+        return model, nnx.state(model, nnx.Param)
+    _, load, cls = LINEN[name]
+    config, params = load(FIXTURES / name, scan=scan)
+    return cls(config, scan=scan, remat=remat), params
+
+
+_run = nnx.jit(lambda model, inputs: model(**inputs))
+
+
+def logits(name, model, params=None):
+    """Of the tokens that are not padding."""
+    inputs = inputs_of(name)
+    if isinstance(model, nnx.Module):
+        found = _run(model, inputs)
+    else:
+        found = jax.jit(model.apply)({"params": params}, **inputs)
+    return np.asarray(found)[inputs["attention_mask"] == 1]
+
+
+def adapted(name, scan, recipe=RECIPE, trained=None, remat=False):
+    """A model with adapters that have these values, or noise, as (model, params, trained)."""
+    model, params = loaded(name, scan, remat)
+    if name == "llama":
+        ids = inputs_of(name)["input_ids"]
+        grown = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,))
+        state = nnx.state(grown, AdapterParam)
+        trained = drawn(state) if trained is None else trained
+        nnx.update(grown, trained)
+        return grown, None, trained
+    grown = aj.adapt(model, recipe)
+    ids = inputs_of(name)["input_ids"]
+    own, base = aj.partition(aj.init_adapters(grown, params, jax.random.key(1), ids), recipe)
+    trained = drawn(own) if trained is None else trained
+    return grown, aj.merge_trees(trained, base), trained
+
+
+def drawn(tree):
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * x), drawn_like(tree, 7))
+
+
+def equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_checkpoint_gives_the_same_logits(name):
+    (model, params), (scanned, stacked) = loaded(name, False), loaded(name, True)
+    wanted = logits(name, model, params)
+    np.testing.assert_allclose(logits(name, scanned, stacked), wanted, atol=1e-6)
+    equal(aj.stack_layers(params, NAMES[name]), stacked)
+    equal(aj.unstack_layers(stacked, NAMES[name]), params)
+    assert any(path.startswith("layers/attention/query") for path in flatten(stacked))
+
+
+def test_every_layer_begins_by_itself():
+    tiny = gpt2.GPT2Config(11, 4, 4, 2, 1)
+    init = jax.jit(gpt2.GPT2(tiny, scan=True).init)
+    params = init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
+    llama = nnx.jit(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
+    for kernel in (
+        params["layers"]["attention"]["query"]["kernel"],
+        llama.layers.attention.query.kernel[...],
+    ):
+        assert not np.array_equal(kernel[0], kernel[1])
+        np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
+    names = NAMES[name]
+    scanned, stacked, trained = adapted(name, True)
+    assert {x.shape[0] for p, x in flatten(trained).items() if p.startswith("layers/")} == {2}
+    recipe, rows = aj.unstack_layers((RECIPE, trained), names)
+    assert recipe == RECIPE  # its patterns mean both
+    own = aj.unstack_layers(trained, names)
+    model, params, _ = adapted(name, False, recipe, own)
+    wanted = logits(name, model, params)
+    np.testing.assert_allclose(logits(name, scanned, stacked), wanted, atol=1e-6, rtol=1e-6)
+    assert np.abs(wanted - logits(name, *loaded(name, False))).max() > 0.1
+    assert flatten(rows).keys() == flatten(own).keys()
+    equal(aj.stack_layers(own, names), trained)
+    counts = [aj.audit(model, params), aj.audit(scanned, stacked)]
+    for field in ("adapter_parameters", "trainable_parameters", "optimizer_bytes", "frozen_bytes"):
+        assert getattr(counts[0], field) == getattr(counts[1], field) > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_steps_and_merging_are_those_of_unrolled_layers(name):
+    recipe = aj.lora(2, alpha=6.0)
+    scanned, stacked, trained = adapted(name, True, recipe, remat="dots_saveable")
+    model, params, _ = adapted(name, False, recipe, aj.unstack_layers(trained, NAMES[name]))
+    inputs = inputs_of(name)
+
+    def loss(subject, batch, key):
+        if name == "llama":
+            return (subject(**batch) ** 2).mean()
+        return (gpt2_apply({"params": subject}, **batch) ** 2).mean()
+
+    after = []
+    for one, tree in ((model, params), (scanned, stacked)):
+        gpt2_apply = getattr(one, "apply", None)
+        state = aj.TrainState.create(one, tree, tx=optax.sgd(0.1), key=jax.random.key(0))
+        after.append(aj.make_train_step(loss)(state, inputs)[0].trained)
+    moved = aj.stack_layers(after[0], NAMES[name])
+    check = partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5)
+    jax.tree.map(check, moved, after[1])
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), moved, trained)
+    assert min(jax.tree.leaves(apart)) > 1e-4
+
+    ids = inputs["input_ids"]
+    if name == "llama":
+        one, two = (nnx.state(aj.merge(m), nnx.Param) for m in (model, scanned))
+    else:
+        one, two = aj.merge(model, params, ids), aj.merge(scanned, stacked, ids)
+    jax.tree.map(check, aj.stack_layers(one, NAMES[name]), two)
+    assert np.abs(two["layers"]["attention"]["query"]["kernel"][...]).max() > 0.1
+
+
+def test_every_layer_drops_by_itself():
+    config = bert.BertConfig(20, 8, 3, 2, 12, hidden_dropout_prob=0.5, max_position_embeddings=10)
+    model = bert.Bert(config, scan=True)
+    ids = jnp.arange(12).reshape(2, 6)
+    params = drawn_like(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
+    _, seen = model.apply(
+        {"params": params},
+        ids,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(1)},
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+    )
+    (out,) = seen["intermediates"]["layers"]["attention"]["output"]["Dropout_0"]["__call__"]
+    dropped = np.asarray(out == 0)
+    assert dropped.shape == (3, 2, 6, 8)
+    assert 0.3 < dropped.mean() < 0.7
+    assert all((dropped[i] != dropped[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def products(name, scan, remat):
+    """How many matrix products a gradient takes."""
+    model, params = loaded(name, scan)
+    ids = jnp.ones((1, 4), int)
+    if name == "llama":
+        new = lambda: Llama(model.config, scan=scan, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+        graphdef = nnx.split(nnx.eval_shape(new))[0]
+        run = lambda params: nnx.merge(graphdef, params, copy=True)(ids)  # noqa: E731
+    else:
+        run = lambda params: model.clone(remat=remat).apply({"params": params}, ids)  # noqa: E731
+    gradient = jax.grad(lambda params: (run(params) ** 2).sum())
+    return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_policies_say_what_is_computed_again(name, scan):
+    nothing, without_batch, dots = (products(name, scan, x) for x in (True, *blocks.POLICIES[1:3]))
+    assert nothing > without_batch > dots
+
+
+def test_an_unknown_policy_is_refused():
+    message = "remat='dots' is no policy; it wants False, True .* 'dots_saveable'"
+    with pytest.raises(ValueError, match=message):
+        Llama(LlamaConfig(num_hidden_layers=1), remat="dots", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            gpt2.GPT2(gpt2.GPT2_SMALL, remat="dots").init, jax.random.key(0), jnp.ones((1, 2), int)
+        )
+
+
+def test_generation_with_a_stacked_cache():
+    prompts, mask = jnp.array([[9, 9, 3, 4], [5, 6, 7, 8]]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    recipe = aj.Recipe(RECIPE.methods[:2])
+    scanned, _, trained = adapted("llama", True, recipe)
+    model, _, _ = adapted("llama", False, recipe, aj.unstack_layers(trained, llama_files.NAMES))
+    wanted = generate(model, prompts, mask, max_new_tokens=6)
+    got = generate(scanned, prompts, mask, max_new_tokens=6)
+    assert got.ids.tolist() == wanted.ids.tolist()
+    assert len(set(wanted.ids.ravel().tolist())) > 4
+
+
+def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
+    names, ids = gpt2.NAMES, inputs_of("gpt2")["input_ids"]
+    scanned, stacked, trained = adapted("gpt2", True)
+    state = aj.TrainState.create(scanned, stacked, tx=optax.sgd(0.1), key=jax.random.key(0))
+    saved = aj.save_adapter(tmp_path / "scanned", state)
+    base, params = loaded("gpt2", False)
+    model, whole = aj.load_adapter(saved, base, params, ids, names=names)
+    wanted = logits("gpt2", scanned, stacked)
+    np.testing.assert_allclose(logits("gpt2", model, whole), wanted, atol=1e-6, rtol=1e-6)
+    again, same = aj.load_adapter(saved, *loaded("gpt2", True), ids, names=names)
+    assert again == scanned
+    equal(aj.partition(same, RECIPE)[0], trained)
+
+    with pytest.raises(aj.OtherBaseError, match=r"unrolled, give names=NAMES of the model$"):
+        aj.load_adapter(saved, base, params, ids)
+    anonymous = aj.save_adapter(tmp_path / "anonymous", trained, RECIPE)
+    with pytest.raises(AdapterMismatchError, match=r"give names=NAMES of the model\.$"):
+        aj.load_adapter(anonymous, base, params, ids)
+    other = {**params, "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
+    with pytest.raises(aj.OtherBaseError, match="tree_sha256"):
+        aj.load_adapter(saved, base, other, ids, names=names)
+
+
+def test_a_file_of_unrolled_layers_goes_onto_scanned_ones(tmp_path):
+    names, ids = llama_files.NAMES, inputs_of("llama")["input_ids"]
+    model, _, trained = adapted("llama", False)
+    state = aj.TrainState.create(model, tx=optax.sgd(0.1), key=jax.random.key(0))
+    saved = aj.save_adapter(tmp_path / "unrolled", state)
+    scanned = aj.load_adapter(saved, loaded("llama", True)[0], None, ids, names=names)
+    wanted = logits("llama", model)
+    np.testing.assert_allclose(logits("llama", scanned), wanted, atol=1e-6, rtol=1e-6)
+    recipe, _ = aj.stack_layers(saved, names)
+    assert recipe == RECIPE
+
+    some = aj.lora(2, targets="layers/1/attention/query")
+    model, _, trained = adapted("llama", False, some)
+    saved = aj.save_adapter(tmp_path / "some", trained, some)
+    with pytest.raises(AdapterMismatchError, match=r"query/lora/a is in layers 1, wanted all from"):
+        aj.load_adapter(saved, loaded("llama", True)[0], None, ids, names=names)
+    uneven = aj.LoRA("**/query", 2, alpha_pattern={"layers/0/**": 3.0})
+    model, _, trained = adapted("llama", False, uneven)
+    saved = aj.save_adapter(tmp_path / "uneven", trained, uneven)
+    with pytest.raises(AdapterRecipeError, match=r"layers/attention/query has alpha=3.0 and None"):
+        aj.load_adapter(saved, loaded("llama", True)[0], None, ids, names=names)
+
+
+STACK = aj.Stack("layer_{}", "layers")
+
+
+def lora_tree(*sites, rank=2):
+    leaves = {"a": np.ones((4, rank)), "b": np.zeros((rank, 4))}
+    return unflatten({f"{site}/lora/{name}": x for site in sites for name, x in leaves.items()})
+
+
+def test_patterns_of_one_form_become_those_of_the_other():
+    sites = ["bert/layer_0/query", "bert/layer_1/query", "head"]
+    recipe = aj.Recipe(
+        aj.LoRA(tuple(sites), 2, rank_pattern={"bert/layer_{0,1}/query": 2, "head": 2}),
+    )
+    stacked, tree = aj.stack_layers((recipe, lora_tree(*sites)), STACK)
+    assert set(stacked.methods[0].targets) == {"bert/layers/query", "head"}
+    assert flatten(tree)["bert/layers/query/lora/a"].shape == (2, 4, 2)
+    back, _ = aj.unstack_layers((stacked, tree), STACK)
+    assert set(back.methods[0].targets) == set(sites)
+    # Methods that differ in nothing but their layer are one.
+    each = aj.Recipe(aj.LoRA("layer_0/q", 2), aj.LoRA("layer_1/q", 2))
+    one, _ = aj.stack_layers((each, lora_tree("layer_0/q", "layer_1/q")), STACK)
+    assert one == aj.Recipe(aj.LoRA("layers/q", 2))
+    # What is taken away is said by what is left.
+    less = aj.LoRA(("**/q", "!layers/b/**"), 2)
+    recipe, _ = aj.unstack_layers((less, {"layers": {"a": {"q": {"lora": STACKED}}}}), STACK)
+    assert recipe.methods[0].targets == ("layer_0/a/q", "layer_1/a/q")
+    ranks = aj.LoRA("**/{q,k}", 4, rank_pattern={"layers/q": 2}, alpha_pattern={"*/k": 8.0})
+    tree = {"layers": {"q": {"lora": STACKED}, "k": {"lora": STACKED}}}
+    (method,) = aj.unstack_layers((ranks, tree), STACK)[0]
+    assert method.targets == ("**/{q,k}",)
+    assert [method.rank_at(f"layer_{i}/{name}") for i in (0, 1) for name in "qk"] == [2, 4, 2, 4]
+    assert [method.scale_at(f"layer_1/{name}") for name in "qk"] == [1.0, 2.0]
+    free = aj.Unfreeze("layers/norm/*")
+    tree = {"layers": {"norm": {"scale": np.ones((2, 3))}}}
+    recipe, _ = aj.unstack_layers((free, tree), STACK)
+    assert recipe == aj.Recipe(aj.Unfreeze(("layer_0/norm/scale", "layer_1/norm/scale")))
+
+
+STACKED = {"a": np.ones((2, 4, 2)), "b": np.ones((2, 2, 4))}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ((aj.LoRA("*_0/q", 2, dropout=0.1), aj.LoRA("*_1/q", 2)), "q has dropout=0.1 and 0.0"),
+        ((aj.LoRA("*/q", 2, alpha_pattern={"layer_1/*": 4}),), "q has alpha=None and 4"),
+        ((aj.LoRA("*_0/q", 2, alpha=4), aj.LoRA("*_1/q", 2)), "q has alpha=4 and None"),
+    ],
+)
+def test_layers_that_are_not_alike_in_what_the_recipe_says(recipe, message):
+    tree = lora_tree("layer_0/q", "layer_1/q")
+    with pytest.raises(aj.RecipeError) as error:
+        aj.stack_layers((aj.Recipe(*recipe), tree), STACK)
+    advice = "scanned layers are all alike; use the unrolled model (scan=False)"
+    assert str(error.value) == f"stack_layers: layers/{message}; {advice}"
+
+
+def test_trees_that_cannot_be_stacked_or_unstacked():
+    uneven = aj.merge_trees(lora_tree("layer_0/q"), lora_tree("layer_1/q", rank=3))
+    with pytest.raises(aj.MismatchError) as error:
+        aj.stack_layers(uneven, STACK)
+    assert str(error.value).startswith(
+        "stack_layers: layers/q/lora/a is float64[4, 2] in layer 0 and float64[4, 3] in layer 1; "
+    )
+    for tree, message in (
+        (lora_tree("layer_1/q"), "q/lora/a is in layers 1, wanted all from 0 to 1"),
+        ({"layers": {"x": np.ones(2)}}, "layers/x is of scanned layers already"),
+    ):
+        with pytest.raises(aj.MismatchError, match=message):
+            aj.stack_layers(tree, STACK)
+    with pytest.raises(aj.MismatchError, match="wanted all from 0 to 2"):
+        aj.stack_layers(lora_tree("layer_0/q", "layer_1/q"), STACK, length=3)
+    for tree, message in (
+        ({"layers": {"x": np.ones(2), "y": np.ones(3)}}, r"layers/x has \(2,\) layers"),
+        ({"layers": {"x": np.ones(())}}, "layers/x has no layers"),
+        ({"layer_0": {"x": np.ones(2)}}, "layer_0/x is of an unrolled layer"),
+    ):
+        with pytest.raises(aj.MismatchError, match=message):
+            aj.unstack_layers(tree, STACK)
+    with pytest.raises(ValueError, match="says nothing of layers; give the NAMES"):
+        aj.stack_layers({}, {"q_proj": "query"})
+    head = {"head": {"bias": np.ones(2)}}
+    equal(aj.stack_layers(head, STACK), head)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_state_of_an_optimiser_goes_along(name):
+    _, params, trained = adapted(name, True, aj.lora(2))
+    for tx in (optax.adamw(1e-3), aj.freeze_base(optax.adam(1e-3), aj.lora(2))):
+        tree = trained if params is None else params
+        state = jax.tree.map(lambda x: x + 1, tx.init(tree))
+        other = aj.unstack_layers(state, NAMES[name])
+        wanted = tx.init(aj.unstack_layers(tree, NAMES[name]))
+        assert jax.tree.structure(other) == jax.tree.structure(wanted)
+        assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, wanted)
+        equal(aj.stack_layers(other, NAMES[name]), state)
+
+
+FILES = {
+    "peft": (load_peft, save_peft, ("bert_dora", "bert_embedding", "bert_head", "llama_embedding")),
+    "adapterhub": (load_adapterhub, save_adapterhub, ("bert_lora", "gpt2_double", "llama_par")),
+}
+
+
+@pytest.mark.parametrize("fixture", [f"{kind}/{name}" for kind in FILES for name in FILES[kind][2]])
+def test_files_of_other_libraries_on_scanned_layers(fixture, tmp_path):
+    """What the unrolled model reads is read as its stack, and both are written as one file."""
+    kind, name = fixture.split("/")
+    load, save, _ = FILES[kind]
+    names, unrolled, scanned = base_of(name.split("_")[0])
+    rows, stacked = (load(FIXTURES / fixture, names, base) for base in (unrolled, scanned))
+    recipe, tree = aj.stack_layers(rows, names, length=2)
+    assert stacked[0] == recipe
+    equal(stacked[1], tree)
+    one = save(tmp_path / "unrolled", *rows, names, unrolled)
+    two = save(tmp_path / "scanned", *stacked, names, scanned)
+    assert len(sorted(one.iterdir())) >= 2
+    for file in one.iterdir():
+        if file.suffix == ".json":
+            assert file.read_text() == (two / file.name).read_text()
+        else:
+            equal(*map(safetensors.numpy.load_file, (file, two / file.name)))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "message"),
+    [
+        ("peft/gpt2", "attention/key/lora/a is in layers 1, wanted all from 0 to 1"),
+        ("peft/llama_rslora", r"mlp/up/lora/a is float32\[32, 4\] in layer 0 and float32\[32, 3\]"),
+        (
+            "adapterhub/bert_seq",
+            "mlp_norm/adapter/down/bias is in layers 1, wanted all from 0 to 1",
+        ),
+        ("adapterhub/llama_lora", "query/lora/a is in layers 1, wanted all from 0 to 1"),
+    ],
+)
+def test_files_whose_layers_are_not_alike_are_for_unrolled_models(fixture, message):
+    kind, name = fixture.split("/")
+    names, _, scanned = base_of(name.split("_")[0])
+    with pytest.raises(AdapterFileError, match=f"{message}.*; use the unrolled model"):
+        FILES[kind][0](FIXTURES / fixture, names, scanned)
+
+
+def base_of(name):
+    """The names of a model, and its parameters unrolled and scanned."""
+    if name != "bert":
+        return NAMES[name], loaded(name, False)[1], loaded(name, True)[1]
+    ids = jnp.ones((1, 4), jnp.int32)
+    params = [
+        drawn_like(
+            jax.eval_shape(
+                classifier.BertClassifier(
+                    bert.BertConfig.from_json(FIXTURES / "bert" / "config.json"),
+                    3,
+                    "pooler",
+                    scan=scan,
+                ).init,
+                jax.random.key(0),
+                ids,
+            )["params"]
+        )
+        for scan in (False, True)
+    ]
+    stacked = aj.stack_layers(params[0], classifier.NAMES)
+    assert jax.tree.map(jnp.shape, params[1]) == jax.tree.map(jnp.shape, stacked)
+    return classifier.NAMES, params[0], stacked
+
+
+def test_layers_by_number_are_for_unrolled_models():
+    scanned = nnx.eval_shape(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))
+    every = aj.llama_adapter()
+    assert aj.audit(aj.adapt(scanned, every, rngs=nnx.Rngs(0))).adapter_parameters == 2 * (80 + 2)
+    assert aj.audit(aj.adapt(scanned, aj.prefix_tuning(5), rngs=nnx.Rngs(0))).sites[0].path == (
+        "layers/attention"
+    )
+    advice = "scanned, one module for all of them: to choose among them, use the unrolled model"
+    for recipe in (
+        aj.llama_adapter(last=1, num_layers=2),
+        aj.last_layers(1, 2, layer="layers/{}"),
+        aj.Recipe(aj.LoRA("layers/0/attention/query")),
+    ):
+        with pytest.raises(aj.TargetError, match=advice):
+            aj.adapt(scanned, recipe, rngs=nnx.Rngs(0))
+    with pytest.raises(aj.TargetError) as error:
+        aj.adapt(scanned, aj.LoRA("layers/0/attention/qury"), rngs=nnx.Rngs(0))
+    assert "scanned" not in str(error.value)
+
+
+LLAMA = LlamaConfig(11, 8, 12, 2, 2)
+
+
+def test_a_checkpoint_is_read_layer_by_layer():
+    mesh = aj.make_mesh("data=-1")
+    model = nnx.eval_shape(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "data"))
+    plain = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, jnp.bfloat16, sharding=where if len(x.shape) == 3 else plain
+        ),
+        shapes,
+    )
+    tree = drawn_like(shapes)
+    arrays = to_tensors(tree, llama_files.NAMES)
+    assert arrays["model.layers.1.mlp.down_proj.weight"].shape == (8, 12)
+    read = []
+
+    def stored(name):
+        def fetch():
+            read.append(name)
+            return arrays[name]
+
+        return Stored(arrays[name].shape, fetch)
+
+    got = from_tensors({name: stored(name) for name in arrays}, llama_files.NAMES, like)
+    jax.tree.map(
+        lambda x, y, z: np.testing.assert_array_equal(x, y.astype(z.dtype)), got, tree, like
+    )
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, got, like)))
+    assert sorted(read) == sorted(arrays)
+    del arrays["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(aj.MismatchError, match=r"1 missing: layers/1/mlp/up/kernel \(layers.1.mlp"):
+        from_tensors(arrays, llama_files.NAMES, like)

@@ -1,0 +1,378 @@
+"""The Hugging Face Hub: ids and revisions, the cache when offline, cards, and what is uploaded."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from finished import LORA, decoder_run, encoder_run
+from flax import linen as nn
+from flax import nnx
+from hub_server import serving
+from safetensors.numpy import load_file, save_file
+from tiny import write_model, write_reviews
+
+import adapters_jax as aj
+from adapters_jax import hub
+from adapters_jax.cli import main
+from adapters_jax.finetune import bases
+from adapters_jax.finetune.generator import load_generator
+from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.finetune.runs import Run
+from adapters_jax.interop.adapterhub import load_adapterhub
+from adapters_jax.interop.peft import load_peft
+from adapters_jax.models.bert import load_bert
+from adapters_jax.models.classifier import NAMES
+from adapters_jax.partition import flatten
+
+hf = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+OLD, NEW = "1" * 40, "2" * 40
+FIXTURES = Path(__file__).parent / "fixtures"
+PEFT, ADAPTERHUB = FIXTURES / "peft" / "bert_head", FIXTURES / "adapterhub" / "bert_double"
+
+
+def cached(cache, repo, commit, directory, ref="main"):
+    """Puts a directory into a cache as the Hub's client does: links from a snapshot to blobs."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    for folder in (snapshot, root / "blobs", root / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, file in enumerate(sorted(Path(directory).iterdir())):
+        blob = root / "blobs" / f"{commit[0]}{i:039x}"
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    if ref:
+        (root / "refs" / ref).write_text(commit)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and nothing but it to ask."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def lora(directory, value):
+    """An adapter of one number."""
+    leaves = {"query": {"lora": {"a": np.full((3, 1), value, np.float32), "b": np.ones((1, 2))}}}
+    leaves = jax.tree.map(jnp.asarray, leaves)
+    return aj.save_adapter(directory, leaves, aj.LoRA("query", 1))
+
+
+def test_an_adapter_is_read_by_id_at_the_revision_that_is_asked_for(cache, tmp_path):
+    cached(cache, "me/mine", OLD, lora(tmp_path / "old", 1.0), ref="v1")
+    cached(cache, "me/mine", NEW, lora(tmp_path / "new", 2.0))
+    found = {
+        revision: float(aj.read_adapter("me/mine", revision=revision)[1]["query/lora/a"][0, 0])
+        for revision in (None, "main", "v1", OLD, NEW)
+    }
+    assert found == {None: 2.0, "main": 2.0, "v1": 1.0, OLD: 1.0, NEW: 2.0}
+    assert float(aj.read_adapter(f"me/mine@{OLD}")[1]["query/lora/a"][0, 0]) == 1.0
+    params = {"query": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="query")(x)
+
+    model, whole = aj.load_adapter("me/mine", Net(), params, jnp.ones((1, 3)), revision="v1")
+    out = model.apply({"params": whole}, jnp.ones((1, 3)))
+    np.testing.assert_allclose(out, [[6.0, 6.0]])  # 3 of the kernel, and 3 * 1 of the adapter
+
+
+def test_a_directory_comes_first_and_has_no_revision(cache, tmp_path):
+    cached(cache, "me/mine", NEW, lora(tmp_path / "new", 2.0))
+    lora(tmp_path / "me" / "mine", 5.0)
+    assert float(aj.read_adapter("me/mine")[1]["query/lora/a"][0, 0]) == 5.0
+    with pytest.raises(aj.AdapterFileError, match="is a directory here, which has no revis"):
+        aj.read_adapter("me/mine", revision="v1")
+    with pytest.raises(aj.AdapterFileError, match="'me/typo' is neither a directory here"):
+        aj.read_adapter("me/typo")  # me/ is here: nothing is asked for
+    with pytest.raises(aj.AdapterFileError, match="names the revision 'a', and revision='b'"):
+        aj.read_adapter("you/mine@a", revision="b")
+
+
+def test_offline_says_so_in_one_sentence(cache, monkeypatch):
+    with pytest.raises(aj.AdapterFileError) as caught:
+        aj.read_adapter("me/absent", revision="v2")
+    assert str(caught.value) == (
+        f"'me/absent' is neither a directory here nor an adapter in the Hugging Face Hub's cache "
+        f"{cache} at revision 'v2', and HF_HUB_OFFLINE keeps from fetching it; unset that once, or "
+        "give a directory"
+    )
+    with pytest.raises(ValueError, match="'me/absent' is neither .* nor a model in the Hugging"):
+        load_bert("me/absent")
+
+
+@pytest.mark.parametrize(("load", "place"), [(load_peft, PEFT), (load_adapterhub, ADAPTERHUB)])
+def test_others_adapters_are_read_by_id_through_links(cache, load, place):
+    cached(cache, "them/theirs", NEW, place)
+    config, params = load_bert(FIXTURES / "bert", pooler=True)
+    head = {"kernel": jnp.zeros((config.hidden_size, 3)), "bias": jnp.zeros(3)}
+    base = {"bert": params, "head": head}
+    wanted, found = load(place, NAMES, base), load("them/theirs", NAMES, base, revision=NEW)
+    assert found[0] == wanted[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], wanted[1])
+
+
+def test_of_a_repository_only_the_adapters_files_are_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(options["allow_patterns"])
+        place = tmp_path / "models--me--x" / "snapshots" / NEW
+        place.mkdir(parents=True, exist_ok=True)
+        return str(place)
+
+    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    for read in (
+        aj.read_adapter,
+        lambda name: load_peft(name, NAMES, {"embeddings": {"word": {"embedding": 1}}}),
+    ):
+        with pytest.raises(aj.AdapterFileError) as caught:
+            read("me/x")
+    assert asked == [
+        ["adapter_config.json", "adapter.safetensors"],
+        ["adapter_config.json", "adapter_model.safetensors"],
+    ]
+    assert "adapter_model.bin is never opened" in str(caught.value)  # all that may be there
+
+
+def test_a_base_is_pinned_to_its_commit(cache, tmp_path):
+    other = shutil.copytree(FIXTURES / "bert", tmp_path / "other")
+    tensors = {name: x + 1 for name, x in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors")
+    cached(cache, "me/base", OLD, FIXTURES / "bert", "v1")
+    cached(cache, "me/base", NEW, other)
+    assert bases.pinned("me/base") == f"me/base@{NEW}"
+    assert bases.pinned("me/base@v1") == f"me/base@{OLD}"
+    assert bases.pinned("other") == "other"
+
+    def words(name, **options):
+        return load_bert(name, **options)[1]["embeddings"]["word"]["embedding"]
+
+    np.testing.assert_array_equal(words("me/base", revision=OLD), words(FIXTURES / "bert"))
+    np.testing.assert_array_equal(words("me/base"), words(FIXTURES / "bert") + 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a run on a base of the Hub's cache, and one on a directory."""
+    place = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        write_model(Path("tiny"), pooler=True)
+        write_reviews(Path("reviews.jsonl"), rows=40)
+        cached(place / "cache", "them/base", OLD, place / "tiny", ref="v1")
+        encoder_run(f"{LORA} --model them/base@v1")
+        decoder_run()
+    return place
+
+
+@pytest.fixture
+def server(place, monkeypatch, tmp_path):
+    """A Hub that has the first run's base, in the directory of the runs; nothing is cached."""
+    monkeypatch.chdir(place)
+    with serving(monkeypatch, tmp_path / "cache") as server:
+        server.add("them/base")
+        files = {path.name: path.read_bytes() for path in (place / "tiny").iterdir()}
+        server.commit("them/base", "v1", files, OLD)
+        yield server
+
+
+@pytest.fixture
+def say(capfd):
+    """Runs a command: its status, its stdout, its stderr."""
+
+    def say(words):
+        status = main(words.split())
+        return status, *capfd.readouterr()
+
+    return say
+
+
+def test_a_run_on_an_id_notes_the_commit(place, say, monkeypatch, cache):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+    config = Run(Path("runs/reviews")).read_config()
+    assert config["model"] == f"them/base@{OLD}"
+    manifest = json.loads(Path("runs/reviews/adapter/adapter_config.json").read_text())
+    assert manifest["base"]["id"] == "them/base"
+    (place / "cache/models--them--base/refs/v1").unlink()  # the branch is gone, the commit is not
+    assert say("predict runs/reviews good")[0] == 0
+    (place / "cache/models--them--base/refs/v1").write_text(OLD)
+
+
+def test_push_uploads_what_predicts_and_its_card(server, say):
+    status, out, _ = say("push runs/reviews me/reviews --license mit --json")
+    assert status == 0
+    files = server.files("me/reviews")
+    assert sorted(files) == [
+        "README.md",
+        "adapter.safetensors",
+        "adapter_config.json",
+        "config.json",
+    ]
+    trained = Path("runs/reviews/adapter/adapter.safetensors").read_bytes()
+    assert files["adapter.safetensors"] == trained
+    found = json.loads(out)
+    commit = server.repos["me/reviews"]["branches"]["main"]
+    assert found["url"] == f"{server.endpoint}/me/reviews/commit/{commit}"
+    assert found["files"] == {name: len(data) for name, data in files.items()}
+    assert server.cards == [files["README.md"].decode()]  # the Hub was asked whether it reads it
+    said = b"".join(files.values())
+    assert str(Path.cwd()).encode() not in said
+    assert b"reviews.jsonl" not in said
+    status, out, err = say("push runs/meanings me/meanings --private")
+    assert status == 0, err
+    assert server.repos["me/meanings"]["private"]
+
+
+def test_a_push_in_another_format_leaves_nothing_of_the_first(server, say):
+    assert say("push runs/reviews me/both")[0] == 0
+    status, out, err = say("push runs/reviews me/both --to peft --revision peft")
+    assert status == 0, err
+    assert "PEFT's files do not name classes: 0 to n are no, yes" in out
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(server.files("me/both", "peft")) == names
+    assert "config.json" in server.files("me/both")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("push runs/reviews reviews", "'reviews' is no repository's id; wanted user/name"),
+        ("push runs/none me/x", "no run at runs/none: it has no config.json"),
+        ("push runs/reviews you/x", "you/x was not uploaded: 403 Forbidden: You have no rights"),
+        ("push runs/reviews me/there --private", "it is there already and is public"),
+        ("push runs/reviews me/x --to adapterhub --out tiny", "tiny exists and is not empty"),
+        ("predict me/none text", "'me/none' is neither a directory here nor a run that"),
+        ("predict me/there@v9 text", "gives at revision 'v9': Revision Not Found for url"),
+    ],
+)
+def test_mistakes_of_a_push_are_one_line(server, say, words, message):
+    server.add("me/there")
+    status, _, err = say(words)
+    lines = [line for line in err.splitlines() if line.startswith("adapters-jax ")]
+    assert (status, len(lines)) == (2, 1), err
+    assert message in lines[0]
+    assert "me/x" not in server.repos
+
+
+def test_without_token_or_network_nothing_is_tried(server, say, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    status, _, err = say("push runs/reviews me/x")
+    assert status == 2
+    assert "Invalid credentials in Authorization header; see whether the token may write" in err
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    status, out, err = say("push runs/reviews me/x")
+    assert (status, out) == (2, "")
+    assert err == (
+        "adapters-jax push: there is no token of the Hugging Face Hub: log in with `hf auth login`,"
+        " set HF_TOKEN, or add --dry-run\n"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE keeps from uploading" in say("push runs/reviews me/x")[2]
+    out = tmp_path / "out"
+    status, said, _ = say(f"push runs/reviews me/x --dry-run --out {out}")
+    assert status == 0
+    assert f"this would be uploaded to me/x; nothing was: see {out}" in said
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter.safetensors",
+        "adapter_config.json",
+        "config.json",
+    ]
+    assert list(server.repos) == ["them/base"]
+
+
+def test_the_card_says_what_the_hub_and_people_want_to_know(place, monkeypatch, say, cache):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+    shutil.rmtree("card", ignore_errors=True)
+    assert say("push runs/reviews me/card --dry-run --license apache-2.0")[0] == 0
+    card = hf.ModelCard.load("card/README.md")
+    data, summary = card.data, Run(Path("runs/reviews")).read_config()["summary"]
+    assert (data.base_model, data.license, data.library_name) == (
+        "them/base",
+        "apache-2.0",
+        "adapters_jax",
+    )
+    assert data.pipeline_tag == "text-classification"
+    assert data.tags == ["adapters_jax", "jax", "lora"]
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found == summary["results"][-1]["test"]
+    text = card.text
+    assert "4 rows to train" not in text
+    rows = Run(Path("runs/reviews")).read_config()["rows"]
+    assert f"{rows['train']} rows to train" in text
+    assert "LoRA(targets=('**/{query,value}',), rank=2)" in text
+    assert "| 2*(32 + 32) | 1 | 128 |" in text  # the closed form of one adapter
+    assert f"Trainable {2 * 128 + 66:,} (" in text
+    manifest = json.loads(Path("card/adapter_config.json").read_text())
+    assert manifest["base"]["tree_sha256"] in text
+    assert aj.read_adapter("card")[0] == aj.lora(2, head="head")
+
+
+def test_the_three_lines_of_the_card_run(server, say, monkeypatch):
+    found, printed = {}, io.StringIO()
+    for run in ("reviews", "meanings"):
+        assert say(f"push runs/{run} me/{run}")[0] == 0
+        card = server.files(f"me/{run}")["README.md"].decode()
+        (code,) = re.findall(r"## How to load it\n\n```python\n(.*?)```", card, re.S)
+        assert code.count("\n") == 3
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "card", "exec"), found)
+    assert printed.getvalue().count("\n") == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # both are cached now
+    wanted = load_predictor("runs/reviews").predict([("A text.", None)])
+    assert printed.getvalue().startswith(f"{wanted}\n")
+    mine, wanted = found["generator"], load_generator("runs/meanings")
+    states = nnx.state(mine.model), nnx.state(wanted.model)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_card_of_an_adapter_alone_is_written_beside_it(tmp_path):
+    base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model = aj.adapt(base, aj.LoRA("**", 2), rngs=nnx.Rngs(1))
+    recipe, identity = aj.LoRA("**", 2), aj.base_identity(base, id="them/linear")
+    load = f"import adapters_jax as aj\nmodel = aj.load_adapter({str(tmp_path / 'a')!r}, base)\n"
+    card = aj.model_card(
+        'A: "quoted" | ü',
+        recipe,
+        load,
+        base=identity,
+        counts=aj.audit(model),
+        metrics={"accuracy": 0.5},
+    )
+    leaves = nnx.state(model, aj.nnx.AdapterParam)
+    place = aj.save_adapter(
+        tmp_path / "a", leaves, recipe, base=identity, beside={"README.md": card}
+    )
+    data = hf.ModelCard.load(place / "README.md").data
+    assert (data.base_model, data.eval_results) == ("them/linear", None)  # of what, nobody said
+    assert "| accuracy | 0.5 |" in card and "| 2*(4 + 3) | 1 | 14 |" in card
+    names = {"base": base}
+    exec(load, names)
+    np.testing.assert_array_equal(names["model"].lora["a"][...], model.lora["a"][...])
+    with pytest.raises(ValueError, match=r"'a/b' is no name of a file in the adapter's directory"):
+        aj.save_adapter(tmp_path / "b", leaves, recipe, beside={"a/b": ""})
+    assert flatten(leaves).keys() == aj.read_adapter(place)[1].keys()
+
+
+def test_what_is_an_id():
+    good = ("gpt2", "me/x", "me/x.y-z_1", "me/x@v1.0", f"me/x@{OLD}")
+    bad = ("", "/a", "./a", "../a", "a/b/c", "a b", "a/", "a..b", "a--b", Path("me/x"))
+    assert [name for name in (*good, *bad) if hub.is_id(name)] == list(good)
