@@ -131,6 +131,17 @@ def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
         np.testing.assert_allclose(double(mine), double(wanted), atol=tolerance * most)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pattern_for_everything_meets_each_layer_once(door):
+    """A tied table too, which is called by another name at the end."""
+    found = []
+    for quantized in (True, False):
+        subject = DOORS[door](contract.Case("mlp", aj.Recipe(aj.LoRA("**", 2))))
+        subject = with_base(subject, quantized, dtype="int4", block=4)
+        found.append(subject.run(shaken(subject.adapters), subject.frozen))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
 LAYERS, WIDTH, ROWS = (2, 6), 256, 8
 KERNEL = WIDTH * WIDTH * 4
 
@@ -410,7 +421,12 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
 
     def prepared(dtype):
         data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
-        options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "dtype": "bfloat16"}
+        options = {
+            "model": str(tmp_path / "tiny"),
+            "runs": tmp_path,
+            "dtype": "bfloat16",
+            "max_length": 8,
+        }
         return Finetune(**options, data=data, quantize=dtype, name=dtype).prepare(Output(json=True))
 
     job = prepared("int8")
