@@ -157,14 +157,15 @@ def forget_connections():
 @contextlib.contextmanager
 def serving(monkeypatch, cache):
     """A Hub that huggingface_hub takes for the real one, with an empty cache and a token."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     server = Store()
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     resolve = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
+    for module in (constants, file_download):  # old ones have a copy there
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", resolve, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
