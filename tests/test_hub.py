@@ -230,7 +230,7 @@ def test_push_uploads_what_predicts_and_its_card(server, say):
     commit = server.repos["me/reviews"]["branches"]["main"]
     assert found["url"] == f"{server.endpoint}/me/reviews/commit/{commit}"
     assert found["files"] == {name: len(data) for name, data in files.items()}
-    assert set(server.cards) == {files["README.md"].decode()}  # the Hub was asked whether it reads it
+    assert set(server.cards) == {files["README.md"].decode()}  # the Hub was asked about it
     said = b"".join(files.values())
     assert str(Path.cwd()).encode() not in said
     assert b"reviews.jsonl" not in said
