@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import __main__, harness, llama, step
+from benchmarks import __main__, harness, llama, scale, step
 from benchmarks.harness import Report, Spread
 
 
@@ -122,6 +122,16 @@ def test_the_decoder_by_hand_does_equal_work():
         llama.check_equal(sides)
         ours, hand = sides.values()
         assert 0 <= ours.flops - hand.flops <= 14 * ours.trainable
+
+
+@pytest.mark.parametrize("door", ["linen", "NNX"])
+def test_the_program_of_scanned_layers_does_not_grow(door):
+    def lines(deep):
+        return deep.lower(deep.state()).as_text().count("\n")
+
+    few, many, unrolled = (lines(scale.Deep(door, n, scan)) for n, scan in ((2, 1), (7, 1), (3, 0)))
+    assert few == many
+    assert unrolled > 1.1 * lines(scale.Deep(door, 2, False))
 
 
 class Stub:

@@ -3,6 +3,7 @@
 - `bert` (linen): BERT and RoBERTa encoders and classifiers; the blocks that linen models share.
 - `gpt2` (linen): GPT-2, and GPT-3 as a shape.
 - `llama` (nnx): Llama; `llama_files`: from and to Hugging Face checkpoints, and from GGUF.
+- `blocks`: blocks scanned or unrolled, recomputed or stored, in all of them (`scan`, `remat`).
 - `generate`: text from a decoder; `cache`: the keys and values that it keeps.
 - `KNOWN`: published shapes by name, without weights.
 
