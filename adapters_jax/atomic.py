@@ -3,16 +3,18 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+Content = bytes | Callable[[Path], None]
 
-def write_directory(place: Path, files: Mapping[str, bytes]) -> None:
+
+def write_directory(place: Path, files: Mapping[str, Content]) -> None:
     """Writes a directory beside its place, through to the disk, and renames it there.
 
     Args:
         place: of the directory; what was there is replaced.
-        files: contents by name.
+        files: contents by name; or what writes a file to a path.
 
     Raises:
         OSError: the disk is full or cannot be written. What was there is as it was, and nothing
@@ -53,10 +55,13 @@ def _put(beside: Path, directory: Path) -> None:
             os.replace(old, directory)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, content: Content) -> None:
     """Writes a file through to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
+    if callable(content):
+        content(path)
+    with open(path, "ab" if callable(content) else "wb") as file:
+        if not callable(content):
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -6,7 +6,9 @@ it all. A file may come from anyone: see `untrusted`.
 """
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 
 from adapters_jax import hub
-from adapters_jax.atomic import write_directory
+from adapters_jax.atomic import Content, write_directory
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.manifest import CONFIG, Manifest
@@ -103,10 +105,20 @@ def save_adapter(
         raise ValueError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     _check_savable(flat, recipe)
-    tensors = safetensors.numpy.save(flat)
-    check_header(int.from_bytes(tensors[:8], "little"), len(tensors), directory / TENSORS)
     config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
-    files = {**texts(beside), TENSORS: tensors, CONFIG: config}
+
+    def write_tensors(path: Path) -> None:
+        try:
+            safetensors.numpy.save_file(flat, path)
+        except safetensors.SafetensorError as error:  # with the system's number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+        path.chmod(0o644)  # safetensors writes it for its owner alone
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        check_header(length, path.stat().st_size, directory / TENSORS)
+
+    files: dict[str, Content] = {**texts(beside), TENSORS: write_tensors, CONFIG: config}
     if jax.process_index() == 0:
         write_directory(directory.resolve(), files)  # of a link, what it points to is replaced
     if jax.process_count() > 1:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -276,8 +277,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, adapters, monkeypatch, befo
         aj.save_adapter(tmp_path / "adapter", drawn(adapters, seed=9), RECIPE)
     seen = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
 
-    def write(path, data):
-        path.write_bytes(data[:after])
+    def write(path, content):
+        if callable(content):
+            content(path)
+            content = path.read_bytes()
+        path.write_bytes(content[:after])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(atomic, "_write", write)
@@ -285,6 +289,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, adapters, monkeypatch, befo
         aj.save_adapter(tmp_path / "adapter", adapters, RECIPE)
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == seen
     assert os.listdir(tmp_path) == (["adapter"] if before else [])
+
+
+def test_a_system_that_refuses_to_write_leaves_what_was_there(tmp_path):
+    adapters = {"query": {"lora": {"a": np.ones((300, 300)), "b": np.ones((300, 300))}}}
+    recipe = aj.LoRA("query", rank=300)
+    aj.save_adapter(tmp_path / "adapter", adapters, recipe)
+    seen = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writing more is an error
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            aj.save_adapter(tmp_path / "adapter", adapters, recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == seen
 
 
 def test_all_of_it_is_on_the_disk_before_it_is_renamed(tmp_path, adapters, monkeypatch):
