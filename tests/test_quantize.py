@@ -341,6 +341,7 @@ def test_without_qwix_the_extra_is_named(monkeypatch):
         aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
     write_model(tmp_path / "tiny")
     write_reviews(tmp_path / "reviews.jsonl", rows=40)

@@ -113,6 +113,7 @@ def meals(place, name):
     return ["finetune", *flags, "--runs", place, "--name", name]
 
 
+@pytest.mark.slow
 def test_a_decoder_goes_on_from_the_one_before_a_damaged_checkpoint(commands, place):
     write_llama(place / "llama")
     write_meanings(place / "meals.csv")

@@ -245,6 +245,7 @@ def test_a_model_on_a_mesh_is_the_same_model():
         assert laid.layers[0].kernel is not model.layers[0].kernel
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_job_and_its_losses_those_of_one_device():
     rows = [("linen", "together", "plain", "data=2"), ("nnx", "lora_dense", "plain", "model=2")]
     job = {"rows": rows, "processes": 2, "address": f"localhost:{free_port()}"}
