@@ -32,6 +32,15 @@ def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
         assert wanted in printed.getvalue(), line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("adapters-jax plan")])
+def test_plans_run_as_pasted(line):
+    command = [sys.executable, "-m", "adapters_jax.cli", *shlex.split(line)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "largest batch in 80 GB" in done.stdout
+    assert "4,194,304" in done.stdout
+
+
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("adapters-jax audit")])
 def test_commands_run_as_pasted(line):
     command = [sys.executable, "-m", "adapters_jax.cli", *shlex.split(line)[1:]]
