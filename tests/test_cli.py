@@ -274,6 +274,12 @@ def test_a_mesh_that_does_not_fit_is_refused(mistake):
     assert "does not read as NAME=SIZE" in mistake(f"{TRAIN} --mesh two")
 
 
+def test_several_hosts_are_refused(mistake, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    said = mistake(f"{TRAIN} --mesh data=1")
+    assert "JAX_NUM_PROCESSES is 2, and this command is for one host; several take a script" in said
+
+
 def test_another_architecture_is_refused(mistake, tmp_path):
     gpt2 = Path(__file__).parent / "fixtures" / "gpt2"
     for words in (TRAIN.replace("tiny", str(gpt2)),):

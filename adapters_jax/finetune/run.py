@@ -27,6 +27,7 @@ from adapters_jax.finetune.recipes import MethodOptions
 from adapters_jax.finetune.runs import Run, RunError, run_name
 from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.finetune.tasks import TaskData
+from adapters_jax.hosts import PROCESSES
 from adapters_jax.methods import LoRA
 from adapters_jax.methods.fields import check_size
 from adapters_jax.recipe import Recipe
@@ -119,6 +120,11 @@ class Finetune:
 
     def prepare_in(self, run: Run, output: Output, began: float) -> Job:
         """As `prepare`, for a run in a directory."""
+        if int(os.environ.get(PROCESSES) or 1) > 1:
+            raise ValueError(
+                f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several "
+                "take a script, such as examples/finetune_llama_sharded.py"
+            )
         check_size("saving", "--checkpoint-every", self.checkpoint_every)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
