@@ -122,8 +122,8 @@ class Finetune:
         """As `prepare`, for a run in a directory."""
         if int(os.environ.get(PROCESSES) or 1) > 1:
             raise ValueError(
-                f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several "
-                "take a script, such as examples/finetune_llama_sharded.py"
+                f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several"
+                " take a script, such as examples/finetune_llama_sharded.py"
             )
         check_size("saving", "--checkpoint-every", self.checkpoint_every)
         if not 0 <= self.seed < 2**32:
