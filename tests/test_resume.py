@@ -94,8 +94,10 @@ def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
     run, log = place / "asked", place / "log"
     pid = commands.start(log, *finetune(place, run.name))
     wait_for(lambda: whole(run), log)
+    os.kill(pid, signal.SIGSTOP)  # it would be done before we are
     assert f"{run} is being worked on by process {pid}" in refusal(capsys, "--resume", run)
     os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGCONT)
     assert commands.wait() == 143
     assert f"go on with: adapters-jax finetune --resume {run}" in log.read_text()
     step = max(whole(run))
