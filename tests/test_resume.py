@@ -14,6 +14,7 @@ from tiny import write_llama, write_meanings, write_model, write_reviews
 
 from adapters_jax.cli import main
 from adapters_jax.finetune.flags import parse, words
+from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run
 
@@ -95,6 +96,7 @@ def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
     pid = commands.start(log, *finetune(place, run.name))
     wait_for(lambda: whole(run), log)
     os.kill(pid, signal.SIGSTOP)  # it would be done before we are
+    assert "summary" not in json.loads((run / "config.json").read_text()), "it is done already"
     assert f"{run} is being worked on by process {pid}" in refusal(capsys, "--resume", run)
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGCONT)
@@ -106,6 +108,22 @@ def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
     assert result(run) == result(straight[0])
     names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
     assert sorted(path.name for path in run.iterdir()) == names
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+    class Deaf:
+        def __del__(self):  # Python prints what is raised here, and goes on
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):
+                pass
+
+    with Interrupts() as interrupts, interrupts.deferred():
+        with interrupts.at_once():
+            Deaf()
+        with pytest.raises(InterruptedRunError, match="SIGTERM") as caught:
+            interrupts.check()
+    assert caught.value.status == 143
 
 
 def meals(place, name):

@@ -11,8 +11,8 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class InterruptedRunError(Exception):
-    """The process was asked to stop.
+class InterruptedRunError(BaseException):
+    """The process was asked to stop; like KeyboardInterrupt it is nothing to recover from.
 
     Attributes:
         status: the exit status that belongs to it: 130 after Ctrl-C, 143 after SIGTERM.
@@ -26,8 +26,9 @@ class InterruptedRunError(Exception):
 class Interrupts:
     """Takes note of signals to stop, within a `with`; only a process's main thread can.
 
-    Outside of `deferred` a signal raises InterruptedRunError wherever the process is. Within, the
-    first one is noted in `pending`, and a second one raises.
+    Every signal is noted in `pending`. Outside of `deferred` it also raises InterruptedRunError
+    wherever the process is; should that be in a callback, which Python lets raise nothing, the next
+    `check` raises it. Within, the first one waits, and a second one raises.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,6 @@ class Interrupts:
             raise InterruptedRunError(self.pending)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._deferring and self.pending is None:
-            self.pending = number
-        else:
+        first, self.pending = self.pending is None, number
+        if not (self._deferring and first):
             raise InterruptedRunError(number)

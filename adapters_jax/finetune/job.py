@@ -101,6 +101,7 @@ class Job(ABC):
         with Checkpoints(self.run.checkpoints, on_damage=self.output.say) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed)
             found, results = self.train_all(saving)
+        interrupts.check()
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
             "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
