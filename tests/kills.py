@@ -77,7 +77,12 @@ def kill_and_resume(commands, run, first, seed, kills, seconds):
         if found:
             found[-1]["from"] = int(said[1]) if said else None
 
+    def finished():
+        return run.exists() and "summary" in json.loads((run / "config.json").read_text())
+
     for _ in range(kills):
+        if finished():  # it was killed after its last word
+            return found
         pid = commands.start(log, *resumed())
         time.sleep(chance.uniform(0.0, seconds))
         with contextlib.suppress(ProcessLookupError):  # it was faster
@@ -89,7 +94,7 @@ def kill_and_resume(commands, run, first, seed, kills, seconds):
         assert status == -signal.SIGKILL, log.read_text()
         cut = [*(run / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
         found.append({"whole": whole(run), "cut": bool(cut), "from": None})
-    while not run.exists() or "summary" not in json.loads((run / "config.json").read_text()):
+    while not finished():
         assert commands.run(log, *resumed()) == 0, log.read_text()
         note()
     return found
