@@ -21,6 +21,7 @@ from adapters_jax.identity import BaseIdentity, base_identity
 from adapters_jax.linen import init_adapters
 from adapters_jax.loading import load_adapter
 from adapters_jax.merge import merge, unmerge
+from adapters_jax.mesh import ShardingError, local_rows, make_mesh, shard_batch
 from adapters_jax.methods import (
     Bottleneck,
     DoRA,
@@ -48,14 +49,7 @@ from adapters_jax.presets import (
 from adapters_jax.quantize import dequantize, quantize
 from adapters_jax.recipe import Recipe
 from adapters_jax.registry import register_contraction
-from adapters_jax.sharding import (
-    ShardingError,
-    layout,
-    local_rows,
-    make_mesh,
-    shard,
-    shard_batch,
-)
+from adapters_jax.sharding import layout, shard
 from adapters_jax.state import TrainState
 from adapters_jax.summary import Audit
 from adapters_jax.train import make_eval_step, make_train_step

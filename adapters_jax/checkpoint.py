@@ -8,13 +8,11 @@ SHA-256 sums of its files, so that a damaged checkpoint is noticed and the one b
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import json
 import math
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from adapters_jax.identity import tree_sha256
 from adapters_jax.methods.fields import check_size
 from adapters_jax.partition import Tree, path_of
 from adapters_jax.state import TrainState
+from adapters_jax.sums import damage, write_sums
 
-SUMS = "sha256.json"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -203,8 +201,8 @@ class Checkpoints:
                 args=self._args.Composite(**parts),
                 metrics={"score": -math.inf if score is None else float(score)},
             )
-            if saved:
-                self._write_sums(step)
+            if saved and jax.process_index() == 0:
+                write_sums(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore's is a ValueError
             self._clean()
             raise CheckpointError(
@@ -277,16 +275,6 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=self._args.Composite(**items))
 
-    def _write_sums(self, step: int) -> None:
-        """Writes down what the checkpoint's files are, once they are all there."""
-        if jax.process_index():
-            return
-        root = self.directory / str(step)
-        sums = {path: [*_sum(root / path)] for path in _files(root)}
-        beside = root / f"{SUMS}.part"
-        beside.write_text(json.dumps(sums), encoding="utf-8")
-        os.replace(beside, root / SUMS)
-
     def _clean(self) -> None:
         """Removes what a save left that was cut off."""
         for path in self.directory.glob(_TEMPORARY):
@@ -295,7 +283,7 @@ class Checkpoints:
     def _put_damaged_aside(self) -> None:
         """Renames what is not whole, and says so; orbax then finds only what is."""
         steps = {int(p.name): p for p in self.directory.glob("*") if p.name.isdecimal()}
-        damaged = {n: why for n in sorted(steps) if (why := _damage(steps[n]))}
+        damaged = {n: why for n in sorted(steps) if (why := damage(steps[n]))}
         there = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
         for number, why in damaged.items():
             aside = self.directory / f"damaged-{number}"
@@ -313,23 +301,6 @@ def _identity(state: TrainState) -> dict[str, Any]:
     return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
 
 
-def _damage(root: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is what was written."""
-    try:
-        sums = json.loads((root / SUMS).read_text(encoding="utf-8"))
-        for path, (size, digest) in sums.items():
-            found = _sum(root / path)
-            if found[0] != size:
-                return f"{path} has {found[0]} bytes and had {size}"
-            if found[1] != digest:
-                return f"{path} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(root)} is missing"
-    except (ValueError, TypeError, AttributeError):
-        return f"{SUMS} is not what was written"
-    return None
-
-
 def _short(error: Exception) -> str:
     """An error's first line; of a long one the beginning, and the end, where the reason is."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -338,18 +309,6 @@ def _short(error: Exception) -> str:
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics.get("score", -math.inf)
-
-
-def _files(root: Path) -> Iterator[str]:
-    """The files below a directory, in order."""
-    return (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.is_file())
-
-
-def _sum(path: Path) -> tuple[int, str]:
-    """A file's size and SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
 
 
 def _moving(state: TrainState, best: Tree | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adapters_jax.linen import Adapted
+from adapters_jax.mesh import shard_batch
 from adapters_jax.partition import Tree
 from adapters_jax.quantized import bits_of, is_quantized
-from adapters_jax.sharding import BATCH, Rules, shard, shard_batch
+from adapters_jax.sharding import Rules, shard
 from adapters_jax.state import TrainState
 from adapters_jax.summary import bytes_text
 from adapters_jax.train import LossFn, make_eval_step, make_train_step
@@ -196,12 +197,6 @@ def largest_batch(
         if low > high:
             return fits
         tried = planned(int(min(max(rows, low), high)) // unit * unit)
-
-
-def parts_of(mesh: Mesh | None) -> int:
-    """Over how many devices a batch is split."""
-    axes: Mapping[str, int] = {} if mesh is None else mesh.shape
-    return math.prod(axes.get(name, 1) for name in BATCH)
 
 
 def _shape(x: Any) -> Any:

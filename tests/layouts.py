@@ -17,7 +17,8 @@ def train(door, case, variant, layout, small=0):
     from contract import CASES, DOORS, VARIANTS, ids
 
     import adapters_jax as aj
-    from adapters_jax.sharding import make_mesh, shard, shard_batch
+    from adapters_jax.mesh import make_mesh, shard_batch
+    from adapters_jax.sharding import shard
     from benchmarks.collectives import collective_bytes
 
     subject = DOORS[door](CASES[case], **VARIANTS[variant])

@@ -16,8 +16,9 @@ import pytest
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.checkpoint import SUMS, CheckpointError, Checkpoints
+from adapters_jax.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.partition import flatten
+from adapters_jax.sums import SUMS
 
 RECIPE = aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze("dense/bias"))
 

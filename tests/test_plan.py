@@ -20,7 +20,7 @@ import adapters_jax as aj
 from adapters_jax.cli import main
 from adapters_jax.finetune.counts import count_parameters
 from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.plan import Plan, abstract_state, largest_batch, parts_of, plan
+from adapters_jax.plan import Plan, abstract_state, largest_batch, plan
 
 WIDTH, RANK = 64, 4
 
@@ -138,11 +138,6 @@ def test_a_mesh_divides_it():
     assert eight["activations"] < one["activations"] / 2
     assert lora["base"] == 2 * (kernels // 4 + biases)
     assert lora["adapters"] == 4 * 3 * 2 * RANK * WIDTH  # small: everywhere
-
-
-def test_parts_of_a_mesh():
-    mesh = jax.sharding.AbstractMesh((2, 3, 4), ("data", "fsdp", "model"))
-    assert (parts_of(mesh), parts_of(None)) == (6, 1)
 
 
 def test_a_real_state_is_planned_like_its_shapes():

@@ -1,6 +1,7 @@
 """`adapters-jax finetune --resume`: killed, asked to stop, refused; nothing is lost or differs."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from adapters_jax.cli import main
 from adapters_jax.finetune.flags import parse, words
 from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.runs import Run, RunError
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,22 @@ def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
     assert result(run) == result(straight[0])
     names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
     assert sorted(path.name for path in run.iterdir()) == names
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    run, really = Run(tmp_path), fcntl.flock
+
+    def flock(handle, how):
+        monkeypatch.setattr(fcntl, "flock", really)
+        (tmp_path / "lock").unlink()  # by its holder, after we have opened it
+        really(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    handle = run.lock()
+    with pytest.raises(RunError, match=f"is being worked on by process {os.getpid()}"):
+        run.lock()
+    run.unlock(handle)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -20,9 +20,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import adapters_jax as aj
+from adapters_jax.mesh import ShardingError, batch_parts, make_mesh, shard_batch
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.models.llama_files import save_llama
-from adapters_jax.sharding import ShardingError, layout, make_mesh, shard, shard_batch
+from adapters_jax.sharding import layout, shard
 from benchmarks.collectives import collective_bytes
 
 HERE = Path(__file__).parent
@@ -227,6 +228,11 @@ def test_meshes_that_the_devices_do_not_make():
             make_mesh(text)
 
 
+def test_a_batch_is_split_over_data_and_fsdp():
+    assert batch_parts({"data": 2, "fsdp": 3, "model": 4}) == 6
+    assert batch_parts({"model": 4}) == 1
+
+
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(
         ShardingError, match=r"a batch of 6 rows does not split into 4 parts \(data=2"
@@ -268,7 +274,7 @@ def free_port():
 LOADING = """
 import json, sys, threading, jax, numpy as np
 from adapters_jax.models.llama_files import load_llama
-from adapters_jax.sharding import make_mesh
+from adapters_jax.mesh import make_mesh
 from flax import nnx
 
 def anonymous():

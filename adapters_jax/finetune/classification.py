@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from adapters_jax.finetune.log import NotFiniteError
 from adapters_jax.finetune.metrics import compute
 from adapters_jax.finetune.targets import Target
-from adapters_jax.finetune.training import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.finetune.training import Batch, Batches, in_row_order
 from adapters_jax.linen import Adapted
+from adapters_jax.mesh import shard_batch
 from adapters_jax.recipe import Recipe
-from adapters_jax.sharding import shard_batch
 from adapters_jax.state import TrainState
 from adapters_jax.train import make_eval_step
 

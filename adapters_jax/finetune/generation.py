@@ -17,12 +17,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.finetune.batches import NOTHING
 from adapters_jax.finetune.decoders import Decoder
+from adapters_jax.finetune.log import NotFiniteError
 from adapters_jax.finetune.metrics import exact_match, perplexity
-from adapters_jax.finetune.training import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.finetune.training import Batch, Batches, in_row_order
+from adapters_jax.mesh import shard_batch
 from adapters_jax.models.generate import generate
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
-from adapters_jax.sharding import shard_batch
 from adapters_jax.state import TrainState
 
 STEP = 16  # widths are multiples of it, so that few are compiled

@@ -17,14 +17,13 @@ from adapters_jax.audit import audit
 from adapters_jax.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files import save_adapter
 from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
+from adapters_jax.finetune.log import NotFiniteError, Record
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.finetune.output import Meter, Output, Speed, duration
 from adapters_jax.finetune.report import draw_curves, results_table, write_report
 from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.training import (
-    NotFiniteError,
     Problem,
-    Record,
     Saving,
     StoppedError,
     Trained,

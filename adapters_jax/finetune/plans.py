@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from adapters_jax.finetune.counts import adapted_shape
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.recipes import MethodOptions
+from adapters_jax.mesh import ShardingError, batch_parts, make_mesh, mesh_sizes
 from adapters_jax.methods.fields import check_number, check_size
 from adapters_jax.models.bert import Bert
-from adapters_jax.plan import Plan, abstract_state, largest_batch, parts_of, plan
-from adapters_jax.sharding import BATCH, ShardingError, make_mesh, mesh_sizes
+from adapters_jax.plan import Plan, abstract_state, largest_batch, plan
 from adapters_jax.summary import bytes_text
 
 FULL = MethodOptions("full")
@@ -115,7 +115,7 @@ class PlanTraining:
         asked = of(self.batch_size)
         if self.memory is None:
             return asked, None
-        return asked, largest_batch(of, self.memory * 1e9, unit=parts_of(mesh))
+        return asked, largest_batch(of, self.memory * 1e9, unit=batch_parts(mesh.shape))
 
     def _stored(self, found: Plan) -> Plan:
         """A plan of a float32 program as one of a base in its dtype."""
@@ -157,7 +157,7 @@ def _pretended(text: str, batch_size: int) -> Mesh:
     sizes = mesh_sizes(text)
     if min(sizes.values()) < 1:
         raise ShardingError(f"--mesh {text}: a plan wants every number, and none below 1")
-    parts = math.prod(sizes.get(name, 1) for name in BATCH)
+    parts = batch_parts(sizes)
     if batch_size % parts:
         raise ShardingError(
             f"--batch-size {batch_size} does not split over --mesh {text}: write a multiple of "

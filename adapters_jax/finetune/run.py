@@ -28,10 +28,10 @@ from adapters_jax.finetune.runs import Run, RunError, run_name
 from adapters_jax.finetune.sources import DataOptions
 from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.hosts import PROCESSES
+from adapters_jax.mesh import local_rows, make_mesh
 from adapters_jax.methods import LoRA
 from adapters_jax.methods.fields import check_size
 from adapters_jax.recipe import Recipe
-from adapters_jax.sharding import local_rows, make_mesh
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,7 @@ class Finetune:
         run = Run(self.resume or Path())
         nested = ("data", "method", "optimizer", "prompts")
         others = [name for name in given(self) if name not in ("resume", "json", *nested)]
-        others += [
-            name
-            for part in ("data", "method", "optimizer", "prompts")
-            for name in given(getattr(self, part))
-        ]
+        others += [name for part in nested for name in given(getattr(self, part))]
         if others:
             raise RunError(
                 f"{', '.join(map(flag, others))}: --resume goes on with the flags that {run.path} "

@@ -120,6 +120,13 @@ class Run:
             raise RunError(
                 f"{self.path} is being worked on by process {holder}; wait for it, or stop it"
             ) from None
+        try:
+            current = os.path.samestat(os.fstat(handle), os.stat(self.path / "lock"))
+        except FileNotFoundError:
+            current = False
+        if not current:  # its holder has just given it back, and taken the file away
+            os.close(handle)
+            return self.lock()
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         return handle

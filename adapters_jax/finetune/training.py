@@ -19,15 +19,16 @@ from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.checkpoint import Checkpoints
 from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
+from adapters_jax.finetune.log import Log, NotFiniteError, Record
 from adapters_jax.finetune.metrics import better
 from adapters_jax.finetune.optimizers import OptimizerOptions
+from adapters_jax.mesh import shard_batch
 from adapters_jax.recipe import Recipe
-from adapters_jax.sharding import shard, shard_batch
+from adapters_jax.sharding import shard
 from adapters_jax.state import TrainState
 from adapters_jax.train import make_train_step
 
 Batch = Mapping[str, np.ndarray]
-Record = dict[str, Any]
 
 
 class Batches(Protocol):
@@ -48,18 +49,6 @@ class StoppedError(RuntimeError):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
-
-
-class NotFiniteError(ArithmeticError):
-    """A loss, gradient or prediction was not finite.
-
-    Attributes:
-        step: where, counted from 1.
-    """
-
-    def __init__(self, step: int, what: str):
-        super().__init__(f"step {step}: {what} is not finite")
-        self.step = step
 
 
 class Problem(Protocol):
@@ -159,49 +148,6 @@ class Trained:
             lambda x, like: jax.device_put(x, like.sharding), self.adapters, state.adapters
         )
         return replace(state, adapters=placed)
-
-
-class Log:
-    """Step metrics of one training, read from the device a window late, as records of means.
-
-    Attributes:
-        waiting: windows of `(step, metrics)` that are not read yet.
-    """
-
-    _NAMES = ("loss", "grad_norm", "finite")
-
-    def __init__(self, window: int, schedule: Callable[[int], Any]):
-        self.window, self.schedule = window, schedule
-        self.waiting: list[list[tuple[int, Any]]] = [[]]
-
-    def add(self, step: int, metrics: Any) -> list[Record]:
-        """Takes a step's metrics; returns the records that are due."""
-        self.waiting[-1].append((step, {name: metrics[name] for name in self._NAMES}))
-        if step % self.window:
-            return []
-        self.waiting.append([])
-        return self._read(self.waiting.pop(0)) if len(self.waiting) > 2 else []
-
-    def flush(self) -> list[Record]:
-        """Every record that is left."""
-        waiting, self.waiting = self.waiting, [[]]
-        return [record for window in waiting for record in self._read(window)]
-
-    def _read(self, window: list[tuple[int, Any]]) -> list[Record]:
-        if not window:
-            return []
-        # As Python's numbers, which a checkpoint keeps to the last bit.
-        values = [
-            {name: float(x) for name, x in metrics.items()}
-            for metrics in jax.device_get([metrics for _, metrics in window])
-        ]
-        steps = [step for step, _ in window]
-        for step, metrics in zip(steps, values, strict=True):
-            if not metrics["finite"]:
-                raise NotFiniteError(step, "the loss or its gradient")
-        means = {name: float(np.mean([m[name] for m in values])) for name in ("loss", "grad_norm")}
-        rate = float(self.schedule(steps[-1] - 1))
-        return [{"step": steps[-1], **means, "learning_rate": rate}]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.depth import Stack
 from adapters_jax.errors import compare_trees
-from adapters_jax.sharding import place
+from adapters_jax.mesh import place
 
 
 class Rule(NamedTuple):
