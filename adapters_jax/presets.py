@@ -221,6 +221,22 @@ def bitfit(*, head: str | None = None) -> Recipe:
     return _recipe(Unfreeze("**/bias"), head=head)
 
 
+def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recipe:
+    """The layer norms alone: the smallest baseline of Houlsby et al. 2019, arXiv:1902.00751.
+
+    Args:
+        targets: pattern of the layer norms' parameters.
+        head: path of the task's head, which trains whole.
+
+    Example:
+        >>> layer_norms()
+        Recipe(
+          Unfreeze(targets=('**/*{norm,Norm,ln}*/{scale,bias}',)),
+        )
+    """
+    return _recipe(Unfreeze(targets), head=head)
+
+
 def last_layers(
     k: int, num_layers: int, *, layer: str = "**/layer_{}", head: str | None = None
 ) -> Recipe:

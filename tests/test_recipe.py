@@ -21,6 +21,7 @@ PRESETS = {
     "parallel": aj.parallel(8, init_std=1e-3),
     "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
     "bitfit": aj.bitfit(head="head"),
+    "layer_norms": aj.layer_norms(head="head"),
     "last_layers": aj.last_layers(2, 12),
     "llama_adapter": aj.llama_adapter(4, last=2, num_layers=8, gate="layer"),
     "prefix_tuning": aj.prefix_tuning(4, layers=(0, 3)),
@@ -396,6 +397,9 @@ def test_presets_are_what_their_papers_say():
     assert aj.lora().methods == (LoRA("**/{query,value}", 8, None),)
     assert aj.lora(4, 2.0, targets="a", head="b").methods == (LoRA("a", 4, 2.0), Unfreeze("b/**"))
     assert aj.bitfit().methods == (Unfreeze("**/bias"),)
+    norms = aj.layer_norms(head="head")
+    assert norms.trains("h/0/ln_1/scale") and norms.trains("head/kernel")
+    assert aj.houlsby(8, head="head").methods[1:] == norms.methods
     assert aj.full().methods == (Unfreeze("**"),) and aj.full().trains("")
     for preset, source in {
         aj.houlsby: "1902.00751",
@@ -403,6 +407,7 @@ def test_presets_are_what_their_papers_say():
         aj.parallel: "2110.04366",
         aj.lora: "2106.09685",
         aj.bitfit: "2106.10199",
+        aj.layer_norms: "1902.00751",
     }.items():
         assert f"arXiv:{source}" in preset.__doc__
 
