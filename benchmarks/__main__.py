@@ -6,7 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Report
+from benchmarks.harness import ROOT
+from benchmarks.report import Report
 
 # A benchmark is a module with `run(report, quick)`; the value says what it measures.
 BENCHMARKS = {

@@ -14,7 +14,8 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.harness import ROOT, Report, Spread
+from benchmarks.harness import ROOT, Spread
+from benchmarks.report import Report
 
 MESHES = ("data=8", "fsdp=8", "data=4,model=2")
 SLACK = 1.02

@@ -25,7 +25,8 @@ from adapters_jax.files import read_adapter
 from adapters_jax.models.bert import BertConfig
 from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import flatten
-from benchmarks.harness import Report, Spread, interleave, ratio
+from benchmarks.harness import Spread, interleave, ratio
+from benchmarks.report import Report
 
 BASE = BertConfig()
 TOY = BertConfig(100, 64, 2, 4, 128, max_position_embeddings=64)

@@ -21,8 +21,9 @@ from adapters_jax.models import generate as generation
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.models.llama_files import load_llama
 from adapters_jax.partition import flatten
-from benchmarks.harness import Report, Spread, interleave, ratio
+from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of
+from benchmarks.report import Report
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,

@@ -11,7 +11,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.harness import ROOT, Report
+from benchmarks.harness import ROOT
+from benchmarks.report import Report
 
 GB = 1e9
 CASES = {

@@ -15,7 +15,8 @@ from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.plan import abstract_state
 from benchmarks import devices
-from benchmarks.harness import Report, Spread, interleave, ratio
+from benchmarks.harness import Spread, interleave, ratio
+from benchmarks.report import Report
 
 WIDTH, HEADS, VOCAB, BATCH, LENGTH = 256, 4, 1024, 2, 64
 IDS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)

@@ -24,7 +24,8 @@ from adapters_jax.models.classifier import BertClassifier
 from adapters_jax.partition import flatten, path_of, unflatten
 from benchmarks import by_hand
 from benchmarks.by_hand import NnxBert, Sizes, cross_entropy
-from benchmarks.harness import Report, Spread, fresh, interleave, ratio
+from benchmarks.harness import Spread, fresh, interleave, ratio
+from benchmarks.report import Report
 
 TINY = Sizes(layers=2, d=64, heads=4, ffn=128, vocab=99, positions=32, batch=2, length=16)
 TX = optax.adamw(1e-3)

@@ -9,8 +9,9 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import __main__, harness, llama, scale, step
-from benchmarks.harness import Report, Spread
+from benchmarks import __main__, harness, llama, scale, step, workers
+from benchmarks.harness import Spread
+from benchmarks.report import Report
 
 
 def test_spread_and_ratio():
@@ -153,3 +154,53 @@ def test_unequal_work_is_not_timed():
         check(Stub(8, [0.7, 0.6]), Stub(9, [0.7, 0.6001]))
     with pytest.raises(ValueError, match="losses at step 0"):
         check(Stub(9, [float("nan")] * 2), Stub(9, [0.7, 0.6]))
+
+
+def test_a_worker_answers_times_itself_and_fails_in_one_line(tmp_path, monkeypatch):
+    side = tmp_path / "benchmarks" / "toy_side.py"
+    side.parent.mkdir()
+    (side.parent / "__init__.py").touch()
+    for name in ("harness", "workers"):
+        text = (harness.ROOT / "benchmarks" / f"{name}.py").read_text()
+        (side.parent / f"{name}.py").write_text(text)
+    side.write_text(
+        "class Toy:\n"
+        "    def __init__(self, job):\n"
+        "        print('noise of a library')\n"
+        "        self.about = {'twice': 2 * job['n']}\n"
+        "    def run(self):\n"
+        "        self.kept = None; self.kept = bytearray(64 << 20)\n"
+        "    def add(self, a, b):\n"
+        "        return a + b\n"
+        "    def fail(self):\n"
+        "        raise ValueError('no such job')\n"
+        "make = Toy\n"
+    )
+    monkeypatch.setattr(workers, "ROOT", tmp_path)
+    worker = workers.Worker(workers.HERE, "toy_side", {"n": 21})
+    assert worker.about == {"twice": 42}
+    assert worker.ask("add", a=1, b=2) == 3
+    before = worker.ask("peak")
+    assert 0 < worker() < 10
+    worker.ask("forget_peak")
+    assert worker.ask("peak") - before > 60 << 20
+    with pytest.raises(workers.PeerError, match="^ValueError: no such job$"):
+        worker.ask("fail")
+    worker.close()
+
+
+def test_a_peer_that_cannot_be_installed_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ROOT", tmp_path)
+    monkeypatch.setattr(workers, "PEERS", tmp_path)
+    (tmp_path / "none.txt").write_text("./no-such-package\n")
+    for _ in range(2):  # a half-made environment is not taken for a whole one
+        with pytest.raises(workers.PeerError, match="none could not be .*no-such-package"):
+            workers.interpreter("none")
+
+
+def test_panels_are_drawn(tmp_path):
+    report = Report("drawn", "python -m benchmarks drawn", tmp_path)
+    report.verdict("a claim", "1.33", "1.4", "a step", "in part")
+    report.panel("Step", "ms", {"ours": Spread(2.0, 1.5, 2.5, 3), "theirs": 3}, ours=["ours"])
+    assert "| a claim | 1.33 | 1.4 | a step | in part |" in report.finish()
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,212 @@
+"""What a benchmark says: rows as JSON lines while they come, then JSON, Markdown and a picture.
+
+A row of the table "Claims" holds a published figure beside ours and a verdict; one of "Wanted" a
+figure of ours that was asked for. `python -m benchmarks readme` puts both into the README.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.harness import Spread
+
+PACKAGES = ("adapters-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CLAIMS, WANTED = "Claims", "Wanted"
+BLUE, GREY = "#0f62a8", "#b8bec7"
+Row = dict[str, Any]
+Verdict = Literal["reproduced", "in part", "not reproduced"]
+
+
+def _read(path: str, key: str) -> str:
+    """The value of the first line `key : value` of a file of the system; empty without one."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+
+def machine() -> Row:
+    """What the figures were measured on, and how busy it was."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _read("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": cores,
+        "memory": _read("/proc/meminfo", "MemTotal"),
+        "system": platform.platform(),
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The interpreter's and packages' versions; a package that is not installed is left out."""
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    found = {name: installed[name] for name in PACKAGES if name in installed}
+    return {"python": platform.python_version(), **found}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a benchmark's picture: a bar for each contender.
+
+    Attributes:
+        title: what is compared.
+        unit: of the bars.
+        bars: a value by label; a `Spread` also shows its quartiles.
+        ours: labels that are drawn in colour.
+        level: a value that was published or wanted, as a line across.
+    """
+
+    title: str
+    unit: str
+    bars: Mapping[str, Spread | float]
+    ours: Sequence[str] = ()
+    level: float | None = None
+
+
+class Report:
+    """Rows of a benchmark: to a file of JSON lines as they come, then JSON, Markdown and a PNG.
+
+    Args:
+        name: of the benchmark, and of its files.
+        command: that reruns it.
+        directory: where its files go.
+    """
+
+    def __init__(self, name: str, command: str, directory: Path):
+        self.name, self.directory = name, directory
+        directory.mkdir(parents=True, exist_ok=True)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        self.about: Row = {"benchmark": name, "command": command, "date": date}
+        self.about |= {"machine": machine(), "versions": versions()}
+        self.rows: list[Row] = []
+        self.panels: list[Panel] = []
+        self._lines = directory / f"{name}.jsonl"
+        self._lines.write_text(json.dumps(self.about) + "\n")
+
+    def add(self, table: str, **row: Any) -> None:
+        """Adds one row to a table; `Spread`s become medians with quartiles."""
+        self.rows.append({"table": table, **row})
+        with self._lines.open("a") as file:
+            file.write(json.dumps(_plain(self.rows[-1])) + "\n")
+
+    def samples(self, what: str, seconds: Mapping[str, Sequence[float]]) -> None:
+        """Keeps raw timings, in the JSON lines alone."""
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"samples": what, "seconds": dict(seconds)}) + "\n")
+
+    def claim(self, what: str, measured: Spread | float, at_most: float) -> None:
+        """Adds a figure that was wanted, and whether it was reached."""
+        value = measured.median if isinstance(measured, Spread) else measured
+        row = {"claim": what, "measured": measured, "at most": at_most, "met": value <= at_most}
+        self.add(WANTED, **row)
+
+    def verdict(self, claim: str, published: str, ours: str, how: str, verdict: Verdict) -> None:
+        """Adds a published figure beside ours.
+
+        Args:
+            claim: what is claimed, and by whom.
+            published: the figure, with its unit.
+            ours: likewise.
+            how: ours was found.
+            verdict: whether they agree.
+        """
+        self.add(CLAIMS, claim=claim, published=published, ours=ours, how=how, verdict=verdict)
+
+    def panel(self, title: str, unit: str, bars: Mapping[str, Spread | float], **more: Any) -> None:
+        """Adds bars to the picture; see `Panel`."""
+        self.panels.append(Panel(title, unit, dict(bars), **more))
+
+    def markdown(self) -> str:
+        """The tables, under what they were measured on."""
+        kinds = [str(kind) for kind in dict.fromkeys(row["table"] for row in self.rows)]
+        parts = [f"# {self.name}", f"`{self.about['command']}`, {self.about['date']}"]
+        parts.append(", ".join(f"{k} {v}" for k, v in self.about["versions"].items()))
+        about = self.about["machine"]
+        load = ", ".join(f"{x:.2f}" for x in about["load"] or ())
+        parts.append(
+            f"{about['cores']} cores, {about['processor']}, {', '.join(about['devices'])}; "
+            f"load at the start {load}. Medians, quartiles in brackets."
+        )
+        for kind in kinds:
+            parts += [f"## {kind}", table([row for row in self.rows if row["table"] == kind])]
+        return "\n\n".join(parts) + "\n"
+
+    def finish(self) -> str:
+        """Writes the JSON and the Markdown; returns the latter."""
+        text = self.markdown()
+        whole = {**self.about, "rows": [_plain(row) for row in self.rows]}
+        (self.directory / f"{self.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+        (self.directory / f"{self.name}.md").write_text(text)
+        if self.panels:
+            draw(self.directory / f"{self.name}.png", self.panels)
+        return text
+
+
+def draw(path: Path, panels: Sequence[Panel]) -> None:
+    """Draws panels below each other, bars from zero."""
+    from matplotlib.figure import Figure
+
+    heights = [0.8 + 0.32 * len(panel.bars) for panel in panels]
+    figure = Figure(figsize=(8, sum(heights)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for place, (label, value) in enumerate(panel.bars.items()):
+            found = value if isinstance(value, Spread) else Spread.of([value])
+            colour = BLUE if label in panel.ours else GREY
+            low, high = found.median - found.q1, found.q3 - found.median
+            axis.barh(place, found.median, 0.7, xerr=[[low], [high]], color=colour, ecolor="#444")
+            where = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
+            axis.annotate(f"{found.median:.3g}", (found.q3, place), fontsize=8, **where)
+        if panel.level is not None:
+            axis.axvline(panel.level, color="#c0392b", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(panel.bars)), panel.bars, fontsize=8)
+        axis.set_title(panel.title, loc="left", fontsize=10)
+        axis.set_xlabel(panel.unit, fontsize=8)
+        axis.tick_params("x", labelsize=8)
+        axis.margins(x=0.12)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _plain(row: Row) -> Row:
+    return {k: asdict(v) if isinstance(v, Spread) else v for k, v in row.items()}
+
+
+def _cell(value: Any) -> str:
+    """A value for people: thousands separated, floats to four figures, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; the columns are their keys.
+
+    Example:
+        >>> print(table([{"table": "t", "name": "a", "n": 1234}, {"name": "b", "ok": True}]))
+        | name | n | ok |
+        |---|---|---|
+        | a | 1,234 |  |
+        | b |  | yes |
+    """
+    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c != "table"]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(row.get(column)) for column in columns] for row in rows]
+    joined = ["| " + " | ".join(line) + " |" for line in lines]
+    joined[1] = "|" + "---|" * len(columns)
+    return "\n".join(joined)
