@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from adapters_jax.finetune.memory import keep_freed
+
 COMMANDS = {
     "finetune": ("adapters_jax.finetune.run", "Finetune"),
     "predict": ("adapters_jax.finetune.predict", "Predict"),
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if arguments is None:  # the process is ours
+        keep_freed()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from benchmarks import readme
 from benchmarks.harness import ROOT
 from benchmarks.report import Report
 
@@ -27,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"benchmarks:\n{known}\n\nexamples:\n"
         "  python -m benchmarks step                 the whole, minutes\n"
         "  python -m benchmarks step --quick         toy sizes: does it run?\n"
-        "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere",
+        "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere\n"
+        "  python -m benchmarks readme               put the results into the README",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="*", help="which to run; without one they are listed")
@@ -42,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.name == ["readme"]:
+        readme.write()
+        return 0
     names = list(BENCHMARKS) if options.all else options.name
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:

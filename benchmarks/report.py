@@ -183,7 +183,7 @@ def _plain(row: Row) -> Row:
     return {k: asdict(v) if isinstance(v, Spread) else v for k, v in row.items()}
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A value for people: thousands separated, floats to four figures, nothing for None."""
     if value is None:
         return ""
@@ -206,7 +206,7 @@ def table(rows: Sequence[Row]) -> str:
     """
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c != "table"]
     lines = [columns, ["---"] * len(columns)]
-    lines += [[_cell(row.get(column)) for column in columns] for row in rows]
+    lines += [[cell(row.get(column)) for column in columns] for row in rows]
     joined = ["| " + " | ".join(line) + " |" for line in lines]
     joined[1] = "|" + "---|" * len(columns)
     return "\n".join(joined)

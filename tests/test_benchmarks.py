@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import __main__, harness, llama, scale, step, workers
+from benchmarks import __main__, harness, llama, readme, scale, step, workers
 from benchmarks.harness import Spread
 from benchmarks.report import Report
 
@@ -204,3 +204,31 @@ def test_panels_are_drawn(tmp_path):
     report.panel("Step", "ms", {"ours": Spread(2.0, 1.5, 2.5, 3), "theirs": 3}, ours=["ours"])
     assert "| a claim | 1.33 | 1.4 | a step | in part |" in report.finish()
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_has_the_results_that_are_committed():
+    text = readme.README.read_text()
+    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.section()
+
+
+def test_the_section_of_results(tmp_path):
+    report = Report("toy", "python -m benchmarks toy", tmp_path)
+    report.verdict("adapters are free", "+0 %", "+3 %", "a forward", "not reproduced")
+    report.claim("ours / theirs", Spread(0.5, 0.4, 0.6, 3), 0.65)
+    report.claim("bytes", 7.0, 6.0)
+    report.finish()
+    text = readme.section(tmp_path)
+    command = "`python -m benchmarks toy`"
+    assert f"| adapters are free | +0 % | +3 % | a forward | not reproduced | {command} |" in text
+    assert f"| ours / theirs | 0.5 [0.4, 0.6] | 0.65 | yes | {command} |" in text
+    assert "Of 2 figures that were asked for, 1 are reached." in text
+    assert text.count(f"| bytes | 7 | 6 | no | {command} |") == 2
+
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    readme.write(page, tmp_path)
+    assert page.read_text() == f"above\n{readme.BEGIN}\n\n{text}\n\n{readme.END}\nbelow\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="wanted one line"):
+        readme.write(page, tmp_path)
+    assert page.read_text() == "no marks"
