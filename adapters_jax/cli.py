@@ -5,13 +5,10 @@ the user gave, and returns the work; so a mistake of the user's is said in one l
 the work itself is ours and keeps its traceback.
 """
 
-import contextlib
 import importlib
 import inspect
-import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -54,10 +51,6 @@ examples:
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
 """
-
-
-class UsageError(ValueError):
-    """Flags that a command does not have, or cannot read."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,33 +113,21 @@ def _say(name: str, message: str, status: int) -> int:
 def _parse(name: str, flags: Sequence[str]) -> Any:
     """The command with its flags; tyro's boxes become one line."""
     if name not in COMMANDS:
-        raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
+        raise ValueError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
         importlib.import_module("tyro")
-        from adapters_jax.finetune.flags import parse
+        from adapters_jax.finetune.flags import UsageError, parse_or_refuse
 
         command = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'adapters-jax[finetune]' brings it") from error
     summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
-    said = io.StringIO()
+    description = f"{summary}\n\nexamples:\n{command.examples}"
     try:
-        with contextlib.redirect_stderr(said):
-            description = f"{summary}\n\nexamples:\n{command.examples}"
-            return parse(command, flags, prog=f"adapters-jax {name}", description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_unboxed(said.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """What a box of tyro's says, without its frame, its title and its advice."""
-    _, *lines = [line.strip("│ ") for line in text.splitlines()] or [""]
-    words = " ".join(" ".join(line for line in lines if line.strip("╰╯─-")).split())
-    words = re.split(r" ?(?:For full helptext|Argument helptext|Got errors)", words)[0]
-    return re.sub(r"^Error parsing (?!-)\S+: ", "", words).rstrip(".") + "; see --help"
+        return parse_or_refuse(command, flags, prog=f"adapters-jax {name}", description=description)
+    except UsageError as error:
+        raise UsageError(f"{error}; see --help") from None
 
 
 if __name__ == "__main__":
