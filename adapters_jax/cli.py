@@ -16,6 +16,7 @@ from typing import Any
 
 COMMANDS = {
     "finetune": ("adapters_jax.finetune.run", "Finetune"),
+    "compare": ("adapters_jax.finetune.compare", "Compare"),
     "predict": ("adapters_jax.finetune.predict", "Predict"),
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),
@@ -32,6 +33,7 @@ Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
   finetune   train adapters on texts and labels, or prompts and completions; compare with baselines
+  compare    train several recipes over seeds: what each reaches against its trainable parameters
   predict    label texts with a finished run
   generate   complete prompts with a finished run
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
@@ -45,6 +47,7 @@ examples:
   adapters-jax finetune
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
   adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
+  adapters-jax compare --recipes "houlsby --bottleneck-dim 8" "lora --rank 4" full --limit 1000
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"
   adapters-jax convert runs/mine for-peft --to peft
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64

@@ -128,7 +128,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
         )
         + "".join(map(pages.paragraph, counts.totals())),
         "How to use it": pages.code(_usage(run, config)),
-        "Configuration": pages.table(["setting", "value"], list(_settings(config)), words=2),
+        "Configuration": pages.table(["setting", "value"], list(settings(config)), words=2),
     }
     run.report.write_text(pages.page(title, sections), encoding="utf-8")
 
@@ -169,7 +169,7 @@ def _usage(run: Run, config: Mapping[str, Any]) -> str:
     )
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
+def settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """The configuration as rows; of nested settings, each that says something."""
     for key, value in config.items():
         if key == "summary":
