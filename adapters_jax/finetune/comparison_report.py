@@ -147,9 +147,9 @@ def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> 
 
 def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
+    table = pages.table(*comparison_table(summary, ("dev", "test")))
     sections = {
-        "Results": pages.table(*comparison_table(summary, ("dev", "test")))
-        + pages.paragraph(_sentence(summary)),
+        "Results": table + pages.paragraph(_sentence(summary)),
         f"Test {metric} against trainable parameters": pages.picture(
             out / "comparison.png", f"Test {metric} against trainable parameters of each recipe"
         ),
