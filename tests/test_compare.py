@@ -5,12 +5,15 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from test_report import Page
 from tiny import write_llama, write_meanings, write_model, write_reviews
@@ -22,8 +25,11 @@ from adapters_jax.finetune.cells import CellOutput
 from adapters_jax.finetune.classification import Classification
 from adapters_jax.finetune.comparison import _Pace, compiled_in
 from adapters_jax.finetune.comparison_report import comparison_table
+from adapters_jax.finetune.flags import parse
 from adapters_jax.finetune.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.finetune.labels import Label, place_labels
 from adapters_jax.finetune.output import Output
+from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run
 from adapters_jax.finetune.tradeoff import draw_tradeoff
 
@@ -136,16 +142,11 @@ def test_the_page_needs_nothing_else_and_says_how_to_go_on(whole):
     assert "missing" not in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "comparison.json").read_text()) == summary
-    assert not [path for path in out.iterdir() if path.name.startswith(".") or path.is_file() > 1]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert not (out / "lock").exists()
 
 
-def test_the_best_command_is_that_of_its_cell_with_baselines(whole, monkeypatch):
-    import shlex
-
-    from adapters_jax.finetune.flags import parse
-    from adapters_jax.finetune.run import Finetune
-
+def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     summary, _ = whole
     program, name, *flags = shlex.split(summary["best"]["command"])
     assert (program, name) == ("adapters-jax", "finetune")
@@ -425,6 +426,11 @@ def test_the_time_left_is_that_of_finished_cells():
     assert (pace.done, pace.left()) == (1, 3 * 8.0)
     results[Cell("bitfit", 2e-3, 0)] = {"seconds": 2.0, "dev": {"accuracy": 1}}
     assert (pace.done, pace.left()) == (2, 8.0 + 2.0)
+    pace.start(Cell("full", 5e-5, 1))
+    pace.began -= 3.0
+    assert pace.left() == pytest.approx(5.0 + 2.0, abs=0.5)
+    pace.began -= 60.0
+    assert pace.left() == 2.0  # it takes longer than the one before
 
 
 def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
@@ -452,6 +458,20 @@ def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where
         assert os.listdir(tmp_path / "b")
     finally:
         comparison._configure({"jax_compilation_cache_dir": mine})
+
+
+def test_labels_of_one_place_do_not_cover_each_other_nor_the_line():
+    figure = Figure(layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 4), ylim=(0, 4))
+    figure.draw_without_rendering()
+    line = np.array([[2.0, 2.0], [2.0, 4.0]])
+    place_labels(axes, [Label(text, [(2.0, 2.0)], "black") for text in ("first", "second")], [line])
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert not boxes[0].overlaps(boxes[1])
+    ends = axes.transData.transform(line)
+    assert not any(box.contains(ends[0, 0], y) for box in boxes for y in np.linspace(*ends[:, 1]))
 
 
 def test_several_data_sets_are_drawn_side_by_side(tmp_path):
