@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, whatever fails meanwhile."""
+"""Directories and files that appear whole or not at all, whatever fails meanwhile."""
 
 import os
 import shutil
@@ -37,6 +37,30 @@ def write_directory(place: Path, files: Mapping[str, Content]) -> None:
         _sync(place.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(place: Path, content: Content) -> None:
+    """Writes a file beside its place, through to the disk, and renames it there.
+
+    Args:
+        place: of the file; what was there is replaced.
+        content: its bytes; or what writes it to a path.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was there is as it was.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     write_file(Path(parent, "a"), b"1")
+        ...     os.listdir(parent)
+        ['a']
+    """
+    beside = place.with_name(f".{place.name}.part")
+    try:
+        _write(beside, content)
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _put(beside: Path, directory: Path) -> None:

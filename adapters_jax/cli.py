@@ -5,13 +5,10 @@ the user gave, and returns the work; so a mistake of the user's is said in one l
 the work itself is ours and keeps its traceback.
 """
 
-import contextlib
 import importlib
 import inspect
-import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,6 +18,7 @@ from adapters_jax.finetune.memory import keep_freed
 
 COMMANDS = {
     "finetune": ("adapters_jax.finetune.run", "Finetune"),
+    "compare": ("adapters_jax.finetune.compare", "Compare"),
     "predict": ("adapters_jax.finetune.predict", "Predict"),
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),
@@ -37,6 +35,7 @@ Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
   finetune   train adapters on texts and labels, or prompts and completions; compare with baselines
+  compare    train several recipes over seeds: what each reaches against its trainable parameters
   predict    label texts with a finished run
   generate   complete prompts with a finished run
   merge      fold a finished run's LoRA into a Hugging Face checkpoint
@@ -50,16 +49,13 @@ examples:
   adapters-jax finetune
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
   adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
+  adapters-jax compare --recipes "houlsby --bottleneck-dim 8" "lora --rank 4" full --limit 1000
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"
   adapters-jax convert runs/mine for-peft --to peft
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
 """
-
-
-class UsageError(ValueError):
-    """Flags that a command does not have, or cannot read."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,33 +120,21 @@ def _say(name: str, message: str, status: int) -> int:
 def _parse(name: str, flags: Sequence[str]) -> Any:
     """The command with its flags; tyro's boxes become one line."""
     if name not in COMMANDS:
-        raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
+        raise ValueError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
         importlib.import_module("tyro")
-        from adapters_jax.finetune.flags import parse
+        from adapters_jax.finetune.flags import UsageError, parse_or_refuse
 
         command = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'adapters-jax[finetune]' brings it") from error
     summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
-    said = io.StringIO()
+    description = f"{summary}\n\nexamples:\n{command.examples}"
     try:
-        with contextlib.redirect_stderr(said):
-            description = f"{summary}\n\nexamples:\n{command.examples}"
-            return parse(command, flags, prog=f"adapters-jax {name}", description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_unboxed(said.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """What a box of tyro's says, without its frame, its title and its advice."""
-    _, *lines = [line.strip("│ ") for line in text.splitlines()] or [""]
-    words = " ".join(" ".join(line for line in lines if line.strip("╰╯─-")).split())
-    words = re.split(r" ?(?:For full helptext|Argument helptext|Got errors)", words)[0]
-    return re.sub(r"^Error parsing (?!-)\S+: ", "", words).rstrip(".") + "; see --help"
+        return parse_or_refuse(command, flags, prog=f"adapters-jax {name}", description=description)
+    except UsageError as error:
+        raise UsageError(f"{error}; see --help") from None
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ AUDIT = "audit --model bert-base"
     [
         (
             "fintune",
-            "no such command; there are finetune, predict, generate, merge, combine, convert,",
+            "no such command; there are finetune, compare, predict, generate, merge, combine,",
         ),
         (f"{AUDIT} --rnk 3", "Unrecognized options: --rnk, 3 Perhaps you meant: --rank INT"),
         (f"{AUDIT} --rank x", "Error parsing --rank: no type matching INT could be instantiated"),

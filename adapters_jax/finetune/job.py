@@ -116,9 +116,9 @@ class Job(ABC):
         write_report(self.run, config, counts)
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
-        self.output.table(*results_table(results, self.problem.metrics))
-        self.output.say(f"finished in {duration(summary['seconds'])}: see {self.run.report}")
-        self.output.result(summary)
+        table = results_table(results, self.problem.metrics)
+        took = f"finished in {duration(summary['seconds'])}: see {self.run.report}"
+        self.output.finish(*table, took, summary)
 
     def _resumed(self, found: Trained, step: int) -> None:
         """Puts the metrics' file back to where training goes on, and says where that is."""

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -65,21 +65,41 @@ class Output:
         if self.json:
             print(json.dumps(value, ensure_ascii=False), flush=True)
 
+    def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
+        """The end of a command: its table, a sentence, and what a machine gets."""
+        self.table(header, rows)
+        self.say(text)
+        self.result(value)
+
     @contextlib.contextmanager
-    def progress(self, title: str, steps: int) -> Iterator[Meter]:
-        """A live bar on a terminal, a line now and then elsewhere."""
+    def progress(
+        self,
+        title: str,
+        steps: int,
+        unit: str = "step",
+        left: Callable[[], float | None] | None = None,
+    ) -> Iterator[Meter]:
+        """A live bar on a terminal, a line now and then elsewhere.
+
+        Args:
+            title: of what is being done.
+            steps: it has so many.
+            unit: what one of them is called.
+            left: the seconds that are left, or None while nobody knows; by default an estimate
+                from the pace of the steps.
+        """
         if not self.console.is_terminal:
-            yield _Lines(self, title, steps)
+            yield _Lines(self, title, steps, unit, left)
             return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}") if left else TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as bar:
-            yield _Bar(bar, title, steps)
+            yield _Bar(bar, title, steps, left)
 
 
 class Speed:
@@ -109,33 +129,57 @@ class Speed:
 class _Bar:
     """Progress as a live bar."""
 
-    def __init__(self, bar: Progress, title: str, steps: int):
-        self.bar, self.task = bar, bar.add_task(title, total=steps, note="")
+    def __init__(
+        self, bar: Progress, title: str, steps: int, left: Callable[[], float | None] | None
+    ):
+        self.bar, self.left = bar, left
+        self.task = bar.add_task(title, total=steps, note="", left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        self.bar.update(self.task, completed=step, note=note)
+        left = self.left() if self.left else None
+        self.bar.update(self.task, completed=step, note=note, left=_left(left))
 
 
 class _Lines:
     """Progress as plain lines."""
 
-    def __init__(self, output: Output, title: str, steps: int):
-        self.output, self.title, self.steps = output, title, steps
-        self.began = self.last = time.monotonic()
+    def __init__(
+        self,
+        output: Output,
+        title: str,
+        steps: int,
+        unit: str,
+        left: Callable[[], float | None] | None,
+    ):
+        self.output, self.title, self.steps, self.unit = output, title, steps, unit
+        self.left = left or self._by_pace
+        self.began = self.last = self.now = time.monotonic()
         self.first: tuple[int, float] | None = None  # from there on nothing compiles
+        self.step = 0
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        now, pause = time.monotonic(), NEWS_SECONDS if news else QUIET_SECONDS
-        first, since = self.first = self.first or (step, now)
-        if now - self.last < pause and not (news and step == self.steps):
+        self.step, self.now = step, time.monotonic()
+        self.first = self.first or (step, self.now)
+        pause = NEWS_SECONDS if news else QUIET_SECONDS
+        if self.now - self.last < pause and not (news and step == self.steps):
             return
-        self.last = now
-        pace = (now - since) / (step - first) if step > first else (now - self.began) / step
-        left = pace * (self.steps - step)
-        self.output.say(
-            f"{self.title}  step {step} of {self.steps}  {note}  "
-            + (f"{duration(left)} left" if step < self.steps else duration(now - self.began))
-        )
+        self.last = self.now
+        time_words = duration(self.now - self.began) if step == self.steps else _left(self.left())
+        said = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
+        self.output.say("  ".join(said).rstrip())
+
+    def _by_pace(self) -> float:
+        """Seconds left, if the steps to come are like those since the first."""
+        first, since = self.first or (0, self.began)
+        if self.step > first:
+            pace = (self.now - since) / (self.step - first)
+        else:
+            pace = (self.now - self.began) / self.step
+        return pace * (self.steps - self.step)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -5,8 +5,6 @@ The page needs nothing but itself: the picture is inside it, and so is the style
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from adapters_jax.finetune import pages
 from adapters_jax.finetune.output import duration
 from adapters_jax.finetune.recipes import HEAD_ONLY
 from adapters_jax.finetune.runs import Run
@@ -24,7 +23,6 @@ BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1", "exact_match")
 SAMPLE_HEADER = ("prompt", "reference", "generated")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
-NUMBER = ' class="number"'
 
 
 def show_metric(name: str, value: float) -> str:
@@ -119,21 +117,20 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
     """
     summary = config["summary"]
     title = f"{config['task']}: {summary['results'][-1]['method']} on {Path(config['model']).name}"
-    picture = base64.b64encode(run.curves.read_bytes()).decode()
     samples = [[s["prompt"], s["completion"], s["generated"]] for s in _samples(summary)]
     sections = {
-        "Results": _table(*results_table(summary["results"], config["metrics"]), words=1)
-        + _paragraph(_sentence(config)),
-        "Curves": '<div class="wide"><img alt="Training loss and dev metric over the steps" '
-        f'src="data:image/png;base64,{picture}"></div>',
-        **({"Samples": _table([*SAMPLE_HEADER], samples, words=3)} if samples else {}),
-        "What was trained": _table(list(HEADERS), [list(row) for row in counts.rows()], words=4)
-        + "".join(map(_paragraph, counts.totals())),
-        "How to use it": _code(_usage(run, config)),
-        "Configuration": _table(["setting", "value"], list(_settings(config)), words=2),
+        "Results": pages.table(*results_table(summary["results"], config["metrics"]))
+        + pages.paragraph(_sentence(config)),
+        "Curves": pages.picture(run.curves, "Training loss and dev metric over the steps"),
+        **({"Samples": pages.table([*SAMPLE_HEADER], samples, words=3)} if samples else {}),
+        "What was trained": pages.table(
+            list(HEADERS), [list(row) for row in counts.rows()], words=4
+        )
+        + "".join(map(pages.paragraph, counts.totals())),
+        "How to use it": pages.code(_usage(run, config)),
+        "Configuration": pages.table(["setting", "value"], list(settings(config)), words=2),
     }
-    body = "".join(f"<h2>{html.escape(name)}</h2>{part}" for name, part in sections.items())
-    run.report.write_text(_PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+    run.report.write_text(pages.page(title, sections), encoding="utf-8")
 
 
 def _sentence(config: Mapping[str, Any]) -> str:
@@ -172,7 +169,7 @@ def _usage(run: Run, config: Mapping[str, Any]) -> str:
     )
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
+def settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """The configuration as rows; of nested settings, each that says something."""
     for key, value in config.items():
         if key == "summary":
@@ -182,62 +179,3 @@ def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
             if setting not in (None, [], (), ""):
                 text = setting if isinstance(setting, str) else json.dumps(setting)
                 yield [f"{key}.{name}" if name else key, text]
-
-
-def _table(header: list[str], rows: Sequence[list[str]], words: int) -> str:
-    """A table that scrolls sideways on a narrow page; its first columns are words."""
-
-    def line(tag: str, cells: list[str]) -> str:
-        parts = [
-            f"<{tag}{'' if i < words else NUMBER}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        ]
-        return f"<tr>{''.join(parts)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    head = line("th", header)
-    kind = ' class="broad"' if len(header) > 5 else ""
-    table = f"<table{kind}><thead>{head}</thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _code(text: str) -> str:
-    return f'<pre class="wide"><code>{html.escape(text)}</code></pre>'
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
-  max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-h1 {{ font-size: 1.6rem; line-height: 1.2; }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
-th, td {{ text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
-  border-bottom: 1px solid #e3e3e3; }}
-th {{ border-bottom: 2px solid #1c1e21; vertical-align: bottom; }}
-.broad {{ min-width: 50rem; }}
-.broad td:first-child {{ white-space: nowrap; }}
-td:last-child {{ overflow-wrap: anywhere; }}
-.number {{ text-align: right; }}
-td.number {{ white-space: nowrap; }}
-img {{ width: 100%; min-width: 36rem; height: auto; }}
-pre {{ background: #f5f6f7; padding: .8rem; border-radius: .3rem; font-size: .88rem; }}
-p {{ margin: .6rem 0; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""

@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import tyro
@@ -22,10 +23,9 @@ from adapters_jax.finetune.flags import flag, given, parse, plain, words
 from adapters_jax.finetune.job import Job
 from adapters_jax.finetune.optimizers import OptimizerOptions
 from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.prompts import Prompts
 from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.finetune.runs import Run, RunError, run_name
-from adapters_jax.finetune.sources import DataOptions
+from adapters_jax.finetune.runs import FORMAT, Run, RunError, run_name
+from adapters_jax.finetune.settings import Settings
 from adapters_jax.finetune.tasks import TaskData
 from adapters_jax.hosts import PROCESSES
 from adapters_jax.mesh import local_rows, make_mesh
@@ -35,7 +35,7 @@ from adapters_jax.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Settings):
     """Fine-tunes a model with adapters, and compares with baselines.
 
     An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama) completions of prompts. The
@@ -43,27 +43,12 @@ class Finetune:
     with pip.
 
     Args:
-        model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub,
-            with @ and a revision or without; the run notes the commit, and uses that ever after.
-        data: the rows.
         method: the recipe.
-        optimizer: the training.
-        prompts: how a decoder is given a prompt.
-        pack: put a decoder's short rows side by side in sequences of --max-length tokens.
-        held_out: score a decoder on at most so many rows of dev, and of test, evenly spread.
-        exact_match: generate for at most so many of these prompts, and compare; 0 does not.
-        max_length: in tokens; longer rows are cut; by default 128, of a decoder 256.
-        pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
-        dtype: what the model computes in; what trains stays float32.
-        quantize: keep the frozen weights in 8 or 4 bits, by qwix.
         seed: of the head, the adapters, the order of rows and dropout.
-        mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
-            over fsdp and model; by default one device.
         baselines: also report the majority class and the frozen base with a trained head; of a
             decoder, the base.
         runs: directory of the runs.
         name: of this run; by default the model, the task and the method.
-        checkpoint_every: steps from one checkpoint to the next; dev's scoring makes one, too.
         resume: directory of a run that was cut off, which goes on as if it had not been; all other
             flags are the run's own.
         json: print JSON for machines on stdout; everything else goes to stderr.
@@ -80,24 +65,11 @@ class Finetune:
   adapters-jax finetune --limit 1000 --no-baselines --json
   adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
-    model: str = "minilm"
-    data: DataOptions = field(default_factory=DataOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    prompts: Prompts = field(default_factory=Prompts)
-    pack: bool = True
-    held_out: int = 100
-    exact_match: int = 16
-    max_length: int | None = None
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Literal["int8", "int4", "nf4"] | None = None
     seed: int = 0
-    mesh: str | None = None
     baselines: bool = True
     runs: Path = Path("runs")
     name: str | None = None
-    checkpoint_every: int = 100
     resume: Path | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -227,20 +199,36 @@ def _check_same(run: Run, config: dict[str, Any], output: Output) -> None:
     """Raises RunError where a run would go on with something else than it was started with."""
     before = run.read_config(None)
     check_unfinished(run, before)
-    now = {"format": before["format"], **json.loads(json.dumps(config))}
-    differing = [
-        key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-    ]
+    differing = differences(before, config)
     if "versions" in differing:
         differing.remove("versions")
-        was, are = before["versions"], now["versions"]
-        changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
-        output.say(f"{changed}: what follows may differ in the last digits")
+        output.say(changed_versions(before, config))
     if differing:
         raise RunError(
             f"{run.path} was started with another {', '.join(differing)} than there is now; put "
             "that back, or start a new run"
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings in which a run's configuration is not that of another one.
+
+    The order of a command's flags says nothing.
+    """
+
+    def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {**json.loads(json.dumps(config)), "format": FORMAT}
+        return {**plain, "command": sorted(map(str, plain.get("command") or []))}
+
+    was, are = comparable(before), comparable(now)
+    return [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
+
+
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What was installed when a run was started, and what is now, in a sentence."""
+    was, are = before["versions"], now["versions"]
+    changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
+    return f"{changed}: what follows may differ in the last digits"
 
 
 def _sha256(task: TaskData) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax import hub
+from adapters_jax.atomic import write_file
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.files import TENSORS
 from adapters_jax.finetune.targets import Target
@@ -139,17 +140,12 @@ class Run:
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes the configuration, or writes it again."""
         text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
-        self._replace(self.config, text + "\n")
+        write_file(self.config, f"{text}\n".encode())
 
     def write_log(self, records: Iterable[dict[str, Any]]) -> None:
         """Writes the metrics anew."""
-        self._replace(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
-
-    def _replace(self, path: Path, text: str) -> None:
-        """A whole file takes the place of one that was there."""
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(self.metrics, lines.encode())
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one record to the metrics; the file is whole after every line."""

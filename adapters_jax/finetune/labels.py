@@ -1,0 +1,108 @@
+"""Labels beside what they name in a picture, where they cover as little else as can be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
+_PLACES = [  # where a label is anchored, and on which side of that, from the best
+    (0, 1, "center", "bottom"),
+    (1, 0, "left", "center"),
+    (0, -1, "center", "top"),
+    (-1, 0, "right", "center"),
+    (0.7, 0.7, "left", "bottom"),
+    (0.7, -0.7, "left", "top"),
+    (-0.7, 0.7, "right", "bottom"),
+    (-0.7, -0.7, "right", "top"),
+]
+
+
+@dataclass(frozen=True)
+class Label:
+    """Words for a place.
+
+    Attributes:
+        text: the words.
+        places: where they may stand beside, in data, `(x, y)`; they take the freest.
+        color: of the words.
+        size: of the letters, in points.
+        weight: of the letters.
+    """
+
+    text: str
+    places: Sequence[tuple[float, float]]
+    color: str
+    size: float = 9
+    weight: str = "normal"
+
+
+def place_labels(axes: Any, labels: Sequence[Label], lines: Sequence[np.ndarray]) -> None:
+    """Writes labels into axes whose limits are settled, each where it overlaps least.
+
+    Args:
+        axes: of matplotlib, in a figure whose layout is done.
+        labels: the first ones choose first.
+        lines: points of what should stay visible, in data, each `(n, 2)`.
+    """
+    renderer = axes.figure.canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    frame = (inside.x0, inside.y0, inside.x1, inside.y1)
+    drawn = [axes.transData.transform(_filled(axes, line)) for line in lines if len(line)]
+    points, taken = np.concatenate(drawn or [np.zeros((0, 2))]), list[Box]()
+    for label in labels:
+        best: tuple[float, Any, Box] | None = None
+        for far, place, side in itertools.product((6, 14, 26), label.places, _PLACES):
+            words = _write(axes, label, place, side, far)
+            extent = words.get_window_extent(renderer)
+            box = (extent.x0, extent.y0, extent.x1, extent.y1)
+            words.remove()
+            cost = _cost(box, frame, points, taken) + 0.2 * far + 0.5 * _PLACES.index(side)
+            if best is None or cost < best[0]:
+                best = cost, (place, side, far), box
+        assert best is not None
+        _write(axes, label, *best[1])
+        taken.append(best[2])
+
+
+def _write(axes: Any, label: Label, place: Any, side: Any, far: float) -> Any:
+    right, up, horizontal, vertical = side
+    return axes.annotate(
+        label.text,
+        place,
+        (far * right, far * up),
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        color=label.color,
+        fontsize=label.size,
+        fontweight=label.weight,
+        annotation_clip=False,
+    )
+
+
+def _cost(box: Box, frame: Box, points: np.ndarray, taken: Sequence[Box]) -> float:
+    """How much a box covers, and how far it is out of the frame, in pixels."""
+    left, bottom, right, top = box
+    out = max(frame[0] - left, 0) + max(frame[1] - bottom, 0)
+    out += max(right - frame[2], 0) + max(top - frame[3], 0)
+    inside = (points > (left - 2, bottom - 2)) & (points < (right + 2, top + 2))
+    shared = 0.0
+    for other in taken:
+        wide = min(right, other[2]) - max(left, other[0]) + 4
+        high = min(top, other[3]) - max(bottom, other[1]) + 2
+        shared += max(wide, 0) * max(high, 0)
+    return 20 * out + 10 * float(inside.all(axis=1).sum()) + shared
+
+
+def _filled(axes: Any, line: np.ndarray) -> np.ndarray:
+    """A line's points with many between them, even in the picture."""
+    if len(line) < 2:
+        return line
+    pixels = axes.transData.transform(line)
+    parts = [np.linspace(a, b, 40) for a, b in itertools.pairwise(pixels)]
+    return axes.transData.inverted().transform(np.concatenate(parts))

@@ -1,0 +1,493 @@
+"""`adapters-jax compare`: its order and choices, what it leaves, and that nothing trains twice."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors.numpy import load_file
+from test_report import Page
+from tiny import write_llama, write_meanings, write_model, write_reviews
+
+import adapters_jax as aj
+from adapters_jax.cli import main
+from adapters_jax.finetune import comparison, job
+from adapters_jax.finetune.cells import CellOutput
+from adapters_jax.finetune.classification import Classification
+from adapters_jax.finetune.comparison import _Pace, compiled_in
+from adapters_jax.finetune.comparison_report import comparison_table
+from adapters_jax.finetune.flags import parse
+from adapters_jax.finetune.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.finetune.labels import Label, place_labels
+from adapters_jax.finetune.output import Output
+from adapters_jax.finetune.run import Finetune
+from adapters_jax.finetune.runs import Run
+from adapters_jax.finetune.tradeoff import draw_tradeoff
+
+NORMS = "layer-norms"
+RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model and a file of reviews."""
+    place = tmp_path_factory.mktemp("compare")
+    write_model(place / "tiny")
+    write_reviews(place / "reviews.jsonl", rows=100)
+    return place
+
+
+def compare(place, out, *flags, recipes=RECIPES, seeds=(0, 1)):
+    """A comparison's status, its summary on stdout, and its last line on stderr."""
+    files = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
+    rows = ["--max-length", 8, "--batch-size", 16, "--epochs", 1, "--limit", 32]
+    words = [*files, *rows, "--recipes", *recipes, "--seeds", *seeds, "--out", place / out]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = main(["compare", *map(str, words), "--json", *map(str, flags)])
+    said = stdout.getvalue()
+    assert said.count("\n") == (status == 0), said
+    last = (stderr.getvalue().splitlines() or [""])[-1]
+    return status, json.loads(said) if said else None, last
+
+
+def mistake(place, *flags, **kinds):
+    """What a comparison says that refuses: a line, and nothing is there afterwards."""
+    status, _, last = compare(place, "refused", *flags, **kinds)
+    assert status == 2
+    assert not (place / "refused").exists()
+    return last.removeprefix("adapters-jax compare: ")
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A finished comparison: its summary and its directory."""
+    status, summary, last = compare(place, "whole")
+    assert status == 0, last
+    return summary, place / "whole"
+
+
+def test_every_cell_is_a_finished_run_of_finetune(whole):
+    summary, out = whole
+    names = sorted(path.name for path in (out / "cells").iterdir())
+    best = f"{summary['recipes'][0]['learning_rate']:g}"
+    assert names == sorted(
+        [
+            "houlsby-bottleneck-dim-2-lr-0.001-seed-0",
+            "houlsby-bottleneck-dim-2-lr-0.01-seed-0",
+            f"houlsby-bottleneck-dim-2-lr-{best}-seed-1",
+            "layer-norms-lr-0.002-seed-0",
+            "layer-norms-lr-0.002-seed-1",
+        ]
+    )
+    config = Run(out / "cells" / names[0]).read_config()
+    assert {"--learning-rate=0.001", "--no-baselines"} < set(config["command"])
+    assert config["summary"]["results"][0]["method"] == "houlsby"
+    assert len(config["summary"]["results"]) == 1
+
+
+def test_the_rate_is_chosen_on_dev_and_test_is_what_is_told(whole):
+    summary, out = whole
+    lines = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    dev = {
+        line["learning_rate"]: line["dev"]["accuracy"]
+        for line in lines
+        if line["recipe"].startswith("houlsby") and line["seed"] == 0
+    }
+    houlsby, norms = summary["recipes"]
+    assert houlsby["learning_rate"] == max(dev, key=dev.get)
+    assert norms["learning_rate"] == 2e-3
+    for row in (houlsby, norms):
+        mine = [r for r in lines if (r["recipe"], r["learning_rate"]) == _key(row)]
+        test = [r["test"]["accuracy"] for r in mine]
+        assert len(test) == 2
+        deviation = abs(test[0] - test[1]) / np.sqrt(2)
+        assert row["test"]["accuracy"]["mean"] == pytest.approx(np.mean(test))
+        assert row["test"]["accuracy"]["deviation"] == pytest.approx(deviation)
+        assert row["seeds"] == [0, 1]
+
+
+def _key(row):
+    return row["recipe"], row["learning_rate"]
+
+
+def test_trainable_parameters_have_the_head_and_are_told_of_the_base(whole, place):
+    summary, _ = whole
+    houlsby, norms = summary["recipes"]
+    head, layer_norms = 32 * 2 + 2, 3 * 2 * 32
+    assert norms["trainable_parameters"] == layer_norms + head
+    assert houlsby["trainable_parameters"] == 2 * aj.bottleneck_parameters(32, 2) + 192 + head
+    base = sum(x.size for x in load_file(place / "tiny" / "model.safetensors").values()) + head
+    assert norms["percent"] == pytest.approx(100 * (layer_norms + head) / base)
+
+
+def test_the_page_needs_nothing_else_and_says_how_to_go_on(whole):
+    summary, out = whole
+    page = (out / "comparison.html").read_text()
+    found = Page(page)
+    assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
+    assert not {"script", "link", "iframe"} & set(found.tags)
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert summary["command"] in found.words
+    assert summary["best"]["command"] in found.words
+    assert "missing" not in page
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "comparison.json").read_text()) == summary
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert not (out / "lock").exists()
+
+
+def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
+    summary, _ = whole
+    program, name, *flags = shlex.split(summary["best"]["command"])
+    assert (program, name) == ("adapters-jax", "finetune")
+    options = parse(Finetune, flags)
+    best = next(r for r in summary["recipes"] if r["recipe"] == summary["best"]["recipe"])
+    assert options.optimizer.learning_rate == best["learning_rate"]
+    assert options.baselines
+    means = [row["dev"]["accuracy"]["mean"] for row in summary["recipes"]]
+    assert best["dev"]["accuracy"]["mean"] == max(means)
+
+
+@pytest.fixture
+def copy(whole, place):
+    """A copy of the finished comparison."""
+    shutil.copytree(whole[1], place / "copy")
+    yield place / "copy"
+    shutil.rmtree(place / "copy")
+
+
+def never(*_, **__):
+    raise AssertionError("something trains")
+
+
+def test_a_finished_comparison_trains_nothing_again(whole, place, monkeypatch):
+    monkeypatch.setattr(job, "train", never)
+    status, summary, _ = compare(place, "whole")
+    assert (status, summary) == (0, whole[0])
+
+
+def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkeypatch):
+    for path in (copy / "cells").glob("layer-norms-*"):
+        shutil.rmtree(path)
+    batch, seen = Classification.batch, []
+
+    def interrupted(self, step):
+        seen.append(step)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step)
+
+    monkeypatch.setattr(Classification, "batch", interrupted)
+    status, _, last = compare(place, "copy")
+    assert (status, seen) == (143, [0, 1])
+    assert last.startswith("adapters-jax compare: interrupted by SIGTERM; go on with: adapters-jax")
+    assert last.endswith(f"--out={copy}")
+    page = (copy / "comparison.html").read_text()
+    assert "2 runs are missing: layer-norms (2)." in page
+    monkeypatch.setattr(Classification, "batch", batch)
+    status, summary, _ = compare(place, "copy")
+    assert status == 0
+    assert without_times(summary) == without_times(whole[0])
+
+
+def without_times(summary):
+    kept = {k: v for k, v in summary.items() if k not in ("seconds", "command", "out")}
+    return json.dumps(kept, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--epochs", 2), "made with --epochs=1.0, and now it is --epochs=2.0"),
+        (("--clip", 2), "made with less, and now it is --clip=2.0"),
+    ],
+)
+def test_cells_of_other_flags_are_refused_by_name(copy, place, monkeypatch, flags, what):
+    monkeypatch.setattr(job, "train", never)
+    status, _, last = compare(place, "copy", *flags)
+    assert status == 2
+    cell = copy / "cells" / "houlsby-bottleneck-dim-2-lr-0.01-seed-0"
+    assert last == (
+        f"adapters-jax compare: {cell} was {what}; put that back, or compare in another --out"
+    )
+
+
+def test_cells_of_other_rows_are_refused(copy, place):
+    path = copy / "cells" / "layer-norms-lr-0.002-seed-1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_sha256": "0"}))
+    status, _, last = compare(place, "copy")
+    assert status == 2
+    assert "layer-norms-lr-0.002-seed-1 was made with another data_sha256 than there is now" in last
+
+
+def test_flags_in_another_order_and_another_directory_are_the_same(copy, place, monkeypatch):
+    for path in (copy / "cells").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        words = [w for w in config["command"] if not w.startswith("--runs=")]
+        path.write_text(json.dumps({**config, "command": ["--runs=/else", *words[::-1]]}))
+    monkeypatch.setattr(job, "train", never)
+    assert compare(place, "copy", "--checkpoint-every", 7)[0] == 0
+
+
+def test_one_process_at_a_time(copy, place):
+    cell = Run(copy / "cells" / "layer-norms-lr-0.002-seed-1")
+    config = cell.read_config()
+    del config["summary"]
+    cell.write_config(config)
+    for run in (cell, Run(copy)):
+        handle = run.lock()
+        status, _, last = compare(place, "copy")
+        run.unlock(handle)
+        assert status == 2
+        assert f"{run.path} is being worked on by process {os.getpid()}" in last
+
+
+def test_a_cell_that_diverges_is_a_result_and_not_run_again(place, monkeypatch):
+    recipes, only = (f"{NORMS} --learning-rates 1e30 2e-3",), {"seeds": (0,)}
+    status, summary, last = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+    assert status == 0, last
+    (norms,) = summary["recipes"]
+    assert (norms["learning_rate"], norms["seeds"], norms["missing"]) == (2e-3, [0], 0)
+    recipes = (f"{NORMS} --learning-rates 1e30", "houlsby --bottleneck-dim 2")
+    status, summary, last = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+    assert status == 0, last
+    norms, houlsby = summary["recipes"]
+    assert (norms["diverged"], norms["seeds"], norms["missing"]) == (1, [], 0)
+    assert "test" not in norms
+    assert houlsby["seeds"] == [0]
+    rows = {row[0]: row for row in comparison_table(summary)[1]}
+    assert rows[NORMS][-2:] == ["0, 1 diverged", ""]
+    assert "diverged" in (place / "diverged" / "comparison.html").read_text()
+    monkeypatch.setattr(job, "train", never)
+    again = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+    assert again[:2] == (0, summary)
+
+
+def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
+    write_llama(tmp_path / "llama", num_hidden_layers=1)
+    write_meanings(tmp_path / "rows.csv", rows=40)
+    monkeypatch.chdir(tmp_path)
+    words = "compare --model llama --train rows.csv --prompt mr --completion ref --max-length 32"
+    words += " --exact-match 0 --epochs 1 --limit 8 --seeds 3 --learning-rates 3e-2 1e-9 --out out"
+    assert main([*words.split(), "--recipes", "lora --rank 2"]) == 0
+    summary = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    (row,) = summary["recipes"]
+    assert (summary["metrics"], row["learning_rate"]) == (["perplexity"], 3e-2)
+    lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    dev = [json.loads(line)["dev"]["perplexity"] for line in lines]
+    assert dev[0] < dev[1]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "flags", "said"),
+    [
+        (("lora --rnk 4",), (), "--recipes 'lora --rnk 4': Unrecognized options: --rnk"),
+        (("loraa",), (), "--recipes 'loraa': invalid choice 'loraa' for argument '--method'"),
+        (("lora --help",), (), "--recipes 'lora --help': wanted a method and its flags"),
+        (("full --learning-rates",), (), "--learning-rates has no rates"),
+        (
+            ("full --learning-rates -1",),
+            (),
+            "'full': --learning-rates=-1.0, wanted a finite",
+        ),
+        (("nix.json",), (), "nix.json"),
+        (("full", "full"), (), "would share the directory full-lr-5e-05-seed-0; leave one of them"),
+        (("full",), ("--learning-rates", 1e-3, 1e-3), "would share the directory full-lr-0.001"),
+        (("lora", "lora --rank 8"), (), "'lora' and 'lora --rank 8' are one recipe; leave one out"),
+        (("full",), ("--learning-rate", 1), "--learning-rate 1: write --learning-rates"),
+        (("full",), ("--seeds", 1, 1), "--seeds 1: given twice; once is enough"),
+        (("full",), ("--seeds", -1), "--seeds -1: wanted numbers from 0 to 2**32 - 1"),
+        (("full",), ("--tuning-seeds", 3), "--tuning-seeds 3: more than the 2 --seeds"),
+        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, wanted a whole number >= 1"),
+        (("full",), ("--mesh", "data=3"), "data=3"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_there(place, monkeypatch, recipes, flags, said):
+    monkeypatch.setattr(job, "train", never)
+    assert said in mistake(place, *flags, recipes=recipes)
+
+
+def test_mistakes_in_several_recipes_are_told_together_and_in_the_rows_once(place):
+    said = mistake(place, recipes=("lora --targets x", "bitfit", "houlsby --rank 3"))
+    assert said.count("--recipes ") == 2
+    assert "--recipes 'lora --targets x': LoRA: target 'x' matches nothing" in said
+    assert "--recipes 'houlsby --rank 3': --rank: no field of --method houlsby" in said
+    said = mistake(place, "--label", "nix", recipes=("bitfit", NORMS))
+    assert "--recipes" not in said
+    assert said.count("'nix'") == 1
+
+
+def grid(*texts, seeds=(0, 1, 2), tuning=1, metric="accuracy"):
+    return Grid(tuple(map(read_candidate, texts)), seeds, tuning, metric)
+
+
+def fill(grid, score):
+    """Runs a grid without training; the cells in order, and the results."""
+    order, results = [], {}
+    while (cell := grid.next(results)) is not None:
+        missing = sum(grid.missing(c, results) for c in grid.candidates)
+        value = score(cell)
+        found = {"stopped": "so"} if value is None else {"dev": value, "test": value}
+        order.append(cell)
+        results[cell] = {"seed": cell.seed, "seconds": 2.0, **found}
+        if value is not None:
+            assert sum(grid.missing(c, results) for c in grid.candidates) == missing - 1
+    return order, results
+
+
+def test_a_seed_of_all_recipes_comes_before_the_next_and_only_the_best_rate_goes_on():
+    two = grid("lora --rank 4 --learning-rates 1e-3 2e-3 4e-3", "full")
+    dev = {1e-3: 0.7, 2e-3: 0.9, 4e-3: 0.9, 5e-5: 0.1}  # the first of equals
+    order, results = fill(two, lambda cell: {"accuracy": dev[cell.learning_rate]})
+    assert [(c.recipe, c.learning_rate, c.seed) for c in order] == [
+        ("lora --rank 4", 1e-3, 0),
+        ("lora --rank 4", 2e-3, 0),
+        ("lora --rank 4", 4e-3, 0),
+        ("full", 5e-5, 0),
+        ("lora --rank 4", 2e-3, 1),
+        ("full", 5e-5, 1),
+        ("lora --rank 4", 2e-3, 2),
+        ("full", 5e-5, 2),
+    ]
+    assert two.row(two.candidates[0], results)["seeds"] == [0, 1, 2]
+
+
+def test_the_mean_over_the_tuning_seeds_decides_lower_perplexity_too():
+    scores = {(1e-3, 0): 5.0, (1e-3, 1): 9.0, (2e-3, 0): 6.0, (2e-3, 1): 7.0}
+
+    def run(metric):
+        one = grid("lora --learning-rates 1e-3 2e-3", seeds=(0, 1), tuning=2, metric=metric)
+        score = lambda cell: {metric: scores[cell.learning_rate, cell.seed]}  # noqa: E731
+        return one, *fill(one, score)
+
+    one, order, results = run("perplexity")
+    assert len(order) == 4
+    assert one.chosen(one.candidates[0], results) == 2e-3  # 6.5 against 7
+    assert one.row(one.candidates[0], results)["test"]["perplexity"]["mean"] == 6.5
+    one, _, results = run("accuracy")
+    assert one.chosen(one.candidates[0], results) == 1e-3
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_where_all_do_no_seed_follows():
+    one = grid("lora --learning-rates 1e-3 2e-3", "full")
+    order, results = fill(
+        one, lambda cell: None if cell.learning_rate == 1e-3 else {"accuracy": 0.5}
+    )
+    assert one.chosen(one.candidates[0], results) == 2e-3
+    assert len(order) == 2 + 2 + 3
+    order, results = fill(one, lambda cell: None if cell.recipe == "lora" else {"accuracy": 0.5})
+    assert len(order) == 2 + 3
+    row = one.row(one.candidates[0], results)
+    assert (row["learning_rate"], row["diverged"], row["missing"]) == (None, 2, 0)
+
+
+def test_means_and_deviations_are_those_by_hand():
+    assert spread([0.8, 0.9, 0.7])["mean"] == pytest.approx(0.8)
+    assert spread([0.8, 0.9, 0.7])["deviation"] == pytest.approx(0.1)
+    assert spread([0.5]) == {"mean": 0.5, "deviation": None}
+    assert spread([1.0, float("inf")]) == {"mean": float("inf"), "deviation": None}
+
+
+def test_recipes_of_one_family_differ_in_their_size_alone(tmp_path):
+    texts = ("lora --rank 4", "lora --dora --rank 2", "last-layers --layers 1", "bitfit", "lora")
+    found = [read_candidate(text) for text in texts]
+    assert [(c.family, c.size) for c in found] == [
+        ("lora", 4),
+        ("lora --dora", 2),
+        ("last-layers", 1),
+        ("bitfit", None),
+        ("lora", None),
+    ]
+    assert read_candidate("a/b.json --learning-rates 1e-3").text == "a/b.json"
+    middle = read_candidate("lora --learning-rates 1e-3 2e-3 --rank 4", [5e-3])
+    assert (middle.text, middle.learning_rates) == ("lora --rank 4", (1e-3, 2e-3))
+    assert read_candidate("lora", [5e-3]).learning_rates == (5e-3,)
+    assert Cell("lora --targets '**/{query,value}'", 5e-5, 2).name == (
+        "lora-targets-query-value-lr-5e-05-seed-2"
+    )
+
+
+def test_the_time_left_is_that_of_finished_cells():
+    two = grid("full", "bitfit", seeds=(0, 1))
+    results = {}
+    pace = _Pace(two, results)
+    assert (pace.total, pace.done, pace.left()) == (4, 0, None)
+    results[Cell("full", 5e-5, 0)] = {"seconds": 8.0, "dev": {"accuracy": 1}}
+    assert (pace.done, pace.left()) == (1, 3 * 8.0)
+    results[Cell("bitfit", 2e-3, 0)] = {"seconds": 2.0, "dev": {"accuracy": 1}}
+    assert (pace.done, pace.left()) == (2, 8.0 + 2.0)
+    pace.start(Cell("full", 5e-5, 1))
+    pace.began -= 3.0
+    assert pace.left() == pytest.approx(5.0 + 2.0, abs=0.5)
+    pace.began -= 60.0
+    assert pace.left() == 2.0  # it takes longer than the one before
+
+
+def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
+    told = []
+    output = CellOutput(Output(json=False), lambda part, note: told.append((part, note)))
+    for _ in range(2):
+        output.say("3 texts are cut")
+        output.show("an audit")
+        output.finish(["a"], [["b"]], "finished", {})
+        with output.progress("lora", 8) as meter:
+            meter.update(2, "loss 0.5")
+    assert capsys.readouterr().out == "3 texts are cut\n"
+    assert told == [(0.25, "step 2 of 8  loss 0.5")] * 2
+
+
+def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where(tmp_path):
+    mine = jax.config.jax_compilation_cache_dir
+    with compiled_in(tmp_path / "a"):
+        assert jax.config.jax_compilation_cache_dir == mine
+    try:
+        comparison._configure({"jax_compilation_cache_dir": None})
+        with compiled_in(tmp_path / "b"):
+            jax.jit(lambda x: x * 3 + 1)(np.ones(3)).block_until_ready()
+        assert jax.config.jax_compilation_cache_dir is None
+        assert os.listdir(tmp_path / "b")
+    finally:
+        comparison._configure({"jax_compilation_cache_dir": mine})
+
+
+def test_labels_of_one_place_do_not_cover_each_other_nor_the_line():
+    figure = Figure(layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 4), ylim=(0, 4))
+    figure.draw_without_rendering()
+    line = np.array([[2.0, 2.0], [2.0, 4.0]])
+    place_labels(axes, [Label(text, [(2.0, 2.0)], "black") for text in ("first", "second")], [line])
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert not boxes[0].overlaps(boxes[1])
+    ends = axes.transData.transform(line)
+    assert not any(box.contains(ends[0, 0], y) for box in boxes for y in np.linspace(*ends[:, 1]))
+
+
+def test_several_data_sets_are_drawn_side_by_side(tmp_path):
+    row = {"method": "lora", "family": "lora", "size_name": "rank"}
+    scores = {"accuracy": {"mean": 0.8, "deviation": None}}
+    rows = [
+        {**row, "recipe": f"lora --rank {r}", "size": r, "trainable_parameters": r, "test": scores}
+        for r in (1, 8)
+    ]
+    lost = {"accuracy": {"mean": float("inf"), "deviation": None}}
+    rows += [{**rows[0], "test": lost}, {**row, "recipe": "x", "trainable_parameters": 1}]
+    full = {**rows[0], "method": "full", "family": "full", "trainable_parameters": 1000}
+    data = {"a": rows, "b": [full], "c": [], "d": [*rows, full]}
+    draw_tradeoff(tmp_path / "x.png", data, dict.fromkeys(data, "accuracy"))
+    raw = (tmp_path / "x.png").read_bytes()
+    width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))
+    assert raw.startswith(b"\x89PNG")
+    assert (width, height) == (3 * 810, 2 * 660)
+    assert os.listdir(tmp_path) == ["x.png"]
