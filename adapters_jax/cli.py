@@ -18,7 +18,7 @@ from adapters_jax.finetune.memory import keep_freed
 
 COMMANDS = {
     "finetune": ("adapters_jax.finetune.run", "Finetune"),
-    "compare": ("adapters_jax.finetune.compare", "Compare"),
+    "compare": ("adapters_jax.compare.command", "Compare"),
     "predict": ("adapters_jax.finetune.predict", "Predict"),
     "generate": ("adapters_jax.finetune.generate", "Generate"),
     "merge": ("adapters_jax.finetune.merge", "Merge"),

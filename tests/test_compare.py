@@ -20,18 +20,19 @@ from tiny import write_llama, write_meanings, write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.cli import main
-from adapters_jax.finetune import comparison, job
-from adapters_jax.finetune.cells import CellOutput
+from adapters_jax.compare import work
+from adapters_jax.compare.cells import CellOutput
+from adapters_jax.compare.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.compare.labels import Label, place_labels
+from adapters_jax.compare.page import comparison_table
+from adapters_jax.compare.tradeoff import draw_tradeoff
+from adapters_jax.compare.work import _Pace, compiled_in
+from adapters_jax.finetune import job
 from adapters_jax.finetune.classification import Classification
-from adapters_jax.finetune.comparison import _Pace, compiled_in
-from adapters_jax.finetune.comparison_report import comparison_table
 from adapters_jax.finetune.flags import parse
-from adapters_jax.finetune.grid import Cell, Grid, read_candidate, spread
-from adapters_jax.finetune.labels import Label, place_labels
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run
-from adapters_jax.finetune.tradeoff import draw_tradeoff
 
 NORMS = "layer-norms"
 RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)
@@ -451,13 +452,13 @@ def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where
     with compiled_in(tmp_path / "a"):
         assert jax.config.jax_compilation_cache_dir == mine
     try:
-        comparison._configure({"jax_compilation_cache_dir": None})
+        work._configure({"jax_compilation_cache_dir": None})
         with compiled_in(tmp_path / "b"):
             jax.jit(lambda x: x * 3 + 1)(np.ones(3)).block_until_ready()
         assert jax.config.jax_compilation_cache_dir is None
         assert os.listdir(tmp_path / "b")
     finally:
-        comparison._configure({"jax_compilation_cache_dir": mine})
+        work._configure({"jax_compilation_cache_dir": mine})
 
 
 def test_labels_of_one_place_do_not_cover_each_other_nor_the_line():

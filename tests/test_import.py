@@ -20,4 +20,10 @@ def test_the_core_imports_nothing_of_the_application():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "adapters_jax.nnx" in imported
-    assert not imported & {*APPLICATION, "qwix", "adapters_jax.finetune", "adapters_jax.models"}
+    assert not imported & {
+        *APPLICATION,
+        "qwix",
+        "adapters_jax.finetune",
+        "adapters_jax.compare",
+        "adapters_jax.models",
+    }

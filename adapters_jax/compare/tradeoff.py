@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.atomic import write_file
-from adapters_jax.finetune.labels import Label, place_labels
+from adapters_jax.compare.labels import Label, place_labels
 from adapters_jax.finetune.report import GREY, PERCENT
 
 COLORS = ("#0f62a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#0e7490")

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from adapters_jax.finetune.assets import AssetError
-from adapters_jax.finetune.cells import CellOutput, Cells
-from adapters_jax.finetune.comparison_report import (
+from adapters_jax.compare.cells import CellOutput, Cells
+from adapters_jax.compare.grid import Cell, Grid, Result
+from adapters_jax.compare.page import (
     comparison_table,
     summarize,
     write_comparison,
 )
-from adapters_jax.finetune.grid import Cell, Grid, Result
+from adapters_jax.finetune.assets import AssetError
 from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
 from adapters_jax.finetune.log import NotFiniteError
 from adapters_jax.finetune.output import Meter, Output, duration
@@ -32,7 +32,7 @@ from adapters_jax.finetune.runs import Run, RunError
 from adapters_jax.finetune.training import StoppedError
 
 if TYPE_CHECKING:
-    from adapters_jax.finetune.compare import Compare
+    from adapters_jax.compare.command import Compare
 
 _CACHE = "jax_compilation_cache_dir"
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_jax.atomic import write_file
+from adapters_jax.compare.cells import Cells
+from adapters_jax.compare.grid import Cell, Grid, Result
+from adapters_jax.compare.tradeoff import draw_tradeoff
 from adapters_jax.finetune import pages
-from adapters_jax.finetune.cells import Cells
 from adapters_jax.finetune.flags import words
-from adapters_jax.finetune.grid import Cell, Grid, Result
 from adapters_jax.finetune.metrics import better
 from adapters_jax.finetune.output import duration
 from adapters_jax.finetune.report import PERCENT, settings, show_metric
 from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.tradeoff import draw_tradeoff
 
 if TYPE_CHECKING:
-    from adapters_jax.finetune.compare import Compare
+    from adapters_jax.compare.command import Compare
 
 Summary = dict[str, Any]
 _SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "max_length")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.compare.grid import Cell, Result
 from adapters_jax.finetune.flags import words
-from adapters_jax.finetune.grid import Cell, Result
 from adapters_jax.finetune.output import Meter, Output
 from adapters_jax.finetune.run import Finetune, changed_versions, differences
 from adapters_jax.finetune.runs import Run, RunError

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 
 from adapters_jax.audit import audit
+from adapters_jax.compare.cells import CellOutput, Cells, Checked
+from adapters_jax.compare.grid import Candidate, Cell, Grid, read_candidate
+from adapters_jax.compare.work import Comparison
 from adapters_jax.finetune.bases import is_decoder, pinned
-from adapters_jax.finetune.cells import CellOutput, Cells, Checked
-from adapters_jax.finetune.comparison import Comparison
 from adapters_jax.finetune.flags import words
-from adapters_jax.finetune.grid import Candidate, Cell, Grid, read_candidate
 from adapters_jax.finetune.output import Output
 from adapters_jax.finetune.run import Finetune
 from adapters_jax.finetune.runs import Run, RunError, run_name
