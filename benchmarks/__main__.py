@@ -10,18 +10,23 @@ from benchmarks import readme
 from benchmarks.harness import ROOT
 from benchmarks.report import Report
 
-# A benchmark is a module with `run(report, quick)`; the value says what it measures.
+# A benchmark is a module with `run(report, quick)`, or with a part behind a dash that it is told as
+# well; the value says what it measures.
 BENCHMARKS = {
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "llama": "a decoder: the step beside one by hand, decoding with and without LoRA, switching",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
+    **{
+        f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
+        for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))
+    },
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    known = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
+    known = "\n".join(f"  {name:<16} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Runs benchmarks on this machine. Leave it alone meanwhile.",
@@ -53,13 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
         known = ", ".join(BENCHMARKS)
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are: {known}")
     if not names:
-        print("\n".join(f"{name:<10} {what}" for name, what in BENCHMARKS.items()))
+        print("\n".join(f"{name:<16} {what}" for name, what in BENCHMARKS.items()))
     # A trial's figures mean nothing: they stay out of the directory that is committed.
     out = options.out or ROOT / ("runs/benchmarks" if options.quick else "benchmarks/results")
     for name in names:
         command = shlex.join(["python", "-m", "benchmarks", name, *["--quick"] * options.quick])
         report = Report(name, command, out)
-        importlib.import_module(f"benchmarks.{name}").run(report, options.quick)
+        module, *part = name.split("-")
+        importlib.import_module(f"benchmarks.{module}").run(report, options.quick, *part)
         print(report.finish())
     return 0
 

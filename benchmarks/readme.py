@@ -10,7 +10,9 @@ from benchmarks.report import CLAIMS, WANTED, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 PICTURES = {
-    "tradeoff": "Test score against trainable parameters, for each method and data set",
+    "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
+    "tradeoff-cola": "CoLA: test correlation against trainable parameters",
+    "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
     "peers": "Step time, memory and latency beside other libraries",
     "latency": "What unmerged adapters add to a forward pass of GPT-2 medium",
 }

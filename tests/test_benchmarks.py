@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import __main__, harness, llama, readme, scale, step, workers
+from benchmarks import __main__, harness, llama, readme, scale, step, tradeoff, workers
 from benchmarks.harness import Spread
 from benchmarks.report import Report
 
@@ -84,10 +84,8 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["stpe"])
     assert stop.value.code == 2
-    assert (
-        "no benchmark is called stpe; there are: files, llama, plan, scale, step"
-        in capsys.readouterr().err
-    )
+    known = ", ".join(__main__.BENCHMARKS)
+    assert f"no benchmark is called stpe; there are: {known}" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         __main__.main(["--help"])
     assert stop.value.code == 0
@@ -232,3 +230,33 @@ def test_the_section_of_results(tmp_path):
     with pytest.raises(ValueError, match="wanted one line"):
         readme.write(page, tmp_path)
     assert page.read_text() == "no marks"
+
+
+def test_a_tradeoff_is_judged_by_its_means(tmp_path, monkeypatch):
+    def row(recipe, percent, mean):
+        test = {"accuracy": {"mean": mean, "deviation": 0.01}}
+        known = {"trainable_parameters": 7, "learning_rate": 1e-3, "tuned": True, "seeds": [0, 1]}
+        return {"recipe": recipe, "percent": percent, "test": test, **known}
+
+    monkeypatch.setattr(tradeoff, "ROOT", tmp_path)
+    out = tmp_path / "comparisons" / "movies"
+    out.mkdir(parents=True)
+    (out / "comparison.png").write_bytes(b"a picture")
+    asked = []
+    for percent, mean, verdict in (
+        (2.7, 0.8465, "reproduced"),
+        (2.7, 0.8455, "not reproduced"),
+        (4.1, 0.8600, "not reproduced"),
+    ):
+        rows = [row(tradeoff.HOULSBY, percent, mean), row(tradeoff.FULL, 100.0, 0.85)]
+        found = {"metrics": ["accuracy", "f1"], "recipes": rows}
+        monkeypatch.setattr(tradeoff, "compared", lambda flags, f=found: asked.append(flags) or f)
+        report = Report("tradeoff-movies", "python -m benchmarks tradeoff-movies", tmp_path)
+        tradeoff.run(report, False, "movies")
+        claim, wanted = report.rows[-1], report.rows[-2]
+        assert claim["verdict"] == verdict
+        assert wanted["measured"] == pytest.approx(85 - 100 * mean)
+    assert claim["ours"] == "86.0 against 85.0 with 4.1 %"
+    assert (tmp_path / "tradeoff-movies.png").read_bytes() == b"a picture"
+    assert asked[0][:2] == ["--limit", "4000"]
+    assert set(tradeoff.RECIPES) < set(asked[0])
