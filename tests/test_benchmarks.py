@@ -85,9 +85,10 @@ def test_command_line(capsys):
         __main__.main(["stpe"])
     assert stop.value.code == 2
     assert (
-        "no benchmark is called stpe; there are: files, llama, plan, scale, step"
+        f"no benchmark is called stpe; there are: {', '.join(__main__.BENCHMARKS)}"
         in capsys.readouterr().err
     )
+    assert list(__main__.BENCHMARKS) == sorted(__main__.BENCHMARKS)
     with pytest.raises(SystemExit) as stop:
         __main__.main(["--help"])
     assert stop.value.code == 0
