@@ -21,7 +21,7 @@ from adapters_jax.models.gpt2 import GPT2, GPT2_MEDIUM, GPT2Config
 from adapters_jax.partition import Tree, flatten, unflatten
 from benchmarks.report import Verdict
 
-TX = optax.adamw(1e-3)
+TX = optax.adamw(1e-4)
 MODELS: dict[str, nn.Module] = {
     "BERT-base": BertClassifier(BERT_BASE, 2),
     "BERT-large": BertClassifier(BERT_LARGE, 2),

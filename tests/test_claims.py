@@ -199,7 +199,7 @@ def test_published_memory_beside_a_plan(report, monkeypatch):
 
 def test_speedup_of_a_toy(report, monkeypatch):
     monkeypatch.setattr(speedup, "Worker", Here)
-    monkeypatch.setattr(speedup, "TOYS", (TRAINED,))
+    monkeypatch.setattr(speedup, "TOYS", {TRAINED: (FULL, LORA)})
     speedup.run(report, quick=True)
     rows = [row for row in report.rows if row["table"] == "A step"]
     # Two of a step's three matrix products are left, the branch, and little of AdamW.
