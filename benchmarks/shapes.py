@@ -47,7 +47,8 @@ class Subject:
         model: a name in `MODELS`.
         batch: sequences.
         length: tokens of each.
-        remat: whether blocks are recomputed in the backward pass instead of stored.
+        remat: whether blocks are recomputed in the backward pass instead of stored. They are
+            scanned then: XLA undoes it for blocks in a row on a CPU.
     """
 
     model: str
@@ -61,7 +62,7 @@ class Subject:
     @property
     def base(self) -> Any:
         """The model, without weights."""
-        return MODELS[self.model].clone(remat=self.remat)
+        return MODELS[self.model].clone(remat=self.remat, scan=self.remat)
 
     @property
     def classifies(self) -> bool:
