@@ -14,10 +14,16 @@ from benchmarks.report import Report
 # well; the value says what it measures.
 BENCHMARKS = {
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
-    "llama": "a decoder: the step beside one by hand, decoding with and without LoRA, switching",
+    "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",
+    "llama": "a decoder: the step beside one by hand, decoding with and without LoRA",
+    "memory": "what training holds: full fine-tuning beside LoRA, Houlsby and prompts",
+    "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
+    "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
+    "switch": "another task's adapter under a jitted function: time, bytes, compilations",
+    "tasks": "whether training another task changes what the first one computes",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
         for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))

@@ -1,4 +1,4 @@
-"""A decoder of SmolLM2's shapes: the step beside one written by hand, decoding, switching.
+"""A decoder of SmolLM2's shapes: the step beside one written by hand, and decoding.
 
 Both sides of a step start from the same random weights, noise on every factor and gate, and must
 have equal losses and trainable counts before anything is timed.
@@ -37,7 +37,7 @@ SMOLLM2 = LlamaConfig(
 )
 TINY = replace(SMOLLM2, vocab_size=64, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
 TX = optax.adamw(1e-3)
-STEP_SLACK, DECODE_SLACK, SWITCH_SECONDS = 1.03, 1.08, 1e-3
+STEP_SLACK, DECODE_SLACK = 1.03, 1.08
 
 
 @dataclass(frozen=True)
@@ -197,35 +197,6 @@ def run_decode(report: Report, size: Size, base: Llama) -> None:
         report.claim(f"time of a token, {name} / base", ratio(each, name, "base"), slack)
 
 
-def run_switch(report: Report, size: Size, base: Llama) -> None:
-    """Times the switch of an adapter under a jitted function that is in use."""
-    recipe = size.recipes["LoRA r=8 on q, v"]
-    first, second = (
-        aj.TrainState.create(adapted(base, recipe, seed), tx=TX, key=jax.random.key(0))
-        for seed in (1, 2)
-    )
-    traces = []
-
-    def forward(model: Any, ids: jax.Array) -> jax.Array:
-        traces.append(None)
-        return model(ids)[:, -1]
-
-    evaluate, ids = aj.make_eval_step(forward), size.ids(size.prompt, batch=1)
-    outputs = [np.asarray(evaluate(first, ids))]
-    took = []
-    for i in range(20):
-        start = time.perf_counter()
-        switched = replace(first, adapters=(second if i % 2 == 0 else first).adapters)
-        took.append(time.perf_counter() - start)
-        outputs.append(np.asarray(evaluate(switched, ids)))
-    if not np.array_equal(outputs[0], outputs[2]) or np.array_equal(outputs[0], outputs[1]):
-        raise ValueError("switching there and back does not give the outputs of each adapter")
-    count = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first.adapters))
-    report.add("Switch", bytes=count, ms=Spread.of(1e3 * x for x in took), traces=len(traces))
-    report.claim("seconds to switch, without the copy", Spread.of(took), SWITCH_SECONDS)
-    report.claim("programs compiled for two adapters", float(len(traces)), 1.0)
-
-
 def run(report: Report, quick: bool) -> None:
     """The whole benchmark; at toy sizes if quick."""
     size = Size(TINY, batch=2, length=8, prompt=4, tokens=3, rounds=2) if quick else Size()
@@ -234,4 +205,3 @@ def run(report: Report, quick: bool) -> None:
     report.add("Base", weights="SmolLM2-135M-Instruct" if weights else "random")
     run_steps(report, size, base)
     run_decode(report, size, base)
-    run_switch(report, size, base)

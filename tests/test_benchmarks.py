@@ -86,6 +86,7 @@ def test_command_line(capsys):
     assert stop.value.code == 2
     known = ", ".join(__main__.BENCHMARKS)
     assert f"no benchmark is called stpe; there are: {known}" in capsys.readouterr().err
+    assert list(__main__.BENCHMARKS) == sorted(__main__.BENCHMARKS)
     with pytest.raises(SystemExit) as stop:
         __main__.main(["--help"])
     assert stop.value.code == 0

@@ -1,0 +1,244 @@
+"""What adapters add to a forward pass; and that LoRA, merged, adds nothing.
+
+Published is table 1 of Hu et al. 2021: GPT-2 medium on an NVIDIA Quadro RTX8000. Adapter^L is one
+adapter a block with a layer norm before it (Lin et al. 2020), Adapter^H is Houlsby's two; their
+widths are chosen here so that they have as many parameters as the table says, 0.5 M at 32 x 512 and
+11 M at the others (11.09 M in table 3, which is just m = 224 and m = 112). The widths 10, 100 and
+250 are those of figure 5, whose values are colours and cannot be read off.
+
+A pass ends at the last norm: the logits cost the same on all sides. It runs in float32 on this
+machine's CPU, which computes wherever a GPU would wait, so that percentages may well differ. The
+merged model's program is the base's own, and so its time says how far timing is to be trusted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import adapters_jax as aj
+from adapters_jax.methods import bottleneck_parameters
+from adapters_jax.models.gpt2 import GPT2
+from adapters_jax.partition import Tree
+from benchmarks.harness import Spread, interleave, ratio
+from benchmarks.report import Report, Verdict
+from benchmarks.shapes import LORA, RECIPES, Subject
+
+BASE, MERGED = "base", "LoRA r=8, merged"
+ONE, TWO = "one a block", "two a block"
+MILLIONS = {0.5: 0.5e6, 11: 11.09e6}
+PUBLISHED = {(32, 512): (2.2, 3.0), (16, 256): (5.0, 8.4), (1, 128): (20.7, 30.3)}  # one, two
+FIGURE = (10, 100, 250)
+APART = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is timed at one size.
+
+    Attributes:
+        subject: the model and its batch.
+        rounds: how often.
+        warmup: how often before.
+        millions: parameters of the adapters in table 1, none for a model that is not in it.
+        widths: further widths of adapters.
+        merged: whether merged LoRA is timed; its program is compared in any case.
+        published: the table's percentages of one and two adapters a block.
+    """
+
+    subject: Subject
+    rounds: int
+    warmup: int = 1
+    millions: float | None = None
+    widths: tuple[int, ...] = ()
+    merged: bool = True
+    published: tuple[float, float] | None = None
+
+
+SIZES = (
+    Size(Subject("BERT-base", 1, 128), 21),
+    Size(Subject("GPT-2 medium", 1, 128), 21, 3, 11, FIGURE, published=PUBLISHED[1, 128]),
+    Size(Subject("GPT-2 medium", 16, 256), 3, 0, 11, FIGURE, published=PUBLISHED[16, 256]),
+    Size(Subject("GPT-2 medium", 32, 512), 3, 0, 0.5, (), False, PUBLISHED[32, 512]),
+)
+TOYS = (
+    Size(Subject("toy BERT", 1, 16), 3),
+    Size(Subject("toy GPT-2", 2, 16), 3, 1, None, (4,)),
+)
+
+
+def one(m: int) -> aj.Recipe:
+    """Adapter^L: one adapter a block, behind the feed-forward layer and a norm of its own."""
+    return aj.pfeiffer(m, norm_before=True)
+
+
+def two(m: int) -> aj.Recipe:
+    """Adapter^H: two adapters a block; the layer norms, which train in place, cost no time."""
+    return aj.houlsby(m, layer_norms=None)
+
+
+def width(parameters: float, adapters: int, d: int, norm: bool) -> int:
+    """The width m at which so many adapters of 2md + d + m come nearest to a count.
+
+    Args:
+        parameters: of all of them.
+        adapters: how many.
+        d: the model's width.
+        norm: whether each has a layer norm, of 2d.
+
+    Example:
+        >>> width(11.09e6, 24, 1024, norm=True), width(11.09e6, 48, 1024, norm=False)
+        (224, 112)
+    """
+    fixed = bottleneck_parameters(d, 0) + 2 * d * norm
+    each = bottleneck_parameters(d, 1) - bottleneck_parameters(d, 0)
+    return max(1, round((parameters / adapters - fixed) / each))
+
+
+def recipes(size: Size) -> dict[str, aj.Recipe]:
+    """Every adapted contender; those of the table first."""
+    found = {LORA: RECIPES[LORA]}
+    widths = {m: (m, m) for m in size.widths}
+    if size.millions:
+        config, wanted = size.subject.base.config, MILLIONS[size.millions]
+        d, layers = config.n_embd, config.n_layer
+        chosen = width(wanted, layers, d, norm=True), width(wanted, 2 * layers, d, norm=False)
+        widths = {chosen[0]: chosen, **widths}
+    for a, b in widths.values():
+        found |= {f"{ONE}, m={a}": one(a), f"{TWO}, m={b}": two(b)}
+    return found
+
+
+class Pass:
+    """A compiled forward pass."""
+
+    def __init__(self, subject: Subject, model: Any, params: Tree):
+        method = GPT2.hidden if isinstance(subject.base, GPT2) else None
+
+        def forward(params: Tree, ids: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, ids, method=method)
+
+        self.params, self.ids = params, subject.ids()
+        self.compiled = jax.jit(forward).lower(params, self.ids).compile()
+
+    @property
+    def text(self) -> str:
+        """The program."""
+        return self.compiled.as_text()
+
+    def __call__(self) -> jax.Array:
+        return jax.block_until_ready(self.compiled(self.params, self.ids))
+
+
+def passes(size: Size) -> tuple[dict[str, Pass], dict[str, int]]:
+    """Every contender, the base first and merged LoRA last; and the parameters each adds."""
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # programs without lines of Python
+    subject, base = size.subject, size.subject.weights()
+    found, added = {BASE: Pass(subject, subject.base, base)}, {BASE: 0}
+    for name, recipe in recipes(size).items():
+        model, params = subject.adapted(recipe, base)
+        found[name] = Pass(subject, model, params)
+        added[name] = aj.audit(model, params).adapter_parameters
+        if name == LORA:
+            merged = aj.merge(model, params, subject.ids())
+    found[MERGED], added[MERGED] = Pass(subject, subject.base, merged), 0
+    return found, added
+
+
+def run(report: Report, quick: bool) -> None:
+    """Times all of it; at toy sizes if quick."""
+    for size in TOYS if quick else SIZES:
+        found, added = passes(size)
+        same = found[MERGED].text == found[BASE].text
+        apart = _apart(found) if size.merged else None
+        if not size.merged:
+            del found[MERGED]
+        seconds = interleave({n: _timed(run) for n, run in found.items()}, size.rounds, size.warmup)
+        more = {name: _percent(seconds, name) for name in found}
+        report.samples(str(size.subject), seconds)
+        for name in found:
+            report.add(
+                "Forward pass",
+                subject=str(size.subject),
+                model=name,
+                added=added[name],
+                ms=Spread.of(1e3 * s for s in seconds[name]),
+                **{"% over the base": more[name]},
+            )
+        bars = {name: spread for name, spread in more.items() if name != BASE}
+        ours = [name for name in (LORA, MERGED) if name in bars]
+        report.panel(f"Over the base, {size.subject}", "%", bars, ours=ours)
+        _zero(report, size, same, apart, more.get(MERGED))
+        _table(report, size, more, added)
+
+
+def _timed(run: Pass) -> Callable[[], None]:
+    def timed() -> None:
+        run()
+
+    return timed
+
+
+def _apart(found: dict[str, Pass]) -> float:
+    """How far the outputs of LoRA are from those of it merged, as a part of the largest."""
+    lora, merged, base = (found[name]() for name in (LORA, MERGED, BASE))
+    if jnp.array_equal(lora, base):
+        raise ValueError("LoRA's factors change nothing, and so its merge says nothing")
+    return float(jnp.abs(lora - merged).max() / jnp.abs(lora).max())
+
+
+def _percent(seconds: dict[str, list[float]], name: str) -> Spread:
+    """How many percent longer than the base, round by round."""
+    found = ratio(seconds, name, BASE)
+    return Spread(*(100 * (x - 1) for x in (found.median, found.q1, found.q3)), found.n)
+
+
+def _zero(report: Report, size: Size, same: bool, apart: float | None, more: Spread | None) -> None:
+    """That merged LoRA adds no latency."""
+    if apart is not None:
+        what = f"{size.subject}: outputs of LoRA and merged apart, part of the largest"
+        report.claim(what, apart, APART)
+    timed = "" if more is None else f"; timed {more.median:+.1f} %"
+    report.verdict(
+        f"merged LoRA adds no latency, {size.subject}",
+        "0 %",
+        f"{'the same' if same else 'another'} program{timed}",
+        "XLA's compiled text of the merged and the base model, passes in turn",
+        "reproduced" if same else "not reproduced",
+    )
+
+
+def _table(report: Report, size: Size, more: dict[str, Spread], added: dict[str, int]) -> None:
+    """The adapters of table 1 beside its percentages."""
+    if size.published is None:
+        return
+    for kind, published in zip((ONE, TWO), size.published, strict=True):
+        name = next(name for name in more if name.startswith(kind))
+        found = more[name]
+        report.verdict(
+            f"latency of {kind}, {size.subject}",
+            f"+{published} %, on a GPU",
+            f"{found.median:+.1f} % [{found.q1:+.1f}, {found.q3:+.1f}]",
+            f"CPU, float32, {name}, {added[name] / 1e6:.2f} M parameters, {found.n} rounds in turn",
+            slower(found, published),
+        )
+
+
+def slower(found: Spread, published: float) -> Verdict:
+    """Whether a slow-down is the published one: within a half of it, or a slow-down at all.
+
+    Args:
+        found: percent over the base.
+        published: likewise.
+
+    Example:
+        >>> slower(Spread(25.0, 24.0, 26.0, 9), 20.7), slower(Spread(4.0, 3.0, 5.0, 9), 20.7)
+        ('reproduced', 'in part')
+        >>> slower(Spread(0.5, -1.0, 2.0, 9), 20.7)
+        'not reproduced'
+    """
+    if published / 1.5 <= found.median <= published * 1.5:
+        return "reproduced"
+    return "in part" if found.q1 > 0 else "not reproduced"

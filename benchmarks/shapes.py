@@ -1,0 +1,189 @@
+"""GPT-2 and BERT of published shapes, adapted by published recipes, for benchmarks of claims.
+
+Weights are random, with noise on every leaf: a factor of zeros would hide a wrong scale. There is
+no dropout, and AdamW is the optimiser.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adapters_jax as aj
+from adapters_jax.models.bert import BERT_BASE, BERT_LARGE, BertConfig
+from adapters_jax.models.classifier import BertClassifier
+from adapters_jax.models.gpt2 import GPT2, GPT2_MEDIUM, GPT2Config
+from adapters_jax.partition import Tree, flatten, unflatten
+from benchmarks.report import Verdict
+
+TX = optax.adamw(1e-4)
+MODELS: dict[str, nn.Module] = {
+    "BERT-base": BertClassifier(BERT_BASE, 2),
+    "BERT-large": BertClassifier(BERT_LARGE, 2),
+    "GPT-2 medium": GPT2(GPT2_MEDIUM),
+    "toy BERT": BertClassifier(BertConfig(99, 64, 1, 4, 128, max_position_embeddings=32), 2),
+    "toy GPT-2": GPT2(GPT2Config(99, 32, 64, 1, 4)),
+}
+FULL, LORA, HOULSBY = "full", "LoRA r=8", "Houlsby m=64"
+RECIPES: dict[str, aj.Recipe] = {
+    FULL: aj.full(),
+    LORA: aj.lora(8),
+    HOULSBY: aj.houlsby(64),
+    "prefix K=20": aj.Recipe(aj.PrefixTuning("**/attention", 20)),
+    "LLaMA-Adapter K=10": aj.Recipe(aj.LlamaAdapter("**/attention", 10)),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a published shape, and the size of its batches.
+
+    Attributes:
+        model: a name in `MODELS`.
+        batch: sequences.
+        length: tokens of each.
+        remat: whether blocks are recomputed in the backward pass instead of stored. They are
+            scanned then: XLA undoes it for blocks in a row on a CPU.
+    """
+
+    model: str
+    batch: int
+    length: int
+    remat: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.batch} x {self.length}{', recomputed' * self.remat}"
+
+    @property
+    def base(self) -> Any:
+        """The model, without weights."""
+        return MODELS[self.model].clone(remat=self.remat, scan=self.remat)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is an encoder with a head, which every recipe trains."""
+        return isinstance(self.base, BertClassifier)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """Its fields, for a process of its own."""
+        return asdict(self)
+
+    def ids(self, seed: int = 0) -> jax.Array:
+        """Random tokens."""
+        rng = np.random.default_rng(seed)
+        shape = (self.batch, self.length)
+        return jnp.asarray(rng.integers(0, self.base.config.vocab_size, shape), jnp.int32)
+
+    def recipe(self, name: str) -> aj.Recipe:
+        """The recipe of that name, with the head of a classifier."""
+        found = RECIPES[name]
+        if not self.classifies or name == FULL:
+            return found
+        return found + aj.Recipe(aj.Unfreeze("head/**"))
+
+    def weights(self, seed: int = 0) -> Tree:
+        """The base's parameters, random."""
+        shapes = jax.eval_shape(self.base.init, jax.random.key(0), self.ids())["params"]
+        return unflatten(drawn(flatten(shapes), seed))
+
+    def adapted(self, recipe: aj.Recipe, base: Tree, seed: int = 1) -> tuple[Any, Tree]:
+        """The adapted model and its parameters: the very arrays of the base, and random ones."""
+        model = aj.adapt(self.base, recipe)
+        shapes = jax.eval_shape(lambda base: base, base)
+        whole = flatten(aj.init_adapters(model, shapes, jax.random.key(0), self.ids()))
+        held = flatten(base)
+        added = {path: x for path, x in whole.items() if path not in held}
+        return model, unflatten({**held, **drawn(added, seed)})
+
+    def state(self, recipe: aj.Recipe, base: Tree, seed: int = 1) -> tuple[Any, aj.TrainState]:
+        """The adapted model, and a training that starts from noise on what it added."""
+        model, params = self.adapted(recipe, base, seed)
+        return model, aj.TrainState.create(model, params, tx=TX, key=jax.random.key(2))
+
+    def loss(self, model: Any) -> Callable[[Tree, Any, Any], jax.Array]:
+        """Cross-entropy: of a sentence's label, or of the next tokens."""
+
+        def loss(params: Tree, batch: Any, key: Any) -> jax.Array:
+            logits = model.apply({"params": params}, batch["ids"])
+            if not self.classifies:
+                logits = logits[:, :-1]
+            entropy = optax.softmax_cross_entropy_with_integer_labels
+            return entropy(logits, batch["labels"]).mean()
+
+        return loss
+
+    def data(self, seed: int = 0) -> dict[str, jax.Array]:
+        """A batch for `loss`."""
+        ids = self.ids(seed)
+        return {"ids": ids, "labels": ids[:, 0] % 2 if self.classifies else ids[:, 1:]}
+
+
+def drawn(shapes: Mapping[str, Any], seed: int) -> dict[str, jax.Array]:
+    """Random arrays by path: deviation 0.02, around 1 where a norm scales."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
+        noise = np.float32(0.02) * rng.standard_normal(shape, np.float32)
+        *_, owner, name = ["", *path.split("/")]
+        return jnp.asarray(noise + (name == "scale" and "norm" in owner))
+
+    return {path: draw(path, x.shape) for path, x in shapes.items()}
+
+
+class Step:
+    """A compiled training step, carrying on from where it is.
+
+    Attributes:
+        trainable: parameters that train.
+        parameters: all of them.
+        flops: of a step, by XLA.
+        planned: bytes that XLA plans for a step: what goes in and comes out, and working memory.
+        loss: of the last step.
+    """
+
+    def __init__(self, subject: Subject, recipe: aj.Recipe, base: Tree):
+        model, state = subject.state(recipe, base)
+        self.batch, self.loss = subject.data(), float("nan")
+        self.trainable, held = (
+            sum(x.size for x in jax.tree.leaves(t)) for t in (state.adapters, state.base)
+        )
+        self.parameters = self.trainable + held
+        step: Any = aj.make_train_step(subject.loss(model))
+        self.frozen, self.moving = state.base, replace(state, base=None)
+        self.compiled = step.jitted.lower(self.moving, self.frozen, self.batch).compile()
+        self.flops = float(self.compiled.cost_analysis()["flops"])
+        memory = self.compiled.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        self.planned = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+    def __call__(self) -> None:
+        self.moving, metrics = self.compiled(self.moving, self.frozen, self.batch)
+        jax.block_until_ready(self.moving)
+        self.loss = float(metrics["loss"])
+
+
+def agreement(ours: float, published: float, more_is_fine: bool = False) -> Verdict:
+    """Whether a figure is the published one: within a tenth of it, or within a factor of two.
+
+    Args:
+        ours: the figure.
+        published: likewise, above 0.
+        more_is_fine: whether a figure beyond the published one confirms it too, as it does where
+            the claim is an advantage.
+
+    Example:
+        >>> agreement(9251, 10_000), agreement(4625, 8000), agreement(4, 3)
+        ('reproduced', 'in part', 'in part')
+        >>> agreement(4, 3, more_is_fine=True), agreement(1, 3)
+        ('reproduced', 'not reproduced')
+    """
+    ratio = ours / published
+    if ratio >= 0.9 and (ratio <= 1.1 or more_is_fine):
+        return "reproduced"
+    return "in part" if 0.5 <= ratio <= 2 else "not reproduced"
