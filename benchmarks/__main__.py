@@ -13,6 +13,7 @@ from benchmarks.report import Report
 BENCHMARKS = {
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "llama": "a decoder: the step beside one by hand, decoding with and without LoRA, switching",
+    "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
     "step": "a training step beside one written by hand; adapting and auditing; import time",

@@ -85,7 +85,7 @@ def test_command_line(capsys):
         __main__.main(["stpe"])
     assert stop.value.code == 2
     assert (
-        "no benchmark is called stpe; there are: files, llama, plan, scale, step"
+        "no benchmark is called stpe; there are: files, llama, peers, plan, scale, step"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:
