@@ -22,6 +22,6 @@ def run(report: Report, quick: bool) -> None:
         files.write(place, sizes)
         steps.run(report, place, sizes, rounds)
         latency.run(report, place, sizes, rounds=3 if quick else 31)
-        uses.run(report, place, sizes, rounds, imports=1 if quick else 7)
+        uses.run(report, place, sizes, rounds=1 if quick else 11, imports=1 if quick else 7)
     finally:
         shutil.rmtree(place)

@@ -24,10 +24,12 @@ def make(settings: dict[str, Any]) -> Any:
     return bert_step(job) if job.model == "bert" else llama_step(job)
 
 
+def rule_of(job: Job) -> qwix.LoraRule:
+    return qwix.LoraRule(module_path=".*/attention/(query|value)", rank=job.rank, alpha=job.rank)
+
+
 def provider(job: Job) -> qwix.LoraProvider:
-    return qwix.LoraProvider(
-        module_path=".*/attention/(query|value)", rank=job.rank, alpha=job.rank
-    )
+    return qwix.LoraProvider([rule_of(job)])
 
 
 def ours(path: str) -> str:
@@ -72,13 +74,20 @@ def llama_step(job: Job) -> common.FlaxStep:
 
 
 def uses(job: Job) -> Works:
-    """To adapt: there is no init of the factors alone, so the base's is made too, and dropped."""
+    """To adapt: `init` makes the base too, so the factors alone are drawn, as their rule says."""
     batch, (base, params) = common.batch_of(job), common.load_classifier(job.base)
+    inputs, rule = (batch["ids"], batch["mask"]), rule_of(job)
+    loaded = traverse_util.flatten_dict(params, sep="/")
 
     def adapt() -> None:
         model = qwix.apply_lora_to_model(base, provider(job))
-        made = jax.jit(model.init)(jax.random.key(0), batch["ids"], batch["mask"])["params"]
-        flat, loaded = (traverse_util.flatten_dict(tree) for tree in (made, params))
-        jax.block_until_ready(traverse_util.unflatten_dict({**flat, **loaded}))
+        like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+        whole, key = dict(loaded), jax.random.key(0)
+        for i, (path, x) in enumerate(traverse_util.flatten_dict(like, sep="/").items()):
+            if path not in loaded:
+                first = path.endswith("_lora_a")
+                draw = rule.lora_a_initializer if first else rule.lora_b_initializer
+                whole[path] = draw(jax.random.fold_in(key, i), x.shape, x.dtype)
+        jax.block_until_ready(traverse_util.unflatten_dict(whole, sep="/"))
 
     return Works(NAME, {"adapt": adapt}, {"versions": versions(NAME, *common.PACKAGES)})
