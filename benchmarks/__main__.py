@@ -18,6 +18,7 @@ BENCHMARKS = {
     "llama": "a decoder: the step beside one by hand, decoding with and without LoRA",
     "memory": "what training holds: full fine-tuning beside LoRA, Houlsby and prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
+    "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
     "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",

@@ -21,7 +21,7 @@ NORMAL = linen.initializers.normal(0.02)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the encoder, its adapters (0: none) and a batch."""
+    """Of the encoder, its adapters (0: none), what its head reads, and a batch."""
 
     layers: int = 6
     d: int = 768
@@ -32,6 +32,7 @@ class Sizes:
     labels: int = 2
     rank: int = 0
     bottleneck: int = 0
+    pooler: bool = False
     batch: int = 8
     length: int = 128
 
@@ -138,7 +139,9 @@ class LinenEncoder(linen.Module):
         x = LinenEmbeddings(self.sizes, name="embeddings")(ids)
         for i in range(self.sizes.layers):
             x = LinenLayer(self.sizes, name=f"layer_{i}")(x, (mask != 0)[:, None, None, :])
-        return x
+        if self.sizes.pooler:
+            return jnp.tanh(LinenOutput(self.sizes.d, 0, name="pooler")(x[:, 0]))
+        return mean_pool(x, mask)
 
 
 class LinenBert(linen.Module):
@@ -146,8 +149,8 @@ class LinenBert(linen.Module):
 
     @linen.compact
     def __call__(self, ids, mask):
-        hidden = LinenEncoder(self.sizes, name="bert")(ids, mask)
-        return linen.Dense(self.sizes.labels, name="head")(mean_pool(hidden, mask))
+        pooled = LinenEncoder(self.sizes, name="bert")(ids, mask)
+        return linen.Dense(self.sizes.labels, name="head")(pooled)
 
 
 # NNX; without adapters it is also the model that adapters_jax adapts
@@ -240,12 +243,16 @@ class NnxEncoder(nnx.Module):
         self.embeddings = NnxEmbeddings(s, rngs)
         for i in range(s.layers):
             setattr(self, f"layer_{i}", NnxLayer(s, rngs))
+        if s.pooler:
+            self.pooler = NnxOutput(s.d, s.d, 0, rngs)
 
     def __call__(self, ids, mask):
         x = self.embeddings(ids)
         for i in range(self.layers):
             x = getattr(self, f"layer_{i}")(x, (mask != 0)[:, None, None, :])
-        return x
+        if hasattr(self, "pooler"):
+            return jnp.tanh(self.pooler(x[:, 0]))
+        return mean_pool(x, mask)
 
 
 class NnxBert(nnx.Module):
@@ -254,7 +261,7 @@ class NnxBert(nnx.Module):
         self.head = nnx.Linear(sizes.d, sizes.labels, rngs=rngs)
 
     def __call__(self, ids, mask):
-        return self.head(mean_pool(self.bert(ids, mask), mask))
+        return self.head(self.bert(ids, mask))
 
 
 # What trains, and the step

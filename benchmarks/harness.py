@@ -79,13 +79,13 @@ def ratio(seconds: Mapping[Any, Sequence[float]], name: Any, other: Any) -> Spre
     return Spread.of(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
-def fresh(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter, from the repository's root.
+def fresh(code: str, *flags: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new interpreter, from the repository's root; by default one like this.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
-    command = [sys.executable, *flags, "-c", code]
+    command = [python, *flags, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a fresh interpreter failed on {code!r}:\n{done.stderr[-2000:]}")

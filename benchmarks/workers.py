@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Worker:
         environment: as for `interpreter`.
         side: the module's name, below `benchmarks`.
         job: its settings, as JSON has them.
+        env: variables of its process beside those of ours.
 
     Attributes:
         about: what it says of itself, such as its trainable parameters.
@@ -70,19 +72,27 @@ class Worker:
         PeerError: it cannot be made, or cannot do the job.
     """
 
-    def __init__(self, environment: str, side: str, job: Message):
+    def __init__(
+        self, environment: str, side: str, job: Message, env: Mapping[str, str] | None = None
+    ):
+        python = interpreter(environment)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [interpreter(environment), "-m", "benchmarks.workers", side],
+            [python, "-m", "benchmarks.workers", side],
             cwd=ROOT,
+            env={**os.environ, **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
-        self.about: Message = self._send(job)
+        try:
+            self.about: Message = self._send(job)
+        except PeerError:
+            self.close()
+            raise
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def ask(self, what: str, /, **arguments: Any) -> Any:
         """Calls a method of the side; raises PeerError where it fails."""
         return self._send({"do": what, **arguments})
 

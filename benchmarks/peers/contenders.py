@@ -1,0 +1,151 @@
+"""Who is compared, and how they are started and timed: one that fails becomes a row."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness import interleave
+from benchmarks.report import Report
+from benchmarks.sides.job import Job
+from benchmarks.workers import HERE, PeerError, Worker
+
+TORCH = "torch"
+FAILED = "Not done"
+# glibc returns each step's temporaries to the system, and asking anew costs page faults; so it
+# keeps them. Never set in the main comparison.
+KEPT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A side, the environment that it runs in, and variables of its process."""
+
+    side: str
+    environment: str = HERE
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+OURS, HAND, PEFT, HUB, QWIX = "adapters_jax", "by hand, Flax", "PEFT", "AdapterHub", "qwix"
+NNX_LORA = "flax nnx.LoRA"
+CONTENDERS = {
+    OURS: Contender("ours"),
+    HAND: Contender("hand"),
+    NNX_LORA: Contender("nnx_lora"),
+    QWIX: Contender("qwix_lora"),
+    PEFT: Contender("torch_peft", TORCH),
+    HUB: Contender("torch_adapters", TORCH),
+}
+MATMULS = {HERE: "matmul, jax", TORCH: "matmul, torch"}
+
+
+def matmuls() -> dict[str, Contender]:
+    """A product of matrices in each environment, by the name it has in `MATMULS`."""
+    sides = {HERE: "matmul_jax", TORCH: "matmul_torch"}
+    return {MATMULS[where]: Contender(side, where) for where, side in sides.items()}
+
+
+def kept(name: str) -> str:
+    return f"{name}, malloc kept"
+
+
+def with_malloc_kept(*names: str) -> dict[str, Contender]:
+    """The same contenders with memory that their allocator keeps."""
+    found = {kept(name): CONTENDERS[name] for name in names}
+    return {name: Contender(c.side, c.environment, KEPT) for name, c in found.items()}
+
+
+class Group:
+    """Contenders of one job in processes of their own; use it in a `with`.
+
+    Attributes:
+        workers: those that are at work, by name.
+        environments: of all that were, likewise.
+    """
+
+    def __init__(self, report: Report, what: str):
+        self.report, self.what = report, what
+        self.workers: dict[str, Worker] = {}
+        self.environments: dict[str, str] = {}
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def start(self, contenders: Mapping[str, Contender], job: Job) -> None:
+        """Starts them, two at a time; those that cannot do the job become rows."""
+
+        def make(contender: Contender) -> Worker | PeerError:
+            side, settings = f"sides.{contender.side}", job.as_json()
+            try:
+                return Worker(contender.environment, side, settings, contender.env)
+            except PeerError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            made = list(pool.map(make, contenders.values()))
+        for (name, contender), worker in zip(contenders.items(), made, strict=True):
+            if isinstance(worker, PeerError):
+                self.fail(name, worker)
+            else:
+                self.workers[name], self.environments[name] = worker, contender.environment
+                self._versions(name)
+
+    def _versions(self, name: str) -> None:
+        """Adds a row of what a contender is made of, once in a report."""
+        found = ", ".join(f"{k} {v}" for k, v in self.workers[name].about["versions"].items())
+        row = {"table": "Versions", "side": name, "versions": found}
+        if row not in self.report.rows:
+            self.report.add(**row)
+
+    def fail(self, name: str, error: PeerError) -> None:
+        """Adds a row that says why, and ends the contender if it is at work."""
+        self.report.add(FAILED, job=self.what, contender=name, why=str(error))
+        if name in self.workers:
+            self.workers.pop(name).close()
+
+    def ask(
+        self, what: str, names: Sequence[str] | None = None, /, **arguments: Any
+    ) -> dict[str, Any]:
+        """Answers of all, or of those named, by name; who fails leaves the group."""
+        answers = {}
+        for name in list(self.workers) if names is None else names:
+            if name not in self.workers:
+                continue
+            try:
+                answers[name] = self.workers[name].ask(what, **arguments)
+            except PeerError as error:
+                self.fail(name, error)
+        return answers
+
+    def time(
+        self, runs: Mapping[Any, tuple[str, dict[str, Any]]], rounds: int, warmup: int = 1
+    ) -> dict[Any, list[float]]:
+        """Seconds of each round.
+
+        Args:
+            runs: by key, who does it and what it is asked: `{}` is its `run`.
+            rounds, warmup: as in `interleave`.
+        """
+
+        def one(name: str, arguments: dict[str, Any]) -> Callable[[], float]:
+            def run() -> float:
+                if name not in self.workers:
+                    return float("nan")
+                what = "time" if arguments else "run"
+                return self.ask(what, [name], **arguments).get(name, float("nan"))
+
+            return run
+
+        seconds = interleave({key: one(*run) for key, run in runs.items()}, rounds, warmup)
+        seconds = {key: seconds[key] for key, (name, _) in runs.items() if name in self.workers}
+        self.report.samples(self.what, {str(key): values for key, values in seconds.items()})
+        return seconds

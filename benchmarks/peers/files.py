@@ -1,0 +1,151 @@
+"""One base and one adapter for all sides, each in the layout that its library reads.
+
+The weights are random, of the real shapes; factors and bottlenecks are not zero, so that a wrong
+scale or a missed tensor shows in the first loss.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+import adapters_jax as aj
+from adapters_jax.interop.adapterhub import save_adapterhub
+from adapters_jax.interop.names import NameTable, to_tensors
+from adapters_jax.interop.peft import save_peft
+from adapters_jax.models import bert, classifier, llama_files
+from adapters_jax.models.bert import BERT_BASE, BertConfig
+from adapters_jax.models.classifier import BertClassifier
+from adapters_jax.models.llama import LlamaConfig
+from adapters_jax.partition import flatten, unflatten
+from benchmarks import llama
+from benchmarks.sides.job import LABELS, Job
+
+NOISE = 0.02
+ADAPTERS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run; the real ones by default."""
+
+    bert: BertConfig = BERT_BASE
+    llama: LlamaConfig = llama.SMOLLM2
+    bert_tokens: tuple[int, int] = (8, 128)
+    llama_tokens: tuple[int, int] = (4, 256)
+    rank: int = 8
+    bottleneck: int = 64
+    matmul: int = 2048
+
+    def job(self, task: str, place: Path, model: str = "bert", method: str = "lora") -> Job:
+        batch, length = self.bert_tokens if model == "bert" else self.llama_tokens
+        vocab = (self.bert if model == "bert" else self.llama).vocab_size
+        sizes = self.rank, self.bottleneck, self.matmul
+        return Job(task, str(place), model, method, batch, length, vocab, *sizes)
+
+
+TOY = Sizes(
+    BertConfig(99, 64, 2, 4, 128, max_position_embeddings=32),
+    llama.TINY,
+    (2, 16),
+    (2, 8),
+    4,
+    8,
+    256,
+)
+
+
+def write(place: Path, sizes: Sizes) -> None:
+    """Writes the bases, and adapters of both methods."""
+    write_bert(place, sizes)
+    write_llama(place, sizes)
+
+
+def write_bert(place: Path, sizes: Sizes) -> None:
+    """A classifier that reads the pooler, and for it LoRA and Houlsby's adapters."""
+    config = replace(sizes.bert, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, ids = BertClassifier(config, LABELS, pooling="pooler"), np.zeros((1, 4), np.int32)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
+    _write_bert_base(place / "bert", config, params)
+    for method, recipe in (
+        ("lora", aj.lora(sizes.rank, head="head")),
+        ("houlsby", aj.houlsby(sizes.bottleneck, head="head")),
+    ):
+        whole = jax.eval_shape(
+            lambda recipe=recipe: aj.init_adapters(
+                aj.adapt(model, recipe), params, jax.random.key(0), ids
+            )
+        )
+        for seed, which in enumerate(ADAPTERS, 1):
+            values = flatten(shaken(whole, seed)) | flatten(params)
+            trained = aj.partition(unflatten(values), recipe)[0]
+            formats = Formats(place / f"bert-{method}", which, classifier.NAMES, params)
+            formats.write(recipe, trained, peft=method == "lora", task_type="SEQ_CLS")
+
+
+def _write_bert_base(directory: Path, config: BertConfig, params: Any) -> None:
+    directory.mkdir(parents=True)
+    tensors = to_tensors(params["bert"], bert.NAMES)
+    tensors["classifier.weight"] = np.ascontiguousarray(params["head"]["kernel"].T)
+    tensors["classifier.bias"] = params["head"]["bias"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    about = {"architectures": ["BertForSequenceClassification"], "num_labels": LABELS}
+    text = json.dumps({**asdict(config), **about, "dtype": "float32"})
+    (directory / "config.json").write_text(text)
+
+
+def write_llama(place: Path, sizes: Sizes) -> None:
+    """A decoder, and LoRA for it."""
+    base, recipe = llama.Llama(sizes.llama, rngs=nnx.Rngs(0)), aj.lora(sizes.rank)
+    adapters = nnx.state(aj.adapt(base, recipe, rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
+    (place / "llama").mkdir(parents=True)
+    llama_files.save_llama(place / "llama", sizes.llama, base)
+    for seed, which in enumerate(ADAPTERS, 1):
+        formats = Formats(place / "llama-lora", which, llama_files.NAMES, base)
+        formats.write(recipe, shaken(adapters, seed), peft=True, task_type="CAUSAL_LM")
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Where an adapter goes, and for which base."""
+
+    directory: Path
+    which: str
+    names: NameTable
+    base: Any
+
+    def write(self, recipe: aj.Recipe, trained: Any, peft: bool, task_type: str) -> None:
+        """Writes it in our layout, PEFT's and AdapterHub's, whose head and norms are the base's."""
+        aj.save_adapter(self.directory / "ours" / self.which, trained, recipe)
+        if peft:
+            place = self.directory / "peft" / self.which
+            save_peft(place, recipe, trained, self.names, self.base, task_type=task_type)
+        alone, place = aj.Recipe(*recipe.attached), self.directory / "adapterhub" / self.which
+        tree = unflatten({path: x for path, x in flatten(trained).items() if alone.trains(path)})
+        save_adapterhub(place, alone, tree, self.names, self.base, name=self.which)
+
+
+def drawn(like: Any) -> Any:
+    """Noise in a base's shapes; around one where it is a norm's scale."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = np.float32(NOISE) * rng.standard_normal(shape, np.float32)
+        return noise + np.float32(path.endswith("norm/scale"))
+
+    return unflatten({path: draw(path, x.shape) for path, x in flatten(like).items()})
+
+
+def shaken(adapters: Any, seed: int) -> Any:
+    """Noise in the adapters' shapes that makes their outputs about as large as the base's."""
+    rng = np.random.default_rng(seed)
+
+    def draw(x: Any) -> np.ndarray:
+        return rng.standard_normal(x.shape, np.float32) / np.float32(2 * np.sqrt(x.shape[0]))
+
+    return jax.tree.map(draw, adapters)

@@ -1,0 +1,83 @@
+"""A forward pass of one example: what LoRA, merged LoRA and Houlsby's adapters add to their base.
+
+All variants of a library are in one process, so that nothing but the adapters differs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Spread, ratio
+from benchmarks.peers.contenders import CONTENDERS, HUB, OURS, PEFT, Group
+from benchmarks.peers.files import Sizes
+from benchmarks.report import Report
+
+VARIANTS = {
+    OURS: ("base", "LoRA", "LoRA, merged", "Houlsby"),
+    PEFT: ("base", "LoRA", "LoRA, merged"),
+    HUB: ("base", "LoRA", "LoRA, merged", "Houlsby"),
+}
+LORA_SLACK, HOULSBY_SLACK = 1.02, 1.04
+LOGITS, APART = 2e-5, 1e-4
+
+
+def check_equal(logits: Mapping[tuple[str, str], Any]) -> None:
+    """Raises ValueError where a variant has other logits in another library, or those of its base.
+
+    A merged LoRA must have those of LoRA.
+    """
+    problems = []
+    for variant in ("base", "LoRA", "Houlsby"):
+        same = {
+            key: np.array(value)
+            for key, value in logits.items()
+            if key[1].removesuffix(", merged") == variant
+        }
+        first = next(iter(same.values()), None)
+        problems += [f"{k} {v}" for k, v in same.items() if not np.allclose(v, first, 0, LOGITS)]
+        base = logits.get((OURS, "base"))
+        if variant != "base" and first is not None and np.allclose(base, first, 0, APART):
+            problems.append(f"{variant} has the logits of its base")
+    if problems:
+        raise ValueError(f"the forward passes differ: {'; '.join(problems)}; {dict(logits)}")
+
+
+def run(report: Report, place: Path, sizes: Sizes, rounds: int) -> None:
+    """Times every variant of every library in turn."""
+    job = replace(sizes.job("forward", place), batch=1)
+    what = f"Forward, BERT-base, 1 x {job.length}"
+    with Group(report, what) as group:
+        group.start({name: CONTENDERS[name] for name in VARIANTS}, job)
+        runs = {
+            (name, variant): (name, {"what": variant})
+            for name in group.workers
+            for variant in VARIANTS[name]
+        }
+        logits = {
+            key: group.ask("result", [name], **asked)[name] for key, (name, asked) in runs.items()
+        }
+        check_equal(logits)
+        seconds = group.time(runs, rounds, warmup=3)
+        abouts = {name: worker.about for name, worker in group.workers.items()}
+    for name, variant in seconds:
+        took = Spread.of(1e3 * s for s in seconds[name, variant])
+        added = ratio(seconds, (name, variant), (name, "base"))
+        report.add(what, side=name, variant=variant, ms=took, **{"times its base": added})
+    wanted(report, seconds, abouts)
+    bars = {f"{n}: {v}": Spread.of(1e3 * s for s in seconds[n, v]) for n, v in seconds}
+    report.panel(what, "ms", bars, ours=[bar for bar in bars if bar.startswith(OURS)])
+
+
+def wanted(
+    report: Report, seconds: Mapping[Any, Sequence[float]], abouts: Mapping[str, Any]
+) -> None:
+    if OURS not in abouts:
+        return
+    for variant, slack in (("LoRA", LORA_SLACK), ("Houlsby", HOULSBY_SLACK)):
+        added = ratio(seconds, (OURS, variant), (OURS, "base"))
+        report.claim(f"latency of one example, {variant} / its base", added, slack)
+    differ = float(not abouts[OURS]["same"])
+    report.claim("programs of base and merged LoRA that differ", differ, 0.0)

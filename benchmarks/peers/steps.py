@@ -1,0 +1,152 @@
+"""A training step: its time, the memory that it needs, and how near it is to the machine's rate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Spread, ratio
+from benchmarks.peers.contenders import (
+    CONTENDERS,
+    HAND,
+    HUB,
+    MATMULS,
+    OURS,
+    PEFT,
+    QWIX,
+    Group,
+    kept,
+    matmuls,
+    with_malloc_kept,
+)
+from benchmarks.peers.files import Sizes
+from benchmarks.report import Report
+from benchmarks.sides.job import Job
+from benchmarks.workers import HERE
+
+# Adam takes a rounding of a gradient near zero for a sign, so that later losses drift by little.
+FIRST_LOSS, LATER_LOSS = 1e-4, 1e-3
+PEER_SLACK, QWIX_SLACK, RATE_PART = 0.65, 1.0, 0.75
+CASES = {
+    "LoRA, BERT-base": ("bert", "lora"),
+    "LoRA, SmolLM2-135M": ("llama", "lora"),
+    "Houlsby, BERT-base": ("bert", "houlsby"),
+}
+MIB = 2**20
+
+
+def check_equal(losses: Mapping[str, Sequence[float]], trainable: Mapping[str, int]) -> None:
+    """Raises ValueError where the sides do not do the same work."""
+    problems = [f"trainable parameters {trainable}"] if len(set(trainable.values())) > 1 else []
+    for i, found in enumerate(zip(*losses.values(), strict=True)):
+        if not np.ptp(found) <= (LATER_LOSS if i else FIRST_LOSS) * max(map(abs, found)):
+            problems.append(f"losses at step {i} {dict(zip(losses, found, strict=True))}")
+    if problems:
+        raise ValueError(f"the sides do not do the same work: {'; '.join(problems)}")
+
+
+def run(report: Report, place: Path, sizes: Sizes, rounds: int) -> None:
+    """Times every case."""
+    for case, (model, method) in CASES.items():
+        run_case(report, case, sizes.job("step", place, model, method), rounds)
+
+
+def run_case(report: Report, case: str, job: Job, rounds: int) -> None:
+    """Starts all, checks that their work is equal, times them in turn, then reads their memory."""
+    with Group(report, f"a step, {case}") as group:
+        group.start(CONTENDERS, job)
+        again = [name for name in (OURS, PEFT, HUB) if name in group.workers]
+        group.start(with_malloc_kept(*again), job)
+        losses = group.ask("losses", steps=3)
+        abouts = {name: group.workers[name].about for name in losses}
+        check_equal(losses, {name: about["trainable"] for name, about in abouts.items()})
+        group.start(matmuls(), replace(job, task="matmul", method="lora"))
+        seconds = group.time({name: (name, {}) for name in group.workers}, rounds)
+        found = [
+            Found(name, seconds, abouts[name], bytes_, MATMULS[group.environments[name]])
+            for name, bytes_ in memory(group, list(losses)).items()
+        ]
+    by_hand = next((f.counted["flops"] for f in found if f.name == HAND), None)
+    for one in found:
+        report.add("Step", case=case, **one.row(job.matmul, by_hand))
+    wanted(report, case, found, job.matmul)
+    bars = {f.name: Spread.of(seconds[f.name]) for f in found}
+    report.panel(f"A step: {case}", "seconds", bars, ours=(OURS, kept(OURS)))
+    bars = {f.name: f.counted["steps"] / MIB for f in found}
+    report.panel(f"Peak memory during steps: {case}", "MiB", bars, ours=(OURS, kept(OURS)))
+
+
+def memory(group: Group, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Bytes: the process's peak since it began, that of further steps, and what XLA counts."""
+    whole = group.ask("peak", names)
+    group.ask("forget_peak", names)
+    for _ in range(2):
+        group.ask("run", names)
+    steps = group.ask("peak", names)
+    counted = group.ask("analysis", [n for n in names if group.environments.get(n) == HERE])
+    return {
+        name: {"whole": whole[name], "steps": steps[name], **counted.get(name, {})}
+        for name in steps
+    }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a contender: everybody's seconds, what it counted, and its matmul."""
+
+    name: str
+    seconds: Mapping[str, Sequence[float]]
+    about: Mapping[str, Any]
+    counted: Mapping[str, float]
+    matmul: str
+
+    def of_rate(self, matmul: int, flops: float) -> Spread | None:
+        """The rate of the matmul over that of the step, round by round."""
+        if self.matmul not in self.seconds:
+            return None
+        part = 2 * matmul**3 / flops
+        pairs = zip(self.seconds[self.name], self.seconds[self.matmul], strict=True)
+        return Spread.of(part * step / product for step, product in pairs)
+
+    def row(self, matmul: int, by_hand: float | None) -> dict[str, Any]:
+        """Where XLA did not count the step, its rate is of the operations of that by hand."""
+        took, flops = Spread.of(self.seconds[self.name]), self.counted.get("flops", by_hand)
+        rate = self.of_rate(matmul, flops) if flops else None
+        xla = {name: self.counted.get(name) for name in ("flops", "temporary", "live")}
+        return {
+            "side": self.name,
+            "trainable": self.about["trainable"],
+            "seconds": took,
+            "GFLOP by XLA": xla["flops"] and xla["flops"] / 1e9,
+            "GFLOP/s": flops and flops / 1e9 / took.median,
+            f"% of {matmul}^3 matmul's rate": rate and 100 / rate.median,
+            "peak MiB, whole process": self.counted["whole"] / MIB,
+            "peak MiB, steps alone": self.counted["steps"] / MIB,
+            "temporary MiB by XLA": xla["temporary"] and xla["temporary"] / MIB,
+            "live MiB by XLA": xla["live"] and xla["live"] / MIB,
+            "attention": self.about.get("attention"),
+        }
+
+
+def wanted(report: Report, case: str, found: Sequence[Found], matmul: int) -> None:
+    """What was asked for; against a peer that is not there, nothing."""
+    by_name = {one.name: one for one in found}
+    if OURS not in by_name:
+        return
+    ours = by_name[OURS]
+    slacks = {HUB: PEER_SLACK} if case.startswith("Houlsby") else {PEFT: PEER_SLACK}
+    for peer, slack in {**slacks, QWIX: QWIX_SLACK}.items():
+        if peer in by_name:
+            took = ratio(ours.seconds, OURS, peer)
+            report.claim(f"time of a step, {case}, {OURS} / {peer}", took, slack)
+    rate = ours.of_rate(matmul, ours.counted["flops"])
+    if rate:
+        what = f"rate of a {matmul}^3 matmul / rate of a step, {case}"
+        report.claim(what, rate, 1 / RATE_PART)
+    for peer in slacks:
+        for key, words in (("whole", "of the whole process"), ("steps", "of steps alone")):
+            if peer in by_name:
+                least = ours.counted[key] / by_name[peer].counted[key]
+                report.claim(f"peak memory {words}, {case}, {OURS} / {peer}", least, 1.0)

@@ -1,0 +1,114 @@
+"""What the sides on JAX share: loading the base, a step of a loss, and a product of matrices."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adapters_jax.files import read_adapter
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.names import from_tensors
+from adapters_jax.models import classifier
+from adapters_jax.models.bert import BertConfig
+from adapters_jax.models.classifier import BertClassifier
+from adapters_jax.partition import flatten
+from benchmarks.by_hand import Sizes
+from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions
+
+TX = optax.adamw(RATE, weight_decay=DECAY)
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+
+class FlaxStep(Step):
+    """A compiled step with what it carries.
+
+    Args:
+        advance: `carry -> (carry, loss, trained)`.
+        carry: what it starts from.
+        trained: the trained arrays.
+        lower: gives the step's lowered computation.
+        *packages: the libraries, for their versions.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[Any], Any],
+        carry: Any,
+        trained: Any,
+        lower: Callable[[], Any],
+        *packages: str,
+    ):
+        self.advance, self.carry, self.lower = advance, carry, lower
+        count = sum(x.size for x in jax.tree.leaves(trained))
+        self.about = {"trainable": count, "versions": versions(*packages, *PACKAGES)}
+
+    def run(self) -> None:
+        self.carry, self.loss, trained = self.advance(self.carry)
+        jax.block_until_ready((self.loss, trained))
+
+    def analysis(self) -> dict[str, float]:
+        """XLA's own count of the step; it compiles anew, so ask when memory has been read."""
+        compiled = self.lower().compile()
+        memory = compiled.memory_analysis()
+        live = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        live += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        flops = float(compiled.cost_analysis()["flops"])
+        return {"flops": flops, "temporary": memory.temp_size_in_bytes, "live": live}
+
+
+def step_of(step: Any, adapters: Any, base: Any, batch: Any, *packages: str) -> FlaxStep:
+    """A step by hand: `step(adapters, opt_state, base, batch)` gives the first two and the loss."""
+    adapters = jax.tree.map(jnp.copy, adapters)  # donated, and some are the base's own
+    opt_state = TX.init(adapters)
+
+    def advance(carry: Any) -> Any:
+        adapters, opt_state, loss = step(*carry, base, batch)
+        return (adapters, opt_state), loss, adapters
+
+    def lower() -> Any:
+        return step.lower(*jax.eval_shape(lambda *x: x, adapters, opt_state), base, batch)
+
+    return FlaxStep(advance, (adapters, opt_state), adapters, lower, *packages)
+
+
+def batch_of(job: Job) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(x) for name, x in job.data().items()}
+
+
+def load_classifier(base: Path) -> tuple[BertClassifier, Any]:
+    """The model of a checkpoint, which reads the pooler as Hugging Face's does, and its weights."""
+    model = BertClassifier(BertConfig.from_json(base / "config.json"), LABELS, pooling="pooler")
+    ids = jnp.zeros((1, 1), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    return model, from_tensors(huggingface.read_tensors(base), classifier.NAMES, like)
+
+
+def sizes_of(config: BertConfig, **more: Any) -> Sizes:
+    """Of the models written by hand."""
+    return Sizes(
+        layers=config.num_hidden_layers,
+        d=config.hidden_size,
+        heads=config.num_attention_heads,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        positions=config.max_position_embeddings,
+        labels=LABELS,
+        pooler=True,
+        **more,
+    )
+
+
+def only(job: Job, library: str, *methods: str) -> None:
+    """Raises ValueError where a library has no such method."""
+    if job.method not in methods:
+        raise ValueError(f"{library} has no {job.method}, only {', '.join(methods)}")
+
+
+def factors_of(job: Job) -> dict[str, jax.Array]:
+    """The arrays of our adapter file by path."""
+    return {
+        path: jnp.asarray(x) for path, x in flatten(read_adapter(job.adapter("ours"))[1]).items()
+    }

@@ -1,0 +1,19 @@
+"""The machine's rate as PyTorch reaches it: a product of square matrices in float32."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.sides.job import Job, versions
+
+
+class Matmul:
+    def __init__(self, settings: dict[str, Any]):
+        self.a = torch.from_numpy(Job(**settings).square())
+        self.about = {"threads": torch.get_num_threads(), "versions": versions("torch")}
+
+    def run(self) -> None:
+        torch.matmul(self.a, self.a)
+
+
+make = Matmul
