@@ -47,11 +47,13 @@ def interpreter(environment: str) -> str:
     python, done = home / "bin" / "python", home / "installed"
     if not done.exists():
         print(f"making the environment of {environment}: some minutes, once", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        venv = [sys.executable, "-m", "venv", "--clear", str(home)]
         pip = [str(python), "-m", "pip", "install", "--quiet", "-r", str(wanted)]
-        ran = subprocess.run(pip, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise PeerError(f"{environment} could not be installed: {_last(ran.stderr)}")
+        for command in (venv, pip):
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                said = _last(ran.stderr) or _last(ran.stdout)
+                raise PeerError(f"{environment} could not be installed: {said}")
         done.touch()
     return str(python)
 

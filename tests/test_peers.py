@@ -2,13 +2,11 @@
 
 import importlib
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks import workers
 from benchmarks.peers import contenders, files, latency, steps, uses
 from benchmarks.peers.contenders import Contender, Group
 from benchmarks.report import Report
@@ -130,12 +128,8 @@ def test_failing_peers_become_rows(tmp_path, monkeypatch):
 def test_a_case_without_pytorch(place, tmp_path, monkeypatch):
     """The whole way, in processes of their own, with peers that cannot be installed."""
 
-    def interpreter(environment):
-        if environment != HERE:
-            raise PeerError(f"{environment} could not be installed")
-        return sys.executable
-
-    monkeypatch.setattr(workers, "interpreter", interpreter)
+    absent = {contenders.TORCH: "torch could not be installed", HERE: None}
+    monkeypatch.setattr(contenders, "unavailable", absent.get)
     some = {name: contenders.CONTENDERS[name] for name in ("adapters_jax", "PEFT")}
     monkeypatch.setattr(steps, "CONTENDERS", some)
     report = Report("toy", "python -m benchmarks toy", tmp_path)

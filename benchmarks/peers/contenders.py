@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from benchmarks.harness import interleave
 from benchmarks.report import Report
 from benchmarks.sides.job import Job
-from benchmarks.workers import HERE, PeerError, Worker
+from benchmarks.workers import HERE, PeerError, Worker, interpreter
 
 TORCH = "torch"
 FAILED = "Not done"
@@ -50,6 +51,16 @@ def matmuls() -> dict[str, Contender]:
     return {MATMULS[where]: Contender(side, where) for where, side in sides.items()}
 
 
+@cache
+def unavailable(environment: str) -> str | None:
+    """Why an environment cannot be had; it is tried once in a run."""
+    try:
+        interpreter(environment)
+    except PeerError as error:
+        return str(error)
+    return None
+
+
 def kept(name: str) -> str:
     return f"{name}, malloc kept"
 
@@ -83,7 +94,11 @@ class Group:
     def start(self, contenders: Mapping[str, Contender], job: Job) -> None:
         """Starts them, two at a time; those that cannot do the job become rows."""
 
+        absent = {c.environment: unavailable(c.environment) for c in contenders.values()}
+
         def make(contender: Contender) -> Worker | PeerError:
+            if why := absent[contender.environment]:
+                return PeerError(why)
             side, settings = f"sides.{contender.side}", job.as_json()
             try:
                 return Worker(contender.environment, side, settings, contender.env)

@@ -68,7 +68,7 @@ def run_case(report: Report, case: str, job: Job, rounds: int) -> None:
             Found(name, seconds, abouts[name], bytes_, MATMULS[group.environments[name]])
             for name, bytes_ in memory(group, list(losses)).items()
         ]
-    by_hand = next((f.counted["flops"] for f in found if f.name == HAND), None)
+    by_hand = next((f.counted.get("flops") for f in found if f.name == HAND), None)
     for one in found:
         report.add("Step", case=case, **one.row(job.matmul, by_hand))
     wanted(report, case, found, job.matmul)
@@ -141,7 +141,7 @@ def wanted(report: Report, case: str, found: Sequence[Found], matmul: int) -> No
         if peer in by_name:
             took = ratio(ours.seconds, OURS, peer)
             report.claim(f"time of a step, {case}, {OURS} / {peer}", took, slack)
-    rate = ours.of_rate(matmul, ours.counted["flops"])
+    rate = ours.of_rate(matmul, ours.counted["flops"]) if "flops" in ours.counted else None
     if rate:
         what = f"rate of a {matmul}^3 matmul / rate of a step, {case}"
         report.claim(what, rate, 1 / RATE_PART)

@@ -18,6 +18,7 @@ from benchmarks.peers.contenders import (
     QWIX,
     TORCH,
     Group,
+    unavailable,
 )
 from benchmarks.peers.files import Sizes
 from benchmarks.report import Report
@@ -72,7 +73,7 @@ def check_switch(group: Group) -> None:
         logits.append(group.ask("result", able, what="forward"))
         group.ask("time", able, what="switch")
     group.ask("time", able, what="switch")  # back to the first
-    for name in logits[0]:
+    for name in [name for name in able if name in group.workers]:
         first, second, again = (np.array(found[name]) for found in logits)
         if not np.array_equal(first, again) or np.allclose(first, second, 0, 1e-4):
             raise ValueError(f"{name} does not switch: {first}, {second}, {again}")
@@ -91,6 +92,8 @@ def run_imports(report: Report, rounds: int) -> None:
     runs: dict[tuple[str, str], Callable[[], float]] = {}
     for name, (environment, *statements) in IMPORTS.items():
         try:
+            if why := unavailable(environment):
+                raise PeerError(why)
             python = interpreter(environment)
             for statement in statements:
                 _import_seconds(python, statement)  # and files are in the system's cache
