@@ -27,8 +27,8 @@ from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.blocks import run_linen
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.layers import (
-    ACTIVATIONS,
     FeedForward,
     Output,
     SelfAttention,
@@ -150,7 +150,7 @@ class BertLayer(Typed):
     """One post-norm block."""
 
     config: BertConfig
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
 
     @nn.compact
     def __call__(
@@ -209,7 +209,7 @@ class Bert(Typed):
     """
 
     config: BertConfig
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
     remat: bool | str = False
     scan: bool = False
 

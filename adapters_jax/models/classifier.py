@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 from adapters_jax.interop.names import NameTable, Rule
 from adapters_jax.models import bert as encoder
 from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.models.functions import dot_product_attention
 from adapters_jax.models.layers import Typed
 
 # With pooling="pooler" it is Hugging Face's BertForSequenceClassification.
@@ -61,7 +62,7 @@ class BertClassifier(Typed):
     config: BertConfig
     num_labels: int
     pooling: str = "mean"
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
     remat: bool | str = False
     scan: bool = False
 

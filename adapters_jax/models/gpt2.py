@@ -26,8 +26,8 @@ from adapters_jax.depth import Stack
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.blocks import run_linen
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.layers import (
-    ACTIVATIONS,
     FeedForward,
     SelfAttention,
     Sum,
@@ -114,7 +114,7 @@ class GPT2Layer(Typed):
     """One pre-norm block."""
 
     config: GPT2Config
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
 
     @nn.compact
     def __call__(
@@ -173,7 +173,7 @@ class GPT2(Typed):
     """
 
     config: GPT2Config
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
     remat: bool | str = False
     scan: bool = False
 

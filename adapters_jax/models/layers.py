@@ -1,7 +1,6 @@
 """What the linen transformers share: a block's sublayers and sums, and checks of their inputs."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.attention import register_attention
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_new": partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-}
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -95,7 +86,7 @@ class SelfAttention(Typed):
     num_heads: int
     dropout_rate: float = 0.0
     output_dropout_rate: float = 0.0
-    attention_fn: Callable[..., Array] = nn.dot_product_attention
+    attention_fn: Callable[..., Array] = dot_product_attention
     kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact

@@ -17,8 +17,9 @@ from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
 from adapters_jax.models.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.cache import Cache, LayerCache
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.gpt2 import causal_mask
-from adapters_jax.models.layers import ACTIVATIONS, check_tokens
+from adapters_jax.models.layers import check_tokens
 from adapters_jax.models.rotary import rotary_angles, rotate
 
 
@@ -225,7 +226,7 @@ class Llama(nnx.Module):
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        attention_fn: Callable[..., Array] = nnx.dot_product_attention,
+        attention_fn: Callable[..., Array] = dot_product_attention,
         remat: bool | str = False,
         scan: bool = False,
         rngs: nnx.Rngs,
