@@ -1,9 +1,10 @@
 """What every benchmark shares: interleaved timing, and medians with spread.
 
-Contenders are timed in turn, A B A B, in one process, so that a slow minute of the machine falls on
+Contenders are timed in turn, A B B A, in one run, so that a slow minute of the machine falls on
 all of them; their ratio is taken round by round, for the same reason.
 """
 
+import random
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Runs each contender once a round, in order.
+    """Runs each contender once a round, each round in an order of its own.
+
+    Who runs right behind another may find its caches and threads, so nobody always does.
 
     Args:
         contenders: what to run by name; each returns when its work is done. One that returns a
@@ -64,10 +67,12 @@ def interleave(
         Seconds by name, one a round.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in contenders}
+    order, lots = list(contenders), random.Random(0)
     for i in range(warmup + rounds):
-        for name, run in contenders.items():
+        lots.shuffle(order)
+        for name in order:
             start = clock()
-            own = run()
+            own = contenders[name]()
             took = clock() - start if own is None else own
             if i >= warmup:
                 seconds[name].append(took)
