@@ -112,7 +112,7 @@ def test_ours_and_by_hand_do_equal_work(case):
         # grows with the adapters alone, a few operations a parameter.
         ours, hand = sides[door, "ours"], sides[door, "by hand"]
         # The derivatives of our BERT's activations and softmax take a little less.
-        assert -0.005 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
+        assert -0.03 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
 
 
 def test_the_decoder_by_hand_does_equal_work():
@@ -123,7 +123,7 @@ def test_the_decoder_by_hand_does_equal_work():
         sides = {"ours": llama.ours(model, ids), "by hand": llama.by_hand(model, size.config, ids)}
         llama.check_equal(sides)
         ours, hand = sides.values()
-        assert -0.005 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
+        assert -0.03 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
 
 
 @pytest.mark.parametrize("door", ["linen", "NNX"])

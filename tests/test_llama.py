@@ -83,7 +83,7 @@ def test_attention_fn_gets_rotated_queries_and_few_key_heads():
         return nnx.dot_product_attention(query, key, value, **options)
 
     model = build(attention_fn=attention_fn)
-    np.testing.assert_array_equal(model(IDS), build()(IDS))
+    np.testing.assert_allclose(model(IDS), build()(IDS), atol=1e-6)  # flax's sums in another order
     query, *shapes, options = calls[0]
     assert len(calls) == 1
     assert shapes == [(2, 4, 2, 4)] * 2
