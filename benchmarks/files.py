@@ -88,6 +88,7 @@ def _files(report: Report, place: Path, config: BertConfig, rounds: int) -> None
         "raw load": raw_load,
         "load_adapter, onto the model": load_onto,
     }
+    sides["save_adapter"](), sides["raw save"]()  # a round may begin with reading
     seconds = interleave({k: (lambda f=f: f() and None) for k, f in sides.items()}, rounds)
     report.samples("files", seconds)
     against = {"save_adapter": "raw save, fsync", "read_adapter": "raw load"}
