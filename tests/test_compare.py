@@ -448,17 +448,18 @@ def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
 
 
 def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where(tmp_path):
-    mine = jax.config.jax_compilation_cache_dir
-    with compiled_in(tmp_path / "a"):
-        assert jax.config.jax_compilation_cache_dir == mine
+    before = jax.config.jax_compilation_cache_dir
     try:
+        work._configure({"jax_compilation_cache_dir": str(tmp_path / "theirs")})
+        with compiled_in(tmp_path / "a"):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
         work._configure({"jax_compilation_cache_dir": None})
         with compiled_in(tmp_path / "b"):
             jax.jit(lambda x: x * 3 + 1)(np.ones(3)).block_until_ready()
         assert jax.config.jax_compilation_cache_dir is None
         assert os.listdir(tmp_path / "b")
     finally:
-        work._configure({"jax_compilation_cache_dir": mine})
+        work._configure({"jax_compilation_cache_dir": before})
 
 
 def test_labels_of_one_place_do_not_cover_each_other_nor_the_line():

@@ -55,18 +55,17 @@ def place_labels(axes: Any, labels: Sequence[Label], lines: Sequence[np.ndarray]
     drawn = [axes.transData.transform(_filled(axes, line)) for line in lines if len(line)]
     points, taken = np.concatenate(drawn or [np.zeros((0, 2))]), list[Box]()
     for label in labels:
-        best: tuple[float, Any, Box] | None = None
+        tries = list[tuple[float, Any, Box]]()
         for far, place, side in itertools.product((6, 14, 26), label.places, _PLACES):
             words = _write(axes, label, place, side, far)
             extent = words.get_window_extent(renderer)
             box = (extent.x0, extent.y0, extent.x1, extent.y1)
             words.remove()
             cost = _cost(box, frame, points, taken) + 0.2 * far + 0.5 * _PLACES.index(side)
-            if best is None or cost < best[0]:
-                best = cost, (place, side, far), box
-        assert best is not None
-        _write(axes, label, *best[1])
-        taken.append(best[2])
+            tries.append((cost, (place, side, far), box))
+        _, where, box = min(tries, key=lambda found: found[0])
+        _write(axes, label, *where)
+        taken.append(box)
 
 
 def _write(axes: Any, label: Label, place: Any, side: Any, far: float) -> Any:
