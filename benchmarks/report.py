@@ -166,7 +166,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
             low, high = found.median - found.q1, found.q3 - found.median
             axis.barh(place, found.median, 0.7, xerr=[[low], [high]], color=colour, ecolor="#444")
             where = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
-            axis.annotate(f"{found.median:.3g}", (found.q3, place), fontsize=8, **where)
+            axis.annotate(cell(float(found.median)), (found.q3, place), fontsize=8, **where)
         if panel.level is not None:
             axis.axvline(panel.level, color="#c0392b", linestyle="--", linewidth=1)
         axis.set_yticks(range(len(panel.bars)), panel.bars, fontsize=8)

@@ -245,6 +245,7 @@ def test_a_tradeoff_is_judged_by_its_means(tmp_path, monkeypatch):
     out = tmp_path / "comparisons" / "movies"
     out.mkdir(parents=True)
     (out / "comparison.png").write_bytes(b"a picture")
+    (out / "cells.jsonl").write_text("every seed")
     asked = []
     for percent, mean, verdict in (
         (2.7, 0.8465, "reproduced"),
@@ -261,5 +262,13 @@ def test_a_tradeoff_is_judged_by_its_means(tmp_path, monkeypatch):
         assert wanted["measured"] == pytest.approx(85 - 100 * mean)
     assert claim["ours"] == "86.0 against 85.0 with 4.1 %"
     assert (tmp_path / "tradeoff-movies.png").read_bytes() == b"a picture"
+    assert (tmp_path / "tradeoff-movies-cells.jsonl").read_text() == "every seed"
     assert asked[0][:2] == ["--limit", "4000"]
     assert set(tradeoff.RECIPES) < set(asked[0])
+
+
+@pytest.mark.slow
+def test_files_may_be_read_before_they_are_written_in_a_round(tmp_path):
+    """Every round has an order of its own; the whole runs at toy sizes."""
+    assert __main__.main(["files", "--quick", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "files.json").read_text())["rows"]
