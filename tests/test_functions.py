@@ -1,4 +1,4 @@
-"""Attention and activations of our models: values, derivatives, and what they keep."""
+"""Attention, activations and norms of our models: values, derivatives, and what they keep."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from flax import nnx
 from scipy.special import expit, ndtr
 
 from adapters_jax.models import functions
+from adapters_jax.models.layers import LayerNorm
+from adapters_jax.models.llama import RMSNorm
 
 X = np.linspace(-9, 9, 361)
 
@@ -50,6 +52,110 @@ def test_activations_are_flax_s_with_their_true_derivatives(name):
     assert half.dtype == jnp.bfloat16
     exact = slope(np.asarray(x.astype(jnp.bfloat16), np.float64))
     np.testing.assert_allclose(np.asarray(half, np.float64), exact, atol=4e-3)
+
+
+def normalized(x, scale, centred):
+    """Of float64, the plain formula."""
+    x = x - x.mean(-1, keepdims=True) if centred else x
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale
+
+
+EPSILON = 1e-2
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_norms_have_their_derivative(centred):
+    def ours(x, scale):
+        return functions.normalize(x, scale, EPSILON, centred)
+
+    rng = np.random.default_rng(0)
+    x, scale, to_x, to_scale, back = (
+        rng.normal(0.3, 1.0, shape) for shape in [(3, 5, 7), 7, (3, 5, 7), 7, (3, 5, 7)]
+    )
+    single = [jnp.asarray(value, jnp.float32) for value in (x, scale, to_x, to_scale, back)]
+    np.testing.assert_allclose(ours(*single[:2]), normalized(x, scale, centred), atol=1e-5)
+
+    def difference(to_x, to_scale, step=1e-6):
+        ends = (normalized(x + e * to_x, scale + e * to_scale, centred) for e in (step, -step))
+        return (next(ends) - next(ends)) / (2 * step)
+
+    wanted = difference(to_x, to_scale)
+    _, pushed = jax.jvp(ours, single[:2], single[2:4])
+    np.testing.assert_allclose(pushed, wanted, atol=1e-5)
+    found = jax.vjp(ours, *single[:2])[1](single[4])
+    np.testing.assert_allclose(
+        sum(float(jnp.vdot(a, b)) for a, b in zip(found, single[2:4], strict=True)),
+        np.vdot(back, wanted),
+        rtol=1e-5,
+    )
+    # One of the two alone, as where the other is frozen.
+    np.testing.assert_allclose(
+        jax.grad(lambda x: jnp.vdot(ours(x, single[1]), single[4]))(single[0]), found[0], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.grad(lambda s: jnp.vdot(ours(single[0], s), single[4]))(single[1]), found[1], rtol=1e-6
+    )
+
+    def bent(x):
+        return jnp.vdot(jax.grad(lambda x: jnp.sum(ours(x, single[1]) ** 3))(x), single[2])
+
+    _, second = jax.jvp(bent, single[:1], single[2:3])
+    jax.config.update("jax_enable_x64", True)
+    try:
+        third = [jnp.asarray(value, jnp.float64) for value in (x, scale, to_x)]
+
+        def cubed(e):
+            y = third[0] + e * third[2]
+            y = y - y.mean(-1, keepdims=True) if centred else y
+            y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + EPSILON) * third[1]
+            return jnp.sum(y**3)
+
+        np.testing.assert_allclose(second, jax.grad(jax.grad(cubed))(0.0), rtol=1e-4)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("given", [jnp.float32, jnp.bfloat16])
+def test_norms_are_flax_s(dtype, given):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(0.3, 1.0, (3, 5, 7)), given)
+    types = {"epsilon": EPSILON, "dtype": dtype, "param_dtype": given}
+    params = {name: jnp.asarray(rng.normal(1, 1, 7), given) for name in ("scale", "bias")}
+    layer, theirs = LayerNorm(**types), nn.LayerNorm(**types)
+    like = theirs.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, layer.init(jax.random.key(0), x), like)
+    pairs = [(m.apply, ({"params": params}, x)) for m in (layer, theirs)]
+    rms = [kind(7, rngs=nnx.Rngs(0), **types) for kind in (RMSNorm, nnx.RMSNorm)]
+    for norm in rms:
+        norm.scale.set_value(params["scale"])
+    for pair in (pairs, [(norm, (x,)) for norm in rms]):
+        found, wanted = (jax.jit(call)(*given) for call, given in pair)
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_gate_has_its_derivative():
+    rng = np.random.default_rng(3)
+    gate, x, back = (rng.normal(0, 3, (4, 6)) for _ in range(3))
+    single = [jnp.asarray(value, jnp.float32) for value in (gate, x, back)]
+    for name, part, slope in (
+        ("silu", expit, silu_slope),
+        ("gelu", ndtr, gelu_slope),
+        ("relu", lambda g: g > 0, lambda g: g > 0),
+    ):
+
+        def ours(gate, x, name=name):
+            return functions.gated(functions.ACTIVATIONS[name], gate, x)
+
+        np.testing.assert_allclose(ours(*single[:2]), gate * part(gate) * x, atol=1e-5)
+        found = jax.vjp(ours, *single[:2])[1](single[2])
+        np.testing.assert_allclose(found[0], back * slope(gate) * x, atol=2e-5)
+        np.testing.assert_allclose(found[1], back * gate * part(gate), atol=2e-5)
+        halves = [value.astype(jnp.bfloat16) for value in single]
+        half = jax.vjp(ours, *halves[:2])[1](halves[2])
+        assert {value.dtype for value in half} == {jnp.dtype(jnp.bfloat16)}
+        np.testing.assert_allclose(np.asarray(half[1], np.float32), found[1], rtol=3e-2, atol=3e-2)
 
 
 def test_softmax_has_its_derivative():
@@ -108,24 +214,51 @@ def test_attention_in_half_precision_has_a_softmax_in_float32():
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=1e-2, atol=2e-2)
 
 
+def kept(layer, layers=(6, 14)):
+    """Arrays of the layer's input's size that a layer holds, by XLA's plan of a net's gradient."""
+
+    def temporary(layers):
+        def loss(x, kernels):
+            for _ in range(layers):
+                x = layer(x, *kernels)
+            return jnp.sum(x**2)
+
+        kernels = [jnp.zeros((256, 256)) for _ in range(3)]
+        x = jax.ShapeDtypeStruct((512, 256), jnp.float32)
+        compiled = jax.jit(jax.grad(loss)).lower(x, kernels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (512 * 256 * 4)
+
+    return (temporary(layers[1]) - temporary(layers[0])) / (layers[1] - layers[0])
+
+
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_an_activation_keeps_its_input_alone(name):
-    """By XLA's plan of a frozen net's gradient, a layer holds one array and not two or more."""
-
-    def temporary(activation, layers):
-        def loss(x, kernel):
-            for _ in range(layers):
-                x = activation(x @ kernel)
-            return jnp.sum(x)
-
-        shapes = jax.ShapeDtypeStruct((512, 256), jnp.float32), jnp.zeros((256, 256))
-        compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / (512 * 256 * 4)
-
-    def a_layer(activation):
-        return (temporary(activation, 14) - temporary(activation, 6)) / 8
-
     ours, theirs, _ = CASES[name]
-    assert a_layer(ours) < 1.2
-    assert a_layer(theirs) > 1.7
+    assert kept(lambda x, a, b, c: ours(x @ a)) < 1.2
+    assert kept(lambda x, a, b, c: theirs(x @ a)) > 1.7
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_norm_keeps_its_input_alone():
+    def ours(x, a, b, c):
+        return functions.normalize(x @ a, b[0], EPSILON, True) + c[0]
+
+    def theirs(x, a, b, c):
+        params = {"scale": b[0], "bias": c[0]}
+        return nn.LayerNorm(EPSILON).apply({"params": params}, x @ a)
+
+    assert kept(ours) < 1.2
+    assert kept(theirs) > 1.7
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_gate_keeps_what_it_multiplies_alone():
+    def ours(x, a, b, c):
+        return functions.gated(functions.silu, x @ a, x @ b) @ c
+
+    def theirs(x, a, b, c):
+        return (functions.silu(x @ a) * (x @ b)) @ c
+
+    assert kept(ours) < 2.2
+    assert kept(theirs) > 2.7

@@ -30,6 +30,7 @@ from adapters_jax.models.blocks import run_linen
 from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.layers import (
     FeedForward,
+    LayerNorm,
     Output,
     SelfAttention,
     Sum,
@@ -135,7 +136,7 @@ class BertEmbeddings(Typed):
                 ("token_type", config.type_vocab_size, token_type_ids),
             )
         )
-        x = nn.LayerNorm(epsilon=config.layer_norm_eps, name="norm", **self.types)(x)
+        x = LayerNorm(epsilon=config.layer_norm_eps, name="norm", **self.types)(x)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
     def _positions(self, input_ids: Array) -> Array:
@@ -162,7 +163,7 @@ class BertLayer(Typed):
         """The hidden states that leave the block."""
         config = self.config
         inits = {"kernel_init": nn.initializers.normal(config.initializer_range), **self.types}
-        norm = partial(nn.LayerNorm, epsilon=config.layer_norm_eps, **self.types)
+        norm = partial(LayerNorm, epsilon=config.layer_norm_eps, **self.types)
         attention = SelfAttention(
             config.num_attention_heads,
             config.attention_probs_dropout_prob,

@@ -1,19 +1,23 @@
-"""Attention and activations whose derivatives keep little: what our transformers are made of.
+"""What our transformers are made of: attention, activations, norms whose derivatives keep little.
 
 Over a frozen weight, a backward pass needs neither what came out of an activation nor what led to
 a softmax. Differentiated as they stand, XLA keeps several arrays for each: BERT's GELU two beside
-its input, its softmax two beside its result. These keep one. A derivative is written in another
-form than the function, so that XLA does not take their common parts for something to keep.
+its input, its softmax two beside its result, its norms three in place of one. These keep one. A
+derivative is written in another form than the function, so that XLA does not take their common
+parts for something to keep; its sums are products with a vector, since XLA's CPU compiler keeps
+whatever goes into a sum of its own.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 Activation = Callable[[Array], Array]
@@ -50,6 +54,8 @@ def _silu_slope(x: Array) -> Array:
 gelu = _with(_gelu_slope, lambda x: jax.nn.gelu(x, approximate=False))
 gelu_tanh = _with(_gelu_tanh_slope, lambda x: jax.nn.gelu(x, approximate=True))
 silu = _with(_silu_slope, jax.nn.silu)
+# The function itself in a third form, for where its derivative and it are both wanted backwards.
+_AGAIN: dict[Activation, Activation] = {silu: lambda x: x * (1.0 - jax.nn.sigmoid(-x))}
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
@@ -59,6 +65,25 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": silu,
     "swish": silu,
 }
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def gated(
+    activation: Activation, gate: Float[Array, "*batch d"], x: Float[Array, "*batch d"]
+) -> Float[Array, "*batch d"]:
+    """`activation(gate) * x`; its derivative keeps `gate` and `x` alone."""
+    return activation(gate) * x
+
+
+@gated.defjvp
+def _gated_jvp(
+    activation: Activation, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (gate, x), (of_gate, of_x) = primals, tangents
+    opens = jax.jvp(activation, (gate,), (of_gate,))[1]
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    opened = _AGAIN.get(activation, activation)(wide).astype(gate.dtype)
+    return gated(activation, gate, x), opens * x + opened * of_x
 
 
 @jax.custom_jvp
@@ -71,6 +96,59 @@ def softmax(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     y, change = softmax(*primals), tangents[0]
     return y, y * (change - (y * change).sum(-1, keepdims=True))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def normalize(
+    x: Float[Array, "*batch d"], scale: Float[Array, " d"], epsilon: float, centred: bool
+) -> Float[Array, "*batch d"]:
+    """What flax's layer norm (centred) and RMS norm compute, before a bias.
+
+    Args:
+        x: each row is normalised.
+        scale: of the result.
+        epsilon: added to the variance.
+        centred: whether the mean is subtracted.
+
+    Returns:
+        Float32 at least.
+    """
+    rest, inverse = _standardized(x, epsilon, centred)
+    return rest * (inverse * scale)
+
+
+def _standardized(x: Array, epsilon: float, centred: bool) -> tuple[Array, Array]:
+    """What is left of `x` without its mean, if that goes, and one over the deviation of a row."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    variance, mean = jnp.square(x).mean(-1, keepdims=True), jnp.zeros(())
+    if centred:
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.maximum(0.0, variance - jnp.square(mean))
+    return x - mean, jax.lax.rsqrt(variance + epsilon)
+
+
+@partial(normalize.defjvp, symbolic_zeros=True)
+def _normalize_jvp(
+    epsilon: float, centred: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, scale), (change, of_scale) = primals, tangents
+    rest, inverse = _standardized(x, epsilon, centred)
+    y = rest * (inverse * scale)
+
+    def along(row: Array, scale: Array) -> Array:
+        """`row * scale` of `(..., 1)` and `(d,)`, as a product that is a product backwards too."""
+        return jnp.matmul(row, scale[None].astype(row.dtype), precision="highest")
+
+    moved = jnp.zeros_like(y)
+    if not isinstance(change, SymbolicZero):
+        change = change.astype(y.dtype)
+        shrinks = (change * rest).mean(-1, keepdims=True) * inverse**3
+        moved = change * inverse * scale - along(shrinks, scale) * rest
+        if centred:
+            moved -= along(change.mean(-1, keepdims=True) * inverse, scale)
+    if not isinstance(of_scale, SymbolicZero):
+        moved += along(inverse, of_scale) * rest
+    return y, moved
 
 
 def dot_product_attention(

@@ -29,6 +29,7 @@ from adapters_jax.models.blocks import run_linen
 from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.layers import (
     FeedForward,
+    LayerNorm,
     SelfAttention,
     Sum,
     Typed,
@@ -126,7 +127,7 @@ class GPT2Layer(Typed):
         """The hidden states that leave the block."""
         config = self.config
         inits = {"kernel_init": nn.initializers.normal(config.initializer_range), **self.types}
-        norm = partial(nn.LayerNorm, epsilon=config.layer_norm_epsilon, **self.types)
+        norm = partial(LayerNorm, epsilon=config.layer_norm_epsilon, **self.types)
         attention = SelfAttention(
             config.n_head,
             config.attn_pdrop,
@@ -185,7 +186,7 @@ class GPT2(Typed):
             self.layers = block()
         else:
             self.layer = [block() for _ in range(self.config.n_layer)]
-        self.norm = nn.LayerNorm(epsilon=self.config.layer_norm_epsilon, **self.types)
+        self.norm = LayerNorm(epsilon=self.config.layer_norm_epsilon, **self.types)
 
     def __call__(
         self,

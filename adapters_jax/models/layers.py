@@ -5,11 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.attention import register_attention
-from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention, normalize
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -78,6 +79,22 @@ class Sum(nn.Module):
     ) -> Float[Array, "batch length d"]:
         """Their sum; a module, so that adapters can stand here, or beside the sublayer."""
         return x + y
+
+
+class LayerNorm(Typed):
+    """Layer normalisation over the last axis, as flax's, with the derivative of `normalize`."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Each row of `x` normalised, scaled and shifted."""
+        scale, bias = (
+            self.param(name, init, x.shape[-1:], self.param_dtype)
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        return (normalize(x, scale, self.epsilon, True) + bias).astype(dtype)
 
 
 class SelfAttention(Typed):

@@ -17,7 +17,7 @@ from adapters_jax.attention import register_attention
 from adapters_jax.interop import huggingface
 from adapters_jax.models.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.cache import Cache, LayerCache
-from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.functions import ACTIVATIONS, dot_product_attention, gated, normalize
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.layers import check_tokens
 from adapters_jax.models.rotary import rotary_angles, rotate
@@ -151,7 +151,33 @@ class LlamaMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length d"]:
         """Transforms each position by itself."""
-        return self.output(self.activation(self.gate(x)) * self.up(x))
+        return self.output(gated(self.activation, self.gate(x), self.up(x)))
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMS normalisation over the last axis, as flax's, with the derivative of `normalize`."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        super().__init__(features, epsilon=epsilon, rngs=rngs, **types)
+
+    def __call__(
+        self, x: Float[Array, "*batch d"], mask: Bool[Array, "*#batch #d"] | None = None
+    ) -> Float[Array, "*batch d"]:
+        """Each row of `x` over its root mean square, scaled; with a mask, by flax's own."""
+        if mask is not None:
+            return super().__call__(x, mask)
+        scale: Any = self.scale
+        x, scale = self.promote_dtype((x, scale[...]), dtype=self.dtype)
+        return normalize(x, scale, self.epsilon, False).astype(x.dtype)
 
 
 class LlamaSum(nnx.Module):
@@ -237,9 +263,7 @@ class Llama(nnx.Module):
         linear: Callable[..., nnx.Linear] = partial(
             nnx.Linear, use_bias=False, kernel_init=init, **types
         )
-        norm: Callable[..., nnx.RMSNorm] = partial(
-            nnx.RMSNorm, epsilon=config.rms_norm_eps, **types
-        )
+        norm: Callable[..., nnx.RMSNorm] = partial(RMSNorm, epsilon=config.rms_norm_eps, **types)
         self.config = config
         self.dtype = dtype
         self.remat = remat
