@@ -46,9 +46,9 @@ def test_sides_on_jax_do_equal_work(place, model, method):
     found, losses = checked(names, place, model, method)
     counted = {name: step.analysis() for name, step in found.items()}
     extra = counted["ours"]["flops"] - counted["hand"]["flops"]
-    # The derivatives of our activations and softmax take a little less.
-    least = -0.03 * counted["hand"]["flops"]
-    assert least <= extra <= 14 * found["ours"].about["trainable"]
+    # The derivatives of our activations, norms and softmax take a little more or less.
+    slack = 0.03 * counted["hand"]["flops"]
+    assert -slack <= extra <= 14 * found["ours"].about["trainable"] + slack
     assert all(0 < c["temporary"] < c["live"] for c in counted.values())
     first, _, third = losses["ours"]
     assert third < first
