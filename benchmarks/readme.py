@@ -22,13 +22,14 @@ BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- e
 def section(results: Path = RESULTS) -> str:
     """The section's text, of a directory of results.
 
-    Every row names the command that makes it again; what was not reached is there as well.
+    Every row names the command that makes it again; what was not reached is there as well. A file
+    beside a benchmark's own, as of another machine, is shown under its own name.
     """
-    files = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    claims = [row for file in files for row in _claims(file)]
-    wanted = [row for file in files for row in _wanted(file)]
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    claims = [row for name, file in files.items() for row in _claims(file, name)]
+    wanted = [row for name, file in files.items() for row in _wanted(file, name)]
     missed = [row for row in wanted if row["met"] == "no"]
-    machines = dict.fromkeys(map(_machine, files))
+    machines = dict.fromkeys(map(_machine, files.values()))
     parts = [
         *(["Published claims, and what was found here:", table(claims)] if claims else []),
         *(f"![{alt}](benchmarks/results/{name}.png)" for name, alt in _pictures(results)),
@@ -47,19 +48,25 @@ def _pictures(results: Path) -> list[tuple[str, str]]:
     return [(name, alt) for name, alt in PICTURES.items() if (results / f"{name}.png").exists()]
 
 
-def _claims(file: Row) -> Iterator[Row]:
+def _sources(file: Row, name: str) -> Row:
+    """Where a row has all of its figures, and what makes it again."""
+    link = f"[{name}](benchmarks/results/{name}.md)"
+    return {"results": link, "command": f"`{file['command']}`"}
+
+
+def _claims(file: Row, name: str) -> Iterator[Row]:
     for row in _rows(file, CLAIMS):
-        yield {**row, "command": f"`{file['command']}`"}
+        yield {**row, **_sources(file, name)}
 
 
-def _wanted(file: Row) -> Iterator[Row]:
+def _wanted(file: Row, name: str) -> Iterator[Row]:
     for row in _rows(file, WANTED):
         yield {
             "figure": row["claim"],
             "measured": _shown(row["measured"]),
             "at most": row["at most"],
             "met": cell(row["met"]),
-            "command": f"`{file['command']}`",
+            **_sources(file, name),
         }
 
 

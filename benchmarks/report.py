@@ -32,13 +32,23 @@ def _read(path: str, key: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
+def _processor() -> str:
+    """Its name, and the numbers of its kind: some names stand for several."""
+    name, *numbers = (
+        _read("/proc/cpuinfo", key) for key in ("model name", "cpu family\t", "model\t")
+    )
+    if not all(numbers):
+        return name or platform.processor()
+    return "{}, family {}, model {}".format(name, *numbers)
+
+
 def machine() -> Row:
     """What the figures were measured on, and how busy it was."""
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": _read("/proc/cpuinfo", "model name") or platform.processor(),
+        "processor": _processor(),
         "cores": cores,
         "memory": _read("/proc/meminfo", "MemTotal"),
         "system": platform.platform(),

@@ -219,7 +219,7 @@ def test_the_section_of_results(tmp_path):
     report.claim("bytes", 7.0, 6.0)
     report.finish()
     text = readme.section(tmp_path)
-    command = "`python -m benchmarks toy`"
+    command = "[toy](benchmarks/results/toy.md) | `python -m benchmarks toy`"
     assert f"| adapters are free | +0 % | +3 % | a forward | not reproduced | {command} |" in text
     assert f"| ours / theirs | 0.5 [0.4, 0.6] | 0.65 | yes | {command} |" in text
     assert "Of 2 figures that were asked for, 1 are reached." in text

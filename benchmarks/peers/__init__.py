@@ -16,7 +16,7 @@ from benchmarks.report import Report
 
 def run(report: Report, quick: bool) -> None:
     """The whole benchmark; at toy sizes if quick."""
-    sizes, rounds = (files.TOY, 2) if quick else (files.Sizes(), 11)
+    sizes, rounds = (files.TOY, 2) if quick else (files.Sizes(), 7)
     place = Path(tempfile.mkdtemp(prefix="adapters-jax-peers-"))
     try:
         files.write(place, sizes)
