@@ -22,7 +22,7 @@ from adapters_jax.errors import AdapterFileError, shortened
 from adapters_jax.untrusted import MOST_JSON, opened, parse, read_bytes, told_of
 
 LONGEST_NAME = 512
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

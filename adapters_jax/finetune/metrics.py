@@ -49,7 +49,7 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     """
     from sklearn.metrics import f1_score
 
-    binary = max(np.max(predictions), np.max(labels)) <= 1
+    binary = max(np.asarray(predictions).max(), np.asarray(labels).max()) <= 1
     classes = [1] if binary else None
     return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
 
@@ -208,4 +208,5 @@ def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> 
 
 def _constant(values: ArrayLike) -> bool:
     # Also equal up to rounding: a correlation of rounding errors would be noise, and scipy warns.
-    return bool(np.ptp(values) <= 1e-12 * np.max(np.abs(values)))
+    found = np.asarray(values)
+    return bool(np.ptp(found) <= 1e-12 * np.abs(found).max())
