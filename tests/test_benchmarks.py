@@ -11,7 +11,7 @@ from flax import nnx
 
 from benchmarks import __main__, harness, llama, readme, scale, step, tradeoff, workers
 from benchmarks.harness import Spread
-from benchmarks.report import Report
+from benchmarks.report import Report, _processor
 
 
 def test_spread_and_ratio():
@@ -197,6 +197,14 @@ def test_a_peer_that_cannot_be_installed_says_so(tmp_path, monkeypatch):
     for _ in range(2):  # a half-made environment is not taken for a whole one
         with pytest.raises(workers.PeerError, match="none could not be .*no-such-package"):
             workers.interpreter("none")
+
+
+def test_a_processor_is_told_from_others_of_its_name(monkeypatch):
+    lines = {"model name": "AMD EPYC", "cpu family\t": "25", "model\t": "17"}
+    monkeypatch.setattr("benchmarks.report._read", lambda path, key: lines[key])
+    assert _processor() == "AMD EPYC, family 25, model 17"
+    lines["model\t"] = ""
+    assert _processor() == "AMD EPYC"
 
 
 def test_panels_are_drawn(tmp_path):

@@ -54,13 +54,13 @@ def test_activations_are_flax_s_with_their_true_derivatives(name):
     np.testing.assert_allclose(np.asarray(half, np.float64), exact, atol=4e-3)
 
 
+EPSILON = 1e-2
+
+
 def normalized(x, scale, centred):
     """Of float64, the plain formula."""
     x = x - x.mean(-1, keepdims=True) if centred else x
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale
-
-
-EPSILON = 1e-2
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -133,6 +133,18 @@ def test_norms_are_flax_s(dtype, given):
         found, wanted = (jax.jit(call)(*given) for call, given in pair)
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
+
+    def slopes(apply):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(3 * apply({"params": params}, x).astype(jnp.float32)))
+
+        return jax.tree.leaves(jax.grad(loss, (0, 1))(params, x))
+
+    for found, wanted in zip(*(slopes(apply) for apply, _ in pairs), strict=True):
+        assert found.dtype == wanted.dtype == given
+        found, wanted = (np.asarray(value, np.float32) for value in (found, wanted))
+        close = 1e-5 if given == jnp.float32 else 2**-7
+        np.testing.assert_allclose(found, wanted, rtol=close, atol=close)
 
 
 def test_a_gate_has_its_derivative():

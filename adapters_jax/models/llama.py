@@ -169,12 +169,8 @@ class RMSNorm(nnx.RMSNorm):
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         super().__init__(features, epsilon=epsilon, rngs=rngs, **types)
 
-    def __call__(
-        self, x: Float[Array, "*batch d"], mask: Bool[Array, "*#batch #d"] | None = None
-    ) -> Float[Array, "*batch d"]:
-        """Each row of `x` over its root mean square, scaled; with a mask, by flax's own."""
-        if mask is not None:
-            return super().__call__(x, mask)
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:  # type: ignore[override]
+        """Each row of `x` over its root mean square, scaled; flax's has a mask besides."""
         scale: Any = self.scale
         x, scale = self.promote_dtype((x, scale[...]), dtype=self.dtype)
         return normalize(x, scale, self.epsilon, False).astype(x.dtype)
