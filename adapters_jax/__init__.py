@@ -2,12 +2,10 @@
 
 from adapters_jax import linen, nnx
 from adapters_jax.adapt import adapt
-from adapters_jax.attention import register_attention
-from adapters_jax.audit import audit
-from adapters_jax.card import model_card
-from adapters_jax.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from adapters_jax.combine import Combined, combine
-from adapters_jax.depth import Stack, stack_layers, unstack_layers
+from adapters_jax.audit import Audit, audit
+from adapters_jax.distributed.hosts import join_hosts
+from adapters_jax.distributed.mesh import ShardingError, local_rows, make_mesh, shard_batch
+from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.errors import (
     AdapterFileError,
     MismatchError,
@@ -15,13 +13,12 @@ from adapters_jax.errors import (
     RecipeError,
     TargetError,
 )
-from adapters_jax.files import read_adapter, save_adapter
-from adapters_jax.hosts import join_hosts
-from adapters_jax.identity import BaseIdentity, base_identity
+from adapters_jax.io.adapter import read_adapter, save_adapter
+from adapters_jax.io.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from adapters_jax.io.identity import BaseIdentity, base_identity
+from adapters_jax.io.loading import load_adapter
+from adapters_jax.io.model_card import model_card
 from adapters_jax.linen import init_adapters
-from adapters_jax.loading import load_adapter
-from adapters_jax.merge import merge, unmerge
-from adapters_jax.mesh import ShardingError, local_rows, make_mesh, shard_batch
 from adapters_jax.methods import (
     Bottleneck,
     DoRA,
@@ -34,7 +31,6 @@ from adapters_jax.methods import (
     lora_parameters,
     prefix_parameters,
 )
-from adapters_jax.partition import freeze_base, lora_plus, merge_trees, partition
 from adapters_jax.presets import (
     bitfit,
     full,
@@ -47,13 +43,17 @@ from adapters_jax.presets import (
     pfeiffer,
     prefix_tuning,
 )
-from adapters_jax.quantize import dequantize, quantize
 from adapters_jax.recipe import Recipe
-from adapters_jax.registry import register_contraction
-from adapters_jax.sharding import layout, shard
-from adapters_jax.state import TrainState
-from adapters_jax.summary import Audit
-from adapters_jax.train import make_eval_step, make_train_step
+from adapters_jax.training.optimizers import freeze_base, lora_plus
+from adapters_jax.training.state import TrainState
+from adapters_jax.training.step import make_eval_step, make_train_step
+from adapters_jax.transforms.combine import Combined, combine
+from adapters_jax.transforms.merge import merge, unmerge
+from adapters_jax.transforms.quantize import dequantize, quantize
+from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
+from adapters_jax.trees import merge_trees, partition
+from adapters_jax.weights.attention import register_attention
+from adapters_jax.weights.linear import register_contraction
 
 __all__ = [
     "AdapterFileError",

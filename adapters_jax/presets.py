@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from adapters_jax.checks import check_choice
 from adapters_jax.methods import (
     Bottleneck,
     DoRA,
@@ -12,7 +13,6 @@ from adapters_jax.methods import (
     PrefixTuning,
     Unfreeze,
 )
-from adapters_jax.methods.fields import check_choice
 from adapters_jax.recipe import Recipe
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
@@ -268,3 +268,11 @@ def last_layers(
 def full() -> Recipe:
     """Full fine-tuning: every parameter trains."""
     return Recipe(Unfreeze("**"))
+
+
+HEAD = "head"  # path of the task's head in our classifiers
+
+
+def head_only(*, head: str | None = None) -> Recipe:
+    """The frozen base with a trained head: what every adapter has to beat."""
+    return Recipe(Unfreeze(f"{head or HEAD}/**"))

@@ -26,7 +26,7 @@ import json, sys, jax, jax.numpy as jnp, optax
 from flax import nnx
 import adapters_jax as aj
 from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.plan import abstract_state
+from adapters_jax.distributed.plan import abstract_state
 from benchmarks.collectives import collective_bytes
 
 layers, d, batch, length = json.loads(sys.argv[1])

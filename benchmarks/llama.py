@@ -16,11 +16,10 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.finetune.assets import cached
-from adapters_jax.models import generate as generation
-from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.partition import flatten
+from adapters_jax.models import generation as generation
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+from adapters_jax.pretrained.assets import cached
+from adapters_jax.trees import flatten
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of
 from benchmarks.report import Report

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import adapters_jax as aj
-from adapters_jax.finetune.counts import adapted_shape, count_parameters
-from adapters_jax.finetune.recipes import MethodOptions
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.shapes import adapted_shape, count_parameters
 from adapters_jax.models.gpt2 import NAMES
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 from benchmarks.report import Report
 from benchmarks.shapes import agreement
 

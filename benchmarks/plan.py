@@ -49,7 +49,15 @@ def run(report: Report, quick: bool) -> None:
 def planned(model: str) -> Any:
     """What `adapters-jax plan --json` says of one of `CASES`."""
     flags = [model, *CASES[model], "--mesh", MESHES.get(model, "data=1")]
-    command = [sys.executable, "-m", "adapters_jax.cli", "plan", "--model", *flags, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "adapters_jax.app.cli.main",
+        "plan",
+        "--model",
+        *flags,
+        "--json",
+    ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")

@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.distributed.plan import abstract_state
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.plan import abstract_state
 from benchmarks import devices
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report

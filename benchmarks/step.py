@@ -19,9 +19,8 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.bert import BERT_LARGE, BertConfig
-from adapters_jax.models.classifier import BertClassifier
-from adapters_jax.partition import flatten, path_of, unflatten
+from adapters_jax.models.bert import BERT_LARGE, BertClassifier, BertConfig
+from adapters_jax.trees import flatten, path_of, unflatten
 from benchmarks import by_hand
 from benchmarks.by_hand import NnxBert, Sizes, cross_entropy
 from benchmarks.harness import Spread, fresh, interleave, ratio

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import adapters_jax as aj
-from adapters_jax.partition import Tree, flatten, unflatten
+from adapters_jax.trees import Tree, flatten, unflatten
 from benchmarks.report import Report
 from benchmarks.shapes import FULL, HOULSBY, LORA, Subject
 

@@ -57,7 +57,7 @@ def run(report: Report, quick: bool, data: str) -> None:
 
 def compared(flags: list[str]) -> Any:
     """What `adapters-jax compare --json` says; its progress is shown."""
-    command = [sys.executable, "-m", "adapters_jax.cli", "compare", *flags, "--json"]
+    command = [sys.executable, "-m", "adapters_jax.app.cli.main", "compare", *flags, "--json"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {ran.returncode}")

@@ -20,8 +20,7 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.models.llama_files import load_llama
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
 
 TOY = LlamaConfig(
     vocab_size=256,

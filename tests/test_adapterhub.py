@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from arrays import read_arrays
+from helpers.arrays import read_arrays
 from test_peft import inputs_of
 
 import adapters_jax as aj
@@ -23,9 +23,10 @@ from adapters_jax.interop.adapterhub import (
     load_adapterhub,
     save_adapterhub,
 )
-from adapters_jax.models import bert, classifier, gpt2, llama_files
+from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models.bert import classifier
 from adapters_jax.models.llama import Llama
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 
 BASES = Path(__file__).parent / "fixtures"
 FIXTURES = BASES / "adapterhub"
@@ -54,10 +55,10 @@ def base_of(base, pooling="pooler"):
     if base == "gpt2":
         config, params = gpt2.load_gpt2(BASES / "gpt2")
         return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
-    _, model = llama_files.load_llama(BASES / "llama")
+    _, model = llama.load_llama(BASES / "llama")
     inputs = inputs_of("llama")
     inputs["positions"] = inputs.pop("position_ids")
-    return llama_files.NAMES, model, model, inputs
+    return llama.NAMES, model, model, inputs
 
 
 def of_fixture(fixture):

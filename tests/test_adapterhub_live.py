@@ -5,7 +5,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from finished import encoder_run
+from helpers.finished import encoder_run
+from helpers.trained import trained
 from test_adapterhub import (
     BASES,
     FIXTURES,
@@ -17,11 +18,10 @@ from test_adapterhub import (
     pooling_of,
     seen,
 )
-from trained import trained
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference.predictor import load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"

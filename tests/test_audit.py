@@ -15,7 +15,7 @@ from rich.console import Console
 
 import adapters_jax as aj
 from adapters_jax.models import KNOWN
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 
 X = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 RECIPE = aj.Recipe(

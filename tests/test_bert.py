@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import read_arrays
 from flax.traverse_util import flatten_dict
+from helpers.arrays import read_arrays
 
 import adapters_jax as aj
 from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import (
     BERT_BASE,
     Bert,
+    BertClassifier,
     BertConfig,
     load_bert,
+    mean_pool,
 )
-from adapters_jax.models.classifier import BertClassifier, mean_pool
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "dev.tsv"
@@ -312,7 +313,7 @@ def embed(directory, sentences):
 def test_minilm_embeddings_agree_with_human_similarity():
     from scipy.stats import spearmanr
 
-    from adapters_jax.finetune import assets
+    from adapters_jax.pretrained import assets
 
     with STSB.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -328,7 +329,7 @@ def test_minilm_embeddings_agree_with_human_similarity():
 
 
 def test_merged_is_unmerged_on_minilm():
-    from adapters_jax.finetune.assets import cached
+    from adapters_jax.pretrained.assets import cached
 
     directory = cached("minilm")
     if directory is None:

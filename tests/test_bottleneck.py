@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn, drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import double, drawn, drawn_like
 
 import adapters_jax as aj
 from adapters_jax.methods.base import Site
 from adapters_jax.methods.bottleneck import ACTIVATIONS
-from adapters_jax.partition import flatten, path_of
+from adapters_jax.trees import flatten, path_of
 
 D, M = 6, 3
 SITE = Site("layer_0/mlp", "__call__", D)

@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.checkpoint import CheckpointError, Checkpoints
-from adapters_jax.partition import flatten
-from adapters_jax.sums import SUMS
+from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
+from adapters_jax.io.checksums import SUMS
+from adapters_jax.trees import flatten
 
 RECIPE = aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze("dense/bias"))
 
@@ -258,7 +258,7 @@ LAYOUTS = """
 import sys, jax, numpy as np, optax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_checkpoint import new_state
-from adapters_jax.checkpoint import Checkpoints
+from adapters_jax.io.checkpoint import Checkpoints
 
 def laid(state, shape):
     mesh = Mesh(np.array(jax.devices()[:np.prod(shape)]).reshape(shape), ("data", "model"))

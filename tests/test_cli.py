@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
-from tiny import write_model, write_reviews
 
-from adapters_jax.cli import COMMANDS, main
-from adapters_jax.finetune.classification import Classification
-from adapters_jax.finetune.runs import Run
+from adapters_jax.app.cli.main import COMMANDS, main
+from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks.classification import Classification
 
 
 @pytest.fixture(scope="module")

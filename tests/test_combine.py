@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import double, drawn
 
 import adapters_jax as aj
-from adapters_jax.partition import flatten
+from adapters_jax.trees import flatten
 
 IN, OUT = 6, 5
 X = drawn((3, IN))
@@ -148,7 +148,7 @@ def test_an_nnx_model_and_directories_do(tmp_path):
         model = aj.adapt(Model(), recipe, rngs=nnx.Rngs(seed))
         state = jax.tree.map(lambda x: x + 0.1, nnx.state(model, aj.nnx.AdapterParam))
         saved.append(aj.save_adapter(tmp_path / str(seed), state, recipe))
-    combined = aj.combine(Model(), saved, [0.5, 0.25])
+    combined = aj.combine(Model(), [aj.read_adapter(d) for d in saved], [0.5, 0.25])
     place = aj.save_adapter(tmp_path / "both", combined.adapters, combined.recipe)
     merged = [aj.merge(aj.load_adapter(place, Model())) for place in (*saved, place)]
     base = Model()

@@ -12,27 +12,27 @@ import signal
 import jax
 import numpy as np
 import pytest
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from test_report import Page
-from tiny import write_llama, write_meanings, write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.compare import work
-from adapters_jax.compare.cells import CellOutput
-from adapters_jax.compare.grid import Cell, Grid, read_candidate, spread
-from adapters_jax.compare.labels import Label, place_labels
-from adapters_jax.compare.page import comparison_table
-from adapters_jax.compare.tradeoff import draw_tradeoff
-from adapters_jax.compare.work import _Pace, compiled_in
-from adapters_jax.finetune import job
-from adapters_jax.finetune.classification import Classification
-from adapters_jax.finetune.flags import parse
-from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.runs import Run
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.compare import comparison as work
+from adapters_jax.app.compare.annotations import Label, place_labels
+from adapters_jax.app.compare.cells import CellOutput
+from adapters_jax.app.compare.comparison import _Pace, compiled_in
+from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.app.compare.summary import comparison_table
+from adapters_jax.app.compare.tradeoff import draw_tradeoff
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import parse
+from adapters_jax.app.runs import job
+from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks.classification import Classification
 
 NORMS = "layer-norms"
 RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)

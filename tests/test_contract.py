@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import CASES, DOORS, SUBJECTS, VARIANTS, bits, ids, shaken
+from helpers.contract import CASES, DOORS, SUBJECTS, VARIANTS, bits, ids, shaken
 
 import adapters_jax as aj
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 
 
 @functools.cache

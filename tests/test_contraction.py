@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn, drawn_like, shapes
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import double, drawn, drawn_like, shapes
 
 import adapters_jax as aj
-from adapters_jax import registry as layers
-from adapters_jax.contraction import from_equation
-from adapters_jax.partition import flatten
+from adapters_jax.trees import flatten
+from adapters_jax.weights import linear as layers
+from adapters_jax.weights.contraction import from_equation
 
 RANK, ALPHA = 2, 3.0
 RECIPE = aj.Recipe(aj.LoRA("**", RANK, ALPHA))

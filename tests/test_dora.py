@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn, drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import double, drawn, drawn_like
 
 import adapters_jax as aj
-from adapters_jax.partition import flatten
+from adapters_jax.trees import flatten
 
 IN, OUT, R, ALPHA = 5, 7, 3, 6.0
 X = drawn((2, IN))

@@ -15,19 +15,18 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from arrays import drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import drawn_like
 
 import adapters_jax as aj
-from adapters_jax import atomic
 from adapters_jax.errors import AdapterFileError
-from adapters_jax.files import TENSORS, read_adapter
-from adapters_jax.manifest import CONFIG
-from adapters_jax.models.bert import BertConfig
-from adapters_jax.models.classifier import BertClassifier
+from adapters_jax.io import atomic
+from adapters_jax.io.adapter import TENSORS, read_adapter
+from adapters_jax.io.manifest import CONFIG
+from adapters_jax.models.bert import BertClassifier, BertConfig
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import flatten
+from adapters_jax.trees import flatten
 
 X = np.ones((2, 4), np.float32)
 RECIPE = aj.Recipe(

@@ -11,25 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file
-from tiny import write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.classification import Classification
-from adapters_jax.finetune.head import FeatureBatches, Head
-from adapters_jax.finetune.metrics import compute
-from adapters_jax.finetune.optimizers import OptimizerOptions
-from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.predictor import load_predictor
-from adapters_jax.finetune.recipes import PRESETS, MethodName, MethodOptions
-from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.runs import Run, run_name
-from adapters_jax.finetune.sources import DataOptions
-from adapters_jax.finetune.targets import Target
-from adapters_jax.finetune.tasks import load_task
-from adapters_jax.finetune.training import in_row_order
-from adapters_jax.partition import flatten
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.data import DataOptions
+from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.data.glue import load_task
+from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.io.run_directory import Run, run_name
+from adapters_jax.tasks.base import in_row_order
+from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.head import FeatureBatches, Head
+from adapters_jax.tasks.metrics import compute
+from adapters_jax.tasks.outputs import Target
+from adapters_jax.trees import flatten
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     assert last.startswith("adapters-jax finetune: step ")
     assert "is not finite, so training stopped; the last good adapter is in" in last
     assert "try a --learning-rate below 1e+30" in last
-    recipe, tensors = aj.files.read_adapter(run.adapter)
+    recipe, tensors = aj.read_adapter(run.adapter)
     assert recipe == aj.houlsby(head="head")
     assert all(np.abs(x).max() < 2 for x in tensors.values())
     assert json.loads(run.config.read_text())["stopped"] in last

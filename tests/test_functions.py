@@ -8,9 +8,9 @@ from flax import linen as nn
 from flax import nnx
 from scipy.special import expit, ndtr
 
-from adapters_jax.models import functions
-from adapters_jax.models.layers import LayerNorm
-from adapters_jax.models.llama import RMSNorm
+from adapters_jax.models.llama.model import RMSNorm
+from adapters_jax.models.parts import functions
+from adapters_jax.models.parts.layers import LayerNorm
 
 X = np.linspace(-9, 9, 361)
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors
 from flax import nnx
-from hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt, taken_apart
+from helpers.hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt, taken_apart
 from hypothesis import HealthCheck, Phase, given, settings
 
 import adapters_jax as aj
-from adapters_jax.files import TENSORS, read_adapter
-from adapters_jax.manifest import CONFIG
-from adapters_jax.partition import flatten
+from adapters_jax.io.adapter import TENSORS, read_adapter
+from adapters_jax.io.manifest import CONFIG
+from adapters_jax.trees import flatten
 
 USUAL, MANY = 2000, 50_000
 SHARE = 10  # for so many files one is loaded onto a model as well

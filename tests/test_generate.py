@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import drawn_like
 from flax import nnx
+from helpers.arrays import drawn_like
 from test_llama import TINY, build
 
 import adapters_jax as aj
-from adapters_jax.models import generate as module
-from adapters_jax.models.generate import generate, nucleus
+from adapters_jax.models import generation as module
+from adapters_jax.models.generation import generate, nucleus
 from adapters_jax.nnx import AdapterParam
 
 CONFIG = replace(TINY, num_hidden_layers=2)

@@ -14,11 +14,11 @@ from flax import nnx
 from test_llama import TINY, build
 
 from adapters_jax.errors import MismatchError
-from adapters_jax.finetune.assets import cached
 from adapters_jax.interop import chat
 from adapters_jax.interop.gguf import find_gguf, read_gguf
-from adapters_jax.interop.gguf_tensors import half_split
-from adapters_jax.models.llama_files import load_llama
+from adapters_jax.interop.gguf.tensors import half_split
+from adapters_jax.models.llama import load_llama
+from adapters_jax.pretrained.assets import cached
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
 TOKENS = [

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import read_arrays
 from flax.traverse_util import flatten_dict
+from helpers.arrays import read_arrays
 
 from adapters_jax.models import KNOWN
 from adapters_jax.models.gpt2 import GPT2, GPT2Config, causal_mask, load_gpt2

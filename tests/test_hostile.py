@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import drawn
 from flax import nnx
-from hostile import RAW, RECIPES, X, linen_base, nnx_base, put_together, save, taken_apart
+from helpers.arrays import drawn
+from helpers.hostile import RAW, RECIPES, X, linen_base, nnx_base, put_together, save, taken_apart
 from safetensors.numpy import save_file
 
 import adapters_jax as aj
-from adapters_jax.files import TENSORS, read_adapter
-from adapters_jax.manifest import CONFIG
-from adapters_jax.tensors import open_tensors, read_tensors
-from adapters_jax.untrusted import read_json
+from adapters_jax.io.adapter import TENSORS, read_adapter
+from adapters_jax.io.manifest import CONFIG
+from adapters_jax.io.tensors import open_tensors, read_tensors
+from adapters_jax.io.untrusted import read_json
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from adapters_jax.hosts import COORDINATOR, PROCESS, PROCESSES, join_hosts
+from adapters_jax.distributed.hosts import COORDINATOR, PROCESS, PROCESSES, join_hosts
 
 
 @pytest.fixture

@@ -11,25 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from finished import LORA, decoder_run, encoder_run
 from flax import linen as nn
 from flax import nnx
-from hub_server import serving
+from helpers.finished import LORA, decoder_run, encoder_run
+from helpers.hub_server import serving
+from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
-from tiny import write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax import hub
-from adapters_jax.cli import main
-from adapters_jax.finetune import bases
-from adapters_jax.finetune.generator import load_generator
-from adapters_jax.finetune.predictor import load_predictor
-from adapters_jax.finetune.runs import Run
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference.predictor import load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub
 from adapters_jax.interop.peft import load_peft
+from adapters_jax.io import hub
+from adapters_jax.io.run_directory import Run
 from adapters_jax.models.bert import load_bert
-from adapters_jax.models.classifier import NAMES
-from adapters_jax.partition import flatten
+from adapters_jax.models.bert.classifier import NAMES
+from adapters_jax.pretrained import locate as bases
+from adapters_jax.trees import flatten
 
 hf = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")

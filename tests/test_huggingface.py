@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from arrays import read_arrays
 from flax import nnx
+from helpers.arrays import read_arrays
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import MismatchError
@@ -19,7 +19,7 @@ from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.gpt2 import load_gpt2
-from adapters_jax.models.llama_files import load_llama
+from adapters_jax.models.llama import load_llama
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TABLE = NameTable(

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hostile import RECIPES, NnxNet, X, linen_base, nnx_base, save
+from helpers.hostile import RECIPES, NnxNet, X, linen_base, nnx_base, save
 
 import adapters_jax as aj
-from adapters_jax.manifest import CONFIG, Manifest
+from adapters_jax.io.manifest import CONFIG, Manifest
 
 TINY = aj.base_identity(linen_base()[1])
 

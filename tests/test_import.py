@@ -23,7 +23,9 @@ def test_the_core_imports_nothing_of_the_application():
     assert not imported & {
         *APPLICATION,
         "qwix",
-        "adapters_jax.finetune",
-        "adapters_jax.compare",
+        "adapters_jax.app",
+        "adapters_jax.data",
+        "adapters_jax.inference",
         "adapters_jax.models",
+        "adapters_jax.tasks",
     }

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import read_arrays
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from helpers.arrays import read_arrays
 
 from adapters_jax.models import KNOWN
-from adapters_jax.models.llama import Llama, LlamaConfig, rotary_angles, rotate
-from adapters_jax.models.llama_files import load_llama, save_llama
+from adapters_jax.models.llama import Llama, LlamaConfig, load_llama, save_llama
+from adapters_jax.models.parts.rotary import rotary_angles, rotate
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = LlamaConfig(

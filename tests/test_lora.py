@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn, drawn_like, shapes
 from flax import linen as nn
 from flax import nnx
 from flax.errors import InvalidRngError
+from helpers.arrays import double, drawn, drawn_like, shapes
 
 import adapters_jax as aj
 from adapters_jax.methods.base import Site
-from adapters_jax.registry import find
+from adapters_jax.weights.linear import find
 
 DIN, DOUT = 6, 4
 

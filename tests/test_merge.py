@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, drawn, drawn_like, shapes
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import double, drawn, drawn_like, shapes
 
 import adapters_jax as aj
 

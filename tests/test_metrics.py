@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adapters_jax.finetune.metrics import METRICS, compute
+from adapters_jax.tasks.metrics import METRICS, compute
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])

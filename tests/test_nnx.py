@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import drawn, drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import drawn, drawn_like
 
 import adapters_jax as aj
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import flatten
+from adapters_jax.trees import flatten
 
 D = 4
 
@@ -786,7 +786,7 @@ def test_tracing_a_model_again_makes_no_new_classes():
     made = []
     for _ in range(2):
         adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=(X,))
-        made.append(aj.nnx.trace._recording_class.cache_info().misses)
+        made.append(aj.nnx.points._recording_class.cache_info().misses)
     assert made[0] == made[1] > 0
 
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import drawn_like
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import drawn_like
 
 import adapters_jax as aj
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import flatten, path_of, unflatten
+from adapters_jax.trees import flatten, path_of, unflatten
 
 RECIPE = aj.Recipe(aj.LoRA("**/query", rank=2), aj.Unfreeze(("head/*", "**/norm/**")))
 

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from arrays import read_arrays
 from flax import linen as nn
 from flax import nnx
+from helpers.arrays import read_arrays
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop.peft import CONFIG, PICKLE, TENSORS, load_peft, save_peft
-from adapters_jax.interop.peft_config import means
-from adapters_jax.models import bert, classifier, gpt2, llama_files
+from adapters_jax.interop.peft.config import means
+from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models.bert import classifier
 from adapters_jax.models.llama import Llama
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.trees import flatten, unflatten
 
 BASES = Path(__file__).parent / "fixtures"
 FIXTURES = BASES / "peft"
@@ -59,10 +60,10 @@ def base_of(fixture):
         config, params = gpt2.load_gpt2(BASES / "gpt2")
         return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
     if kind == "llama":
-        _, model = llama_files.load_llama(BASES / "llama")
+        _, model = llama.load_llama(BASES / "llama")
         inputs = inputs_of("llama")
         inputs["positions"] = inputs.pop("position_ids")
-        return llama_files.NAMES, model, model, inputs
+        return llama.NAMES, model, model, inputs
     tensors = read_arrays(FIXTURES / "net")
     params = {}
     for name, tensor in tensors.items():

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finished import decoder_run, encoder_run
+from helpers.finished import decoder_run, encoder_run
+from helpers.trained import trained
 from test_peft import BASES, FIXTURES, HAVE, base_of
-from trained import trained
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.generator import load_generator
-from adapters_jax.finetune.predictor import load_predictor
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference.predictor import load_predictor
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models.llama import Llama
 

@@ -12,11 +12,10 @@ import pytest
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.finetune import assets
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import classifier, llama_files
-from adapters_jax.models.bert import load_bert
-from adapters_jax.models.classifier import BertClassifier
+from adapters_jax.models import llama
+from adapters_jax.models.bert import BertClassifier, classifier, load_bert
+from adapters_jax.pretrained import assets
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -131,8 +130,8 @@ def test_minilm_trained_here_has_equal_logits_in_peft(minilm, tmp_path):
 def smollm(tmp_path_factory):
     """SmolLM2 in Hugging Face's layout, and the first tokens of a text."""
     place = tmp_path_factory.mktemp("smollm")
-    config, model = llama_files.load_llama(fetched("smollm2-135m"))
-    llama_files.save_llama(place, config, model)
+    config, model = llama.load_llama(fetched("smollm2-135m"))
+    llama.save_llama(place, config, model)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)).astype(np.int32)
     return place, model, ids
 
@@ -149,7 +148,7 @@ def test_smollm2_trained_in_peft_has_equal_logits_here(smollm, tmp_path):
     trained.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = trained(tokens).logits.numpy()
-    recipe, adapters = load_peft(tmp_path, llama_files.NAMES, model)
+    recipe, adapters = load_peft(tmp_path, llama.NAMES, model)
     grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
     aj.save_adapter(tmp_path / "ours", adapters, recipe)
     grown = aj.load_adapter(tmp_path / "ours", model)
@@ -168,7 +167,7 @@ def test_smollm2_trained_here_has_equal_logits_in_peft(smollm, tmp_path):
 
     state = train_ours(adapted, None, loss)
     expected = np.asarray(state.model(ids))
-    save_peft(tmp_path / "a", recipe, state.trained, llama_files.NAMES, model)
+    save_peft(tmp_path / "a", recipe, state.trained, llama.NAMES, model)
     theirs = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()

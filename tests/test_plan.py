@@ -13,14 +13,14 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers.tiny import write_llama, write_model
 from test_sharding import environment
-from tiny import write_llama, write_model
 
 import adapters_jax as aj
-from adapters_jax.cli import main
-from adapters_jax.finetune.counts import count_parameters
-from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.plan import Plan, abstract_state, largest_batch, plan
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.shapes import count_parameters
+from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
 
 WIDTH, RANK = 64, 4
 

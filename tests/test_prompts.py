@@ -8,9 +8,9 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax import attention
 from adapters_jax.methods.base import Site
 from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
+from adapters_jax.weights import attention
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]

@@ -4,31 +4,31 @@ import dataclasses
 import json
 import sys
 
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import double, drawn, drawn_like, shapes
-from contract import CASES, DOORS, VARIANTS, ids, shaken
 from flax import linen as nn
 from flax import nnx
+from helpers import contract
+from helpers.arrays import double, drawn, drawn_like, shapes
+from helpers.contract import CASES, DOORS, VARIANTS, ids, shaken
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from jax.sharding import PartitionSpec as P
-from tiny import write_llama, write_meanings, write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax.finetune.generator import load_generator
-from adapters_jax.finetune.merge import Merge
-from adapters_jax.finetune.output import Output
-from adapters_jax.finetune.predictor import load_predictor
-from adapters_jax.finetune.recipes import MethodOptions
-from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.sources import DataOptions
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.partition import flatten
-from adapters_jax.plan import abstract_state, plan
-from adapters_jax.quantized import Quantized, is_quantized, once
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.cli.merge import Merge
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.data import DataOptions
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.distributed.plan import abstract_state, plan
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.models.llama import load_llama
+from adapters_jax.trees import flatten
+from adapters_jax.weights.quantized import Quantized, is_quantized, once
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]

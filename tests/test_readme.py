@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_jax.finetune.assets import cached
+from adapters_jax.pretrained.assets import cached
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -35,7 +35,7 @@ def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("adapters-jax plan")])
 def test_plans_run_as_pasted(line):
-    command = [sys.executable, "-m", "adapters_jax.cli", *shlex.split(line)[1:]]
+    command = [sys.executable, "-m", "adapters_jax.app.cli.main", *shlex.split(line)[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "largest batch in 80 GB" in done.stdout
     assert "4,194,304" in done.stdout
@@ -43,7 +43,7 @@ def test_plans_run_as_pasted(line):
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("adapters-jax audit")])
 def test_commands_run_as_pasted(line):
-    command = [sys.executable, "-m", "adapters_jax.cli", *shlex.split(line)[1:]]
+    command = [sys.executable, "-m", "adapters_jax.app.cli.main", *shlex.split(line)[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "18,874,368" in done.stdout or "18874368" in done.stdout or "2,379,264" in done.stdout
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import adapters_jax as aj
-from adapters_jax.finetune.output import Output, duration
-from adapters_jax.finetune.report import (
+from adapters_jax.app.console import Output, duration
+from adapters_jax.app.report.run import (
     _smooth,
     draw_curves,
     results_table,
     show_metric,
     write_report,
 )
-from adapters_jax.finetune.runs import Run
+from adapters_jax.io.run_directory import Run
 
 RESULTS = [
     {

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kills import Commands, kill_and_resume, whole
-from tiny import write_llama, write_meanings, write_model, write_reviews
+from helpers.kills import Commands, kill_and_resume, whole
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
-from adapters_jax.cli import main
-from adapters_jax.finetune.flags import parse, words
-from adapters_jax.finetune.interrupts import InterruptedRunError, Interrupts
-from adapters_jax.finetune.run import Finetune
-from adapters_jax.finetune.runs import Run, RunError
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.flags import parse, words
+from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts
+from adapters_jax.io.run_directory import Run, RunError
 
 
 @pytest.fixture(scope="module")

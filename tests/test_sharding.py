@@ -9,21 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import contract
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import adapters_jax as aj
-from adapters_jax.mesh import ShardingError, batch_parts, make_mesh, shard_batch
-from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.models.llama_files import save_llama
-from adapters_jax.sharding import layout, shard
+from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, shard_batch
+from adapters_jax.distributed.sharding import layout, shard
+from adapters_jax.models.llama import Llama, LlamaConfig, save_llama
 from benchmarks.collectives import collective_bytes
 
 HERE = Path(__file__).parent
@@ -273,8 +272,8 @@ def free_port():
 
 LOADING = """
 import json, sys, threading, jax, numpy as np
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.mesh import make_mesh
+from adapters_jax.models.llama import load_llama
+from adapters_jax.distributed.mesh import make_mesh
 from flax import nnx
 
 def anonymous():
@@ -353,13 +352,13 @@ def alone(tmp_path_factory):
     place = tmp_path_factory.mktemp("alone")
     losses = losses_of(example(place, 1))
     assert len(losses) == 21
-    return losses, aj.files.read_adapter(place / "adapter")[1]
+    return losses, aj.read_adapter(place / "adapter")[1]
 
 
 def check_same(losses, place, alone):
     for name, loss in losses.items():
         assert loss == pytest.approx(alone[0][name], rel=1e-5), name
-    adapter = aj.files.read_adapter(place / "adapter")[1]
+    adapter = aj.read_adapter(place / "adapter")[1]
     for path, x in alone[1].items():
         np.testing.assert_allclose(adapter[path], x, atol=1e-4, err_msg=path)
 

@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.files import read_adapter
+from adapters_jax.io.adapter import read_adapter
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.partition import flatten, path_of
+from adapters_jax.trees import flatten, path_of
 
 D, ROWS = 4, 8
 ADAM, SGD, STILL = optax.adam(1e-2), optax.sgd(0.5), optax.sgd(0.0)

@@ -12,14 +12,14 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from adapters_jax import hub
-from adapters_jax.atomic import write_directory
 from adapters_jax.errors import AdapterFileError
-from adapters_jax.files import texts
 from adapters_jax.interop.layouts import Array
-from adapters_jax.partition import Tree, flatten
-from adapters_jax.tensors import read_tensors
-from adapters_jax.untrusted import read_json
+from adapters_jax.io import hub
+from adapters_jax.io.adapter import texts
+from adapters_jax.io.atomic import write_directory
+from adapters_jax.io.tensors import read_tensors
+from adapters_jax.io.untrusted import read_json
+from adapters_jax.trees import Tree, flatten
 
 
 def read_pair(

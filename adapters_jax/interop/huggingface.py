@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from adapters_jax import hub
 from adapters_jax.interop.names import Stored
+from adapters_jax.io import hub
 
 WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adapters_jax.depth import Stack
+from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import compare_trees
-from adapters_jax.mesh import place
+from adapters_jax.transforms.stacking import Stack
 
 
 class Rule(NamedTuple):

@@ -5,8 +5,8 @@
 - `layers`: adapters as modules, to write by hand.
 """
 
-from adapters_jax.linen.door import Adapted, adapt, init_adapters, seen, shapes_of, sites
-from adapters_jax.linen.layers import Bottleneck, LoRADense
+from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, seen, shapes_of, sites
+from adapters_jax.linen.modules import Bottleneck, LoRADense
 
 __all__ = [
     "Adapted",

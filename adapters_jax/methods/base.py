@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.attention import Attention
-from adapters_jax.contraction import Contraction
+from adapters_jax.weights.attention import Attention
+from adapters_jax.weights.contraction import Contraction
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 Leaves = Mapping[str, Any]

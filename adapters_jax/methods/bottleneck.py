@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax import checks
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base, fields
+from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns
 
@@ -99,17 +100,17 @@ class Bottleneck:
                 f"{self.reduction_factor}; give exactly one of them, such as bottleneck_dim=64"
             )
         if self.bottleneck_dim is not None:
-            fields.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
+            checks.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
         else:
-            fields.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
-        fields.check_number("Bottleneck", "init_std", self.init_std, closed=True)
-        fields.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
-        fields.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
+            checks.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
+        checks.check_number("Bottleneck", "init_std", self.init_std, closed=True)
+        checks.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
+        checks.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
         placements = ("sequential", "parallel", "norm")
-        fields.check_choice("Bottleneck", "placement", self.placement, placements)
-        fields.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
+        checks.check_choice("Bottleneck", "placement", self.placement, placements)
+        checks.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
         for name in _NORMS:
-            fields.check_flag("Bottleneck", name, getattr(self, name))
+            checks.check_flag("Bottleneck", name, getattr(self, name))
 
     @property
     def leaf_names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
-from adapters_jax.methods.lora import LoRA, linear
+from adapters_jax.methods.lora import LoRA, contraction_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DoRA(LoRA):
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """The factors, and the magnitude of the weight's output axes."""
-        _, outputs = linear(site).split_shape(site.weight_shape)
+        _, outputs = contraction_of(site).split_shape(site.weight_shape)
         return {**super().leaves(site), "magnitude": Leaf(outputs, lambda key, s: jnp.ones(s))}
 
     def start(
@@ -89,7 +89,7 @@ class DoRA(LoRA):
         frozen: Frozen = nothing,
     ) -> Float[Array, "..."]:
         """The adapted output; the arguments are those of `LoRA.forward`."""
-        weight, bias = frozen(linear(site).weight), frozen("bias")
+        weight, bias = frozen(contraction_of(site).weight), frozen("bias")
         if weight is None:
             raise RecipeError(f"DoRA at {site.path!r} does not find its weight")
         detached = jax.lax.stop_gradient(self.delta(leaves, site, weight))
@@ -102,12 +102,12 @@ class DoRA(LoRA):
 
 def _norm(weight: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
     """The norm over the inputs of every output, in float32."""
-    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=linear(site).inputs))
+    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=contraction_of(site).inputs))
 
 
 def _beside(ratio: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
     """Numbers of the output axes, with axes of size 1 where the weight has inputs."""
-    return jnp.expand_dims(ratio, linear(site).inputs)
+    return jnp.expand_dims(ratio, contraction_of(site).inputs)
 
 
 def _last(ratio: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.attention import Attention, AttentionFn
-from adapters_jax.methods import base, fields
+from adapters_jax import checks
+from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
 from adapters_jax.methods.prompt import Prompt, grouped
 from adapters_jax.targets import as_patterns
+from adapters_jax.weights.attention import Attention, AttentionFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
 
@@ -72,10 +73,10 @@ class LlamaAdapter(Prompt):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "LlamaAdapter"))
-        fields.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
-        fields.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
-        fields.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
-        fields.check_number("LlamaAdapter", "init_std", self.init_std)
+        checks.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
+        checks.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
+        checks.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
+        checks.check_number("LlamaAdapter", "init_std", self.init_std)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """The prompt (K, d), and the gates, (heads,) or (1,).

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax import registry
-from adapters_jax.contraction import Contraction
+from adapters_jax import checks
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base, fields
+from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
-from adapters_jax.quantized import is_quantized
 from adapters_jax.targets import as_patterns, matches
+from adapters_jax.weights import linear
+from adapters_jax.weights.contraction import Contraction
+from adapters_jax.weights.quantized import is_quantized
 
 # How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
 INITS = {
@@ -92,16 +93,16 @@ class LoRA:
         owner = type(self).__name__
         object.__setattr__(self, "targets", as_patterns(self.targets, owner))
         for field in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, field, fields.pairs(field, getattr(self, field)))
+            object.__setattr__(self, field, pairs(field, getattr(self, field)))
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            fields.check_size(owner, "rank", rank)
+            checks.check_size(owner, "rank", rank)
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if alpha is not None:
-                fields.check_number(owner, "alpha", alpha)
-        fields.check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
-        fields.check_choice(owner, "a_init", self.a_init, INITS)
-        fields.check_flag(owner, "rank_stabilized", self.rank_stabilized)
-        object.__setattr__(self, "slices", fields.ranges(self.slices))
+                checks.check_number(owner, "alpha", alpha)
+        checks.check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
+        checks.check_choice(owner, "a_init", self.a_init, INITS)
+        checks.check_flag(owner, "rank_stabilized", self.rank_stabilized)
+        object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
             raise ValueError(f"{owner}: slices go with a random start, without dora and pissa")
 
@@ -116,7 +117,7 @@ class LoRA:
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
-        return registry.why_not(module)
+        return linear.why_not(module)
 
     def rank_at(self, path: str) -> int:
         """The rank at one target."""
@@ -135,7 +136,7 @@ class LoRA:
         Raises:
             RecipeError: the rank is more than the weight can hold.
         """
-        layer, rank = linear(site), self.rank_at(site.path)
+        layer, rank = contraction_of(site), self.rank_at(site.path)
         inputs, outputs = layer.split_shape(site.weight_shape)
         if self.slices:
             outputs = self._sliced(site, outputs)
@@ -153,7 +154,11 @@ class LoRA:
 
     def _sliced(self, site: Site, outputs: tuple[int, ...]) -> tuple[int]:
         """The width of the slices together; raises RecipeError where they do not fit."""
-        if len(outputs) != 1 or not linear(site).trailing or self.slices[-1][1] > outputs[0]:
+        if (
+            len(outputs) != 1
+            or not contraction_of(site).trailing
+            or self.slices[-1][1] > outputs[0]
+        ):
             raise RecipeError(
                 f"LoRA: slices {self.slices} do not fit {site.path!r}, whose outputs are "
                 f"{outputs}; give ranges of a dense layer's last axis"
@@ -169,7 +174,7 @@ class LoRA:
         """
         if self.a_init != "pissa":
             return dict(leaves), weight
-        layer, rank, scale = linear(site), self.rank_at(site.path), self.scale_at(site.path)
+        layer, rank, scale = contraction_of(site), self.rank_at(site.path), self.scale_at(site.path)
         matrix = layer.as_matrix(weight.astype(jnp.float32))
         u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
         root = jnp.sqrt(s[:rank] / scale)
@@ -194,12 +199,12 @@ class LoRA:
     ) -> tuple[dict[str, Array], Array]:
         """`start` for weights that may be stacked on layer axes."""
         start = lambda leaves, weight: self.start(leaves, site, weight)  # noqa: E731
-        return base.over_layers(start, weight.ndim - linear(site).ndim)(leaves, weight)
+        return base.over_layers(start, weight.ndim - contraction_of(site).ndim)(leaves, weight)
 
     def merged_stacked(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
         """`merged` for weights that may be stacked on layer axes."""
         merged = lambda leaves, weight: self.merged(leaves, site, weight)  # noqa: E731
-        return base.over_layers(merged, weight.ndim - linear(site).ndim)(leaves, weight)
+        return base.over_layers(merged, weight.ndim - contraction_of(site).ndim)(leaves, weight)
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -222,7 +227,7 @@ class LoRA:
     def delta(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
         """The change of the weight, scale * A B, in float32 and in the weight's layout."""
         a, b = (leaves[name].astype(jnp.float32) for name in ("a", "b"))
-        change = self.scale_at(site.path) * linear(site).product(a, b)
+        change = self.scale_at(site.path) * contraction_of(site).product(a, b)
         return self._spread(change, weight.shape[-1]) if self.slices else change
 
     def _spread(self, part: Float[Array, "... part"], width: int) -> Float[Array, "... width"]:
@@ -259,7 +264,7 @@ class LoRA:
         self, leaves: Leaves, site: Site, x: Any, y: Array, key: PRNGKeyArray | None
     ) -> Float[Array, "..."]:
         """scale * B(A(x)), like y."""
-        layer = linear(site)
+        layer = contraction_of(site)
         a = leaves["a"].astype(y.dtype)
         b = (leaves["b"] * self.scale_at(site.path)).astype(y.dtype)
         if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -268,8 +273,43 @@ class LoRA:
         return self._spread(change, y.shape[-1]) if self.slices else change
 
 
-def linear(site: Site) -> Contraction:
+def contraction_of(site: Site) -> Contraction:
     """The contraction of a site; raises RecipeError where it is not a known linear layer."""
     if site.contraction is None:
         raise RecipeError(f"LoRA cannot attach to {site.path!r}: it is not a known linear layer")
     return site.contraction
+
+
+def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping from patterns, or its items, as pairs."""
+    items = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
+        raise ValueError(
+            f"LoRA: {field}={checks.shown(value)}, wanted a mapping such as {{'layer_0/**': 4}}"
+        )
+    for pattern, _ in items:
+        as_patterns(pattern, f"LoRA {field}")
+    return tuple((pattern, number) for pattern, number in items)
+
+
+def ranges(value: Any) -> tuple[tuple[int, int], ...]:
+    """Ranges of whole numbers in order, none of them empty or in another."""
+    if not isinstance(value, tuple | list) or not all(map(_is_range, value)):
+        wrong = True
+    else:
+        ends = [end for each in value for end in each]
+        wrong = ends != sorted(ends)
+    if wrong:
+        raise ValueError(
+            f"LoRA: slices={checks.shown(value)}, wanted ranges in order such as ((0, 768),)"
+        )
+    return tuple((start, stop) for start, stop in value)
+
+
+def _is_range(item: Any) -> bool:
+    pair = isinstance(item, tuple | list) and len(item) == 2 and all(type(x) is int for x in item)
+    return pair and 0 <= item[0] < item[1] < checks.LARGEST
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)

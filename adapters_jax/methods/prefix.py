@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.attention import AttentionFn
+from adapters_jax import checks
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base, fields
+from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Leaf, Leaves, Site
 from adapters_jax.methods.prompt import Prompt, grouped
 from adapters_jax.targets import as_patterns
+from adapters_jax.weights.attention import AttentionFn
 
 
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
@@ -63,8 +64,8 @@ class PrefixTuning(Prompt):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "PrefixTuning"))
-        fields.check_size("PrefixTuning", "length", self.length)
-        fields.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+        checks.check_size("PrefixTuning", "length", self.length)
+        checks.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""

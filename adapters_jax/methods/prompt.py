@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from adapters_jax import attention
-from adapters_jax.attention import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import Leaves, Site
+from adapters_jax.weights import attention
+from adapters_jax.weights.attention import Attention, AttentionFn
 
 
 class Prompt(ABC):

@@ -7,10 +7,11 @@
 - `layers`: adapters as modules, to write by hand.
 """
 
-from adapters_jax.nnx.attach import AdapterParam, copy, leaves_of, modules_of
-from adapters_jax.nnx.door import adapt, adapted_sites, detach, recipe_of
-from adapters_jax.nnx.frozen import QuantizedParam, float_again, quantized_in_place
-from adapters_jax.nnx.layers import Bottleneck, LoRALinear
+from adapters_jax.nnx.adapted import adapt, adapted_sites, detach, recipe_of
+from adapters_jax.nnx.attachment import AdapterParam, leaves_of
+from adapters_jax.nnx.graph import copy, modules_of
+from adapters_jax.nnx.modules import Bottleneck, LoRALinear
+from adapters_jax.nnx.quantized_layers import QuantizedParam, float_again, quantized_in_place
 
 __all__ = [
     "AdapterParam",

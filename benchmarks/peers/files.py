@@ -18,11 +18,11 @@ import adapters_jax as aj
 from adapters_jax.interop.adapterhub import save_adapterhub
 from adapters_jax.interop.names import NameTable, to_tensors
 from adapters_jax.interop.peft import save_peft
-from adapters_jax.models import bert, classifier, llama_files
-from adapters_jax.models.bert import BERT_BASE, BertConfig
-from adapters_jax.models.classifier import BertClassifier
-from adapters_jax.models.llama import LlamaConfig
-from adapters_jax.partition import flatten, unflatten
+from adapters_jax.models import bert
+from adapters_jax.models.bert import BERT_BASE, BertClassifier, BertConfig, classifier
+from adapters_jax.models.llama import NAMES as LLAMA_NAMES
+from adapters_jax.models.llama import LlamaConfig, save_llama
+from adapters_jax.trees import flatten, unflatten
 from benchmarks import llama
 from benchmarks.sides.job import LABELS, Job
 
@@ -104,9 +104,9 @@ def write_llama(place: Path, sizes: Sizes) -> None:
     base, recipe = llama.Llama(sizes.llama, rngs=nnx.Rngs(0)), aj.lora(sizes.rank)
     adapters = nnx.state(aj.adapt(base, recipe, rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
     (place / "llama").mkdir(parents=True)
-    llama_files.save_llama(place / "llama", sizes.llama, base)
+    save_llama(place / "llama", sizes.llama, base)
     for seed, which in enumerate(ADAPTERS, 1):
-        formats = Formats(place / "llama-lora", which, llama_files.NAMES, base)
+        formats = Formats(place / "llama-lora", which, LLAMA_NAMES, base)
         formats.write(recipe, shaken(adapters, seed), peft=True, task_type="CAUSAL_LM")
 
 

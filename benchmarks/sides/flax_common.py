@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adapters_jax.files import read_adapter
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import from_tensors
-from adapters_jax.models import classifier
-from adapters_jax.models.bert import BertConfig
-from adapters_jax.models.classifier import BertClassifier
-from adapters_jax.partition import flatten
+from adapters_jax.io.adapter import read_adapter
+from adapters_jax.models.bert import BertClassifier, BertConfig, classifier
+from adapters_jax.trees import flatten
 from benchmarks.by_hand import Sizes
 from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions
 

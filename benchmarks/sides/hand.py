@@ -5,8 +5,8 @@ from typing import Any
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.partition import flatten
+from adapters_jax.models.llama import load_llama
+from adapters_jax.trees import flatten
 from benchmarks import by_hand, llama_by_hand
 from benchmarks.sides import flax_common as common
 from benchmarks.sides.job import Job

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.partition import flatten, path_of
+from adapters_jax.models.llama import load_llama
+from adapters_jax.trees import flatten, path_of
 from benchmarks.by_hand import NnxBert, make_step, nnx_side
 from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common

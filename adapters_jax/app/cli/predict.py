@@ -1,0 +1,152 @@
+"""`adapters-jax predict`: texts of the command line, of a file or of stdin, judged by a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tyro
+
+from adapters_jax.app.console import Output
+from adapters_jax.data.tables import DataError, Texts, read_rows
+from adapters_jax.inference.predictor import Prediction, load_predictor
+from adapters_jax.io.run_directory import find_run
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predicts with a finished run: the label and its probability, or the value.
+
+    Args:
+        run: directory of the run, or the id of one on the Hugging Face Hub.
+        texts: texts; two by two for a run on pairs; - reads a text a line from stdin.
+        file: CSV, TSV or JSON lines file of texts; .gz may follow.
+        text: its column of the text; by default the one trained on.
+        text_pair: its column of the second text; likewise.
+        out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist.
+        json: print one JSON object a text.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." "Two hours I want back."
+  adapters-jax predict runs/reviews --file new.csv --text review --out predictions.csv
+  head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
+
+    run: tyro.conf.Positional[str]
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    file: Path | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    out: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Callable[[], None]:
+        """Reads the texts and loads the run.
+
+        Raises:
+            ValueError: a run, texts or a file that cannot be used.
+            AssetError: the pinned model could not be fetched.
+        """
+        run = find_run(self.run)
+        texts = self._read(run.read_config())
+        if self.out is not None:
+            _check_out(self.out)
+        predictor = load_predictor(run.path)
+        _, cut = predictor.encoder.encode(texts, predictor.max_length)
+        if cut:
+            words = f"{cut} of {len(texts)} texts are cut at {predictor.max_length} tokens"
+            print(words, file=sys.stderr)
+        return lambda: self._write(predictor.predict(texts), output)
+
+    def _read(self, config: dict[str, Any]) -> Texts:
+        """The texts, from one of the three places they can come from."""
+        if (self.file is None) == (not self.texts):
+            raise DataError("predict wants texts, or - for stdin, or --file FILE; one of them")
+        if self.file is not None:
+            pair = self.text_pair or config.get("text_pair")
+            if pair and not config["pairs"]:
+                raise DataError("--text-pair: the run was trained on single texts")
+            return read_rows(self.file, self.text or config["text"], pair, label=None).texts
+        if self.text or self.text_pair:
+            raise DataError("--text and --text-pair name columns; they go with --file")
+        if self.texts == ("-",):
+            lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+            parts = (
+                [part for line in lines for part in line.split("\t")] if config["pairs"] else lines
+            )
+        else:
+            parts = list(self.texts)
+        return _paired(parts) if config["pairs"] else _single(parts)
+
+    def _write(self, predictions: Sequence[Prediction], output: Output) -> None:
+        """To the file, or to stdout as JSON lines or a table."""
+        rows = [prediction.to_dict() for prediction in predictions]
+        if self.out is not None:
+            _save(self.out, predictions)
+            output.say(f"{len(rows)} predictions in {self.out}")
+        for row in rows if self.json else ():
+            output.result(row)
+        if self.out is None and not self.json:
+            header, *body = _cells(predictions)
+            output.table(header, body, words=2 if predictions[0].text_pair else 1)
+
+
+def _single(parts: list[str]) -> Texts:
+    if not parts or not all(part.strip() for part in parts):
+        raise DataError("a text is empty; give each one something to judge")
+    return [(part, None) for part in parts]
+
+
+def _paired(parts: list[str]) -> Texts:
+    if len(parts) % 2:
+        raise DataError(
+            f"the run was trained on pairs of texts and got {len(parts)} texts; give them two by "
+            "two (on stdin: a pair a line, with a tab between)"
+        )
+    single = [text for text, _ in _single(parts)]
+    return list(zip(single[::2], single[1::2], strict=True))
+
+
+def _cells(predictions: Sequence[Prediction]) -> list[list[str]]:
+    """A header and a row a prediction: its texts, then its label and probabilities or its value."""
+    first = predictions[0]
+    texts = ["text", "text_pair"] if first.text_pair is not None else ["text"]
+    results = ["label", *first.probabilities] if first.label is not None else ["value"]
+    rows = [
+        [getattr(p, name) for name in texts]
+        + (
+            [p.label, *(f"{share:.4f}" for share in p.probabilities.values())]
+            if p.label is not None
+            else [f"{p.value:.4f}"]
+        )
+        for p in predictions
+    ]
+    return [[*texts, *results], *rows]
+
+
+def _check_out(path: Path) -> None:
+    """Raises DataError for a file that exists, or of a kind that we do not write."""
+    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise DataError(f"--out {path}: unknown suffix {path.suffix!r}; use .csv, .tsv or .jsonl")
+    if path.exists():
+        raise DataError(f"--out {path} exists already; give another name, or remove it")
+    if not path.parent.is_dir():
+        raise DataError(f"--out {path}: there is no directory {path.parent}")
+
+
+def _save(path: Path, predictions: Sequence[Prediction]) -> None:
+    """The predictions as a file of its suffix's kind."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            for prediction in predictions:
+                file.write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
+        elif path.suffix == ".csv":
+            csv.writer(file, lineterminator="\n").writerows(_cells(predictions))
+        else:
+            lines = [[" ".join(cell.split()) for cell in row] for row in _cells(predictions)]
+            file.writelines("\t".join(line) + "\n" for line in lines)

@@ -1,0 +1,150 @@
+"""`adapters-jax push`: a finished run's adapter and its model card, to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tyro
+
+from adapters_jax.app.console import Output
+from adapters_jax.app.export import RUN_CONFIG, describe, export, open_source
+from adapters_jax.app.runs.stopping import StoppedError
+from adapters_jax.interop.formats import FILES, Format
+from adapters_jax.io import hub
+from adapters_jax.io.run_directory import Run
+
+
+@dataclass(frozen=True)
+class Push:
+    """Uploads a finished run's adapter with a model card to the Hugging Face Hub.
+
+    The repository is made where there is none; the token is where `hf auth login` or HF_TOKEN puts
+    it. Of the run go the adapter and what predict or generate needs: no rows and no paths.
+
+    Args:
+        run: directory of the run.
+        repository: its id on the Hub, user/name.
+        to: the format: native, or PEFT's or AdapterHub's.
+        private: make the repository private.
+        revision: branch to upload to, made where there is none; by default main.
+        head: take an encoder's head along.
+        license: of the adapter, for the card, such as apache-2.0.
+        dry_run: write what would be uploaded to --out, and upload nothing.
+        out: directory to keep what is uploaded in; with --dry-run by default the repository's name.
+        json: print what was uploaded as JSON.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax push runs/e2e-lora me/e2e-lora --license apache-2.0
+  adapters-jax push runs/e2e-lora me/e2e-lora --to peft --private --revision peft
+  adapters-jax push runs/e2e-lora me/e2e-lora --dry-run --out look-at-this"""
+
+    run: tyro.conf.Positional[Path]
+    repository: tyro.conf.Positional[str]
+    to: Format = "native"
+    private: tyro.conf.FlagCreatePairsOff[bool] = False
+    revision: str | None = None
+    head: bool = True
+    license: str | None = None
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    out: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def prepare(self, output: Output) -> Callable[[], None]:
+        """Writes the directory, and checks all that can be checked before uploading it.
+
+        Raises:
+            ValueError: a run that cannot be used or has what the format has not, an id that is
+                none, no token, or a directory that holds something.
+            AssetError: the pinned model could not be fetched.
+        """
+        user, _, name = self.repository.partition("/")
+        if not user or not name or "@" in name or not hub.is_id(self.repository):
+            raise ValueError(f"{self.repository!r} is no repository's id; wanted user/name")
+        Run(self.run).read_config(None)
+        if not self.dry_run:
+            _check_token()
+        kept = self.out or (Path(name) if self.dry_run else None)
+        directory = kept or Path(tempfile.mkdtemp(prefix="adapters-jax-push-"))
+        try:
+            source = open_source(str(self.run))
+            options: Any = {"head": self.head, "license": self.license, "name": self.repository}
+            written = export(source, directory, self.to, **options)
+        except BaseException:
+            _clear(directory, kept)
+            raise
+
+        def work() -> None:
+            for line in describe(written, self.to, kept.as_posix() if kept else "the upload"):
+                output.say(line)
+            found = {"repository": self.repository, "to": self.to, **vars(written)}
+            try:
+                url = None if self.dry_run else self._upload(directory, output)
+            finally:
+                _clear(directory, kept)
+            if self.dry_run:
+                words = f"this would be uploaded to {self.repository}; nothing was"
+                output.say(f"{words}: see {directory.as_posix()}")
+            output.result({**found, "out": kept and kept.as_posix(), "url": url})
+
+        return work
+
+    def _upload(self, directory: Path, output: Output) -> str:
+        """The commit's address; raises StoppedError where the Hub refuses."""
+        import huggingface_hub
+
+        api, repository = huggingface_hub.HfApi(), self.repository
+        size = sum(path.stat().st_size for path in directory.iterdir())
+        try:
+            api.create_repo(repository, private=self.private or None, exist_ok=True)
+            if self.private and not api.model_info(repository).private:
+                raise StoppedError(
+                    f"{repository} was not uploaded: it is there already and is public; make it "
+                    "private on the Hub, or leave --private out"
+                )
+            if self.revision:
+                api.create_branch(repository, branch=self.revision, exist_ok=True)
+            output.say(f"uploading {size:,} bytes to {repository}")
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=directory,
+                revision=self.revision,
+                commit_message="An adapter by adapters_jax",
+                delete_patterns=_stale(directory),
+            )
+        except hub.problems() as error:
+            raise StoppedError(
+                f"{repository} was not uploaded: {hub.said(error)}; see whether the token may "
+                "write there: hf auth whoami"
+            ) from error
+        output.say(f"uploaded: {commit.commit_url}")
+        return str(commit.commit_url)
+
+
+def _check_token() -> None:
+    """Raises ValueError where nobody is logged in, or nothing may be sent."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
+    if not get_token():
+        raise ValueError(
+            "there is no token of the Hugging Face Hub: log in with `hf auth login`, set HF_TOKEN, "
+            "or add --dry-run"
+        )
+
+
+def _stale(directory: Path) -> list[str]:
+    """The files of an adapter in another format, which would contradict those in a directory."""
+    every = {RUN_CONFIG, *(name for names in FILES.values() for name in names)}
+    return sorted(every - {path.name for path in directory.iterdir()})
+
+
+def _clear(directory: Path, kept: Path | None) -> None:
+    if kept is None:
+        shutil.rmtree(directory, ignore_errors=True)

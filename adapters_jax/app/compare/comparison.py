@@ -1,0 +1,212 @@
+"""The cells of a comparison, one after the other, and what is written after each."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from adapters_jax.app.compare.cells import CellOutput, Cells
+from adapters_jax.app.compare.grid import Cell, Grid, Result
+from adapters_jax.app.compare.options import CompareOptions
+from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
+from adapters_jax.app.console import Meter, Output, duration
+from adapters_jax.app.report.run import show_metric
+from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
+from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.pretrained.assets import AssetError
+from adapters_jax.tasks.base import NotFiniteError
+
+_CACHE = "jax_compilation_cache_dir"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison that is ready to start, or to go on; `Compare.prepare` makes it.
+
+    Attributes:
+        options: what was asked for.
+        grid: the cells.
+        cells: their directories.
+        out: directory of all of it.
+        output: where words go.
+        lock: the handle by which this process has the directory.
+    """
+
+    options: CompareOptions
+    grid: Grid
+    cells: Cells
+    out: Path
+    output: Output
+    lock: int
+
+    def __call__(self) -> None:
+        """Trains what is left, and writes the comparison after every cell.
+
+        Raises:
+            StoppedError: a signal came, the disk is full, or a cell cannot be had; the same command
+                goes on.
+        """
+        again = f"go on with: {self.options.command}"
+        try:
+            with Interrupts() as interrupts, compiled_in(self.out / "compiled"):
+                self._work(interrupts)
+        except InterruptedRunError as error:
+            raise StoppedError(f"{error}; {again}", error.status) from error
+        except StoppedError as error:
+            raise StoppedError(f"{error.__cause__ or error}; {again}", error.status) from error
+        except (RunError, OSError) as error:
+            raise StoppedError(f"{error}; {again}") from error
+        finally:
+            Run(self.out).unlock(self.lock)
+
+    def _work(self, interrupts: Interrupts) -> None:
+        began = time.perf_counter()
+        results = self.cells.results(self.grid.possible())
+        pace = _Pace(self.grid, results)
+        if results:
+            self.output.say(f"{len(results)} cells are done already")
+            self._write(results)
+        with self.output.progress("compare", pace.total, "cell", pace.left) as meter:
+            output = CellOutput(self.output, lambda part, note: pace.tell(meter, part, note))
+            while (cell := self.grid.next(results)) is not None:
+                pace.start(cell)
+                results[cell] = self._train(cell, output)
+                interrupts.check()
+                self._write(results)
+                meter.update(pace.done, self._said(results[cell], cell), news=True)
+        summary = self._write(results)
+        shutil.rmtree(self.out / "compiled", ignore_errors=True)
+        page = self.out / "comparison.html"
+        took = f"finished in {duration(time.perf_counter() - began)}: see {page}"
+        self.output.finish(*comparison_table(summary), took, summary)
+
+    def _train(self, cell: Cell, output: Output) -> Result:
+        """Runs a cell, or goes on with it; one that diverges is a result, too."""
+        jax.clear_caches()
+        gc.collect()
+        run = self.cells.run(cell)
+        began = time.perf_counter()
+        try:
+            if run.path.exists():
+                job = resume_run(run, output, began)
+            else:
+                job = open_run(prepare_run(self.options.run_options(cell), run, output, began))
+        except (ValueError, OSError, AssetError) as error:
+            raise StoppedError(str(error)) from error
+        try:
+            job()
+        except StoppedError as error:
+            if not isinstance(error.__cause__, NotFiniteError):
+                raise
+        result = self.cells.result(cell)
+        if result is None:
+            raise RunError(f"{run.path} is not finished")
+        return result
+
+    def _said(self, result: Result, cell: Cell) -> str:
+        if "stopped" in result:
+            return f"{cell.title}: diverged"
+        metric = self.grid.metric
+        return f"{cell.title}: dev {metric} {show_metric(metric, result['dev'][metric])}"
+
+    def _write(self, results: dict[Cell, Result]) -> dict[str, Any]:
+        summary = summarize(self.options, self.grid, self.cells, self.out, results)
+        write_comparison(self.out, summary, list(results.values()))
+        return summary
+
+
+@dataclass
+class _Pace:
+    """How far a comparison is, and how long it will take: what its finished cells took, on average.
+
+    Attributes:
+        grid: all cells.
+        results: of those that are done.
+        total: how many there are.
+        cell: the one that is running.
+        began: when it was started.
+    """
+
+    grid: Grid
+    results: dict[Cell, Result]
+    total: int = 0
+    cell: Cell | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.total = len(self.results) + self._missing
+
+    @property
+    def _missing(self) -> int:
+        return sum(self.grid.missing(c, self.results) for c in self.grid.candidates)
+
+    @property
+    def done(self) -> int:
+        """Cells that are done, or will not be needed."""
+        return self.total - self._missing
+
+    def start(self, cell: Cell) -> None:
+        """Another cell runs."""
+        self.cell, self.began = cell, time.monotonic()
+
+    def tell(self, meter: Meter, part: float, note: str) -> None:
+        """Shows the running cell's progress."""
+        if self.cell is not None:
+            meter.update(self.done, f"{self.cell.title}  {note}")
+
+    def left(self) -> float | None:
+        """Seconds; None while no cell is done."""
+        took = {cell: r["seconds"] for cell, r in self.results.items() if "seconds" in r}
+        if not took:
+            return None
+        mean = sum(took.values()) / len(took)
+
+        def expected(recipe: str) -> float:
+            own = [seconds for cell, seconds in took.items() if cell.recipe == recipe]
+            return sum(own) / len(own) if own else mean
+
+        left = sum(
+            self.grid.missing(c, self.results) * expected(c.text) for c in self.grid.candidates
+        )
+        if self.cell is not None and self.cell not in self.results:
+            left -= min(time.monotonic() - self.began, expected(self.cell.recipe))
+        return left
+
+
+@contextlib.contextmanager
+def compiled_in(directory: Path) -> Iterator[None]:
+    """Within, jax keeps what it compiles in a directory, so that the next seed need not.
+
+    Where the user has told jax of a directory already, that one stays.
+    """
+    if getattr(jax.config, _CACHE) is not None:
+        yield
+        return
+    settings: dict[str, Any] = {
+        _CACHE: os.fspath(directory.absolute()),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -1,0 +1,199 @@
+"""What is compared, and how: checked before the first cell trains."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from adapters_jax.app.compare.cells import CellOutput, Cells, Checked
+from adapters_jax.app.compare.grid import Candidate, Cell, Grid, read_candidate
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.settings import RunOptions, Settings
+from adapters_jax.app.runs.prepare import prepare_run
+from adapters_jax.audit import audit
+from adapters_jax.checks import check_number, check_size
+from adapters_jax.io.run_directory import Run, RunError, run_name
+from adapters_jax.pretrained.locate import is_decoder, pinned
+
+RECIPES: dict[str, tuple[str, ...]] = {
+    "encoder": (
+        "houlsby --bottleneck-dim 8",
+        "houlsby --bottleneck-dim 64",
+        "lora --rank 8",
+        "layer-norms",
+        "bitfit",
+        "last-layers --layers 1",
+        "full",
+    ),
+    "decoder": (
+        "houlsby --bottleneck-dim 8",
+        "houlsby --bottleneck-dim 64",
+        "lora --rank 8",
+        "llama-adapter",
+        "last-layers --layers 1",
+        "full",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CompareOptions(Settings):
+    """What a comparison is of.
+
+    Args:
+        recipes: each as one writes it for finetune, a method and its flags, as "lora --rank 4"; or
+            a recipe file, as recipe.json. Each may have --learning-rates of its own. By default
+            some of every kind.
+        learning_rates: to try, of recipes that have none of their own; by default each method's.
+        seeds: to train with.
+        tuning_seeds: with so many of the seeds all rates are tried, with the others the best alone.
+        out: directory of the comparison; by default comparisons/ and the model and the task.
+    """
+
+    recipes: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seeds: int = 1
+    out: Path | None = None
+
+    def check(self, output: Output) -> tuple[CompareOptions, Grid, Cells, Path]:
+        """Reads and checks everything: every recipe is put onto the model, and every cell that is
+        there already must be of this comparison. Nothing is written.
+
+        Returns:
+            These options with the model pinned, the grid, its cells, and the directory.
+
+        Raises:
+            ValueError: flags, files or rows that cannot be used, or cells of another comparison.
+            AssetError: the pinned model or the movie reviews could not be fetched.
+        """
+        path = Path(self.model)
+        model = str(path.resolve()) if path.exists() else pinned(self.model)
+        options = replace(self, model=model)
+        candidates = options._candidates()
+        out = options._directory()
+        checked = options._check_recipes(candidates, out, output)
+        first = checked[candidates[0].text].config
+        grid = Grid(candidates, self.seeds, self.tuning_seeds, first["metrics"][0])
+        cells = Cells(out / "cells", checked)
+        cells.check(grid.possible(), options.run_options, output)
+        return options, grid, cells, out
+
+    @property
+    def command(self) -> str:
+        """The command line that goes on with this comparison."""
+        own = {field.name: getattr(self, field.name) for field in fields(CompareOptions)}
+        return shlex.join(["adapters-jax", "compare", *words(CompareOptions(**own))])
+
+    def run_options(self, cell: Cell) -> RunOptions:
+        """The options of the run that a cell is."""
+        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
+        rate = replace(self.optimizer, learning_rate=cell.learning_rate)
+        method = read_candidate(cell.recipe).method
+        return RunOptions(
+            **{**shared, "optimizer": rate}, method=method, seed=cell.seed, baselines=False
+        )
+
+    def _candidates(self) -> tuple[Candidate, ...]:
+        """The recipes of the flags; the flags are checked."""
+        if self.optimizer.learning_rate is not None:
+            raise ValueError(
+                f"--learning-rate {self.optimizer.learning_rate:g}: write --learning-rates"
+            )
+        if not self.seeds:
+            raise ValueError("--seeds: wanted at least one")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"--seeds {seed}: wanted numbers from 0 to 2**32 - 1")
+        check_size("the comparison", "--tuning-seeds", self.tuning_seeds)
+        if self.tuning_seeds > len(self.seeds):
+            raise ValueError(
+                f"--tuning-seeds {self.tuning_seeds}: more than the {len(self.seeds)} --seeds"
+            )
+        kind: Literal["decoder", "encoder"] = "decoder" if is_decoder(self.model) else "encoder"
+        texts = self.recipes or RECIPES[kind]
+        candidates = tuple(read_candidate(text, self.learning_rates) for text in texts)
+        for candidate in candidates:
+            for rate in candidate.learning_rates:
+                check_number(f"{candidate.text!r}", "--learning-rates", rate)
+        _refuse_twice(self.seeds, candidates)
+        return candidates
+
+    def _directory(self) -> Path:
+        """Where the comparison goes."""
+        out = self.out or Path("comparisons", run_name(self.model, self.data.title))
+        for directory in (out, out / "cells"):
+            if directory.exists() and not directory.is_dir():
+                raise RunError(
+                    f"{directory} is a file; wanted a directory of a comparison in --out"
+                )
+        return out
+
+    def _check_recipes(
+        self, candidates: tuple[Candidate, ...], out: Path, output: Output
+    ) -> dict[str, Checked]:
+        """What each recipe would train, by its text.
+
+        Raises:
+            ValueError: with all that is wrong; once, where it has nothing to do with the recipe.
+        """
+        found: dict[str, Checked] = {}
+        wrong: dict[str, str] = {}
+        quiet = CellOutput(output)
+        with output.progress("checking", len(candidates), "recipe") as meter:
+            for number, candidate in enumerate(candidates, 1):
+                cell = Cell(candidate.text, candidate.learning_rates[0], self.seeds[0])
+                try:
+                    found[candidate.text] = self._rehearse(cell, out / "cells", quiet)
+                except ValueError as error:
+                    wrong[candidate.text] = str(error)
+                meter.update(number, candidate.text)
+        if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
+            raise ValueError(wrong[candidates[0].text])
+        if wrong:
+            raise ValueError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
+        _refuse_same(found)
+        return found
+
+    def _rehearse(self, cell: Cell, directory: Path, output: Output) -> Checked:
+        """Reads and checks a cell as if it were to be trained now."""
+        run = Run(directory / cell.name)
+        job = prepare_run(self.run_options(cell), run, output, time.perf_counter())
+        counts = audit(job.problem.model, job.problem.params)
+        trainable = counts.trainable_parameters
+        base = counts.frozen_parameters + trainable - counts.adapter_parameters
+        return Checked(job.config, trainable, base)
+
+
+def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> None:
+    """Raises ValueError where two cells would be one."""
+    twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
+    if twice:
+        raise ValueError(f"--seeds {' '.join(twice)}: given twice; once is enough")
+    names = Counter(
+        Cell(candidate.text, rate, 0).name[: -len("-seed-0")]
+        for candidate in candidates
+        for rate in candidate.learning_rates
+    )
+    same = [name for name, count in names.items() if count > 1]
+    if same:
+        raise ValueError(
+            f"two recipes or rates would share the directory {same[0]}-seed-{seeds[0]}; leave one "
+            "of them out"
+        )
+
+
+def _refuse_same(found: dict[str, Checked]) -> None:
+    """Raises ValueError where two texts mean one recipe, trained alike."""
+    seen: dict[str, str] = {}
+    for text, checked in found.items():
+        optimizer = {**checked.config["optimizer"], "learning_rate": None}
+        key = repr((checked.config["recipe"], optimizer))
+        if key in seen:
+            raise ValueError(f"--recipes {seen[key]!r} and {text!r} are one recipe; leave one out")
+        seen[key] = text

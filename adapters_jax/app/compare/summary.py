@@ -1,0 +1,202 @@
+"""What a comparison leaves: its summary, a line a cell, the picture, and the page of it all."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.app.compare.cells import Cells
+from adapters_jax.app.compare.grid import Cell, Grid, Result
+from adapters_jax.app.compare.options import CompareOptions
+from adapters_jax.app.compare.tradeoff import draw_tradeoff
+from adapters_jax.app.console import duration
+from adapters_jax.app.options.flags import words
+from adapters_jax.app.report import pages
+from adapters_jax.app.report.run import PERCENT, settings, show_metric
+from adapters_jax.io.atomic import write_file
+from adapters_jax.tasks.metrics import better
+
+Summary = dict[str, Any]
+_SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "max_length")
+
+
+def summarize(
+    options: CompareOptions, grid: Grid, cells: Cells, out: Path, results: Mapping[Cell, Result]
+) -> Summary:
+    """All that is known of a comparison, as `comparison.json` has it."""
+    first = cells.checked[grid.candidates[0].text].config
+    rows = []
+    for candidate in grid.candidates:
+        checked = cells.checked[candidate.text]
+        percent = 100 * checked.trainable_parameters / max(checked.base_parameters, 1)
+        size = {"trainable_parameters": checked.trainable_parameters, "percent": percent}
+        rows.append({**grid.row(candidate, results), **size})
+    return {
+        "out": out.as_posix(),
+        "task": first["task"],
+        "metrics": first["metrics"],
+        "seeds": list(grid.seeds),
+        "tuning_seeds": grid.tuning_seeds,
+        "done": len(results),
+        "missing": sum(row["missing"] for row in rows),
+        "seconds": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
+        "recipes": rows,
+        "best": _best(options, grid, rows, out),
+        "command": options.command,
+        "configuration": {name: first.get(name) for name in (*_SHOWN, "versions")},
+    }
+
+
+def _best(
+    options: CompareOptions, grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path
+) -> dict[str, str] | None:
+    """The recipe that is the best on dev, and the command that trains it."""
+    best: Mapping[str, Any] | None = None
+    for row in rows:
+        mean = row["dev"][grid.metric]["mean"] if "dev" in row else None
+        if mean is None:
+            continue
+        if best is None or better(grid.metric, mean, best["dev"][grid.metric]["mean"]):
+            best = row
+    if best is None:
+        return None
+    cell = Cell(best["recipe"], best["learning_rate"], grid.seeds[0])
+    alone = replace(options.run_options(cell), baselines=True)
+    command = shlex.join(["adapters-jax", "finetune", *words(alone)])
+    return {"recipe": best["recipe"], "command": command}
+
+
+def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
+    """A mean and its deviation for people.
+
+    Example:
+        >>> show_spread("accuracy", {"mean": 0.8541, "deviation": 0.0123})
+        '85.4 ± 1.2 %'
+        >>> show_spread("pearson", {"mean": 0.8541, "deviation": None})
+        '0.854'
+    """
+    mean, deviation = spread["mean"] or 0.0, spread["deviation"]
+    if deviation is None:
+        return show_metric(name, mean)
+    if name in PERCENT:
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+    return f"{mean:.3f} ± {deviation:.3f}"
+
+
+def comparison_table(
+    summary: Mapping[str, Any], parts: Sequence[str] = ("test",)
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the results, a row a recipe, from the fewest parameters.
+
+    Args:
+        summary: of `summarize`.
+        parts: of the rows that were scored; of "test" alone, the first metric is shown alone.
+    """
+    metrics = summary["metrics"][: 1 if len(parts) == 1 else None]
+    columns = [(part, name) for part in parts for name in metrics]
+    header = ["recipe", "trainable", "of base", "rate", "seeds"]
+    return header + [" ".join(column) for column in columns], [
+        [
+            row["recipe"],
+            f"{row['trainable_parameters']:,}",
+            f"{row['percent']:.3g} %",
+            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            _seeds(row),
+            *(show_spread(name, row[part][name]) if part in row else "" for part, name in columns),
+        ]
+        for row in sorted(summary["recipes"], key=lambda row: row["trainable_parameters"])
+    ]
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    """How many seeds a result is of, and what is not among them."""
+    said = [str(len(row["seeds"]))]
+    if row["diverged"]:
+        said.append(f"{row['diverged']} diverged")
+    if row["missing"]:
+        said.append(f"{row['missing']} to run")
+    return ", ".join(said)
+
+
+def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> None:
+    """Writes the files of a comparison, each of which is whole at every instant.
+
+    Args:
+        out: directory of the comparison.
+        summary: of `summarize`.
+        results: a cell each.
+    """
+    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    write_file(out / "cells.jsonl", lines.encode())
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    write_file(out / "comparison.json", f"{text}\n".encode())
+    task, metric = summary["task"], summary["metrics"][0]
+    draw_tradeoff(out / "comparison.png", {task: summary["recipes"]}, {task: metric})
+    write_file(out / "comparison.html", _page(out, summary, results).encode())
+
+
+def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
+    best, metric = summary["best"], summary["metrics"][0]
+    table = pages.table(*comparison_table(summary, ("dev", "test")))
+    sections = {
+        "Results": table + pages.paragraph(_sentence(summary)),
+        f"Test {metric} against trainable parameters": pages.picture(
+            out / "comparison.png", f"Test {metric} against trainable parameters of each recipe"
+        ),
+        "Every cell": pages.table(*_cells_table(metric, results)),
+        "The same again": pages.code(summary["command"]),
+    }
+    if best is not None:
+        sections["The best on dev, alone"] = pages.code(best["command"])
+    configuration = list(settings(summary["configuration"]))
+    sections["Configuration"] = pages.table(["setting", "value"], configuration, words=2)
+    name = Path(summary["configuration"]["model"]).name
+    return pages.page(f"{summary['task']}: {len(summary['recipes'])} recipes on {name}", sections)
+
+
+def _sentence(summary: Summary) -> str:
+    """What the table is of, in words, and what is not in it yet."""
+    rows, metric = summary["configuration"]["rows"], summary["metrics"][0]
+    tuned = any(row["learning_rate"] is None or row["tuned"] for row in summary["recipes"])
+    said = [
+        f"Trained on {rows['train']:,} rows; mean and standard deviation of test ({rows['test']:,} "
+        f"rows) over up to {len(summary['seeds'])} seeds, after {summary['done']} runs of together "
+        f"{duration(summary['seconds'])}."
+    ]
+    if tuned:
+        seeds = summary["seeds"][: summary["tuning_seeds"]]
+        which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+        said.append(
+            f"Learning rates were chosen by {metric} on dev ({rows['dev']:,} rows) with {which}."
+        )
+    if summary["best"] is not None:
+        said.append(f"The best on dev is {summary['best']['recipe']}.")
+    if summary["missing"]:
+        left = [f"{r['recipe']} ({r['missing']})" for r in summary["recipes"] if r["missing"]]
+        said.append(f"{summary['missing']} runs are missing: {'; '.join(left)}.")
+    return " ".join(said)
+
+
+def _cells_table(metric: str, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["recipe", "learning rate", "seed", f"dev {metric}", f"test {metric}", "took"]
+    return header, [
+        [
+            result["recipe"],
+            f"{result['learning_rate']:g}",
+            str(result["seed"]),
+            *(
+                ["diverged", "", ""]
+                if "stopped" in result
+                else [
+                    show_metric(metric, result["dev"][metric]),
+                    show_metric(metric, result["test"][metric]),
+                    duration(result["seconds"]),
+                ]
+            ),
+        ]
+        for result in results
+    ]

@@ -1,0 +1,1 @@
+"""Flags as frozen dataclasses, shared by the commands."""

@@ -1,0 +1,204 @@
+"""Which recipe: the flags of `--method`, shared by every command that takes one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from adapters_jax import presets as recipes
+from adapters_jax.app.options.flags import flag, given
+from adapters_jax.presets import head_only
+from adapters_jax.recipe import Recipe
+
+HEAD_ONLY = "head-only"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One `--method`: the recipe it makes, the flags it takes, and how it is best trained.
+
+    Attributes:
+        make: makes the recipe of the flags' values.
+        flags: fields of `MethodOptions`.
+        learning_rate: where none is given.
+        epochs: where none are given.
+        head_learning_rate: of the head, which starts from nothing; None is the other one.
+        dropout: of the base; None is the checkpoint's own. Over a frozen base few parameters learn,
+            in few epochs, and they learn more without.
+    """
+
+    make: Callable[..., Recipe]
+    flags: tuple[str, ...]
+    learning_rate: float
+    epochs: float = 3.0
+    head_learning_rate: float | None = 1e-2
+    dropout: float | None = 0.0
+
+
+def _full(*, head: str | None = None) -> Recipe:
+    return recipes.full()
+
+
+def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
+    return recipes.last_layers(layers, **fields)
+
+
+def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """In all but the lowest two layers, as in the paper."""
+    last = max(num_layers - 2, 1) if last is None else last
+    targets = f"{layer}/attention"
+    return recipes.llama_adapter(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
+def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """In all layers, as in the paper."""
+    fields["length"] = fields.pop("prompt_length", 20)
+    last, targets = last or num_layers, f"{layer}/attention"
+    return recipes.prefix_tuning(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
+_ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
+_PROMPT = ("prompt_length", "last", "init_std")
+_BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
+_LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
+_LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
+
+PRESETS = {
+    "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
+    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
+    "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
+    "lora": Preset(recipes.lora, _LORA, 2e-3),
+    "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
+    "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
+    "bitfit": Preset(recipes.bitfit, (), 2e-3),
+    "layer-norms": Preset(recipes.layer_norms, (), 2e-3),
+    "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
+    "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
+    HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20.0, head_learning_rate=None),
+}
+MethodName = Literal[
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "lora",
+    "llama-adapter",
+    "prefix-tuning",
+    "bitfit",
+    "layer-norms",
+    "last-layers",
+    "full",
+    "head-only",
+]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What to add to the model, and what to train of it.
+
+    Args:
+        method: a published recipe; its fields are the flags below, with the paper's defaults.
+        recipe: a recipe as a JSON file, in place of --method and its fields.
+        bottleneck_dim: width m of bottleneck adapters; 64 by default.
+        reduction_factor: m as a fraction of the model's width, d / reduction_factor.
+        activation: between the projections of a bottleneck: gelu, relu, silu, tanh, ...
+        init_std: standard deviation that bottleneck kernels start with, 0.01 by default, or that
+            prompts start with, 1 for llama-adapter and 0.02 for prefix-tuning.
+        scale: factor on a bottleneck's branch; 1, and 4 for parallel.
+        layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
+        rank: r of LoRA; 8 by default.
+        alpha: LoRA scales by alpha / r; the rank by default.
+        a_init: how LoRA's A starts: gaussian, uniform or gaussian_rank; or both from the weight's
+            principal components: pissa.
+        rank_stabilized: LoRA scales by alpha / sqrt(r) instead.
+        rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
+        alpha_pattern: other alphas for some targets, likewise.
+        dora: LoRA with a trained norm for every output (DoRA).
+        bias: biases that train beside LoRA: none, all, or lora_only; none by default.
+        adapter_dropout: of a bottleneck's inner activations, or of LoRA's input.
+        targets: patterns of the modules to adapt, such as "**/{query,value}".
+        layers: how many layers last-layers trains; 2 by default.
+        prompt_length: tokens of a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
+        last: how many layers have prompts, from the top; all, for llama-adapter all but two.
+        gate: of llama-adapter: one for every "head", or one for the "layer".
+        gate_activation: of llama-adapter: tanh or identity.
+    """
+
+    method: MethodName = "houlsby"
+    recipe: Path | None = None
+    bottleneck_dim: int | None = None
+    reduction_factor: float | None = None
+    activation: str | None = None
+    init_std: float | None = None
+    scale: float | None = None
+    layer_norms: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    a_init: str | None = None
+    rank_stabilized: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    dora: bool = False
+    bias: str | None = None
+    adapter_dropout: float | None = None
+    targets: tuple[str, ...] = ()
+    layers: int | None = None
+    prompt_length: int | None = None
+    last: int | None = None
+    gate: str | None = None
+    gate_activation: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What a run of it is called."""
+        return self.method if self.recipe is None else self.recipe.stem
+
+    def build(
+        self, *, head: str | None = None, num_layers: int = 0, layer: str = "**/layer_{}"
+    ) -> Recipe:
+        """The recipe.
+
+        Args:
+            head: path of the task's head, which always trains.
+            num_layers: of the model, for methods that count layers.
+            layer: pattern of one layer of the model, with `{}` for its number.
+
+        Raises:
+            ValueError: flags of another method, a field out of its range, or a recipe file that
+                is not one.
+
+        Example:
+            >>> MethodOptions("lora", rank=4).build()
+            Recipe(
+              LoRA(targets=('**/{query,value}',), rank=4),
+            )
+        """
+        fields = given(self)
+        fields.pop("method", None)
+        if self.recipe is not None:
+            return self._from_file(self.recipe, head)
+        preset = PRESETS[self.method]
+        foreign = [flag(name) for name in fields if name not in preset.flags]
+        if foreign:
+            known = ", ".join(map(flag, preset.flags)) or "none"
+            raise ValueError(
+                f"{', '.join(foreign)}: no field of --method {self.method}; its fields are {known}"
+            )
+        if "adapter_dropout" in fields:
+            fields["dropout"] = fields.pop("adapter_dropout")
+        if self.method in ("last-layers", "llama-adapter", "prefix-tuning"):
+            fields |= {"num_layers": num_layers, "layer": layer}
+        return preset.make(**fields, head=head)
+
+    def _from_file(self, path: Path, head: str | None) -> Recipe:
+        """The recipe of a file, and the head, which would stay random if it did not train."""
+        others = [flag(name) for name in given(self) if name != "recipe"]
+        if others:
+            raise ValueError(
+                f"--recipe {path} says everything about the method; put "
+                f"{', '.join(others)} into that file instead"
+            )
+        try:
+            recipe = Recipe.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe

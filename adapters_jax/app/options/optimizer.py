@@ -1,0 +1,124 @@
+"""How a run is optimised: the flags, the schedule and the optax chain they become."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from adapters_jax.app.options.flags import flag
+from adapters_jax.app.options.method import PRESETS
+from adapters_jax.checks import check_number, check_size
+from adapters_jax.presets import HEAD
+from adapters_jax.recipe import Recipe
+from adapters_jax.training.optimizers import freeze_base
+from adapters_jax.trees import path_of
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How to train: AdamW, with a linear warm-up and a linear decay to zero.
+
+    Args:
+        learning_rate: the highest one; by default the method's own.
+        head_learning_rate: of an encoder's head, which starts from nothing; by default 0.01, of
+            full and last-layers 0.001, of head-only --learning-rate.
+        lora_plus: how many times the learning rate LoRA's B has (LoRA+); 16 in the paper's code, by
+            default 1.
+        epochs: passes over the training rows, also a fraction; by default 3, of head-only 20, on
+            the movie reviews 1.5.
+        dropout: of an encoder; by default none, and of full and last-layers the checkpoint's own.
+        batch_size: rows a step, of a decoder packed sequences; by default 32, of a decoder 4.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        weight_decay: on everything trained but biases and layer norms.
+        warmup: fraction of the steps that the learning rate rises over.
+        clip: largest global norm of a gradient; 0 never clips.
+        evaluations: how often an epoch the dev rows are scored.
+    """
+
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    lora_plus: float = 1.0
+    epochs: float | None = None
+    dropout: float | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    evaluations: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "evaluations"):
+            if getattr(self, name) is not None:
+                check_size("the optimizer", flag(name), getattr(self, name))
+        for name in ("learning_rate", "head_learning_rate", "lora_plus", "epochs"):
+            if getattr(self, name) is not None:
+                check_number("the optimizer", flag(name), getattr(self, name))
+        for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
+            check_number("the optimizer", flag(name), getattr(self, name), high=high, closed=True)
+        if self.dropout is not None:
+            check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
+        if self.batch_size is not None and self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
+            )
+
+    def of(self, method: str) -> "OptimizerOptions":
+        """An encoder's training by a method: its own values where none are given."""
+        preset = PRESETS[method]
+        rate = self.learning_rate or preset.learning_rate
+        return dataclasses.replace(
+            self.of_decoder(method, batch_size=32),
+            head_learning_rate=self.head_learning_rate or preset.head_learning_rate or rate,
+            dropout=preset.dropout if self.dropout is None else self.dropout,
+        )
+
+    def of_decoder(self, method: str, batch_size: int = 4) -> "OptimizerOptions":
+        """A decoder's training by a method, likewise; it has no head and no dropout."""
+        preset = PRESETS[method]
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate or preset.learning_rate,
+            epochs=self.epochs or preset.epochs,
+            batch_size=self.batch_size or batch_size,
+        )
+
+    def steps(self, epoch: int) -> int:
+        """The steps of a training, where an epoch has so many."""
+        return max(1, round((self.epochs or 1) * epoch))
+
+    def marks(self, epoch: int) -> set[int]:
+        """The steps after which dev is scored: evenly spread, the last one among them."""
+        steps = self.steps(epoch)
+        count = max(1, round((self.epochs or 1) * self.evaluations))
+        return {-(-steps * n // count) for n in range(1, count + 1)}
+
+    def schedule(self, steps: int, peak: float) -> optax.Schedule:
+        """The learning rate of each step, for a training of so many."""
+        warm = int(steps * self.warmup)
+        rise = optax.linear_schedule(0.0, peak, warm + 1)
+        fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
+        return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
+
+    def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
+        """The optimiser of a training of so many steps, of what the recipe trains."""
+
+        def adamw(peak: float | None) -> optax.GradientTransformation:
+            schedule = self.schedule(steps, peak or 0.0)
+            return optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
+
+        rate = self.head_learning_rate
+        groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
+        if self.lora_plus != 1.0:
+            groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
+        tx = freeze_base(adamw(self.learning_rate), recipe, groups)
+        return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+
+
+def _decays(params: Any) -> Any:
+    """True where weight decay acts: everywhere but on biases and layer norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, _: path_of(key_path).rpartition("/")[2] not in ("bias", "scale"), params
+    )

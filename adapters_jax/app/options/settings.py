@@ -1,0 +1,75 @@
+"""The flags of a training whatever its recipe is: the base, the rows, how long and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jax.sharding import Mesh
+
+from adapters_jax.app.options.data import DataOptions
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.distributed.mesh import local_rows, make_mesh
+from adapters_jax.tasks.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run has, and what all runs of a comparison share.
+
+    Args:
+        model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub,
+            with @ and a revision or without; the run notes the commit, and uses that ever after.
+        data: the rows.
+        optimizer: the training.
+        prompts: how a decoder is given a prompt.
+        pack: put a decoder's short rows side by side in sequences of --max-length tokens.
+        held_out: score a decoder on at most so many rows of dev, and of test, evenly spread.
+        exact_match: generate for at most so many of these prompts, and compare; 0 does not.
+        max_length: in tokens; longer rows are cut; by default 128, of a decoder 256.
+        pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
+        dtype: what the model computes in; what trains stays float32.
+        quantize: keep the frozen weights in 8 or 4 bits, by qwix.
+        mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
+            over fsdp and model; by default one device.
+        checkpoint_every: steps from one checkpoint to the next; dev's scoring makes one, too.
+    """
+
+    model: str = "minilm"
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    prompts: Prompts = field(default_factory=Prompts)
+    pack: bool = True
+    held_out: int = 100
+    exact_match: int = 16
+    max_length: int | None = None
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "int4", "nf4"] | None = None
+    mesh: str | None = None
+    checkpoint_every: int = 100
+
+    def make_mesh(self, batch_size: int | None) -> Mesh | None:
+        """The devices to train on; raises ShardingError where a batch does not split over them."""
+        if self.mesh is None:
+            return None
+        mesh = make_mesh(self.mesh)
+        local_rows(batch_size or 1, mesh)
+        return mesh
+
+
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """What one run is trained with.
+
+    Args:
+        method: the recipe.
+        seed: of the head, the adapters, the order of rows and dropout.
+        baselines: also report the majority class and the frozen base with a trained head; of a
+            decoder, the base.
+    """
+
+    method: MethodOptions = field(default_factory=MethodOptions)
+    seed: int = 0
+    baselines: bool = True

@@ -1,0 +1,195 @@
+"""The main job: train a recipe, compare it with baselines, and write all of it down."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from adapters_jax.app.console import Meter, Output, Speed, duration
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.report.run import draw_curves, results_table, write_report
+from adapters_jax.app.runs.log import Record
+from adapters_jax.app.runs.loop import Saving, Trained, train
+from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.audit import audit
+from adapters_jax.io.adapter import save_adapter
+from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
+from adapters_jax.io.identity import BaseIdentity
+from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks.base import NotFiniteError, Problem
+from adapters_jax.training.state import TrainState
+
+Result = dict[str, Any]  # a row of the results' table
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """A run that is ready to start, in its directory; `prepare_run` makes it.
+
+    Attributes:
+        run: where it goes.
+        title: the method's name in tables.
+        problem: what is trained.
+        optimizer: how, with a learning rate and epochs.
+        seed: of dropout and of the baseline's order.
+        baselines: whether to compare.
+        config: what `config.json` says.
+        output: where words go.
+        began: when, in seconds of `time.perf_counter`.
+        every: steps from one checkpoint to the next.
+        lock: the handle by which this process has the run; None before `open_run`.
+    """
+
+    run: Run
+    title: str
+    problem: Problem
+    optimizer: OptimizerOptions
+    seed: int
+    baselines: bool
+    config: dict[str, Any]
+    output: Output
+    began: float
+    every: int
+    lock: int | None = field(default=None, kw_only=True)
+
+    def __call__(self) -> None:
+        """Trains, compares, reports.
+
+        Raises:
+            StoppedError: a loss was not finite, a signal came or the disk is full; what was trained
+                is on disk.
+        """
+        try:
+            with Interrupts() as interrupts:
+                self._work(interrupts)
+        except NotFiniteError as error:
+            raise self._stopped(error) from error
+        except InterruptedRunError as error:
+            raise StoppedError(f"{error}; {self._again}", error.status) from error
+        except CheckpointError as error:
+            raise StoppedError(f"{error}; {self._again}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoppedError(f"{error}; make room, and {self._again}") from error
+        finally:
+            if self.lock is not None:
+                self.run.unlock(self.lock)
+
+    @property
+    def _again(self) -> str:
+        return f"go on with: adapters-jax finetune --resume {shlex.quote(self.run.path.as_posix())}"
+
+    def _work(self, interrupts: Interrupts) -> None:
+        steps = self.optimizer.steps(len(self.problem.train))
+        tx = self.optimizer.make(steps, self.problem.recipe)
+        counts = audit(self.problem.model, self.problem.params, tx)
+        self.output.show(counts)
+        with Checkpoints(self.run.checkpoints, on_damage=self.output.say) as checkpoints:
+            saving = Saving(checkpoints, self.every, interrupts, self._resumed)
+            found, results = self.train_all(saving)
+        interrupts.check()
+        summary: dict[str, Any] = {
+            "run": self.run.path.as_posix(),
+            "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
+            "trainable_parameters": counts.trainable_parameters,
+            "best_step": found.step,
+            "dev": found.dev,
+            "results": results,
+        }
+        metric = self.problem.metrics[0]
+        levels = {row["method"]: row["dev"][metric] for row in results[:-1]}
+        config = {**self.config, "summary": summary}
+        draw_curves(self.run.curves, self.title, found.records, metric, levels)
+        write_report(self.run, config, counts)
+        self.run.write_config(config)  # the run is finished
+        shutil.rmtree(self.run.checkpoints)
+        table = results_table(results, self.problem.metrics)
+        took = f"finished in {duration(summary['seconds'])}: see {self.run.report}"
+        self.output.finish(*table, took, summary)
+
+    def _resumed(self, found: Trained, step: int) -> None:
+        """Puts the metrics' file back to where training goes on, and says where that is."""
+        self.run.write_log({"method": self.title, **record} for record in found.records)
+        steps = self.optimizer.steps(len(self.problem.train))
+        self.output.say(f"going on after step {step} of {steps}")
+
+    def _stopped(self, error: NotFiniteError) -> StoppedError:
+        """Notes in the run that it broke off, and says so."""
+        message = (
+            f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; try a "
+            f"--learning-rate below {self.optimizer.learning_rate:g}"
+        )
+        self.run.write_config({**self.config, "stopped": message})
+        return StoppedError(message)
+
+    @property
+    @abstractmethod
+    def identity(self) -> BaseIdentity:
+        """What an adapter's file says of the base."""
+
+    @abstractmethod
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
+        """The method and its baselines: what it found, and the rows of the results' table."""
+
+    def save(self, state: TrainState) -> None:
+        """Keeps a state's adapter as the run's."""
+        save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
+
+    def train(
+        self,
+        title: str,
+        problem: Problem,
+        optimizer: OptimizerOptions,
+        tokens: int = 0,
+        saving: Saving | None = None,
+    ) -> tuple[Trained, Result]:
+        """One training, logged, and tested once with its best adapters.
+
+        Args:
+            title: of its row.
+            problem: what is learnt.
+            optimizer: how.
+            tokens: of an epoch.
+            saving: of the run's own training, whose best adapters are kept; None of a baseline.
+        """
+        on_best = self.save if saving else lambda state: None
+        if saving and not saving.checkpoints.steps:
+            self.run.write_log([])
+        key = jax.random.fold_in(jax.random.key(self.seed), 1)
+        with self.output.progress(title, optimizer.steps(len(problem.train))) as meter:
+            speed = Speed(tokens / len(problem.train))
+            log = self._logger(title, problem.metrics[0], meter, speed)
+            found = train(problem, optimizer, key, on_record=log, on_best=on_best, saving=saving)
+        test = problem.score(found.best, "test")
+        self.run.log({"method": title, "step": found.step, "test": test})
+        size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
+        row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
+        return found, row
+
+    def _logger(
+        self, title: str, metric: str, meter: Meter, speed: Speed
+    ) -> Callable[[Record], None]:
+        """Takes records to the run's metrics and to the progress that is shown."""
+        notes = {"loss": "", "speed": "", "dev": ""}
+
+        def log(record: Record) -> None:
+            self.run.log({"method": title, **record})
+            if "dev" in record:
+                notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
+                speed.pause()
+            else:
+                notes["loss"] = f"loss {record['loss']:.3f}"
+                notes["speed"] = speed.at(record["step"]) or notes["speed"]
+            words = "  ".join(filter(None, notes.values()))
+            meter.update(record["step"], words, news="dev" in record)
+
+        return log

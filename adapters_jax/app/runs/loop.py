@@ -1,0 +1,236 @@
+"""Training: the steps of one recipe on one problem, scored on dev, the best adapter kept.
+
+Nothing waits for the device without need: losses are read one window of steps late, when they are
+long finished, and a step that was not finite moved nothing, so that finding out late is harmless.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.runs.log import Log, Record
+from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts
+from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.distributed.sharding import shard
+from adapters_jax.io.checkpoint import Checkpoints
+from adapters_jax.tasks.base import NotFiniteError, Problem
+from adapters_jax.tasks.metrics import better
+from adapters_jax.training.state import TrainState
+from adapters_jax.training.step import make_train_step
+
+
+@dataclass
+class Trained:
+    """What a training finds.
+
+    Attributes:
+        metric: the best is judged by it.
+        on_record: called with every record.
+        on_best: called with the state when it is the best so far.
+        step: when that was.
+        dev: its metrics on dev.
+        records: what was logged: losses by step, and evaluations.
+        seconds: what it took before this process went on with it.
+        adapters: the best ones, on the host, since steps donate; None before dev is scored.
+        best: the last state with the best adapters, once training is over.
+    """
+
+    metric: str
+    on_record: Callable[[Record], None]
+    on_best: Callable[[TrainState], None]
+    step: int = 0
+    dev: dict[str, float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    adapters: Any = None
+    best: Any = None
+
+    def note(self, records: list[Record]) -> None:
+        """Takes records down."""
+        for record in records:
+            self.records.append(record)
+            self.on_record(record)
+
+    def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
+        """Keeps a state's adapters if they are the best so far."""
+        self.note([{"step": step, "dev": dev}])
+        if not self.dev or better(self.metric, dev[self.metric], self.dev[self.metric]):
+            self.step, self.dev = step, dev
+            self.adapters = jax.device_get(state.adapters)
+            self.on_best(state)
+
+    def with_best(self, state: TrainState) -> TrainState:
+        """A state with the best adapters, if there are any yet."""
+        if self.adapters is None:
+            return state
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), self.adapters, state.adapters
+        )
+        return replace(state, adapters=placed)
+
+
+@dataclass
+class Saving:
+    """How a training is saved, so that it can be cut off at any instant and go on exactly.
+
+    Attributes:
+        checkpoints: where to.
+        every: steps from one to the next.
+        interrupts: signals to stop; training is saved before it does.
+        on_resume: told of what was found and of the step, when there is something to go on from.
+    """
+
+    checkpoints: Checkpoints
+    every: int
+    interrupts: Interrupts
+    on_resume: Callable[[Trained, int], None]
+
+
+def train(
+    problem: Problem,
+    options: OptimizerOptions,
+    key: PRNGKeyArray,
+    *,
+    on_record: Callable[[Record], None] = lambda record: None,
+    on_best: Callable[[TrainState], None] = lambda state: None,
+    saving: Saving | None = None,
+) -> Trained:
+    """Trains what the recipe says, and keeps the adapters that are the best on dev.
+
+    Args:
+        problem: what to learn.
+        options: how, with a learning rate and epochs.
+        key: seeds dropout.
+        on_record: called with every record of the log.
+        on_best: called with the first state, and after every evaluation that is the best so far.
+        saving: where to go on from, if anything is there, and how to save; None does neither.
+
+    Returns:
+        What was found; its state has the best adapters.
+
+    Raises:
+        NotFiniteError: training broke off; nothing has moved at that step, and the adapters before
+            it were scored, unless their outputs are not finite either.
+        InterruptedRunError: a signal broke it off; it is saved.
+        CheckpointError: it could not be saved, or what is there cannot be read.
+    """
+    steps = options.steps(len(problem.train))
+    tx = options.make(steps, problem.recipe)
+    state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
+    if problem.mesh is not None:
+        state = shard(state, problem.mesh)
+    log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
+    found = Trained(problem.metrics[0], on_record, on_best)
+    training = _Training(problem, state, log, found, steps, options.marks(len(problem.train)))
+    if saving is not None:
+        training.resume(saving)
+    on_best(found.with_best(training.state))
+    step = make_train_step(problem.loss, accumulate=options.accumulate)
+    try:
+        training.run(step, saving)
+    except NotFiniteError as error:
+        with contextlib.suppress(NotFiniteError):
+            state = training.state
+            found.consider(state, error.step - 1, problem.score(state, "dev"))
+        raise
+    found.best = found.with_best(training.state)
+    return found
+
+
+@dataclass
+class _Training:
+    """The loop, and all that it carries from step to step.
+
+    Attributes:
+        problem: what is learnt.
+        state: after `step` steps.
+        log: their metrics.
+        found: so far.
+        steps: to make.
+        marks: after which dev is scored.
+        step: so many are made.
+        due: whether dev is to be scored before the next one.
+        saved: the step of the last checkpoint.
+        began: when this process took over.
+    """
+
+    problem: Problem
+    state: TrainState
+    log: Log
+    found: Trained
+    steps: int
+    marks: set[int]
+    step: int = 0
+    due: bool = False
+    saved: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def run(self, step: Callable[..., Any], saving: Saving | None) -> None:
+        """Makes the steps that are left."""
+        if saving is None:
+            interrupts, every = Interrupts(), self.steps + 1
+        else:
+            interrupts, every = saving.interrupts, saving.every
+        try:
+            with interrupts.deferred():
+                while self.due or self.step < self.steps:
+                    if self.due:
+                        self._score(interrupts)
+                    else:
+                        self._advance(step)
+                    if not self.due and (self.step in self.marks or self.step % every == 0):
+                        self._save(saving)
+                    interrupts.check()
+        except InterruptedRunError:
+            self._save(saving)
+            if saving is not None:
+                saving.checkpoints.wait()
+            raise
+
+    def _advance(self, step: Callable[..., Any]) -> None:
+        batch, mesh = self.problem.batch(self.step), self.problem.mesh
+        self.state, metrics = step(self.state, shard_batch(batch, mesh) if mesh else batch)
+        self.step += 1
+        self.due = self.step in self.marks
+        self.found.note(self.log.add(self.step, metrics))
+
+    def _score(self, interrupts: Interrupts) -> None:
+        self.found.note(self.log.flush())
+        with interrupts.at_once():
+            dev = self.problem.score(self.state, "dev")
+        self.found.consider(self.state, self.step, dev)
+        self.due = False
+
+    def _save(self, saving: Saving | None) -> None:
+        if saving is None or self.step == self.saved:
+            return
+        found, self.saved = self.found, self.step
+        progress = {
+            "due": self.due,
+            "step": found.step,
+            "dev": found.dev,
+            "records": list(found.records),
+            "waiting": [list(window) for window in self.log.waiting],
+            "seconds": found.seconds + time.monotonic() - self.began,
+        }
+        saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)
+
+    def resume(self, saving: Saving) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        if not saving.checkpoints.steps:
+            return
+        was = saving.checkpoints.restore(self.state)
+        self.state, self.step, self.saved = was.state, was.step, was.step
+        self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
+        for name in ("step", "dev", "records", "seconds"):
+            setattr(self.found, name, was.progress[name])
+        self.found.adapters = jax.device_get(was.best)
+        saving.on_resume(self.found, self.step)

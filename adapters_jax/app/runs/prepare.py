@@ -1,0 +1,87 @@
+"""A run, read and checked before its first step, and its directory, made when all is well."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import parse
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs import decoder, encoder
+from adapters_jax.app.runs.config import check_same, check_unfinished
+from adapters_jax.app.runs.job import Job
+from adapters_jax.checks import check_size
+from adapters_jax.distributed.hosts import PROCESSES
+from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.pretrained.locate import is_decoder, pinned
+
+
+def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> Job:
+    """Reads and checks everything, so that a mistake is found before training.
+
+    Nothing is written: `open_run` makes the directory.
+
+    Args:
+        options: what is trained, and how.
+        run: where it will be.
+        output: where words go.
+        began: when the command began, in seconds of `time.perf_counter`.
+
+    Raises:
+        ValueError: flags, files, rows or a checkpoint that cannot be used.
+        AssetError: the pinned model or the movie reviews could not be fetched.
+    """
+    if int(os.environ.get(PROCESSES) or 1) > 1:
+        raise ValueError(
+            f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several"
+            " take a script, such as examples/finetune_llama_sharded.py"
+        )
+    check_size("saving", "--checkpoint-every", options.checkpoint_every)
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed {options.seed}: wanted a number from 0 to 2**32 - 1")
+    check_size("scoring", "--held-out", options.held_out)
+    if options.exact_match < 0:
+        raise ValueError(f"--exact-match {options.exact_match}: wanted a number of rows, or 0")
+    options = replace(options, model=pinned(options.model))
+    room: Any = decoder if is_decoder(options.model) else encoder
+    return room.prepare(options, run, output, began)
+
+
+def open_run(job: Job) -> Job:
+    """Makes a run's directory, or checks that the one that is there is of the same run.
+
+    Returns:
+        The job, with the run locked for this process.
+
+    Raises:
+        RunError: another process has the run, or it was another one, or it is finished.
+        OSError: the directory cannot be made.
+    """
+    run = job.run
+    if not run.path.exists():
+        run.create(job.config)
+        return replace(job, lock=run.lock())
+    handle = run.lock()
+    try:
+        check_same(run, job.config, job.output)
+    except RunError:
+        os.close(handle)
+        raise
+    return replace(job, lock=handle)
+
+
+def resume_run(run: Run, output: Output, began: float) -> Job:
+    """A run that was cut off, ready to go on with the options that it was started with.
+
+    Raises:
+        RunError: there is no such run, or it is finished, or its files have changed.
+        ValueError: likewise, as for `prepare_run`.
+    """
+    config = run.read_config(None)
+    if not isinstance(config.get("command"), list):
+        raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+    check_unfinished(run, config)
+    words = [word for word in config["command"] if not word.startswith(("--runs=", "--name="))]
+    return open_run(prepare_run(parse(RunOptions, words), run, output, began))

@@ -1,0 +1,287 @@
+"""Layouts: which device holds which part of a base and of its adapters.
+
+A layout is a sharding for every leaf; results do not depend on it, XLA sees to that (GSPMD). A base
+leaf is laid out as its own annotations say, else by the first rule whose pattern means its path,
+else along its largest axis that divides. The factors of LoRA inherit: A has the input axes of the
+kernel beside it, B its output axes. All else that trains is small, and every device has it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adapters_jax.distributed.mesh import ShardingError, place
+from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import matches, require_match
+from adapters_jax.training.state import TrainState
+from adapters_jax.trees import Tree, flatten, path_of
+from adapters_jax.weights.quantized import is_quantized, unboxed
+
+WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules
+SMALL = 2**16  # of a leaf with fewer elements every device has all, unless told otherwise
+Rules = Mapping[str, P]
+
+
+def layout(
+    params: Tree,
+    mesh: Mesh,
+    rules: Rules | None = None,
+    recipe: Recipe | None = None,
+    small: int = SMALL,
+) -> dict[str, NamedSharding]:
+    """Where every parameter goes.
+
+    Args:
+        params: a linen tree, whose boxes (`nn.with_partitioning`) are read, or an NNX state, whose
+            Variables' metadata is; arrays or abstract.
+        mesh: of named axes.
+        rules: partition specs by pattern of the parameter's path; the first that matches counts.
+            They are for base leaves without annotations, and for adapters' leaves.
+        recipe: tells adapters' leaves from the base's; None where there are none.
+        small: leaves with fewer elements that nothing else speaks of are on every device.
+
+    Returns:
+        A sharding by path.
+
+    Raises:
+        ShardingError: an axis that the mesh has not, or one that does not divide a dimension.
+        TargetError: a rule matches nothing.
+
+    Example:
+        >>> import adapters_jax as aj, jax.numpy as jnp
+        >>> mesh = aj.make_mesh("data=-1,model=1")
+        >>> where = layout({"q": {"kernel": jnp.ones((8, 4))}}, mesh, {"q/*": P(None, "model")})
+        >>> where["q/kernel"].spec == P(None, "model")
+        True
+    """
+    return _layout(_leaves(params), mesh, rules, recipe, small)
+
+
+def _layout(
+    leaves: Mapping[str, tuple[Any, P | None]],
+    mesh: Mesh,
+    rules: Rules | None,
+    recipe: Recipe | None,
+    small: int,
+) -> dict[str, NamedSharding]:
+    rules = dict(rules or {})
+    require_match("sharding rules", tuple(rules), leaves)
+    owners = {path: recipe.owner(path) if recipe else None for path in leaves}
+    base = {
+        path: _told(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
+        for path, (leaf, annotation) in leaves.items()
+        if owners[path] is None
+    }
+    specs = {}
+    for path, (leaf, annotation) in leaves.items():
+        owner = owners[path]
+        if owner is None:
+            specs[path] = base[path]
+        else:
+            told = _told(path, leaf, annotation, mesh, rules)
+            specs[path] = told or _inherited(path, owner[0], leaves, base, mesh, small)
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+
+
+def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
+    """Each leaf with the partition spec of its annotation."""
+    if isinstance(params, nnx.State):
+        specs = dict(flatten(nnx.get_partition_spec(params)))
+        return {path: (leaf, specs[path] or None) for path, leaf in flatten(params).items()}
+    return {path: _annotated(leaf) for path, leaf in flatten(params).items()}
+
+
+def _annotated(leaf: Any) -> tuple[Any, P | None]:
+    if is_quantized(leaf):
+        return leaf, leaf.spec
+    spec = leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else None
+    return unboxed(leaf), spec
+
+
+def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
+    """What an annotation or a rule says of a leaf, checked; None where nothing does."""
+    spec, who = annotation, "its annotation"
+    if spec is None:
+        pattern = next((pattern for pattern in rules if matches(pattern, path)), None)
+        if pattern is None:
+            return None
+        spec, who = rules[pattern], f"rule {pattern!r}"
+    if len(spec) > len(leaf.shape):
+        raise ShardingError(
+            f"{path} has the shape {list(leaf.shape)}, and {who} has {len(spec)} axes: {spec}"
+        )
+    for size, names in zip(leaf.shape, spec, strict=False):
+        names = _names(names)
+        unknown = [name for name in names if name not in mesh.shape]
+        if unknown:
+            raise ShardingError(
+                f"{path}: {who} names the axis {unknown[0]!r}, and the mesh has "
+                f"{', '.join(mesh.axis_names)}; add {unknown[0]}=1 to the mesh, or rename it"
+            )
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ShardingError(
+                f"{path} has the shape {list(leaf.shape)}, and {who}, {spec}, splits {size} into "
+                f"{parts} parts, which do not divide it; choose another axis, or None"
+            )
+    return spec
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    """The mesh axes that split one dimension."""
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
+    """The largest axis that each of `fsdp` and `model` divides; the last one among equals."""
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < small:
+        return P()
+    for name in (name for name in reversed(WEIGHTS) if mesh.shape.get(name, 1) > 1):
+        free = [
+            i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape[name] == 0
+        ]
+        if free:
+            spec[max(free, key=lambda i: (shape[i], i))] = name
+    return P(*spec)
+
+
+def _inherited(
+    path: str,
+    site: str,
+    leaves: Mapping[str, tuple[Any, Any]],
+    base: Mapping[str, P],
+    mesh: Mesh,
+    small: int,
+) -> P:
+    """A low-rank factor's axes as the kernel's beside it; everything else on every device.
+
+    Axes are told by size: those before the rank from the left, those behind it from the right.
+    """
+    factor, kind = leaves[path][0].shape, path.rpartition("/")[2]
+    weights = [p for p in base if p.rpartition("/")[0] == site]
+    if kind not in ("a", "b") or math.prod(factor) < small or not weights:
+        return P()
+    weight = max(weights, key=lambda p: math.prod(leaves[p][0].shape))
+    shape, spec = leaves[weight][0].shape, [*base[weight]]
+    spec += [None] * (len(shape) - len(spec))
+    if kind == "a":
+        rank = len(factor) - 1
+    else:  # behind the layer axes, which the weight and both factors have
+        rank = leaves[f"{path[:-1]}a"][0].ndim + len(factor) - 2 - len(shape)
+    found: list[Any] = [None] * len(factor)
+    for i in range(len(factor)):
+        j = i if i < rank else i - len(factor) + len(shape)
+        if i != rank and 0 <= j < len(shape) and factor[i] == shape[j]:
+            found[i] = spec[j]
+    return P(*found)
+
+
+def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) -> Any:
+    """Puts a tree of parameters, a model or a training onto a mesh.
+
+    Args:
+        subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
+            optimiser state goes where its parameters do. What is there already is not moved.
+        mesh: of named axes; see `make_mesh`.
+        rules: as for `layout`.
+        **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
+
+    Returns:
+        The same on the mesh; an NNX model is a new one.
+
+    Raises:
+        ShardingError: as for `layout`.
+        TargetError: a rule matches nothing.
+
+    Example:
+        >>> import adapters_jax as aj, jax.numpy as jnp
+        >>> mesh = aj.make_mesh("data=-1,model=1")
+        >>> shard({"kernel": jnp.ones((8, 4))}, mesh)["kernel"].sharding.mesh.axis_names
+        ('data', 'model')
+    """
+    if isinstance(subject, TrainState):
+        return _shard_state(subject, mesh, rules, **options)
+    if isinstance(subject, nnx.Module):
+        graphdef, *states = nnx.split(subject, nnx.Param, ...)
+        params, other = states
+        adapted = any(isinstance(x, AdapterParam) for x in _variables(params))
+        recipe = recipe_of(subject) if adapted else None
+        where = layout(params, mesh, rules, recipe, **options)
+        return nnx.merge(graphdef, _put(params, where), _everywhere(other, mesh), copy=True)
+    return _put(subject, layout(subject, mesh, rules, **options))
+
+
+def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
+    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
+    where = {} if mesh is None else layout(params, mesh, rules)
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where.get(path_of(path))
+        ),
+        pure,
+    )
+
+
+def _variables(state: nnx.State) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _put(tree: Tree, where: Mapping[str, NamedSharding]) -> Tree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _place_leaf(leaf, where[path_of(path)]), tree, is_leaf=is_quantized
+    )
+
+
+def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    """A leaf where a sharding says; scales of a quantised one along the axes that they divide."""
+    if not is_quantized(leaf):
+        return place(leaf, sharding)
+    mesh = sharding.mesh
+
+    def fitting(x: Any) -> NamedSharding:
+        parts = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        fits = [size % n == 0 for size, n in zip(x.shape, parts, strict=False)]
+        kept = [axis if fit else None for axis, fit in zip(sharding.spec, fits, strict=True)]
+        return NamedSharding(mesh, P(*kept))
+
+    return jax.tree.map(lambda x: place(x, fitting(x)), leaf)
+
+
+def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
+
+
+def _shard_state(
+    state: TrainState, mesh: Mesh, rules: Rules | None, small: int = SMALL
+) -> TrainState:
+    parts = [_leaves(state.adapters), _leaves(state.base)]
+    where = _layout({**parts[0], **parts[1]}, mesh, rules, state.recipe, small)
+    shapes = {path: leaf.shape for path, (leaf, _) in parts[0].items()}
+
+    def of_optimizer(key_path: Any, leaf: Any) -> Any:
+        """A leaf of the optimiser's state whose path ends like a parameter's, of its shape."""
+        names = path_of(key_path).split("/")
+        ends = ("/".join(names[i:]) for i in range(len(names)))
+        own = next((end for end in ends if shapes.get(end) == leaf.shape), None)
+        return place(leaf, where[own] if own else NamedSharding(mesh, P()))
+
+    laid = replace(
+        state,
+        adapters=_put(state.adapters, where),
+        base=_put(state.base, where),
+        opt_state=jax.tree_util.tree_map_with_path(of_optimizer, state.opt_state),
+        step=_everywhere(state.step, mesh),
+        key=_everywhere(state.key, mesh),
+        other=_everywhere(state.other, mesh),
+    )
+    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.moving)))

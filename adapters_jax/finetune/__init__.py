@@ -1,1 +1,0 @@
-"""The application behind `adapters-jax`: bases, rows, problems, jobs and finished runs."""

@@ -1,0 +1,210 @@
+"""Adapters of AdapterHub, read and written: bottlenecks, LoRA and classification heads.
+
+A directory of theirs holds `adapter_config.json` and `adapter.safetensors`, and where a head was
+saved `head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A
+pickled `.bin`, which the library writes by default, is never opened, because unpickling runs
+whatever code the file holds.
+
+Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.interop import directories
+from adapters_jax.interop.adapterhub import heads, reading, writing
+from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
+from adapters_jax.interop.adapterhub.config import VERSION
+from adapters_jax.interop.layouts import Array
+from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_site, shortest
+from adapters_jax.io import hub
+from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import Tree
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+HEAD_CONFIG, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
+HEAD_PICKLE = "pytorch_model_head.bin"
+FILES = (CONFIG, TENSORS, HEAD_CONFIG, HEAD_TENSORS)
+PICKLE_ADVICE = (
+    "a pickled {} is never opened, since unpickling runs code: convert it where you trust it, with "
+    "AdapterHub's name = model.load_adapter(DIR), then "
+    "model.save_adapter(NEW_DIR, name, use_safetensors=True)"
+)
+
+
+def load_adapterhub(
+    directory: str | Path,
+    names: Names,
+    base: Any,
+    *,
+    with_head: bool = True,
+    pooling: str | None = None,
+    revision: str | None = None,
+) -> tuple[Recipe, dict[str, Any]]:
+    """Reads an adapter, and the head beside it, that AdapterHub wrote.
+
+    Args:
+        directory: with `adapter_config.json` and `adapter.safetensors`, or an id on the Hugging
+            Face Hub, of which these and a head's two are fetched.
+        names: the `NAMES` that stands beside a model, or a mapping from the names of PyTorch's
+            modules (as the file has them) to our module paths. There, AdapterHub's bottleneck layer
+            (`encoder.layer.0.output`, `h.0.output_adapters`) goes to the module that adds the
+            sublayer's output to the residual stream, which it takes first.
+        base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module.
+        with_head: whether to read a head where there is one.
+        pooling: what the model's head reads, "pooler" or "cls"; needed for a head on the first
+            token, since parameters do not tell it from a mean.
+        revision: a branch, tag or commit on the Hub.
+
+    Returns:
+        The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
+        taking out the base's leaves that train too (`partition(params, recipe)`), or for
+        `save_adapter`, whose directory `load_adapter` puts onto linen and NNX models alike.
+
+    Raises:
+        AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
+            tensors do not fit the base, whose layers are all alike where they are scanned;
+            everything is named at once.
+        ValueError: `names` does not fit the base, or has no blocks that AdapterHub knows.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> names = {"encoder.layer.0.attention.self.query": "query"}
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     saved = save_adapterhub(f"{place}/a", LoRA("query", 2), leaves, names, params)
+        ...     recipe, adapters = load_adapterhub(saved, names, params)
+        >>> recipe
+        Recipe(
+          LoRA(targets=('query',), rank=2, alpha=2, a_init='uniform'),
+        )
+        >>> adapters["query"]["lora"]["a"].shape
+        (6, 2)
+    """
+    directory = hub.find(directory, revision, FILES)
+    blocks = find_blocks(names, base)
+    whole, tensors = _read(directory)
+    try:
+        methods, leaves, problems = reading.read(whole, tensors, blocks)
+        if with_head and _has_head(directory):
+            advice = PICKLE_ADVICE.format(HEAD_PICKLE)
+            head = directories.read_pair(directory, HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE, advice)
+            trained, more = heads.read(*head, blocks, pooling)
+            methods += [Unfreeze(shortest(trained, blocks.places.base))] if trained else []
+            leaves |= trained
+            problems += more
+        if not problems:
+            return as_in_model(methods, leaves, names, blocks.places)
+    except AdapterFileError:
+        raise
+    except ValueError as error:  # a method refuses a number, layers are not alike
+        problems = [str(error)]
+    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
+
+
+def save_adapterhub(
+    directory: str | Path,
+    recipe: Recipe | Method,
+    adapters: Tree,
+    names: Names,
+    base: Any,
+    *,
+    name: str = "adapter",
+    prefix: str | None = None,
+    pooling: str | None = None,
+    labels: Sequence[str] = (),
+    beside: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Path:
+    """Writes an adapter, and a head where it trains, that AdapterHub loads.
+
+    The directory appears whole or not at all.
+
+    Bottlenecks on a sublayer's output are its double_seq_bn; with `placement="norm"` on BERT's
+    `**/mlp_norm`, and on the `**/mlp_sum` of GPT-2 and Llama, its seq_bn; with
+    `placement="parallel"` on a `**/mlp_sum` its par_bn. What no one configuration says becomes a
+    union of several. The library reads it by
+    `model.load_adapter(directory, use_safetensors=True, set_active=True)`.
+
+    Args:
+        directory: a new or empty one; its parents are made.
+        recipe: Bottleneck and LoRA, and Unfreeze of the head alone; with the pooler's, it becomes a
+            head of two layers.
+        adapters: the trained part of a model, as `partition` gives, or an NNX state.
+        names, base: as in `load_adapterhub`.
+        name: the adapter's name, and its head's.
+        prefix: what stands before the names of all modules but heads in the PyTorch model, such as
+            "roberta."; by default the first prefix of the table.
+        pooling: as in `load_adapterhub`.
+        labels: the names of a head's classes.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
+        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`. A head is
+            for the class `model_class`: BertAdapterModel, or RobertaAdapterModel by the prefix.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: AdapterHub has no such thing as the recipe says, a leaf has no name, or the
+            directory holds something; everything is named at once.
+        TypeError: `adapters` is not a tree.
+    """
+    flat = directories.flat_leaves("save_adapterhub", adapters)
+    directory, blocks = directories.empty_directory(directory), find_blocks(names, base)
+    problems: list[str] = []
+    if not name or "." in name:
+        problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
+    unrolled, flat = as_in_file(recipe, flat, names, blocks.places)
+    added, trained = by_site(unrolled, flat, problems)
+    config, tensors = writing.write(unrolled, added, blocks, name, problems)
+    head = heads.write(trained, blocks, name, pooling, labels, problems)
+    if problems:
+        raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
+    about = _about(blocks, name, prefix) | fields
+    whole = {blocks.places.full(key, prefix): tensor for key, tensor in tensors.items()}
+    files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))
+    if head[0]:
+        settings = (HEAD_CONFIG, about | {"config": head[0]})
+        files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
+    return directories.write(directory, files, beside)
+
+
+def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
+    """What a file says of the model it is for."""
+    model_type = "roberta" if prefix == "roberta." else blocks.family.model_type
+    classes = {"bert": "BertAdapterModel", "gpt2": "GPT2AdapterModel", "llama": "LlamaAdapterModel"}
+    return {
+        "name": name,
+        "version": VERSION,
+        "model_type": model_type,
+        "model_class": (classes | {"roberta": "RobertaAdapterModel"})[model_type],
+        "model_name": None,
+        "hidden_size": max(blocks.width(blocks.layers[0], place) for place in _LOCATIONS) or None,
+    }
+
+
+_LOCATIONS = ("mh_adapter", "output_adapter")
+
+
+def _has_head(directory: Path) -> bool:
+    """Whether there is a head, in whatever form."""
+    return any((directory / name).exists() for name in (HEAD_TENSORS, HEAD_PICKLE, HEAD_CONFIG))
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The configuration and the tensors of a directory."""
+    advice = PICKLE_ADVICE.format(PICKLE)
+    whole, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, advice)
+    lacking = [field for field in ("config", "name") if field not in whole]
+    if lacking:
+        raise AdapterFileError(
+            f"{directory / CONFIG} has no {' and no '.join(lacking)}, so AdapterHub did not write "
+            "it; what save_adapter wrote is for load_adapter, PEFT's for load_peft"
+        )
+    return whole, tensors

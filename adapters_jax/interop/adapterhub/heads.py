@@ -1,0 +1,182 @@
+"""AdapterHub's classification heads as the leaves of ours, and back.
+
+Theirs read the pooler or the first token. A head of two layers is ours of one on a pooler that is
+trained with it: `tanh(dense(first token))` is what a pooler computes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.interop.adapterhub.blocks import Blocks
+from adapters_jax.interop.adapterhub.config import Config
+from adapters_jax.interop.directories import field_problems
+from adapters_jax.interop.layouts import Array, our_leaf, their_leaf
+from adapters_jax.interop.module_map import Leaves, Places, as_in_base, trained_value
+
+HEAD, POOLER = "classifier", "pooler.dense"
+POOLINGS = ("pooler", "cls")
+_FIELDS = {"head_type", "num_labels", "layers", "activation_function", "use_pooler", "bias"}
+_STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD}  # RoBERTa's
+_ADVICE = "load_adapterhub(..., with_head=False) leaves the head alone"
+_WORDS_DIFFER = (
+    "lm_head.weight is not the base's, and here it is the word embeddings as well, which adapters "
+    "leave alone"
+)
+
+
+def read(
+    whole: Config, tensors: Mapping[str, Array], blocks: Blocks, pooling: str | None
+) -> tuple[Leaves, list[str]]:
+    """The trained leaves of a head, by path, and every problem."""
+    places, config = blocks.places, whole.get("config")
+    problems: list[str] = []
+    if config is None:
+        by_module, needed = _static(tensors, places, problems)
+    else:
+        by_module, needed = _flexible(whole, config, tensors, problems)
+    leaves: Leaves = {}
+    for (module, kind), tensor in {} if problems else by_module.items():
+        place = next(iter(places.at(module)), None)
+        leaf = "bias" if kind == "bias" else place.weight if place else ""
+        fits = place is not None and leaf in place.leaves
+        array = our_leaf(place, leaf, tensor, False) if place and fits else None
+        if place is None:
+            problems.append(f"the base has no {module} that names knows; {_ADVICE}")
+        elif array is None:
+            problems.append(
+                f"the head's {module}.{kind} is {list(tensor.shape)}, which does not fit "
+                f"{place.path}; {_ADVICE}"
+            )
+        else:
+            leaves[f"{place.path}/{leaf}"] = array
+    leaves = {path: x.astype(places.base[path].dtype) for path, x in leaves.items()}
+    known = pooling or ("pooler" if places.at(POOLER) else None)
+    if needed and leaves and known != needed:
+        problems.append(
+            f"its head reads {needed!r}: build BertClassifier(..., pooling={needed!r}), with its "
+            f"parameters as base, and say pooling={needed!r}"
+        )
+    if not needed and as_in_base(leaves, places):
+        return {}, problems  # an output layer that is only repeated
+    return leaves, problems
+
+
+def _static(
+    tensors: Mapping[str, Array], places: Places, problems: list[str]
+) -> tuple[dict[tuple[str, str], Array], str | None]:
+    """The tensors of a model class's own head by module and kind, and what it pools with."""
+    by_module = {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.rpartition(".")
+        if module == "lm_head" and places.tied:
+            words = [x for path, x in places.base.items() if path.endswith("word/embedding")]
+            if not any(hasattr(x, "__array__") and np.array_equal(x, tensor) for x in words):
+                problems.append(f"{_WORDS_DIFFER}; {_ADVICE}")
+            continue
+        by_module[_STATIC.get(module, module), kind] = tensor
+    return by_module, "pooler" if any(module == HEAD for module, _ in by_module) else None
+
+
+def _flexible(
+    whole: Config, config: Any, tensors: Mapping[str, Array], problems: list[str]
+) -> tuple[dict[tuple[str, str], Array], str]:
+    """The tensors of a head by name by module and kind, and what it pools with."""
+    if not isinstance(config, Mapping):
+        problems.append(f"the head's config={config!r}, wanted an object with the settings")
+        return {}, "cls"
+    idle = {"label2id", "id2label"}
+    layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
+    wanted: dict[str, tuple[Any, ...]] = {
+        "head_type": ("classification", "multilabel_classification"),
+        "layers": (1,) if pooled else (1, 2),
+        "use_pooler": (True, False),
+        "bias": (True,),
+    }
+    if layers == 2:
+        wanted["activation_function"] = ("tanh",)
+
+    def reasons(field: str, found: Any) -> list[str]:
+        allowed = wanted.get(field, (found,))
+        return [] if found in allowed else [f"wanted {' or '.join(map(repr, allowed))}"]
+
+    found = field_problems(config, _FIELDS, idle, reasons)
+    problems += [f"the head's {problem}; {_ADVICE}" for problem in found]
+    modules = {1: {"1": HEAD}, 2: {"1": POOLER, "4": HEAD}}.get(layers, {})
+    names = {
+        f"heads.{whole.get('name')}.{number}.{kind}": (module, kind)
+        for number, module in modules.items()
+        for kind in ("weight", "bias")
+    }
+    if not found and tensors.keys() != names.keys():
+        problems.append(f"the head has {sorted(tensors)}, wanted {sorted(names)}; {_ADVICE}")
+    by_module = {names[key]: tensor for key, tensor in tensors.items() if key in names}
+    return by_module, pooling_of(whole)
+
+
+def pooling_of(whole: Config) -> str:
+    """What a head reads by its settings: "pooler" or "cls".
+
+    Example:
+        >>> pooling_of({"config": {"layers": 1, "use_pooler": False}}), pooling_of({})
+        ('cls', 'pooler')
+    """
+    config = whole.get("config")
+    if not isinstance(config, Mapping):  # the own head of a model's class
+        return "pooler"
+    return "pooler" if config.get("use_pooler") or config.get("layers", 2) == 2 else "cls"
+
+
+def write(
+    trained: Leaves,
+    blocks: Blocks,
+    name: str,
+    pooling: str | None,
+    labels: Sequence[str],
+    problems: list[str],
+) -> tuple[dict[str, Any], Leaves]:
+    """The settings and tensors of a head; nothing where none trains."""
+    places = blocks.places
+    modules = {path: m for m in (HEAD, POOLER) for place in places.at(m) for path in _own(place)}
+    problems += [
+        f"{path} trains as well; AdapterHub's files hold adapters and a classification head, not "
+        "the base's own parameters (houlsby(..., layer_norms=None) leaves the norms alone)"
+        for path in trained
+        if path not in modules
+    ]
+    mine = {modules[path] for path in trained if path in modules}
+    if not mine:
+        return {}, {}
+    pooled = bool(places.at(POOLER))
+    known = pooling or ("pooler" if pooled else None)
+    if known not in POOLINGS or not places.at(HEAD) or (known == "pooler") != pooled:
+        problems.append(
+            "AdapterHub's heads read the pooler or the first token, and this base's parameters do "
+            'not show that its head does; if it does, say pooling="cls"'
+        )
+        return {}, {}
+    order = (POOLER, HEAD) if POOLER in mine else (HEAD,)
+    tensors: Leaves = {}
+    for number, module in zip((1, 4), order, strict=False):
+        (place,) = places.at(module)
+        for leaf in place.leaves:
+            value = trained_value(f"{place.path}/{leaf}", trained, places, problems)
+            kind = "bias" if leaf == "bias" else "weight"
+            tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
+    config = {
+        "head_type": "classification",
+        "num_labels": places.at(HEAD)[0].width,
+        "layers": len(order),
+        "activation_function": "tanh",
+        "use_pooler": known == "pooler" and len(order) == 1,
+        "bias": True,
+        "dropout_prob": None,
+        "label2id": {label: i for i, label in enumerate(labels)} or None,
+    }
+    return config, tensors
+
+
+def _own(place: Any) -> list[str]:
+    """The paths of a module's parameters."""
+    return [f"{place.path}/{leaf}" for leaf in place.leaves]

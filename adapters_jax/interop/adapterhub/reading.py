@@ -1,0 +1,182 @@
+"""AdapterHub's tensors and configuration as methods and leaves of ours."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.interop.adapterhub.blocks import Blocks
+from adapters_jax.interop.adapterhub.config import (
+    ACTIVATIONS,
+    LOCATIONS,
+    Config,
+    children,
+    placement,
+    tensor_names,
+)
+from adapters_jax.interop.layouts import Array, our_factors
+from adapters_jax.interop.module_map import Added, shortest
+from adapters_jax.methods import Bottleneck, LoRA, Method
+from adapters_jax.methods.base import Site
+
+_LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
+
+
+def read(
+    whole: Config, tensors: Mapping[str, Array], blocks: Blocks
+) -> tuple[list[Method], dict[str, Array], list[str]]:
+    """The methods, their leaves by path, and every problem."""
+    configs, problems = children(whole)
+    if problems:
+        return [], {}, problems
+    found = _sorted(tensors, str(whole["name"]), blocks, problems)
+    methods: list[Method] = []
+    leaves: dict[str, Array] = {}
+    # Theirs adds factors to a linear layer's output and then runs the bottleneck.
+    for config in sorted(configs, key=lambda config: config["architecture"] is None):
+        add = _bottlenecks if config["architecture"] is None else _loras
+        methods += add(config, found, blocks, leaves, problems)
+    problems += [f"{module} has tensors that the configuration does not place" for module in found]
+    return methods, leaves, problems
+
+
+def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: list[str]) -> Added:
+    """The tensors of an adapter by their module, with `adapters` or `loras` behind, and name."""
+    found: Added = {}
+    for key, tensor in tensors.items():
+        modern = key
+        for legacy in _LEGACY:
+            modern = modern.replace(legacy, "adapters")
+        for kind in ("adapters", "loras"):
+            module, mark, rest = modern.partition(f".{kind}.{name}.")
+            if mark:
+                found.setdefault(f"{blocks.places.bare(module)}.{kind}", {})[rest] = tensor
+                break
+        else:
+            problems.append(f"{key} is no bottleneck's or LoRA's tensor of an adapter {name!r}")
+    return found
+
+
+def _sites(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
+    """The layers and locations that a configuration adapts."""
+    there = [name for name in LOCATIONS[config["architecture"]] if config[name]]
+    return [(n, name) for n in blocks.layers if n not in config["leave_out"] for name in there]
+
+
+def _bottlenecks(
+    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+) -> list[Method]:
+    """One Bottleneck for each reduction factor."""
+    there = {
+        site: blocks.name(site[0], blocks.family.bottlenecks[site[1]].site)
+        for site in _sites(config, blocks)
+    }
+    mine = {site: found.pop(f"{module}.adapters", {}) for site, module in there.items()}
+    kind = placement(config, blocks.family.post_norm)
+    if isinstance(kind, str):
+        problems.append(kind)
+        return []
+    role, where = kind
+    groups: dict[float, list[str]] = {}
+    fields: dict[str, Any] = {
+        "placement": where,
+        "scale": config["scaling"],
+        "activation": ACTIVATIONS[config["non_linearity"].lower()],
+        "norm_before": config["ln_before"],
+        "norm_after": config["ln_after"],
+    }
+    for (layer, location), got in mine.items():
+        module, width = there[layer, location], blocks.width(layer, location)
+        path, factor = blocks.spot(layer, location, role), _factor(config, layer)
+        if factor is None:
+            problems.append(f"reduction_factor has neither layer {layer} nor a default")
+        elif path is None or not width:
+            what = f"the {role} of {module}, or for the projection before it"
+            problems.append(f"names has no path for {what}")
+        else:
+            method = Bottleneck(path, reduction_factor=factor, **fields)
+            new = _leaves(method, path, width, got, module, problems)
+            leaves |= {f"{path}/adapter/{name}": x for name, x in new.items()}
+            groups.setdefault(factor, []).append(path)
+    return [
+        Bottleneck(shortest(paths, blocks.paths), reduction_factor=factor, **fields)
+        for factor, paths in groups.items()
+    ]
+
+
+def _factor(config: Config, layer: int) -> float | None:
+    """The reduction factor of a layer."""
+    factor = config["reduction_factor"]
+    if isinstance(factor, Mapping):
+        return factor.get(str(layer), factor.get("default"))
+    return factor
+
+
+def _leaves(
+    method: Bottleneck,
+    path: str,
+    width: int,
+    got: dict[str, Array],
+    module: str,
+    problems: list[str],
+) -> dict[str, Array]:
+    """Our leaves of one bottleneck; a sentence where theirs are not what the settings say."""
+    for kind in ("weight", "bias") if method.norm_before else ():  # the norm has two names
+        twin = got.pop(f"adapter_down.0.{kind}", None)
+        if twin is None:
+            continue
+        if not np.array_equal(got.setdefault(f"adapter_norm_before.{kind}", twin), twin):
+            problems.append(f"{module}: adapter_down.0 and adapter_norm_before differ")
+    names = tensor_names(method)
+    wanted = {
+        names[leaf]: list(spec.shape[::-1])
+        for leaf, spec in method.leaves(Site(path, "__call__", width)).items()
+    }
+    shapes = {name: list(tensor.shape) for name, tensor in got.items()}
+    if shapes != wanted:
+        problems.append(f"{module} has {shapes or 'no tensors'}, wanted {wanted}")
+        return {}
+    return {leaf: got[name].T.astype(np.float32) for leaf, name in names.items()}
+
+
+def _loras(
+    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+) -> list[Method]:
+    """One LoRA; the matrices of a fused layer have factors of their own, one below the other."""
+    rank, paths = config["r"], []
+    for layer, location in _sites(config, blocks):
+        modules: dict[str, list[str]] = {}
+        for matrix, name in blocks.family.loras[location].items():
+            if not matrix or matrix in config["attn_matrices"]:
+                modules.setdefault(blocks.name(layer, name), []).append(matrix)
+        for module, matrices in modules.items():
+            got = found.pop(f"{module}.loras", {})
+            there = blocks.places.at(module)
+            if there and there[0].part:
+                there = tuple(replace(there["qkv".index(m)], part=None) for m in matrices)
+            if not there or got.keys() != {"lora_A", "lora_B"}:
+                what = f"the tensors {sorted(got)}" if there else "no path in names"
+                problems.append(f"{module} has {what}, wanted lora_A and lora_B of a known layer")
+                continue
+            a, b = got["lora_A"], got["lora_B"]
+            for i, place in enumerate(there):
+                out = len(b) // len(there)
+                rows, columns = a[i * rank : (i + 1) * rank], b[i * out : (i + 1) * out]
+                fits = len(a) == rank * len(there) and a.ndim == b.ndim == 2
+                factors = our_factors(place, rows, columns) if fits else None
+                if factors is None:
+                    shapes = f"A {list(a.shape)} and B {list(b.shape)}"
+                    problems.append(
+                        f"{module} has {shapes}, which do not fit {place.path} of "
+                        f"{list(place.shape)} with r={rank}"
+                    )
+                    break
+                paths.append(place.path)
+                leaves |= {
+                    f"{place.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()
+                }
+    if not paths:
+        return []
+    targets = shortest(paths, blocks.paths)
+    return [LoRA(targets, rank, config["alpha"], config["dropout"], a_init="uniform")]

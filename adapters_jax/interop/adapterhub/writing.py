@@ -1,0 +1,221 @@
+"""Our methods and leaves as AdapterHub's tensors and configuration."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.interop.adapterhub.blocks import Blocks
+from adapters_jax.interop.adapterhub.config import (
+    ACTIVATIONS,
+    DEFAULTS,
+    LOCATIONS,
+    POST_NORM,
+    PRE_NORM,
+    tensor_names,
+)
+from adapters_jax.interop.layouts import Array, rounded, their_factors
+from adapters_jax.interop.module_map import Added, Leaves
+from adapters_jax.methods import Bottleneck, DoRA, LoRA
+from adapters_jax.recipe import Recipe
+
+# What one site says: the fields of its configuration, and its matrices where it is an attention.
+Said = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
+_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+
+
+def write(
+    recipe: Recipe, added: Added, blocks: Blocks, name: str, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
+    """The settings and the tensors, by names without prefix; problems are added to the list."""
+    tensors: Leaves = {}
+    configs = _configs(None, _bottlenecks(recipe, added, blocks, name, tensors, problems), blocks)
+    configs += _configs("lora", _loras(recipe, added, blocks, name, tensors, problems), blocks)
+    known = (Bottleneck, LoRA)
+    others = {type(m).__name__ for m in recipe.attached if not isinstance(m, known)}
+    others |= {type(m).__name__ for m in recipe.attached if isinstance(m, DoRA)}
+    if others or not recipe.attached:
+        what = ", ".join(sorted(others)) or "nothing"
+        problems.append(f"it adds {what}; bottlenecks and LoRA are what can be written")
+    if sum("architecture" in config for config in configs) > 1:
+        problems.append(
+            "AdapterHub has one LoRA in an adapter: of one rank, alpha and dropout, on the same "
+            "projections of every layer that has any"
+        )
+    union = {"architecture": "union", "configs": configs}
+    return configs[0] if len(configs) == 1 else union, tensors
+
+
+def _bottlenecks(
+    recipe: Recipe,
+    added: Added,
+    blocks: Blocks,
+    name: str,
+    tensors: Leaves,
+    problems: list[str],
+) -> Said:
+    """What the bottlenecks say, by layer and location."""
+    said: Said = {}
+    spots = blocks.spots()
+    for path, leaves in _of(Bottleneck, recipe, added):
+        method = next(m for m in recipe.at(path) if isinstance(m, Bottleneck))
+        layer, location, role = spots.get(path, (0, "", ""))
+        settings = _settings(method, role, blocks)
+        if isinstance(settings, str):
+            problems.append(f"{path}: {settings}")
+            continue
+        if (layer, location) in said:
+            problems.append(f"{path}: AdapterHub has one bottleneck a sublayer")
+        width, m = leaves["down/kernel"].shape[-2:]
+        if leaves["down/kernel"].ndim != 2 or width != blocks.width(layer, location):
+            problems.append(f"{path}: its leaves are not of one layer of this base")
+            continue
+        said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
+        module = f"{blocks.name(layer, blocks.family.bottlenecks[location].site)}.adapters.{name}"
+        names = tensor_names(method)
+        tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
+        if method.norm_before:  # there it has two names
+            for leaf, kind in (("scale", "weight"), ("bias", "bias")):
+                tensors[f"{module}.adapter_down.0.{kind}"] = leaves[f"norm_before/{leaf}"]
+    return said
+
+
+def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | str:
+    """A bottleneck's fields without its width, or why AdapterHub has no such bottleneck."""
+    if method.dropout:
+        return (
+            f"dropout={method.dropout} acts between the projections, AdapterHub's behind them; "
+            "write the recipe with dropout=0.0, which changes no prediction"
+        )
+    if method.activation not in _NAMES:
+        return f"activation={method.activation!r}, AdapterHub has {', '.join(_NAMES)}"
+    if role == "sublayer":  # behind it as at its output, beside it as beside the sum
+        parallel = method.placement == "parallel" and blocks.family.post_norm
+        role = "output" if method.placement == "sequential" else "sum" if parallel else role
+    fields = {
+        "non_linearity": _NAMES[method.activation],
+        "scaling": float(method.scale),
+        "ln_before": method.norm_before,
+        "ln_after": method.norm_after,
+    }
+    if (role, method.placement) == ("sum", "parallel"):
+        return fields | {"is_parallel": True, "original_ln_before": False}
+    for row in POST_NORM if blocks.family.post_norm else PRE_NORM:
+        if row[:2] == (role, method.placement):
+            return fields | row._asdict() | {"role": None, "placement": None}
+    norm = "norm's, with placement='norm'" if blocks.family.post_norm else "sum"
+    return (
+        f"AdapterHub has no {method.placement} bottleneck there: target a sublayer's output, its "
+        f"{norm}, or its sum with placement='parallel'"
+    )
+
+
+def _factor(method: Bottleneck, width: int, m: int) -> float:
+    """A reduction factor that gives a bottleneck its width."""
+    if method.reduction_factor is not None:
+        return method.reduction_factor
+    exact = rounded(width / m)
+    return exact if int(width // exact) == m else width / (m + 0.5)
+
+
+def _loras(
+    recipe: Recipe,
+    added: Added,
+    blocks: Blocks,
+    name: str,
+    tensors: Leaves,
+    problems: list[str],
+) -> Said:
+    """What the low-rank factors say, by layer and location."""
+    said: Said = {}
+    left = dict(_of(LoRA, recipe, added))
+    for layer in blocks.layers:
+        for location, modules in blocks.family.loras.items():
+            made: dict[str, list[tuple[Array, Array]]] = {}
+            fields: list[dict[str, Any]] = []
+            matrices = []
+            for matrix, module in modules.items():
+                there = blocks.places.at(blocks.name(layer, module))
+                fused = bool(there and there[0].part)
+                place = there["qkv".index(matrix)] if fused else next(iter(there), None)
+                leaves = left.pop(place.path, None) if place else None
+                if place is None or leaves is None:
+                    continue
+                method = next(m for m in recipe.at(place.path) if isinstance(m, LoRA))
+                a, b = their_factors(place, leaves, method.slices)
+                if (b.shape[0], *a.shape[1:]) != (place.width, *place.shape[:-1]):
+                    problems.append(f"{place.path}: its factors are not of its weight")
+                    continue
+                if method.a_init == "pissa":
+                    problems.append(
+                        f"{place.path}: a_init='pissa' took its factors out of the base, which "
+                        "AdapterHub has whole"
+                    )
+                alpha = rounded(method.scale_at(place.path) * len(a))
+                fields.append({"r": len(a), "alpha": alpha, "dropout": method.dropout})
+                matrices.append(matrix)
+                made.setdefault(blocks.name(layer, module), []).append((a, b))
+            if any(each != fields[0] for each in fields):
+                problems.append(
+                    f"layer {layer}: AdapterHub has one rank, alpha and dropout for the "
+                    f"{', '.join(matrices)} of an attention"
+                )
+            if fields:
+                said[layer, location] = fields[0], tuple(filter(None, matrices))
+            for module, pairs in made.items():
+                for i, factor in enumerate(("lora_A", "lora_B")):
+                    both = np.concatenate([pair[i] for pair in pairs])
+                    tensors[f"{module}.loras.{name}.{factor}"] = both
+    problems += [f"{path}: AdapterHub has no LoRA there" for path in sorted(left)]
+    return said
+
+
+def _of(kind: type, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
+    """The sites of a kind of method, with its own leaves."""
+    for path, leaves in added.items():
+        for method in recipe.at(path):
+            if isinstance(method, kind):
+                yield path, {name: leaves[name] for name in method.leaf_names}
+
+
+def _configs(kind: str | None, said: Said, blocks: Blocks) -> list[dict[str, Any]]:
+    """As few configurations as say it all: each has some locations, in some of the layers."""
+    groups: dict[str, tuple[dict[str, Any], list[str], tuple[str, ...], dict[int, Any]]] = {}
+    for layer in blocks.layers:
+        mine: dict[str, list[Any]] = {}
+        for location in LOCATIONS[kind]:
+            if (layer, location) in said:
+                fields, matrices = said[layer, location]
+                each = mine.setdefault(repr(sorted(fields.items())), [fields, [], ()])
+                each[1].append(location)
+                each[2] += matrices
+        even = len(mine) > 1  # else a map from layers to factors does
+        for fields, locations, matrices in mine.values():
+            factor = fields.get("reduction_factor")
+            kept = fields if even else {k: v for k, v in fields.items() if k != "reduction_factor"}
+            key = repr((sorted(kept.items()), locations, matrices))
+            group = groups.setdefault(key, (fields, locations, matrices, {}))
+            group[3][layer] = factor
+    return [_config(kind, *each, blocks) for each in groups.values()]
+
+
+def _config(
+    kind: str | None,
+    fields: Mapping[str, Any],
+    locations: list[str],
+    matrices: tuple[str, ...],
+    factors: Mapping[int, Any],
+    blocks: Blocks,
+) -> dict[str, Any]:
+    """One configuration with every field that has a default."""
+    fields = {**DEFAULTS[kind], **fields, "architecture": kind}
+    fields |= {location: location in locations for location in LOCATIONS[kind]}
+    fields["leave_out"] = [n for n in blocks.layers if n not in factors]
+    if kind is None:
+        several = len(set(factors.values())) > 1
+        by_layer = {str(layer): factor for layer, factor in factors.items()}
+        fields["reduction_factor"] = by_layer if several else next(iter(factors.values()))
+        fields.pop("architecture")
+    elif "selfattn_lora" in locations:
+        fields["attn_matrices"] = list(matrices)
+    return {name: value for name, value in fields.items() if name not in ("role", "placement")}

@@ -1,0 +1,229 @@
+"""GGUF files (llama.cpp's) of Llamas: configuration, weights, tokenizer and chat template.
+
+What comes out has the names and layouts of a Hugging Face checkpoint, so that the rest of the
+library knows one kind of checkpoint. Quantised weights become float32.
+
+Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters_jax.interop import chat
+from adapters_jax.interop.gguf.tensors import read_tensors
+from adapters_jax.interop.names import Stored
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# `config.json`'s names for a file's fields; those with a None may be absent.
+_CONFIG = {
+    "vocab_size": "llama.vocab_size",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+}
+_OPTIONAL = {
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.rope.dimension_count",
+    "rope_theta": "llama.rope.freq_base",
+    "max_position_embeddings": "llama.context_length",
+}
+_TOKENIZER = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
+
+# What is implemented of the fields that change the arithmetic or the tokens, where present.
+_MODEL_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "general.architecture": ("llama",),
+    "llama.rope.scaling.type": ("none",),
+    "llama.expert_count": (0,),
+}
+_TOKENIZER_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "tokenizer.ggml.model": ("gpt2",),
+    "tokenizer.ggml.pre": ("smollm",),
+    "tokenizer.ggml.add_bos_token": (False,),
+    "tokenizer.ggml.add_eos_token": (False,),
+}
+_CONTROL = 3  # the type of tokens such as <|im_end|>, which no text is split into
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """One open file.
+
+    Attributes:
+        path: where it is.
+        fields: its metadata by name.
+        stored: its tensors as the package `gguf` gives them, quantised and not yet read.
+    """
+
+    path: Path
+    fields: Mapping[str, Any] = field(repr=False)
+    stored: Sequence[Any] = field(repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` would say.
+
+        Raises:
+            ValueError: fields are absent; all are named.
+        """
+        self.require(*_CONFIG.values())
+        optional = {ours: name for ours, name in _OPTIONAL.items() if name in self.fields}
+        values = {ours: self.fields[name] for ours, name in (_CONFIG | optional).items()}
+        return {
+            **values,
+            "model_type": "llama",
+            "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in self.stored),
+        }
+
+    def tensors(self) -> dict[str, Stored]:
+        """The weights as Hugging Face stores them, in float32.
+
+        Raises:
+            ValueError: fields are absent, or weights do not divide into the heads.
+        """
+        heads = self.config["num_attention_heads"]
+        return read_tensors(self.stored, heads, self.config.get("num_key_value_heads", heads))
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids by role: `bos`, `eos`, `unknown`, `padding`, those that the file names."""
+        found = ((re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", k), k) for k in self.fields)
+        return {match[1]: self.fields[name] for match, name in found if match}
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The byte-level BPE in the file, which cuts numbers into digits first.
+
+        Raises:
+            ValueError: the file has none, or one of another kind.
+        """
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        self.require(*_TOKENIZER)
+        self.check(_TOKENIZER_SUPPORTED)
+        tokens, types, merges = (self.fields[name] for name in _TOKENIZER)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        try:
+            bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
+            kinds = list(zip(tokens, types, strict=True))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error
+        tokenizer = Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        control = [AddedToken(token, special=True) for token, kind in kinds if kind == _CONTROL]
+        tokenizer.add_special_tokens(control)
+        return tokenizer
+
+    def chat(self, messages: Iterable[Mapping[str, str]], reply: bool = True) -> str:
+        """A conversation as the model was trained to read it; see `chat.render`.
+
+        Args:
+            messages: each with a `role` (system, user or assistant) and a `content`.
+            reply: whether to end where the assistant's answer begins.
+
+        Returns:
+            The text, special tokens spelt out.
+
+        Raises:
+            ValueError: the file has no chat template, or the template refuses the messages.
+        """
+        self.require("tokenizer.chat_template", "tokenizer.ggml.tokens")
+        tokens = self.fields["tokenizer.ggml.tokens"]
+        special = {f"{role}_token": tokens[i] for role, i in self.special_tokens.items()}
+        template = self.fields["tokenizer.chat_template"]
+        return chat.render(template, messages, reply=reply, **special)
+
+    def require(self, *names: str) -> None:
+        """Raises unless the file has all these fields."""
+        lacking = [name for name in names if name not in self.fields]
+        if lacking:
+            raise ValueError(f"{str(self.path)!r} lacks the fields {', '.join(lacking)}.")
+
+    def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raises where a field has a value that is not implemented."""
+        wrong = [
+            f"{name}={self.fields[name]!r} (supported: {', '.join(map(repr, allowed))})"
+            for name, allowed in supported.items()
+            if name in self.fields and self.fields[name] not in allowed
+        ]
+        if wrong:
+            raise ValueError(f"{str(self.path)!r} has {'; '.join(wrong)}.")
+
+
+def find_gguf(path: str | Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one of a directory without config.json.
+
+    Example:
+        >>> find_gguf("model.gguf").name, find_gguf("org/model")
+        ('model.gguf', None)
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return path
+    files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{str(path)!r} holds {names}: give the path of one of them.")
+    return files[0] if files else None
+
+
+def read_gguf(path: str | Path) -> GGUF:
+    """Opens a Llama in GGUF.
+
+    Args:
+        path: the file, or a directory with one GGUF file.
+
+    Returns:
+        The file, which gives its configuration, weights, tokenizer and chat template.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it is of another architecture.
+        ImportError: the package `gguf` is not installed.
+
+    Example:
+        >>> read_gguf("absent.gguf")
+        Traceback (most recent call last):
+        ValueError: 'absent.gguf' is neither a GGUF file nor a directory that holds one.
+    """
+    file = find_gguf(path)
+    if file is None or not file.is_file():
+        raise ValueError(f"{str(path)!r} is neither a GGUF file nor a directory that holds one.")
+    reader = _open(file)
+    try:
+        fields = {name: stored.contents() for name, stored in reader.fields.items()}
+    except UnicodeDecodeError as error:
+        raise _damaged(file, error) from error
+    found = GGUF(file, fields, reader.tensors)
+    found.require("general.architecture")
+    found.check(_MODEL_SUPPORTED)
+    return found
+
+
+def _open(file: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            f"reading {file.name!r} needs the package gguf: pip install 'adapters-jax[finetune]'."
+        ) from error
+    try:
+        return gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:  # whatever its parsing stumbles over
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{str(file)!r} is not a whole GGUF file: {error or type(error).__name__}.")

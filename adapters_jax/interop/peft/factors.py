@@ -1,0 +1,134 @@
+"""Our LoRA and DoRA as PEFT's factors and fields."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.interop.layouts import Array, Place, rounded, their_factors
+from adapters_jax.interop.module_map import Added, Places, in_order
+from adapters_jax.interop.peft.config import ROOT, TIED
+from adapters_jax.methods import DoRA, LoRA
+from adapters_jax.recipe import Recipe
+
+Tensors = dict[str, Array]
+STARTS = {"gaussian_rank": "gaussian"}
+
+
+def lora(
+    recipe: Recipe, added: Added, places: Places, prefix: str | None, problems: list[str]
+) -> tuple[dict[str, Any], Tensors]:
+    """The fields and factors of every module."""
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    methods = [method for method in recipe.attached if isinstance(method, LoRA)]
+    if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
+        problems.append("dropout and rank_stabilized are one for all in PEFT, and differ here")
+    if any(m.a_init == "pissa" for m in methods):
+        problems.append("a_init='pissa' took its factors out of the base, which PEFT has whole")
+    unknown = set(added)
+    for bare, parts in places.modules.items():
+        mine = [added.get(place.path) for place in parts]
+        unknown -= {place.path for place in parts}
+        if not any(mine):
+            continue
+        name = places.full(bare, prefix)
+        wrong = [
+            p for p, each in zip(parts, mine, strict=True) if each and not _fits(recipe, p, each)
+        ]
+        problems += [f"{p.path}: its factors are not of its weight {list(p.shape)}" for p in wrong]
+        if parts[0].weight == "embedding" and places.tied:
+            problems.append(TIED.format(parts[0].path))
+            continue
+        if wrong:
+            continue
+        a, b, scale = _factors(recipe, parts, mine)
+        ranks[name] = len(a)
+        alphas[name] = rounded(
+            scale * (math.sqrt(len(a)) if methods[0].rank_stabilized else len(a))
+        )
+        tensors |= _named(name, parts[0], a, b)
+        if isinstance(methods[0], DoRA):
+            if not all(mine):
+                problems.append(f"{bare}: DoRA wants all of its parts adapted, or none")
+                continue
+            magnitudes = [each["magnitude"].ravel() for each in mine if each]
+            tensors[f"{ROOT}{name}.lora_magnitude_vector"] = _magnitude(magnitudes, a)
+    problems += [f"{path} has no name in PEFT's files; add it to names" for path in sorted(unknown)]
+    return _fields(methods, ranks, alphas, places), tensors
+
+
+def _fits(recipe: Recipe, place: Place, leaves: Mapping[str, Array]) -> bool:
+    """Whether factors are of one weight's shape, which those of stacked layers are not."""
+    inputs, outputs = leaves["a"].shape[:-1], leaves["b"].shape[1:]
+    sliced = any(m.slices for m in recipe.at(place.path) if isinstance(m, LoRA))
+    return inputs + outputs == place.shape or (sliced and inputs == place.shape[:-1])
+
+
+def _factors(
+    recipe: Recipe, parts: Sequence[Place], mine: Sequence[Mapping[str, Array] | None]
+) -> tuple[Array, Array, float]:
+    """A, B and the scale of a module of theirs; where parts of it are ours, side by side.
+
+    Parts that share one A keep it, and their Bs stand below each other. Others get rows of A of
+    their own, and B has zeros where a part does not read them.
+    """
+    made: list[tuple[Array, Array] | None] = []
+    scales: list[float] = []
+    for place, leaves in zip(parts, mine, strict=True):
+        if leaves is None:
+            made.append(None)
+            continue
+        method = next(m for m in recipe.at(place.path) if isinstance(m, LoRA))
+        scales.append(method.scale_at(place.path))
+        a, b = their_factors(place, leaves, method.slices)
+        made.append((a, b if scales[-1] == scales[0] else b * (scales[-1] / scales[0])))
+    if len(made) == 1 and made[0]:
+        return *made[0], scales[0]
+    present = [pair for pair in made if pair]
+    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
+    a = present[0][0] if shared else np.concatenate([a for a, _ in present])
+    rows, start = [], 0
+    for place, pair in zip(parts, made, strict=True):
+        block = np.zeros((place.width, len(a)), a.dtype)
+        if pair:
+            block[:, start : start + len(pair[0])] = pair[1]
+            start += 0 if shared else len(pair[0])
+        rows.append(block)
+    return a, np.concatenate(rows), scales[0]
+
+
+def _named(name: str, place: Place, a: Array, b: Array) -> Tensors:
+    if place.weight == "embedding":
+        return {f"{ROOT}{name}.lora_embedding_A": a, f"{ROOT}{name}.lora_embedding_B": b}
+    return {f"{ROOT}{name}.lora_A.weight": a, f"{ROOT}{name}.lora_B.weight": b}
+
+
+def _magnitude(parts: Sequence[Array], a: Array) -> Array:
+    """The norms of all outputs; a convolution has them along its second axis."""
+    whole = np.concatenate(parts)
+    return whole if a.ndim == 2 else whole.reshape(1, -1, *(1,) * (a.ndim - 2))
+
+
+def _fields(
+    methods: Sequence[LoRA], ranks: Mapping[str, int], alphas: Mapping[str, float], places: Places
+) -> dict[str, Any]:
+    """The configuration: the commonest rank and alpha, and patterns for the others."""
+    (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
+    (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": methods[0].dropout,
+        "use_rslora": methods[0].rank_stabilized,
+        "use_dora": isinstance(methods[0], DoRA),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": sorted(ranks, key=in_order),
+        "fan_in_fan_out": places.fan_in_fan_out,
+        "init_lora_weights": STARTS.get(methods[0].a_init, True),
+    }

@@ -1,0 +1,251 @@
+"""An adapter file put onto a model: everything is checked before anything is made."""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from adapters_jax.adapt import adapt
+from adapters_jax.errors import (
+    AdapterMismatchError,
+    AdapterRecipeError,
+    MismatchError,
+    OtherBaseError,
+    RecipeError,
+    compare_trees,
+)
+from adapters_jax.io.adapter import find_adapter, opened_adapter, read_arrays
+from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
+from adapters_jax.io.manifest import Manifest
+from adapters_jax.io.tensors import TensorFile
+from adapters_jax.linen import Adapted, init_adapters
+from adapters_jax.linen.adapted import shapes_of
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers
+from adapters_jax.trees import Tree, flatten, merge_trees, partition, path_of, unflatten
+
+
+class _Adapter(NamedTuple):
+    """An adapter whose arrays are not read yet."""
+
+    directory: Path
+    recipe: Recipe
+    shapes: Mapping[str, Any]
+
+
+_Read = Callable[[], Mapping[str, Any]]
+
+
+def load_adapter(
+    directory: str | Path,
+    model: Any,
+    params: Tree = None,
+    *args: Any,
+    base: BaseIdentity | None = None,
+    any_base: bool = False,
+    revision: str | None = None,
+    names: Names | Stack | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Puts a saved adapter onto a base; the recipe comes from the file, with every rank and alpha.
+
+    Everything is checked on shapes alone, before an array is read or made.
+
+    Args:
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub, of which the two
+            files of an adapter are fetched.
+        model: the base, a linen or NNX module without adapters.
+        params: linen only: the base's parameter tree.
+        *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
+        base: what is known of the base, as `base_identity` says; its tree is known without.
+        any_base: whether a base other than the one in the file will do, if the tensors fit it.
+        revision: a branch, tag or commit on the Hub.
+        names: the `NAMES` that stands beside a model, or a `Stack`: the adapter may be of its
+            unrolled layers where the model's are scanned, and the other way round.
+        **kwargs: linen only: further arguments of the model's call.
+
+    Returns:
+        linen: `(adapted model, params)`. NNX: the adapted model.
+
+    Raises:
+        OtherBaseError: the adapter was trained on another base.
+        AdapterMismatchError: its tensors do not fit this base; every difference is named.
+        AdapterRecipeError: its recipe does not fit this base.
+        AdapterFileError: the directory is no adapter, or is damaged; or there is none, here or on
+            the Hub. The other three are of its
+            kind; the second is a `MismatchError` too, the third a `TargetError`.
+        MismatchError, ValueError, TypeError: params or example inputs are not this model's.
+
+    Example:
+        >>> import tempfile, adapters_jax as aj
+        >>> base = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.LoRA("**", rank=1), rngs=nnx.Rngs(1))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     adapters = nnx.state(model, aj.nnx.AdapterParam)
+        ...     saved = aj.save_adapter(f"{place}/a", adapters, aj.LoRA("**", rank=1))
+        ...     aj.load_adapter(saved, base).lora["a"].shape
+        (3, 1)
+    """
+    in_nnx = isinstance(model, nnx.Module)
+    if in_nnx and (params is not None or kwargs):
+        raise TypeError(
+            "load_adapter: an NNX model holds its parameters; write "
+            "aj.load_adapter(directory, model, None, *example_inputs)"
+        )
+    if not in_nnx and params is None:
+        raise TypeError(
+            "load_adapter: a linen model needs its parameters; write "
+            "aj.load_adapter(directory, model, params, *example_inputs)"
+        )
+    stack = None if names is None else stack_of(names)
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
+        tree = nnx.state(model, nnx.Param) if in_nnx else params
+        if not any_base:
+            _check_base(file, manifest, tree, _recipe_of(model), base, stack)
+        adapter = _Adapter(file.path.parent, manifest.recipe, file.shapes)
+        read: _Read = functools.partial(read_arrays, file, manifest)
+        if stack:
+            adapter, read = _as_in_model(adapter, read, tree, stack)
+        if in_nnx:
+            return _load_nnx(adapter, read, model, args)
+        return _load_linen(adapter, read, model, params, args, kwargs)
+
+
+def _as_in_model(
+    adapter: _Adapter, read: _Read, tree: Tree, stack: Stack
+) -> tuple[_Adapter, _Read]:
+    """The adapter with its layers stacked where the model's are, and unrolled where those are."""
+    scanned, paths = any(map(stack.holds, flatten(tree))), adapter.shapes
+    convert = stack_layers if scanned else unstack_layers
+    if not any(map(stack.number if scanned else stack.holds, paths)):
+        return adapter, read
+
+    try:
+        recipe, shapes = convert((adapter.recipe, unflatten(paths)), stack)
+    except RecipeError as error:
+        raise AdapterRecipeError(f"the adapter in {adapter.directory}: {error}") from error
+    except MismatchError as error:
+        raise AdapterMismatchError(f"the adapter in {adapter.directory}: {error}") from error
+    made = _Adapter(adapter.directory, recipe, flatten(shapes))
+    return made, lambda: flatten(convert(unflatten(read()), stack))
+
+
+def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
+    """The shapes of a base, unrolled where its layers are scanned, and the other way round."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(np.shape(leaf), np.float32)
+        for path, leaf in flatten(nn.meta.unbox(tree)).items()
+        if recipe.owner(path) is None
+    }
+    scanned = any(map(stack.holds, shapes))
+    return (unstack_layers if scanned else stack_layers)(unflatten(shapes), stack)
+
+
+def _recipe_of(model: Any) -> Recipe:
+    """The recipe by which a model has adapters already."""
+    name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
+    return getattr(model, name, Recipe())
+
+
+def _check_base(
+    file: TensorFile,
+    manifest: Manifest,
+    model: Tree,
+    recipe: Recipe,
+    base: BaseIdentity | None,
+    stack: Stack | None,
+) -> None:
+    """Raises OtherBaseError where what is known of both bases differs, but for unrolled layers."""
+    if manifest.base is None:
+        return
+    tree, wanted = tree_sha256([model], recipe), manifest.base
+    if stack and wanted.tree_sha256 != tree:
+        other = tree_sha256([_other_form(model, recipe, stack)], Recipe())
+        own = tree if wanted.tree_sha256 == other else wanted.tree_sha256
+        wanted = replace(wanted, tree_sha256=own)
+    differences = wanted.differences(with_tree(base, tree, "load_adapter"))
+    if differences:
+        raise OtherBaseError(
+            f"the adapter in {file.path.parent} was trained on another base: {differences}; load "
+            "it onto that base, or, where you know that it fits this one, with any_base=True"
+            + _advice(file.shapes, flatten(model))
+        )
+
+
+def _load_linen(
+    adapter: _Adapter, read: _Read, model: nn.Module, params: Tree, args: Any, kwargs: Any
+) -> tuple[Adapted, Tree]:
+    def grown(recipe: Recipe, params: Tree) -> Tree:
+        key = jax.random.key(0)
+        return init_adapters(adapt(model, recipe), params, key, *args, **kwargs)
+
+    recipe, shapes = adapter.recipe, shapes_of(params)
+    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
+        whole = grown(recipe, shapes)
+    _check_fit(adapter, flatten(partition(whole, recipe)[0]))
+    tensors = read()
+    if any(method.from_weight for method in recipe.attached):  # PiSSA changes the weights too
+        params = grown(recipe, params)
+    return adapt(model, recipe), merge_trees(partition(params, recipe)[1], unflatten(tensors))
+
+
+def _load_nnx(
+    adapter: _Adapter, read: _Read, model: nnx.Module, args: tuple[Any, ...]
+) -> nnx.Module:
+    def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
+        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
+
+    recipe = adapter.recipe
+    graphdef, state = nnx.split(model)
+    shapes = nnx.merge(graphdef, jax.eval_shape(lambda state: state, state))
+    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
+        whole = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
+    _check_fit(adapter, {path: leaf for path, leaf in whole.items() if recipe.trains(path)})
+    tensors = read()
+    adapted = grown(recipe, model)
+    state = nnx.state(adapted, AdapterParam)
+    with_tensors = lambda path, leaf: tensors.get(path_of(path), leaf)  # noqa: E731
+    nnx.update(adapted, jax.tree_util.tree_map_with_path(with_tensors, state))
+    return adapted
+
+
+@contextlib.contextmanager
+def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]:
+    """Says of a failing abstract run that the recipe is at fault, unless the base fails alone."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        if not isinstance(error, RecipeError):
+            base_alone()
+        raise AdapterRecipeError(
+            f"the recipe of the adapter in {adapter.directory} does not fit this model: {error}"
+        ) from error
+
+
+def _check_fit(adapter: _Adapter, wanted: Mapping[str, Any]) -> None:
+    """Raises AdapterMismatchError unless the tensors are just those that the recipe trains."""
+    compare_trees(
+        f"the adapter in {adapter.directory}",
+        adapter.shapes,
+        wanted,
+        f"Load it onto the base it was trained on{_advice(adapter.shapes, wanted)}.",
+        dtypes=True,
+        error=AdapterMismatchError,
+    )
+
+
+def _advice(adapter: Iterable[str], base: Iterable[str]) -> str:
+    """What to do where one of the two has scanned layers and the other has not."""
+    scanned = re.compile(r"(.*/)?layers/(?!\d)")
+    if any(map(scanned.match, adapter)) == any(map(scanned.match, base)):
+        return ""
+    return "; if only their layers differ, scanned and unrolled, give names=NAMES of the model"

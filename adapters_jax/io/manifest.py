@@ -1,0 +1,157 @@
+"""`adapter_config.json`: what an adapter says of itself; docs/format.md has its rules."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import AdapterFileError, shortened
+from adapters_jax.io.identity import BaseIdentity
+from adapters_jax.io.tensors import LONGEST_NAME
+from adapters_jax.io.untrusted import check_size, read_json
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import MOST, weight
+
+FORMAT = 1
+CONFIG = "adapter_config.json"
+MOST_TEXTS = 4096  # patterns and other texts of a recipe, of which each is held against each path
+_KEYS = ("format", "adapters_jax", "base", "parameters", "tensors", "recipe")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter says of itself.
+
+    Attributes:
+        recipe: what trains.
+        base: the base it was trained on; None where nobody said.
+        parameters: how many numbers its tensors hold.
+        tensors: how many tensors there are.
+    """
+
+    recipe: Recipe
+    base: BaseIdentity | None
+    parameters: int
+    tensors: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, base: BaseIdentity | None, arrays: Mapping[str, Any]) -> "Manifest":
+        """Of tensors by path, also abstract ones."""
+        return cls(recipe, base, *_counts(arrays))
+
+    def to_bytes(self, path: Path) -> bytes:
+        """The content of the file at a path; raises AdapterFileError where `read` would."""
+        values = {
+            "format": FORMAT,
+            "adapters_jax": _version(),
+            "base": self.base and asdict(self.base),
+            "parameters": self.parameters,
+            "tensors": self.tensors,
+            "recipe": json.loads(self.recipe.to_json()),
+        }
+        data = json.dumps(values, indent=2).encode() + b"\n"
+        check_size(len(data), path)
+        self.of_values(values, path)
+        return data
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Reads the file; raises AdapterFileError where it is not of this format."""
+        return cls.of_values(read_json(path), path)
+
+    @classmethod
+    def of_values(cls, values: dict[str, Any], path: Path) -> "Manifest":
+        """Of the JSON in the file at a path; raises AdapterFileError where it does not do."""
+        if type(values.get("format")) is not int or values["format"] != FORMAT:
+            raise AdapterFileError(
+                f"{path} is not of format {FORMAT}, it says format="
+                f"{_told(values.get('format'))}; it needs another adapters_jax"
+            )
+        wrong = [f"unknown key {_told(key)}" for key in values if key not in _KEYS][:5]
+        wrong += [f"{key!r} is missing" for key in _KEYS if key not in values and key != "base"]
+        wrong += _of_wrong_type(values)
+        if wrong:
+            raise AdapterFileError(f"{path} is not of format {FORMAT}: {'; '.join(wrong)}")
+        base = values.get("base") and BaseIdentity(**values["base"])
+        try:
+            recipe = _recipe(values["recipe"])
+        except (ValueError, TypeError) as error:
+            told = shortened(str(error), 600)
+            raise AdapterFileError(f"{path} holds no usable recipe: {told}") from error
+        return cls(recipe, base, values["parameters"], values["tensors"])
+
+    def check_counts(self, arrays: Mapping[str, Any], path: Path) -> None:
+        """Raises AdapterFileError unless tensors by path are as many as this says."""
+        found = _counts(arrays)
+        if found != (self.parameters, self.tensors):
+            raise AdapterFileError(
+                f"{path} holds {found[0]} parameters in {found[1]} tensors, and {CONFIG} says "
+                f"{self.parameters} in {self.tensors}; they are not of one adapter"
+            )
+
+
+@functools.cache
+def _version() -> str:
+    """This library's version; to ask for it takes milliseconds."""
+    return version("adapters-jax")
+
+
+def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:
+    return sum(math.prod(x.shape) for x in arrays.values()), len(arrays)
+
+
+def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
+    """What of a configuration is not of its type."""
+    wrong = [
+        f"{key}={_told(values[key])}, wanted a number"
+        for key in ("parameters", "tensors")
+        if key in values and (type(values[key]) is not int or values[key] < 0)
+    ]
+    if not isinstance(values.get("adapters_jax", ""), str):
+        wrong.append(f"adapters_jax={_told(values['adapters_jax'])}, wanted a version")
+    base = values.get("base")
+    if base is not None and not _is_base(base):
+        wrong.append(f"base={_told(base)}, wanted null or an object of a base's identity")
+    return wrong
+
+
+def _is_base(base: Any) -> bool:
+    """Whether a JSON value is the identity of a base."""
+    if not isinstance(base, dict) or base.keys() != set(BaseIdentity.__dataclass_fields__):
+        return False
+    said = {key: value for key, value in base.items() if value is not None}
+    name = said.pop("id", "")
+    hashes = (isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in said.values())
+    return isinstance(name, str) and len(name) <= LONGEST_NAME and all(hashes)
+
+
+def _recipe(values: Any) -> Recipe:
+    """The recipe, if to match its patterns is not too much work."""
+    texts = list(_texts(values))
+    if len(texts) > MOST_TEXTS or sum(map(weight, texts)) > MOST:
+        raise ValueError(
+            f"its patterns are too many, over {MOST_TEXTS}, or stand for over {MOST} characters of "
+            "plain patterns; write * or ** instead of some of their braces"
+        )
+    return Recipe.from_json(values)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _texts(list(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _told(value: Any) -> str:
+    return shortened(repr(value), 80)

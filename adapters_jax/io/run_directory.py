@@ -1,0 +1,227 @@
+"""The directory of a run: what is written into it, and how it is read again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.io import hub
+from adapters_jax.io.adapter import TENSORS
+from adapters_jax.io.atomic import write_file
+from adapters_jax.io.manifest import CONFIG
+from adapters_jax.io.untrusted import read_json
+
+FORMAT = 1
+_NEEDED: dict[str, type] = {
+    "format": int,
+    "model": str,
+    "base_sha256": str,
+    "dtype": str,
+    "max_length": int,
+}
+_OF_KIND: dict[str, dict[str, type]] = {
+    "encoder": {"pooling": str, "target": dict, "text": str, "pairs": bool},
+    "decoder": {"prompts": dict},
+}
+_COMMANDS = {"encoder": "predict", "decoder": "generate or merge"}
+
+
+class RunError(ValueError):
+    """A run's directory is there when it must not be, is absent, or is damaged."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory.
+
+    Args:
+        path: of the directory.
+
+    Example:
+        >>> Run(Path("runs/demo")).adapter.as_posix()
+        'runs/demo/adapter'
+    """
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """What `aj.save_adapter` wrote; an exported run has it beside its configuration."""
+        return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
+
+    @property
+    def config(self) -> Path:
+        """Everything that `predict` needs beside the adapter, and all that was asked for."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: losses by step, and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The loss and the dev metric, drawn."""
+        return self.path / "curves.png"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What training needs to go on where it was cut off; removed when it is finished."""
+        return self.path / "checkpoints"
+
+    def refuse_existing(self) -> None:
+        """Raises RunError where something has the run's name: nothing is ever overwritten."""
+        if self.path.exists():
+            raise RunError(
+                f"{self.path} exists already; give this run another --name, remove that one, or go "
+                f"on with it, if it was cut off: adapters-jax finetune --resume {self.path}"
+            )
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Makes the directory, which is there with its configuration or not at all."""
+        self.refuse_existing()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        try:
+            beside.chmod(0o755)
+            Run(beside).write_config(config)
+            beside.rename(self.path)
+        except OSError:
+            shutil.rmtree(beside)
+            self.refuse_existing()  # another process was faster
+            raise
+
+    def lock(self) -> int:
+        """Takes the run for this process, until it ends or `unlock`.
+
+        Raises:
+            RunError: another process has it.
+        """
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode()
+            os.close(handle)
+            raise RunError(
+                f"{self.path} is being worked on by process {holder}; wait for it, or stop it"
+            ) from None
+        try:
+            current = os.path.samestat(os.fstat(handle), os.stat(self.path / "lock"))
+        except FileNotFoundError:
+            current = False
+        if not current:  # its holder has just given it back, and taken the file away
+            os.close(handle)
+            return self.lock()
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        return handle
+
+    def unlock(self, handle: int) -> None:
+        """Gives the run back."""
+        (self.path / "lock").unlink(missing_ok=True)
+        os.close(handle)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Writes the configuration, or writes it again."""
+        text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
+        write_file(self.config, f"{text}\n".encode())
+
+    def write_log(self, records: Iterable[dict[str, Any]]) -> None:
+        """Writes the metrics anew."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(self.metrics, lines.encode())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds one record to the metrics; the file is whole after every line."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_config(self, kind: str | None = "encoder") -> dict[str, Any]:
+        """The configuration of a run on a base of a kind: "encoder", "decoder", or None for either.
+
+        Raises:
+            RunError: it is absent or damaged, or the base is of another kind.
+        """
+        if not self.config.is_file():
+            near = sorted(p.parent.as_posix() for p in self.path.parent.glob("*/config.json"))
+            there = f"; there are: {', '.join(near[:5])}" if near else ""
+            raise RunError(f"no run at {self.path}: it has no config.json{there}")
+        try:
+            config = values = read_json(self.config)
+        except AdapterFileError as error:
+            raise RunError(str(error)) from error
+        found = values.get("kind", "encoder")
+        if kind is None:
+            kind = found if found in _OF_KIND else "encoder"
+        if found != kind and found in _OF_KIND:
+            command = f"adapters-jax {_COMMANDS[found]}"
+            raise RunError(
+                f"{self.path} is a run on a base of another kind, {found}; use {command}"
+            )
+        needed = _NEEDED | _OF_KIND[kind]
+        wrong = [key for key, wanted in needed.items() if type(values.get(key)) is not wanted]
+        if wrong or values["format"] != FORMAT:
+            raise RunError(
+                f"{self.config} is not the configuration of a run of format {FORMAT}"
+                + (f": it has no good {', '.join(wrong)}" if wrong else "")
+            )
+        return config
+
+
+def find_run(name: str | Path, revision: str | None = None) -> Run:
+    """A run's directory, or an exported one by its id on the Hugging Face Hub.
+
+    Args:
+        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`.
+        revision: a branch, tag or commit on the Hub.
+
+    Raises:
+        RunError: the Hub does not give it.
+    """
+    if not hub.is_adapter_id(name):
+        return Run(Path(name))
+    return Run(hub.find(name, revision, ("config.json", CONFIG, TENSORS), "a run", RunError))
+
+
+def check_finished(run: Run, config: dict[str, Any]) -> None:
+    """Raises RunError where a run's adapter is not its last."""
+    if not {"summary", "combined"} & config.keys():
+        raise RunError(
+            f"{run.path} is not finished; go on with: adapters-jax finetune --resume {run.path}"
+        )
+
+
+def check_base(run: Run, config: dict[str, Any], sha256: str) -> None:
+    """Raises RunError where a base's weights are not those that a run was trained on."""
+    if sha256 != config["base_sha256"]:
+        raise RunError(
+            f"the weights of {config['model']} are not those that {run.path} was trained on: their "
+            f"sha256 is {sha256[:12]}..., was {config['base_sha256'][:12]}...; put those back, or "
+            "train anew"
+        )
+
+
+def run_name(*parts: str) -> str:
+    """A directory's name of what the run is about.
+
+    Example:
+        >>> run_name("google-bert/bert-base-uncased", "SST 2", "lora")
+        'bert-base-uncased-SST-2-lora'
+    """
+    names = [re.sub(r"[^\w.]+", "-", Path(part).name).strip("-.") for part in parts]
+    return "-".join(name for name in names if name)

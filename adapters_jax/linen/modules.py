@@ -1,0 +1,105 @@
+"""Adapters as linen modules, to write into a model by hand."""
+
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from adapters_jax import methods
+from adapters_jax.linen.attachment import run_method, site_of
+from adapters_jax.methods.base import Site
+
+
+class Bottleneck(nn.Module):
+    """A bottleneck adapter to write into a model by hand: `x + up(f(down(x)))`.
+
+    Args: as in `adapters_jax.Bottleneck`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> adapter = Bottleneck(64)
+        >>> params = adapter.init(jax.random.key(0), jnp.ones((2, 768)))["params"]
+        >>> jax.tree.map(jnp.shape, params["down"])
+        {'bias': (64,), 'kernel': (768, 64)}
+
+    Reference: Houlsby et al. 2019, arXiv:1902.00751.
+    """
+
+    bottleneck_dim: int
+    scale: float = 1.0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    init_std: float = 1e-2
+    norm_before: bool = False
+    norm_after: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "... d"], y: Array | None = None, deterministic: bool | None = None
+    ) -> Float[Array, "... d"]:
+        """The adapter on x; or, given the output y of a sublayer of x, beside that sublayer.
+
+        Args:
+            x: (..., d).
+            y: (..., d), for the parallel form.
+            deterministic: no dropout; by default there is dropout where a "dropout" key is given.
+        """
+        method = methods.Bottleneck(
+            "**",
+            self.bottleneck_dim,
+            placement="sequential" if y is None else "parallel",
+            scale=self.scale,
+            activation=self.activation,
+            dropout=self.dropout,
+            init_std=self.init_std,
+            norm_before=self.norm_before,
+            norm_after=self.norm_after,
+        )
+        y = x if y is None else y
+        site = Site("/".join(self.path), "__call__", x.shape[-1])
+        return run_method(self, self.scope, method, site, x, y, deterministic)
+
+
+class LoRADense(nn.Dense):
+    """A dense layer with low-rank factors, to write into a model by hand.
+
+    Its parameters are `kernel` and `bias` as in `nn.Dense`, and `lora/a` and `lora/b`.
+
+    Args: as in `nn.Dense` and `adapters_jax.LoRA`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = LoRADense(3, rank=2).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+        >>> jax.tree.map(jnp.shape, params["lora"])
+        {'a': (4, 2), 'b': (2, 3)}
+
+    Reference: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    a_init: str = "gaussian"
+    rank_stabilized: bool = False
+
+    @nn.nowrap
+    def method(self) -> methods.LoRA:
+        """The configuration of the factors."""
+        return methods.LoRA(
+            "**", self.rank, self.alpha, self.dropout, self.a_init, self.rank_stabilized
+        )
+
+    def __call__(
+        self, inputs: Float[Array, "... in"], deterministic: bool | None = None
+    ) -> Float[Array, "... out"]:
+        """The dense layer with its low-rank branch.
+
+        Args:
+            inputs: (..., in).
+            deterministic: no dropout; by default there is dropout where a "dropout" key is given.
+        """
+        y = super().__call__(inputs)
+        site = site_of(self, "/".join(self.path), "__call__", (inputs,), {}, y)
+        module: Any = self
+        scope = module.scope.push("lora", reuse=True)
+        return run_method(self, scope, self.method(), site, inputs, y, deterministic)

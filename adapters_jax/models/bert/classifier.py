@@ -1,0 +1,101 @@
+"""A BERT encoder with a pooled head: labels for sentences."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from adapters_jax.interop.names import NameTable, Rule
+from adapters_jax.models.bert import model as encoder
+from adapters_jax.models.bert.model import Bert, BertConfig
+from adapters_jax.models.parts.functions import dot_product_attention
+from adapters_jax.models.parts.layers import Typed
+
+# With pooling="pooler" it is Hugging Face's BertForSequenceClassification.
+NAMES = NameTable(
+    rules=(
+        *(rule._replace(ours=f"bert/{rule.ours}") for rule in encoder.NAMES.rules),
+        Rule(r"head", r"classifier"),
+    ),
+    prefixes=encoder.NAMES.prefixes,
+    stack=encoder.NAMES.stack,
+)
+
+
+def mean_pool(
+    hidden: Float[Array, "batch length d"], attention_mask: Num[Array, "batch length"] | None = None
+) -> Float[Array, "batch d"]:
+    """The mean over the tokens, in float32, leaving the padding out.
+
+    Example:
+        >>> hidden = jnp.array([[[1.0], [3.0], [9.0]]])
+        >>> mean_pool(hidden, jnp.array([[1, 1, 0]])).tolist()
+        [[2.0]]
+    """
+    hidden = hidden.astype(jnp.float32)
+    if attention_mask is None:
+        return hidden.mean(axis=1)
+    weights = (attention_mask != 0).astype(jnp.float32)[:, :, None]
+    return (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
+
+
+class BertClassifier(Typed):
+    """A BERT under `bert`, pooled, with dropout and a dense `head`; one label for regression.
+
+    Args:
+        config: the encoder's shape.
+        num_labels: the width of the head.
+        pooling: "mean" over the tokens, "cls" for the first, or "pooler" for the pre-trained one.
+        dtype, param_dtype, attention_fn, remat, scan: as in `Bert`.
+
+    Example:
+        >>> import jax
+        >>> from adapters_jax.models.bert.model import BERT_BASE
+        >>> model = BertClassifier(BERT_BASE, num_labels=2)
+        >>> ids = jnp.zeros((1, 8), jnp.int32)
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        >>> sorted(params), params["head"]["kernel"].shape
+        (['bert', 'head'], (768, 2))
+    """
+
+    config: BertConfig
+    num_labels: int
+    pooling: str = "mean"
+    attention_fn: Callable[..., Array] = dot_product_attention
+    remat: bool | str = False
+    scan: bool = False
+
+    def setup(self) -> None:
+        """Checks the settings and names the parts."""
+        if self.pooling not in ("mean", "cls", "pooler"):
+            raise ValueError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
+        self.bert = Bert(
+            self.config,
+            attention_fn=self.attention_fn,
+            remat=self.remat,
+            scan=self.scan,
+            **self.types,
+        )
+        rate = self.config.classifier_dropout
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.head = nn.Dense(self.num_labels, kernel_init=init, **self.types)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch labels"]:
+        """Float32 logits; the arguments are those of `Bert`."""
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
+        if self.pooling == "mean":
+            pooled = mean_pool(hidden, attention_mask)
+        else:
+            pooled = self.bert.pool(hidden) if self.pooling == "pooler" else hidden[:, 0]
+        return self.head(self.dropout(pooled, deterministic=deterministic)).astype(jnp.float32)

@@ -1,0 +1,233 @@
+"""Text from a decoder: the prompts in one pass, then a token at a time from a cache, in one jit.
+
+Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
+https://arxiv.org/abs/1904.09751
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+
+from adapters_jax.models.parts.layers import check_tokens
+
+
+class Decoder(Protocol):
+    """What `generate` asks of an `nnx.Module`; the cache is any pytree."""
+
+    def empty_cache(self, batch: int, slots: int) -> Any:
+        """A cache for so many rows and tokens a row, padding included."""
+
+    def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
+        """Hidden states `(batch, length, d)` of further tokens, and the cache with them in it."""
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits `(batch, vocab)` of hidden states `(batch, d)`."""
+
+
+class Generated(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+        ids: the new tokens; beyond a row's length, zeros.
+        lengths: how many new tokens each row has, a stop token not counted. It is `max_new_tokens`
+            where none came.
+    """
+
+    ids: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+
+
+class _Sampling(NamedTuple):
+    """How to choose tokens; arrays, so that other values do not compile anew."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    key: PRNGKeyArray
+    stop: Int[Array, " stops"]
+
+
+class _Loop(NamedTuple):
+    step: Int[Array, ""]
+    last: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    made: Generated
+    cache: Any
+
+
+def generate(
+    model: nnx.Module,
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Num[Array, "batch length"] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: PRNGKeyArray | None = None,
+    stop: Sequence[int] = (),
+) -> Generated:
+    """Continues each prompt of a batch as if it were alone.
+
+    It compiles once for a model's structure, the shape of the prompts, `max_new_tokens` and the
+    number of stop tokens. The model runs in evaluation mode, without dropout, and is not changed.
+
+    Args:
+        model: a decoder such as `Llama`, adapted or not; see `Decoder`.
+        input_ids: the prompts, padded on either side.
+        attention_mask: 1 for tokens and 0 for padding; by default there is no padding.
+        max_new_tokens: how many tokens to generate at most.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_p: sample among the likeliest tokens, as few as have this probability together.
+        key: for sampling; row i draws from `jax.random.fold_in(key, i)`, whatever the other rows.
+        stop: tokens at which a row ends.
+
+    Returns:
+        The new tokens, and how many each row has.
+
+    Raises:
+        ValueError: an argument is out of range, a prompt is empty or a key is missing; all that is
+            wrong is named.
+        TypeError: the model is no decoder.
+
+    Example:
+        >>> from adapters_jax.models.llama import Llama, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> llama = Llama(config, rngs=nnx.Rngs(0))
+        >>> ids, lengths = generate(llama, jnp.array([[3, 1, 4]]), max_new_tokens=2)
+        >>> ids.shape, lengths.tolist()
+        ((1, 2), [2])
+    """
+    _check_model(model)
+    if attention_mask is None:
+        attention_mask = jnp.ones(input_ids.shape, bool)
+    check_tokens(input_ids, attention_mask)
+    _check(attention_mask, max_new_tokens, temperature, top_p, key)
+    sampling = _Sampling(
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(stop, jnp.int32),
+    )
+    prompts = jnp.asarray(input_ids, jnp.int32)
+    return _generate(*nnx.split(model), prompts, attention_mask != 0, sampling, max_new_tokens)
+
+
+def _check_model(model: Any) -> None:
+    lacking = [name for name in ("empty_cache", "extend", "logits") if not hasattr(model, name)]
+    if lacking or not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"generate: {type(model).__name__} is no decoder; wanted an nnx module that has the "
+            "methods of adapters_jax.models.generation.Decoder, such as Llama."
+        )
+
+
+def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, key: Any) -> None:
+    """Raises for everything that is wrong with the arguments."""
+    empty = np.flatnonzero(~(np.asarray(mask) != 0).any(1)).tolist()
+    wrong = []
+    if mask.shape[0] == 0 or empty:
+        rows = f"row {', '.join(map(str, empty[:8]))}" if empty else "a batch of no rows"
+        wrong.append(f"a prompt needs a token, got none in {rows}: begin it with the bos token")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens <= 0:
+        wrong.append(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        wrong.append(f"temperature must be 0 (greedy) or greater, got {temperature}")
+    if not 0 < top_p <= 1:
+        wrong.append(f"top_p must be above 0 and at most 1 (all tokens), got {top_p}")
+    if temperature > 0 and key is None:
+        wrong.append(f"sampling at temperature {temperature} needs a key: key=jax.random.key(0)")
+    if wrong:
+        raise ValueError(f"generate: {'; '.join(wrong)}.")
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _generate(
+    graphdef: Any,
+    state: Any,
+    prompts: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    sampling: _Sampling,
+    new: int,
+) -> Generated:
+    def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
+        """Logits after the last token of each row, from a model of this very trace."""
+        model = _model(graphdef, state)
+        hidden, cache = model.extend(ids, mask, cache)
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return model.logits(jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]), cache
+
+    batch, length = prompts.shape
+    ones = jnp.ones((batch, 1), bool)
+    logits, cache = run(prompts, mask, _model(graphdef, state).empty_cache(batch, length + new))
+    nothing = Generated(jnp.zeros((batch, new), jnp.int32), jnp.zeros(batch, jnp.int32))
+    start = _Loop(jnp.int32(0), prompts[:, 0], jnp.zeros(batch, bool), nothing, cache)
+
+    def step(loop: _Loop) -> _Loop:
+        logits, cache = run(loop.last[:, None], ones, loop.cache)
+        return _record(loop._replace(cache=cache), logits, sampling)
+
+    def goes_on(loop: _Loop) -> Array:
+        return (loop.step < new) & ~loop.done.all()
+
+    return jax.lax.while_loop(goes_on, step, _record(start, logits, sampling)).made
+
+
+def _model(graphdef: Any, state: Any) -> Any:
+    model = nnx.merge(graphdef, state, copy=True)  # Variables of this trace
+    model.eval()
+    return model
+
+
+def _record(loop: _Loop, logits: Float[Array, "batch vocab"], sampling: _Sampling) -> _Loop:
+    """The loop after a token for every row; rows that are done get none."""
+    token = _choose(logits, loop.step, sampling)
+    done = loop.done | (token[:, None] == sampling.stop[None]).any(1)
+    ids = loop.made.ids.at[:, loop.step].set(jnp.where(done, 0, token))
+    made = Generated(ids, loop.made.lengths + ~done)
+    return loop._replace(step=loop.step + 1, last=token, done=done, made=made)
+
+
+def _choose(
+    logits: Float[Array, "batch vocab"], step: Int[Array, ""], sampling: _Sampling
+) -> Int[Array, " batch"]:
+    """A token for every row."""
+
+    def sample() -> Array:
+        scaled = logits / sampling.temperature
+        kept = jax.lax.cond(
+            sampling.top_p < 1, lambda: nucleus(scaled, sampling.top_p), lambda: scaled
+        )
+        return jax.vmap(draw)(jnp.arange(logits.shape[0]), kept).astype(jnp.int32)
+
+    def draw(row: Array, kept: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(sampling.key, row), step)
+        return jax.random.categorical(key, kept)
+
+    # A branch, not a select: a greedy step does not pay for sorting the vocabulary.
+    return jax.lax.cond(
+        sampling.temperature > 0, sample, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    )
+
+
+def nucleus(
+    logits: Float[Array, "*batch vocab"], top_p: float | Float[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    """The logits, minus infinity outside the fewest tokens that have probability `top_p` together.
+
+    Tokens as likely as the last one kept are kept too.
+
+    Example:
+        >>> nucleus(jnp.array([1.0, 3.0, 2.0]), 0.9).tolist()
+        [-inf, 3.0, 2.0]
+    """
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    least = jnp.where(before < top_p, falling, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)

@@ -1,0 +1,157 @@
+"""What the linen transformers share: a block's sublayers and sums, and checks of their inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
+from adapters_jax.weights.attention import register_attention
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises unless the width divides into the heads."""
+    if width % heads:
+        raise ValueError(f"a width of {width} does not divide into {heads} attention heads.")
+
+
+def check_tokens(
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Num[Array, "batch length"] | None = None,
+    longest: int | None = None,
+) -> None:
+    """Raises unless these are token ids, with a mask of their shape, no longer than `longest`."""
+    wrong = []
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        wrong.append(
+            f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} of shape "
+            f"{input_ids.shape}"
+        )
+    elif longest is not None and input_ids.shape[1] > longest:
+        wrong.append(
+            f"input_ids have length {input_ids.shape[1]}, the model has {longest} positions: "
+            "truncate them"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        wrong.append(
+            f"attention_mask must have the shape of input_ids, {input_ids.shape}, got "
+            f"{attention_mask.shape}"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong) + ".")
+
+
+class Typed(nn.Module, kw_only=True):  # type: ignore[call-arg]
+    """A module with a computation dtype (None: that of inputs and parameters) and a stored one."""
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """Both, as keyword arguments for the modules inside."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class Output(Typed):
+    """The projection back to the width of the residual stream, then its dropout."""
+
+    features: int
+    dropout_rate: float = 0.0
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"], deterministic: bool = True) -> Array:
+        """The projection of `x`, with dropout unless deterministic."""
+        dense = nn.Dense(self.features, kernel_init=self.kernel_init, name="dense", **self.types)
+        return nn.Dropout(self.dropout_rate)(dense(x), deterministic=deterministic)
+
+
+class Sum(nn.Module):
+    """The residual stream behind a sublayer: what went into it plus what came out."""
+
+    def __call__(
+        self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
+    ) -> Float[Array, "batch length d"]:
+        """Their sum; a module, so that adapters can stand here, or beside the sublayer."""
+        return x + y
+
+
+class LayerNorm(Typed):
+    """Layer normalisation over the last axis, as flax's, with the derivative of `normalize`."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Each row of `x` normalised, scaled and shifted."""
+        scale, bias = (
+            self.param(name, init, x.shape[-1:], self.param_dtype)
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        return (normalize(x, scale, self.epsilon, True) + bias).astype(dtype)
+
+
+class SelfAttention(Typed):
+    """Multi-head self-attention with separate `query`, `key`, `value` and an `output`."""
+
+    num_heads: int
+    dropout_rate: float = 0.0
+    output_dropout_rate: float = 0.0
+    attention_fn: Callable[..., Array] = dot_product_attention
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length d"],
+        mask: Bool[Array, "batch 1 #length length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch length d"]:
+        """Mixes the positions that `mask` lets each one see."""
+        width, inits = x.shape[-1], {"kernel_init": self.kernel_init, **self.types}
+        query, key, value = (
+            nn.Dense(width, name=name, **inits)(x).reshape(*x.shape[:-1], self.num_heads, -1)
+            for name in ("query", "key", "value")
+        )
+        drops = self.dropout_rate > 0 and not deterministic
+        mixed = self.attention_fn(
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout_rng=self.make_rng("dropout") if drops else None,
+            dropout_rate=self.dropout_rate if drops else 0.0,
+            broadcast_dropout=False,
+            deterministic=deterministic,
+            dtype=self.dtype,
+        )
+        output = Output(width, self.output_dropout_rate, name="output", **inits)
+        return output(mixed.reshape(x.shape), deterministic)
+
+
+register_attention(SelfAttention)
+
+
+class FeedForward(Typed):
+    """Two dense layers with an activation between them: `intermediate`, then `output`."""
+
+    width: int
+    activation: str
+    dropout_rate: float = 0.0
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length d"], deterministic: bool = True
+    ) -> Float[Array, "batch length d"]:
+        """Transforms each position by itself."""
+        inits = {"kernel_init": self.kernel_init, **self.types}
+        inner = nn.Dense(self.width, name="intermediate", **inits)(x)
+        output = Output(x.shape[-1], self.dropout_rate, name="output", **inits)
+        return output(ACTIVATIONS[self.activation](inner), deterministic)

@@ -1,0 +1,171 @@
+"""An adapter on an NNX module: its Variables as a child, and a class whose calls run it.
+
+The module's class is swapped for a cached subclass. Everything that trains is an `AdapterParam`, so
+`nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` do what they say.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
+from adapters_jax.methods.base import Site
+from adapters_jax.methods.lora import contraction_of
+from adapters_jax.nnx.points import frozen_of, site_of
+from adapters_jax.trees import join
+from adapters_jax.weights import attention, linear
+from adapters_jax.weights.attention import AttentionFn
+from adapters_jax.weights.quantized import is_quantized
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""
+
+    adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+
+@functools.cache
+def trained_class(cls: type[Any]) -> type[AdapterParam]:
+    """`AdapterParam` for a parameter of some class, which it stays an instance of."""
+    if issubclass(cls, AdapterParam):
+        return cls
+    if cls is nnx.Param:
+        return AdapterParam
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
+
+
+@functools.cache
+def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
+    """The subclass of a module class whose calls run the adapters attached to the module."""
+
+    def adapted(name: str) -> Callable[..., Any]:
+        call = getattr(cls, name)
+
+        @functools.wraps(call)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _attending(self):
+                y = call(self, *args, **kwargs)
+            for attached, path in self.adapter_methods:
+                if not isinstance(attached, Prompt):
+                    run = functools.partial(call, self)
+                    y = run_method(self, attached, path, name, run, args, kwargs, y)
+            return y
+
+        return method
+
+    body = {name: adapted(name) for name in linear.calls(cls)}
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
+
+
+def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
+    """For the time of a call, an attention module's function with the prompts around it."""
+    prompts = [(m, path) for m, path in module.adapter_methods if isinstance(m, Prompt)]
+    names = attention.names_of(module)
+    if not prompts or names is None:
+        return contextlib.nullcontext()
+
+    def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
+        for method, path in prompts:
+            site = site_of(module, path, 0)
+            project = lambda name, x: getattr(module, getattr(names, name))(x)  # noqa: E731
+            leaves = leaves_of(module, method)
+            function = functools.partial(method.attend, leaves, site, project, function)
+        return function(*args, **kwargs)
+
+    return attention.replaced(module, names.attention_fn, attend)
+
+
+def run_method(
+    module: Any,
+    method: Bottleneck | LoRA,
+    path: str,
+    call: str,
+    run: Callable[..., Array],
+    args: Any,
+    kwargs: Any,
+    y: Array,
+) -> Array:
+    """One method on a module's output, its leaves in the module's child of the method's name."""
+    site = site_of(module, path, y.shape[-1], call, *args, **kwargs)
+    if not method.fits(site):
+        return y
+    site = dataclasses.replace(site, again=linear.with_input(run, module, call, args, kwargs))
+    x = linear.input_of(module, call, args, kwargs)
+    key = key_of(getattr(module, method.slot))
+    return method.forward(leaves_of(module, method), site, x, y, key, frozen_of(module))
+
+
+def children_of(
+    method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+) -> dict[str, Any]:
+    """The Variables of a method at a site, nested as their names say, and its dropout."""
+    children: dict[str, Any] = {}
+    for name, leaf in method.leaves(site).items():
+        *groups, last = name.split("/")
+        holder = functools.reduce(
+            lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
+        )
+        holder[last] = AdapterParam(leaf.init(rngs.params(), layers + leaf.shape))
+    if method.dropout:
+        drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
+        if layers:
+            drop.rngs = drop.rngs.split(layers)
+    return children
+
+
+def read(child: Any, method: Attached | Prompt) -> dict[str, Array]:
+    """A method's arrays by name, out of the node that holds them."""
+
+    def step(node: Any, name: str) -> Any:
+        return node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
+
+    return {name: functools.reduce(step, name.split("/"), child)[...] for name in method.leaf_names}
+
+
+def key_of(child: Any) -> Array | None:
+    """A key for dropout, or None in evaluation and where there is no dropout."""
+    drop = getattr(child, "dropout", None)
+    return None if drop is None or drop.deterministic else drop.rngs()
+
+
+def leaves_of(module: Any, method: Attached | Prompt) -> dict[str, Array]:
+    """The arrays of a method that is attached to a module, by name."""
+    return read(getattr(module, method.slot), method)
+
+
+def grow(
+    module: Any, method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+) -> None:
+    """Gives a module the leaves of a method, under the layer axes that its own weights have."""
+    if hasattr(module, method.slot):
+        raise taken(site.path, method)
+    setattr(module, method.slot, nnx.Dict(children_of(method, site, layers, rngs)))
+    if isinstance(method, LoRA) and method.from_weight:
+        weight = getattr(module, contraction_of(site).weight)
+        leaves = leaves_of(module, method)
+        method.refuse_quantized(site, weight.get_raw_value())
+        leaves, rest = method.start_stacked(leaves, site, weight[...])
+        if not is_quantized(weight.get_raw_value()):
+            weight[...] = rest
+        for name, leaf in leaves.items():
+            getattr(module, method.slot)[name][...] = leaf
+    module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
+    if not hasattr(type(module), "adapted_from"):
+        module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
+
+
+def taken(path: str, method: Attached) -> RecipeError:
+    """The error where the base already has something of the name that a method would use."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
+        "has something of that name there; rename it or do not target it"
+    )

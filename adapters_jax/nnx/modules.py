@@ -1,0 +1,88 @@
+"""Adapters as NNX modules, to write into a model by hand."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from adapters_jax import methods
+from adapters_jax.methods.base import Site
+from adapters_jax.nnx.attachment import children_of, grow, key_of, read
+from adapters_jax.nnx.points import site_of
+
+
+class Bottleneck(nnx.Module):
+    """A bottleneck adapter to write into a model by hand: `x + up(f(down(x)))`.
+
+    Args:
+        features: d, the width of its input and output.
+        bottleneck_dim: m.
+        rngs: seeds the kernels, and dropout.
+        **fields: scale, activation, dropout, init_std, norm_before and norm_after as in
+            `adapters_jax.Bottleneck`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adapter = Bottleneck(768, 64, rngs=nnx.Rngs(0))
+        >>> adapter.down["kernel"].shape, adapter(jnp.ones((2, 768))).shape
+        ((768, 64), (2, 768))
+
+    Reference: Houlsby et al. 2019, arXiv:1902.00751.
+    """
+
+    def __init__(self, features: int, bottleneck_dim: int, *, rngs: nnx.Rngs, **fields: Any):
+        self.method = methods.Bottleneck("**", bottleneck_dim, **fields)
+        self.site = Site("", "__call__", features)
+        for name, child in children_of(self.method, self.site, (), rngs).items():
+            setattr(self, name, child)
+
+    def __call__(self, x: Float[Array, "... d"], y: Array | None = None) -> Float[Array, "... d"]:
+        """The adapter on x; or, given the output y of a sublayer of x, beside that sublayer.
+
+        Args:
+            x: (..., d).
+            y: (..., d), for the parallel form.
+        """
+        placement = "sequential" if y is None else "parallel"
+        method = dataclasses.replace(self.method, placement=placement)  # type: ignore[arg-type]
+        return method.forward(read(self, method), self.site, x, x if y is None else y, key_of(self))
+
+
+class LoRALinear(nnx.Linear):
+    """A linear layer with low-rank factors, to write into a model by hand.
+
+    Its parameters are `kernel` and `bias` as in `nnx.Linear`, and `lora/a` and `lora/b`.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: r.
+        alpha: the scale is alpha / r; None follows the rank.
+        rngs: seeds all parameters, and dropout.
+        lora: further fields of `adapters_jax.LoRA`, as a mapping.
+        **fields: further arguments of `nnx.Linear`.
+
+    Example:
+        >>> layer = LoRALinear(4, 3, rank=2, rngs=nnx.Rngs(0))
+        >>> layer.lora["a"].shape, layer.lora["b"].shape
+        ((4, 2), (2, 3))
+
+    Reference: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        rngs: nnx.Rngs,
+        lora: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **fields)
+        method = methods.LoRA("**", rank, alpha, **(lora or {}))
+        grow(self, method, site_of(self, "", out_features), (), rngs)

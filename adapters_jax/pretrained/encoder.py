@@ -1,0 +1,114 @@
+"""The base of a run: a pretrained encoder with its tokenizer, ready to be adapted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+
+from adapters_jax.data.batches import Batches, Row, encode
+from adapters_jax.data.tables import Texts
+from adapters_jax.io.identity import BaseIdentity
+from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
+from adapters_jax.pretrained.locate import identity_of, locate, read_tokenizer, sha256_of
+from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.quantize import quantize as in_few_bits
+from adapters_jax.trees import merge_trees, partition
+from adapters_jax.weights.quantized import is_quantized
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
+
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder.
+
+    Attributes:
+        config: its shape.
+        params: of the encoder alone, float32 or quantised.
+        tokenizer: its own.
+        pooling: how token states become one vector: mean, cls or pooler.
+        dtype: what it computes in.
+        sha256: of the weights' files, so that an adapter never meets another base unnoticed.
+        identity: what an adapter's file says of it.
+    """
+
+    config: BertConfig
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    pooling: str
+    dtype: str
+    sha256: str
+    identity: BaseIdentity
+
+    def classifier(self, width: int, dropout: float | None = None) -> BertClassifier:
+        """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
+        config = self.config
+        if dropout is not None:
+            rates: Any = dict.fromkeys(_DROPOUTS, dropout)
+            config = dataclasses.replace(config, **rates)
+        return BertClassifier(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+
+    def init(self, width: int, key: Any) -> Any:
+        """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
+        model, ids = self.classifier(width), jnp.zeros((1, 1), jnp.int32)
+        # Jitted, XLA drops the encoder's random numbers, which nobody asks for.
+        head = jax.jit(lambda key: model.init(key, ids)["params"]["head"])(key)
+        return {"bert": self.params, "head": head}
+
+    def quantized(self, dtype: str) -> Encoder:
+        """The same with its weights in few bits; see `adapters_jax.transforms.quantize`."""
+        params, ids = self.init(1, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
+        targets = ("**", "!head")
+        params = in_few_bits(self.classifier(1), params, ids, dtype=dtype, targets=targets)
+        return dataclasses.replace(self, params=params["bert"])
+
+    def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
+        """Batches in order, padded as this model wants; see `Batches.in_order`."""
+        return Batches.in_order(rows, labels, size, buckets, self.config.pad_token_id)
+
+    def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
+        """Rows of token ids, and how many texts were truncated; see `batches.encode`."""
+        room = self.config.max_position_embeddings - self.config.first_position
+        if max_length > room:
+            raise ValueError(f"--max-length {max_length}: the model has {room} positions")
+        return encode(self.tokenizer, texts, max_length)
+
+
+def load_encoder(
+    name: str, pooling: str = "mean", dtype: str = "float32", quantize: str | None = None
+) -> Encoder:
+    """Loads an encoder.
+
+    Args:
+        name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
+        pooling: mean, cls or pooler.
+        dtype: what it computes in, float32 or bfloat16.
+        quantize: what its weights are kept in: int8, int4 or nf4; None keeps floats.
+
+    Raises:
+        ValueError: files are absent, or the checkpoint is of another architecture, or of widths
+            that do not fit the blocks of its quantisation.
+        ImportError: qwix is not installed, and wanted.
+        AssetError: the pinned asset could not be fetched.
+    """
+    directory = locate(name)
+    config, params = load_bert(directory, pooler=pooling == "pooler")
+    tokenizer, sha256 = read_tokenizer(directory), sha256_of(directory)
+    identity = identity_of(name, config)
+    encoder = Encoder(config, params, tokenizer, pooling, dtype, sha256, identity)
+    return encoder.quantized(quantize) if quantize else encoder
+
+
+def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:
+    """The tree with its frozen leaves in a dtype; what trains stays float32."""
+    trained, frozen = partition(params, recipe)
+    cast = jax.tree.map(lambda x: x.astype(dtype), frozen, is_leaf=is_quantized)
+    return merge_trees(trained, cast)

@@ -1,0 +1,110 @@
+"""The files of a base: where its name leads, its architecture, its tokenizer, its hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.gguf import find_gguf, read_gguf
+from adapters_jax.io import hub
+from adapters_jax.io.identity import BaseIdentity, base_identity
+from adapters_jax.pretrained import assets
+
+
+def locate(name: str) -> Path:
+    """A base's files: a GGUF file, or a directory of a Hugging Face checkpoint.
+
+    Args:
+        name: a pinned asset, a directory, a GGUF file, or an id on the Hugging Face Hub.
+
+    Raises:
+        ValueError: files are absent, or the Hub has no such id.
+        AssetError: the pinned asset could not be fetched.
+    """
+    path = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    return find_gguf(path) or huggingface.resolve(path if path.is_dir() else name)
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a base is a Llama; reads its configuration alone.
+
+    Example:
+        >>> is_decoder("minilm"), is_decoder("smollm2-135m")
+        (False, True)
+    """
+    if name in assets.ASSETS:
+        return any(file.endswith(".gguf") for file in assets.ASSETS[name].files)
+    return read_config(name).get("model_type") == "llama"
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A base's configuration, without its weights; a GGUF file's as `config.json` would have it."""
+    path = find_gguf(assets.fetch(name) if name in assets.ASSETS else name)
+    return read_gguf(path).config if path else huggingface.read_json(_config_file(name))
+
+
+def _config_file(name: str) -> Path:
+    """A base's `config.json`: in its directory, or alone from the Hub."""
+    directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    if (directory / "config.json").is_file():
+        return directory / "config.json"
+    if directory.is_dir():
+        raise ValueError(f"{name!r} has no config.json")
+    try:
+        found = hub.find(name, None, ["config.json"], "a model", ValueError, hub.is_id)
+        return found / "config.json"
+    except ValueError as error:
+        raise ValueError(f"{error}; the pinned models are minilm and smollm2-135m") from error
+
+
+def pinned(name: str) -> str:
+    """A base's name that will mean the same weights tomorrow: an id gets its commit.
+
+    Example:
+        >>> pinned("minilm")
+        'minilm'
+    """
+    if name in assets.ASSETS or Path(name).exists():
+        return name
+    commit = hub.commit_of(_config_file(name).parent)
+    return f"{hub.split(name)[0]}@{commit}" if commit else name
+
+
+def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` of a checkpoint."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{str(path)!r} is not a tokenizer: {error}") from error
+
+
+def sha256_of(files: Path) -> str:
+    """One hash of all the weights' files, so that an adapter never meets another base unnoticed."""
+    digest = hashlib.sha256()
+    for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
+    """What an adapter's file says of a base: a directory is not known by its path.
+
+    Args:
+        name: as the user gave it.
+        config: its shape, a dataclass.
+        model: the NNX model, where there is one.
+    """
+    public = None if Path(name).exists() else hub.split(name)[0]
+    return base_identity(model, id=public, config=dataclasses.asdict(config))

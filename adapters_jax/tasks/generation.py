@@ -1,0 +1,137 @@
+"""Completions as a problem: the loss of a completion's tokens, perplexity and exact match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.data.batches import NOTHING
+from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.nnx import recipe_of
+from adapters_jax.pretrained.decoder import STEP, Decoder, complete
+from adapters_jax.recipe import Recipe
+from adapters_jax.tasks.base import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.tasks.metrics import exact_match, perplexity
+from adapters_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to score on.
+
+    Attributes:
+        batches: all of them, packed, in order.
+        tokens: of their completions.
+        asked: prompts of some rows; what is generated from them is compared.
+        prompts: the same as token ids.
+        references: for each of these, the completions that are right.
+        new_tokens: how many to generate at most.
+    """
+
+    batches: Batches
+    tokens: int
+    asked: Sequence[str] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    references: Sequence[Sequence[str]] = ()
+    new_tokens: int = STEP
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A decoder and the completions it learns; a `Problem`.
+
+    Attributes:
+        model: adapted.
+        decoder: its base, with the tokenizer.
+        train: training batches of packed sequences.
+        held_out: "dev" and "test".
+        most: tokens to learn in any sequence; only their logits are computed.
+        metrics: names, the one selected on first.
+        say: told of what takes a while.
+        said: what was last generated for each part.
+        mesh: of the devices that batches are split over; None is one.
+        params: None, since an NNX model holds its own.
+    """
+
+    model: Any
+    decoder: Decoder
+    train: Batches
+    held_out: Mapping[str, HeldOut]
+    most: int
+    metrics: Sequence[str]
+    say: Callable[[str], None] = lambda words: None
+    said: dict[str, list[str]] = field(default_factory=dict)
+    params: None = None
+    mesh: Mesh | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """Says what trains."""
+        return recipe_of(self.model)
+
+    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray) -> Any:
+        """The mean loss of a batch's tokens that are to be learnt."""
+        return jnp.mean(batch["weight"] * sums(model, batch, self.most))
+
+    def batch(self, step: int) -> Batch:
+        """The training batch of a step, weighed so that `loss` is the mean over tokens."""
+        batch = self.train[step]
+        tokens = (batch["labels"] != NOTHING).sum(1)
+        scale = len(tokens) / max((batch["weight"] * tokens).sum(), 1)
+        return {**batch, "weight": batch["weight"] * np.float32(scale)}
+
+    def score(self, state: TrainState, part: str) -> dict[str, float]:
+        """Metrics on "dev" or "test"; raises NotFiniteError where a loss is not finite."""
+        found = self.score_model(state.model, part)
+        if not np.isfinite(found["perplexity"]):
+            raise NotFiniteError(int(state.step), f"the loss on {part}")
+        return found
+
+    def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
+        """Metrics of any decoder of this shape, also of the base itself."""
+        rows, (graphdef, state) = self.held_out[part], nnx.split(model)
+        self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
+
+        def run(batch: Batch) -> Array:
+            placed = shard_batch(batch, self.mesh) if self.mesh else batch
+            return _sums(graphdef, state, placed, self.most)
+
+        losses = in_row_order(run, rows.batches)
+        found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
+        if rows.prompts:
+            self.said[part] = complete(model, self.decoder, rows.prompts, rows.new_tokens)
+            found["exact_match"] = exact_match(self.said[part], rows.references)
+        return found
+
+
+def sums(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
+    """The loss of each sequence, summed over its tokens that are to be learnt."""
+    hidden = model.hidden(
+        batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
+    )
+    # The vocabulary is wide: prompts and padding get no logits.
+    labels = jnp.asarray(batch["labels"])
+    places = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
+    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+    labels = jnp.take_along_axis(labels, places, axis=1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        model.logits(hidden), jnp.maximum(labels, 0)
+    )
+    return jnp.where(labels == NOTHING, 0.0, losses).sum(1)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _sums(graphdef: Any, state: Any, batch: Batch, most: int) -> Float[Array, "batch 1"]:
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    return sums(model, batch, most)[:, None]

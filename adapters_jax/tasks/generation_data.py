@@ -1,0 +1,117 @@
+"""Tables of prompts and completions as the batches that a decoder learns from and is scored on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters_jax.data.batches import NOTHING, Batches, choose_buckets
+from adapters_jax.data.datasets import TaskData, spread
+from adapters_jax.data.packing import Example, Packed, pack, sequence
+from adapters_jax.data.tables import Table
+from adapters_jax.pretrained.decoder import Decoder, rounded
+from adapters_jax.tasks.generation import HeldOut
+from adapters_jax.tasks.prompts import Prompts, count_tokens, encode
+
+HELD_OUT = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become batches.
+
+    Attributes:
+        decoder: whose tokenizer.
+        prompts: how a prompt is put.
+        max_length: of a sequence, in tokens.
+        packs: whether examples share sequences.
+        batch_size: sequences a batch.
+        seed: of the order.
+        matched: rows of a held-out part to generate for.
+    """
+
+    decoder: Decoder
+    prompts: Prompts
+    max_length: int
+    packs: bool
+    batch_size: int
+    seed: int
+    matched: int
+
+    def build(self, task: TaskData, say: Callable[[str], None]) -> BuiltRows:
+        """The batches of a task; says how many rows are cut.
+
+        Raises:
+            DataError: a prompt leaves no room for a completion.
+        """
+        tables = {part: getattr(task, part) for part in ("train", *HELD_OUT)}
+        examples = {part: self._encode(table, part, say) for part, table in tables.items()}
+        rows = {part: self._rows(found) for part, found in examples.items()}
+        buckets: tuple[int, ...] = (self.max_length,)
+        if not self.packs:
+            buckets = choose_buckets(rows["train"], self.max_length, self.batch_size)
+        held_out = {
+            part: self._held_out(tables[part], examples[part], rows[part], buckets)
+            for part in HELD_OUT
+        }
+        return BuiltRows(
+            Batches(rows["train"], None, self.batch_size, self.seed, buckets),
+            held_out,
+            most_learnt(row for part in rows.values() for row in part),
+            count_tokens(examples["train"])[0],
+        )
+
+    def _encode(self, table: Table, part: str, say: Callable[[str], None]) -> list[Example]:
+        examples, cut = encode(table, self.prompts, self.decoder, self.max_length)
+        if cut:
+            say(f"{cut} of {len(table)} {part} rows are cut at {self.max_length} tokens")
+        return examples
+
+    def _rows(self, examples: Sequence[Example]) -> list[Packed]:
+        groups = [[i] for i in range(len(examples))]
+        if self.packs:
+            groups = pack(examples, self.max_length, self.seed)
+        return [sequence([examples[i] for i in group]) for group in groups]
+
+    def _held_out(
+        self, table: Table, examples: list[Example], rows: list[Packed], buckets: tuple[int, ...]
+    ) -> HeldOut:
+        """The rows to score on, and prompts to generate from, each once, with all that is right."""
+        right: dict[str, list[str]] = defaultdict(list)
+        for prompt, completion in table.texts if self.matched else ():
+            if completion is not None:
+                right[prompt].append(completion)
+        asked = [list(right)[i] for i in spread(len(right), self.matched)]
+        return HeldOut(
+            Batches.in_order(rows, None, self.batch_size, buckets),
+            count_tokens(examples)[1],
+            asked,
+            [self.prompts.encode(prompt, self.decoder) for prompt in asked],
+            [right[prompt] for prompt in asked],
+            rounded(max(len(completion) for _, completion in examples)),
+        )
+
+
+@dataclass(frozen=True)
+class BuiltRows:
+    """What `Layout.build` makes.
+
+    Attributes:
+        train: training batches.
+        held_out: "dev" and "test".
+        most: tokens to learn in any sequence, rounded up.
+        tokens: of the training rows.
+    """
+
+    train: Batches
+    held_out: dict[str, HeldOut]
+    most: int
+    tokens: int
+
+
+def most_learnt(rows: Iterable[Packed]) -> int:
+    """The most tokens to learn that any sequence has, rounded up."""
+    return rounded(max(int(np.count_nonzero(row.labels != NOTHING)) for row in rows))

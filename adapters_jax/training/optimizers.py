@@ -1,0 +1,112 @@
+"""Optimisers of what a recipe trains: the frozen rest gets no updates and no state."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from adapters_jax.checks import check_number
+from adapters_jax.methods import Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import matches, require_match
+from adapters_jax.trees import Tree, path_of
+
+
+def freeze_base(
+    tx: optax.GradientTransformation,
+    recipe: Recipe | Method,
+    groups: Mapping[str, optax.GradientTransformation] | None = None,
+) -> optax.GradientTransformation:
+    """An optimiser that moves what the recipe trains and leaves the rest of the tree alone.
+
+    It is `optax.multi_transform` with labels by path: `tx` for trained leaves, zero updates and no
+    state for frozen ones. It takes a whole parameter tree, the trained part alone, or an NNX state.
+
+    Args:
+        tx: the optimiser of trained leaves.
+        recipe: says what trains.
+        groups: optimisers of their own for some trained leaves, by pattern of the parameter's path,
+            first match wins: `{"**/lora/b": optax.adamw(2e-3)}`.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        TargetError: at `init`, where a group's pattern matches no trained leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adapters_jax import Unfreeze
+        >>> params = {"head": {"bias": jnp.ones(2)}, "body": {"bias": jnp.ones(2)}}
+        >>> frozen = freeze_base(optax.sgd(0.5), Unfreeze("head/*"))
+        >>> updates, _ = frozen.update(params, frozen.init(params), params)
+        >>> float(updates["head"]["bias"][0]), float(updates["body"]["bias"][0])
+        (-0.5, 0.0)
+    """
+    recipe, groups = Recipe(recipe), dict(groups or {})
+
+    def label(key_path: tuple[Any, ...], _: Any) -> str:
+        path = path_of(key_path)
+        if not recipe.trains(path):
+            return "base"
+        group = next((pattern for pattern in groups if matches(pattern, path)), None)
+        return "adapter" if group is None else f"group {group}"
+
+    def labels(params: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    own = {f"group {pattern}": group_tx for pattern, group_tx in groups.items()}
+    transform = optax.multi_transform({"adapter": tx, "base": optax.set_to_zero(), **own}, labels)
+
+    def init(params: Tree) -> optax.OptState:
+        paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        require_match("freeze_base groups", tuple(groups), filter(recipe.trains, paths))
+        return transform.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, transform.update)
+
+
+def lora_plus(
+    optimizer: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    recipe: Recipe | Method,
+    *,
+    ratio: float = 16.0,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """LoRA+: B learns at a higher rate than A and all else.
+
+    Args:
+        optimizer: makes an optimiser of a learning rate, such as `optax.adamw`.
+        learning_rate: of A and of everything else that trains; a number or a schedule.
+        recipe: says what trains.
+        ratio: the rate of B over that of A; 16 in the paper's code, larger than 1.
+        **options: further arguments of the optimiser.
+
+    Returns:
+        `freeze_base` with a group for B.
+
+    Raises:
+        ValueError: the ratio is not a positive number.
+        TargetError: at `init`, where there is no B.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"lora": {"a": jnp.ones(1), "b": jnp.ones(1)}}}
+        >>> tx = lora_plus(optax.sgd, 0.25, LoRA("query", 1), ratio=4.0)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> float(updates["query"]["lora"]["a"][0]), float(updates["query"]["lora"]["b"][0])
+        (-0.25, -1.0)
+
+    Reference: Hayou et al. 2024, arXiv:2402.12354.
+    """
+    check_number("lora_plus", "ratio", ratio)
+    if callable(learning_rate):
+        schedule = learning_rate
+        faster: optax.ScalarOrSchedule = lambda step: ratio * schedule(step)  # noqa: E731
+    else:
+        faster = ratio * learning_rate
+    groups = {"**/lora/b": optimizer(faster, **options)}
+    return freeze_base(optimizer(learning_rate, **options), recipe, groups)

@@ -1,0 +1,184 @@
+"""What training carries from step to step: what trains, apart from the base."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import nnx, struct
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from adapters_jax.abstract import is_abstract
+from adapters_jax.errors import RecipeError
+from adapters_jax.linen import Adapted
+from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import Tree, flatten, merge_trees, partition
+from adapters_jax.weights.quantized import is_quantized
+
+
+@struct.dataclass
+class TrainState:
+    """What training carries from step to step, for a linen or an NNX model.
+
+    Attributes:
+        step: how many steps were made, int32.
+        adapters: what trains: a nested dictionary (linen) or an `nnx.State` of `AdapterParam`.
+            Half-precision leaves are kept in float32, so that small updates are not lost.
+        base: what does not, of the same kind; never donated, never returned by a step.
+        opt_state: the optimiser's state, as large as the adapters make it.
+        key: seeds the steps; step i uses `fold_in(key, i)`.
+        other: NNX: state that is not parameters, such as dropout counters; None in linen.
+        tx: the optimiser of the trained part.
+        recipe: says what trains.
+        graphdef: NNX: the model's structure.
+        dtypes: in which the model has the leaves of `adapters`, in their order.
+        layout: the shardings of the leaves of `moving`, which steps keep; None on one device.
+    """
+
+    step: Int[Array, ""]
+    adapters: Tree
+    base: Tree
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+    other: Any = None
+    tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
+    recipe: Recipe = struct.field(pytree_node=False, default=None)
+    graphdef: Any = struct.field(pytree_node=False, default=None)
+    dtypes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    layout: tuple[Any, ...] | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def create(
+        cls,
+        model: Adapted | nnx.Module,
+        params: Tree = None,
+        *,
+        tx: optax.GradientTransformation,
+        key: PRNGKeyArray,
+    ) -> "TrainState":
+        """A state before the first step.
+
+        Args:
+            model: an adapted model.
+            params: linen only: its parameters, as `init_adapters` gives them.
+            tx: the optimiser; it only ever meets the trained part, so that plain optax does, also
+                with clipping or accumulation around it. `freeze_base` is for groups.
+            key: seeds the steps' randomness.
+
+        Returns:
+            A state whose trained leaves are copies, since steps donate them, and float32 where
+            they were of half precision. Frozen leaves are the very arrays given, put on the device
+            once where they were numpy's.
+
+        Raises:
+            TypeError: the model has no adapters, or params are missing or not wanted.
+            RecipeError: the params lack the adapters, or the recipe trains leaves that are not
+                floats and so have no gradient.
+        """
+        if isinstance(model, Adapted):
+            if params is None:
+                raise TypeError(
+                    "TrainState.create: a linen model needs params; write "
+                    "TrainState.create(model, params, tx=tx, key=key)"
+                )
+            recipe = model.recipe
+            adapters, base = partition(params, recipe)
+            graphdef = other = None
+        elif isinstance(model, nnx.Module):
+            if params is not None:
+                raise TypeError(
+                    "TrainState.create: an NNX model holds its parameters; pass no params"
+                )
+            recipe = recipe_of(model)
+            graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
+            adapters, base, other = parts
+        else:
+            raise TypeError(
+                f"TrainState.create: {type(model).__name__} has no adapters; "
+                "call aj.adapt(model, recipe) first"
+            )
+        _check_trained(recipe, adapters)
+        dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
+        adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
+        base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            adapters=adapters,
+            base=base,
+            # Some optimisers keep the parameters themselves, and one buffer is donated only once.
+            opt_state=jax.tree.map(jnp.copy, tx.init(adapters)),
+            key=jnp.copy(key),
+            other=other,
+            tx=tx,
+            recipe=recipe,
+            graphdef=graphdef,
+            dtypes=dtypes,
+        )
+
+    @property
+    def moving(self) -> dict[str, Any]:
+        """All that a step changes, or needs beside the base: what a checkpoint keeps."""
+        names = ("step", "adapters", "opt_state", "key", "other")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def trained(self) -> Tree:
+        """What trains, in the dtypes in which the model has it."""
+        leaves, structure = jax.tree.flatten(self.adapters)
+        cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
+        return jax.tree.unflatten(structure, cast)
+
+    @property
+    def params(self) -> Tree:
+        """linen: the whole parameter tree, for `model.apply({"params": state.params}, ...)`."""
+        if self.graphdef is not None:
+            raise TypeError("this state is of an NNX model; use state.model")
+        return merge_trees(self.trained, self.base)
+
+    @property
+    def model(self) -> Any:
+        """NNX: the model with its present parameters."""
+        if self.graphdef is None:
+            raise TypeError("this state is of a linen model; use state.params")
+        return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def in_full(x: Any) -> Any:
+    """An array, or an abstract one, that is kept for training: float32 instead of half precision.
+
+    A bfloat16 number near 1 does not move by less than 1/256.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.ShapeDtypeStruct(x.shape, dtype) if is_abstract(x) else x.astype(dtype)
+
+
+def _check_trained(recipe: Recipe, adapters: Tree) -> None:
+    """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
+    boxed = flatten(adapters)
+    packed = [path for path, leaf in boxed.items() if is_quantized(leaf)]
+    if packed:
+        raise RecipeError(
+            f"TrainState.create: the recipe trains {', '.join(packed)}, which is quantised and so "
+            "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
+        )
+    flat = nn.meta.unbox(boxed)
+    owners = {owner[1] for path in flat if (owner := recipe.owner(path))}
+    absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+    if absent or not flat:
+        raise RecipeError(
+            "TrainState.create: the parameters hold nothing of "
+            f"{', '.join(absent) or 'what the recipe unfreezes'}; pass what "
+            "aj.init_adapters(model, params, key, *example_inputs) returned"
+        )
+    discrete = [
+        f"{path} ({leaf.dtype})"
+        for path, leaf in flat.items()
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if discrete:
+        raise RecipeError(
+            f"TrainState.create: the recipe trains {', '.join(discrete)}, which has no gradient; "
+            "unfreeze float parameters only"
+        )

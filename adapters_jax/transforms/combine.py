@@ -1,0 +1,256 @@
+"""Several low-rank adapters as one: weighted sums of their products, never of their factors.
+
+A factor pair is not unique (A and B may turn against each other), so that the sum of factors means
+nothing: what is summed is scale * A B, the change of the weight.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.checks import check_choice, check_number, check_size
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import DoRA, LoRA
+from adapters_jax.methods import base as arrays
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, join, unflatten
+from adapters_jax.weights.linear import weight_names
+
+HOW = ("linear", "svd", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One adapter made of several.
+
+    Attributes:
+        recipe: says where it attaches and at which ranks; every scale is 1.
+        adapters: its factors, a tree as `partition` gives it.
+        error: the part of the wanted change that the rank could not hold, by the Frobenius norm
+            over all weights: 0 where nothing was lost.
+    """
+
+    recipe: Recipe
+    adapters: Tree
+    error: float
+
+
+def combine(
+    base: Tree | nnx.Module,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    how: str = "linear",
+    rank: int | None = None,
+    density: float = 0.5,
+    key: PRNGKeyArray | None = None,
+) -> Combined:
+    """Combines low-rank adapters of one base.
+
+    Let D_i = scale_i A_i B_i be the change that adapter i makes to a weight, and w_i its weight.
+
+    - "linear": sum of w_i D_i, exactly: the ranks add up.
+    - "svd": the same sum at a rank of your choice, the nearest there is.
+    - "ties": of each D_i the largest entries (a part `density` of them) are kept; each entry takes
+      the sign of the sum of w_i D_i, and is the mean of those w_i D_i that have it.
+    - "dare": of each D_i a random part `density` of the entries is kept and divided by `density`;
+      then the sum of w_i D_i.
+
+    The last three give changes of full rank, of which the best of rank `rank` is kept; what that
+    loses is said in `error`.
+
+    Args:
+        base: the base's parameter tree, or the NNX model; only shapes of weights are read.
+        adapters: each a recipe with its trained tree, as `read_adapter` returns them.
+        weights: one for each adapter; also negative ones.
+        how: "linear", "svd", "ties" or "dare".
+        rank: of the result, but for "linear".
+        density: the part of the entries that is kept, for "ties" and "dare".
+        key: for "dare".
+
+    Returns:
+        A recipe, its factors, and what was lost.
+
+    Raises:
+        RecipeError: a recipe trains anything but LoRA, or an adapter does not fit the base.
+        ValueError: an argument out of its range, or not as many weights as adapters.
+
+    Example:
+        >>> import adapters_jax as aj, numpy as np
+        >>> base = {"query": {"kernel": np.ones((3, 2))}}
+        >>> one = {"query": {"lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}}
+        >>> both = combine(base, [(aj.LoRA("query", 1), one), (aj.LoRA("query", 1), one)], [2, -1])
+        >>> both.recipe
+        Recipe(
+          LoRA(targets=('query',), rank=2),
+        )
+
+    Reference: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE), arXiv:2311.03099.
+    """
+    _check(adapters, weights, how, rank, density, key)
+    shapes = _weights(base)
+    changes = [_changes(shapes, *adapter_leaves(adapter, "combine")) for adapter in adapters]
+    sites = sorted({site for each in changes for site in each})
+    made, lost, whole = {}, 0.0, 0.0
+    for site in sites:
+        parts = [(each[site], w) for each, w in zip(changes, weights, strict=True) if site in each]
+        if how == "linear":
+            made[site] = _concatenated(parts)
+            continue
+        own = None if key is None else arrays.key_at(key, site)
+        made[site], missing, total = _at_rank(parts, how, rank or 0, density, own)
+        lost, whole = lost + missing, whole + total
+    ranks = {site: factors[0].shape[-1] for site, factors in made.items()}
+    usual = max(ranks.values())
+    other = {site: r for site, r in ranks.items() if r != usual}
+    # A model that is itself the layer has the empty path, which is no pattern.
+    recipe = Recipe(LoRA(tuple(site or "**" for site in sites), usual, rank_pattern=other))
+    flat = {join(s, "lora", n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
+    return Combined(recipe, unflatten(flat), math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _check(
+    adapters: Sequence[Any],
+    weights: Sequence[float],
+    how: str,
+    rank: int | None,
+    density: float,
+    key: PRNGKeyArray | None,
+) -> None:
+    """Raises ValueError for an argument out of its range."""
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"combine: {len(adapters)} adapters and {len(weights)} weights; give one weight each"
+        )
+    check_choice("combine", "how", how, HOW)
+    for weight in weights:
+        check_number("combine", "a weight", weight, low=-math.inf)
+    if (how == "linear") != (rank is None):
+        says = "has the sum of all ranks; leave rank out" if how == "linear" else "wants a rank"
+        raise ValueError(f"combine: how={how!r} {says}")
+    if rank is not None:
+        check_size("combine", "rank", rank)
+    if density != 1.0:
+        check_number("combine", "density", density, high=1.0)
+    if how == "dare" and key is None:
+        raise ValueError("combine: how='dare' draws at random; give key=jax.random.key(0)")
+
+
+def _weights(base: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight that factors can attach to, by the path of its layer."""
+    tree = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
+    split = {path: path.rpartition("/") for path in flatten(tree)}
+    leaves = {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
+    known = weight_names()
+    return {split[p][0]: tuple(x.shape) for p, x in leaves.items() if split[p][2] in known}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One adapter's factors at one layer, the scale in B, as matrices under the layer axes."""
+
+    a: Float[Array, "*layers in rank"]
+    b: Float[Array, "*layers rank out"]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def product(self) -> Float[Array, "*layers in out"]:
+        return jnp.matmul(self.a, self.b, precision="highest")
+
+
+def _changes(
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, flat: Mapping[str, Any]
+) -> dict[str, _Change]:
+    """An adapter's change of every layer."""
+    found: dict[str, _Change] = {}
+    for path in flat:
+        owner = recipe.owner(path)
+        site, method = owner or ("", None)
+        if not isinstance(method, LoRA) or isinstance(method, DoRA):
+            what = type(method).__name__ if method else f"the base's parameter {path}"
+            raise RecipeError(f"combine: sums are of LoRA alone, and a recipe trains {what}")
+        if method.slices or method.from_weight:
+            raise RecipeError(f"combine: LoRA with slices or PiSSA at {site!r} cannot be summed")
+        a, b = (jnp.asarray(flat[join(site, "lora", name)], jnp.float32) for name in "ab")
+        if site not in shapes:
+            raise RecipeError(f"combine: the base has no weight at {site!r}")
+        layers = a.ndim + b.ndim - 2 - len(shapes[site])
+        found[site] = _Change(
+            a.reshape(*a.shape[:layers], -1, a.shape[-1]),
+            method.scale_at(site) * b.reshape(*b.shape[: layers + 1], -1),
+            (a.shape[:-1], b.shape[layers + 1 :]),
+        )
+    return found
+
+
+def _concatenated(parts: Sequence[tuple[_Change, float]]) -> tuple[Array, Array]:
+    """The factors of a weighted sum: side by side, the weights in B."""
+    a = jnp.concatenate([change.a for change, _ in parts], axis=-1)
+    b = jnp.concatenate([weight * change.b for change, weight in parts], axis=-2)
+    return _in_shape(a, b, parts[0][0])
+
+
+def _in_shape(a: Array, b: Array, like: _Change) -> tuple[Array, Array]:
+    """Matrices as factors of their layer."""
+    inputs, outputs = like.shapes
+    return a.reshape(*inputs, a.shape[-1]), b.reshape(*b.shape[:-1], *outputs)
+
+
+def _at_rank(
+    parts: Sequence[tuple[_Change, float]],
+    how: str,
+    rank: int,
+    density: float,
+    key: PRNGKeyArray | None,
+) -> tuple[tuple[Array, Array], float, float]:
+    """The factors nearest to a combined change, and the squares of what is lost and of all."""
+    like = parts[0][0]
+    layers = like.a.ndim - 2
+    if rank > min(like.a.shape[-2], like.b.shape[-1]):
+        raise RecipeError(
+            f"combine: rank {rank} exceeds min(in, out) = "
+            f"min({like.a.shape[-2]}, {like.b.shape[-1]}) of a weight; lower it"
+        )
+    products = jnp.stack([change.product() for change, _ in parts])
+    weights = jnp.asarray([weight for _, weight in parts], jnp.float32)
+    weights = weights.reshape(-1, *(1,) * (layers + 2))
+    if how == "ties":
+        one = lambda products, weights: _ties(products, weights, density)  # noqa: E731
+        whole = _each_layer(one, layers)(products, weights)
+    elif how == "dare" and key is not None:
+        keep = jax.random.bernoulli(key, density, products.shape)
+        whole = (weights * jnp.where(keep, products / density, 0.0)).sum(0)
+    else:
+        whole = (weights * products).sum(0)
+    u, s, v = jnp.linalg.svd(whole, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    a, b = u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]
+    squares = jnp.square(s)
+    return _in_shape(a, b, like), float(squares[..., rank:].sum()), float(squares.sum())
+
+
+def _each_layer(function: Callable[..., Array], layers: int) -> Callable[..., Array]:
+    """A function of matrices stacked on a first axis, for those with layer axes behind it."""
+    for _ in range(layers):
+        function = jax.vmap(function, in_axes=(1, None), out_axes=0)
+    return function
+
+
+def _ties(
+    products: Float[Array, "adapters rows columns"], weights: Array, density: float
+) -> Float[Array, "rows columns"]:
+    """Trim, elect the sign, and average the entries that have it."""
+    weights = weights.reshape(-1, 1, 1)
+    size = products[0].size
+    kept = max(1, round(density * size))
+    magnitudes = jnp.abs(products.reshape(len(products), size))
+    least = jnp.sort(magnitudes, axis=-1)[:, size - kept].reshape(-1, 1, 1)
+    parts = weights * jnp.where(jnp.abs(products) >= least, products, 0.0)
+    agreeing = jnp.where(jnp.sign(parts) == jnp.sign(parts.sum(0)), parts, 0.0)
+    return agreeing.sum(0) / jnp.maximum((agreeing != 0).sum(0), 1)

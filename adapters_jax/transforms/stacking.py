@@ -1,0 +1,266 @@
+"""Depth: trees of unrolled layers as trees of scanned ones and back, bit for bit.
+
+An unrolled model has a module for each layer, `layer_3/attention/query`; a scanned one has one for
+all of them, `layers/attention/query`, whose leaves have the layers on their first axis.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.methods import METHODS
+from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.remap import Moves, moved
+from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
+from adapters_jax.weights.quantized import is_quantized, unboxed
+
+ADVICE = "scanned layers are all alike; use the unrolled model (scan=False)"
+_Flat = dict[str, Any]
+
+
+class Stack(NamedTuple):
+    """How a model names its layers, wherever in its tree they are.
+
+    Attributes:
+        unrolled: one of them, with `{}` for its number: `"layer_{}"`, `"layers/{}"`.
+        scanned: the module that is all of them.
+
+    Example:
+        >>> stack = Stack("layer_{}", "layers")
+        >>> stack.number("bert/layer_3/mlp/bias"), stack.layer("bert/layers/mlp/bias", 3)
+        (('bert/layers/mlp/bias', 3), 'bert/layer_3/mlp/bias')
+    """
+
+    unrolled: str
+    scanned: str = "layers"
+
+    def number(self, path: str) -> tuple[str, int] | None:
+        """The scanned path and the number of an unrolled layer's path; None for another's."""
+        before, after = map(re.escape, self.unrolled.split("{}"))
+        match = re.fullmatch(rf"((?:.*?/)?){before}(\d+){after}((?:/.*)?)", path)
+        return match and (f"{match[1]}{self.scanned}{match[3]}", int(match[2]))
+
+    def layer(self, path: str, number: int) -> str | None:
+        """The path of one layer for that of scanned ones; None for another's."""
+        match = re.fullmatch(rf"((?:.*?/)?){re.escape(self.scanned)}((?:/.*)?)", path)
+        if match is None or self.number(path):
+            return None
+        return f"{match[1]}{self.unrolled.format(number)}{match[2]}"
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is of scanned layers."""
+        return self.layer(path, 0) is not None
+
+
+class Names(Protocol):
+    """Whatever says how a model names its layers, as the `NAMES` beside a model does."""
+
+    @property
+    def stack(self) -> Stack | None:
+        """The names; None for a model without such layers."""
+
+
+def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _Flat:
+    """Leaves by path, those of unrolled layers stacked; see `stack_layers`."""
+    rest = {path: leaf for path, leaf in flat.items() if stack.number(path) is None}
+    problems = [f"{path} is of scanned layers already" for path in rest if stack.holds(path)]
+    found: dict[str, dict[int, Any]] = {}
+    for path, leaf in flat.items():
+        if numbered := stack.number(path):
+            found.setdefault(numbered[0], {})[numbered[1]] = leaf
+    if length is None:
+        length = 1 + max((i for layers in found.values() for i in layers), default=-1)
+    for path, layers in found.items():
+        numbers = sorted(layers)
+        kinds = {_kind(layers[i]): i for i in reversed(numbers)}
+        if numbers != list(range(length)):
+            where = ", ".join(map(str, numbers))
+            problems.append(f"{path} is in layers {where}, wanted all from 0 to {length - 1}")
+        elif len(kinds) > 1:
+            said = " and ".join(f"{kind} in layer {i}" for kind, i in reversed(kinds.items()))
+            problems.append(f"{path} is {said}")
+    if problems:
+        raise MismatchError(f"stack_layers: {_some(problems)}; {ADVICE}")
+    return rest | {p: _stacked([each[i] for i in range(length)]) for p, each in found.items()}
+
+
+def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any]) -> _Flat:
+    """Leaves by path, of scanned ones `row(leaf, number)` for each layer; see `unstack_layers`."""
+    length, rows = count_layers(flat, stack), dict[str, Any]()
+    for path, leaf in flat.items():
+        if stack.holds(path):
+            rows |= {str(stack.layer(path, i)): row(leaf, i) for i in range(length)}
+        else:
+            rows[path] = leaf
+    return rows
+
+
+def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
+    """How many layers are scanned, 0 where none is.
+
+    Raises:
+        MismatchError: leaves differ in that, or layers are unrolled already.
+    """
+    problems = [f"{path} is of an unrolled layer" for path in flat if stack.number(path)]
+    axes = {path: x.shape[:1] for path, x in flat.items() if stack.holds(path) and _has_axes(x)}
+    if len(set(axes.values())) > 1 or () in axes.values():
+        problems += [f"{path} has {axis or 'no'} layers" for path, axis in axes.items()]
+    if problems:
+        raise MismatchError(f"unstack_layers: {_some(problems)}; wanted scanned layers")
+    return next((axis[0] for axis in axes.values()), 0)
+
+
+def _some(problems: Sequence[str], count: int = 6) -> str:
+    more = f" and {len(problems) - count} more" if len(problems) > count else ""
+    return "; ".join(problems[:count]) + more
+
+
+def _has_axes(leaf: Any) -> bool:
+    """Whether a leaf is an array; an optimiser has other ones where nothing trains."""
+    return hasattr(leaf, "shape")
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if _has_axes(leaf) else type(leaf).__name__
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    first = leaves[0]
+    if isinstance(first, nnx.Variable):
+        return first.replace(_stacked([leaf.get_raw_value() for leaf in leaves]))
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
+    if is_quantized(first):
+        return jax.tree.map(lambda *arrays: _stacked(arrays), *leaves)
+    if not _has_axes(first):
+        return first
+    return (np if isinstance(first, np.ndarray) else jnp).stack(leaves)
+
+
+def _row(leaf: Any, number: int) -> Any:
+    if isinstance(leaf, nnx.Variable):
+        return leaf.replace(_row(leaf.get_raw_value(), number))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    if is_quantized(leaf):
+        return jax.tree.map(lambda array: _row(array, number), leaf)
+    return leaf[number] if _has_axes(leaf) else leaf
+
+
+def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | None = None) -> Any:
+    """The leaves of a model's layers on one axis, as the scanned model has them.
+
+    Args:
+        tree: a tree of parameters, linen's or an `nnx.State`, also an abstract one; of adapters
+            alone; or the state of an optimiser such as Adam, whose moments are such trees. Or an
+            adapter: its recipe and its tree, as `read_adapter` returns them.
+        names: the `NAMES` that stands beside a model, or a `Stack`.
+        length: how many layers there are; by default as many as the highest number says.
+
+    Returns:
+        The tree; the recipe and the tree where an adapter is given, for
+        `save_adapter`. Patterns that mean the same places stay as they are. What is outside of
+        layers is unchanged.
+
+    Raises:
+        MismatchError: the layers are not alike: a leaf is not in all of them, or of several shapes.
+        RecipeError: the layers' methods are not alike: alphas, dropout.
+
+    Example:
+        >>> tree = {"layer_0": {"bias": np.zeros(3)}, "layer_1": {"bias": np.ones(3)}}
+        >>> stack_layers(tree, Stack("layer_{}"))["layers"]["bias"].tolist()
+        [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    stack = stack_of(names)
+
+    def moves(flat: _Flat) -> Moves:
+        return [(path, numbered[0] if (numbered := stack.number(path)) else path) for path in flat]
+
+    return _converted(tree, lambda flat: join(flat, stack, length), moves)
+
+
+def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
+    """The inverse of `stack_layers`: every layer by itself, as the unrolled model has them.
+
+    Args: as in `stack_layers`.
+
+    Returns: as in `stack_layers`.
+
+    Raises:
+        MismatchError: leaves of scanned layers differ in their first axis, or layers are unrolled
+            already.
+
+    Example:
+        >>> unstack_layers({"layers": {"bias": np.ones((2, 3))}}, Stack("layer_{}"))
+        {'layer_0': {'bias': array([1., 1., 1.])}, 'layer_1': {'bias': array([1., 1., 1.])}}
+    """
+    stack = stack_of(names)
+
+    def moves(flat: _Flat) -> Moves:
+        numbers = range(count_layers(flat, stack) or 1)
+        pairs = ((path, stack.layer(path, i) or path) for path in flat for i in numbers)
+        return list(dict.fromkeys(pairs))
+
+    return _converted(tree, lambda flat: split(flat, stack, _row), moves)
+
+
+def stack_of(names: Names | Stack) -> Stack:
+    """The names of a model's layers; raises ValueError for a table that does not have them."""
+    stack = names if isinstance(names, Stack) else getattr(names, "stack", None)
+    if stack is None:
+        raise ValueError(
+            "names says nothing of layers; give the NAMES that stands beside a model, or "
+            "Stack('layer_{}', 'layers') with the names of one layer and of all as one"
+        )
+    return stack
+
+
+def _converted(
+    subject: Any, change: Callable[[_Flat], _Flat], moves: Callable[[_Flat], Moves]
+) -> Any:
+    """A tree or an adapter with its trees changed."""
+    if isinstance(subject, str | Path):
+        raise TypeError(
+            f"stack_layers: got the path {str(subject)!r}; write aj.read_adapter({str(subject)!r})"
+        )
+    if not _is_adapter(subject):
+        return _mapped(subject, change)
+    recipe, flat = adapter_leaves(subject, "stack_layers")
+    made, problems = change(flat), list[str]()
+    recipe = moved(recipe, moves(flat), problems)
+    if problems:
+        raise RecipeError(f"stack_layers: {_some(problems)}; {ADVICE}")
+    return recipe, unflatten(made)
+
+
+def _is_adapter(subject: Any) -> bool:
+    kinds = (Recipe, *METHODS.values())
+    return isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[0], kinds)
+
+
+def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
+    """Every mapping in a pytree changed, as a flat one."""
+
+    def changed(node: Any) -> Any:
+        if isinstance(node, nnx.State):
+            flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(node)}
+            new: Any = {_keys(path): leaf for path, leaf in change(flat).items()}
+            return nnx.from_flat_state(new)
+        if isinstance(node, Mapping):
+            flat = change({path: unboxed(leaf) for path, leaf in flatten(node).items()})
+            return unflatten({path: _mapped(leaf, change) for path, leaf in flat.items()})
+        return node
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def _keys(path: str) -> tuple[str | int, ...]:
+    """The names of a path as NNX has them."""
+    return tuple(int(name) if name.isdecimal() else name for name in path.split("/"))

@@ -1,0 +1,129 @@
+"""Trees of parameters taken apart and put together: what trains, and what stays.
+
+A partition is two trees without holes: `adapters` has the leaves that train and nothing else,
+`base` the others, each under the path it has in the whole. Differentiating `adapters` alone is what
+keeps gradients, optimiser state and a step's outputs as small as the adapters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx, traverse_util
+
+from adapters_jax.errors import shortened
+from adapters_jax.methods import Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.weights.quantized import is_quantized
+
+Tree = Any
+Adapter = tuple[Recipe | Method, Tree]  # what trains, and what was trained
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """A nested mapping or NNX state as a flat one, `{"layer_0/query/kernel": leaf}`."""
+    if isinstance(tree, nnx.State):
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+        return {path_of(path): leaf for path, leaf in leaves}
+    flat = traverse_util.flatten_dict(_plain(tree))
+    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`, with names as strings."""
+    return traverse_util.unflatten_dict({tuple(path.split("/")): x for path, x in flat.items()})
+
+
+def _plain(tree: Tree) -> Any:
+    """Nested mappings of any kind as plain dictionaries."""
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
+    """The part of a nested mapping whose paths are kept."""
+    flat = traverse_util.flatten_dict(_plain(tree))
+    kept = {path: leaf for path, leaf in flat.items() if keep("/".join(map(str, path)))}
+    return traverse_util.unflatten_dict(kept)
+
+
+def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
+    """Takes a parameter tree apart by a recipe.
+
+    Args:
+        params: nested mapping of parameters, arrays or abstract; it is not changed.
+        recipe: says what trains.
+
+    Returns:
+        `(adapters, base)`: the leaves that train, and the frozen ones.
+
+    Example:
+        >>> from adapters_jax import Unfreeze
+        >>> partition({"head": {"bias": 1.0}, "body": {"bias": 2.0}}, Unfreeze("head/*"))
+        ({'head': {'bias': 1.0}}, {'body': {'bias': 2.0}})
+    """
+    recipe = Recipe(recipe)
+    return _where(params, recipe.trains), _where(params, lambda path: not recipe.trains(path))
+
+
+def without_adapters(params: Tree, recipe: Recipe) -> Tree:
+    """The tree that the base alone has: every leaf but those the recipe's methods added."""
+    return _where(params, lambda path: recipe.owner(path) is None)
+
+
+def merge_trees(*trees: Tree) -> Tree:
+    """Puts parts of one tree together; the inverse of `partition`.
+
+    Raises:
+        ValueError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
+
+    Example:
+        >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})
+        {'a': {'x': 1, 'y': 2}}
+    """
+    whole: dict[tuple[Any, ...], Any] = {}
+    twice: set[tuple[Any, ...]] = set()
+    for tree in trees:
+        part = traverse_util.flatten_dict(_plain(tree))
+        twice |= part.keys() & whole.keys()
+        whole.update(part)
+    twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}
+    if twice:
+        places = sorted("/".join(map(str, path)) for path in twice)
+        raise ValueError(f"merge_trees: more than one tree has something at {', '.join(places)}")
+    return traverse_util.unflatten_dict(whole)
+
+
+def join(*names: str) -> str:
+    """Parts of a path joined by slashes; empty ones, such as a model's own path, vanish."""
+    return "/".join(filter(None, names))
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """A jax key path as names joined by slashes; the `value` of an NNX Variable is left out."""
+    names = []
+    for key in key_path:
+        name = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
+        names.append(str(name))
+    if isinstance(key_path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        names.pop()
+    return "/".join(names)
+
+
+def adapter_leaves(adapter: Adapter, caller: str) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of an adapter, and its leaves by path.
+
+    Args:
+        adapter: a recipe with its trained tree, as `read_adapter` returns them.
+        caller: the function whose argument it is, for the message.
+
+    Raises:
+        TypeError: it is no such pair.
+    """
+    if not (isinstance(adapter, tuple) and len(adapter) == 2):
+        raise TypeError(
+            f"{caller}: got {shortened(repr(adapter))} for an adapter, expected its recipe and its "
+            "tree; write aj.read_adapter(directory)"
+        )
+    recipe, tree = adapter
+    return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}

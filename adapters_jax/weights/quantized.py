@@ -1,0 +1,191 @@
+"""A frozen weight in few bits: how it is kept, and how a layer reads it.
+
+XLA is free to compute in advance whatever depends on parameters alone, and a gradient keeps what it
+will need again: left to themselves, both would hold the float weights of all layers at once. So a
+layer reads its weight with `once`: after its input is there, and anew for its gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float
+
+from adapters_jax.abstract import is_abstract, is_array
+
+
+class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """A weight as qwix's quantised array, in a box that flax opens where a layer asks for it.
+
+    Attributes:
+        array: a `qwix.QArray`: integers of the weight's shape, and float32 scales of blocks.
+        dtype: in which layers get it.
+        spec: the partition spec of its annotation (`nn.with_partitioning`); None without.
+    """
+
+    array: Any
+    dtype: Any = struct.field(pytree_node=False)
+    spec: Any = struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.array.qvalue.shape
+
+    @property
+    def ndim(self) -> int:
+        """Of the weight."""
+        return len(self.shape)
+
+    def astype(self, dtype: Any) -> "Quantized":
+        """The same, which layers get in another dtype."""
+        return self.replace(dtype=jnp.dtype(dtype))
+
+    def unbox(self) -> Float[Array, "..."]:
+        """The weight in floats."""
+        return _qwix().dequantize(self.array).astype(self.dtype)
+
+    def replace_boxed(self, val: Any) -> "Quantized":
+        """Refuses: the box is of a frozen weight."""
+        raise TypeError("a quantised weight is frozen; write to the tree that aj.dequantize gives")
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Quantized":
+        """Lifted transforms stack the arrays themselves, and there is no more to it."""
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Quantized":
+        """See `add_axis`."""
+        return self
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a quantised weight; for `is_leaf`."""
+    return isinstance(leaf, Quantized)
+
+
+def bits_of(dtype: Any) -> int:
+    """Bits of one number, as XLA stores it: two of four bits in a byte; 64 of a random key."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return 64
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    return jnp.iinfo(dtype).bits if integer else 8 * jnp.dtype(dtype).itemsize
+
+
+def unboxed(leaf: Any) -> Any:
+    """A parameter out of flax's boxes; a quantised one, whose box computes, as it is."""
+    return leaf if is_quantized(leaf) else nn.meta.unbox(leaf)
+
+
+def opened(leaf: Quantized) -> Any:
+    """A quantised weight in floats, in the box of its annotation; abstract if it is."""
+    weight = jax.eval_shape(leaf.unbox) if is_abstract(leaf) else leaf.unbox()
+    return weight if leaf.spec is None else nn.Partitioned(weight, names=tuple(leaf.spec))
+
+
+def _qwix() -> Any:
+    """The package, which only quantised bases need."""
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError(
+            f"a quantised base needs qwix: pip install 'adapters-jax[quant]'. {error}"
+        ) from error
+    return qwix
+
+
+@functools.partial(jax.jit, static_argnames=("qtype", "whole", "blocks"))
+def pack(
+    weight: Float[Array, "..."], qtype: Any, whole: tuple[int, ...], blocks: tuple[Any, ...]
+) -> Any:
+    """A weight as a `qwix.QArray`, its scales by the largest magnitude, in float32.
+
+    Args:
+        weight: of any float dtype.
+        qtype: int8, int4 or nf4, as qwix calls them.
+        whole: axes of which every index has scales of its own.
+        blocks: pairs of an axis and the length of its blocks; the other axes share a scale.
+    """
+    full = weight.astype(jnp.float32)
+    return _qwix().quantize(full, qtype, channelwise_axes=whole, tiled_axes=dict(blocks))
+
+
+def once(run: Callable[..., Any], weights: Any, params: Any, args: Any, kwargs: Any) -> Any:
+    """A layer's call, on float weights that exist for it alone, and again for its gradient.
+
+    Args:
+        run: `run(weights, params, args, kwargs)`, with `weights` in floats.
+        weights: a tree of `Quantized`; they are frozen, and have no gradient.
+        params: the layer's other parameters.
+        args: what it is called with: arrays, and whatever else.
+        kwargs: likewise, by name.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def given(weights: Any, params: Any, arrays: Any) -> Any:
+        new = dict(zip(places, arrays, strict=True))
+        return run(
+            weights,
+            params,
+            *jax.tree.unflatten(structure, [new.get(i, x) for i, x in enumerate(leaves)]),
+        )
+
+    return _once(given, weights, params, [leaves[i] for i in places])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _once(run: Callable[..., Any], weights: Any, params: Any, inputs: Any) -> Any:
+    return run(_read(weights, inputs), params, inputs)
+
+
+def _forward(run: Callable[..., Any], weights: Any, params: Any, inputs: Any) -> Any:
+    return run(_read(weights, inputs), params, inputs), (weights, params, inputs)
+
+
+def _backward(run: Callable[..., Any], kept: Any, gradient: Any) -> Any:
+    weights, params, inputs = kept
+    floats = _read(weights, gradient)
+    _, pull = jax.vjp(functools.partial(run, floats), params, inputs)
+    return None, *pull(gradient)
+
+
+_once.defvjp(_forward, _backward)
+
+
+def _read(weights: Any, arrays: Any) -> Any:
+    """The float weights, not to be computed before `arrays` are there."""
+    floats = (x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.inexact))
+    before = next((x for x in floats if x.size), None)
+    if before is not None:
+        weights, before = jax.lax.optimization_barrier((weights, before))
+        if jax.default_backend() == "cpu":
+            weights = _after(weights, before[(0,) * before.ndim])
+    return jax.tree.map(Quantized.unbox, weights, is_leaf=is_quantized)
+
+
+@custom_vmap
+def _after(weights: Any, before: Float[Array, ""]) -> Any:
+    """The weights as they are, in a way that XLA takes to depend on a number.
+
+    XLA's CPU compiler of jaxlib 0.10 drops the barrier. What it cannot foresee is whether the
+    number is the one NaN whose bits are all ones, which alone would change the weights.
+    """
+    bits = jax.lax.bitcast_convert_type(before, f"int{8 * before.dtype.itemsize}")
+
+    def same(weight: Quantized) -> Quantized:
+        values = weight.array.qvalue
+        flip = (bits == -1).astype(values.dtype)
+        return weight.replace(array=weight.array.replace(qvalue=values ^ flip))
+
+    return jax.tree.map(same, weights, is_leaf=is_quantized)
+
+
+@_after.def_vmap
+def _after_batched(size: int, batched: Any, weights: Any, before: Any) -> Any:
+    """One number of a batch is enough: the weights get no axis that they have not."""
+    return _after(weights, before[0] if batched[1] else before), batched[0]

@@ -1,0 +1,54 @@
+"""Runs that are finished at once, with adapters drawn by lot, for tests of what becomes of them."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.app.cli.finetune import Finetune
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import parse
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
+
+REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"
+MEANINGS = "--model llama --train rows.csv --prompt mr --completion ref --max-length 32"
+LORA = "--method lora --rank 2"
+
+
+def encoder_run(flags=LORA, name="reviews"):
+    """A run on a tiny BERT with a pooler, in the current directory; its path."""
+    if not Path("tiny").exists():
+        write_model(Path("tiny"), pooler=True)
+        write_reviews(Path("reviews.jsonl"), rows=40)
+    return _run(f"{REVIEWS} {flags} --name {name}", {"accuracy": 0.75, "f1": 0.8})
+
+
+def decoder_run(flags=LORA, name="meanings"):
+    """A run on a tiny Llama, likewise."""
+    if not Path("llama").exists():
+        write_llama(Path("llama"))
+        write_meanings(Path("rows.csv"), rows=40)
+    return _run(f"{MEANINGS} {flags} --exact-match 0 --name {name}", {"perplexity": 2.5})
+
+
+def _run(flags, metrics):
+    with contextlib.redirect_stderr(io.StringIO()):
+        job = parse(Finetune, flags.split()).prepare(Output(json=True))
+    problem = job.problem
+    if problem.params is None:
+        leaves = nnx.to_pure_dict(nnx.state(problem.model, aj.nnx.AdapterParam))
+    else:
+        leaves, _ = aj.partition(problem.params, problem.recipe)
+    draw = np.random.default_rng(0).normal
+    leaves = jax.tree.map(lambda x: draw(0, 0.3, x.shape).astype(x.dtype), leaves)
+    aj.save_adapter(job.run.adapter, leaves, problem.recipe, base=job.identity)
+    scores = {"dev": metrics, "test": metrics}
+    results = [{"method": job.title, "trainable_parameters": 1, "samples": [], **scores}]
+    summary = {"run": "runs/x", "seconds": 1.0, "best_step": 1, "dev": metrics, "results": results}
+    job.run.write_config({**job.config, "summary": summary})
+    job.run.unlock(job.lock)
+    return job.run.path.as_posix()

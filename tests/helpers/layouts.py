@@ -1,0 +1,50 @@
+"""Trains contract subjects on layouts over many devices; a program of its own, since jax counts its
+devices once. Prints one JSON object a line: what was trained, and how it went."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+STEPS = 20
+
+
+def train(door, case, variant, layout, small=0):
+    """A subject's losses on a layout, None for one device; and what its devices exchange."""
+    import adapters_jax as aj
+    from adapters_jax.distributed.mesh import make_mesh, shard_batch
+    from adapters_jax.distributed.sharding import shard
+    from benchmarks.collectives import collective_bytes
+    from helpers.contract import CASES, DOORS, VARIANTS, ids
+
+    subject = DOORS[door](CASES[case], **VARIANTS[variant])
+    state, batch = subject.state(optax.adam(1e-2)), np.asarray(ids(shape=(8, 6)))
+    if layout:
+        mesh = make_mesh(layout)
+        state, batch = shard(state, mesh, small=small), shard_batch(batch, mesh)
+
+    def loss(whole, batch, key):
+        logits = subject.logits_of(whole, batch).astype(jnp.float32)
+        return jnp.square(logits - 1.0).mean()
+
+    step, losses = aj.make_train_step(loss), []
+    hlo = step.jitted.lower(state.replace(base=None), state.base, batch).compile().as_text()
+    for _ in range(STEPS):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    trained = sum(x.nbytes for x in jax.tree.leaves(state.adapters))
+    return {"losses": losses, "exchanged": collective_bytes(hlo), "trained_bytes": trained}
+
+
+def main(rows, process=None, processes=1, address=None):
+    if process is not None:
+        jax.distributed.initialize(address, processes, process)
+    for row in rows:
+        print(json.dumps([row, train(*row)]), flush=True)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
