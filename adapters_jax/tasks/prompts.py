@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters_jax.data.packing import Example
-from adapters_jax.data.tables import DataError, Table, count_rows, first_few
+from adapters_jax.data.readers import DataError
+from adapters_jax.data.tables import Table, count_rows, first_few
 from adapters_jax.pretrained.decoder import Decoder
 
 PROMPT = "{prompt}"
