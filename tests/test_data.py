@@ -260,7 +260,7 @@ def test_bad_splits():
 # Tasks
 
 
-def test_load_task_holds_out_only_what_is_missing(write):
+def test_load_labelled_holds_out_only_what_is_missing(write):
     for name, start in (("train.csv", 0), ("dev.csv", 900)):
         rows = "".join(f"row {i},{i % 2}\n" for i in range(start, start + 100))
         write(name, "text,label\n" + rows)

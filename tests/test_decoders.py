@@ -34,7 +34,7 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_decoder
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
-from adapters_jax.tasks.prompts import Prompts, encode
+from adapters_jax.tasks.prompts import Prompts, encode_table
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]
@@ -225,7 +225,7 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
     decoder = load_decoder(str(place / "tiny"))
     table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
-    (example,), cut = encode(table, Prompts(), decoder, 32)
+    (example,), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
     assert spoken == "<user> food Thai <end> <bot>"
     assert decoder.tokenizer.decode(example.completion, skip_special_tokens=False) == (
@@ -234,10 +234,10 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
     row = sequence([example])
     learnt = row.labels[row.labels != NOTHING].tolist()
     assert (learnt, cut) == (example.completion, 0)
-    (example,), cut = encode(table, Prompts("is {prompt}", chat=False), decoder, 4)
+    (example,), cut = encode_table(table, Prompts("is {prompt}", chat=False), decoder, 4)
     assert decoder.tokenizer.decode(example.prompt) == "is food Thai"
     assert (len(example.completion), cut) == (1, 1)
-    (example,), _ = encode(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
+    (example,), _ = encode_table(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
     assert [len(part) for part in example] == [1, 2]
 
 

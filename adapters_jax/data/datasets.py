@@ -17,7 +17,7 @@ from adapters_jax.data.tables import Table, Texts, count_rows, first_few, read_r
 
 @dataclass(frozen=True)
 class Dataset:
-    """Texts with their targets.
+    """Texts with their labels.
 
     Args:
         texts: `(text, second text or None)` of each row.
@@ -59,7 +59,7 @@ def make_dataset(
 
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
-            finite number, or so many distinct decimal numbers that they cannot be classes.
+            finite number, or more than 50 distinct decimal numbers, which cannot be classes.
         ValueError: another `task`, or a table without labels.
 
     Example:

@@ -16,9 +16,9 @@ and flags it reads, so that any other flag raises an error. Its three methods do
 
 How three further tasks fit:
 
-- Token classification: `load` splits a column of tags, `Batches` take labels as a field of a row
-  (as `data.packing.Packed` has them), and the problem has a head on token states, and a loss that
-  ignores `NOTHING`. `score` computes F1 of spans.
+- Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
+  `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
+  and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is such a task, whole.
 - Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
   windows a row and keeps which row each is of; `score` joins the windows of a row again.
 - Preferences: `load` reads `prompt`, `chosen` and `rejected`, two completions a row; a batch has
@@ -96,7 +96,8 @@ class Task(ABC):
         name: the value of `--task`.
         kind: of the base.
         pipeline: the tag of the task on the Hugging Face Hub.
-        command: of adapters-jax, that uses a finished run.
+        command: of adapters-jax, that uses a finished run. "predict" reads `text` and `pairs` of
+            the run's configuration, and `text_pair` where there are pairs.
         metrics: that the user can choose from with `--metrics`.
         columns: the roles of the columns it reads, each with its default name; None is optional.
         flags: fields of the command line's options that not every task reads, and this one does.
@@ -258,8 +259,8 @@ class Predictor(Protocol):
         """What the run says of each text."""
 
 
-class Batches(Protocol):
-    """Batches by step, an epoch of which has a length; see `batches.Batches`."""
+class BatchSource(Protocol):
+    """Batches by step, `len(source)` of which are an epoch, such as `data.batches.Batches`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, step: int) -> Batch: ...
@@ -282,7 +283,7 @@ class Problem(Protocol):
         """What trains."""
 
     @property
-    def train(self) -> Batches:
+    def train(self) -> BatchSource:
         """Training batches."""
 
     @property
@@ -303,7 +304,9 @@ class Problem(Protocol):
         """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
 
 
-def in_row_order(run: Callable[[Batch], Any], batches: Batches) -> Float[np.ndarray, "rows width"]:
+def in_row_order(
+    run: Callable[[Batch], Any], batches: BatchSource
+) -> Float[np.ndarray, "rows width"]:
     """What a function gives for batches in order, each row's at the row's place."""
     index, pending = [], []
     for batch in batches:

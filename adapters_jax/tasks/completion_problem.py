@@ -20,7 +20,7 @@ from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.nnx import recipe_of
 from adapters_jax.pretrained.decoder import STEP, Decoder, complete
 from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.base import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
 from adapters_jax.tasks.metrics import exact_match, perplexity
 from adapters_jax.training.state import TrainState
 
@@ -38,7 +38,7 @@ class HeldOut:
         new_tokens: how many to generate at most.
     """
 
-    batches: Batches
+    batches: BatchSource
     tokens: int
     prompts: Sequence[str] = ()
     prompt_ids: Sequence[Sequence[int]] = ()
@@ -65,7 +65,7 @@ class CompletionProblem:
 
     model: Any
     decoder: Decoder
-    train: Batches
+    train: BatchSource
     held_out: Mapping[str, HeldOut]
     most: int
     metrics: Sequence[str]

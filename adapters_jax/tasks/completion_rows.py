@@ -15,7 +15,7 @@ from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
 from adapters_jax.pretrained.decoder import Decoder, rounded
 from adapters_jax.tasks.completion_problem import HeldOut
-from adapters_jax.tasks.prompts import Prompts, count_tokens, encode
+from adapters_jax.tasks.prompts import Prompts, count_tokens, encode_table
 
 HELD_OUT = ("dev", "test")
 
@@ -66,7 +66,7 @@ class RowBuilder:
         )
 
     def _encode(self, table: Table, part: str, say: Callable[[str], None]) -> list[Example]:
-        examples, cut = encode(table, self.prompts, self.decoder, self.max_length)
+        examples, cut = encode_table(table, self.prompts, self.decoder, self.max_length)
         if cut:
             say(f"{cut} of {len(table)} {part} rows are cut at {self.max_length} tokens")
         return examples

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.batches import Batches as TextBatches
+from adapters_jax.data.batches import Batches
 from adapters_jax.presets import head_only
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Batches, in_row_order
+from adapters_jax.tasks.base import Batch, BatchSource, in_row_order
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
@@ -72,7 +72,9 @@ class FeatureBatches:
         return batch if self.labels is None else {**batch, "labels": self.labels[index]}
 
 
-def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batches], np.ndarray]:
+def feature_reader(
+    encoder: Encoder, inputs: tuple[str, ...]
+) -> Callable[[BatchSource], np.ndarray]:
     """A function from batches in order to the pooled features of every row, `(rows, d)`."""
     width = encoder.config.hidden_size
     # Under a head that is the identity, the classifier gives its features.
@@ -86,7 +88,7 @@ def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batch
 
 
 def head_problem(
-    problem: LabelledProblem, encoder: Encoder, train: TextBatches, seed: int
+    problem: LabelledProblem, encoder: Encoder, train: Batches, seed: int
 ) -> LabelledProblem:
     """A problem's frozen base with a trained head, as a problem of its own on cached features.
 

@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.linen import Adapted
 from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.base import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
 from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.readout import Readout
 from adapters_jax.training.state import TrainState
@@ -42,8 +42,8 @@ class LabelledProblem:
     params: Any
     inputs: tuple[str, ...]
     readout: Readout
-    train: Batches
-    held_out: Mapping[str, Batches]
+    train: BatchSource
+    held_out: Mapping[str, BatchSource]
     labels: Mapping[str, np.ndarray]
     metrics: Sequence[str]
     mesh: Mesh | None = None

@@ -58,7 +58,7 @@ class Prompts:
         return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
 
-def encode(
+def encode_table(
     table: Table, prompts: Prompts, decoder: Decoder, max_length: int
 ) -> tuple[list[Example], int]:
     """A table's rows as token ids, cut at `max_length`.
