@@ -188,7 +188,7 @@ def test_runs_of_before_have_the_task_that_they_were_trained_on(place, config, n
     assert task_of(config).name == name
 
 
-def test_a_run_of_before_predicts_and_resumes(place):
+def test_a_run_of_before_predicts_and_resumes(place, capsys):
     write_reviews(Path("reviews.jsonl"), 60)
     words = "--text review --method head-only --epochs 1 --max-length 12 --no-baselines"
     assert main(f"finetune --model tiny --train reviews.jsonl {words} --name now".split()) == 0
@@ -203,6 +203,10 @@ def test_a_run_of_before_predicts_and_resumes(place):
     found = [p.probabilities for p in load_predictor(before.path).predict([("good", None)])]
     assert found == expected
     shutil.rmtree(before.adapter)
+    before.write_config({**config, "task_type": "unheard-of"})
+    assert main(["finetune", "--resume", "runs/before"]) == 2
+    assert "another task_type" in capsys.readouterr().err
+    before.write_config(config)
     assert main(["finetune", "--resume", "runs/before"]) == 0
     tensors = [run.adapter / "adapter.safetensors" for run in (now, before)]
     assert tensors[0].read_bytes() == tensors[1].read_bytes()

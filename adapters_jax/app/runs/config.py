@@ -83,10 +83,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(config))
-        data = {k: v for k, v in (plain.get("data") or {}).items() if k != "task" and v}
-        command = sorted(map(str, plain.get("command") or []))
-        filled = {"format": FORMAT, "task_type": task_of(plain).name, "data": data}
-        return {**plain, **filled, "command": command}
+        if isinstance(plain.get("data"), dict):  # its task is the task_type
+            plain["data"] = {k: v for k, v in plain["data"].items() if k != "task" and v}
+        plain["task_type"] = plain.get("task_type") or task_of(plain).name
+        plain["command"] = sorted(map(str, plain.get("command") or []))
+        return {**plain, "format": FORMAT}
 
     was, are = comparable(before), comparable(now)
     return [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
