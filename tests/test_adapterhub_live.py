@@ -21,7 +21,7 @@ from test_adapterhub import (
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.inference import load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"

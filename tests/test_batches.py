@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from adapters_jax.data.batches import Batches, Row, choose_buckets, encode
-from adapters_jax.data.glue import load_movie_reviews
+from adapters_jax.data.movie_reviews import load_movie_reviews
 from adapters_jax.pretrained.assets import cached
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=101)

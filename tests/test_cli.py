@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapters_jax.app.cli.main import COMMANDS, main
 from adapters_jax.io.run_directory import Run
-from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +198,11 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --max-length 2", "max_length is 2; it must be at least 8 tokens"),
         (f"{TRAIN} --limit 0", "the data: --limit=0, wanted a whole number >= 1"),
         (f"{TRAIN} --seed -1", "--seed -1: wanted a number from 0 to 2**32 - 1"),
-        (f"{TRAIN} --metrics rouge", "--metrics rouge: unknown; there are accuracy, f1, matthews"),
-        (f"{TRAIN} {STARS} --metrics f1", "--metrics f1: of classes; --task regression has"),
+        (
+            f"{TRAIN} --metrics rouge",
+            "--metrics rouge: --task classification has accuracy, f1, matth",
+        ),
+        (f"{TRAIN} {STARS} --metrics f1", "--metrics f1: --task regression has pearson, spearman"),
         (f"{TRAIN} --glue rte", "--train and --glue are two tasks; give one of them"),
         ("finetune --glue rte", "--glue and --data go together, as in --glue cola --data"),
         ("finetune --glue boolq --data .", "no GLUE task 'boolq'; there are: cola"),
@@ -346,7 +349,7 @@ def test_a_missing_extra_is_one_line(mistake, monkeypatch):
 
 
 def test_our_own_errors_keep_their_traceback(say, monkeypatch):
-    monkeypatch.setattr(Classification, "score", lambda *_: 1 / 0)
+    monkeypatch.setattr(LabelledProblem, "score", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         say(f"{TRAIN} --method head-only --name broken --no-baselines --epochs 1")
 
@@ -355,6 +358,6 @@ def test_interrupting_is_one_line_and_130(say, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Classification, "score", interrupt)
+    monkeypatch.setattr(LabelledProblem, "score", interrupt)
     status, _, err = say(f"{TRAIN} --method head-only --name stopped --no-baselines --epochs 1")
     assert (status, err) == (130, "adapters-jax finetune: interrupted\n")

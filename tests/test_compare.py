@@ -32,7 +32,7 @@ from adapters_jax.app.console import Output
 from adapters_jax.app.options.flags import parse
 from adapters_jax.app.runs import job
 from adapters_jax.io.run_directory import Run
-from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 NORMS = "layer-norms"
 RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)
@@ -180,7 +180,7 @@ def test_a_finished_comparison_trains_nothing_again(whole, place, monkeypatch):
 def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkeypatch):
     for path in (copy / "cells").glob("layer-norms-*"):
         shutil.rmtree(path)
-    batch, seen = Classification.batch, []
+    batch, seen = LabelledProblem.batch, []
 
     def interrupted(self, step):
         seen.append(step)
@@ -188,14 +188,14 @@ def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkey
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step)
 
-    monkeypatch.setattr(Classification, "batch", interrupted)
+    monkeypatch.setattr(LabelledProblem, "batch", interrupted)
     status, _, last = compare(place, "copy")
     assert (status, seen) == (143, [0, 1])
     assert last.startswith("adapters-jax compare: interrupted by SIGTERM; go on with: adapters-jax")
     assert last.endswith(f"--out={copy}")
     page = (copy / "comparison.html").read_text()
     assert "2 runs are missing: layer-norms (2)." in page
-    monkeypatch.setattr(Classification, "batch", batch)
+    monkeypatch.setattr(LabelledProblem, "batch", batch)
     status, summary, _ = compare(place, "copy")
     assert status == 0
     assert without_times(summary) == without_times(whole[0])

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.inference.generator import load_generator
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.trees import unflatten
 
@@ -178,7 +177,7 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
     assert sorted(said["files"]) == ["README.md", HUB, "adapter_config.json", "config.json"]
     wanted, found = load_predictor("runs/reviews"), load_predictor(out)
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
-    assert (found.target, found.max_length) == (wanted.target, wanted.max_length)
+    assert (found.readout, found.max_length) == (wanted.readout, wanted.max_length)
     assert 'license: "mit"' in (out / "README.md").read_text()
     spoken, _ = convert("runs/meanings", "native")
     assert load_generator(spoken).prompts == load_generator("runs/meanings").prompts

@@ -7,16 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters_jax.data.datasets import Dataset, make_dataset, split
-from adapters_jax.data.glue import (
-    GLUE,
-    load_glue,
-    load_movie_reviews,
-    load_task,
-    movie_reviews,
-    read_glue,
-)
-from adapters_jax.data.tables import DataError, Table, read_rows
+from adapters_jax.data.datasets import Dataset, load_labelled, make_dataset, split
+from adapters_jax.data.glue import GLUE, load_glue, read_glue
+from adapters_jax.data.movie_reviews import load_movie_reviews, movie_reviews
+from adapters_jax.data.readers import DataError
+from adapters_jax.data.tables import Table, read_rows
 from adapters_jax.pretrained.assets import cached
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -265,24 +260,24 @@ def test_bad_splits():
 # Tasks
 
 
-def test_load_task_holds_out_only_what_is_missing(write):
+def test_load_labelled_holds_out_only_what_is_missing(write):
     for name, start in (("train.csv", 0), ("dev.csv", 900)):
         rows = "".join(f"row {i},{i % 2}\n" for i in range(start, start + 100))
         write(name, "text,label\n" + rows)
-    both, one = load_task("train.csv"), load_task("train.csv", "dev.csv")
+    both, one = load_labelled("train.csv"), load_labelled("train.csv", "dev.csv")
     assert [len(both.train), len(both.dev), len(both.test)] == [80, 10, 10]
     assert [len(one.train), len(one.dev), len(one.test)] == [90, 100, 10]
     assert one.dev.texts[0] == ("row 900", None)
-    full = load_task("train.csv", "dev.csv", "dev.csv", metrics=["f1"])
+    full = load_labelled("train.csv", "dev.csv", "dev.csv", metrics=["f1"])
     assert [len(full.train), len(full.test), full.metrics, full.name] == [
         100,
         100,
         ("f1",),
         "train",
     ]
-    assert load_task("train.csv", task="regression").metrics == ("pearson", "spearman")
+    assert load_labelled("train.csv", task="regression").metrics == ("pearson", "spearman")
     write("dev.csv", "text,label\nnew,2\n")
-    assert fails(load_task, "train.csv", "dev.csv") == (
+    assert fails(load_labelled, "train.csv", "dev.csv") == (
         "dev.csv: 1 row has a label that train lacks (0, 1): '2' (line 2)"
     )
 

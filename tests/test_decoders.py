@@ -27,14 +27,14 @@ from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
 from adapters_jax.data.packing import Example, pack, sequence
 from adapters_jax.data.tables import Table
-from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.llama import load_llama
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_decoder
-from adapters_jax.tasks.completions import load_completions
-from adapters_jax.tasks.generation import Generation, HeldOut, sums
-from adapters_jax.tasks.prompts import Prompts, encode
+from adapters_jax.tasks import TASKS
+from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
+from adapters_jax.tasks.prompts import Prompts, encode_table
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]
@@ -45,7 +45,7 @@ def batch_of(groups, examples=EXAMPLES):
     return next(iter(Batches.in_order(rows, None, len(rows), (LENGTH,))))
 
 
-losses = nnx.jit(partial(sums, most=LENGTH))
+losses = nnx.jit(partial(token_losses, most=LENGTH))
 full_pass = nnx.jit(lambda model, ids: model(ids))
 
 
@@ -78,7 +78,7 @@ def test_packed_losses_are_those_of_each_example_alone(model):
 def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     rows = [sequence([EXAMPLES[0], EXAMPLES[1]]), sequence([EXAMPLES[2]])]
     train = Batches(rows, None, 3, 0, (LENGTH,))
-    problem = Generation(model, None, train, {}, LENGTH, ("perplexity",))
+    problem = CompletionProblem(model, None, train, {}, LENGTH, ("perplexity",))
     batch = problem.batch(0)
     assert batch["weight"].tolist().count(0) == 1
     wanted = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
@@ -225,7 +225,7 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
     decoder = load_decoder(str(place / "tiny"))
     table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
-    (example,), cut = encode(table, Prompts(), decoder, 32)
+    (example,), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
     assert spoken == "<user> food Thai <end> <bot>"
     assert decoder.tokenizer.decode(example.completion, skip_special_tokens=False) == (
@@ -234,16 +234,17 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
     row = sequence([example])
     learnt = row.labels[row.labels != NOTHING].tolist()
     assert (learnt, cut) == (example.completion, 0)
-    (example,), cut = encode(table, Prompts("is {prompt}", chat=False), decoder, 4)
+    (example,), cut = encode_table(table, Prompts("is {prompt}", chat=False), decoder, 4)
     assert decoder.tokenizer.decode(example.prompt) == "is food Thai"
     assert (len(example.completion), cut) == (1, 1)
-    (example,), _ = encode(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
+    (example,), _ = encode_table(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
     assert [len(part) for part in example] == [1, 2]
 
 
 def test_rows_of_one_prompt_are_held_out_together(tmp_path):
     write_meanings(tmp_path / "rows.csv")
-    task = load_completions(tmp_path / "rows.csv", None, None, "mr", "ref", limit=50)
+    rows = DataOptions(tmp_path / "rows.csv", prompt="mr", completion="ref", limit=50)
+    task = rows.load(TASKS["completion"])
     prompts = [{text for text, _ in part.texts} for part in (task.train, task.dev, task.test)]
     assert all(prompts)
     assert sum(map(len, prompts)) == len(set.union(*prompts))
@@ -272,8 +273,14 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         (f"{TRAIN} --template {{mr}}", "no field {mr}; it has {prompt}, which --prompt COLUMN"),
         (f"{TRAIN} --template Say:", "--template 'Say:': it lacks the field {prompt}"),
         (f"{TRAIN} --template {{prompt", "--template '{prompt': expected '}' before end of"),
-        (f"{TRAIN} --label ref --dropout 0.1", "--label, --dropout: for encoders, and 'tiny' is a"),
-        (f"{TRAIN} --pooling cls", "--pooling: for encoders, and 'tiny' is a decoder"),
+        (
+            f"{TRAIN} --label ref --dropout 0.1",
+            "--label, --dropout: of --task classification",
+        ),
+        (
+            f"{TRAIN} --pooling cls",
+            "--pooling: of --task classification and regression",
+        ),
         (f"{TRAIN} --method head-only", "--method head-only: of encoders; a decoder has no head"),
         (f"{TRAIN} --method bitfit", "Unfreeze: target '**/bias' matches nothing"),
         (f"{TRAIN} --method llama-adapter --last 9", "last=9, wanted a number from 1 to num_la"),
@@ -282,7 +289,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         (f"{TRAIN} --exact-match -1", "--exact-match -1: wanted a number of rows, or 0"),
         ("finetune --model tiny", "a decoder learns from a file: add --train rows.csv --prompt"),
         ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
-        ("predict runs/full x", "a base of another kind, decoder; use adapters-jax generate or"),
+        ("predict runs/full x", "a run of the task completion; use adapters-jax generate"),
         ("generate runs/none --prompt x", "no run at runs/none: it has no config.json; there are"),
         ("generate runs/full", "generate wants --prompt TEXT..., or --prompt - for stdin, or --fi"),
         ("generate runs/full --prompt x --column mr", "--column names a column; it goes with --f"),
@@ -338,7 +345,10 @@ def test_a_run_that_is_there_or_an_encoder_is_refused(say, place):
     words = "--pack --completion x --template {prompt}!"
     status, _, err = say(f"finetune --train rows.csv {words}")
     assert status == 2
-    assert "--completion, --template: for decoders, and 'minilm' is an encoder; name a Llama" in err
+    assert (
+        "--completion, --template: of --task completion, and 'minilm', a base of the kind encoder"
+        in err
+    )
     assert "runs/full exists already" in say(f"{TRAIN} --name full")[2]
 
 
@@ -350,7 +360,7 @@ def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
     job = Finetune("silent", data, **options).prepare(Output(json=True))
     assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
     assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
-    assert (job.problem.metrics, job.problem.held_out["dev"].asked) == (("perplexity",), [])
+    assert (job.problem.metrics, job.problem.held_out["dev"].prompts) == (("perplexity",), [])
     batch = job.problem.batch(0)
     assert batch["input_ids"].shape[0] == 4
     for ids, mask, labels in zip(

@@ -21,14 +21,14 @@ from adapters_jax.app.console import Output
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.data.glue import load_task
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.data.datasets import load_labelled
+from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run, run_name
 from adapters_jax.tasks.base import in_row_order
-from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.classification import Classes
 from adapters_jax.tasks.head import FeatureBatches, Head
+from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.metrics import compute
-from adapters_jax.tasks.outputs import Target
 from adapters_jax.trees import flatten
 
 
@@ -116,7 +116,7 @@ def test_metrics_have_every_step_and_evaluation(houlsby):
 
 def test_a_saved_run_predicts_what_it_was_evaluated_at(houlsby, place):
     _, summary, run, _ = houlsby
-    task = load_task(place / "reviews.jsonl", text="review")
+    task = load_labelled(place / "reviews.jsonl", text="review")
     found = load_predictor(run.path).predict(task.test.texts)
     ids = [task.test.label_names.index(prediction.label) for prediction in found]
     assert compute(task.metrics, ids, task.test.labels) == summary["results"][-1]["test"]
@@ -179,7 +179,7 @@ def test_other_ways_to_train_save_what_predicts(place, flags):
     assert frozen == ("bfloat16" if name == "bfloat16" else "float32")
     trained = jax.tree.leaves(aj.partition(predictor.params, predictor.model.recipe)[0])
     assert {leaf.dtype for leaf in trained} == {jnp.dtype("float32")}
-    task = load_task(place / "reviews.jsonl", text="review")
+    task = load_labelled(place / "reviews.jsonl", text="review")
     ids = [task.test.label_names.index(p.label) for p in predictor.predict(task.test.texts)]
     assert compute(task.metrics, ids, task.test.labels) == summary["results"][-1]["test"]
 
@@ -203,13 +203,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
 
 
 def test_the_best_adapter_outlives_a_loss_that_is_not_finite(place, monkeypatch):
-    rows = Classification.batch
+    rows = LabelledProblem.batch
 
     def poisoned(self, step):
         batch = rows(self, step)
         return {**batch, "weight": batch["weight"] * np.float32("nan" if step == 13 else 1)}
 
-    monkeypatch.setattr(Classification, "batch", poisoned)
+    monkeypatch.setattr(LabelledProblem, "batch", poisoned)
     flags = ("--method", "head-only", "--epochs", 2, "--limit", 160, "--no-baselines")
     status, _, run, said = finetune(place, *flags, "--name", "poisoned")
     assert status == 2
@@ -217,7 +217,7 @@ def test_the_best_adapter_outlives_a_loss_that_is_not_finite(place, monkeypatch)
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     scored = {r["step"]: r["dev"]["accuracy"] for r in records if "dev" in r}
     assert sorted(scored) == [5, 10, 13]
-    task = load_task(place / "reviews.jsonl", text="review")
+    task = load_labelled(place / "reviews.jsonl", text="review")
     found = load_predictor(run.path).predict(task.dev.texts)
     ids = [task.dev.label_names.index(prediction.label) for prediction in found]
     assert compute(["accuracy"], ids, task.dev.labels)["accuracy"] == max(scored.values())
@@ -274,9 +274,12 @@ def test_the_head_has_a_rate_of_its_own(method, rate):
 
 
 def test_glue_tasks_name_their_own_columns():
-    assert DataOptions(glue="STS-B").columns == ("sentence1", "sentence2")
+    task = DataOptions(glue="STS-B").task_on("encoder", "minilm")
+    assert task.name == "regression"
+    columns = DataOptions(glue="STS-B").columns_of(task)
+    assert columns == {"text": "sentence1", "text_pair": "sentence2"}
     assert DataOptions(glue="STS-B").title == "stsb"
-    assert DataOptions(text="a", text_pair="b").columns == ("a", "b")
+    assert DataOptions(text="a", text_pair="b").columns_of(task) == {"text": "a", "text_pair": "b"}
 
 
 def test_epochs_may_be_a_fraction():
@@ -318,11 +321,11 @@ def test_feature_batches_show_every_row_once_an_epoch():
 def test_filler_rows_do_not_count():
     rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     labels = np.array([0, 1, 1, 0, 1], np.int32)
-    model, target = aj.adapt(Head(2), aj.full()), Target(("no", "yes"))
+    model, classes = aj.adapt(Head(2), aj.full()), Classes(("no", "yes"))
     params = model.init(jax.random.key(0), rows)["params"]
     batches = FeatureBatches(rows, labels, 4, seed=None)
-    problem = Classification(model, params, ("features",), target, batches, {}, {}, ())
-    losses = target.losses(model.apply({"params": params}, rows), labels)
+    problem = LabelledProblem(model, params, ("features",), classes, batches, {}, {}, ())
+    losses = classes.losses(model.apply({"params": params}, rows), labels)
     for step, part in enumerate((slice(0, 4), slice(4, 5))):
         loss = problem.loss(params, problem.batch(step), jax.random.key(0))
         assert float(loss) == pytest.approx(float(losses[part].mean()), rel=1e-5)

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.inference.generator import load_generator
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub
 from adapters_jax.interop.peft import load_peft
 from adapters_jax.io import hub

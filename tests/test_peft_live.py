@@ -11,8 +11,7 @@ from test_peft import BASES, FIXTURES, HAVE, base_of
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.inference.generator import load_generator
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models.llama import Llama
 

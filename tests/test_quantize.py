@@ -24,8 +24,7 @@ from adapters_jax.app.console import Output
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.distributed.plan import abstract_state, plan
-from adapters_jax.inference.generator import load_generator
-from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.models.llama import load_llama
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import Quantized, is_quantized, once

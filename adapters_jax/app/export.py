@@ -18,11 +18,13 @@ from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.io.untrusted import read_json
 from adapters_jax.pretrained.base_model import load_host
+from adapters_jax.tasks import read_run, task_of
 
 CARD, RUN_CONFIG = "README.md", "config.json"
 # Of a run's configuration, what says nothing of the machine it ran on or of single rows.
 _PUBLIC: tuple[str, ...] = (
     "kind",
+    "task_type",
     "model",
     "base_sha256",
     "dtype",
@@ -68,7 +70,7 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     run = Run(hub.find(name, None, sorted(every)))
     config = None
     if run.config.is_file() and "base_sha256" in read_json(run.config):  # and no model's
-        config = run.read_config(None)
+        _, config = read_run(run)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
     kind = formats.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
@@ -161,7 +163,8 @@ def _notes(source: Source, to: Format, head: bool) -> list[str]:
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """What others may know of a run's configuration, which is what its predictions need."""
-    kept = {key: config[key] for key in _PUBLIC if key in config}
+    keys = (*_PUBLIC, *(key for key in task_of(config).needed if key not in _PUBLIC))
+    kept = {key: config[key] for key in keys if key in config}
     summary = dict(config.get("summary", {}))
     summary.pop("run", None)
     rows = summary.get("results", [])

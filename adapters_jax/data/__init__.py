@@ -1,7 +1,7 @@
 """Rows of text as batches of token ids.
 
-- `tables`: named columns of CSV, TSV and JSON lines files.
-- `datasets`: texts with class ids or numbers, split into train, dev and test.
-- `glue`: GLUE in its own layouts, and the movie reviews of the demo.
+- `readers`: files of every format as rows; `tables`: named columns of them.
+- `datasets`: texts with class ids or numbers; `splits`: which rows are held out.
+- `glue`, `movie_reviews`: data sets in layouts of their own.
 - `batches`: token ids in batches of few static shapes; `packing`: short examples side by side.
 """

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.data.tables import (
-    DataError,
-    Table,
-    Texts,
-    count_rows,
-    first_few,
-)
+from adapters_jax.data.readers import DataError, FilePath
+from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.tables import Table, Texts, count_rows, first_few, read_rows
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Texts with their targets.
+    """Texts with their labels.
 
     Args:
         texts: `(text, second text or None)` of each row.
@@ -64,7 +59,7 @@ def make_dataset(
 
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
-            finite number, or so many distinct decimal numbers that they cannot be classes.
+            finite number, or more than 50 distinct decimal numbers, which cannot be classes.
         ValueError: another `task`, or a table without labels.
 
     Example:
@@ -162,85 +157,6 @@ def split(
     return dataset.take(train_rows), dataset.take(dev_rows), dataset.take(test_rows)
 
 
-def split_rows(
-    keys: Sequence[str], strata: Sequence[int], seed: int, dev: float, test: float
-) -> tuple[list[int], list[int], list[int]]:
-    """The numbers of the rows of train, dev and test; see `split`.
-
-    Args:
-        keys: rows of one key stay together; see `key_of`.
-        strata: rows of each are split in the same proportions; a group is of its first row's.
-        seed: of the choice.
-        dev: fraction of the rows.
-        test: fraction of the rows.
-
-    Returns:
-        Three ascending lists.
-
-    Raises:
-        DataError: as for `split`.
-        ValueError: likewise.
-
-    Example:
-        >>> train, dev, test = split_rows(["a", "b", "b", "a"], [0] * 4, seed=0, dev=0.5, test=0)
-        >>> sorted([train, dev]), test
-        ([[0, 3], [1, 2]], [])
-    """
-    if min(dev, test) < 0 or dev + test >= 1:
-        raise ValueError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
-    chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
-    for groups in _groups(keys, strata, seed):
-        rows = sum(map(len, groups))
-        room = {"test": int(rows * test + 1e-9), "dev": int(rows * dev + 1e-9), "train": rows}
-        for group in groups:
-            part = next(part for part in room if len(group) <= room[part])
-            room[part] -= len(group)
-            chosen[part] += group
-    for part, fraction in (("dev", dev), ("test", test)):
-        if fraction and not chosen[part]:
-            raise DataError(
-                f"{len(keys)} rows are too few to hold out {fraction:g} of them for {part}; "
-                f"give a {part} file or more rows"
-            )
-    return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
-
-
-def key_of(*texts: str | None) -> str:
-    """What texts that differ in case and spacing alone have in common.
-
-    Example:
-        >>> key_of("A  film", None)
-        'a film'
-    """
-    return "\t".join(" ".join(text.casefold().split()) for text in texts if text is not None)
-
-
-def spread(count: int, most: int | None) -> list[int]:
-    """The numbers of at most so many rows, evenly spread: files are often sorted.
-
-    Example:
-        >>> spread(10, 4), spread(3, 4), spread(2, None)
-        ([0, 2, 5, 7], [0, 1, 2], [0, 1])
-    """
-    most = count if most is None else min(most, count)
-    return [i * count // most for i in range(most)]
-
-
-def _groups(keys: Sequence[str], strata: Sequence[int], seed: int) -> Iterable[list[list[int]]]:
-    """For each stratum, its groups of rows of one text, in an order drawn by the seed."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row, key in enumerate(keys):
-        groups[key].append(row)
-    chosen: dict[int, list[list[int]]] = defaultdict(list)
-    # A hash, not a random generator: the split outlives changes of numpy and of the rows' order.
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
-        chosen[strata[groups[key][0]]].append(groups[key])
-    return chosen.values()
-
-
-SPLIT_SEED = 0  # of held-out rows; not the training seed, so that runs with other seeds compare
-
-
 @dataclass(frozen=True)
 class TaskData:
     """What a run trains on, selects on and reports.
@@ -258,3 +174,70 @@ class TaskData:
     dev: Any
     test: Any
     metrics: tuple[str, ...]
+
+
+def load_labelled(
+    train: FilePath,
+    dev: FilePath | None = None,
+    test: FilePath | None = None,
+    *,
+    text: str = "text",
+    text_pair: str | None = None,
+    label: str = "label",
+    task: str = "classification",
+    metrics: Sequence[str] | None = None,
+    split_seed: int = SPLIT_SEED,
+) -> TaskData:
+    """A task from one to three files of the same columns.
+
+    Args:
+        train: the file to train on.
+        dev: the file to select on; None holds out a tenth of `train`.
+        test: the file to report on; None holds out a tenth of `train`.
+        text: as for `read_rows`, like `text_pair` and `label`.
+        text_pair: the second text column, for pairs.
+        label: the label column.
+        task: as for `make_dataset`.
+        metrics: names, the one selected on first; None is accuracy and F1, or Pearson and Spearman.
+        split_seed: of the rows held out.
+
+    Returns:
+        The task, named after the training file.
+
+    Raises:
+        DataError: as for `read_rows`, `make_dataset` and `split`.
+
+    Example:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+        >>> lines = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
+        >>> _ = path.write_text("\\n".join(lines))
+        >>> data = load_labelled(path)
+        >>> data.name, len(data.train), len(data.dev), len(data.test), data.metrics
+        ('rows', 32, 4, 4, ('accuracy', 'f1'))
+    """
+    paths = {"train": train, "dev": dev, "test": test}
+    tables = {
+        part: read_rows(path, text, text_pair, label)
+        for part, path in paths.items()
+        if path is not None
+    }
+    if metrics is None:
+        metrics = ("pearson", "spearman") if task == "regression" else ("accuracy", "f1")
+    name = Path(train).name.partition(".")[0]
+    return hold_out(name, make_datasets(tables, task), metrics, split_seed)
+
+
+def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:
+    """Each part as a dataset with the classes of "train"."""
+    names = class_names(tables["train"]) if task == "classification" else None
+    return {part: make_dataset(table, task, names) for part, table in tables.items()}
+
+
+def hold_out(
+    name: str, parts: Mapping[str, Dataset], metrics: Sequence[str], seed: int
+) -> TaskData:
+    """A task from its parts; one that is absent, "dev" or "test", is held out of "train"."""
+    fractions = {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
+    train, dev, test = split(parts["train"], seed, **fractions)
+    return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))

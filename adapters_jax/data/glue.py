@@ -1,96 +1,14 @@
-"""Tasks: train, dev and test of one's own files, of GLUE in its own layouts, and of the demo."""
+"""GLUE in its own layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from adapters_jax.data.datasets import (
-    SPLIT_SEED,
-    Dataset,
-    TaskData,
-    class_names,
-    make_dataset,
-    numbers_of,
-    split,
-)
-from adapters_jax.data.tables import (
-    DataError,
-    FilePath,
-    Table,
-    complete_rows,
-    make_table,
-    read_rows,
-    tsv_rows,
-)
-
-
-def load_task(
-    train: FilePath,
-    dev: FilePath | None = None,
-    test: FilePath | None = None,
-    *,
-    text: str = "text",
-    text_pair: str | None = None,
-    label: str = "label",
-    task: str = "classification",
-    metrics: Sequence[str] | None = None,
-    split_seed: int = SPLIT_SEED,
-) -> TaskData:
-    """A task from one to three files of the same columns.
-
-    Args:
-        train: the file to train on.
-        dev: the file to select on; None holds out a tenth of `train`.
-        test: the file to report on; None holds out a tenth of `train`.
-        text: as for `read_rows`, like `text_pair` and `label`.
-        text_pair: the second text column, for pairs.
-        label: the label column.
-        task: as for `make_dataset`.
-        metrics: names, the one selected on first; None is accuracy and F1, or Pearson and Spearman.
-        split_seed: of the rows held out.
-
-    Returns:
-        The task, named after the training file.
-
-    Raises:
-        DataError: as for `read_rows`, `make_dataset` and `split`.
-
-    Example:
-        >>> import json, tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> lines = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
-        >>> _ = path.write_text("\\n".join(lines))
-        >>> data = load_task(path)
-        >>> data.name, len(data.train), len(data.dev), len(data.test), data.metrics
-        ('rows', 32, 4, 4, ('accuracy', 'f1'))
-    """
-    paths = {"train": train, "dev": dev, "test": test}
-    tables = {
-        part: read_rows(path, text, text_pair, label)
-        for part, path in paths.items()
-        if path is not None
-    }
-    if metrics is None:
-        metrics = ("pearson", "spearman") if task == "regression" else ("accuracy", "f1")
-    name = Path(train).name.partition(".")[0]
-    return _task_data(name, _datasets(tables, task), metrics, split_seed)
-
-
-def _datasets(tables: dict[str, Table], task: str) -> dict[str, Dataset]:
-    """Each part as a dataset with the classes of "train"."""
-    names = class_names(tables["train"]) if task == "classification" else None
-    return {part: make_dataset(table, task, names) for part, table in tables.items()}
-
-
-def _task_data(name: str, parts: dict[str, Dataset], metrics: Sequence[str], seed: int) -> TaskData:
-    """Hold the part that is absent, "dev" or "test", out of "train"."""
-    fractions = {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
-    train, dev, test = split(parts["train"], seed, **fractions)
-    return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+from adapters_jax.data.datasets import Dataset, TaskData, hold_out, make_datasets
+from adapters_jax.data.readers import DataError, FilePath, read_bytes, read_tsv
+from adapters_jax.data.splits import SPLIT_SEED
+from adapters_jax.data.tables import complete_rows, make_table
 
 
 @dataclass(frozen=True)
@@ -162,10 +80,10 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
     tables = {}
     for part, file in (("train", "train.tsv"), ("dev", spec.dev)):
         path = Path(directory) / file
-        rows = tsv_rows(path, spec.header)
+        rows = read_tsv(path, read_bytes(path), spec.header)
         rows = complete_rows(path, rows) if spec.skips_incomplete else rows
         tables[part] = make_table(path, rows, spec.text, spec.text_pair, spec.label)
-    return _datasets(tables, spec.task)
+    return make_datasets(tables, spec.task)
 
 
 def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
@@ -187,11 +105,11 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
     Example:
         >>> load_glue("boolq", "data")
         Traceback (most recent call last):
-        adapters_jax.data.tables.DataError: no GLUE task 'boolq'; there are: \
+        adapters_jax.data.readers.DataError: no GLUE task 'boolq'; there are: \
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
     """
     name = glue_name(name)
-    return _task_data(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
+    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
 
 
 def glue_name(name: str) -> str:
@@ -200,61 +118,3 @@ def glue_name(name: str) -> str:
     if key not in GLUE:
         raise DataError(f"no GLUE task {name!r}; there are: {', '.join(GLUE)}")
     return key
-
-
-def movie_reviews(directory: FilePath) -> Dataset:
-    """The 10,605 movie review sentences of Hutto and Gilbert, positive if their valence is above 0.
-
-    Args:
-        directory: of the unpacked asset "movie-reviews".
-
-    Returns:
-        Sentences with the classes "negative" and "positive"; a valence of 0 counts as negative.
-
-    Raises:
-        DataError: the file is absent or is not the 10,605 rows it should be.
-
-    Example:
-        >>> movie_reviews(".")
-        Traceback (most recent call last):
-        adapters_jax.data.tables.DataError: movieReviewSnippets_GroundTruth.txt: no such file
-
-    Reference:
-        C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
-        of Social Media Text", ICWSM 2014.
-    """
-    path = Path(directory) / "movieReviewSnippets_GroundTruth.txt"
-    table = make_table(path, tsv_rows(path), "text", None, "sentiment")
-    valence = numbers_of(table)
-    if len(valence) != 10_605 or not all(-4 <= number <= 4 for number in valence):
-        raise DataError(
-            f"{path.as_posix()}: {len(valence)} rows with valences from {min(valence)} to "
-            f"{max(valence)}, expected 10605 from -4 to 4; delete its directory and fetch it again"
-        )
-    return Dataset(
-        table.texts,
-        np.array([number > 0 for number in valence], np.int32),
-        ("negative", "positive"),
-    )
-
-
-def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
-    """The demo's task: movie review sentences, a tenth each for dev and test.
-
-    Args:
-        directory: as for `movie_reviews`.
-        split_seed: of the rows held out.
-
-    Returns:
-        The task, selected on accuracy.
-
-    Raises:
-        DataError: as for `movie_reviews`.
-
-    Example:
-        >>> load_movie_reviews(".")
-        Traceback (most recent call last):
-        adapters_jax.data.tables.DataError: movieReviewSnippets_GroundTruth.txt: no such file
-    """
-    parts = {"train": movie_reviews(directory)}
-    return _task_data("movie-reviews", parts, ("accuracy", "f1"), split_seed)

@@ -1,30 +1,18 @@
-"""Rows of text from files: CSV, TSV and JSON lines become a `Table`.
-
-Whatever is wrong with a file is one `DataError` that names the file, the lines and the remedy.
-"""
+"""Rows of text: chosen columns of a file, of whatever format, become a `Table`."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
-import io
-import json
-import os
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FilePath = str | os.PathLike[str]
+from adapters_jax.data.readers import DataError as DataError
+from adapters_jax.data.readers import FilePath as FilePath
+from adapters_jax.data.readers import Rows, read_file
+
 Texts = list[tuple[str, str | None]]
-Record = tuple[int, list[str]]  # the line it starts on, its fields
-Rows = tuple[list[str], list[Record]]  # column names, records
-
-
-class DataError(ValueError):
-    """A file cannot be used as it is; the message says where and what to change."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +44,7 @@ class Table:
 def read_rows(
     path: FilePath, text: str = "text", text_pair: str | None = None, label: str | None = "label"
 ) -> Table:
-    """Named columns of a CSV, TSV or JSON lines file, by its suffix; `.gz` may follow.
-
-    CSV is quoted as usual and TSV is not at all: a quote in a TSV file is a quote.
+    """Named columns of a file that `readers.READERS` has a format for; `.gz` may follow.
 
     Args:
         path: of the file, UTF-8.
@@ -82,15 +68,41 @@ def read_rows(
         ([('Good, long', None), ('Bad', None)], ['5', '1'], [2, 3])
     """
     path = Path(path)
-    return make_table(path, _records(path), text, text_pair, label)
+    return make_table(path, read_file(path), text, text_pair, label)
 
 
 def make_table(
     path: Path, rows: Rows, text: str, text_pair: str | None, label: str | None
 ) -> Table:
     """Named columns of rows that were read; see `read_rows`."""
-    header, records = rows
     names = [c for c in (text, text_pair, label) if c is not None]
+    cells, lines = choose_columns(path, rows, names)
+    texts = [(row[0], None if text_pair is None else row[1]) for row in cells]
+    labels = None if label is None else [row[-1].strip() for row in cells]
+    return Table(path.as_posix(), texts, labels, lines)
+
+
+def choose_columns(
+    path: Path, rows: Rows, names: Sequence[str]
+) -> tuple[list[list[str]], list[int]]:
+    """Cells of named columns, for a task whose rows are no `Table`.
+
+    Args:
+        path: of the file, for messages.
+        rows: as `readers.read_file` returns them.
+        names: of the columns.
+
+    Returns:
+        A list a row with a cell a name, none of them blank; and the line each row starts on.
+
+    Raises:
+        DataError: a missing column, a blank cell, or rows of another number of fields.
+
+    Example:
+        >>> choose_columns(Path("a.csv"), (["q", "r", "s"], [(2, ["x", "y", "z"])]), ["s", "q"])
+        ([['z', 'x']], [2])
+    """
+    header, records = rows
     places = _places(path, header, names)
     uneven = [
         f"line {line} has {len(fields)}" for line, fields in records if len(fields) != len(header)
@@ -107,13 +119,10 @@ def make_table(
             f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: "
             f"line{'s' * (len(blank) > 1)} {first_few(blank)}; fill them in or remove them"
         )
-    cells = [[fields[i] for i in places] for _, fields in records]
-    texts = [(row[0], None if text_pair is None else row[1]) for row in cells]
-    labels = None if label is None else [row[-1].strip() for row in cells]
-    return Table(path.as_posix(), texts, labels, [line for line, _ in records])
+    return [[fields[i] for i in places] for _, fields in records], [line for line, _ in records]
 
 
-def _places(path: Path, header: list[str], names: list[str]) -> list[int]:
+def _places(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
     missing = [name for name in names if name not in header]
     if not missing:
         return [header.index(name) for name in names]
@@ -122,77 +131,6 @@ def _places(path: Path, header: list[str], names: list[str]) -> list[int]:
         f"{path.as_posix()}: no column {' or '.join(map(repr, missing))}; the columns are "
         f"{', '.join(header)}" + (f"; did you mean {' and '.join(map(repr, near))}?" * bool(near))
     )
-
-
-def _records(path: Path) -> Rows:
-    readers = {".csv": _csv, ".tsv": tsv_rows, ".jsonl": _jsonl}
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in readers:
-        raise DataError(
-            f"{path.as_posix()}: unknown suffix {suffix!r}; use .csv, .tsv or .jsonl, or one of "
-            "them with .gz"
-        )
-    return readers[suffix](path)
-
-
-def _csv(path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
-    records, line = [], 1
-    try:
-        for fields in reader:
-            records.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
-        ) from None
-    return _headed(path, records)
-
-
-def tsv_rows(path: Path, header: Sequence[str] | None = None) -> Rows:
-    """A TSV file's rows, with a header given where the file has none."""
-    lines = _read(path).split("\n")
-    records = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)]
-    return _headed(path, records, header)
-
-
-def _jsonl(path: Path) -> Rows:
-    rows = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, not text
-        except ValueError as error:
-            raise DataError(f"{path.as_posix()}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path.as_posix()}, line {number}: a JSON {type(row).__name__}; each line must be "
-                'an object like {"text": "...", "label": "..."}'
-            )
-        rows.append(row)
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return _headed(
-        path,
-        [(n, [_cell(row.get(key)) for key in header]) for n, row in enumerate(rows, 1)],
-        header,
-    )
-
-
-def _cell(value: object) -> str:
-    """A JSON value as text; null, lists and objects are neither text nor label."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, int | float) else ""
-
-
-def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Rows:
-    """Column names and rows; a blank line becomes a row of blank fields."""
-    if header is None:
-        header, records = records[0][1], records[1:]
-    if not records:
-        raise DataError(f"{path.as_posix()}: no rows below the header")
-    blank = [""] * len(header)
-    return list(header), [(n, fields if any(fields) else blank) for n, fields in records]
 
 
 def complete_rows(path: Path, rows: Rows) -> Rows:
@@ -206,29 +144,6 @@ def complete_rows(path: Path, rows: Rows) -> Rows:
             stacklevel=3,
         )
     return header, kept
-
-
-def _read(path: Path) -> str:
-    """The file as text, without a byte order mark and blank lines at the end."""
-    name = path.as_posix()
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: cannot be read: {error}") from None
-    try:
-        text = raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} of the "
-            "file is not UTF-8; save the file as UTF-8"
-        ) from None
-    if not text.strip():
-        raise DataError(f"{name}: the file is empty")
-    return text.rstrip("\r\n")
 
 
 def count_rows(items: Sequence[str]) -> str:

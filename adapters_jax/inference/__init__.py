@@ -1,10 +1,7 @@
-"""Finished runs, ready to use.
+"""Finished runs, ready to use: `load_predictor` for labels of texts, `load_generator` for text."""
 
-- `predictor`: labels or numbers for texts.
-- `generator`: completions of prompts.
-"""
-
-from adapters_jax.inference.generator import Generator, load_generator
-from adapters_jax.inference.predictor import Prediction, Predictor, load_predictor
+from adapters_jax.inference.finished import load_generator, load_predictor
+from adapters_jax.tasks.base import Prediction, Predictor
+from adapters_jax.tasks.completion import Generator
 
 __all__ = ["Generator", "Prediction", "Predictor", "load_generator", "load_predictor"]

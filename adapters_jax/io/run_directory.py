@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,6 @@ _NEEDED: dict[str, type] = {
     "dtype": str,
     "max_length": int,
 }
-_OF_KIND: dict[str, dict[str, type]] = {
-    "encoder": {"pooling": str, "target": dict, "text": str, "pairs": bool},
-    "decoder": {"prompts": dict},
-}
-_COMMANDS = {"encoder": "predict", "decoder": "generate or merge"}
 
 
 class RunError(ValueError):
@@ -151,8 +146,10 @@ class Run:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read_config(self, kind: str | None = "encoder") -> dict[str, Any]:
-        """The configuration of a run on a base of a kind: "encoder", "decoder", or None for either.
+    def read_config(self, kind: str | None = None) -> dict[str, Any]:
+        """The configuration of a run on a base of a kind: "encoder", "decoder", or None for any.
+
+        What its task needs of it is checked by `adapters_jax.tasks.read_run`.
 
         Raises:
             RunError: it is absent or damaged, or the base is of another kind.
@@ -162,25 +159,24 @@ class Run:
             there = f"; there are: {', '.join(near[:5])}" if near else ""
             raise RunError(f"no run at {self.path}: it has no config.json{there}")
         try:
-            config = values = read_json(self.config)
+            config = read_json(self.config)
         except AdapterFileError as error:
             raise RunError(str(error)) from error
-        found = values.get("kind", "encoder")
-        if kind is None:
-            kind = found if found in _OF_KIND else "encoder"
-        if found != kind and found in _OF_KIND:
-            command = f"adapters-jax {_COMMANDS[found]}"
-            raise RunError(
-                f"{self.path} is a run on a base of another kind, {found}; use {command}"
-            )
-        needed = _NEEDED | _OF_KIND[kind]
-        wrong = [key for key, wanted in needed.items() if type(values.get(key)) is not wanted]
-        if wrong or values["format"] != FORMAT:
-            raise RunError(
-                f"{self.config} is not the configuration of a run of format {FORMAT}"
-                + (f": it has no good {', '.join(wrong)}" if wrong else "")
-            )
+        check_keys(self, config, _NEEDED)
+        found = config.get("kind", "encoder")
+        if kind not in (None, found):
+            raise RunError(f"{self.path} is a run on a base of another kind, {found}, not {kind}")
         return config
+
+
+def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) -> None:
+    """Raises RunError where a configuration lacks a key, or has another type or format there."""
+    wrong = [key for key, expected in needed.items() if type(config.get(key)) is not expected]
+    if wrong or config["format"] != FORMAT:
+        raise RunError(
+            f"{run.config} is not the configuration of a run of format {FORMAT}"
+            + (f": it has no good {', '.join(wrong)}" if wrong else "")
+        )
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Run:

@@ -1,7 +1,85 @@
-"""What is learnt from rows: a loss, a score, and what outputs mean.
+"""What is learnt from rows: a registry of tasks.
 
-- `base`: what training needs to know of a task.
-- `classification`: labels of texts; `outputs`: classes or numbers; `head`: the baseline.
-- `generation`: completions of prompts; `completions`, `prompts`, `generation_data`: their rows.
+- `base`: what a task is, and what its author provides.
+- `classification`, `regression`: labels of texts; `labelled` and `labelled_problem` are what they
+  share, `readout` is what differs, `head` the baseline.
+- `completion`: prompts and what follows them; `completion_problem`, `completion_rows`, `prompts`.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adapters_jax.io.run_directory import Run, RunError, check_keys
+from adapters_jax.tasks.base import Task
+from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.completion import Completion
+from adapters_jax.tasks.regression import Regression
+
+__all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
+
+TASKS: dict[str, Task] = {
+    Classification.name: Classification(),
+    Regression.name: Regression(),
+    Completion.name: Completion(),
+}
+
+
+def tasks_on(kind: str) -> list[Task]:
+    """The tasks on a kind of base, "encoder" or "decoder"; the first is the one by default.
+
+    Example:
+        >>> [task.name for task in tasks_on("encoder")]
+        ['classification', 'regression']
+    """
+    return [task for task in TASKS.values() if task.kind == kind]
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """The task of a run by its configuration.
+
+    Raises:
+        KeyError: the registry has no such task; the key is its name.
+
+    Example:
+        >>> task_of({"task_type": "regression"}).name
+        'regression'
+        >>> task_of({"kind": "encoder", "target": {"names": ["no", "yes"]}}).name
+        'classification'
+    """
+    if "task_type" in config:
+        return TASKS[config["task_type"]]
+    if config.get("kind") == "decoder":
+        return TASKS["completion"]
+    # Runs without a task_type have a target, of classes by their names or of numbers.
+    target = config.get("target")
+    named = isinstance(target, dict) and target.get("names")
+    return TASKS["classification" if named else "regression"]
+
+
+def read_run(run: Run, command: str | None = None) -> tuple[Task, dict[str, Any]]:
+    """The task and the configuration of a run.
+
+    Args:
+        run: where.
+        command: "predict" or "generate", if the run is to be used so; None for any run.
+
+    Raises:
+        RunError: it is absent or damaged, of a task that is not registered, or is used by another
+            command.
+    """
+    config = run.read_config()
+    try:
+        task = task_of(config)
+    except (KeyError, TypeError):
+        raise RunError(
+            f"{run.path} is of the task {config['task_type']!r}; registered are {', '.join(TASKS)}"
+        ) from None
+    if command not in (None, task.command):
+        raise RunError(
+            f"{run.path} is a run of the task {task.name}; use adapters-jax {task.command}"
+        )
+    check_keys(run, config, task.needed)
+    return task, config

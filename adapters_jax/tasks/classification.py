@@ -1,87 +1,111 @@
-"""Labels as a problem: a classifier's outputs, their loss, and metrics of what they say."""
+"""Classification: each text, or pair of texts, has one of a few labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+import optax
+from jaxtyping import Array, Float, Int
 
-from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.linen import Adapted
-from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.base import Batch, Batches, NotFiniteError, in_row_order
-from adapters_jax.tasks.metrics import compute
-from adapters_jax.tasks.outputs import Target
-from adapters_jax.training.state import TrainState
-from adapters_jax.training.step import make_eval_step
+from adapters_jax.data.datasets import Dataset
+from adapters_jax.tasks.base import Prediction
+from adapters_jax.tasks.labelled import LabelledTexts
 
 
 @dataclass(frozen=True)
-class Classification:
-    """A classifier, its parameters and the rows it learns from; a `Problem`.
+class ClassPrediction(Prediction):
+    """The class of a text.
 
     Attributes:
-        model: adapted; its recipe says what trains.
-        params: its whole tree.
-        inputs: the batch's arrays that the model is called with, by name and in order.
-        target: what the outputs mean.
-        train: training batches.
-        held_out: batches in order, "dev" and "test".
-        labels: of the held-out rows.
-        metrics: names, the one selected on first.
-        mesh: of the devices that batches are split over; None is one.
+        label: the most probable class.
+        probabilities: of every class.
     """
 
-    model: Adapted
-    params: Any
-    inputs: tuple[str, ...]
-    target: Target
-    train: Batches
-    held_out: Mapping[str, Batches]
-    labels: Mapping[str, np.ndarray]
-    metrics: Sequence[str]
-    mesh: Mesh | None = None
+    label: str
+    probabilities: dict[str, float]
+
+    def cells(self) -> dict[str, str]:
+        """The label and each probability."""
+        shares = {name: f"{share:.4f}" for name, share in self.probabilities.items()}
+        return {"label": self.label, **shares}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A head's outputs as logits of classes; a `Readout`.
+
+    Args:
+        names: of the classes, in the order of their ids.
+
+    Example:
+        >>> classes = Classes(("no", "yes"))
+        >>> classes.decode(np.array([[0.1, 2.0], [0.3, 0.2]])).tolist()
+        [1, 0]
+        >>> classes.predict("A joy.", None, np.array([0.0, 0.0])).probabilities
+        {'no': 0.5, 'yes': 0.5}
+    """
+
+    names: tuple[str, ...]
+    constant_title = "majority class"
+
+    @classmethod
+    def of(cls, train: Dataset) -> Classes:
+        """The classes of a training set."""
+        return cls(train.label_names)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Classes:
+        """As `to_config` wrote it; raises ValueError for anything else."""
+        names = tuple(values["names"])
+        if len(names) < 2 or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names of at least two classes are expected, not {names}")
+        return cls(names)
+
+    def to_config(self) -> dict[str, Any]:
+        """For a run's configuration; in the form that regression has, too."""
+        return {"names": self.names, "mean": 0.0, "std": 1.0}
 
     @property
-    def recipe(self) -> Recipe:
-        """Says what trains."""
-        return self.model.recipe
+    def width(self) -> int:
+        """Outputs of the head."""
+        return len(self.names)
 
-    @cached_property
-    def _evaluate(self) -> Callable[[TrainState, Batch], Any]:
-        """Compiles once a shape."""
-        return make_eval_step(self.outputs)
+    def encode(self, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+        """Labels as the loss takes them: as they are."""
+        return labels
 
-    def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
-        """The model's outputs on a batch."""
-        arrays = [batch[name] for name in self.inputs]
-        return self.model.apply({"params": params}, *arrays, **options)
+    def losses(
+        self, outputs: Float[Array, "rows width"], labels: Int[Array, " rows"]
+    ) -> Float[Array, " rows"]:
+        """The cross-entropy of each row."""
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
-    def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
-        """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
-        outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
-        losses = self.target.losses(outputs, jnp.asarray(batch["labels"]))
-        return jnp.mean(batch["weight"] * losses)
+    def decode(self, outputs: Float[np.ndarray, "rows width"]) -> Int[np.ndarray, " rows"]:
+        """Outputs as class ids."""
+        return outputs.argmax(axis=1)
 
-    def batch(self, step: int) -> Batch:
-        """The training batch of a step, its weights of mean 1, also where parts accumulate."""
-        batch = self.train[step]
-        return {**batch, "weight": batch["weight"] / batch["weight"].mean()}
+    def constant(self, train: Dataset, rows: int) -> Int[np.ndarray, " rows"]:
+        """The best constant prediction for n rows: the most frequent class of the training rows."""
+        return np.full(rows, np.bincount(train.labels).argmax())
 
-    def score(self, state: TrainState, part: str) -> dict[str, float]:
-        """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
+    def predict(
+        self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
+    ) -> ClassPrediction:
+        """The prediction that a row of outputs stands for."""
+        odds = np.exp((outputs - outputs.max()).astype(np.float64))
+        shares = (odds / odds.sum()).tolist()
+        label = self.names[int(outputs.argmax())]
+        probabilities = dict(zip(self.names, shares, strict=True))
+        return ClassPrediction(text, text_pair, label, probabilities)
 
-        def run(batch: Batch) -> Any:
-            inputs = {name: batch[name] for name in self.inputs}
-            return self._evaluate(state, shard_batch(inputs, self.mesh) if self.mesh else inputs)
 
-        outputs = in_row_order(run, self.held_out[part])
-        if not np.isfinite(outputs).all():
-            raise NotFiniteError(int(state.step), f"an output on {part}")
-        return compute(self.metrics, self.target.decode(outputs), self.labels[part])
+class Classification(LabelledTexts):
+    """Labels of texts as classes."""
+
+    name = "classification"
+    metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")  # of ordered classes, too
+    defaults = ("accuracy", "f1")
+    readout = Classes

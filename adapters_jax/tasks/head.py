@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.batches import Batches as TextBatches
+from adapters_jax.data.batches import Batches
 from adapters_jax.presets import head_only
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Batches, in_row_order
-from adapters_jax.tasks.classification import Classification
+from adapters_jax.tasks.base import Batch, BatchSource, in_row_order
+from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
 class Head(nn.Module):
@@ -39,7 +39,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class FeatureBatches:
-    """Batches of cached features; as in `Batches` of texts, the seed and the step say which.
+    """Batches of cached features; as in `Batches` of texts, they follow from the seed and the step.
 
     Args:
         features: (rows, d).
@@ -72,7 +72,9 @@ class FeatureBatches:
         return batch if self.labels is None else {**batch, "labels": self.labels[index]}
 
 
-def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batches], np.ndarray]:
+def feature_reader(
+    encoder: Encoder, inputs: tuple[str, ...]
+) -> Callable[[BatchSource], np.ndarray]:
     """A function from batches in order to the pooled features of every row, `(rows, d)`."""
     width = encoder.config.hidden_size
     # Under a head that is the identity, the classifier gives its features.
@@ -86,8 +88,8 @@ def feature_reader(encoder: Encoder, inputs: tuple[str, ...]) -> Callable[[Batch
 
 
 def head_problem(
-    problem: Classification, encoder: Encoder, train: TextBatches, seed: int
-) -> Classification:
+    problem: LabelledProblem, encoder: Encoder, train: Batches, seed: int
+) -> LabelledProblem:
     """A problem's frozen base with a trained head, as a problem of its own on cached features.
 
     Args:
@@ -99,7 +101,7 @@ def head_problem(
     features, size = feature_reader(encoder, problem.inputs), train.batch_size
     return dataclasses.replace(
         problem,
-        model=adapt(Head(problem.target.width), head_only()),
+        model=adapt(Head(problem.readout.width), head_only()),
         params={"head": problem.params["head"]},
         inputs=("features",),
         train=FeatureBatches(features(train), train.labels, size, seed),

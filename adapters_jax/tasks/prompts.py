@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters_jax.data.packing import Example
-from adapters_jax.data.tables import DataError, Table, count_rows, first_few
+from adapters_jax.data.readers import DataError
+from adapters_jax.data.tables import Table, count_rows, first_few
 from adapters_jax.pretrained.decoder import Decoder
 
 PROMPT = "{prompt}"
@@ -57,7 +58,7 @@ class Prompts:
         return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
 
-def encode(
+def encode_table(
     table: Table, prompts: Prompts, decoder: Decoder, max_length: int
 ) -> tuple[list[Example], int]:
     """A table's rows as token ids, cut at `max_length`.

@@ -12,9 +12,11 @@ import tyro
 
 from adapters_jax.app.console import Output
 from adapters_jax.checks import check_number, check_size
-from adapters_jax.data.tables import DataError, read_rows
-from adapters_jax.inference.generator import Generator, load_generator
+from adapters_jax.data.readers import DataError
+from adapters_jax.data.tables import read_rows
+from adapters_jax.inference import Generator, load_generator
 from adapters_jax.io.run_directory import find_run
+from adapters_jax.tasks import read_run
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Generate:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
         run = find_run(self.run)
-        prompts = self._read(run.read_config("decoder").get("prompt"))
+        prompts = self._read(read_run(run, "generate")[1].get("prompt"))
         generator = load_generator(run.path)
         return lambda: self._complete(generator, prompts, output)
 

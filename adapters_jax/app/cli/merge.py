@@ -15,7 +15,7 @@ import tyro
 
 from adapters_jax.app.console import Output
 from adapters_jax.data.tables import DataError
-from adapters_jax.inference.generator import load_generator
+from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.llama import Llama, save_llama
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, Decoder

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import tyro
 
 from adapters_jax.app.console import Output
-from adapters_jax.data.tables import DataError, Texts, read_rows
-from adapters_jax.inference.predictor import Prediction, load_predictor
+from adapters_jax.data.readers import DataError
+from adapters_jax.data.tables import Texts, read_rows
+from adapters_jax.inference import Prediction, load_predictor
 from adapters_jax.io.run_directory import find_run
+from adapters_jax.tasks import read_run
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Predict:
             AssetError: the pinned model could not be fetched.
         """
         run = find_run(self.run)
-        texts = self._read(run.read_config())
+        texts = self._read(read_run(run, "predict")[1])
         if self.out is not None:
             _check_out(self.out)
         predictor = load_predictor(run.path)
-        _, cut = predictor.encoder.encode(texts, predictor.max_length)
+        cut = predictor.count_cut(texts)
         if cut:
             words = f"{cut} of {len(texts)} texts are cut at {predictor.max_length} tokens"
             print(words, file=sys.stderr)
@@ -113,20 +115,10 @@ def _paired(parts: list[str]) -> Texts:
 
 
 def _cells(predictions: Sequence[Prediction]) -> list[list[str]]:
-    """A header and a row a prediction: its texts, then its label and probabilities or its value."""
-    first = predictions[0]
-    texts = ["text", "text_pair"] if first.text_pair is not None else ["text"]
-    results = ["label", *first.probabilities] if first.label is not None else ["value"]
-    rows = [
-        [getattr(p, name) for name in texts]
-        + (
-            [p.label, *(f"{share:.4f}" for share in p.probabilities.values())]
-            if p.label is not None
-            else [f"{p.value:.4f}"]
-        )
-        for p in predictions
-    ]
-    return [[*texts, *results], *rows]
+    """A header and a row a prediction: its texts, then its result as its task shows it."""
+    texts = ["text", "text_pair"] if predictions[0].text_pair is not None else ["text"]
+    rows = [[*(str(getattr(p, name)) for name in texts), *p.cells().values()] for p in predictions]
+    return [[*texts, *predictions[0].cells()], *rows]
 
 
 def _check_out(path: Path) -> None:

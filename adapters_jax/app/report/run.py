@@ -6,7 +6,6 @@ The page needs nothing but itself: the picture is inside it, and so is the style
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.report import pages
 from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks import task_of
 
 BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1", "exact_match")
@@ -151,22 +151,7 @@ def _samples(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _usage(run: Run, config: Mapping[str, Any]) -> str:
     """The run from the command line and from Python, in three lines."""
-    name = run.path.as_posix()
-    if config.get("kind") == "decoder":
-        return "\n".join(
-            (
-                f'adapters-jax generate {shlex.quote(name)} --prompt "A prompt of your own."',
-                "from adapters_jax.inference.generator import load_generator",
-                f'list(load_generator({name!r}).generate(["A prompt of your own."]))',
-            )
-        )
-    return "\n".join(
-        (
-            f'adapters-jax predict {shlex.quote(name)} "A text of your own." "Another one."',
-            "from adapters_jax.inference.predictor import load_predictor",
-            f'load_predictor({name!r}).predict([("A text of your own.", None)])',
-        )
-    )
+    return "\n".join(task_of(config).usage(run.path.as_posix(), config))
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[list[str]]:

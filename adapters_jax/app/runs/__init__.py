@@ -1,5 +1,6 @@
 """One run: prepared, trained, resumed and stopped.
 
-- `encoder`, `decoder`: a run on a base of that kind; `job`: what both have in common.
-- `loop`: the steps, and what they find; `log`: their metrics; `stopping`: Ctrl-C and SIGTERM.
+- `prepare`: a command's options, checked; `build`: its job, by its task; `config`: its record.
+- `job`: trains, compares and reports; `loop`: the steps, and what they find; `log`: their metrics.
+- `stopping`: Ctrl-C and SIGTERM.
 """

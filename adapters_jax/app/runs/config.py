@@ -21,6 +21,7 @@ from adapters_jax.data.datasets import TaskData
 from adapters_jax.io.run_directory import FORMAT, Run, RunError
 from adapters_jax.methods import LoRA
 from adapters_jax.recipe import Recipe
+from adapters_jax.tasks import task_of
 
 
 def shared_config(
@@ -76,12 +77,17 @@ def check_same(run: Run, config: dict[str, Any], output: Output) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings in which a run's configuration is not that of another one.
 
-    The order of a command's flags says nothing.
+    The order of a command's flags says nothing, nor do flags at their default: there may be more
+    of them than when a run was started.
     """
 
     def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-        plain = {**json.loads(json.dumps(config)), "format": FORMAT}
-        return {**plain, "command": sorted(map(str, plain.get("command") or []))}
+        plain = json.loads(json.dumps(config))
+        if isinstance(plain.get("data"), dict):  # its task is the task_type
+            plain["data"] = {k: v for k, v in plain["data"].items() if k != "task" and v}
+        plain["task_type"] = plain.get("task_type") or task_of(plain).name
+        plain["command"] = sorted(map(str, plain.get("command") or []))
+        return {**plain, "format": FORMAT}
 
     was, are = comparable(before), comparable(now)
     return [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]

@@ -6,14 +6,14 @@ import errno
 import shlex
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from adapters_jax.app.console import Meter, Output, Speed, duration
+from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
 from adapters_jax.app.runs.log import Record
@@ -24,20 +24,20 @@ from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
-from adapters_jax.tasks.base import NotFiniteError, Problem
+from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
 from adapters_jax.training.state import TrainState
 
 Result = dict[str, Any]  # a row of the results' table
 
 
 @dataclass(frozen=True)
-class Job(ABC):
+class Job:
     """A run that is ready to start, in its directory; `prepare_run` makes it.
 
     Attributes:
         run: where it goes.
         title: the method's name in tables.
-        problem: what is trained.
+        prepared: what its task made ready.
         optimizer: how, with a learning rate and epochs.
         seed: of dropout and of the baseline's order.
         baselines: whether to compare.
@@ -50,7 +50,7 @@ class Job(ABC):
 
     run: Run
     title: str
-    problem: Problem
+    prepared: Prepared
     optimizer: OptimizerOptions
     seed: int
     baselines: bool
@@ -58,7 +58,12 @@ class Job(ABC):
     output: Output
     began: float
     every: int
-    lock: int | None = field(default=None, kw_only=True)
+    lock: int | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """What is learnt."""
+        return self.prepared.problem
 
     def __call__(self) -> None:
         """Trains, compares, reports.
@@ -132,13 +137,30 @@ class Job(ABC):
         return StoppedError(message)
 
     @property
-    @abstractmethod
     def identity(self) -> BaseIdentity:
         """What an adapter's file says of the base."""
+        return self.prepared.identity
 
-    @abstractmethod
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
-        """The method and its baselines: what it found, and the rows of the results' table."""
+        """The method and then its baselines: what it found, and the rows of the results' table."""
+        prepared = self.prepared
+        found, row = self.train(
+            self.title, prepared.trained, self.optimizer, prepared.tokens, saving
+        )
+        if samples := prepared.samples():
+            row["samples"] = samples
+        baselines = prepared.baselines() if self.baselines else []
+        return found, [*map(self._compare, baselines), row]
+
+    def _compare(self, baseline: Untrained | TrainedHead) -> Result:
+        """The row of a baseline, trained if it is to be."""
+        if isinstance(baseline, TrainedHead):
+            size = self.optimizer.batch_size
+            optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
+            return self.train(HEAD_ONLY, baseline.problem(), optimizer)[1]
+        scores: dict[str, Any] = {**baseline.score()}
+        self.run.log({"method": baseline.title, **scores})
+        return {"method": baseline.title, "trainable_parameters": 0, **scores}
 
     def save(self, state: TrainState) -> None:
         """Keeps a state's adapter as the run's."""

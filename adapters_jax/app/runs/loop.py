@@ -85,7 +85,7 @@ class Saving:
         checkpoints: where to.
         every: steps from one to the next.
         interrupts: signals to stop; training is saved before it does.
-        on_resume: told of what was found and of the step, when there is something to go on from.
+        on_resume: called with what was found and with the step, where a checkpoint is restored.
     """
 
     checkpoints: Checkpoints
@@ -156,7 +156,7 @@ class _Training:
         found: so far.
         steps: to make.
         marks: after which dev is scored.
-        step: so many are made.
+        step: how many are made.
         due: whether dev is to be scored before the next one.
         saved: the step of the last checkpoint.
         began: when this process took over.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
 
 from adapters_jax.app.console import Output
 from adapters_jax.app.options.flags import parse
 from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs import decoder, encoder
+from adapters_jax.app.runs.build import build_job
 from adapters_jax.app.runs.config import check_same, check_unfinished
 from adapters_jax.app.runs.job import Job
 from adapters_jax.checks import check_size
 from adapters_jax.distributed.hosts import PROCESSES
 from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.pretrained.locate import is_decoder, pinned
+from adapters_jax.pretrained.locate import pinned
 
 
 def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> Job:
@@ -45,8 +44,7 @@ def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> 
     if options.exact_match < 0:
         raise ValueError(f"--exact-match {options.exact_match}: wanted a number of rows, or 0")
     options = replace(options, model=pinned(options.model))
-    room: Any = decoder if is_decoder(options.model) else encoder
-    return room.prepare(options, run, output, began)
+    return build_job(options, run, output, began)
 
 
 def open_run(job: Job) -> Job:

@@ -20,7 +20,7 @@ from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.nnx import recipe_of
 from adapters_jax.pretrained.decoder import STEP, Decoder, complete
 from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.base import Batch, Batches, NotFiniteError, in_row_order
+from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
 from adapters_jax.tasks.metrics import exact_match, perplexity
 from adapters_jax.training.state import TrainState
 
@@ -32,22 +32,22 @@ class HeldOut:
     Attributes:
         batches: all of them, packed, in order.
         tokens: of their completions.
-        asked: prompts of some rows; what is generated from them is compared.
-        prompts: the same as token ids.
+        prompts: of some rows; what is generated from them is compared.
+        prompt_ids: the same as token ids.
         references: for each of these, the completions that are right.
         new_tokens: how many to generate at most.
     """
 
-    batches: Batches
+    batches: BatchSource
     tokens: int
-    asked: Sequence[str] = ()
-    prompts: Sequence[Sequence[int]] = ()
+    prompts: Sequence[str] = ()
+    prompt_ids: Sequence[Sequence[int]] = ()
     references: Sequence[Sequence[str]] = ()
     new_tokens: int = STEP
 
 
 @dataclass(frozen=True)
-class Generation:
+class CompletionProblem:
     """A decoder and the completions it learns; a `Problem`.
 
     Attributes:
@@ -57,31 +57,31 @@ class Generation:
         held_out: "dev" and "test".
         most: tokens to learn in any sequence; only their logits are computed.
         metrics: names, the one selected on first.
-        say: told of what takes a while.
-        said: what was last generated for each part.
+        say: called with messages about what takes a while.
+        generated: the last texts of each part.
         mesh: of the devices that batches are split over; None is one.
         params: None, since an NNX model holds its own.
     """
 
     model: Any
     decoder: Decoder
-    train: Batches
+    train: BatchSource
     held_out: Mapping[str, HeldOut]
     most: int
     metrics: Sequence[str]
-    say: Callable[[str], None] = lambda words: None
-    said: dict[str, list[str]] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda message: None
+    generated: dict[str, list[str]] = field(default_factory=dict)
     params: None = None
     mesh: Mesh | None = None
 
     @property
     def recipe(self) -> Recipe:
-        """Says what trains."""
+        """What trains."""
         return recipe_of(self.model)
 
     def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's tokens that are to be learnt."""
-        return jnp.mean(batch["weight"] * sums(model, batch, self.most))
+        return jnp.mean(batch["weight"] * token_losses(model, batch, self.most))
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighed so that `loss` is the mean over tokens."""
@@ -104,17 +104,18 @@ class Generation:
 
         def run(batch: Batch) -> Array:
             placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            return _sums(graphdef, state, placed, self.most)
+            return _token_losses(graphdef, state, placed, self.most)
 
         losses = in_row_order(run, rows.batches)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:
-            self.said[part] = complete(model, self.decoder, rows.prompts, rows.new_tokens)
-            found["exact_match"] = exact_match(self.said[part], rows.references)
+            texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
+            self.generated[part] = texts
+            found["exact_match"] = exact_match(texts, rows.references)
         return found
 
 
-def sums(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
+def token_losses(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
     """The loss of each sequence, summed over its tokens that are to be learnt."""
     hidden = model.hidden(
         batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
@@ -131,7 +132,7 @@ def sums(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _sums(graphdef: Any, state: Any, batch: Batch, most: int) -> Float[Array, "batch 1"]:
+def _token_losses(graphdef: Any, state: Any, batch: Batch, most: int) -> Float[Array, "batch 1"]:
     model = nnx.merge(graphdef, state)
     model.eval()
-    return sums(model, batch, most)[:, None]
+    return token_losses(model, batch, most)[:, None]

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters_jax.data.batches import NOTHING, Batches, choose_buckets
-from adapters_jax.data.datasets import TaskData, spread
+from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, Packed, pack, sequence
+from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
 from adapters_jax.pretrained.decoder import Decoder, rounded
-from adapters_jax.tasks.generation import HeldOut
-from adapters_jax.tasks.prompts import Prompts, count_tokens, encode
+from adapters_jax.tasks.completion_problem import HeldOut
+from adapters_jax.tasks.prompts import Prompts, count_tokens, encode_table
 
 HELD_OUT = ("dev", "test")
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowBuilder:
     """How rows become batches.
 
     Attributes:
@@ -42,7 +43,7 @@ class Layout:
     matched: int
 
     def build(self, task: TaskData, say: Callable[[str], None]) -> BuiltRows:
-        """The batches of a task; says how many rows are cut.
+        """The batches of a task; a message counts the rows that are cut.
 
         Raises:
             DataError: a prompt leaves no room for a completion.
@@ -65,7 +66,7 @@ class Layout:
         )
 
     def _encode(self, table: Table, part: str, say: Callable[[str], None]) -> list[Example]:
-        examples, cut = encode(table, self.prompts, self.decoder, self.max_length)
+        examples, cut = encode_table(table, self.prompts, self.decoder, self.max_length)
         if cut:
             say(f"{cut} of {len(table)} {part} rows are cut at {self.max_length} tokens")
         return examples
@@ -84,20 +85,20 @@ class Layout:
         for prompt, completion in table.texts if self.matched else ():
             if completion is not None:
                 right[prompt].append(completion)
-        asked = [list(right)[i] for i in spread(len(right), self.matched)]
+        prompts = [list(right)[i] for i in spread(len(right), self.matched)]
         return HeldOut(
             Batches.in_order(rows, None, self.batch_size, buckets),
             count_tokens(examples)[1],
-            asked,
-            [self.prompts.encode(prompt, self.decoder) for prompt in asked],
-            [right[prompt] for prompt in asked],
+            prompts,
+            [self.prompts.encode(prompt, self.decoder) for prompt in prompts],
+            [right[prompt] for prompt in prompts],
             rounded(max(len(completion) for _, completion in examples)),
         )
 
 
 @dataclass(frozen=True)
 class BuiltRows:
-    """What `Layout.build` makes.
+    """What `RowBuilder.build` makes.
 
     Attributes:
         train: training batches.

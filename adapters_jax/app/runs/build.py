@@ -1,0 +1,101 @@
+"""A job from the command line's options: the task prepares it, whatever the task is."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+
+from adapters_jax.app.console import Output
+from adapters_jax.app.options.flags import flag, given
+from adapters_jax.app.options.method import HEAD_ONLY
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs.config import shared_config
+from adapters_jax.app.runs.job import Job
+from adapters_jax.data.splits import spread
+from adapters_jax.io.run_directory import Run
+from adapters_jax.pretrained.locate import is_decoder
+from adapters_jax.tasks import TASKS, Task, tasks_on
+from adapters_jax.tasks.base import Setup
+
+
+def build_job(options: RunOptions, run: Run, output: Output, began: float) -> Job:
+    """Reads and checks everything; see `prepare.prepare_run`."""
+    kind = "decoder" if is_decoder(options.model) else "encoder"
+    if kind == "decoder" and options.method.method == HEAD_ONLY:
+        raise ValueError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
+    task = options.data.task_on(kind, options.model)
+    _refuse_stray_flags(options, task)
+    data = options.data.load(task)
+    if "held_out" in task.flags:
+        few = {p: getattr(data, p) for p in ("dev", "test")}
+        few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
+        data = replace(data, **few)
+    training = _training(options, kind)
+    setup = Setup(
+        model=options.model,
+        recipe=options.method.build,
+        batch_size=training.batch_size or 1,
+        seed=options.seed,
+        columns=options.data.columns_of(task),
+        pooling=options.pooling,
+        dropout=training.dropout,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        max_length=options.max_length,
+        prompts=options.prompts,
+        pack=options.pack,
+        exact_match=options.exact_match,
+        mesh=options.make_mesh(training.batch_size),
+        say=output.say,
+    )
+    prepared = task.prepare(data, setup)
+    recipe = prepared.problem.recipe
+    return Job(
+        run=run,
+        title=options.method.title,
+        prepared=prepared,
+        optimizer=training,
+        seed=options.seed,
+        baselines=options.baselines,
+        config={
+            "kind": kind,
+            "task_type": task.name,
+            **shared_config(options, prepared.base_sha256, data, recipe, training),
+            **prepared.config,
+        },
+        output=output,
+        began=began,
+        every=options.checkpoint_every,
+    )
+
+
+def _training(options: RunOptions, kind: str) -> OptimizerOptions:
+    """How to train, with nothing left open; the movie reviews need fewer epochs."""
+    chosen, method = options.optimizer, options.method.method
+    if kind == "decoder":
+        return chosen.of_decoder(method)
+    if options.data.is_demo and chosen.epochs is None and method != HEAD_ONLY:
+        chosen = replace(chosen, epochs=1.5)
+    return chosen.of(method)
+
+
+def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
+    """Raises ValueError for flags that other tasks read and this one does not."""
+    nested = [f.name for f in fields(options) if is_dataclass(getattr(options, f.name))]
+    found = [name for name in given(options) if name not in nested]
+    found = [*(n for part in nested for n in given(getattr(options, part))), *found]
+    readers = {
+        name: [other.name for other in TASKS.values() if _reads(other, name)] for name in found
+    }
+    stray = [name for name in found if readers[name] and task.name not in readers[name]]
+    if stray:
+        others = sorted({other for name in stray for other in readers[name]})
+        raise ValueError(
+            f"{', '.join(map(flag, stray))}: of --task {' and '.join(others)}, and "
+            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}; tasks of that "
+            f"kind are {', '.join(other.name for other in tasks_on(task.kind))}"
+        )
+
+
+def _reads(task: Task, name: str) -> bool:
+    return name in task.columns or name in task.flags

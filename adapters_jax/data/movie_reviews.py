@@ -1,0 +1,70 @@
+"""The demo's rows: movie review sentences, positive or negative."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from adapters_jax.data.datasets import Dataset, TaskData, hold_out, numbers_of
+from adapters_jax.data.readers import DataError, FilePath, read_bytes, read_tsv
+from adapters_jax.data.splits import SPLIT_SEED
+from adapters_jax.data.tables import make_table
+
+
+def movie_reviews(directory: FilePath) -> Dataset:
+    """The 10,605 movie review sentences of Hutto and Gilbert, positive if their valence is above 0.
+
+    Args:
+        directory: of the unpacked asset "movie-reviews".
+
+    Returns:
+        Sentences with the classes "negative" and "positive"; a valence of 0 counts as negative.
+
+    Raises:
+        DataError: the file is absent or is not the 10,605 rows it should be.
+
+    Example:
+        >>> movie_reviews(".")
+        Traceback (most recent call last):
+        adapters_jax.data.readers.DataError: movieReviewSnippets_GroundTruth.txt: no such file
+
+    Reference:
+        C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+        of Social Media Text", ICWSM 2014.
+    """
+    path = Path(directory) / "movieReviewSnippets_GroundTruth.txt"
+    table = make_table(path, read_tsv(path, read_bytes(path)), "text", None, "sentiment")
+    valence = numbers_of(table)
+    if len(valence) != 10_605 or not all(-4 <= number <= 4 for number in valence):
+        raise DataError(
+            f"{path.as_posix()}: {len(valence)} rows with valences from {min(valence)} to "
+            f"{max(valence)}, expected 10605 from -4 to 4; delete its directory and fetch it again"
+        )
+    return Dataset(
+        table.texts,
+        np.array([number > 0 for number in valence], np.int32),
+        ("negative", "positive"),
+    )
+
+
+def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
+    """The demo's task: movie review sentences, a tenth each for dev and test.
+
+    Args:
+        directory: as for `movie_reviews`.
+        split_seed: of the rows held out.
+
+    Returns:
+        The task, selected on accuracy.
+
+    Raises:
+        DataError: as for `movie_reviews`.
+
+    Example:
+        >>> load_movie_reviews(".")
+        Traceback (most recent call last):
+        adapters_jax.data.readers.DataError: movieReviewSnippets_GroundTruth.txt: no such file
+    """
+    parts = {"train": movie_reviews(directory)}
+    return hold_out("movie-reviews", parts, ("accuracy", "f1"), split_seed)

@@ -1,0 +1,90 @@
+"""Which rows are held out: groups stay together, and classes keep their proportions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from adapters_jax.data.readers import DataError
+
+SPLIT_SEED = 0  # of held-out rows; not the training seed, so that runs with other seeds compare
+
+
+def split_rows(
+    keys: Sequence[str], strata: Sequence[int], seed: int, dev: float, test: float
+) -> tuple[list[int], list[int], list[int]]:
+    """The numbers of the rows of train, dev and test.
+
+    The choice depends on the seed and the keys alone. Each stratum is split in the same
+    proportions, rounded down; one too small to share stays in train.
+
+    Args:
+        keys: rows of one key stay together; see `key_of`.
+        strata: rows of each are split in the same proportions; a group is of its first row's.
+        seed: of the choice.
+        dev: fraction of the rows.
+        test: fraction of the rows.
+
+    Returns:
+        Three ascending lists.
+
+    Raises:
+        DataError: a part that was asked for would be empty.
+        ValueError: the fractions are negative, or leave nothing to train on.
+
+    Example:
+        >>> train, dev, test = split_rows(["a", "b", "b", "a"], [0] * 4, seed=0, dev=0.5, test=0)
+        >>> sorted([train, dev]), test
+        ([[0, 3], [1, 2]], [])
+    """
+    if min(dev, test) < 0 or dev + test >= 1:
+        raise ValueError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
+    chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
+    for groups in _groups(keys, strata, seed):
+        rows = sum(map(len, groups))
+        room = {"test": int(rows * test + 1e-9), "dev": int(rows * dev + 1e-9), "train": rows}
+        for group in groups:
+            part = next(part for part in room if len(group) <= room[part])
+            room[part] -= len(group)
+            chosen[part] += group
+    for part, fraction in (("dev", dev), ("test", test)):
+        if fraction and not chosen[part]:
+            raise DataError(
+                f"{len(keys)} rows are too few to hold out {fraction:g} of them for {part}; "
+                f"give a {part} file or more rows"
+            )
+    return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
+
+
+def key_of(*texts: str | None) -> str:
+    """What texts that differ in case and spacing alone have in common.
+
+    Example:
+        >>> key_of("A  film", None)
+        'a film'
+    """
+    return "\t".join(" ".join(text.casefold().split()) for text in texts if text is not None)
+
+
+def spread(count: int, n: int | None) -> list[int]:
+    """The numbers of at most n rows, evenly spread: files are often sorted.
+
+    Example:
+        >>> spread(10, 4), spread(3, 4), spread(2, None)
+        ([0, 2, 5, 7], [0, 1, 2], [0, 1])
+    """
+    n = count if n is None else min(n, count)
+    return [i * count // n for i in range(n)]
+
+
+def _groups(keys: Sequence[str], strata: Sequence[int], seed: int) -> Iterable[list[list[int]]]:
+    """For each stratum, its groups of rows of one text, in an order drawn by the seed."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        groups[key].append(row)
+    chosen: dict[int, list[list[int]]] = defaultdict(list)
+    # A hash, not a random generator: the split outlives changes of numpy and of the rows' order.
+    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
+        chosen[strata[groups[key][0]]].append(groups[key])
+    return chosen.values()

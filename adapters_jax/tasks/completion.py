@@ -1,0 +1,241 @@
+"""Completion: a decoder learns what follows prompts, or texts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adapters_jax.adapt import adapt
+from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.tables import read_rows
+from adapters_jax.io.identity import BaseIdentity
+from adapters_jax.io.loading import load_adapter
+from adapters_jax.io.run_directory import Run, RunError, check_base
+from adapters_jax.pretrained.decoder import Decoder, complete, load_decoder
+from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained
+from adapters_jax.tasks.completion_problem import CompletionProblem
+from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
+from adapters_jax.tasks.prompts import Prompts
+
+MAX_LENGTH = 256
+BATCH_SIZE = 16  # of prompts that are completed
+SAMPLES = 3  # generated texts that a report shows
+
+
+class Completion(Task):
+    """Prompts with what follows them, whose loss alone counts; or texts alone, of `--text`."""
+
+    name = "completion"
+    kind = "decoder"
+    pipeline = "text-generation"
+    command = "generate"
+    metrics = ("perplexity", "exact_match")
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "prompt": "prompt",
+        "completion": "completion",
+        "text": None,
+    }
+    flags = ("template", "chat", "pack", "held_out", "exact_match")
+    needed: ClassVar[Mapping[str, type]] = {"prompts": dict}
+    example = (
+        "--train rows.csv --prompt COLUMN --completion COLUMN, or --train rows.csv --text COLUMN"
+    )
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Rows of one prompt are held out together; see `Task.load`.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp(), "rows.csv")
+            >>> _ = path.write_text("p,c\\n" + "".join(f"{i // 2},{i}\\n" for i in range(40)))
+            >>> data = Completion().load({"train": path}, {"prompt": "p", "completion": "c"}, ())
+            >>> len(data.train), len(data.dev), len(data.test)
+            (32, 4, 4)
+        """
+        prompt, completion = self._pair(columns)
+        parts = {n: read_rows(path, prompt, completion, None) for n, path in files.items()}
+        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
+        table = parts["train"]
+        keys = [key_of(text) for text, _ in table.texts]
+        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
+        train, dev, test = (table.take(taken) for taken in rows)
+        name = files["train"].name.partition(".")[0]
+        return TaskData(
+            name,
+            train,
+            parts.get("dev", dev),
+            parts.get("test", test),
+            tuple(metrics) or self.metrics,
+        )
+
+    def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
+        """The columns of the prompt and of the completion; of texts alone, theirs and None."""
+        if "text" not in columns:
+            named: Any = self.of_columns(columns)
+            return named["prompt"], named["completion"]
+        others = [f"--{role}" for role in columns if role != "text"]
+        if others:
+            raise ValueError(f"--text is of texts alone, without {' and '.join(others)}")
+        return columns["text"], None
+
+    def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
+        """The rows packed for a decoder, compared with the base; see `Task.prepare`."""
+        column, completion = self._pair(setup.columns)
+        decoder = load_decoder(setup.model, setup.dtype, setup.quantize)
+        prompts = _prompts(setup, decoder, alone=completion is None)
+        length = setup.max_length or MAX_LENGTH
+        builder = RowBuilder(
+            decoder,
+            prompts,
+            length,
+            setup.pack,
+            setup.batch_size,
+            setup.seed,
+            setup.exact_match,
+        )
+        rows = builder.build(data, setup.say)
+        metrics = data.metrics if rows.held_out["dev"].prompts else data.metrics[:1]
+        problem = CompletionProblem(
+            model=_adapted(setup, decoder),
+            decoder=decoder,
+            train=rows.train,
+            held_out=rows.held_out,
+            most=rows.most,
+            metrics=metrics,
+            say=setup.say,
+            mesh=setup.mesh,
+        )
+        config = {
+            "max_length": length,
+            "metrics": list(metrics),
+            "prompts": dataclasses.asdict(prompts),
+            "pack": setup.pack,
+            "prompt": None if completion is None else column,
+            "completion": column if completion is None else completion,
+        }
+        return PreparedCompletions(problem, decoder.sha256, rows.tokens, config)
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
+        """A run as a generator; see `Task.open`."""
+        try:
+            prompts = Prompts(**config["prompts"])
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"{run.config} is damaged: its prompts are {config['prompts']}"
+            ) from error
+        decoder = load_decoder(config["model"], config["dtype"], config.get("quantize"))
+        ids = np.zeros((1, 8), np.int32)
+        adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+        check_base(run, dict(config), decoder.sha256)
+        return Generator(decoder, adapted, prompts)
+
+    def usage(self, run: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Task.usage`."""
+        return (
+            f'adapters-jax generate {shlex.quote(run)} --prompt "A prompt of your own."',
+            "from adapters_jax.inference import load_generator",
+            f'list(load_generator({run!r}).generate(["A prompt of your own."]))',
+        )
+
+
+def _adapted(setup: Setup, decoder: Decoder) -> nnx.Module:
+    recipe = setup.recipe(num_layers=decoder.config.num_hidden_layers, layer="layers/{}")
+    example = (np.zeros((1, 8), np.int32),)
+    return adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
+
+
+def _prompts(setup: Setup, decoder: Decoder, alone: bool) -> Prompts:
+    """How prompts are put: as they are where the texts are alone or the model does not chat."""
+    if alone:
+        if setup.prompts != Prompts():
+            raise ValueError("--text is of texts alone, which have no --template and no chat")
+        return Prompts(chat=False)
+    if setup.prompts.chat and decoder.chat_template is None:
+        setup.say(f"{setup.model} has no chat template: prompts are given as they are")
+        return dataclasses.replace(setup.prompts, chat=False)
+    return setup.prompts
+
+
+@dataclass(frozen=True)
+class PreparedCompletions(Prepared):
+    """A decoder and its rows, compared with the decoder as it was."""
+
+    problem: CompletionProblem
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The decoder's."""
+        return self.problem.decoder.identity
+
+    def baselines(self) -> Sequence[Untrained]:
+        """The base as it was."""
+        return [Untrained("base", self._base)]
+
+    def _base(self) -> Scores:
+        self.problem.say("the base as it was:")
+        model = self.problem.decoder.model
+        return {part: self.problem.score_model(model, part) for part in HELD_OUT}
+
+    def samples(self) -> list[dict[str, str]]:
+        """A few of the texts that were generated last, on test."""
+        rows, texts = self.problem.held_out["test"], self.problem.generated.get("test", [])
+        triples = list(zip(rows.prompts, rows.references, texts, strict=bool(texts)))[:SAMPLES]
+        return [{"prompt": p, "completion": r[0], "generated": text} for p, r, text in triples]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A run that is ready to generate; `adapters_jax.inference.load_generator` makes it.
+
+    Attributes:
+        decoder: the base.
+        model: adapted.
+        prompts: how a prompt was put in training, and is put here.
+    """
+
+    decoder: Decoder
+    model: nnx.Module
+    prompts: Prompts
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The completion of each prompt, batch by batch.
+
+        Args:
+            prompts: as in the column it was trained on.
+            max_new_tokens: how many tokens to generate at most.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+            top_p: sample among the likeliest tokens that have this probability together.
+            seed: of sampling.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        for first in range(0, len(prompts), BATCH_SIZE):
+            some = prompts[first : first + BATCH_SIZE]
+            yield from complete(
+                self.model,
+                self.decoder,
+                [self.prompts.encode(prompt, self.decoder) for prompt in some],
+                max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                key=jax.random.fold_in(jax.random.key(seed), first),
+            )
