@@ -138,13 +138,34 @@ def test_the_page_needs_nothing_else_and_says_how_to_go_on(whole):
     assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
     assert not {"script", "link", "iframe"} & set(found.tags)
     assert not re.search(r"url\(|@import|https?://", page)
-    assert summary["command"] in found.words
-    assert summary["best"]["command"] in found.words
+    assert found.sections["The same again"] == [summary["command"]]
+    assert found.sections["The best on dev, alone"] == [summary["best"]["command"]]
     assert "missing" not in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "comparison.json").read_text()) == summary
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert not (out / "lock").exists()
+
+
+def test_the_page_shows_every_recipe_and_every_cell(whole):
+    summary, out = whole
+    sections = Page((out / "comparison.html").read_text()).sections
+    header, rows = comparison_table(summary, ("dev", "test"))
+    assert sections["Results"] == [header, *rows]
+    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert [row[:5] for row in sections["Every cell"][1:]] == [
+        [
+            cell["recipe"],
+            f"{cell['learning_rate']:g}",
+            str(cell["seed"]),
+            f"{100 * cell['dev']['accuracy']:.1f} %",
+            f"{100 * cell['test']['accuracy']:.1f} %",
+        ]
+        for cell in cells
+    ]
+    configuration = dict(sections["Configuration"])
+    assert configuration["model"] == "tiny"
+    assert configuration["rows.train"] == "32"
 
 
 def test_the_best_command_is_that_of_its_cell_with_baselines(whole):

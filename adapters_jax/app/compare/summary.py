@@ -141,21 +141,19 @@ def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> 
 
 def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
-    table = pages.table(*comparison_table(summary, ("dev", "test")))
-    sections = {
-        "Results": table + pages.paragraph(_sentence(summary)),
-        f"Test {metric} against trainable parameters": pages.picture(
-            out / "comparison.png", f"Test {metric} against trainable parameters of each recipe"
-        ),
-        "Every cell": pages.table(*_cells_table(metric, results)),
-        "The same again": pages.code(summary["command"]),
-    }
-    if best is not None:
-        sections["The best on dev, alone"] = pages.code(best["command"])
-    configuration = list(settings(summary["configuration"]))
-    sections["Configuration"] = pages.table(["setting", "value"], configuration, words=2)
-    name = Path(summary["configuration"]["model"]).name
-    return pages.page(f"{summary['task']}: {len(summary['recipes'])} recipes on {name}", sections)
+    base = Path(summary["configuration"]["model"]).name
+    return pages.render(
+        "comparison",
+        title=f"{summary['task']}: {len(summary['recipes'])} recipes on {base}",
+        metric=metric,
+        results=comparison_table(summary, ("dev", "test")),
+        sentence=_sentence(summary),
+        picture_uri=pages.data_uri(out / "comparison.png"),
+        cells=_cells_table(metric, results),
+        again=summary["command"],
+        best=best["command"] if best else None,
+        configuration=list(settings(summary["configuration"])),
+    )
 
 
 def _sentence(summary: Summary) -> str:
