@@ -180,6 +180,19 @@ def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     assert best["dev"]["accuracy"]["mean"] == max(means)
 
 
+def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, place):
+    _, out = whole
+    cell = out / "cells" / f"{NORMS}-lr-0.002-seed-1"
+    sections = Page((cell / "report.html").read_text()).sections
+    rows = dict(sections["Configuration"])
+    assert (rows["model"], rows["text"], rows["seed"]) == ("tiny", "review", "1")
+    assert not [name for name in rows if name.rpartition(".")[2] in ("prompt", "completion")]
+    assert not [value for value in rows.values() if place.as_posix() in value]
+    (again,) = sections["The same again"]
+    options = parse(Finetune, shlex.split(again)[2:])
+    assert (options.seed, options.method.method, options.data.limit) == (1, NORMS, 32)
+
+
 @pytest.fixture
 def copy(whole, place):
     """A copy of the finished comparison."""

@@ -230,11 +230,6 @@ def test_hostile_words_stay_words(tmp_path):
     assert shlex.split(again)[-1] == f"--text={HOSTILE}"
 
 
-def test_a_run_that_does_not_know_its_command_shows_none(tmp_path):
-    config = {name: value for name, value in CONFIG.items() if name != "command"}
-    assert "The same again" not in Page(write_page(tmp_path, config)).sections
-
-
 def test_attributes_are_escaped_too(tmp_path):
     path = tmp_path / "c.png"
     path.write_bytes(b"png")

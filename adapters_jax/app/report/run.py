@@ -129,7 +129,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
         totals=counts.totals(),
         shell=usage.shell_lines(name, config),
         python=usage.python_lines(name, config),
-        again=_again(config),
+        again=shlex.join(["adapters-jax", "finetune", *config["command"]]),
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
@@ -144,12 +144,6 @@ def _sentence(config: Mapping[str, Any]) -> str:
         f"{summary['best_step']}: {show_metric(best, summary['dev'][best])}), tested once on "
         f"{rows['test']:,}. The whole run took {duration(summary['seconds'])}."
     )
-
-
-def _again(config: Mapping[str, Any]) -> str | None:
-    """The command that trains the same again; None where the run does not know it."""
-    flags = config.get("command")
-    return None if flags is None else shlex.join(["adapters-jax", "finetune", *flags])
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
