@@ -1,6 +1,7 @@
-"""Pages that need nothing but themselves, rendered from the templates beside this file.
+"""HTML pages, each a single file: the style and the pictures are inside.
 
-A template escapes every value, and a name that it does not get raises an error.
+The templates in `templates/` escape every value. A value that a template needs and does not get
+raises an error.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def render(name: str, **values: Any) -> str:
     """Renders a page.
 
     Args:
-        name: of the page's template, such as "run".
-        **values: what the template shows, as plain text; `title` heads every page.
+        name: name of the template, "run" or "comparison".
+        **values: the values that the template shows, as plain text; every page has a `title`.
 
     Returns:
         The HTML of the whole page.
@@ -38,5 +39,5 @@ def render(name: str, **values: Any) -> str:
 
 
 def data_uri(picture: Path) -> str:
-    """A PNG file as an address that holds the picture itself."""
+    """Encodes a PNG file as a `data:` address, which holds the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""What a run shows: a table of results, curves as a picture, and one page that holds everything."""
+"""What a finished run shows: its results as a table, its curves as a picture, and its page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_SETTINGS = ("command", "data", "summary")  # the page shows these elsewhere
 
 
 def show_metric(name: str, value: float) -> str:
-    """A metric for people: accuracy and F1 in percent, correlations as they are.
+    """Formats a metric for people: accuracy and F1 in percent, other metrics as they are.
 
     Example:
         >>> show_metric("accuracy", 0.8541), show_metric("pearson", 0.8541)
@@ -36,7 +36,14 @@ def show_metric(name: str, value: float) -> str:
 def results_table(
     results: Sequence[Mapping[str, Any]], metrics: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results, a row a method.
+    """Builds the table of results.
+
+    Args:
+        results: one for each method, as `summary.results` in a run's `config.json` holds them.
+        metrics: names of the test metrics to show.
+
+    Returns:
+        The header, and one row for each method.
 
     Example:
         >>> row = {"method": "lora", "trainable_parameters": 1234, "test": {"f1": 0.5}}
@@ -97,7 +104,7 @@ def draw_curves(
 
 
 def _smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:
-    """A running mean over a share of the values, centred and shorter at the ends."""
+    """The running mean over a share of the values; the window is centred, and cut at the ends."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))
@@ -147,9 +154,15 @@ def _sentence(config: Mapping[str, Any]) -> str:
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The configuration as rows of a table: each setting that has a value.
+    """Lists the configuration of a run: each setting that has a value.
 
-    Files of this machine are shown by their names alone.
+    An absolute path is shown as its last part, since the page may be read on another machine.
+
+    Args:
+        config: the run's configuration.
+
+    Yields:
+        The name of a setting, with dots for nested ones, and its value as text.
 
     Example:
         >>> config = {"model": "/home/me/tiny", "optimizer": {"clip": 1.0, "dropout": None}}

@@ -1,4 +1,4 @@
-"""The lines that use a finished run, for its page and its model card."""
+"""The lines of shell and Python that use a finished run, for its page and its model card."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ TEXT, SECOND_TEXT, PROMPT = "A text of your own.", "Another one.", "A prompt of 
 
 
 def shell_lines(name: str, config: Mapping[str, Any]) -> str:
-    """The command that predicts or generates with a run.
+    """Writes the command that predicts or generates with a run.
 
     Args:
         name: the run's directory, or its id on the Hugging Face Hub.
-        config: of the run.
+        config: the run's configuration.
 
     Returns:
         A line to paste into a shell.
@@ -31,12 +31,12 @@ def shell_lines(name: str, config: Mapping[str, Any]) -> str:
 
 
 def python_lines(name: str, config: Mapping[str, Any], model: str | None = None) -> str:
-    """The program that predicts or generates with a run.
+    """Writes the program that predicts or generates with a run.
 
     Args:
         name: the run's directory, or its id on the Hugging Face Hub.
-        config: of the run.
-        model: where the base model is; by default where it was in training.
+        config: the run's configuration.
+        model: the base model's directory or id; by default the one in the run's configuration.
 
     Returns:
         Lines to paste into Python.
