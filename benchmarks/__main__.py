@@ -10,8 +10,8 @@ from benchmarks import readme
 from benchmarks.harness import ROOT
 from benchmarks.report import Report
 
-# A benchmark is a module with `run(report, quick)`, or with a part behind a dash that it is told as
-# well; the value says what it measures.
+# A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
+# part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",
@@ -24,7 +24,7 @@ BENCHMARKS = {
     "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
     "switch": "another task's adapter under a jitted function: time, bytes, compilations",
-    "tasks": "whether training another task changes what the first one computes",
+    "tasks": "whether training another task changes the outputs of the first one",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
         for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     known = "\n".join(f"  {name:<16} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Runs benchmarks on this machine. Leave it alone meanwhile.",
+        description="Runs benchmarks on this machine. Run nothing else at the same time.",
         epilog=f"benchmarks:\n{known}\n\nexamples:\n"
         "  python -m benchmarks step                 the whole, minutes\n"
         "  python -m benchmarks step --quick         toy sizes: does it run?\n"
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m benchmarks readme               put the results into the README",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="*", help="which to run; without one they are listed")
+    parser.add_argument("name", nargs="*", help="which to run; without a name all are listed")
     parser.add_argument("--all", action="store_true", help="run every benchmark")
     parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds")
     parser.add_argument("--out", type=Path, help="directory of the results")
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the arguments name; 2 on a user's mistake."""
+    """Runs the benchmarks that the arguments name; exits with status 2 on unknown arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are: {known}")
     if not names:
         print("\n".join(f"{name:<16} {what}" for name, what in BENCHMARKS.items()))
-    # A trial's figures mean nothing: they stay out of the directory that is committed.
+    # Figures at toy sizes mean nothing, so they stay out of the committed directory.
     out = options.out or ROOT / ("runs/benchmarks" if options.quick else "benchmarks/results")
     for name in names:
         command = shlex.join(["python", "-m", "benchmarks", name, *["--quick"] * options.quick])

@@ -1,7 +1,7 @@
-"""BERT with adapters in its code, in linen and in NNX, and a training step: no adapters_jax here.
+"""BERT with adapters in its code, in linen and in NNX, and its training step; no adapters_jax.
 
-This is what one writes who has the model's source and wants one method, fast. Parameters have the
-paths of `adapters_jax.models.bert.BertClassifier`, so that all sides can start from one set of
+This is what you write if you have the source of the model and need one method. Parameters have the
+paths of `adapters_jax.models.bert.BertClassifier`, so that all sides can start from the same
 weights; only LoRA's factors are called `lora_a` and `lora_b`.
 """
 
@@ -21,7 +21,7 @@ NORMAL = linen.initializers.normal(0.02)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the encoder, its adapters (0: none), what its head reads, and a batch."""
+    """The sizes of the encoder, of its adapters (0 for none), of its head and of a batch."""
 
     layers: int = 6
     d: int = 768
@@ -268,14 +268,14 @@ class NnxBert(nnx.Module):
 
 
 def trains(path: tuple[Any, ...], sizes: Sizes) -> bool:
-    """Adapters and the head; with bottlenecks every layer norm too."""
+    """Whether a parameter trains: adapters, the head, and layer norms with bottlenecks."""
     names = set(path)
     norm = any("norm" in str(name) for name in path)
     return bool(names & {"lora_a", "lora_b", "adapter", "head"}) or bool(sizes.bottleneck and norm)
 
 
 def make_step(loss: Callable[..., jax.Array], tx: optax.GradientTransformation):
-    """A jitted step that differentiates its first argument alone, and donates what it updates."""
+    """Makes a jitted step that differentiates only its first argument and donates its state."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(adapters: Any, opt_state: Any, base: Any, batch: Batch):

@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled program, read from its HLO."""
+"""Reads from the HLO of a compiled program how many bytes its devices exchange."""
 
 import math
 import re
@@ -10,10 +10,13 @@ _ARRAY = re.compile(rf"({'|'.join(WIDTHS)})\[([\d,]*)\]")
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes that a device gets by each kind of collective operation.
+    """Counts the bytes that a device receives by each kind of collective operation.
 
     Args:
-        hlo: the text of a compiled program, of one of its devices.
+        hlo: the text of the compiled program of one device.
+
+    Returns:
+        Bytes by the name of the operation.
 
     Example:
         >>> collective_bytes("%r = (f32[2,3]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1")

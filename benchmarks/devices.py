@@ -1,8 +1,8 @@
-"""Work over many devices: FLOPs of each, what they exchange, and tokens a second of two processes.
+"""Measures a step on many devices: FLOPs, exchanged bytes, and the speed of two processes.
 
-FLOPs and exchanged bytes are XLA's own, of steps compiled for eight CPU devices, and depend on no
-clock. Two processes share the cores of one machine here, so that they cannot be faster than one;
-the row says what joining them costs.
+FLOPs and exchanged bytes come from XLA, for steps compiled for eight CPU devices; they need no
+clock. Two processes share the cores of one machine here, so they cannot be faster than one; the
+row shows what joining them costs.
 """
 
 import json
@@ -53,7 +53,7 @@ for mesh in json.loads(sys.argv[2]):
 
 
 def flops(report: Report, quick: bool) -> None:
-    """A step's FLOPs on each of eight devices, and the bytes that each gets."""
+    """Reports the FLOPs of a step on each of eight devices, and the bytes that each receives."""
     sizes = [2, 128, 16, 32] if quick else [4, 768, 64, 128]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", COMPILED, json.dumps(sizes), json.dumps([None, *MESHES])]
@@ -80,7 +80,7 @@ def flops(report: Report, quick: bool) -> None:
 
 
 def processes(report: Report, quick: bool) -> None:
-    """Tokens a second of the script on one process and on two."""
+    """Reports the tokens per second of the example script in one process and in two."""
     steps = 20 if quick else 400
     found: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(1 if quick else 3):
@@ -95,7 +95,7 @@ def processes(report: Report, quick: bool) -> None:
 
 
 def _tokens_a_second(count: int, steps: int) -> float:
-    with tempfile.TemporaryDirectory() as place, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as directory, socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
         probe.close()
@@ -103,7 +103,7 @@ def _tokens_a_second(count: int, steps: int) -> float:
         if count > 1:
             shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             shared |= {"JAX_NUM_PROCESSES": str(count)}
-        command = [sys.executable, str(EXAMPLE), "--run", place, "--steps", str(steps)]
+        command = [sys.executable, str(EXAMPLE), "--run", directory, "--steps", str(steps)]
         running = [
             subprocess.Popen(
                 command,
@@ -114,10 +114,10 @@ def _tokens_a_second(count: int, steps: int) -> float:
             )
             for i in range(count)
         ]
-        said = [process.communicate(timeout=600) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
     if any(process.returncode for process in running):
-        raise RuntimeError(said[0][1][-2000:])
-    match = re.search(r"([\d,]+) tokens/s", said[0][0])
+        raise RuntimeError(outputs[0][1][-2000:])
+    match = re.search(r"([\d,]+) tokens/s", outputs[0][0])
     if match is None:
-        raise RuntimeError(f"the example said no speed: {said[0][0][-500:]}")
+        raise RuntimeError(f"the example printed no speed: {outputs[0][0][-500:]}")
     return float(match[1].replace(",", ""))

@@ -1,8 +1,9 @@
-"""Saving and loading an adapter beside raw safetensors; what a checkpoint costs a training.
+"""Compares saving and loading an adapter with raw safetensors, and times checkpoints in training.
 
 The adapter is LoRA of rank 32 on query and value of a BERT-base: 1,179,648 parameters in 48
-tensors. Both sides write through to the disk (fsync), as a file must that is not to be lost; the
-row without it is there as well. Reading includes the checks: names, sizes, finite values.
+tensors. Both sides write through to the disk (fsync), since a file must survive a power failure;
+one row shows raw safetensors without fsync. Reading includes the checks of names, sizes and finite
+values.
 """
 
 import os
@@ -33,15 +34,15 @@ SLACK, BLOCKED = 2.0, 5e-3
 
 
 def run(report: Report, quick: bool) -> None:
-    """Measures all of it."""
-    place = Path(tempfile.mkdtemp(prefix="adapters-jax-benchmark-"))
+    """Runs the whole benchmark; at toy sizes if quick."""
+    directory = Path(tempfile.mkdtemp(prefix="adapters-jax-benchmark-"))
     try:
         config = TOY if quick else BASE
-        _files(report, place, config, rounds=3 if quick else 31)
-        _checkpoints(report, place, config, saves=3 if quick else 15)
-        _sizes(report, place, config, rounds=1 if quick else 5)
+        _files(report, directory, config, rounds=3 if quick else 31)
+        _checkpoints(report, directory, config, saves=3 if quick else 15)
+        _sizes(report, directory, config, rounds=1 if quick else 5)
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
 
 
 def _adapted(config: BertConfig, recipe: aj.Recipe) -> tuple[Any, Any, Any]:
@@ -56,16 +57,16 @@ def _adapted(config: BertConfig, recipe: aj.Recipe) -> tuple[Any, Any, Any]:
 
 
 def _noisy(tree: Any) -> Any:
-    """Random values: zeros would be read and compressed too easily."""
+    """Random values, since zeros are faster to read and compress."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), tree)
 
 
-def _files(report: Report, place: Path, config: BertConfig, rounds: int) -> None:
+def _files(report: Report, directory: Path, config: BertConfig, rounds: int) -> None:
     model, base, state = _adapted(config, aj.lora(32))
     state = state.replace(adapters=_noisy(state.adapters))
     tensors = flatten(state.trained)
-    ours, raw = place / "adapter", place / "raw.safetensors"
+    ours, raw = directory / "adapter", directory / "raw.safetensors"
 
     def raw_save(sync: bool) -> None:
         safetensors.flax.save_file(tensors, raw)
@@ -87,7 +88,7 @@ def _files(report: Report, place: Path, config: BertConfig, rounds: int) -> None
         "raw load": raw_load,
         "load_adapter, onto the model": load_onto,
     }
-    sides["save_adapter"](), sides["raw save"]()  # a round may begin with reading
+    sides["save_adapter"](), sides["raw save"]()  # a round may start with reading
     seconds = interleave({k: (lambda f=f: f() and None) for k, f in sides.items()}, rounds)
     report.samples("files", seconds)
     against = {"save_adapter": "raw save, fsync", "read_adapter": "raw load"}
@@ -114,8 +115,8 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def _checkpoints(report: Report, place: Path, config: BertConfig, saves: int) -> None:
-    """How long a save keeps a training from going on, while steps are under way."""
+def _checkpoints(report: Report, directory: Path, config: BertConfig, saves: int) -> None:
+    """Times how long a save blocks the training while steps run."""
     model, _, state = _adapted(config, aj.lora(32))
     ids = jax.random.randint(jax.random.key(3), (4, 32), 0, config.vocab_size)
     adapted = aj.adapt(model, state.recipe)
@@ -124,7 +125,7 @@ def _checkpoints(report: Report, place: Path, config: BertConfig, saves: int) ->
         return jnp.mean(adapted.apply({"params": params}, batch) ** 2)
 
     step, blocked, steps, saved = aj.make_train_step(loss), [], [], []
-    with aj.Checkpoints(place / "checkpoints") as checkpoints:
+    with aj.Checkpoints(directory / "checkpoints") as checkpoints:
         for i in range(1, 1 + 4 * (saves + 1)):
             began = time.perf_counter()
             state, _ = step(state, ids)
@@ -149,8 +150,8 @@ def _checkpoints(report: Report, place: Path, config: BertConfig, saves: int) ->
     report.add(table, what="difference of the two medians", ms=1e3 * more)
 
 
-def _sizes(report: Report, place: Path, config: BertConfig, rounds: int) -> None:
-    """Time and bytes of a checkpoint of adapters and of one of the full model."""
+def _sizes(report: Report, directory: Path, config: BertConfig, rounds: int) -> None:
+    """Reports the time and bytes of a checkpoint, of adapters and of the full model."""
     states = {
         "LoRA, rank 32": _adapted(config, aj.lora(32))[2],
         "full fine-tuning": _adapted(config, aj.full())[2],
@@ -159,7 +160,7 @@ def _sizes(report: Report, place: Path, config: BertConfig, rounds: int) -> None
     sizes = {}
     for i in range(rounds):
         for name, state in states.items():
-            path = place / f"{name}-{i}"
+            path = directory / f"{name}-{i}"
             noisy = state.replace(adapters=_noisy(state.adapters))
             with aj.Checkpoints(path) as checkpoints:
                 began = time.perf_counter()

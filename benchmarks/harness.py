@@ -1,7 +1,7 @@
-"""What every benchmark shares: interleaved timing, and medians with spread.
+"""Interleaved timing, and medians with their spread, for every benchmark.
 
-Contenders are timed in turn, A B B A, in one run, so that a slow minute of the machine falls on
-all of them; their ratio is taken round by round, for the same reason.
+Contenders are timed in turn in one run, so that a slow minute of the machine affects all of them.
+For the same reason their ratio is taken round by round.
 """
 
 import random
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its quartiles, and how many values it is of."""
+    """A median with its quartiles, and the number `n` of values."""
 
     median: float
     q1: float
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """The spread of some values.
+        """Computes the spread of values.
 
         Example:
             >>> Spread.of([4.0, 1.0, 3.0, 2.0, 5.0])
@@ -52,19 +52,20 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Runs each contender once a round, each round in an order of its own.
+    """Runs each contender once in a round, and draws a new order for each round.
 
-    Who runs right behind another may find its caches and threads, so nobody always does.
+    A contender may profit from the caches and threads of the one before it, so the order changes.
 
     Args:
-        contenders: what to run by name; each returns when its work is done. One that returns a
-            number is believed, others are timed (a subprocess may know better than its parent).
-        rounds: how many rounds are kept.
-        warmup: how many rounds before them are not.
-        clock: gives the time in seconds.
+        contenders: functions by name; each returns when its work is done. A returned number is
+            taken as the seconds (a subprocess measures better than its parent), and other
+            contenders are timed.
+        rounds: the number of rounds to keep.
+        warmup: the number of rounds before them, which are not kept.
+        clock: returns the time in seconds.
 
     Returns:
-        Seconds by name, one a round.
+        The seconds of each round, by the name of the contender.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in contenders}
     order, lots = list(contenders), random.Random(0)
@@ -80,15 +81,23 @@ def interleave(
 
 
 def ratio(seconds: Mapping[Any, Sequence[float]], name: Any, other: Any) -> Spread:
-    """How many times as long as the other a contender takes, round by round."""
+    """The time of a contender divided by that of another, round by round."""
     return Spread.of(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
 def fresh(code: str, *flags: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter, from the repository's root; by default one like this.
+    """Runs code in a new interpreter, in the root directory of the repository.
+
+    Args:
+        code: the code to run.
+        *flags: flags of the interpreter.
+        python: the interpreter; by default the one that runs the benchmark.
+
+    Returns:
+        The finished process, with its stdout and stderr as text.
 
     Raises:
-        RuntimeError: it failed; the message ends with what it said.
+        RuntimeError: the code failed; the message ends with its stderr.
     """
     command = [python, *flags, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

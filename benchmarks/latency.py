@@ -1,14 +1,14 @@
-"""What adapters add to a forward pass; and that LoRA, merged, adds nothing.
+"""Times what adapters add to a forward pass, and shows that merged LoRA adds nothing.
 
-Published is table 1 of Hu et al. 2021: GPT-2 medium on an NVIDIA Quadro RTX8000. Adapter^L is one
-adapter a block with a layer norm before it (Lin et al. 2020), Adapter^H is Houlsby's two; their
-widths are chosen here so that they have as many parameters as the table says, 0.5 M at 32 x 512 and
-11 M at the others (11.09 M in table 3, which is just m = 224 and m = 112). The widths 10, 100 and
-250 are those of figure 5, whose values are colours and cannot be read off.
+The published figures are table 1 of Hu et al. 2021: GPT-2 medium on an NVIDIA Quadro RTX8000.
+Adapter^L is one adapter in each block with a layer norm before it (Lin et al. 2020), and Adapter^H
+is Houlsby's two adapters. Their widths are chosen to match the parameter counts of the table, 0.5 M
+at 32 x 512 and 11 M at the other sizes (11.09 M in table 3, which gives m = 224 and m = 112). The
+widths 10, 100 and 250 are those of figure 5, which shows its values only as colours.
 
-A pass ends at the last norm: the logits cost the same on all sides. It runs in float32 on this
-machine's CPU, which computes wherever a GPU would wait, so that percentages may well differ. The
-merged model's program is the base's own, and so its time says how far timing is to be trusted.
+A pass ends at the last norm, since the logits cost the same on all sides. It runs in float32 on a
+CPU, which is bound by arithmetic where a GPU waits, so the percentages may differ. The merged model
+and the base run the same program, so the difference of their times shows the timing error.
 """
 
 from collections.abc import Callable
@@ -40,12 +40,12 @@ class Size:
 
     Attributes:
         subject: the model and its batch.
-        rounds: how often.
-        warmup: how often before.
-        millions: parameters of the adapters in table 1, none for a model that is not in it.
-        widths: further widths of adapters.
+        rounds: the number of rounds to keep.
+        warmup: the number of rounds before them.
+        millions: the parameters of the adapters in table 1; None for a model that is not in it.
+        widths: more widths of adapters.
         merged: whether merged LoRA is timed; its program is compared in any case.
-        published: the table's percentages of one and two adapters a block.
+        published: the percentages in the table, for one and two adapters in each block.
     """
 
     subject: Subject
@@ -70,23 +70,23 @@ TOYS = (
 
 
 def one(m: int) -> aj.Recipe:
-    """Adapter^L: one adapter a block, behind the feed-forward layer and a norm of its own."""
+    """Adapter^L: one adapter in each block, after the feed-forward layer, with its own norm."""
     return aj.pfeiffer(m, norm_before=True)
 
 
 def two(m: int) -> aj.Recipe:
-    """Adapter^H: two adapters a block; the layer norms, which train in place, cost no time."""
+    """Adapter^H: two adapters in each block; training the layer norms adds no time to a pass."""
     return aj.houlsby(m, layer_norms=None)
 
 
 def width(parameters: float, adapters: int, d: int, norm: bool) -> int:
-    """The width m at which so many adapters of 2md + d + m come nearest to a count.
+    """Computes the width m of adapters that comes nearest to a parameter count.
 
     Args:
-        parameters: of all of them.
-        adapters: how many.
+        parameters: the parameters of all adapters together.
+        adapters: the number of adapters, each of 2md + d + m parameters.
         d: the model's width.
-        norm: whether each has a layer norm, of 2d.
+        norm: whether each adapter has a layer norm, of 2d parameters.
 
     Example:
         >>> width(11.09e6, 24, 1024, norm=True), width(11.09e6, 48, 1024, norm=False)
@@ -98,14 +98,14 @@ def width(parameters: float, adapters: int, d: int, norm: bool) -> int:
 
 
 def recipes(size: Size) -> dict[str, aj.Recipe]:
-    """Every adapted contender; those of the table first."""
+    """The recipe of every adapted contender; those of the table come first."""
     found = {LORA: RECIPES[LORA]}
     widths = {m: (m, m) for m in size.widths}
     if size.millions:
-        config, wanted = size.subject.base.config, MILLIONS[size.millions]
+        config, parameters = size.subject.base.config, MILLIONS[size.millions]
         d, layers = config.n_embd, config.n_layer
-        chosen = width(wanted, layers, d, norm=True), width(wanted, 2 * layers, d, norm=False)
-        widths = {chosen[0]: chosen, **widths}
+        m = width(parameters, layers, d, norm=True), width(parameters, 2 * layers, d, norm=False)
+        widths = {m[0]: m, **widths}
     for a, b in widths.values():
         found |= {f"{ONE}, m={a}": one(a), f"{TWO}, m={b}": two(b)}
     return found
@@ -125,7 +125,7 @@ class Pass:
 
     @property
     def text(self) -> str:
-        """The program."""
+        """The text of the compiled program."""
         return self.compiled.as_text()
 
     def __call__(self) -> jax.Array:
@@ -133,7 +133,7 @@ class Pass:
 
 
 def passes(size: Size) -> tuple[dict[str, Pass], dict[str, int]]:
-    """Every contender, the base first and merged LoRA last; and the parameters each adds."""
+    """Every contender, from the base to merged LoRA, and the parameters that each adds."""
     jax.config.update("jax_traceback_in_locations_limit", 0)  # programs without lines of Python
     subject, base = size.subject, size.subject.weights()
     found, added = {BASE: Pass(subject, subject.base, base)}, {BASE: 0}
@@ -148,7 +148,7 @@ def passes(size: Size) -> tuple[dict[str, Pass], dict[str, int]]:
 
 
 def run(report: Report, quick: bool) -> None:
-    """Times all of it; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     for size in TOYS if quick else SIZES:
         found, added = passes(size)
         same = found[MERGED].text == found[BASE].text
@@ -182,21 +182,21 @@ def _timed(run: Pass) -> Callable[[], None]:
 
 
 def _apart(found: dict[str, Pass]) -> float:
-    """How far the outputs of LoRA are from those of it merged, as a part of the largest."""
+    """The largest difference between LoRA and merged LoRA, divided by the largest output."""
     lora, merged, base = (found[name]() for name in (LORA, MERGED, BASE))
     if jnp.array_equal(lora, base):
-        raise ValueError("LoRA's factors change nothing, and so its merge says nothing")
+        raise ValueError("LoRA changes no output, so comparing it with merged LoRA shows nothing")
     return float(jnp.abs(lora - merged).max() / jnp.abs(lora).max())
 
 
 def _percent(seconds: dict[str, list[float]], name: str) -> Spread:
-    """How many percent longer than the base, round by round."""
+    """The percentage by which a contender is slower than the base, round by round."""
     found = ratio(seconds, name, BASE)
     return Spread(*(100 * (x - 1) for x in (found.median, found.q1, found.q3)), found.n)
 
 
 def _zero(report: Report, size: Size, same: bool, apart: float | None, more: Spread | None) -> None:
-    """That merged LoRA adds no latency."""
+    """Reports whether merged LoRA adds latency."""
     if apart is not None:
         what = f"{size.subject}: outputs of LoRA and merged apart, part of the largest"
         report.claim(what, apart, APART)
@@ -211,7 +211,7 @@ def _zero(report: Report, size: Size, same: bool, apart: float | None, more: Spr
 
 
 def _table(report: Report, size: Size, more: dict[str, Spread], added: dict[str, int]) -> None:
-    """The adapters of table 1 beside its percentages."""
+    """Reports the adapters of table 1 with the published percentages."""
     if size.published is None:
         return
     for kind, published in zip((ONE, TWO), size.published, strict=True):
@@ -227,11 +227,14 @@ def _table(report: Report, size: Size, more: dict[str, Spread], added: dict[str,
 
 
 def slower(found: Spread, published: float) -> Verdict:
-    """Whether a slow-down is the published one: within a half of it, or a slow-down at all.
+    """Compares a slow-down with the published one.
 
     Args:
-        found: percent over the base.
-        published: likewise.
+        found: the measured percentage over the base.
+        published: the published percentage.
+
+    Returns:
+        "reproduced" within a factor of 1.5, "in part" for another slow-down.
 
     Example:
         >>> slower(Spread(25.0, 24.0, 26.0, 9), 20.7), slower(Spread(4.0, 3.0, 5.0, 9), 20.7)

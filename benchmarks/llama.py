@@ -1,7 +1,7 @@
-"""A decoder of SmolLM2's shapes: the step beside one written by hand, and decoding.
+"""Times a decoder of SmolLM2's shapes: a training step and one written by hand, and decoding.
 
-Both sides of a step start from the same random weights, noise on every factor and gate, and must
-have equal losses and trainable counts before anything is timed.
+Both sides of a step start from the same random weights, with noise on every factor and gate. They
+must have equal losses and trainable counts before they are timed.
 """
 
 import time
@@ -41,7 +41,7 @@ STEP_SLACK, DECODE_SLACK = 1.03, 1.08
 
 @dataclass(frozen=True)
 class Size:
-    """Of a benchmark's run."""
+    """The sizes of a benchmark."""
 
     config: LlamaConfig = SMOLLM2
     batch: int = 4
@@ -66,7 +66,7 @@ class Size:
 
 
 def adapted(base: Llama, recipe: aj.Recipe, seed: int = 1) -> Any:
-    """The base with noise on every leaf of the adapters: a wrong scale would show."""
+    """The base with adapters that have noise on every leaf, so that a wrong scale shows."""
     model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(seed)
     state = nnx.state(model, aj.nnx.AdapterParam)
@@ -76,7 +76,7 @@ def adapted(base: Llama, recipe: aj.Recipe, seed: int = 1) -> Any:
 
 
 class Side:
-    """A step and what it carries; `flops` are XLA's own."""
+    """A training step with its state; `flops` is the count of XLA."""
 
     def __init__(self, advance: Callable[[Any], Any], carry: Any, lowered: Any, trained: Any):
         self.advance, self.carry, self.loss = advance, carry, float("nan")
@@ -113,10 +113,10 @@ def by_hand(model: Any, config: LlamaConfig, ids: jax.Array) -> Side:
 
 
 def check_equal(sides: dict[str, Side], steps: int = 3) -> None:
-    """Runs some steps of both sides; raises ValueError where they do not do the same work.
+    """Runs a few steps of both sides; raises ValueError if their work differs.
 
-    The first losses are of equal weights. After them, Adam takes a rounding of a gradient near zero
-    for a sign, so that the sides drift apart by little.
+    The first losses are computed from equal weights. After that, Adam turns the rounding error of a
+    gradient near zero into a full update, so the sides drift apart a little.
     """
     counts = {side.trainable for side in sides.values()}
     for i in range(steps):
@@ -128,7 +128,7 @@ def check_equal(sides: dict[str, Side], steps: int = 3) -> None:
 
 
 def run_steps(report: Report, size: Size, base: Llama) -> None:
-    """Times ours beside the one by hand, for each recipe."""
+    """Times our step and the one written by hand, for each recipe."""
     ids = size.ids(size.length)
     for name, recipe in size.recipes.items():
         model = adapted(base, recipe)
@@ -147,7 +147,7 @@ def run_steps(report: Report, size: Size, base: Llama) -> None:
 
 
 def program(model: Any, ids: jax.Array, tokens: int) -> Any:
-    """The lowered program that `generate` runs."""
+    """Lowers the program that `generate` runs."""
     sampling = generation._Sampling(
         jnp.float32(0), jnp.float32(1), jax.random.key(0), jnp.zeros(0, jnp.int32)
     )
@@ -156,7 +156,7 @@ def program(model: Any, ids: jax.Array, tokens: int) -> Any:
 
 
 def run_decode(report: Report, size: Size, base: Llama) -> None:
-    """Times a token of the base, of it with LoRA, and merged; and says how long compiling takes."""
+    """Times decoding and compiling of the base, of LoRA, and of merged LoRA."""
     ids = size.ids(size.prompt, batch=1)
     lora = adapted(base, size.recipes["LoRA r=8 on q, v"])
     models = {"base": base, "LoRA": lora, "LoRA, merged": aj.merge(lora)}
@@ -179,7 +179,7 @@ def run_decode(report: Report, size: Size, base: Llama) -> None:
 
         return decode
 
-    # What a long run takes beyond one of a single token is decoding alone.
+    # A long run takes longer than a run of one token by the time of decoding alone.
     contenders = {(n, t): run(m, t) for n, m in models.items() for t in (1, size.tokens)}
     seconds = interleave(contenders, size.rounds)
     each = {
@@ -197,7 +197,7 @@ def run_decode(report: Report, size: Size, base: Llama) -> None:
 
 
 def run(report: Report, quick: bool) -> None:
-    """The whole benchmark; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     size = Size(TINY, batch=2, length=8, prompt=4, tokens=3, rounds=2) if quick else Size()
     weights = None if quick else cached("smollm2-135m")
     base = load_llama(weights)[1] if weights else Llama(size.config, rngs=nnx.Rngs(0))

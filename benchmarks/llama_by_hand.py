@@ -1,4 +1,4 @@
-"""A Llama with one method in its code, as a plain function of arrays, and a step: no adapters_jax.
+"""A Llama with one method in its code, as a function of arrays, and its step; no adapters_jax.
 
 Parameters have the paths of `adapters_jax.models.llama.Llama`, in one flat dictionary, so that both
 sides start from the same weights.
@@ -46,7 +46,7 @@ def prompted(w: Weights, path: str, query: jax.Array, kv_heads: int) -> jax.Arra
 
 
 def logits(config: Any, w: Weights, ids: jax.Array) -> jax.Array:
-    """Of a model with tied embeddings."""
+    """The logits of a model with tied embeddings."""
     batch, length = ids.shape
     width = config.hidden_size // config.num_attention_heads
     frequencies = config.rope_theta ** -(jnp.arange(0, width, 2) / width)
@@ -78,7 +78,7 @@ def next_token_loss(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def step_of(config: Any, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """`step(adapters, opt_state, base, ids)` gives the first two anew, and the loss."""
+    """Makes `step(adapters, opt_state, base, ids)`; it returns new adapters, state and loss."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(adapters: Weights, opt_state: Any, base: Weights, ids: jax.Array) -> Any:

@@ -1,11 +1,11 @@
-"""What training holds in memory: full fine-tuning beside adapters, measured, and for GPT-3 planned.
+"""Measures the memory of training with adapters and in full, and plans it for GPT-3.
 
-Each recipe trains in a process of its own, two steps of AdamW in float32. Its peak is counted from
-behind the compilation, less what the interpreter and its libraries held before there was a model;
-XLA's own plan of the same step is beside it. Adapters save the optimiser's state and most of the
-gradients, and nothing of the activations, so that the factor hangs on how many of them are kept:
-full fine-tuning and LoRA are there with their blocks recomputed as well. GPT-3 175B is planned by
-`benchmarks.plan`. The LoRA paper gives 1.2 TB and 350 GB for it, a factor of three.
+Each recipe trains in its own process, for two steps of AdamW in float32. The peak is counted after
+the compilation, minus what the interpreter and its libraries held before there was a model. Another
+column has XLA's plan of the same step. Adapters save the optimiser's state and most of the
+gradients, but no activations, so the factor depends on how many activations are kept: full
+fine-tuning and LoRA are also measured with recomputed blocks. `benchmarks.plan` plans GPT-3 175B.
+The LoRA paper gives 1.2 TB and 350 GB for it, a factor of three.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ STEPS = 2
 
 
 def run(report: Report, quick: bool) -> None:
-    """Measures all of it; at toy sizes and without GPT-3 if quick."""
+    """Runs the whole benchmark; at toy sizes and without GPT-3 if quick."""
     for subject in TOYS if quick else SUBJECTS:
         _subject(report, subject, [FULL, LORA] if quick else list(RECIPES))
         if not quick:
@@ -33,10 +33,10 @@ def run(report: Report, quick: bool) -> None:
 
 
 def measured(subject: Subject, recipe: str) -> dict[str, Any]:
-    """Bytes of a training, in a process that ends with it.
+    """Measures the bytes of a training, in its own process.
 
     Returns:
-        What the side says of itself, the peak of its steps and of the whole process, and its loss.
+        The side's `about`, the peak of its steps and of the whole process, and its loss.
     """
     worker = Worker(HERE, "training_side", {"subject": subject.job, "recipe": recipe})
     try:
@@ -83,7 +83,7 @@ def _subject(report: Report, subject: Subject, recipes: list[str]) -> None:
 
 
 def _planned(report: Report) -> None:
-    """GPT-3 175B over 64 devices, all that they hold, activations as well."""
+    """Plans GPT-3 175B on 64 devices, with activations."""
     plans = plan.planned("gpt3-175b")["plans"]
     totals = {name: found["total"] * found["devices"] / 1e9 for name, found in plans.items()}
     for name, found in plans.items():

@@ -1,8 +1,8 @@
-"""What trains and what is stored, on GPT-3 175B and BERT-large, beside the papers' figures.
+"""Counts what is trained and stored for GPT-3 175B and BERT-large, and compares with the papers.
 
-Counts are audits of abstract models. An adapter's bytes are those of a file that is written and
-read back; the base, which is stored once, is counted at 2 bytes a parameter. The figures are of Hu
-et al. 2021 (sections 1, 4.2; table 4) and Houlsby et al. 2019 (table 1).
+Counts are audits of abstract models. The bytes of an adapter are those of a file that is written
+and read back. The base is stored once, at 2 bytes for each parameter. The published figures are
+from Hu et al. 2021 (sections 1, 4.2; table 4) and Houlsby et al. 2019 (table 1).
 """
 
 import tempfile
@@ -19,15 +19,15 @@ from adapters_jax.trees import flatten, unflatten
 from benchmarks.report import Report
 from benchmarks.shapes import agreement
 
-RANKS = (1, 4, 8)  # 4.7 M, that of the checkpoint of 35 MB, and 37.7 M
+RANKS = (1, 4, 8)  # 4.7 M parameters, the checkpoint of 35 MB, and 37.7 M parameters
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 FEWER, MODEL_GB, ADAPTER_MB, HUNDRED_GB = 10_000, 350, 35, 354
 TABLE_4 = {1: 4.7, 8: 37.7}
-TASKS = 9  # of GLUE
+TASKS = 9  # the tasks of GLUE
 
 
 def run(report: Report, quick: bool) -> None:
-    """Counts and writes all of it; there is nothing to leave out if quick."""
+    """Runs the whole benchmark, which is the same if quick."""
     counts = {rank: counted(rank) for rank in RANKS}
     fewer = {f"r={r}": c.frozen_parameters / c.trainable_parameters for r, c in counts.items()}
     for rank, found in counts.items():
@@ -55,12 +55,12 @@ def run(report: Report, quick: bool) -> None:
 
 
 def counted(rank: int) -> aj.Audit:
-    """The audit of GPT-3 175B with LoRA, its layers scanned, which changes no count."""
+    """Audits GPT-3 175B with LoRA; its layers are scanned, which changes no count."""
     return aj.audit(*adapted_shape("gpt3-175b", lora(rank), scan=True))
 
 
 def lora(rank: int) -> MethodOptions:
-    """LoRA on query and value, as the command line has it."""
+    """The options of LoRA on query and value, the command line's default."""
     return MethodOptions("lora", rank=rank)
 
 
@@ -75,7 +75,7 @@ def _count(report: Report, what: str, found: aj.Audit) -> None:
 
 
 def adapter(rank: int) -> tuple[aj.Recipe, dict[str, np.ndarray]]:
-    """The recipe, and random factors for each layer of GPT-3 by path."""
+    """The recipe, and random factors by path for each layer of GPT-3."""
     model, params = adapted_shape("gpt3-175b", lora(rank), scan=True)
     rng = np.random.default_rng(0)
     shapes = {path: x.shape for path, x in flatten(params).items() if model.recipe.trains(path)}
@@ -83,13 +83,13 @@ def adapter(rank: int) -> tuple[aj.Recipe, dict[str, np.ndarray]]:
     return model.recipe, flatten(aj.unstack_layers(unflatten(factors), NAMES))
 
 
-def stored(place: Path, recipe: aj.Recipe, factors: dict[str, np.ndarray]) -> int:
-    """The bytes of an adapter's two files, written and read back.
+def stored(directory: Path, recipe: aj.Recipe, factors: dict[str, np.ndarray]) -> int:
+    """Writes an adapter, reads it back, and returns the bytes of its two files.
 
     Raises:
-        ValueError: it does not come back as it was.
+        ValueError: the adapter that was read differs from the one that was written.
     """
-    saved = aj.save_adapter(place, unflatten(factors), recipe)
+    saved = aj.save_adapter(directory, unflatten(factors), recipe)
     again = flatten(aj.read_adapter(saved)[1])
     same = (np.asarray(again[path]).tobytes() == x.tobytes() for path, x in factors.items())
     if again.keys() != factors.keys() or not all(same):
@@ -101,10 +101,10 @@ def _files(report: Report, model: int) -> None:
     """Writes the adapter of r = 4 in each dtype, and compares it with the model's bytes."""
     recipe, factors = adapter(4)
     sizes = {}
-    with tempfile.TemporaryDirectory(prefix="adapters-jax-benchmark-") as place:
+    with tempfile.TemporaryDirectory(prefix="adapters-jax-benchmark-") as directory:
         for dtype in DTYPES:
             cast = {path: x.astype(dtype) for path, x in factors.items()}
-            size = sizes[dtype] = stored(Path(place) / "adapter", recipe, cast)
+            size = sizes[dtype] = stored(Path(directory) / "adapter", recipe, cast)
             report.add(
                 "The adapter's files, LoRA r=4 on q, v of GPT-3 175B",
                 dtype=np.dtype(dtype).name,
@@ -134,7 +134,7 @@ def _files(report: Report, model: int) -> None:
 
 
 def _houlsby(report: Report) -> None:
-    """BERT-large with adapters of width 64, its layer norms training as well, without a head."""
+    """Counts BERT-large with adapters of width 64 and trained layer norms, without a head."""
     found = count_parameters("bert-large", MethodOptions("houlsby", bottleneck_dim=64))
     _count(report, "BERT-large, Houlsby m=64", found)
     base = found.trainable_parameters + found.frozen_parameters - found.adapter_parameters

@@ -1,8 +1,8 @@
-"""What training holds on each device, planned for three published shapes; beside published figures.
+"""Plans the memory of training on each device for three published shapes.
 
-Nothing is trained and no weight is there: the steps are compiled, and XLA's memory analysis is
-read. The LoRA paper gives for GPT-3 175B 1.2 TB of memory in full fine-tuning and 350 GB with LoRA,
-and checkpoints of 350 GB and 35 MB (r = 4 on query and value); Hu et al. 2021, section 4.2.
+Nothing is trained, and there are no weights: the steps are compiled, and XLA's memory analysis is
+read. For GPT-3 175B, the LoRA paper gives 1.2 TB of memory in full fine-tuning and 350 GB with
+LoRA, and checkpoints of 350 GB and 35 MB (r = 4 on query and value); Hu et al. 2021, section 4.2.
 """
 
 import json
@@ -26,7 +26,7 @@ SECONDS = 180
 
 
 def run(report: Report, quick: bool) -> None:
-    """Plans all of it; `quick` leaves the two large ones out."""
+    """Runs the whole benchmark; without the two large models if quick."""
     for model in list(CASES)[: 1 if quick else None]:
         began = time.perf_counter()
         found = planned(model)
@@ -47,7 +47,7 @@ def run(report: Report, quick: bool) -> None:
 
 
 def planned(model: str) -> Any:
-    """What `adapters-jax plan --json` says of one of `CASES`."""
+    """Runs `adapters-jax plan --json` for one of `CASES`, and returns its result."""
     flags = [model, *CASES[model], "--mesh", MESHES.get(model, "data=1")]
     command = [
         sys.executable,
@@ -65,7 +65,7 @@ def planned(model: str) -> Any:
 
 
 def _published(report: Report, plans: dict[str, dict[str, int]]) -> None:
-    """GPT-3 175B over all devices, beside what the paper says."""
+    """Compares GPT-3 175B over all devices with the figures of the paper."""
     lora, full = plans["lora"], plans["full"]
     weights = 2 * (lora["parameters"] - lora["trainable_parameters"])
     states = {name: sum(p[part] for part in HELD[:4]) * p["devices"] for name, p in plans.items()}

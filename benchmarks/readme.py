@@ -1,4 +1,4 @@
-"""The README's section of results, of what the benchmarks wrote: `python -m benchmarks readme`."""
+"""Writes the README's section of results from their files: `python -m benchmarks readme`."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Spread
-from benchmarks.report import CLAIMS, WANTED, Row, cell, table
+from benchmarks.report import CLAIMS, FIGURES, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 PICTURES = {
@@ -20,23 +20,30 @@ BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- e
 
 
 def section(results: Path = RESULTS) -> str:
-    """The section's text, of a directory of results.
+    """Builds the text of the section.
 
-    Every row names the command that makes it again; what was not reached is there as well. A file
-    beside a benchmark's own, as of another machine, is shown under its own name.
+    Every row names the command that reproduces it, and the section lists the figures that were not
+    reached. A second file of a benchmark, for example from another machine, is shown under its own
+    name.
+
+    Args:
+        results: the directory with the results.
+
+    Returns:
+        The section as Markdown.
     """
     files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     claims = [row for name, file in files.items() for row in _claims(file, name)]
-    wanted = [row for name, file in files.items() for row in _wanted(file, name)]
-    missed = [row for row in wanted if row["met"] == "no"]
+    figures = [row for name, file in files.items() for row in _figures(file, name)]
+    missed = [row for row in figures if row["met"] == "no"]
     machines = dict.fromkeys(map(_machine, files.values()))
     parts = [
         *(["Published claims, and what was found here:", table(claims)] if claims else []),
         *(f"![{alt}](benchmarks/results/{name}.png)" for name, alt in _pictures(results)),
-        f"Of {len(wanted)} figures that were asked for, {len(wanted) - len(missed)} are reached.",
+        f"Of {len(figures)} figures that were asked for, {len(figures) - len(missed)} are reached.",
         *(["Not reached:", table(missed)] if missed else []),
         "<details><summary>All of them</summary>",
-        table(wanted),
+        table(figures),
         "</details>",
         f"Measured on {'; '.join(machines)}. Medians, quartiles in brackets.",
     ]
@@ -44,12 +51,12 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _pictures(results: Path) -> list[tuple[str, str]]:
-    """The pictures that are there, with what they show."""
+    """The names of the existing pictures, with their descriptions."""
     return [(name, alt) for name, alt in PICTURES.items() if (results / f"{name}.png").exists()]
 
 
 def _sources(file: Row, name: str) -> Row:
-    """Where a row has all of its figures, and what makes it again."""
+    """The link to all results of a row's benchmark, and the command that reproduces them."""
     link = f"[{name}](benchmarks/results/{name}.md)"
     return {"results": link, "command": f"`{file['command']}`"}
 
@@ -59,8 +66,8 @@ def _claims(file: Row, name: str) -> Iterator[Row]:
         yield {**row, **_sources(file, name)}
 
 
-def _wanted(file: Row, name: str) -> Iterator[Row]:
-    for row in _rows(file, WANTED):
+def _figures(file: Row, name: str) -> Iterator[Row]:
+    for row in _rows(file, FIGURES):
         yield {
             "figure": row["claim"],
             "measured": _shown(row["measured"]),
@@ -92,14 +99,18 @@ def _machine(file: Row) -> str:
 
 
 def write(readme: Path = README, results: Path = RESULTS) -> None:
-    """Puts the section where the README has its two marks.
+    """Writes the section between the two marks in the README.
+
+    Args:
+        readme: the file to change.
+        results: the directory with the results.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the README does not have both marks exactly once.
     """
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: wanted one line {BEGIN!r} and one {END!r} after it")
+        raise ValueError(f"{readme}: expected one line {BEGIN!r} and one {END!r} after it")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")

@@ -1,7 +1,8 @@
-"""What a benchmark says: rows as JSON lines while they come, then JSON, Markdown and a picture.
+"""Writes the report of a benchmark: JSON lines while it runs, then JSON, Markdown and a picture.
 
-A row of the table "Claims" holds a published figure beside ours and a verdict; one of "Wanted" a
-figure of ours that was asked for. `python -m benchmarks readme` puts both into the README.
+A row of the table "Claims" has a published figure, our figure and a verdict. A row of the table
+"Wanted" has one of our figures and its limit. `python -m benchmarks readme` writes both tables into
+the README.
 """
 
 import json
@@ -17,14 +18,14 @@ from typing import Any, Literal
 from benchmarks.harness import Spread
 
 PACKAGES = ("adapters-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-CLAIMS, WANTED = "Claims", "Wanted"
+CLAIMS, FIGURES = "Claims", "Wanted"
 BLUE, GREY = "#0f62a8", "#b8bec7"
 Row = dict[str, Any]
 Verdict = Literal["reproduced", "in part", "not reproduced"]
 
 
 def _read(path: str, key: str) -> str:
-    """The value of the first line `key : value` of a file of the system; empty without one."""
+    """The value of the first line `key : value` in a system file; empty if there is none."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -33,7 +34,7 @@ def _read(path: str, key: str) -> str:
 
 
 def _processor() -> str:
-    """Its name, and the numbers of its kind: some names stand for several."""
+    """The processor's name, with family and model numbers, since a name may mean several."""
     name, *numbers = (
         _read("/proc/cpuinfo", key) for key in ("model name", "cpu family\t", "model\t")
     )
@@ -43,7 +44,7 @@ def _processor() -> str:
 
 
 def machine() -> Row:
-    """What the figures were measured on, and how busy it was."""
+    """Describes the machine, and its load at the start."""
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -58,7 +59,7 @@ def machine() -> Row:
 
 
 def versions() -> dict[str, str]:
-    """The interpreter's and packages' versions; a package that is not installed is left out."""
+    """The versions of Python and of the installed packages in `PACKAGES`."""
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     found = {name: installed[name] for name in PACKAGES if name in installed}
     return {"python": platform.python_version(), **found}
@@ -66,14 +67,14 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of a benchmark's picture: a bar for each contender.
+    """A part of a benchmark's picture, with a bar for each contender.
 
     Attributes:
-        title: what is compared.
-        unit: of the bars.
-        bars: a value by label; a `Spread` also shows its quartiles.
-        ours: labels that are drawn in colour.
-        level: a value that was published or wanted, as a line across.
+        title: the title of the panel.
+        unit: the unit of the bars.
+        bars: the values by label; a `Spread` also shows its quartiles.
+        ours: the labels of the bars that are drawn in colour.
+        level: a published value or a limit, drawn as a line.
     """
 
     title: str
@@ -84,12 +85,14 @@ class Panel:
 
 
 class Report:
-    """Rows of a benchmark: to a file of JSON lines as they come, then JSON, Markdown and a PNG.
+    """The rows and panels of a benchmark, written to files.
+
+    Each row is written at once, to a file of JSON lines; `finish` writes the other files.
 
     Args:
-        name: of the benchmark, and of its files.
-        command: that reruns it.
-        directory: where its files go.
+        name: the name of the benchmark, and of its files.
+        command: the command that runs it again.
+        directory: the directory of its files.
     """
 
     def __init__(self, name: str, command: str, directory: Path):
@@ -110,25 +113,25 @@ class Report:
             file.write(json.dumps(_plain(self.rows[-1])) + "\n")
 
     def samples(self, what: str, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Keeps raw timings, in the JSON lines alone."""
+        """Writes raw timings, only to the JSON lines."""
         with self._lines.open("a") as file:
             file.write(json.dumps({"samples": what, "seconds": dict(seconds)}) + "\n")
 
     def claim(self, what: str, measured: Spread | float, at_most: float) -> None:
-        """Adds a figure that was wanted, and whether it was reached."""
+        """Adds a figure with its limit, and whether it is met."""
         value = measured.median if isinstance(measured, Spread) else measured
         row = {"claim": what, "measured": measured, "at most": at_most, "met": value <= at_most}
-        self.add(WANTED, **row)
+        self.add(FIGURES, **row)
 
     def verdict(self, claim: str, published: str, ours: str, how: str, verdict: Verdict) -> None:
-        """Adds a published figure beside ours.
+        """Adds a published figure and ours.
 
         Args:
             claim: what is claimed, and by whom.
-            published: the figure, with its unit.
-            ours: likewise.
-            how: ours was found.
-            verdict: whether they agree.
+            published: the published figure, with its unit.
+            ours: our figure, with its unit.
+            how: how our figure was found.
+            verdict: whether the figures agree.
         """
         self.add(CLAIMS, claim=claim, published=published, ours=ours, how=how, verdict=verdict)
 
@@ -137,7 +140,7 @@ class Report:
         self.panels.append(Panel(title, unit, dict(bars), **more))
 
     def markdown(self) -> str:
-        """The tables, under what they were measured on."""
+        """The report as Markdown: the machine, the versions and the tables."""
         kinds = [str(kind) for kind in dict.fromkeys(row["table"] for row in self.rows)]
         parts = [f"# {self.name}", f"`{self.about['command']}`, {self.about['date']}"]
         parts.append(", ".join(f"{k} {v}" for k, v in self.about["versions"].items()))
@@ -152,7 +155,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def finish(self) -> str:
-        """Writes the JSON and the Markdown; returns the latter."""
+        """Writes the JSON, the Markdown and the picture; returns the Markdown."""
         text = self.markdown()
         whole = {**self.about, "rows": [_plain(row) for row in self.rows]}
         (self.directory / f"{self.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -163,20 +166,20 @@ class Report:
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
-    """Draws panels below each other, bars from zero."""
+    """Draws the panels below each other; bars start at zero."""
     from matplotlib.figure import Figure
 
     heights = [0.8 + 0.32 * len(panel.bars) for panel in panels]
     figure = Figure(figsize=(8, sum(heights)), dpi=130, layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
-        for place, (label, value) in enumerate(panel.bars.items()):
+        for height, (label, value) in enumerate(panel.bars.items()):
             found = value if isinstance(value, Spread) else Spread.of([value])
             colour = BLUE if label in panel.ours else GREY
             low, high = found.median - found.q1, found.q3 - found.median
-            axis.barh(place, found.median, 0.7, xerr=[[low], [high]], color=colour, ecolor="#444")
+            axis.barh(height, found.median, 0.7, xerr=[[low], [high]], color=colour, ecolor="#444")
             where = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
-            axis.annotate(cell(float(found.median)), (found.q3, place), fontsize=8, **where)
+            axis.annotate(cell(float(found.median)), (found.q3, height), fontsize=8, **where)
         if panel.level is not None:
             axis.axvline(panel.level, color="#c0392b", linestyle="--", linewidth=1)
         axis.set_yticks(range(len(panel.bars)), panel.bars, fontsize=8)
@@ -194,7 +197,7 @@ def _plain(row: Row) -> Row:
 
 
 def cell(value: Any) -> str:
-    """A value for people: thousands separated, floats to four figures, nothing for None."""
+    """Formats a value for people; floats have four digits, and None is empty."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -205,7 +208,7 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; the columns are their keys.
+    """Formats rows as a Markdown table; the columns are their keys.
 
     Example:
         >>> print(table([{"table": "t", "name": "a", "n": 1234}, {"name": "b", "ok": True}]))

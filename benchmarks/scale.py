@@ -1,4 +1,4 @@
-"""What scale costs: compiling deep models, scanned or unrolled; work over devices and processes."""
+"""Measures compiling deep models, scanned and unrolled, and steps on several devices."""
 
 import time
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ from benchmarks.report import Report
 WIDTH, HEADS, VOCAB, BATCH, LENGTH = 256, 4, 1024, 2, 64
 IDS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
 RECIPE = aj.houlsby(16, layer_norms=None) + aj.lora(8)
-DEPTHS, SHALLOW = (12, 24, 48, 96), (12, 24)  # scanned, and unrolled, which is slow
+DEPTHS, SHALLOW = (12, 24, 48, 96), (12, 24)  # scanned layers, unrolled layers
 SLACK = 1.3
 
 
 @dataclass(frozen=True)
 class Deep:
-    """A model of so many layers, of which nothing but shapes is there."""
+    """A model with a given number of layers, as shapes without arrays."""
 
     door: str
     layers: int
@@ -38,7 +38,7 @@ class Deep:
 
     @property
     def base(self) -> Any:
-        """Without adapters."""
+        """The model without adapters."""
         if self.door == "linen":
             config = GPT2Config(VOCAB, LENGTH, WIDTH, self.layers, HEADS)
             return GPT2(config, scan=self.scan)
@@ -46,7 +46,7 @@ class Deep:
         return nnx.eval_shape(lambda: Llama(size, scan=self.scan, rngs=nnx.Rngs(0)))
 
     def state(self) -> aj.TrainState:
-        """The adapted model's training."""
+        """The training state of the adapted model."""
         if self.door == "linen":
             model = aj.adapt(self.base, RECIPE)
             params = jax.eval_shape(self.base.init, jax.random.key(0), IDS)["params"]
@@ -56,7 +56,7 @@ class Deep:
         return abstract_state(model, tx=optax.adam(1e-3))
 
     def lower(self, state: aj.TrainState) -> Any:
-        """A new step, traced and lowered."""
+        """Traces and lowers a new step."""
         model = aj.adapt(self.base, RECIPE) if self.door == "linen" else None
 
         def loss(subject: Any, ids: jax.Array, key: Any) -> jax.Array:
@@ -68,8 +68,8 @@ class Deep:
 
 
 def _timed(deep: Deep, state: aj.TrainState, parts: dict[Deep, list[tuple[float, float]]]) -> float:
-    """Seconds to trace, lower and compile; both parts are kept."""
-    jax.clear_caches()  # a new step's inner functions are traced anew as well
+    """The seconds to trace, lower and compile; `parts` gets tracing and compiling apart."""
+    jax.clear_caches()  # so that inner functions are traced again as well
     start = time.perf_counter()
     lowered = deep.lower(state)
     middle = time.perf_counter()
@@ -80,7 +80,7 @@ def _timed(deep: Deep, state: aj.TrainState, parts: dict[Deep, list[tuple[float,
 
 
 def run_compile(report: Report, depths: tuple[int, ...], shallow: tuple[int, ...], rounds: int):
-    """Times the compilation of an adapted model's training step by its depth."""
+    """Times the compilation of a training step against the number of layers."""
     for door in ("linen", "NNX"):
         models = [Deep(door, layers, True) for layers in depths]
         models += [Deep(door, layers, False) for layers in shallow]
@@ -109,7 +109,7 @@ def run_compile(report: Report, depths: tuple[int, ...], shallow: tuple[int, ...
 
 
 def run(report: Report, quick: bool) -> None:
-    """The whole benchmark; at few layers if quick."""
+    """Runs the whole benchmark; with few layers if quick."""
     run_compile(
         report,
         (2, 4) if quick else DEPTHS,

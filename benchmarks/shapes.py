@@ -1,7 +1,7 @@
-"""GPT-2 and BERT of published shapes, adapted by published recipes, for benchmarks of claims.
+"""GPT-2 and BERT in published shapes, with published recipes, for benchmarks of claims.
 
-Weights are random, with noise on every leaf: a factor of zeros would hide a wrong scale. There is
-no dropout, and AdamW is the optimiser.
+Weights are random, with noise on every leaf, since a factor of zeros hides a wrong scale. There is
+no dropout, and the optimiser is AdamW.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,10 +44,10 @@ class Subject:
 
     Attributes:
         model: a name in `MODELS`.
-        batch: sequences.
-        length: tokens of each.
-        remat: whether blocks are recomputed in the backward pass instead of stored. They are
-            scanned then: XLA undoes it for blocks in a row on a CPU.
+        batch: the number of sequences in a batch.
+        length: the number of tokens in a sequence.
+        remat: whether blocks are recomputed in the backward pass instead of stored. The blocks are
+            scanned then, since XLA undoes the recomputation of unrolled blocks on a CPU.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Subject:
 
     @property
     def base(self) -> Any:
-        """The model, without weights."""
+        """The base model, without weights."""
         return MODELS[self.model].clone(remat=self.remat, scan=self.remat)
 
     @property
@@ -70,7 +70,7 @@ class Subject:
 
     @property
     def job(self) -> dict[str, Any]:
-        """Its fields, for a process of its own."""
+        """The fields as JSON values, for another process."""
         return asdict(self)
 
     def ids(self, seed: int = 0) -> jax.Array:
@@ -80,19 +80,19 @@ class Subject:
         return jnp.asarray(rng.integers(0, self.base.config.vocab_size, shape), jnp.int32)
 
     def recipe(self, name: str) -> aj.Recipe:
-        """The recipe of that name, with the head of a classifier."""
+        """The recipe of a name in `RECIPES`, which also trains the head of a classifier."""
         found = RECIPES[name]
         if not self.classifies or name == FULL:
             return found
         return found + aj.Recipe(aj.Unfreeze("head/**"))
 
     def weights(self, seed: int = 0) -> Tree:
-        """The base's parameters, random."""
+        """Random parameters of the base."""
         shapes = jax.eval_shape(self.base.init, jax.random.key(0), self.ids())["params"]
         return unflatten(drawn(flatten(shapes), seed))
 
     def adapted(self, recipe: aj.Recipe, base: Tree, seed: int = 1) -> tuple[Any, Tree]:
-        """The adapted model and its parameters: the very arrays of the base, and random ones."""
+        """The adapted model, and its parameters: the arrays of the base and random ones."""
         model = aj.adapt(self.base, recipe)
         shapes = jax.eval_shape(lambda base: base, base)
         whole = flatten(aj.init_adapters(model, shapes, jax.random.key(0), self.ids()))
@@ -101,12 +101,12 @@ class Subject:
         return model, unflatten({**held, **drawn(added, seed)})
 
     def state(self, recipe: aj.Recipe, base: Tree, seed: int = 1) -> tuple[Any, aj.TrainState]:
-        """The adapted model, and a training that starts from noise on what it added."""
+        """The adapted model, and its training state, which starts from random adapters."""
         model, params = self.adapted(recipe, base, seed)
         return model, aj.TrainState.create(model, params, tx=TX, key=jax.random.key(2))
 
     def loss(self, model: Any) -> Callable[[Tree, Any, Any], jax.Array]:
-        """Cross-entropy: of a sentence's label, or of the next tokens."""
+        """The cross-entropy of a sentence's label, or of the next tokens."""
 
         def loss(params: Tree, batch: Any, key: Any) -> jax.Array:
             logits = model.apply({"params": params}, batch["ids"])
@@ -124,7 +124,7 @@ class Subject:
 
 
 def drawn(shapes: Mapping[str, Any], seed: int) -> dict[str, jax.Array]:
-    """Random arrays by path: deviation 0.02, around 1 where a norm scales."""
+    """Random arrays by path, with deviation 0.02; the scale of a norm has mean 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -136,14 +136,14 @@ def drawn(shapes: Mapping[str, Any], seed: int) -> dict[str, jax.Array]:
 
 
 class Step:
-    """A compiled training step, carrying on from where it is.
+    """A compiled training step; each call continues from the state of the last one.
 
     Attributes:
-        trainable: parameters that train.
-        parameters: all of them.
-        flops: of a step, by XLA.
-        planned: bytes that XLA plans for a step: what goes in and comes out, and working memory.
-        loss: of the last step.
+        trainable: the number of trainable parameters.
+        parameters: the number of all parameters.
+        flops: the FLOPs of a step, counted by XLA.
+        planned: the bytes that XLA plans for a step: inputs, outputs and working memory.
+        loss: the loss of the last step.
     """
 
     def __init__(self, subject: Subject, recipe: aj.Recipe, base: Tree):
@@ -168,13 +168,16 @@ class Step:
 
 
 def agreement(ours: float, published: float, more_is_fine: bool = False) -> Verdict:
-    """Whether a figure is the published one: within a tenth of it, or within a factor of two.
+    """Compares a figure with the published one.
 
     Args:
-        ours: the figure.
-        published: likewise, above 0.
-        more_is_fine: whether a figure beyond the published one confirms it too, as it does where
-            the claim is an advantage.
+        ours: our figure.
+        published: the published figure, above 0.
+        more_is_fine: whether a larger figure also reproduces the claim, as it does if the claim is
+            an advantage.
+
+    Returns:
+        "reproduced" within a tenth of the published figure, "in part" within a factor of two.
 
     Example:
         >>> agreement(9251, 10_000), agreement(4625, 8000), agreement(4, 3)

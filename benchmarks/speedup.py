@@ -1,7 +1,8 @@
-"""A step of full fine-tuning over one of an adapter: as FLOPs by XLA, and as time.
+"""Compares a step of full fine-tuning with a step of adapters, in FLOPs counted by XLA and in time.
 
-Sides are processes of their own that step in turn. The LoRA paper trains GPT-3 175B at 32.5 tokens
-a second and GPU in full and at 43.1 with LoRA, which it calls 25 % faster: a factor of 1.33.
+Each side is a process of its own, and they step in turn. The LoRA paper trains GPT-3 175B with 32.5
+tokens per second on each GPU in full and with 43.1 with LoRA. It calls this 25 % faster; the factor
+is 1.33.
 """
 
 from benchmarks.harness import Spread, interleave, ratio
@@ -9,7 +10,7 @@ from benchmarks.report import Report
 from benchmarks.shapes import FULL, HOULSBY, LORA, Subject, agreement
 from benchmarks.workers import HERE, Worker
 
-SIDES = {  # all of a subject's sides hold their memory at the same time
+SIDES = {  # the sides of a subject are in memory at the same time
     Subject("BERT-base", 8, 128): (FULL, LORA, HOULSBY),
     Subject("GPT-2 medium", 1, 256): (FULL, LORA),
 }
@@ -18,7 +19,7 @@ PUBLISHED = 43.1 / 32.5
 
 
 def run(report: Report, quick: bool) -> None:
-    """Times all of it; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     for subject, recipes in (TOYS if quick else SIDES).items():
         sides: dict[str, Worker] = {}
         try:

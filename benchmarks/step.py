@@ -1,8 +1,8 @@
-"""A training step beside one written by hand; adapting and auditing BERT-large; import time.
+"""Times our training step and one written by hand, adapting and auditing BERT-large, and importing.
 
-The four sides of a case (linen and NNX, ours and by hand) start from the same weights and must have
-equal losses and equal trainable counts before anything is timed; their FLOPs are XLA's own, of the
-compiled step. The machine's rate is that of a 2048^3 float32 matmul, timed in the same rounds.
+The four sides of a case (linen and NNX, ours and by hand) start from the same weights. They must
+have equal losses and trainable counts before they are timed. XLA counts the FLOPs of the compiled
+step. The rate of the machine is that of a 2048^3 float32 matmul, timed in the same rounds.
 """
 
 import time
@@ -36,7 +36,7 @@ Weights = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Case:
-    """One method: as a recipe, and as the sizes of the models written by hand."""
+    """One method, as a recipe and as the sizes of the models written by hand."""
 
     name: str
     recipe: aj.Recipe
@@ -64,7 +64,7 @@ def cases(sizes: Sizes, rank: int = 8, m: int = 64) -> list[Case]:
 
 
 def batch_of(sizes: Sizes, seed: int = 0) -> by_hand.Batch:
-    """Random tokens, a quarter of the last row padded, random labels."""
+    """A batch of random tokens and labels; a quarter of the last row is padding."""
     rng = np.random.default_rng(seed)
     mask = np.ones((sizes.batch, sizes.length), np.int32)
     mask[-1, -sizes.length // 4 :] = 0
@@ -76,7 +76,7 @@ def batch_of(sizes: Sizes, seed: int = 0) -> by_hand.Batch:
 
 
 def weights_of(case: Case, seed: int = 1) -> Weights:
-    """Every parameter by path, noise on all, and more where it trains: a wrong scale would show."""
+    """Every parameter by path; all have noise, so that a wrong scale shows."""
     ids = jax.ShapeDtypeStruct((1, case.sizes.length), jnp.int32)
     base = jax.eval_shape(case.base.init, jax.random.key(0), ids)["params"]
     whole = aj.init_adapters(aj.adapt(case.base, case.recipe), base, jax.random.key(0), ids)
@@ -91,20 +91,20 @@ def weights_of(case: Case, seed: int = 1) -> Weights:
 
 
 def filled(new: Callable[[], nnx.Module], weights: Weights) -> Any:
-    """An NNX model with its arrays taken from the weights, by path."""
+    """Makes an NNX model whose arrays come from the weights, by path."""
     graphdef, state = nnx.split(nnx.eval_shape(new))
     state = jax.tree_util.tree_map_with_path(lambda path, _: weights[path_of(path)], state)
     return nnx.merge(graphdef, state)
 
 
 class Side:
-    """A step with all it needs, carrying on from where it is.
+    """A training step with its state; each call continues from the state of the last one.
 
     Args:
-        advance: `carry -> (carry, loss, trained)`.
-        carry: what it starts from.
+        advance: the step, `carry -> (carry, loss, trained)`.
+        carry: the first state.
         trained: the trained arrays.
-        lower: gives the step's lowered computation.
+        lower: returns the lowered computation of the step.
     """
 
     def __init__(self, advance: Callable[[Any], Any], carry: Any, trained: Any, lower: Any):
@@ -137,7 +137,7 @@ def _ours(state: aj.TrainState, run: Callable[..., jax.Array], batch: by_hand.Ba
 
 def _hand(side: tuple[Any, Any, Any], batch: by_hand.Batch) -> Side:
     step, adapters, base = side
-    adapters = jax.tree.map(jnp.copy, adapters)  # they are donated, the weights are everybody's
+    adapters = jax.tree.map(jnp.copy, adapters)  # copies, since a step donates them
     opt_state = TX.init(adapters)
 
     def advance(carry: Any) -> Any:
@@ -151,7 +151,7 @@ def _hand(side: tuple[Any, Any, Any], batch: by_hand.Batch) -> Side:
 
 
 def sides(case: Case) -> dict[tuple[str, str], Side]:
-    """Every (front door, who wrote it), from the same weights."""
+    """The sides by API and author, all with the same weights."""
     batch, weights, key = batch_of(case.sizes), weights_of(case), jax.random.key(2)
     renamed = {path.replace("/lora/", "/lora_"): x for path, x in weights.items()}
     inputs = tuple(jax.ShapeDtypeStruct(batch["ids"].shape, jnp.int32) for _ in range(2))
@@ -175,12 +175,12 @@ def sides(case: Case) -> dict[tuple[str, str], Side]:
 
 
 def check_equal(found: Mapping[Any, Side], steps: int = 3) -> None:
-    """Runs some steps of every side.
+    """Runs a few steps of every side.
 
-    Adam's first update is the gradient's sign, so the third loss is the first to show its size.
+    Adam's first update is the sign of the gradient, so only the third loss depends on its size.
 
     Raises:
-        ValueError: losses or trainable counts differ, and so timings would mean nothing.
+        ValueError: losses or trainable counts differ, so timings could not be compared.
     """
     counts = {name: side.trainable for name, side in found.items()}
     problems = [f"trainable parameters {counts}"] if len(set(counts.values())) > 1 else []
@@ -243,7 +243,7 @@ LARGE = {"LoRA r=8": aj.lora(8, head="head"), "Houlsby m=64": aj.houlsby(64, hea
 
 
 def audit_large(name: str) -> tuple[float, int]:
-    """Adapts BERT-large on abstract arrays and audits it: seconds, and what trains."""
+    """Adapts and audits an abstract BERT-large; returns the seconds and the trainable count."""
     start = time.perf_counter()
     base, ids = BertClassifier(BERT_LARGE, 2), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     params = jax.eval_shape(base.init, jax.random.key(0), ids)["params"]
@@ -291,14 +291,14 @@ def _import_seconds(statement: str) -> float:
 
 
 def _import_times(statement: str) -> dict[str, float]:
-    """Milliseconds of every module that a statement imports, without those it imports itself."""
+    """The milliseconds of each module that a statement imports, without its own imports."""
     lines = fresh(statement, "-X", "importtime").stderr.splitlines()
     fields = [line.removeprefix("import time:").split("|") for line in lines if "|" in line]
     return {name.strip(): int(own) / 1e3 for own, _, name in fields if own.strip().isdigit()}
 
 
 def run_imports(report: Report, rounds: int) -> None:
-    """Times imports in fresh interpreters, and says what ours adds."""
+    """Times imports in fresh interpreters, and reports what adapters_jax adds to flax."""
     seconds = interleave(
         {name: partial(_import_seconds, text) for name, text in IMPORTS.items()}, rounds
     )
@@ -319,7 +319,7 @@ def run_imports(report: Report, rounds: int) -> None:
 
 
 def run(report: Report, quick: bool) -> None:
-    """The whole benchmark; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     run_steps(
         report,
         TINY if quick else Sizes(),

@@ -1,7 +1,7 @@
-"""Another task's adapter in place of the first: under a jitted function in use, and merged.
+"""Switches from one task's adapter to another, under a jitted function and by merging.
 
-Nothing is compiled again, and the outputs of either adapter come back bit for bit. What changes
-place is the adapter alone; what else would have to is a whole model.
+Nothing is compiled again, and the outputs of each adapter are the same bits every time. A switch
+replaces only the adapter; without adapters it replaces a whole model.
 """
 
 import tempfile
@@ -33,12 +33,12 @@ class Case:
     """Two trainings on one base.
 
     Attributes:
-        name: of model and recipe.
-        first, second: their states.
-        forward: the jitted function, of what `make_eval_step` gives and a batch.
-        batch: what it gets.
-        merge: gives the base with a state's adapter folded in; None where that cannot be.
-        plain: the jitted function of the base, of what `merge` gives and a batch.
+        name: the names of the model and the recipe.
+        first, second: the states of the two trainings.
+        forward: the function to jit; its arguments are those of `make_eval_step`'s function.
+        batch: the batch for `forward` and `plain`.
+        merge: returns the base with a state's adapter merged; None for a recipe without a merge.
+        plain: the function of the base to jit; its arguments are a merged base and a batch.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Case:
 
     @property
     def base_bytes(self) -> int:
-        """Of the base."""
+        """The bytes of the base."""
         return sum(x.nbytes for x in jax.tree.leaves(self.first.base))
 
 
 def linen_case(subject: Subject, name: str) -> Case:
-    """GPT-2 or BERT."""
+    """Makes the case of a GPT-2 or BERT in linen."""
     recipe, base, ids = subject.recipe(name), subject.weights(), subject.ids()
     model, first = subject.state(recipe, base, seed=1)
     second = subject.state(recipe, base, seed=2)[1]
-    if recipe.unfrozen:  # what trains in place differs as well
+    if recipe.unfrozen:  # so that unfrozen parameters differ as well
         second = second.replace(adapters=jax.tree.map(lambda x: x * 1.01, second.adapters))
     case = Case(
         f"{subject}, {name}",
@@ -79,7 +79,7 @@ def linen_case(subject: Subject, name: str) -> Case:
 
 
 def llama_case(size: llama.Size) -> Case:
-    """A decoder in NNX."""
+    """Makes the case of a decoder in NNX."""
     base, name = llama.Llama(size.config, rngs=nnx.Rngs(0)), "LoRA r=8 on q, v"
     first, second = (
         aj.TrainState.create(
@@ -97,7 +97,7 @@ def llama_case(size: llama.Size) -> Case:
 
 
 def run(report: Report, quick: bool) -> None:
-    """Switches in every case; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     for case in _cases(quick):
         traces, took = switched(case, 6 if quick else 40)
         merges, merged_traces = (None, None) if case.merge is None else merged(case, 5)
@@ -132,7 +132,7 @@ def run(report: Report, quick: bool) -> None:
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    """One after the other: each has a model of its own."""
+    """Yields the cases one by one, so that only one model is in memory."""
     for subject, name in TOYS if quick else CASES:
         yield linen_case(subject, name)
     toy = llama.Size(llama.TINY, batch=2, length=8, prompt=4, tokens=3, rounds=2)
@@ -140,13 +140,13 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def switched(case: Case, times: int) -> tuple[int, list[float]]:
-    """Switches there and back while a jitted function is in use.
+    """Switches between the adapters while a jitted function is in use.
 
     Returns:
-        How often it was traced, and the seconds of each switch.
+        The number of times that the function was traced, and the seconds of each switch.
 
     Raises:
-        ValueError: the outputs are not each adapter's own.
+        ValueError: the outputs do not alternate between those of the two adapters.
     """
     evaluate, traces = _traced(case.forward, aj.make_eval_step)
     states, took = (case.first, case.second), []
@@ -162,7 +162,7 @@ def switched(case: Case, times: int) -> tuple[int, list[float]]:
 
 
 def merged(case: Case, times: int) -> tuple[list[float], int]:
-    """Merges one adapter and then the other into the base that was kept, likewise."""
+    """Merges the adapters in turn into the base; returns the seconds and the traces."""
     run, traces = _traced(case.plain, jax.jit)
     states, took = (case.first, case.second), []
 
@@ -177,7 +177,7 @@ def merged(case: Case, times: int) -> tuple[list[float], int]:
 
 
 def _traced(function: Any, jitted: Callable[[Any], Any]) -> tuple[Any, list[None]]:
-    """A jitted function, and a list that grows with every program made of it."""
+    """Jits a function; the list gets an item each time the function is traced."""
     traces: list[None] = []
 
     def counted(subject: Any, batch: Any) -> jax.Array:
@@ -188,24 +188,24 @@ def _traced(function: Any, jitted: Callable[[Any], Any]) -> tuple[Any, list[None
 
 
 def check(outputs: Iterator[np.ndarray]) -> None:
-    """Raises ValueError unless outputs take turns: two of them, which differ, again and again."""
+    """Raises ValueError unless the outputs alternate between two different values."""
     found = list(outputs)
     back = all(a.tobytes() == b.tobytes() for a, b in zip(found, found[2:], strict=False))
     if not back or found[0].tobytes() == found[1].tobytes():
-        raise ValueError("switching there and back does not give the outputs of each adapter")
+        raise ValueError("the outputs do not alternate between those of the two adapters")
 
 
 def _file(state: aj.TrainState) -> tuple[int, float]:
-    """Bytes of an adapter's files, and the seconds of reading them with every check."""
-    with tempfile.TemporaryDirectory(prefix="adapters-jax-benchmark-") as place:
-        saved = aj.save_adapter(Path(place) / "adapter", state)
+    """The bytes of an adapter's files, and the seconds to read them with all checks."""
+    with tempfile.TemporaryDirectory(prefix="adapters-jax-benchmark-") as directory:
+        saved = aj.save_adapter(Path(directory) / "adapter", state)
         start = time.perf_counter()
         jax.block_until_ready(aj.read_adapter(saved)[1])
         return sum(p.stat().st_size for p in saved.iterdir()), time.perf_counter() - start
 
 
 def _copied(base: Any) -> float:
-    """The seconds of copying a base within memory: the least that another one would take."""
+    """The seconds to copy the base in memory, the least that switching the base would take."""
     start = time.perf_counter()
     jax.block_until_ready(jax.tree.map(jnp.copy, base))
     return time.perf_counter() - start

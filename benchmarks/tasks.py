@@ -1,9 +1,9 @@
-"""Whether training another task changes what the first one computes.
+"""Measures whether training another task changes the outputs of the first one.
 
-Three tasks are trained one after the other on one base. With adapters each has its own, and the
-first task's outputs stay as they were to the last bit, as do the base's; in full fine-tuning all of
-them share the weights, and the first task keeps no more than its head. Houlsby et al. 2019: new
-tasks are added "without revisiting previous ones", with "perfect memory" of them.
+Three tasks are trained one after the other on one base. With adapters, each task has its own, and
+the outputs of the first task and the base stay the same to the last bit. In full fine-tuning, all
+tasks share the weights, and the first task keeps only its head. Houlsby et al. 2019: new tasks are
+added "without revisiting previous ones", with "perfect memory" of them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ TASKS, HEAD = 3, "head/"
 
 
 def run(report: Report, quick: bool) -> None:
-    """Trains all of it; at toy sizes if quick."""
+    """Runs the whole benchmark; at toy sizes if quick."""
     subject, steps = (TOY, 3) if quick else (SUBJECT, 5)
     for name in SIDES:
         found = sequence(subject, name, steps)
@@ -82,13 +82,13 @@ def _verdict(
 
 
 class Sequence:
-    """What came of a sequence of trainings.
+    """The results of a sequence of trainings.
 
     Attributes:
-        outputs: of each task, right after its training and after all of them.
-        losses: of each task's steps.
-        base_same: whether the frozen base is what it was, to the bit; None where none is frozen.
-        task_bytes, base_bytes: what is stored for each task, and once.
+        outputs: for each task, its outputs right after its training and after all trainings.
+        losses: for each task, the loss of each step.
+        base_same: whether the frozen base has the same bits as before; None if nothing is frozen.
+        task_bytes, base_bytes: the bytes to store for each task, and once for all.
     """
 
     def __init__(self, task_bytes: int, base_bytes: int):
@@ -99,7 +99,7 @@ class Sequence:
 
 
 def sequence(subject: Subject, name: str, steps: int) -> Sequence:
-    """Trains the tasks in turn, each from adapters of its own, or all of them in full."""
+    """Trains the tasks in turn, each with its own adapters, or all of them in full."""
     recipe, base = subject.recipe(name), subject.weights()
     model, state = subject.state(recipe, base)
     step: Any = aj.make_train_step(subject.loss(model))
@@ -125,7 +125,7 @@ def sequence(subject: Subject, name: str, steps: int) -> Sequence:
 
 
 def data(subject: Subject, task: int) -> dict[str, jax.Array]:
-    """A task's batch: tokens of its own, and a label that another position tells."""
+    """The batch of a task; each task has its own tokens, and its label depends on one token."""
     ids = subject.ids(seed=task)
     return {"ids": ids, "labels": ids[:, task] % 2}
 
@@ -141,7 +141,7 @@ def _train(
 
 
 def _kept(adapters: Tree, own: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """A task's own leaves by path, copied: a next step uses up the arrays."""
+    """Copies the leaves of a task by path, since the next step donates the arrays."""
     return {path: np.array(x) for path, x in flatten(adapters).items() if own(path)}
 
 
@@ -150,13 +150,13 @@ def _outputs(evaluate: Any, state: aj.TrainState, subject: Subject, task: int) -
 
 
 def _without(base: Tree, frozen: Tree) -> Tree:
-    """The given base's leaves that stay frozen."""
+    """The leaves of the base that stay frozen."""
     given = flatten(base)
     return unflatten({path: given[path] for path in flatten(frozen)})
 
 
 def digest(tree: Tree) -> str:
-    """Of a tree's paths and bytes."""
+    """The SHA-256 of a tree's paths and bytes."""
     found = hashlib.sha256()
     for path, x in sorted(flatten(tree).items()):
         found.update(path.encode() + np.asarray(x).tobytes())

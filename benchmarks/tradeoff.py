@@ -1,12 +1,13 @@
-"""Score against trainable parameters, as Houlsby et al. 2019 draw it (figures 1 and 3), on MiniLM.
+"""Compares scores with trainable parameters on MiniLM, as Houlsby et al. 2019 do (figures 1 and 3).
 
-One data set at a time, by `adapters-jax compare`: Houlsby's adapters at four widths, LoRA at two
-ranks, the top layers, the layer norms, the biases, and full fine-tuning; three seeds. Houlsby at
-m = 64 and full fine-tuning try three learning rates each with the first seed, chosen on dev, and
-the others have the default of their method. They train on some of the rows for few epochs, so that
-a grid of 37 cells takes an hour on two cores. An interrupted run goes on where it was: its cells
-are below comparisons/, and what each one found goes to the results. The paper: 80.0 on GLUE for
-3.6 % of the parameters a task, where full fine-tuning of BERT-large has 80.4.
+A run takes one data set and calls `adapters-jax compare` with Houlsby's adapters at four widths,
+LoRA at two ranks, the top layers, the layer norms, the biases, and full fine-tuning, over three
+seeds. For Houlsby at m = 64 and full fine-tuning, the best of three learning rates is chosen on dev
+with the first seed; the others have the default of their method. Training takes a part of the rows
+for few epochs, so that the grid of 37 cells takes an hour on two cores. An interrupted run
+continues with its cells in comparisons/, and the results hold the result of each cell. The paper
+reaches 80.0 on GLUE with 3.6 % of the parameters for each task; full fine-tuning of BERT-large
+reaches 80.4.
 """
 
 import json
@@ -40,7 +41,7 @@ GAP, PERCENT = 0.4, 4.0
 
 
 def run(report: Report, quick: bool, data: str) -> None:
-    """Compares on one of `DATA`; `quick` trains two recipes on a few rows."""
+    """Runs the comparison on one of `DATA`; with two recipes on a few rows if quick."""
     flags = [*DATA[data], "--recipes", *RECIPES, "--seeds", "0", "1", "2"]
     if quick:
         flags = [*DATA[data], "--recipes", HOULSBY, FULL, "--seeds", "0"]
@@ -56,7 +57,7 @@ def run(report: Report, quick: bool, data: str) -> None:
 
 
 def compared(flags: list[str]) -> Any:
-    """What `adapters-jax compare --json` says; its progress is shown."""
+    """Runs `adapters-jax compare --json`, with its progress shown, and returns its result."""
     command = [sys.executable, "-m", "adapters_jax.app.cli.main", "compare", *flags, "--json"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:
@@ -79,7 +80,7 @@ def _shown(row: Row, metric: str) -> Row:
 
 
 def _verdict(report: Report, data: str, metric: str, houlsby: Row, full: Row) -> None:
-    """Whether Houlsby's claim holds here: as good as full fine-tuning, for few parameters."""
+    """Reports whether Houlsby's adapters reach full fine-tuning with few parameters."""
     means = [100 * row["test"][metric]["mean"] for row in (houlsby, full)]
     gap, part = means[1] - means[0], houlsby["percent"]
     what = f"{data}: points that full fine-tuning is above Houlsby, m = 64 ({part:.2g} %)"

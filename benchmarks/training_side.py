@@ -1,4 +1,4 @@
-"""A training step in a process of its own, where its memory can be told; see `workers`."""
+"""A training step in its own process, so that its memory can be measured; see `workers`."""
 
 import ctypes
 import gc
@@ -9,9 +9,9 @@ from benchmarks.workers import peak_bytes
 
 
 class Training:
-    """The step of a job's subject and recipe, compiled; `run` makes it.
+    """The compiled training step of a job's subject and recipe; `run` runs it.
 
-    What the compiler leaves in the process is given back, so that a peak counted anew is a step's.
+    The memory that the compiler leaves is returned to the system, so that a later peak is a step's.
     """
 
     def __init__(self, job: dict[str, Any]):
@@ -29,11 +29,11 @@ class Training:
         }
 
     def run(self) -> None:
-        """Makes a step."""
+        """Runs one step."""
         self.step()
 
     def loss(self) -> float:
-        """Of the last step."""
+        """The loss of the last step."""
         return self.step.loss
 
 

@@ -1,10 +1,10 @@
-"""Contenders in processes of their own, each in the interpreter that has what it needs.
+"""Runs contenders in their own processes, each with an interpreter that has its packages.
 
-A side is a module with a function `make(job)`: it gets a job's settings and returns an object whose
-public methods are what can be asked of it; `about` is said at once, `run` does the work that is
-timed and returns when it is done. The parent asks in turn, so that sides never work at the same
-time, and a side times itself, so that asking costs nothing. Nothing here needs more than Python:
-peers have environments without adapters_jax.
+A side is a module with a function `make(job)`, which gets the settings of a job and returns an
+object. The parent calls the public methods of the object. Its attribute `about` is sent first, and
+its method `run` does the work that is timed. The parent calls the sides in turn, so they never work
+at the same time, and a side times itself, so messages cost no time. This module needs only Python,
+since the environments of peers lack adapters_jax.
 """
 
 import hashlib
@@ -27,51 +27,54 @@ Message = dict[str, Any]
 
 
 class PeerError(RuntimeError):
-    """A peer that cannot be installed, or cannot do a job; the message is its last words."""
+    """A peer cannot be installed, or failed at a job; the message is its last line of output."""
 
 
 def interpreter(environment: str) -> str:
-    """The Python of an environment, made where it is not there yet.
+    """Returns the Python of an environment, which is created the first time.
 
     Args:
-        environment: `HERE`, or a name whose packages `benchmarks/peers/NAME.txt` lists.
+        environment: `HERE`, or the NAME of a list of packages, `benchmarks/peers/NAME.txt`.
+
+    Returns:
+        The path of the interpreter.
 
     Raises:
-        PeerError: its packages could not be installed.
+        PeerError: the packages could not be installed.
     """
     if environment == HERE:
         return sys.executable
-    wanted = PEERS / f"{environment}.txt"
-    tag = hashlib.sha256(wanted.read_bytes() + sys.version.encode()).hexdigest()[:8]
+    packages = PEERS / f"{environment}.txt"
+    tag = hashlib.sha256(packages.read_bytes() + sys.version.encode()).hexdigest()[:8]
     home = ROOT / f".venv-peer-{environment}-{tag}"
     python, done = home / "bin" / "python", home / "installed"
     if not done.exists():
-        print(f"making the environment of {environment}: some minutes, once", file=sys.stderr)
+        print(f"creating the environment of {environment}, which takes minutes", file=sys.stderr)
         venv = [sys.executable, "-m", "venv", "--clear", str(home)]
-        pip = [str(python), "-m", "pip", "install", "--quiet", "-r", str(wanted)]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "-r", str(packages)]
         for command in (venv, pip):
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
             if ran.returncode:
-                said = _last(ran.stderr) or _last(ran.stdout)
-                raise PeerError(f"{environment} could not be installed: {said}")
+                message = _last(ran.stderr) or _last(ran.stdout)
+                raise PeerError(f"{environment} could not be installed: {message}")
         done.touch()
     return str(python)
 
 
 class Worker:
-    """A side's process, asked from here.
+    """The process of a side.
 
     Args:
         environment: as for `interpreter`.
-        side: the module's name, below `benchmarks`.
-        job: its settings, as JSON has them.
-        env: variables of its process beside those of ours.
+        side: the name of the side's module in `benchmarks`.
+        job: the settings of the job, as JSON values.
+        env: environment variables to set for the process.
 
     Attributes:
-        about: what it says of itself, such as its trainable parameters.
+        about: the side's description of itself, such as its trainable parameters.
 
     Raises:
-        PeerError: it cannot be made, or cannot do the job.
+        PeerError: the side could not be started, or failed at the job.
     """
 
     def __init__(
@@ -95,11 +98,11 @@ class Worker:
             raise
 
     def ask(self, what: str, /, **arguments: Any) -> Any:
-        """Calls a method of the side; raises PeerError where it fails."""
+        """Calls a method of the side; raises PeerError if it fails."""
         return self._send({"do": what, **arguments})
 
     def __call__(self) -> float:
-        """Does the work once; its seconds, by the side's own clock."""
+        """Does the work once, and returns the seconds that the side measured."""
         return float(self.ask("run"))
 
     def close(self) -> None:
@@ -123,17 +126,17 @@ class Worker:
 
 
 def _last(text: str) -> str:
-    """The last line that says something."""
+    """The last line that is not blank."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held since it began, or since `forget_peak`."""
+    """The peak memory of this process since it started, or since `forget_peak`, in bytes."""
     return 1024 * int(_status("VmHWM").split()[0])
 
 
 def forget_peak() -> None:
-    """Counts the peak anew from what is held now."""
+    """Resets the peak to the memory that is held now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -143,7 +146,7 @@ def _status(key: str) -> str:
 
 
 def serve(side: str) -> None:
-    """Answers the parent until it hangs up; what libraries print goes to stderr."""
+    """Answers the parent until it closes the pipe; libraries print to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     made = importlib.import_module(f"benchmarks.{side}").make(json.loads(sys.stdin.readline()))

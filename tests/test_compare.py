@@ -138,13 +138,34 @@ def test_the_page_needs_nothing_else_and_says_how_to_go_on(whole):
     assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
     assert not {"script", "link", "iframe"} & set(found.tags)
     assert not re.search(r"url\(|@import|https?://", page)
-    assert summary["command"] in found.words
-    assert summary["best"]["command"] in found.words
+    assert found.sections["The same again"] == [summary["command"]]
+    assert found.sections["The best on dev, alone"] == [summary["best"]["command"]]
     assert "missing" not in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "comparison.json").read_text()) == summary
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert not (out / "lock").exists()
+
+
+def test_the_page_shows_every_recipe_and_every_cell(whole):
+    summary, out = whole
+    sections = Page((out / "comparison.html").read_text()).sections
+    header, rows = comparison_table(summary, ("dev", "test"))
+    assert sections["Results"] == [header, *rows]
+    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert [row[:5] for row in sections["Every cell"][1:]] == [
+        [
+            cell["recipe"],
+            f"{cell['learning_rate']:g}",
+            str(cell["seed"]),
+            f"{100 * cell['dev']['accuracy']:.1f} %",
+            f"{100 * cell['test']['accuracy']:.1f} %",
+        ]
+        for cell in cells
+    ]
+    configuration = dict(sections["Configuration"])
+    assert configuration["model"] == "tiny"
+    assert configuration["rows.train"] == "32"
 
 
 def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
@@ -157,6 +178,19 @@ def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     assert options.baselines
     means = [row["dev"]["accuracy"]["mean"] for row in summary["recipes"]]
     assert best["dev"]["accuracy"]["mean"] == max(means)
+
+
+def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, place):
+    _, out = whole
+    cell = out / "cells" / f"{NORMS}-lr-0.002-seed-1"
+    sections = Page((cell / "report.html").read_text()).sections
+    rows = dict(sections["Configuration"])
+    assert (rows["model"], rows["text"], rows["seed"]) == ("tiny", "review", "1")
+    assert not [name for name in rows if name.rpartition(".")[2] in ("prompt", "completion")]
+    assert not [value for value in rows.values() if place.as_posix() in value]
+    (again,) = sections["The same again"]
+    options = parse(Finetune, shlex.split(again)[2:])
+    assert (options.seed, options.method.method, options.data.limit) == (1, NORMS, 32)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.finished import decoder_run, encoder_run
+from helpers.finished import SAMPLE, decoder_run, encoder_run
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
@@ -184,6 +184,18 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
     assert json.loads((spoken / "config.json").read_text())["summary"]["results"][0]["test"] == {
         "perplexity": 2.5
     }
+
+
+@pytest.mark.parametrize("to", ["native", "peft", "adapterhub"])
+def test_no_row_and_no_directory_of_this_machine_goes_along(convert, place, to):
+    config = json.loads(Path("runs/meanings/config.json").read_text())
+    assert config["summary"]["results"][-1]["samples"] == [SAMPLE]
+    assert config["model"].startswith(place.as_posix())
+    out, _ = convert("runs/meanings", to)
+    for path in out.iterdir():
+        found = path.read_bytes()
+        assert not [word for word in SAMPLE.values() if word.encode() in found], path.name
+        assert place.as_posix().encode() not in found, path.name
 
 
 @pytest.mark.parametrize(

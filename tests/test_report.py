@@ -1,13 +1,19 @@
 """The page and the picture of a run: valid, whole without anything else, and escaped."""
 
+import ast
+import base64
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from adapters_jax.app.report.usage import python_lines, shell_lines
+from jinja2 import UndefinedError
 
 import adapters_jax as aj
 from adapters_jax.app.console import Output, duration
+from adapters_jax.app.report import pages
 from adapters_jax.app.report.run import (
     _smooth,
     draw_curves,
@@ -17,6 +23,7 @@ from adapters_jax.app.report.run import (
 )
 from adapters_jax.io.run_directory import Run
 
+HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""
 RESULTS = [
     {
         "method": "majority class",
@@ -27,12 +34,17 @@ RESULTS = [
     {"method": "<lora>", "trainable_parameters": 1234, "dev": {"f1": 0.8}, "test": {"f1": 0.75}},
 ]
 CONFIG = {
-    "model": "some/<b>base</b>",
+    "model": "some/<b>base",
     "task": 'a "task" & more',
     "metrics": ["f1"],
     "rows": {"train": 12345, "dev": 20, "test": 30},
     "seed": 0,
     "nothing": None,
+    "text": HOSTILE,
+    "pairs": False,
+    "data": {"train": "/of/this/machine.csv", "prompt": "of another task"},
+    "files": {"train": "/of/this/machine.csv"},
+    "command": ["--train=/of/this/machine.csv", f"--text={HOSTILE}"],
     "summary": {"best_step": 7, "dev": {"f1": 0.8}, "seconds": 61.0, "results": RESULTS},
 }
 RECORDS = [
@@ -43,11 +55,19 @@ RECORDS = [
 
 
 class Page(HTMLParser):
-    """Takes a page apart, and checks that its tags nest."""
+    """Takes a page apart, and checks that its tags nest.
+
+    Attributes:
+        tags: in order.
+        links: what `src` and `href` name.
+        words: every piece of text.
+        sections: the tables of each heading, as rows of cells, and its lines of code.
+    """
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.words, self.links = [], [], [], []
+        self.sections, self.alts = {}, []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -55,25 +75,43 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href")]
+        self.alts += [value for name, value in attributes if name == "alt"]
+        assert not [name for name, _ in attributes if name.startswith("on")]
         assert all(value is not None for _, value in attributes)
         if tag not in ("meta", "img"):
             self.open.append(tag)
+        if tag == "tr":
+            self.section.append([])
+        if tag in ("td", "th"):
+            self.section[-1].append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.words.append(data)
+        inner = self.open[-1] if self.open else ""
+        if inner == "h2":
+            self.section = self.sections[data] = []
+        elif inner in ("td", "th"):
+            self.section[-1][-1] += data
+        elif inner == "code":
+            self.section.append(data)
+
+
+def write_page(directory, config):
+    """The page of a run with a configuration."""
+    run = Run(directory / "a run")
+    run.path.mkdir()
+    draw_curves(run.curves, "lora", RECORDS, "f1", {"majority class": 0.1})
+    counts = aj.audit(aj.Recipe(aj.Unfreeze("w")), {"w": np.zeros((2, 3), np.float32)})
+    write_report(run, config, counts)
+    return run.report.read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def page(tmp_path):
-    run = Run(tmp_path / "a run")
-    run.path.mkdir()
-    draw_curves(run.curves, "lora", RECORDS, "f1", {"majority class": 0.1})
-    counts = aj.audit(aj.Recipe(aj.Unfreeze("w")), {"w": np.zeros((2, 3), np.float32)})
-    write_report(run, CONFIG, counts)
-    return run.report.read_text(encoding="utf-8")
+    return write_page(tmp_path, CONFIG)
 
 
 def test_the_page_is_valid_and_needs_nothing_else(page):
@@ -83,26 +121,138 @@ def test_the_page_is_valid_and_needs_nothing_else(page):
     assert not {"script", "link", "iframe"} & set(found.tags)
     assert not re.search(r"url\(|@import|https?://", page)
     assert '<meta name="viewport"' in page
-    headings = ["Results", "Curves", "What was trained", "How to use it", "Configuration"]
-    assert [word for word in found.words if word in headings] == headings
+    headings = ["Results", "Curves", "What was trained", "How to use it", "The same again"]
+    assert [*found.sections] == [*headings, "Configuration"]
 
 
-def test_the_page_says_what_was_found_and_escapes_it(page):
-    words = Page(page).words
-    assert 'a "task" & more: <lora> on base<' not in page
-    assert "<lora>" in words
-    assert "1,234" in words
-    assert "75.0 %" in words
-    sentence = next(word for word in words if word.startswith("Trained on"))
+def test_the_picture_in_the_page_is_the_file(page, tmp_path):
+    (link,) = Page(page).links
+    raw = base64.b64decode(link.partition(",")[2], validate=True)
+    assert raw == (tmp_path / "a run" / "curves.png").read_bytes()
+
+
+def test_the_page_shows_the_results_and_what_was_trained(page):
+    found = Page(page)
+    assert found.words.count('a "task" & more: <lora> on <b>base') == 2  # the title and the heading
+    assert found.sections["Results"] == [
+        ["method", "trainable parameters", "test f1"],
+        ["majority class", "0", "20.0 %"],
+        ["<lora>", "1,234", "75.0 %"],
+    ]
+    sentence = next(word for word in found.words if word.startswith("Trained on"))
     assert sentence == (
         "Trained on 12,345 rows, selected on 20 by f1 (best at step 7: 80.0 %), tested once on 30. "
         "The whole run took 1 min 1 s."
     )
-    assert "rows.train" in words
-    assert "nothing" not in words
-    usage = next(word for word in words if word.startswith("adapters-jax predict"))
-    assert usage.count("\n") == 2
-    assert re.match(r"adapters-jax predict '.*/a run' ", usage)
+    (_, row) = found.sections["What was trained"]
+    assert row == ["w", "Unfreeze", "w [2, 3]", "2*3", "1", "6"]
+    assert any(word.startswith("trainable 6 ") for word in found.words)
+
+
+def test_the_configuration_is_of_this_task_and_of_no_machine(page):
+    _, *rows = Page(page).sections["Configuration"]
+    assert dict(rows) == {
+        "model": "some/<b>base",
+        "task": 'a "task" & more',
+        "metrics": '["f1"]',
+        "rows.train": "12345",
+        "rows.dev": "20",
+        "rows.test": "30",
+        "seed": "0",
+        "text": HOSTILE,
+        "pairs": "false",
+        "files.train": "machine.csv",
+    }
+
+
+def test_its_lines_paste_as_they_are(page, tmp_path):
+    name = (tmp_path / "a run").as_posix()
+    shell, program = Page(page).sections["How to use it"]
+    command, path, *texts = shlex.split(shell)[1:]
+    assert (command, path, len(texts)) == ("predict", name, 2)
+    assert ast.literal_eval(ast.parse(program).body[1].value.args[0]) == name
+    assert program.startswith("from adapters_jax.inference import load_predictor\n")
+    (again,) = Page(page).sections["The same again"]
+    assert shlex.split(again) == ["adapters-jax", "finetune", *CONFIG["command"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "command", "loader", "call"),
+    [
+        (
+            {"kind": "decoder"},
+            "generate",
+            "load_generator",
+            "generator.generate(['A prompt of your own.'])",
+        ),
+        (
+            {"kind": "encoder", "pairs": True},
+            "predict",
+            "load_predictor",
+            "predictor.predict([('A text of your own.', 'Another one.')])",
+        ),
+        (
+            {"pairs": False},
+            "predict",
+            "load_predictor",
+            "predictor.predict([('A text of your own.', None)])",
+        ),
+    ],
+)
+def test_a_run_is_used_as_its_kind_is(config, command, loader, call):
+    assert shlex.split(shell_lines("a 'run'", config))[1:3] == [command, "a 'run'"]
+    program = python_lines("a 'run'", config, model="base")
+    assert [type(line) for line in ast.parse(program).body] == [
+        ast.ImportFrom,
+        ast.Assign,
+        ast.Expr,
+    ]
+    assert f"""= {loader}("a 'run'", model='base')""" in program
+    assert call in program
+
+
+def test_hostile_words_stay_words(tmp_path):
+    sample = {"prompt": HOSTILE, "completion": "two\n  lines", "generated": "<img src=x onerror=y>"}
+    last = {**RESULTS[1], "method": HOSTILE, "samples": [sample]}
+    config = {**CONFIG, "task": HOSTILE, "metrics": ["f1"], "kind": "decoder"}
+    config["summary"] = {**CONFIG["summary"], "results": [RESULTS[0], last]}
+    page = write_page(tmp_path, config)
+    found = Page(page)
+    assert "script" not in found.tags
+    assert found.tags.count("img") == 1
+    assert "{{ 1 + 1 }}" in page  # what comes in is no template
+    assert found.sections["Results"][-1][0] == HOSTILE
+    assert found.sections["Samples"] == [
+        ["prompt", "reference", "generated"],
+        [HOSTILE, "two\n  lines", "<img src=x onerror=y>"],
+    ]
+    (again,) = found.sections["The same again"]
+    assert shlex.split(again)[-1] == f"--text={HOSTILE}"
+
+
+def test_attributes_are_escaped_too(tmp_path):
+    path = tmp_path / "c.png"
+    path.write_bytes(b"png")
+    alt = f'"{HOSTILE}"'
+    page = pages.render(
+        "comparison",
+        title="t",
+        metric=alt,
+        results=(["a"], [["b"]]),
+        sentence="s",
+        picture_uri=pages.data_uri(path),
+        cells=(["a"], [["b"]]),
+        again="c",
+        best=None,
+        configuration=[],
+    )
+    assert Page(page).alts == [f"Test {alt} against trainable parameters of each recipe"]
+    assert Page(page).links == ["data:image/png;base64,cG5n"]
+
+
+def test_a_value_that_a_page_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="title"):
+        pages.render("run")
 
 
 def test_the_picture_is_a_png_of_a_readable_size(tmp_path):

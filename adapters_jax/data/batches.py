@@ -1,9 +1,8 @@
-"""Text to token ids, and token ids to batches of few, static shapes.
+"""Encodes texts as token ids, and puts the rows into batches that have few static shapes.
 
-A jitted step compiles once for each shape it meets. Each row therefore belongs to the narrowest
-of a few buckets that holds it, a batch holds rows of one bucket, and every batch of a bucket has
-the shape `(batch_size, bucket)`: a short last batch is filled up with rows of weight 0, never
-dropped.
+A jitted step compiles once for each shape it meets. Each row therefore belongs to the narrowest of
+a few buckets that holds it, a batch holds rows of one bucket, and every batch of a bucket has the
+shape `(batch_size, bucket)`. A short last batch is filled with rows of weight 0; no row is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-NOTHING = -1  # the label of a token that nothing is to be learnt of
+NOTHING = -1  # the label of a token that has no loss
 
 
 class Row(NamedTuple):
@@ -32,18 +31,18 @@ class Row(NamedTuple):
 def encode(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, str | None]], max_length: int
 ) -> tuple[list[Row], int]:
-    """Encode texts as the tokenizer's own template says, cut at `max_length` tokens.
+    """Encodes texts with the tokenizer's own template, cut at `max_length` tokens.
 
-    Padding and truncation settings of the tokenizer's file are overridden, on a copy. A pair that
-    is too long loses tokens from its longer text first.
+    The padding and truncation settings of the tokenizer are overridden, on a copy. A pair that is
+    too long loses tokens from its longer text first.
 
     Args:
-        tokenizer: as loaded from a `tokenizer.json`.
-        texts: `(text, None)` or `(text, second text)`.
-        max_length: in tokens, special ones included; at least 8.
+        tokenizer: the tokenizer, as loaded from a `tokenizer.json`.
+        texts: `(text, None)`, or `(text, second text)` for pairs.
+        max_length: the largest number of tokens of a row, special tokens included; at least 8.
 
     Returns:
-        One row a text, and how many of them were truncated.
+        One row for each text, and the number of texts that were truncated.
 
     Raises:
         ValueError: `max_length` is below 8.
@@ -69,21 +68,22 @@ def encode(
 def choose_buckets(
     rows: Sequence[Any], max_length: int, batch_size: int, count: int = 4
 ) -> tuple[int, ...]:
-    """Few bucket widths that leave little padding on `rows`.
+    """Chooses a few bucket widths that leave little padding on `rows`.
 
-    Start with every multiple of 8. Merge the bucket whose rows cost the least padding in the next
-    one, until at most `count` are left and each saves more tokens an epoch than one batch of the
-    widest holds: a bucket with hardly any rows is not worth a compilation.
+    The search starts with every multiple of 8. It merges the bucket whose rows need the least
+    padding in the next one, until at most `count` buckets are left and each of them saves more
+    tokens in an epoch than one batch of the widest bucket holds. A bucket with hardly any rows is
+    not worth a compilation.
 
     Args:
         rows: the training rows.
-        max_length: in tokens; the last width, so that longer held-out rows fit. It costs nothing
+        max_length: the last width, in tokens, so that longer held-out rows fit. It costs nothing
             when no row needs it.
-        batch_size: rows a batch.
-        count: how many widths the training rows may use.
+        batch_size: the number of rows in a batch.
+        count: the largest number of widths for the training rows.
 
     Returns:
-        Widths in ascending order, multiples of 8 but for `max_length`.
+        The widths in ascending order. All are multiples of 8, except `max_length`.
 
     Raises:
         ValueError: there are no rows, or one is longer than `max_length`.
@@ -112,26 +112,27 @@ def choose_buckets(
 class Batches:
     """Endless shuffled batches; the batch of a step is a pure function of the seed and the step.
 
-    Every row comes exactly once an epoch, an epoch has `len(batches)` steps, and each epoch has an
-    order of its own: rows within their bucket, then batches among each other. To resume exactly,
-    keep the step number and nothing else. `batches[step]` is a dict of numpy arrays: `input_ids`,
-    `attention_mask` and `token_type_ids`, int32 `(batch, length)`; `labels` and float32 `weight`,
-    `(batch,)`. Filler rows repeat a real row, so that no arithmetic meets an empty one; their
-    weight is 0. Iterating gives the first epoch.
+    Every row comes exactly once in an epoch, and an epoch has `len(batches)` steps. Each epoch has
+    its own order: rows are shuffled within their bucket, and then batches with each other. To
+    resume exactly, keep the step number and nothing else. `batches[step]` is a dict of numpy
+    arrays: `input_ids`, `attention_mask` and `token_type_ids`, int32 `(batch, length)`; `labels`
+    and float32 `weight`, `(batch,)`. Filler rows repeat a real row, so that no computation sees an
+    empty row; their weight is 0. Iteration gives the first epoch.
 
     Args:
-        rows: as `encode` returns them; or other named tuples of int32 arrays `(length,)`, one of
-            them `input_ids`, of which the batch then has each.
+        rows: the rows that `encode` returns, or other named tuples of int32 arrays `(length,)` with
+            a field `input_ids`; a batch has one array for each field.
         labels: class ids or floats, `(rows,)`; integers become int32, others float32. None for
             texts without labels: batches then have no `labels`.
-        batch_size: rows a batch.
-        seed: of the order, at least 0 and below 2**32; None is `Batches.in_order`.
-        buckets: widths in ascending order; None chooses them from `rows` by `choose_buckets`.
+        batch_size: the number of rows in a batch.
+        seed: the seed of the order, at least 0 and below 2**32; None keeps the order, as
+            `Batches.in_order` does.
+        buckets: the widths in ascending order; None calls `choose_buckets`.
         pad_id: the token id of padding.
 
     Raises:
-        ValueError: no rows, labels of another number, a row longer than the last bucket, or a
-            batch size, seed or buckets out of range.
+        ValueError: there are no rows, the number of labels is not that of the rows, a row is longer
+            than the last bucket, or the batch size, the seed or the buckets are out of range.
 
     Example:
         >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (3, 5, 4)]
@@ -183,16 +184,16 @@ class Batches:
         buckets: Sequence[int] | None = None,
         pad_id: int = 0,
     ) -> Batches:
-        """Batches in a fixed order, for evaluation: narrow buckets first, unshuffled within.
+        """Makes batches in a fixed order, for evaluation: narrow buckets first, rows not shuffled.
 
-        Each batch also has an `index`, int32 `(batch,)`: the place of each row in `rows`, -1 on
-        filler, so that outputs go back to their rows.
+        Each batch also has an `index`, int32 `(batch,)`: the position of each row in `rows`, and -1
+        for filler rows, so that outputs go back to their rows.
 
         Args:
             rows: as for `Batches`.
             labels: as for `Batches`.
             batch_size: as for `Batches`.
-            buckets: as for `Batches`; those of the training batches save compilations.
+            buckets: as for `Batches`; the buckets of the training batches save compilations.
             pad_id: as for `Batches`.
 
         Returns:
@@ -242,11 +243,11 @@ class Batches:
 
 
 def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
-    """The row numbers of every step: `plan[step]` is `(rows,)`, short at a bucket's end.
+    """The row numbers of every step: `plan[step]` is `(rows,)`, shorter at the end of a bucket.
 
-    Grain's `shuffle` and `batch` read the epoch off the index, so each epoch has its own order.
+    Grain's `shuffle` and `batch` derive the epoch from the index, so each epoch has its own order.
     """
-    import grain  # takes most of a second
+    import grain  # importing it takes most of a second
 
     def shuffled(dataset):
         return dataset if seed is None else dataset.seed(seed).shuffle()

@@ -1,7 +1,7 @@
-"""Short examples side by side in sequences of one length, so that few tokens are padding.
+"""Packs short examples into sequences of one length, so that few tokens are padding.
 
-The examples of a sequence are segments: they do not see each other, and each counts its positions
-from 0, so that a loss is what it would be alone.
+The examples of a sequence are its segments. A segment attends only to itself and counts its
+positions from 0, so its loss is the loss that it has in a sequence of its own.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 
 from adapters_jax.data.batches import NOTHING
 
-OPEN = 64  # sequences that are looked at for room, so that packing takes linear time
+OPEN = 64  # only the last sequences are searched for room, so packing takes linear time
 
 
 class Packed(NamedTuple):
     """One sequence: int32 arrays `(length,)`.
 
     Attributes:
-        input_ids: of its examples, one after the other.
-        segments: which example, from 1; padding is 0.
-        positions: of a token in its example.
-        labels: the next token where it is to be learnt, and elsewhere -1.
+        input_ids: the token ids of its examples, one after the other.
+        segments: the number of the example, from 1; padding is 0.
+        positions: the position of a token in its example, from 0.
+        labels: the next token if it has a loss, otherwise -1.
     """
 
     input_ids: np.ndarray
@@ -33,15 +33,15 @@ class Packed(NamedTuple):
 
 
 def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[list[int]]:
-    """Which examples share a sequence: each goes into the first one that has room.
+    """Chooses the examples of each sequence: an example goes into the first one that has room.
 
     Args:
-        examples: none longer than `length`.
-        length: of a sequence.
-        seed: of the order they are taken in; None keeps it.
+        examples: the examples; none is longer than `length`.
+        length: the number of tokens of a sequence.
+        seed: the seed of the order in which examples are packed; None keeps their order.
 
     Returns:
-        The numbers of the examples of each sequence.
+        The positions in `examples` of the examples of each sequence.
 
     Example:
         >>> pack([Example([1], [2] * n) for n in (5, 3, 1)], length=8, seed=None)
@@ -55,18 +55,24 @@ def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[lis
     for i in order.tolist():
         size = sum(map(len, examples[i]))
         first = max(0, len(room) - OPEN)
-        place = next((p for p in range(first, len(room)) if room[p] >= size), None)
-        if place is None:
-            place = len(room)
+        chosen = next((n for n in range(first, len(room)) if room[n] >= size), None)
+        if chosen is None:
+            chosen = len(room)
             packed.append([])
             room.append(length)
-        packed[place].append(i)
-        room[place] -= size
+        packed[chosen].append(i)
+        room[chosen] -= size
     return packed
 
 
 def sequence(examples: Sequence[Example]) -> Packed:
-    """Examples in one sequence.
+    """Joins examples to one sequence.
+
+    Args:
+        examples: the examples, in order.
+
+    Returns:
+        The sequence, without padding.
 
     Example:
         >>> row = sequence([Example([7, 8], [9, 2]), Example([5], [2])])
@@ -86,7 +92,12 @@ def sequence(examples: Sequence[Example]) -> Packed:
 
 
 class Example(NamedTuple):
-    """One row's token ids; the last one of the completion ends it, unless it was cut."""
+    """The token ids of one row.
+
+    Attributes:
+        prompt: the prompt.
+        completion: the completion; it ends with an end token, unless it was cut.
+    """
 
     prompt: list[int]
     completion: list[int]

@@ -27,11 +27,12 @@ How three further tasks fit:
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -153,12 +154,53 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def usage(self, run: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """How a finished run is used, line by line: a command first, then Python."""
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """How a finished run is used, for its page and its model card.
+
+        Args:
+            run: its directory, or its id on the Hugging Face Hub.
+            config: its configuration.
+            model: the base model's directory or id; by default the one in the configuration.
+        """
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: the user's, and the defaults of the others."""
         return {**self.columns, **columns}
+
+
+class Usage(NamedTuple):
+    """Lines to paste that use a finished run.
+
+    Attributes:
+        shell: a command.
+        python: a few lines of Python.
+    """
+
+    shell: str
+    python: str
+
+    @classmethod
+    def of(cls, shell: Sequence[str], load: str, run: str, model: str | None, call: str) -> Usage:
+        """The lines of a task.
+
+        Args:
+            shell: the words of the command.
+            load: the function of `adapters_jax.inference` that loads the run.
+            run: its directory, or its id on the Hugging Face Hub.
+            model: the base model's directory or id; None leaves it to the run.
+            call: what is printed of the loaded run.
+
+        Example:
+            >>> words = ["adapters-jax", "predict", "my run"]
+            >>> lines = Usage.of(words, "load_predictor", "my run", None, "predict(['A text.'])")
+            >>> print(lines.shell, lines.python, sep="\\n")
+            adapters-jax predict 'my run'
+            from adapters_jax.inference import load_predictor
+            print(*load_predictor('my run').predict(['A text.']))
+        """
+        arguments = repr(run) if model is None else f"{run!r}, model={model!r}"
+        python = f"from adapters_jax.inference import {load}\nprint(*{load}({arguments}).{call})"
+        return cls(shlex.join(shell), python)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.pretrained.decoder import Decoder, complete, load_decoder
-from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained
+from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
 from adapters_jax.tasks.prompts import Prompts
@@ -140,13 +139,11 @@ class Completion(Task):
         check_base(run, dict(config), decoder.sha256)
         return Generator(decoder, adapted, prompts)
 
-    def usage(self, run: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
-        return (
-            f'adapters-jax generate {shlex.quote(run)} --prompt "A prompt of your own."',
-            "from adapters_jax.inference import load_generator",
-            f'list(load_generator({run!r}).generate(["A prompt of your own."]))',
-        )
+        prompt = "A prompt of your own."
+        words = ["adapters-jax", "generate", run, "--prompt", prompt]
+        return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
 
 
 def _adapted(setup: Setup, decoder: Decoder) -> nnx.Module:

@@ -5,7 +5,6 @@ What the label is, a class or a number, is in the task's `Readout`.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +34,7 @@ from adapters_jax.tasks.base import (
     Task,
     TrainedHead,
     Untrained,
+    Usage,
     in_row_order,
 )
 from adapters_jax.tasks.head import head_problem
@@ -171,14 +171,12 @@ class LabelledTexts(Task):
             encoder, adapted, params, readout, config["max_length"], config["pairs"]
         )
 
-    def usage(self, run: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """The texts of pairs are given two by two; see `Task.usage`."""
-        text = '("A text of your own.", ' + ('"Another one.")' if config.get("pairs") else "None)")
-        return (
-            f'adapters-jax predict {shlex.quote(run)} "A text of your own." "Another one."',
-            "from adapters_jax.inference import load_predictor",
-            f"load_predictor({run!r}).predict([{text}])",
-        )
+        first, second = "A text of your own.", "Another one."
+        row = (first, second if config.get("pairs") else None)
+        words = ["adapters-jax", "predict", run, first, second]
+        return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
 
 def _encode(encoder: Encoder, texts: Texts, part: str, max_length: int, setup: Setup) -> list[Row]:

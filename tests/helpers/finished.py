@@ -17,6 +17,12 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"
 MEANINGS = "--model llama --train rows.csv --prompt mr --completion ref --max-length 32"
 LORA = "--method lora --rank 2"
+# What a decoder's run knows of single rows, in its summary.
+SAMPLE = {
+    "prompt": "private prompt",
+    "completion": "private reference",
+    "generated": "private answer",
+}
 
 
 def encoder_run(flags=LORA, name="reviews"):
@@ -32,10 +38,11 @@ def decoder_run(flags=LORA, name="meanings"):
     if not Path("llama").exists():
         write_llama(Path("llama"))
         write_meanings(Path("rows.csv"), rows=40)
-    return _run(f"{MEANINGS} {flags} --exact-match 0 --name {name}", {"perplexity": 2.5})
+    flags = f"{MEANINGS} {flags} --exact-match 0 --name {name}"
+    return _run(flags, {"perplexity": 2.5}, samples=[SAMPLE])
 
 
-def _run(flags, metrics):
+def _run(flags, metrics, **of_rows):
     with contextlib.redirect_stderr(io.StringIO()):
         job = parse(Finetune, flags.split()).prepare(Output(json=True))
     problem = job.problem
@@ -47,7 +54,7 @@ def _run(flags, metrics):
     leaves = jax.tree.map(lambda x: draw(0, 0.3, x.shape).astype(x.dtype), leaves)
     aj.save_adapter(job.run.adapter, leaves, problem.recipe, base=job.identity)
     scores = {"dev": metrics, "test": metrics}
-    results = [{"method": job.title, "trainable_parameters": 1, "samples": [], **scores}]
+    results = [{"method": job.title, "trainable_parameters": 1, **of_rows, **scores}]
     summary = {"run": "runs/x", "seconds": 1.0, "best_step": 1, "dev": metrics, "results": results}
     job.run.write_config({**job.config, "summary": summary})
     job.run.unlock(job.lock)

@@ -24,7 +24,7 @@ from adapters_jax.io.run_directory import check_base
 from adapters_jax.linen import init_adapters
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.pretrained.encoder import INPUTS, load_encoder
-from adapters_jax.tasks.base import Prediction, Prepared, Task, Untrained, in_row_order
+from adapters_jax.tasks.base import Prediction, Prepared, Task, Untrained, Usage, in_row_order
 from adapters_jax.training.step import make_eval_step
 
 LENGTH = 8
@@ -187,8 +187,9 @@ class Tagging(Task):
         check_base(run, config, encoder.sha256)
         return TagPredictor(encoder, model, params, names)
 
-    def usage(self, run, config):
-        return (f'adapters-jax predict {run} "tag these words"',)
+    def usage(self, run, config, model=None):
+        words = ["adapters-jax", "predict", run, "tag these words"]
+        return Usage.of(words, "load_predictor", run, model, "predict([('tag these words', None)])")
 
 
 def _rows(encoder, table: Table, names, setup):

@@ -1,5 +1,5 @@
-"""Recipes, learning rates and seeds on one task, each cell a run.
+"""Compares recipes on one task, over learning rates and seeds; each cell of the grid is a run.
 
-- `grid`: the cells; `cells`: their directories; `comparison`: training them one after the other.
-- `summary`: the results; `tradeoff`, `annotations`: the picture.
+- `grid` lists the cells, `cells` keeps their directories, `comparison` trains them in turn.
+- `summary` writes the results and the page, `tradeoff` and `annotations` draw the picture.
 """

@@ -1,4 +1,4 @@
-"""Labels beside what they name in a picture, where they cover as little else as can be."""
+"""Puts labels into a picture, each beside what it names and where it covers the least."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
-_PLACES = [  # where a label is anchored, and on which side of that, from the best
+_PLACES = [  # offset right and up, horizontal and vertical alignment; the best one first
     (0, 1, "center", "bottom"),
     (1, 0, "left", "center"),
     (0, -1, "center", "top"),
@@ -24,14 +24,14 @@ _PLACES = [  # where a label is anchored, and on which side of that, from the be
 
 @dataclass(frozen=True)
 class Label:
-    """Words for a place.
+    """A label of one or several points.
 
     Attributes:
-        text: the words.
-        places: where they may stand beside, in data, `(x, y)`; they take the freest.
-        color: of the words.
-        size: of the letters, in points.
-        weight: of the letters.
+        text: the text of the label.
+        places: points `(x, y)` in data units; the label stands beside the one with the most room.
+        color: color of the text.
+        size: font size in points.
+        weight: font weight, such as "bold".
     """
 
     text: str
@@ -42,12 +42,12 @@ class Label:
 
 
 def place_labels(axes: Any, labels: Sequence[Label], lines: Sequence[np.ndarray]) -> None:
-    """Writes labels into axes whose limits are settled, each where it overlaps least.
+    """Writes each label where it overlaps the least.
 
     Args:
-        axes: of matplotlib, in a figure whose layout is done.
-        labels: the first ones choose first.
-        lines: points of what should stay visible, in data, each `(n, 2)`.
+        axes: matplotlib axes with final limits, in a figure with a final layout.
+        labels: the labels; an earlier one chooses before a later one.
+        lines: lines that labels should not cover, each as points `(n, 2)` in data units.
     """
     renderer = axes.figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
@@ -85,7 +85,7 @@ def _write(axes: Any, label: Label, place: Any, side: Any, far: float) -> Any:
 
 
 def _cost(box: Box, frame: Box, points: np.ndarray, taken: Sequence[Box]) -> float:
-    """How much a box covers, and how far it is out of the frame, in pixels."""
+    """The cost of a box: what it covers, and how many pixels it reaches out of the frame."""
     left, bottom, right, top = box
     out = max(frame[0] - left, 0) + max(frame[1] - bottom, 0)
     out += max(right - frame[2], 0) + max(top - frame[3], 0)
@@ -99,7 +99,7 @@ def _cost(box: Box, frame: Box, points: np.ndarray, taken: Sequence[Box]) -> flo
 
 
 def _filled(axes: Any, line: np.ndarray) -> np.ndarray:
-    """A line's points with many between them, even in the picture."""
+    """A line as many points, which are evenly spaced in the picture."""
     if len(line) < 2:
         return line
     pixels = axes.transData.transform(line)

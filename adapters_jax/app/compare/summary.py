@@ -1,4 +1,4 @@
-"""What a comparison leaves: its summary, a line a cell, the picture, and the page of it all."""
+"""Writes the files of a comparison: the summary, one line for each cell, picture and page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ _SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "m
 def summarize(
     options: CompareOptions, grid: Grid, cells: Cells, out: Path, results: Mapping[Cell, Result]
 ) -> Summary:
-    """All that is known of a comparison, as `comparison.json` has it."""
+    """Builds the content of `comparison.json`.
+
+    Args:
+        options: the options of the comparison.
+        grid: the recipes, their learning rates and the seeds.
+        cells: the directories of the cells, with the checked configuration of each recipe.
+        out: the directory of the comparison.
+        results: the result of each finished cell.
+    """
     first = cells.checked[grid.candidates[0].text].config
     rows = []
     for candidate in grid.candidates:
@@ -54,7 +62,7 @@ def summarize(
 def _best(
     options: CompareOptions, grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path
 ) -> dict[str, str] | None:
-    """The recipe that is the best on dev, and the command that trains it."""
+    """The recipe with the best mean on dev, and the command that trains it."""
     best: Mapping[str, Any] | None = None
     for row in rows:
         mean = row["dev"][grid.metric]["mean"] if "dev" in row else None
@@ -71,7 +79,11 @@ def _best(
 
 
 def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
-    """A mean and its deviation for people.
+    """Formats a mean and its standard deviation for people.
+
+    Args:
+        name: name of the metric.
+        spread: "mean" and "deviation" of the metric; the deviation is None for a single seed.
 
     Example:
         >>> show_spread("accuracy", {"mean": 0.8541, "deviation": 0.0123})
@@ -90,11 +102,15 @@ def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
 def comparison_table(
     summary: Mapping[str, Any], parts: Sequence[str] = ("test",)
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results, a row a recipe, from the fewest parameters.
+    """Builds the table of results; recipes with fewer trainable parameters come first.
 
     Args:
-        summary: of `summarize`.
-        parts: of the rows that were scored; of "test" alone, the first metric is shown alone.
+        summary: the summary that `summarize` returns.
+        parts: the parts of the data to show, "dev" or "test" or both. For one part, the table shows
+            only the first metric.
+
+    Returns:
+        The header, and one row for each recipe.
     """
     metrics = summary["metrics"][: 1 if len(parts) == 1 else None]
     columns = [(part, name) for part in parts for name in metrics]
@@ -113,22 +129,22 @@ def comparison_table(
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
-    """How many seeds a result is of, and what is not among them."""
-    said = [str(len(row["seeds"]))]
+    """The number of seeds behind a result, with the seeds that diverged or are still to run."""
+    parts = [str(len(row["seeds"]))]
     if row["diverged"]:
-        said.append(f"{row['diverged']} diverged")
+        parts.append(f"{row['diverged']} diverged")
     if row["missing"]:
-        said.append(f"{row['missing']} to run")
-    return ", ".join(said)
+        parts.append(f"{row['missing']} to run")
+    return ", ".join(parts)
 
 
 def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> None:
-    """Writes the files of a comparison, each of which is whole at every instant.
+    """Writes the files of a comparison; each file is replaced as a whole.
 
     Args:
-        out: directory of the comparison.
-        summary: of `summarize`.
-        results: a cell each.
+        out: the directory of the comparison.
+        summary: the summary that `summarize` returns.
+        results: the result of each finished cell.
     """
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     write_file(out / "cells.jsonl", lines.encode())
@@ -141,44 +157,42 @@ def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> 
 
 def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
-    table = pages.table(*comparison_table(summary, ("dev", "test")))
-    sections = {
-        "Results": table + pages.paragraph(_sentence(summary)),
-        f"Test {metric} against trainable parameters": pages.picture(
-            out / "comparison.png", f"Test {metric} against trainable parameters of each recipe"
-        ),
-        "Every cell": pages.table(*_cells_table(metric, results)),
-        "The same again": pages.code(summary["command"]),
-    }
-    if best is not None:
-        sections["The best on dev, alone"] = pages.code(best["command"])
-    configuration = list(settings(summary["configuration"]))
-    sections["Configuration"] = pages.table(["setting", "value"], configuration, words=2)
-    name = Path(summary["configuration"]["model"]).name
-    return pages.page(f"{summary['task']}: {len(summary['recipes'])} recipes on {name}", sections)
+    base = Path(summary["configuration"]["model"]).name
+    return pages.render(
+        "comparison",
+        title=f"{summary['task']}: {len(summary['recipes'])} recipes on {base}",
+        metric=metric,
+        results=comparison_table(summary, ("dev", "test")),
+        sentence=_sentence(summary),
+        picture_uri=pages.data_uri(out / "comparison.png"),
+        cells=_cells_table(metric, results),
+        again=summary["command"],
+        best=best["command"] if best else None,
+        configuration=list(settings(summary["configuration"])),
+    )
 
 
 def _sentence(summary: Summary) -> str:
-    """What the table is of, in words, and what is not in it yet."""
+    """Describes in words how the results were made, and which runs are missing."""
     rows, metric = summary["configuration"]["rows"], summary["metrics"][0]
     tuned = any(row["learning_rate"] is None or row["tuned"] for row in summary["recipes"])
-    said = [
+    sentences = [
         f"Trained on {rows['train']:,} rows; mean and standard deviation of test ({rows['test']:,} "
-        f"rows) over up to {len(summary['seeds'])} seeds, after {summary['done']} runs of together "
+        f"rows) over up to {len(summary['seeds'])} seeds. The {summary['done']} runs took together "
         f"{duration(summary['seconds'])}."
     ]
     if tuned:
         seeds = summary["seeds"][: summary["tuning_seeds"]]
         which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-        said.append(
+        sentences.append(
             f"Learning rates were chosen by {metric} on dev ({rows['dev']:,} rows) with {which}."
         )
     if summary["best"] is not None:
-        said.append(f"The best on dev is {summary['best']['recipe']}.")
+        sentences.append(f"The best on dev is {summary['best']['recipe']}.")
     if summary["missing"]:
         left = [f"{r['recipe']} ({r['missing']})" for r in summary["recipes"] if r["missing"]]
-        said.append(f"{summary['missing']} runs are missing: {'; '.join(left)}.")
-    return " ".join(said)
+        sentences.append(f"{summary['missing']} runs are missing: {'; '.join(left)}.")
+    return " ".join(sentences)
 
 
 def _cells_table(metric: str, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:

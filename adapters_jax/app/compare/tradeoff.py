@@ -1,4 +1,4 @@
-"""What recipes reach against how many parameters they train, drawn as Houlsby et al. draw it.
+"""Draws the test metric of recipes against their trainable parameters, as Houlsby et al. do.
 
 Reference: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", figures 1 and 3.
 """
@@ -23,17 +23,18 @@ Row = Mapping[str, Any]
 def draw_tradeoff(
     path: Path, comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]
 ) -> None:
-    """Draws the test metric over the trainable parameters, one frame a data set.
+    """Draws the test metric against the trainable parameters, one frame for each data set.
 
-    Recipes that differ in their size alone are one line, others are points, full fine-tuning is a
-    level line with its deviation as a band. Rows without a finite result are left out.
+    Recipes that differ only in their size form a line, and other recipes are points. Full
+    fine-tuning is a level line, with its deviation as a band. Rows without a finite result are left
+    out.
 
     Args:
-        path: of the picture, a PNG.
-        comparisons: rows by the title of their data set, as "recipes" in `comparison.json`:
-            each with "recipe", "method", "family", "size", "size_name", "trainable_parameters" and
-            "test".
-        metrics: by the same titles, which metric of "test" to draw.
+        path: the PNG file to write.
+        comparisons: the rows of each data set by its title, like "recipes" in `comparison.json`:
+            each row has "recipe", "method", "family", "size", "size_name", "trainable_parameters"
+            and "test".
+        metrics: the metric of "test" to draw, by the title of the data set.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def draw_tradeoff(
     lines = -(-len(comparisons) // columns)
     size = (8, 5) if columns == 1 else (5.4 * columns, 4.4 * lines)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # knows how wide words are
+    FigureCanvasAgg(figure)  # measures text
     frames = figure.subplots(lines, columns, squeeze=False).flat
     labels = []
     for axes, (title, rows) in zip(frames, comparisons.items(), strict=False):
@@ -73,7 +74,7 @@ def _points(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
 def _draw(
     axes: Any, points: Sequence[Mapping[str, Any]], metric: str
 ) -> tuple[list[Label], list[np.ndarray]]:
-    """Draws points into axes; returns the labels they want, and what labels should not cover."""
+    """Draws points into axes; returns their labels, and the lines that labels must not cover."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         if point["method"] != "full":
@@ -97,7 +98,9 @@ def _draw(
     for point in full:
         names.append(_draw_full(axes, point))
         drawn.append(np.array([[end, point["y"]] for end in axes.get_xlim()]))
-    drawn += [np.array([[point["x"], point["y"]]] * 3) for point in points]  # dots weigh more
+    drawn += [
+        np.array([[point["x"], point["y"]]] * 3) for point in points
+    ]  # a dot counts three times
     axes.set(xlabel="trainable parameters", ylabel=f"test {metric}" + _unit(metric))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e3e3", linewidth=0.7)
@@ -106,7 +109,7 @@ def _draw(
 
 
 def _draw_full(axes: Any, point: Mapping[str, Any]) -> Label:
-    """Full fine-tuning: what all others are measured by."""
+    """Draws full fine-tuning as the level that the others are compared with."""
     y, error = point["y"], point["error"]
     axes.axhline(y, color=GREY, linestyle="--", linewidth=1.5, zorder=1)
     axes.axhspan(y - error, y + error, color=GREY, alpha=0.13, linewidth=0, zorder=0)
@@ -122,7 +125,7 @@ def _family(line: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _set_limits(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Leaves room for labels around the points, in powers on one axis and in units on the other."""
+    """Leaves room for labels around the points; the x axis is logarithmic."""
     if not points:
         return
     powers = np.log10([point["x"] for point in points])

@@ -1,1 +1,6 @@
-"""What a run shows: tables, curves, one HTML page, and a model card."""
+"""What a finished run or comparison shows: tables, pictures, one HTML page, and a model card.
+
+- `run`: the table of results, the curves and the page of a run.
+- `pages`: renders a page from `templates/`.
+- `card`: the model card.
+"""

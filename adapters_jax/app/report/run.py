@@ -1,7 +1,4 @@
-"""What a run shows: a table of results, curves as a picture, and one page that holds everything.
-
-The page needs nothing but itself: the picture is inside it, and so is the style.
-"""
+"""What a finished run shows: its results as a table, its curves as a picture, and its page."""
 
 from __future__ import annotations
 
@@ -16,17 +13,18 @@ from adapters_jax.app.console import duration
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.report import pages
 from adapters_jax.audit import HEADERS, Audit
+from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
 
 BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1", "exact_match")
-SAMPLE_HEADER = ("prompt", "reference", "generated")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
+_NOT_SETTINGS = ("command", "data", "summary")  # the page shows these elsewhere
 
 
 def show_metric(name: str, value: float) -> str:
-    """A metric for people: accuracy and F1 in percent, correlations as they are.
+    """Formats a metric for people: accuracy and F1 in percent, other metrics as they are.
 
     Example:
         >>> show_metric("accuracy", 0.8541), show_metric("pearson", 0.8541)
@@ -38,7 +36,14 @@ def show_metric(name: str, value: float) -> str:
 def results_table(
     results: Sequence[Mapping[str, Any]], metrics: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results, a row a method.
+    """Builds the table of results.
+
+    Args:
+        results: one for each method, as `summary.results` in a run's `config.json` holds them.
+        metrics: names of the test metrics to show.
+
+    Returns:
+        The header, and one row for each method.
 
     Example:
         >>> row = {"method": "lora", "trainable_parameters": 1234, "test": {"f1": 0.5}}
@@ -67,11 +72,11 @@ def draw_curves(
     """Draws the training loss and the dev metric over the steps.
 
     Args:
-        path: of the picture to write.
-        method: the one that was trained.
-        records: what a training logged.
-        metric: the dev metric to show.
-        baselines: what others reach on dev, drawn as level lines.
+        path: the PNG file to write.
+        method: name of the trained method, for the legend.
+        records: the records that the training logged.
+        metric: name of the dev metric to draw.
+        baselines: the dev metric of each baseline, drawn as level lines.
     """
     from matplotlib.figure import Figure
 
@@ -83,7 +88,7 @@ def draw_curves(
     steps, raw = zip(*losses, strict=True)
     loss_axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
     loss_axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8)
-    loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, None))
+    loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, 1.05 * max(raw) or 1))
     dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=method)
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         label = TITLES.get(name, name)
@@ -99,38 +104,43 @@ def draw_curves(
 
 
 def _smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:
-    """A running mean over a share of the values, centred and shorter at the ends."""
+    """The running mean over a share of the values; the window is centred, and cut at the ends."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    middle = np.arange(len(values))
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
     return (sums[last] - sums[first]) / (last - first)
 
 
 def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
-    """Writes the page of a run that has its curves.
+    """Writes the page of a finished run, whose curves are drawn already.
 
     Args:
-        run: where.
-        config: of the run, with its summary.
+        run: the run's directory.
+        config: the run's configuration, with its summary.
         counts: the audit of what was trained.
     """
     summary = config["summary"]
-    title = f"{config['task']}: {summary['results'][-1]['method']} on {Path(config['model']).name}"
-    samples = [[s["prompt"], s["completion"], s["generated"]] for s in _samples(summary)]
-    sections = {
-        "Results": pages.table(*results_table(summary["results"], config["metrics"]))
-        + pages.paragraph(_sentence(config)),
-        "Curves": pages.picture(run.curves, "Training loss and dev metric over the steps"),
-        **({"Samples": pages.table([*SAMPLE_HEADER], samples, words=3)} if samples else {}),
-        "What was trained": pages.table(
-            list(HEADERS), [list(row) for row in counts.rows()], words=4
-        )
-        + "".join(map(pages.paragraph, counts.totals())),
-        "How to use it": pages.code(_usage(run, config)),
-        "Configuration": pages.table(["setting", "value"], list(settings(config)), words=2),
-    }
-    run.report.write_text(pages.page(title, sections), encoding="utf-8")
+    usage = task_of(config).usage(run.path.as_posix(), config)
+    page = pages.render(
+        "run",
+        title=f"{config['task']}: {summary['results'][-1]['method']} on "
+        f"{Path(config['model']).name}",
+        results=results_table(summary["results"], config["metrics"]),
+        sentence=_sentence(config),
+        curves_uri=pages.data_uri(run.curves),
+        samples=[
+            (sample["prompt"], sample["completion"], sample["generated"])
+            for sample in summary["results"][-1].get("samples", ())
+        ],
+        trained=(HEADERS, counts.rows()),
+        totals=counts.totals(),
+        shell=usage.shell,
+        python=usage.python,
+        again=shlex.join(["adapters-jax", "finetune", *config["command"]]),
+        configuration=list(settings(config)),
+    )
+    write_file(run.report, page.encode())
 
 
 def _sentence(config: Mapping[str, Any]) -> str:
@@ -144,23 +154,33 @@ def _sentence(config: Mapping[str, Any]) -> str:
     )
 
 
-def _samples(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the trained decoder said of a few test prompts."""
-    return summary["results"][-1].get("samples", [])
+def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Lists the configuration of a run: each setting that has a value.
 
+    An absolute path is shown as its last part, since the page may be read on another machine.
 
-def _usage(run: Run, config: Mapping[str, Any]) -> str:
-    """The run from the command line and from Python, in three lines."""
-    return "\n".join(task_of(config).usage(run.path.as_posix(), config))
+    Args:
+        config: the run's configuration.
 
+    Yields:
+        The name of a setting, with dots for nested ones, and its value as text.
 
-def settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The configuration as rows; of nested settings, each that says something."""
+    Example:
+        >>> config = {"model": "/home/me/tiny", "optimizer": {"clip": 1.0, "dropout": None}}
+        >>> list(settings(config))
+        [('model', 'tiny'), ('optimizer.clip', '1.0')]
+    """
     for key, value in config.items():
-        if key == "summary":
+        if key in _NOT_SETTINGS:
             continue
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         for name, setting in inner:
             if setting not in (None, [], (), ""):
-                text = setting if isinstance(setting, str) else json.dumps(setting)
-                yield [f"{key}.{name}" if name else key, text]
+                yield f"{key}.{name}" if name else key, _shown(setting)
+
+
+def _shown(setting: Any) -> str:
+    if not isinstance(setting, str):
+        return json.dumps(setting, ensure_ascii=False)
+    path = Path(setting)
+    return path.name if path.is_absolute() else setting
