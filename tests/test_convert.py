@@ -14,6 +14,7 @@ import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference.generator import load_generator
 from adapters_jax.inference.predictor import load_predictor
+from adapters_jax.interop.formats import FORMATS, format_of
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.trees import unflatten
 
@@ -179,7 +180,7 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
     wanted, found = load_predictor("runs/reviews"), load_predictor(out)
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
     assert (found.target, found.max_length) == (wanted.target, wanted.max_length)
-    assert 'license: "mit"' in (out / "README.md").read_text()
+    assert "\nlicense: mit\n" in (out / "README.md").read_text()
     spoken, _ = convert("runs/meanings", "native")
     assert load_generator(spoken).prompts == load_generator("runs/meanings").prompts
     assert json.loads((spoken / "config.json").read_text())["summary"]["results"][0]["test"] == {
@@ -199,14 +200,17 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
         ("runs/mean adapterhub", "its head reads mean, and AdapterHub's pooler or cls; --no-head"),
         ("runs/reviews native --no-head", "--no-head: a native adapter holds all that its recipe"),
         ("runs/reviews/adapter peft", "does not say what it was trained on; add --model"),
-        ("runs/reviews/adapter peft --model tiny", "nobody says what its head reads: add --pooli"),
+        ("runs/reviews/adapter peft --model tiny", "nothing says what its head reads: add --pooli"),
         ("runs/reviews peft --model llama", "the weights of llama are not those that runs/reviews"),
         ("gpt2-lora peft --model tiny", "was trained on another base than 'tiny': tree_sha256"),
         ("gpt2-houlsby peft --model gpt2", "PEFT cannot load this adapter: it adds Bottleneck"),
         ("prompts adapterhub --model llama", "LlamaAdapter"),
         ("prompts peft --model llama", 'has 4 gates; PEFT has one a layer: gate="layer"'),
         ("runs/none native", "'runs/none' is neither a directory here nor an adapter on the Hug"),
-        ("gpt2 native", "gpt2 is no adapter: it has no adapter_config.json of adapters_jax, PEFT"),
+        (
+            "gpt2 native",
+            "gpt2 is not an adapter: it has no adapter_config.json of adapters_jax, PEFT",
+        ),
         (
             "runs/open native",
             "runs/open is not finished; go on with: adapters-jax finetune",
@@ -217,6 +221,25 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
 def test_what_cannot_be_honoured_is_refused_by_name(convert, words, message):
     source, to, *flags = words.split()
     assert message in convert(source, to, *flags, status=2)
+
+
+def test_a_directory_that_two_formats_claim_is_refused(convert, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree("runs/reviews/adapter", both)
+    path = both / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORA"}))
+    with pytest.raises(aj.AdapterFileError) as caught:
+        format_of(both)
+    assert all(datum in str(caught.value) for datum in (str(path), "adapters_jax", "PEFT"))
+    assert "AdapterHub" not in str(caught.value)
+    assert str(path) in convert(both, "peft", "--model", "tiny", status=2)
+
+
+def test_every_format_recognises_its_own_files_alone(convert):
+    for name, form in FORMATS.items():
+        there, said = convert("runs/reviews", name)
+        assert format_of(there) is form
+        assert said["files"].keys() - {"README.md", "config.json"} == {*form.files}
 
 
 def test_settings_of_a_number_and_of_prompts_are_said(convert, capsys, tmp_path):

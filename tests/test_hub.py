@@ -337,7 +337,7 @@ def test_the_three_lines_of_the_card_run(server, say, monkeypatch):
             exec(compile(code, "card", "exec"), found)
     assert printed.getvalue().count("\n") == 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # both are cached now
-    wanted = load_predictor("runs/reviews").predict([("A text.", None)])
+    wanted = load_predictor("runs/reviews").predict([("A text of your own.", None)])
     assert printed.getvalue().startswith(f"{wanted}\n")
     mine, wanted = found["generator"], load_generator("runs/meanings")
     states = nnx.state(mine.model), nnx.state(wanted.model)

@@ -63,6 +63,6 @@ class Convert:
         def report() -> None:
             for line in describe(written, self.to, where):
                 output.say(line)
-            output.result({"out": where, "from": source.kind, "to": self.to, **vars(written)})
+            output.result({"out": where, "from": source.form.name, "to": self.to, **vars(written)})
 
         return report

@@ -6,7 +6,6 @@ The page needs nothing but itself: the picture is inside it, and so is the style
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from adapters_jax.app.console import duration
 from adapters_jax.app.options.method import HEAD_ONLY
-from adapters_jax.app.report import pages
+from adapters_jax.app.report import pages, usage
 from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.io.run_directory import Run
 
@@ -117,6 +116,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
     """
     summary = config["summary"]
     title = f"{config['task']}: {summary['results'][-1]['method']} on {Path(config['model']).name}"
+    name = run.path.as_posix()
     samples = [[s["prompt"], s["completion"], s["generated"]] for s in _samples(summary)]
     sections = {
         "Results": pages.table(*results_table(summary["results"], config["metrics"]))
@@ -127,7 +127,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
             list(HEADERS), [list(row) for row in counts.rows()], words=4
         )
         + "".join(map(pages.paragraph, counts.totals())),
-        "How to use it": pages.code(_usage(run, config)),
+        "How to use it": pages.code(f"{usage.command(config, name)}\n{usage.python(config, name)}"),
         "Configuration": pages.table(["setting", "value"], list(settings(config)), words=2),
     }
     run.report.write_text(pages.page(title, sections), encoding="utf-8")
@@ -147,26 +147,6 @@ def _sentence(config: Mapping[str, Any]) -> str:
 def _samples(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the trained decoder said of a few test prompts."""
     return summary["results"][-1].get("samples", [])
-
-
-def _usage(run: Run, config: Mapping[str, Any]) -> str:
-    """The run from the command line and from Python, in three lines."""
-    name = run.path.as_posix()
-    if config.get("kind") == "decoder":
-        return "\n".join(
-            (
-                f'adapters-jax generate {shlex.quote(name)} --prompt "A prompt of your own."',
-                "from adapters_jax.inference.generator import load_generator",
-                f'list(load_generator({name!r}).generate(["A prompt of your own."]))',
-            )
-        )
-    return "\n".join(
-        (
-            f'adapters-jax predict {shlex.quote(name)} "A text of your own." "Another one."',
-            "from adapters_jax.inference.predictor import load_predictor",
-            f'load_predictor({name!r}).predict([("A text of your own.", None)])',
-        )
-    )
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -131,8 +131,8 @@ def _few(table: Any, most: int) -> Any:
 
 
 def _adapted(options: RunOptions, decoder: Decoder) -> nnx.Module:
-    layers = decoder.config.num_hidden_layers
-    recipe = options.method.build(num_layers=layers, layer="layers/{}")
+    layers, layer = decoder.config.num_layers, decoder.family.layer
+    recipe = options.method.build(num_layers=layers, layer=layer)
     example = (np.zeros((1, 8), np.int32),)
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(options.seed), example_inputs=example)
 

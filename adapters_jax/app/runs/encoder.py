@@ -156,7 +156,7 @@ def _problem(
     buckets = choose_buckets(rows["train"], max_length, size)
     labels, pad_id = target.encode(task.train.labels), encoder.config.pad_token_id
     batches = Batches(rows["train"], labels, size, options.seed, buckets, pad_id)
-    recipe = options.method.build(head=HEAD, num_layers=encoder.config.num_hidden_layers)
+    recipe = options.method.build(head=HEAD, num_layers=encoder.config.num_layers)
     model = adapt(encoder.classifier(target.width, training.dropout), recipe)
     head_key, adapters_key = jax.random.split(jax.random.key(options.seed))
     params = init_adapters(

@@ -19,7 +19,7 @@ from adapters_jax.interop.module_map import Added, Leaves
 from adapters_jax.methods import Bottleneck, DoRA, LoRA
 from adapters_jax.recipe import Recipe
 
-# What one site says: the fields of its configuration, and its matrices where it is an attention.
+# What one attachment point says: its settings, and its matrices where it is an attention.
 Said = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
@@ -71,7 +71,9 @@ def _bottlenecks(
             problems.append(f"{path}: its leaves are not of one layer of this base")
             continue
         said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
-        module = f"{blocks.name(layer, blocks.family.bottlenecks[location].site)}.adapters.{name}"
+        module = (
+            f"{blocks.name(layer, blocks.family.bottlenecks[location].bottleneck)}.adapters.{name}"
+        )
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # there it has two names
@@ -135,23 +137,23 @@ def _loras(
             fields: list[dict[str, Any]] = []
             matrices = []
             for matrix, module in modules.items():
-                there = blocks.places.at(blocks.name(layer, module))
+                there = blocks.module_map.at(blocks.name(layer, module))
                 fused = bool(there and there[0].part)
-                place = there["qkv".index(matrix)] if fused else next(iter(there), None)
-                leaves = left.pop(place.path, None) if place else None
-                if place is None or leaves is None:
+                reference = there["qkv".index(matrix)] if fused else next(iter(there), None)
+                leaves = left.pop(reference.path, None) if reference else None
+                if reference is None or leaves is None:
                     continue
-                method = next(m for m in recipe.at(place.path) if isinstance(m, LoRA))
-                a, b = their_factors(place, leaves, method.slices)
-                if (b.shape[0], *a.shape[1:]) != (place.width, *place.shape[:-1]):
-                    problems.append(f"{place.path}: its factors are not of its weight")
+                method = next(m for m in recipe.at(reference.path) if isinstance(m, LoRA))
+                a, b = their_factors(reference, leaves, method.slices)
+                if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
+                    problems.append(f"{reference.path}: its factors are not of its weight")
                     continue
                 if method.a_init == "pissa":
                     problems.append(
-                        f"{place.path}: a_init='pissa' took its factors out of the base, which "
+                        f"{reference.path}: a_init='pissa' took its factors out of the base, which "
                         "AdapterHub has whole"
                     )
-                alpha = rounded(method.scale_at(place.path) * len(a))
+                alpha = rounded(method.scale_at(reference.path) * len(a))
                 fields.append({"r": len(a), "alpha": alpha, "dropout": method.dropout})
                 matrices.append(matrix)
                 made.setdefault(blocks.name(layer, module), []).append((a, b))
@@ -171,7 +173,7 @@ def _loras(
 
 
 def _of(kind: type, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The sites of a kind of method, with its own leaves."""
+    """The attachment points of a kind of method, with its own leaves."""
     for path, leaves in added.items():
         for method in recipe.at(path):
             if isinstance(method, kind):
