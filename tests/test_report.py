@@ -101,7 +101,8 @@ def test_the_page_says_what_was_found_and_escapes_it(page):
     assert "rows.train" in words
     assert "nothing" not in words
     usage = next(word for word in words if word.startswith("adapters-jax predict"))
-    assert usage.count("\n") == 2
+    assert usage.count("\n") == 3
+    assert "\nfrom adapters_jax.inference import load_predictor\n" in usage
     assert re.match(r"adapters-jax predict '.*/a run' ", usage)
 
 

@@ -61,7 +61,7 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
         pooling: what an encoder's head reads; a run knows.
 
     Raises:
-        ValueError: there is none, it is damaged, or it says what cannot be honoured; the base is
+        ValueError: there is none, it is damaged, or a setting is not supported; the base is
             not known, or another one.
         AssetError: the pinned model could not be fetched.
     """

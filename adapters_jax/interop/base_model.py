@@ -27,7 +27,7 @@ class BaseModel:
         identity: what an adapter's file says of it.
         sha256: of the weights' files.
         classifies: whether it is under a head for labels.
-        pooling: what that head reads; None where there is none, or nobody said.
+        pooling: what that head reads; None where there is none, or it is not known.
         one_layer: whether the classifier of its architecture in transformers has such a head.
     """
 

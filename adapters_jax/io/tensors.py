@@ -3,6 +3,11 @@
 The header is checked whole before a tensor is read, and nothing is allocated before its size is
 known to fit the file. Everything that is wrong with a file is an `AdapterFileError` that names it.
 
+The package safetensors checks dtypes, offsets and sizes as well, but accepts a name that is there
+twice, further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps
+the file, so that a process ends by a signal where the file becomes shorter. So one reader checks
+and reads it all.
+
 Reference: https://github.com/huggingface/safetensors#format
 """
 

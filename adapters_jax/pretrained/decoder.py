@@ -107,8 +107,8 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
     if not family.generates:
         able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
         raise ValueError(
-            f"{name!r} is of the family {family.name}, which has no generation with a cache and no "
-            f"task that trains it; expected one of {able}; audit, plan and convert take it"
+            f"{name!r} is of the family {family.name}, which has no cache to generate with yet, so "
+            f"that no task trains it; expected one of {able}; audit, plan and convert take it"
         )
     files = locate(name)
     opened = read_gguf(files) if files.suffix == ".gguf" else None

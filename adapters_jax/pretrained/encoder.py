@@ -60,7 +60,7 @@ class Encoder:
     identity: BaseIdentity
 
     def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
-        """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
+        """The encoder under a head of `width` outputs; dropout None is the checkpoint's own."""
         config = self.config
         if dropout is not None:
             rates: Any = dict.fromkeys(_DROPOUTS, dropout)
@@ -70,7 +70,7 @@ class Encoder:
     def init(self, width: int, key: Any) -> Any:
         """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
         model, ids = self.classifier(width), jnp.zeros((1, 1), jnp.int32)
-        # Jitted, XLA drops the encoder's random numbers, which nobody asks for.
+        # Jitted, XLA drops the encoder's random numbers, which nothing reads.
         head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
         return self.under(head)
 

@@ -59,7 +59,7 @@ class Push:
         """Writes the directory, and checks all that can be checked before uploading it.
 
         Raises:
-            ValueError: a run that cannot be used or has what the format has not, an id that is
+            ValueError: a run that cannot be used or that the format does not support, an id that is
                 none, no token, or a directory that holds something.
             AssetError: the pinned model could not be fetched.
         """

@@ -177,7 +177,7 @@ def save_adapterhub(
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     """What a file says of the model it is for."""
-    model_type = "roberta" if prefix == "roberta." else blocks.family.model_type
+    model_type = "roberta" if prefix == "roberta." else blocks.architecture.model_type
     classes = {"bert": "BertAdapterModel", "gpt2": "GPT2AdapterModel", "llama": "LlamaAdapterModel"}
     return {
         "name": name,

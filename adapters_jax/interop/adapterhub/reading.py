@@ -69,11 +69,11 @@ def _bottlenecks(
 ) -> list[Method]:
     """One Bottleneck for each reduction factor."""
     there = {
-        point: blocks.name(point[0], blocks.family.bottlenecks[point[1]].bottleneck)
+        point: blocks.name(point[0], blocks.architecture.bottlenecks[point[1]].bottleneck)
         for point in _locations(config, blocks)
     }
     mine = {point: found.pop(f"{module}.adapters", {}) for point, module in there.items()}
-    kind = placement(config, blocks.family.post_norm)
+    kind = placement(config, blocks.architecture.post_norm)
     if isinstance(kind, str):
         problems.append(kind)
         return []
@@ -147,7 +147,7 @@ def _loras(
     rank, paths = config["r"], []
     for layer, location in _locations(config, blocks):
         modules: dict[str, list[str]] = {}
-        for matrix, name in blocks.family.loras[location].items():
+        for matrix, name in blocks.architecture.loras[location].items():
             if not matrix or matrix in config["attn_matrices"]:
                 modules.setdefault(blocks.name(layer, name), []).append(matrix)
         for module, matrices in modules.items():

@@ -71,9 +71,8 @@ def _bottlenecks(
             problems.append(f"{path}: its leaves are not of one layer of this base")
             continue
         said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
-        module = (
-            f"{blocks.name(layer, blocks.family.bottlenecks[location].bottleneck)}.adapters.{name}"
-        )
+        bottleneck = blocks.architecture.bottlenecks[location].bottleneck
+        module = f"{blocks.name(layer, bottleneck)}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # there it has two names
@@ -92,7 +91,7 @@ def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] |
     if method.activation not in _NAMES:
         return f"activation={method.activation!r}, AdapterHub has {', '.join(_NAMES)}"
     if role == "sublayer":  # behind it as at its output, beside it as beside the sum
-        parallel = method.placement == "parallel" and blocks.family.post_norm
+        parallel = method.placement == "parallel" and blocks.architecture.post_norm
         role = "output" if method.placement == "sequential" else "sum" if parallel else role
     fields = {
         "non_linearity": _NAMES[method.activation],
@@ -102,10 +101,10 @@ def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] |
     }
     if (role, method.placement) == ("sum", "parallel"):
         return fields | {"is_parallel": True, "original_ln_before": False}
-    for row in POST_NORM if blocks.family.post_norm else PRE_NORM:
+    for row in POST_NORM if blocks.architecture.post_norm else PRE_NORM:
         if row[:2] == (role, method.placement):
             return fields | row._asdict() | {"role": None, "placement": None}
-    norm = "norm's, with placement='norm'" if blocks.family.post_norm else "sum"
+    norm = "norm's, with placement='norm'" if blocks.architecture.post_norm else "sum"
     return (
         f"AdapterHub has no {method.placement} bottleneck there: target a sublayer's output, its "
         f"{norm}, or its sum with placement='parallel'"
@@ -132,7 +131,7 @@ def _loras(
     said: Said = {}
     left = dict(_of(LoRA, recipe, added))
     for layer in blocks.layers:
-        for location, modules in blocks.family.loras.items():
+        for location, modules in blocks.architecture.loras.items():
             made: dict[str, list[tuple[Array, Array]]] = {}
             fields: list[dict[str, Any]] = []
             matrices = []

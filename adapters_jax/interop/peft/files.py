@@ -38,8 +38,8 @@ def load_peft(
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`, or an id on the
             Hugging Face Hub, of which these two are fetched.
-        names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
-            `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
+        names: the `NAMES` that stands beside a model (`models.bert`, `models.bert.classifier`,
+            `models.gpt2`, `models.llama`), or a mapping from PEFT's module names to our
             module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
             module is several of ours, fused along its outputs, and an attention module's path for
             prompts. Only a `NameTable` can say that weights are `(in, out)` in PyTorch as well,

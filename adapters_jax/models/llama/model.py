@@ -265,7 +265,7 @@ class Llama(nnx.Module):
         return self.norm(run_nnx(self.layers, x, mask, angles, remat=self.remat))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache for so many rows and tokens a row, padding included; see `extend`."""
+        """A cache for a number of rows and of tokens a row, padding included; see `extend`."""
         config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
         sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
         return Cache.empty(*sizes, dtype, stacked=self.scan)
