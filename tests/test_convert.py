@@ -223,6 +223,29 @@ def test_what_cannot_be_honoured_is_refused_by_name(convert, words, message):
     assert message in convert(source, to, *flags, status=2)
 
 
+def test_a_robertas_modules_have_its_own_prefix_and_its_head_is_none_of_pefts(convert, tmp_path):
+    shutil.copytree(FIXTURES / "roberta", tmp_path / "roberta")
+    d, model = 32, ("--model", str(tmp_path / "roberta"))
+    lora = aj.LoRA("layer_0/attention/query", 2)
+    shapes = {"layer_0/attention/query/lora/a": (d, 2), "layer_0/attention/query/lora/b": (2, d)}
+    bare = drawn(lora, shapes, tmp_path / "bare")
+    names = load_file(convert(bare, "adapterhub", *model)[0] / HUB)
+    assert all(name.startswith("roberta.encoder.layer.0.") for name in names)
+    names = load_file(convert(bare, "peft", *model)[0] / PEFT)
+    assert all(name.startswith("base_model.model.encoder.layer.0.") for name in names)
+    recipe = aj.Recipe(aj.LoRA("bert/layer_0/attention/query", 2), aj.Unfreeze("head/*"))
+    shapes = {f"bert/{path}": shape for path, shape in shapes.items()}
+    headed = drawn(
+        recipe, {**shapes, "head/kernel": (d, 3), "head/bias": (3,)}, tmp_path / "headed"
+    )
+    pooled = (*model, "--pooling", "pooler")
+    there = convert(headed, "adapterhub", *pooled)[0]
+    assert all(name.startswith("roberta.") for name in load_file(there / HUB))
+    assert json.loads((there / "adapter_config.json").read_text())["model_type"] == "roberta"
+    same(headed, convert(there, "native", *model)[0])
+    assert "two layers" in convert(headed, "peft", *pooled, status=2)
+
+
 def test_a_directory_that_two_formats_claim_is_refused(convert, tmp_path):
     both = tmp_path / "both"
     shutil.copytree("runs/reviews/adapter", both)
