@@ -15,6 +15,7 @@ from adapters_jax.app.cli.main import main
 from adapters_jax.inference.generator import load_generator
 from adapters_jax.inference.predictor import load_predictor
 from adapters_jax.interop.formats import FORMATS, format_of
+from adapters_jax.interop.formats.native import Native
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.trees import unflatten
 
@@ -256,6 +257,32 @@ def test_a_directory_that_two_formats_claim_is_refused(convert, tmp_path):
     assert all(datum in str(caught.value) for datum in (str(path), "adapters_jax", "PEFT"))
     assert "AdapterHub" not in str(caught.value)
     assert str(path) in convert(both, "peft", "--model", "tiny", status=2)
+
+
+class Elsewhere(Native):
+    """A format whose directories say where the adapter is."""
+
+    name, owner = "elsewhere", "Elsewhere"
+
+    def detects(self, values):
+        return "elsewhere" in values
+
+    def base_name(self, directory):
+        return "gpt2"
+
+    def read(self, directory, base):
+        there = json.loads((directory / "adapter_config.json").read_text())["elsewhere"]
+        return super().read(Path(there), base)
+
+
+def test_a_class_in_the_registry_is_enough_to_read_a_format(convert, monkeypatch, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "adapter_config.json").write_text('{"elsewhere": "gpt2-lora"}')
+    assert str(tmp_path / "odd") in convert(tmp_path / "odd", "native", status=2)
+    monkeypatch.setitem(FORMATS, "elsewhere", Elsewhere())
+    out, said = convert(tmp_path / "odd", "native")
+    assert (said["from"], said["notes"]) == ("elsewhere", [])
+    same("gpt2-lora", out)
 
 
 def test_every_format_recognises_its_own_files_alone(convert):

@@ -73,20 +73,20 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
     form = formats.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
-    base = model or (config["model"] if config else form.base_name(run.adapter))
-    if base is None:
+    called = model or (config["model"] if config else form.base_name(run.adapter))
+    if called is None:
         raise AdapterFileError(
             f"{name!r} does not say what it was trained on; add --model with a pinned model, a "
             "directory, or an id on the Hugging Face Hub"
         )
-    classifier = find_family(base).classifier
+    classifier = find_family(called).classifier
     head = form.head(run.adapter, classifier.base) if classifier else None
     width, said = (head.width, head.pooling) if head else (None, None)
-    model_of = load_base_model(base, width, said or pooling)
+    base = load_base_model(called, width, said or pooling)
     if config:
-        check_base(run, {**config, "model": base}, model_of.sha256)
-    recipe, leaves = form.read(run.adapter, model_of)
-    return Source(form, model_of, recipe, leaves, config)
+        check_base(run, {**config, "model": called}, base.sha256)
+    recipe, leaves = form.read(run.adapter, base)
+    return Source(form, base, recipe, leaves, config)
 
 
 def export(

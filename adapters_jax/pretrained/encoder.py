@@ -40,7 +40,7 @@ class Encoder:
     """A pretrained encoder.
 
     Attributes:
-        family: the classifier of its family.
+        architecture: what its family says of classifiers.
         config: its shape.
         params: of the encoder alone, float32 or quantised.
         tokenizer: its own.
@@ -50,7 +50,7 @@ class Encoder:
         identity: what an adapter's file says of it.
     """
 
-    family: Classifier
+    architecture: Classifier
     config: Any
     params: Any
     tokenizer: tokenizers.Tokenizer
@@ -65,7 +65,7 @@ class Encoder:
         if dropout is not None:
             rates: Any = dict.fromkeys(_DROPOUTS, dropout)
             config = dataclasses.replace(config, **rates)
-        return self.family.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+        return self.architecture.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:
         """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
@@ -76,14 +76,14 @@ class Encoder:
 
     def under(self, head: Any) -> Any:
         """Its parameters with those of a head, as the classifier has them."""
-        return {self.family.base: self.params, HEAD: head}
+        return {self.architecture.base: self.params, HEAD: head}
 
     def quantized(self, dtype: str) -> Encoder:
         """The same with its weights in few bits; see `adapters_jax.transforms.quantize`."""
         params, ids = self.init(1, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
         targets = ("**", f"!{HEAD}")
         params = in_few_bits(self.classifier(1), params, ids, dtype=dtype, targets=targets)
-        return dataclasses.replace(self, params=params[self.family.base])
+        return dataclasses.replace(self, params=params[self.architecture.base])
 
     def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
         """Batches in order, padded as this model wants; see `Batches.in_order`."""

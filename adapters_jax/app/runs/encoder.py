@@ -186,5 +186,5 @@ def _refuse_flags_of_decoders(options: RunOptions) -> None:
     if stray:
         raise ValueError(
             f"{', '.join(map(flag, stray))}: for decoders, and {options.model!r} is an encoder; "
-            "name a Llama, such as --model smollm2-135m"
+            "name a decoder, such as --model smollm2-135m"
         )
