@@ -604,7 +604,7 @@ def test_names_of_ones_own(tmp_path):
         AdapterFileError, match="layers.0.output_adapters, or for the projection be"
     ):
         load_adapterhub(FIXTURES / "llama_par", sums | KEY, model)
-    with pytest.raises(ValueError, match="names has no blocks of BERT, GPT-2 or Llama"):
+    with pytest.raises(ValueError, match="names has no blocks .* bert, gpt2, llama"):
         load_adapterhub(FIXTURES / "llama_par", {"a.b": "norm"}, model)
 
 

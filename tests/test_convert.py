@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_generator, load_predictor
+from adapters_jax.interop.formats import FORMATS, format_of
+from adapters_jax.interop.formats.native import Native
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.trees import unflatten
 
@@ -178,7 +180,7 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
     wanted, found = load_predictor("runs/reviews"), load_predictor(out)
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
     assert (found.readout, found.max_length) == (wanted.readout, wanted.max_length)
-    assert 'license: "mit"' in (out / "README.md").read_text()
+    assert "\nlicense: mit\n" in (out / "README.md").read_text()
     spoken, _ = convert("runs/meanings", "native")
     assert load_generator(spoken).prompts == load_generator("runs/meanings").prompts
     assert json.loads((spoken / "config.json").read_text())["summary"]["results"][0]["test"] == {
@@ -210,14 +212,17 @@ def test_no_row_and_no_directory_of_this_machine_goes_along(convert, place, to):
         ("runs/mean adapterhub", "its head reads mean, and AdapterHub's pooler or cls; --no-head"),
         ("runs/reviews native --no-head", "--no-head: a native adapter holds all that its recipe"),
         ("runs/reviews/adapter peft", "does not say what it was trained on; add --model"),
-        ("runs/reviews/adapter peft --model tiny", "nobody says what its head reads: add --pooli"),
+        ("runs/reviews/adapter peft --model tiny", "nothing says what its head reads: add --pooli"),
         ("runs/reviews peft --model llama", "the weights of llama are not those that runs/reviews"),
         ("gpt2-lora peft --model tiny", "was trained on another base than 'tiny': tree_sha256"),
         ("gpt2-houlsby peft --model gpt2", "PEFT cannot load this adapter: it adds Bottleneck"),
         ("prompts adapterhub --model llama", "LlamaAdapter"),
         ("prompts peft --model llama", 'has 4 gates; PEFT has one a layer: gate="layer"'),
         ("runs/none native", "'runs/none' is neither a directory here nor an adapter on the Hug"),
-        ("gpt2 native", "gpt2 is no adapter: it has no adapter_config.json of adapters_jax, PEFT"),
+        (
+            "gpt2 native",
+            "gpt2 is not an adapter: it has no adapter_config.json of adapters_jax, PEFT",
+        ),
         (
             "runs/open native",
             "runs/open is not finished; go on with: adapters-jax finetune",
@@ -228,6 +233,74 @@ def test_no_row_and_no_directory_of_this_machine_goes_along(convert, place, to):
 def test_what_cannot_be_honoured_is_refused_by_name(convert, words, message):
     source, to, *flags = words.split()
     assert message in convert(source, to, *flags, status=2)
+
+
+def test_a_robertas_modules_have_its_own_prefix_and_its_head_is_none_of_pefts(convert, tmp_path):
+    shutil.copytree(FIXTURES / "roberta", tmp_path / "roberta")
+    d, model = 32, ("--model", str(tmp_path / "roberta"))
+    lora = aj.LoRA("layer_0/attention/query", 2)
+    shapes = {"layer_0/attention/query/lora/a": (d, 2), "layer_0/attention/query/lora/b": (2, d)}
+    bare = drawn(lora, shapes, tmp_path / "bare")
+    names = load_file(convert(bare, "adapterhub", *model)[0] / HUB)
+    assert all(name.startswith("roberta.encoder.layer.0.") for name in names)
+    names = load_file(convert(bare, "peft", *model)[0] / PEFT)
+    assert all(name.startswith("base_model.model.encoder.layer.0.") for name in names)
+    recipe = aj.Recipe(aj.LoRA("bert/layer_0/attention/query", 2), aj.Unfreeze("head/*"))
+    shapes = {f"bert/{path}": shape for path, shape in shapes.items()}
+    headed = drawn(
+        recipe, {**shapes, "head/kernel": (d, 3), "head/bias": (3,)}, tmp_path / "headed"
+    )
+    pooled = (*model, "--pooling", "pooler")
+    there = convert(headed, "adapterhub", *pooled)[0]
+    assert all(name.startswith("roberta.") for name in load_file(there / HUB))
+    assert json.loads((there / "adapter_config.json").read_text())["model_type"] == "roberta"
+    same(headed, convert(there, "native", *model)[0])
+    assert "two layers" in convert(headed, "peft", *pooled, status=2)
+
+
+def test_a_directory_that_two_formats_claim_is_refused(convert, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree("runs/reviews/adapter", both)
+    path = both / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORA"}))
+    with pytest.raises(aj.AdapterFileError) as caught:
+        format_of(both)
+    assert all(datum in str(caught.value) for datum in (str(path), "adapters_jax", "PEFT"))
+    assert "AdapterHub" not in str(caught.value)
+    assert str(path) in convert(both, "peft", "--model", "tiny", status=2)
+
+
+class Elsewhere(Native):
+    """A format whose directories say where the adapter is."""
+
+    name, owner = "elsewhere", "Elsewhere"
+
+    def detects(self, values):
+        return "elsewhere" in values
+
+    def base_name(self, directory):
+        return "gpt2"
+
+    def read(self, directory, base):
+        there = json.loads((directory / "adapter_config.json").read_text())["elsewhere"]
+        return super().read(Path(there), base)
+
+
+def test_a_class_in_the_registry_is_enough_to_read_a_format(convert, monkeypatch, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "adapter_config.json").write_text('{"elsewhere": "gpt2-lora"}')
+    assert str(tmp_path / "odd") in convert(tmp_path / "odd", "native", status=2)
+    monkeypatch.setitem(FORMATS, "elsewhere", Elsewhere())
+    out, said = convert(tmp_path / "odd", "native")
+    assert (said["from"], said["notes"]) == ("elsewhere", [])
+    same("gpt2-lora", out)
+
+
+def test_every_format_recognises_its_own_files_alone(convert):
+    for name, form in FORMATS.items():
+        there, said = convert("runs/reviews", name)
+        assert format_of(there) is form
+        assert said["files"].keys() - {"README.md", "config.json"} == {*form.files}
 
 
 def test_settings_of_a_number_and_of_prompts_are_said(convert, capsys, tmp_path):

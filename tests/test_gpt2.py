@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict
 from helpers.arrays import read_arrays
 
 from adapters_jax.models import KNOWN
-from adapters_jax.models.gpt2 import GPT2, GPT2Config, causal_mask, load_gpt2
+from adapters_jax.models.gpt2 import GPT2, GPT2Config, load_gpt2
+from adapters_jax.models.parts.functions import causal_mask
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 TINY = GPT2Config(vocab_size=20, n_positions=10, n_embd=8, n_layer=1, n_head=2)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -336,7 +337,7 @@ def test_the_three_lines_of_the_card_run(server, say, monkeypatch):
             exec(compile(code, "card", "exec"), found)
     assert printed.getvalue().count("\n") == 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # both are cached now
-    wanted = load_predictor("runs/reviews").predict([("A text.", None)])
+    wanted = load_predictor("runs/reviews").predict([("A text of your own.", None)])
     assert printed.getvalue().startswith(f"{wanted}\n")
     mine, wanted = found["generator"], load_generator("runs/meanings")
     states = nnx.state(mine.model), nnx.state(wanted.model)
@@ -369,6 +370,22 @@ def test_a_card_of_an_adapter_alone_is_written_beside_it(tmp_path):
     with pytest.raises(ValueError, match=r"'a/b' is no name of a file in the adapter's directory"):
         aj.save_adapter(tmp_path / "b", leaves, recipe, beside={"a/b": ""})
     assert flatten(leaves).keys() == aj.read_adapter(place)[1].keys()
+
+
+def test_metrics_of_any_type_of_number_are_read_back_by_the_hub():
+    metrics = {"accuracy": np.float32(0.5), "f1": 0.25}
+    of = {"task": "text-classification", "dataset": 'a: "b"'}
+    card = aj.model_card('A: "quoted" | ü', aj.LoRA("**", 2), "x", metrics=metrics, **of)
+    data = hf.ModelCard(card).data
+    found = [(r.metric_type, r.metric_value, r.dataset_type) for r in data.eval_results]
+    assert found == [("accuracy", 0.5, 'a: "b"'), ("f1", 0.25, 'a: "b"')]
+    assert (data.model_name, data.base_model) == ('A: "quoted" | ü', None)
+
+
+def test_a_card_without_the_hubs_library_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="huggingface_hub.*pip install"):
+        aj.model_card("Mine", aj.LoRA("**", 2), "x")
 
 
 def test_what_is_an_id():

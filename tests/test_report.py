@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from adapters_jax.app.report.usage import python_lines, shell_lines
 from jinja2 import UndefinedError
 
 import adapters_jax as aj
@@ -21,6 +20,7 @@ from adapters_jax.app.report.run import (
     show_metric,
     write_report,
 )
+from adapters_jax.app.report.usage import python_lines, shell_lines
 from adapters_jax.io.run_directory import Run
 
 HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""

@@ -13,11 +13,12 @@ from adapters_jax.app.report.card import Source, card_of
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import formats
 from adapters_jax.interop.directories import empty_directory
-from adapters_jax.interop.formats import FILES, OWNERS, Format
+from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat
 from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.io.untrusted import read_json
-from adapters_jax.pretrained.base_model import load_host
+from adapters_jax.pretrained.base_model import load_base_model
+from adapters_jax.pretrained.locate import find_family
 from adapters_jax.tasks import read_run, task_of
 
 CARD, RUN_CONFIG = "README.md", "config.json"
@@ -62,36 +63,38 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
         pooling: what an encoder's head reads; a run knows.
 
     Raises:
-        ValueError: there is none, it is damaged, or it says what cannot be honoured; the base is
+        ValueError: there is none, it is damaged, or a setting is not supported; the base is
             not known, or another one.
         AssetError: the pinned model could not be fetched.
     """
-    every = {RUN_CONFIG, *(name for names in FILES.values() for name in names)}
+    every = {RUN_CONFIG, *formats.every_file()}
     run = Run(hub.find(name, None, sorted(every)))
     config = None
     if run.config.is_file() and "base_sha256" in read_json(run.config):  # and no model's
         _, config = read_run(run)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
-    kind = formats.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
-    base = model or (config["model"] if config else formats.said_base(run.adapter, kind))
-    if base is None:
+    form = formats.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
+    called = model or (config["model"] if config else form.base_name(run.adapter))
+    if called is None:
         raise AdapterFileError(
             f"{name!r} does not say what it was trained on; add --model with a pinned model, a "
             "directory, or an id on the Hugging Face Hub"
         )
-    width, said = formats.head_of(run.adapter, kind)
-    host = load_host(base, width, said or pooling)
+    classifier = find_family(called).classifier
+    head = form.head(run.adapter, classifier.base) if classifier else None
+    width, said = (head.width, head.pooling) if head else (None, None)
+    base = load_base_model(called, width, said or pooling)
     if config:
-        check_base(run, {**config, "model": base}, host.sha256)
-    recipe, leaves = formats.read(run.adapter, kind, host)
-    return Source(kind, host, recipe, leaves, config)
+        check_base(run, {**config, "model": called}, base.sha256)
+    recipe, leaves = form.read(run.adapter, base)
+    return Source(form, base, recipe, leaves, config)
 
 
 def export(
     source: Source,
     directory: Path,
-    to: Format,
+    to: str,
     *,
     name: str | None = None,
     head: bool = True,
@@ -102,7 +105,7 @@ def export(
     Args:
         source: the adapter.
         directory: a new or empty one; it appears whole or not at all.
-        to: the format.
+        to: the name of the format.
         name: by which the card loads it; by default the directory.
         head: whether an encoder's head goes along.
         license: for the card.
@@ -114,42 +117,41 @@ def export(
         ValueError: the format has no such thing as the adapter; everything is named at once.
     """
     empty_directory(directory)
+    form, native = FORMATS[to], to == "native"
     if not head:
-        if to == "native":
+        if native:
             raise ValueError("--no-head: a native adapter holds all that its recipe trains")
         source = source.without_head()
-    formats.check_head(source.host, source.leaves, to)
+    formats.check_head(form, source.base, source.leaves)
     shown = name or directory.as_posix()
-    notes = _notes(source, to, head)
-    beside = {CARD: card_of(source, to, shown, license, notes)}
-    if to == "native" and source.config:
+    notes = [] if native else _notes(source, form, head)
+    beside = {CARD: card_of(source, form, shown, license, notes)}
+    if native and source.config:
         beside[RUN_CONFIG] = json.dumps(_public(source.config), indent=2, ensure_ascii=False) + "\n"
-    formats.write(
-        directory,
-        to,
-        source.host,
+    adapter = Adapter(
         source.recipe,
         source.leaves,
         name=re.sub(r"[^\w-]+", "-", shown.split("/")[-1]),
         labels=source.labels,
         beside=beside,
     )
-    again = formats.read(directory, to, source.host)
+    form.write(directory, adapter, source.base)
+    again = form.read(directory, source.base)
     notes += formats.changes((source.recipe, source.leaves), again)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     return Written(sizes, sum(leaf.size for leaf in source.leaves.values()), notes)
 
 
-def _notes(source: Source, to: Format, head: bool) -> list[str]:
+def _notes(source: Source, to: AdapterFormat, head: bool) -> list[str]:
     """What another library's files have no place for, and where it is said instead."""
-    if to == "native":
-        return []
     notes, config = [], source.config or {}
     target = config.get("target", {})
     if not head:
         notes.append("the head is left out")
-    elif source.labels and to == "peft":
-        notes.append(f"PEFT's files do not name classes: 0 to n are {', '.join(source.labels)}")
+    elif source.labels and not to.names_classes:
+        notes.append(
+            f"{to.owner}'s files do not name classes: 0 to n are {', '.join(source.labels)}"
+        )
     elif target and not source.labels:
         mean, std = target["mean"], target["std"]
         notes.append(f"the head's output y means {mean:g} + {std:g} y, which no file but this says")
@@ -173,9 +175,9 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "model": path.name if path.exists() else kept["model"], "summary": summary}
 
 
-def describe(written: Written, to: Format, where: str) -> list[str]:
+def describe(written: Written, to: str, where: str) -> list[str]:
     """What was written, and what it cost, for people."""
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
-    lines = [f"{where} holds {written.parameters:,} parameters for {OWNERS[to]}: {sizes}"]
+    lines = [f"{where} holds {written.parameters:,} parameters for {FORMATS[to].owner}: {sizes}"]
     lines += written.notes or ["read again, every tensor and setting is as it was"]
     return lines

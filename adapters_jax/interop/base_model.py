@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -15,28 +15,32 @@ from adapters_jax.trees import flatten
 
 
 @dataclass(frozen=True)
-class Host:
-    """A base, as other libraries' files need it.
+class BaseModel:
+    """A base model, as other libraries' files need it.
 
     Attributes:
         name: as the user, the run or the file gave it.
+        kind: "encoder", or "decoder", which continues texts.
         names: its modules in PyTorch.
+        prefix: what stands before them in PyTorch's class where that has a head as well.
         params: a tree, or an NNX model.
         identity: what an adapter's file says of it.
         sha256: of the weights' files.
-        pooling: what a classifier's head reads; None where there is no head, or nobody said.
-        is_roberta: whether its modules are named as RoBERTa's.
-        is_decoder: whether it continues texts.
+        classifies: whether it is under a head for labels.
+        pooling: what that head reads; None where there is none, or it is not known.
+        one_layer: whether the classifier of its architecture in transformers has such a head.
     """
 
     name: str
+    kind: Literal["encoder", "decoder"]
     names: NameTable
+    prefix: str
     params: Any
     identity: BaseIdentity
     sha256: str
+    classifies: bool = False
     pooling: str | None = None
-    is_roberta: bool = False
-    is_decoder: bool = False
+    one_layer: bool = False
 
     @property
     def public(self) -> str | None:

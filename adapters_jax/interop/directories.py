@@ -79,22 +79,22 @@ def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
 
 def field_problems(
     config: Mapping[str, Any],
-    honoured: Collection[str],
+    supported: Collection[str],
     idle: Collection[str],
     wanted: Callable[[str, Any], list[str]],
 ) -> list[str]:
-    """What of some settings cannot be honoured, each as `field=value` with the reason.
+    """What of some settings is not supported, each as `field=value` with the reason.
 
     Args:
         config: the settings.
-        honoured: the fields that are; `wanted(field, value)` says what is wrong with a value.
+        supported: the fields that are; `wanted(field, value)` says what is wrong with a value.
         idle: those that do nothing. Others must be null, false or empty.
     """
     problems = []
     for field, found in config.items():
         if field in idle or found is None:
             continue
-        if field in honoured:
+        if field in supported:
             problems += [f"{field}={found!r}, {reason}" for reason in wanted(field, found)]
         elif found is not False and found not in ({}, [], ""):
             problems.append(f"{field}={found!r} is not supported")

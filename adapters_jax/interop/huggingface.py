@@ -127,6 +127,12 @@ class CheckpointConfig:
     """
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    num_hidden_layers: int
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers; a `config.json` that counts them by another name overrides it."""
+        return self.num_hidden_layers
 
     def __post_init__(self) -> None:
         self._check(vars(self))

@@ -18,7 +18,7 @@ Array = Shaped[np.ndarray, "..."]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleReference:
     """One of our modules.
 
     Attributes:
@@ -48,18 +48,18 @@ class Place:
 
 
 def our_factors(
-    place: Place, a: Array, b: Array, magnitude: Array | None = None
+    reference: ModuleReference, a: Array, b: Array, magnitude: Array | None = None
 ) -> dict[str, Array] | None:
     """Our leaves of one module out of their factors; None where they do not fit its weight.
 
     Example:
-        >>> place = Place("query", {"kernel": np.zeros((6, 4))})
-        >>> factors = our_factors(place, np.ones((2, 6)), np.ones((4, 2)))
+        >>> reference = ModuleReference("query", {"kernel": np.zeros((6, 4))})
+        >>> factors = our_factors(reference, np.ones((2, 6)), np.ones((4, 2)))
         >>> factors["a"].shape, factors["b"].shape
         ((6, 2), (2, 4))
     """
-    shape, rank = place.shape, len(a)
-    index, count = place.part or (0, 1)
+    shape, rank = reference.shape, len(a)
+    index, count = reference.part or (0, 1)
     if b.size != math.prod(b.shape[:2]) or len(b) % count or b.shape[1] != rank:
         return None
     a = a.transpose(*range(2, a.ndim), 1, 0)
@@ -80,7 +80,7 @@ def our_factors(
 
 
 def their_factors(
-    place: Place, leaves: Mapping[str, Array], slices: Iterable[tuple[int, int]] = ()
+    reference: ModuleReference, leaves: Mapping[str, Array], slices: Iterable[tuple[int, int]] = ()
 ) -> tuple[Array, Array]:
     """Their A and B out of our leaves; a kernel with more than one input axis is a convolution's.
 
@@ -89,22 +89,24 @@ def their_factors(
     a, b = leaves["a"], leaves["b"]
     if slices:
         columns = [i for start, stop in slices for i in range(start, stop)]
-        part, b = b, np.zeros((len(b), place.width), b.dtype)
+        part, b = b, np.zeros((len(b), reference.width), b.dtype)
         b[:, columns] = part
     n, window = a.ndim, (1,) * (a.ndim - 2)
     outputs = b.reshape(len(b), -1).T
     return a.transpose(n - 1, n - 2, *range(n - 2)), outputs.reshape(*outputs.shape, *window)
 
 
-def our_leaf(place: Place, name: str, tensor: Array, fan_in_fan_out: bool) -> Array | None:
+def our_leaf(
+    reference: ModuleReference, name: str, tensor: Array, fan_in_fan_out: bool
+) -> Array | None:
     """Our array of the base out of theirs; None where it does not fit."""
-    shape = tuple(place.leaves[name].shape)
+    shape = tuple(reference.leaves[name].shape)
     if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
         tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
-    index, count = place.part or (0, 1)
+    index, count = reference.part or (0, 1)
     if tensor.size != math.prod(shape) * count or (tensor.ndim and tensor.shape[-1] % count):
         return None
-    tensor = np.split(tensor, count, axis=-1)[index] if place.part else tensor
+    tensor = np.split(tensor, count, axis=-1)[index] if reference.part else tensor
     # A layer of heads has more axes than their matrix.
     split = 0 < tensor.ndim < len(shape) and tensor.shape[0] in accumulate(shape, mul)
     return tensor.reshape(shape) if split or tensor.shape == shape else None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.interop.layouts import Array, Place
+from adapters_jax.interop.layouts import Array, ModuleReference
 from adapters_jax.interop.names import NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
@@ -22,12 +22,12 @@ from adapters_jax.weights.quantized import unboxed
 
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
-Added = dict[str, Leaves]  # by site, then by the leaf's name
+Added = dict[str, Leaves]  # by module, then by the leaf's name
 HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not in it
 
 
 @dataclass(frozen=True)
-class Places:
+class ModuleMap:
     """A model's modules by the names that PyTorch has for them.
 
     Attributes:
@@ -41,7 +41,7 @@ class Places:
             those of unrolled layers in any case.
     """
 
-    modules: Mapping[str, tuple[Place, ...]]
+    modules: Mapping[str, tuple[ModuleReference, ...]]
     attention: Mapping[str, str]
     base: Mapping[str, Any]
     prefixes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Places:
     tied: bool = False
     scanned: int = 0
 
-    def at(self, name: str) -> tuple[Place, ...]:
+    def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of the parts; none where it is not known."""
         return self.modules.get(self.bare(name), ())
 
@@ -70,7 +70,7 @@ class Places:
         return sorted({path.rpartition("/")[0] for path in self.base})
 
 
-def find_places(names: Names, base: Any) -> Places:
+def find_modules(names: Names, base: Any) -> ModuleMap:
     """Goes through a model and asks what its modules are called in PyTorch.
 
     Args:
@@ -98,15 +98,15 @@ def find_places(names: Names, base: Any) -> Places:
 
 def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
-) -> Places:
-    modules: dict[str, list[Place]] = {}
+) -> ModuleMap:
+    modules: dict[str, list[ModuleReference]] = {}
     attention = {}
     for path, leaves in by_path.items():
         try:
             source = names.module(path)
         except ValueError:
             continue  # a module that no file of theirs has, such as another head
-        modules.setdefault(source.name, []).append(Place(path, leaves, source.part))
+        modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules:
@@ -116,25 +116,27 @@ def _by_table(
         )
     ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
     tied = r"lm_head\.weight" in names.ignored and "lm_head" not in modules
-    return Places(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
+    return ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
 
 
-def _index(place: Place) -> int:
-    return place.part[0] if place.part else 0
+def _index(reference: ModuleReference) -> int:
+    return reference.part[0] if reference.part else 0
 
 
 def _by_mapping(
     names: Mapping[str, str | Sequence[str]],
     by_path: Mapping[str, Mapping[str, Any]],
     base: Mapping[str, Any],
-) -> Places:
+) -> ModuleMap:
     modules, attention, problems = {}, {}, []
     for theirs, ours in names.items():
         paths = [ours] if isinstance(ours, str) else list(ours)
         if all(path in by_path for path in paths):
             parts = [(i, len(paths)) if len(paths) > 1 else None for i in range(len(paths))]
-            places = zip(paths, parts, strict=True)
-            modules[theirs] = tuple(Place(path, by_path[path], part) for path, part in places)
+            pairs = zip(paths, parts, strict=True)
+            modules[theirs] = tuple(
+                ModuleReference(path, by_path[path], part) for path, part in pairs
+            )
         elif len(paths) == 1 and any(path.startswith(f"{paths[0]}/") for path in by_path):
             attention[theirs] = paths[0]
         else:
@@ -142,7 +144,7 @@ def _by_mapping(
             problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
     if problems:
         raise ValueError(f"names maps to what the base does not have: {'; '.join(problems)}")
-    return Places(modules, attention, base)
+    return ModuleMap(modules, attention, base)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _row(stacked: Any, number: int) -> Any:
 
 
 def as_in_model(
-    methods: Sequence[Method], leaves: Leaves, names: Names, places: Places
+    methods: Sequence[Method], leaves: Leaves, names: Names, module_map: ModuleMap
 ) -> tuple[Recipe, Tree]:
     """What was read of unrolled layers as the base has it.
 
@@ -180,59 +182,59 @@ def as_in_model(
         ValueError: its layers are scanned, and those that were read are not alike.
     """
     recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
-    if not places.scanned or not isinstance(names, NameTable):
+    if not module_map.scanned or not isinstance(names, NameTable):
         return recipe, tree
-    return stack_layers((recipe, tree), names, length=places.scanned)
+    return stack_layers((recipe, tree), names, length=module_map.scanned)
 
 
 def as_in_file(
-    recipe: Recipe | Method, leaves: Leaves, names: Names, places: Places
+    recipe: Recipe | Method, leaves: Leaves, names: Names, module_map: ModuleMap
 ) -> tuple[Recipe, Leaves]:
     """What a base trained, of unrolled layers."""
-    if not places.scanned or not isinstance(names, NameTable):
+    if not module_map.scanned or not isinstance(names, NameTable):
         return Recipe(recipe), leaves
     unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
     return unrolled, flatten(tree)
 
 
-def by_site(
+def by_module(
     recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
 ) -> tuple[Added, Leaves]:
-    """The leaves that methods added, by site, and the base's own that train."""
+    """The leaves that methods added, by module, and the base's own that train."""
     added: Added = {}
     trained: Leaves = {}
     for path, leaf in leaves.items():
         owner = recipe.owner(path)
         if owner is not None:
-            site, method = owner
-            added.setdefault(site, {})[path.removeprefix(join(site, method.slot) + "/")] = leaf
+            module, method = owner
+            added.setdefault(module, {})[path.removeprefix(join(module, method.slot) + "/")] = leaf
         elif recipe.trains(path):
             trained[path] = leaf
         else:
             problems.append(f"{path} is not trained by the recipe")
-    for site in list(added):
-        names = {name for method in recipe.at(site) for name in method.leaf_names}
-        lacking = sorted(names - added[site].keys())
+    for module in list(added):
+        names = {name for method in recipe.at(module) for name in method.leaf_names}
+        lacking = sorted(names - added[module].keys())
         if lacking:
-            problems.append(f"{site} lacks {', '.join(lacking)}")
-            del added[site]
+            problems.append(f"{module} lacks {', '.join(lacking)}")
+            del added[module]
     return added, trained
 
 
 def trained_value(
-    path: str, trained: Mapping[str, Array], places: Places, problems: list[str]
+    path: str, trained: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
 ) -> Array:
     """A trained leaf, or the base's where its module is saved whole."""
-    own = places.base[path]
+    own = module_map.base[path]
     if path not in trained and not hasattr(own, "__array__"):
         problems.append(f"{path} goes with what trains: give a base with its values, not shapes")
         return np.zeros(own.shape, np.float32)
     return np.asarray(trained.get(path, own))
 
 
-def as_in_base(leaves: Mapping[str, Array], places: Places) -> bool:
+def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:
     """Whether these are the base's own values, which some files repeat."""
-    both: Iterable[tuple[Array, Any]] = [(x, places.base[path]) for path, x in leaves.items()]
+    both: Iterable[tuple[Array, Any]] = [(x, module_map.base[path]) for path, x in leaves.items()]
     return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)
 
 

@@ -343,7 +343,9 @@ def _number(x: Any) -> Any:
     """An array without axes as Python's number; JSON asks for what it does not know."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         return x.item()
-    raise TypeError(f"Checkpoints.save: progress holds {type(x).__name__}, which JSON has not")
+    raise TypeError(
+        f"Checkpoints.save: progress holds {type(x).__name__}, which JSON does not have"
+    )
 
 
 def _is_key(x: Any) -> bool:

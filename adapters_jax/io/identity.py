@@ -19,7 +19,7 @@ from adapters_jax.weights.quantized import unboxed
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What tells one base from another, None where nobody said; `base_identity` makes it.
+    """What tells one base from another, None where it is not known; `base_identity` makes it.
 
     Attributes:
         id: what it is called, such as its name on the Hugging Face Hub.

@@ -29,7 +29,7 @@ class Manifest:
 
     Attributes:
         recipe: what trains.
-        base: the base it was trained on; None where nobody said.
+        base: the base it was trained on; None where it is not known.
         parameters: how many numbers its tensors hold.
         tensors: how many tensors there are.
     """

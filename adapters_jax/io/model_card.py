@@ -3,7 +3,6 @@
 Reference: https://huggingface.co/docs/hub/model-cards
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -49,13 +48,19 @@ def model_card(
     Returns:
         Markdown, with the settings that the Hub reads in front.
 
+    Raises:
+        ImportError: `huggingface_hub` is not installed.
+
     Example:
         >>> from adapters_jax import LoRA
         >>> card = model_card("Mine", LoRA("**/query", 4), 'aj.load_adapter("me/mine", model)')
         >>> print(card[:card.index("## Recipe")])
         ---
-        library_name: "adapters_jax"
-        tags: ["adapters_jax", "jax", "lora"]
+        library_name: adapters_jax
+        tags:
+        - adapters_jax
+        - jax
+        - lora
         ---
         <BLANKLINE>
         # Mine
@@ -69,18 +74,19 @@ def model_card(
         ```
         <BLANKLINE>
     """
+    hf = _hub_library()
     recipe = Recipe(recipe)
     known = base.id if base and base.id and hub.is_id(base.id) and "/" in base.id else None
     kinds = sorted({method.name for method in recipe.attached})
-    settings = {
-        "base_model": known,
-        "base_model_relation": "adapter" if known else None,
-        "library_name": library,
-        "license": license,
-        "pipeline_tag": task,
-        "tags": ["adapters_jax", "jax", *kinds],
-        "model-index": _index(title, metrics, task, dataset),
-    }
+    data = hf.ModelCardData(
+        base_model=known,
+        base_model_relation="adapter" if known else None,
+        library_name=library,
+        license=license,
+        pipeline_tag=task,
+        tags=["adapters_jax", "jax", *kinds],
+        **_results(hf, title, metrics, task, dataset),
+    )
     parts = {
         "How to load it": f"```python\n{load.strip()}\n```",
         "Recipe": f"```python\n{recipe!r}\n```",
@@ -93,9 +99,18 @@ def model_card(
     on = f" on [{known}](https://huggingface.co/{known})" if known else ""
     words = f"{about} An adapter{on}; its base is not in it.".strip()
     body = "".join(f"\n## {name}\n\n{part}\n" for name, part in parts.items() if part)
-    # JSON is YAML as well, and needs no other library to be written right.
-    lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in settings.items() if v]
-    return "---\n" + "\n".join(lines) + f"\n---\n\n# {title}\n\n{words}\n{body}"
+    return str(hf.ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{words}\n{body}"))
+
+
+def _hub_library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as problem:
+        raise ImportError(
+            "a model card is written with huggingface_hub, which is not installed: "
+            "pip install 'adapters-jax[finetune]'"
+        ) from problem
+    return huggingface_hub
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -115,16 +130,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], lines[1].replace(" ", ""), *lines[2:]])
 
 
-def _index(
-    title: str, metrics: Mapping[str, float] | None, task: str | None, dataset: str | None
-) -> list[dict[str, Any]]:
+def _results(
+    hf: Any,
+    title: str,
+    metrics: Mapping[str, float] | None,
+    task: str | None,
+    dataset: str | None,
+) -> dict[str, Any]:
     """The metrics as the Hub has them; nothing where it would not know what they are of."""
     if not (metrics and task and dataset):
-        return []
-    found = [{"type": name, "name": name, "value": value} for name, value in metrics.items()]
-    data = {"type": dataset, "name": dataset, "split": "test"}
-    result = {"task": {"type": task}, "dataset": data, "metrics": found}
-    return [{"name": title, "results": [result]}]
+        return {}
+    of = {"task_type": task, "dataset_type": dataset, "dataset_name": dataset}
+    of["dataset_split"] = "test"
+    results = [
+        hf.EvalResult(**of, metric_type=name, metric_name=name, metric_value=float(value))
+        for name, value in metrics.items()
+    ]
+    return {"model_name": title, "eval_results": results}
 
 
 def _base(base: BaseIdentity | None) -> str:

@@ -3,6 +3,11 @@
 The header is checked whole before a tensor is read, and nothing is allocated before its size is
 known to fit the file. Everything that is wrong with a file is an `AdapterFileError` that names it.
 
+The package safetensors checks dtypes, offsets and sizes as well, but accepts a name that is there
+twice, further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps
+the file, so that a process ends by a signal where the file becomes shorter. So one reader checks
+and reads it all.
+
 Reference: https://github.com/huggingface/safetensors#format
 """
 
@@ -37,7 +42,7 @@ _CHUNK = 2**16  # numbers that are checked at a time, so that the check takes no
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Entry:
     """Where a tensor is in a file, and what it is."""
 
     dtype: np.dtype
@@ -52,7 +57,7 @@ class TensorFile:
 
     path: Path
     file: BufferedReader
-    places: dict[str, _Place]
+    places: dict[str, _Entry]
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -72,7 +77,7 @@ class TensorFile:
             raise AdapterFileError(f"{self.path} has numbers that are not finite in {wrong}")
         return arrays
 
-    def _tensor(self, place: _Place) -> np.ndarray:
+    def _tensor(self, place: _Entry) -> np.ndarray:
         array = np.empty(place.shape, place.dtype)
         with told_of(self.path):
             self.file.seek(place.begin)
@@ -151,7 +156,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return file.read()
 
 
-def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Place]:
+def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
     """Every tensor's place; raises ValueError where the header is not as the format says."""
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
@@ -170,7 +175,7 @@ def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Place]:
     return places
 
 
-def _place(name: str, entry: Any, start: int) -> _Place:
+def _place(name: str, entry: Any, start: int) -> _Entry:
     """One tensor's place, from its entry in the header."""
     problem = name_problem(name)
     if problem:
@@ -190,7 +195,7 @@ def _place(name: str, entry: Any, start: int) -> _Place:
         raise ValueError(
             f"{name} is {kind}{_told(shape)}, {extent} bytes, and has the place of {end - begin}"
         )
-    return _Place(dtype, tuple(shape), start + begin, start + end)
+    return _Entry(dtype, tuple(shape), start + begin, start + end)
 
 
 def _told(value: Any) -> str:

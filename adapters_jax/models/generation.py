@@ -21,7 +21,7 @@ class Decoder(Protocol):
     """What `generate` asks of an `nnx.Module`; the cache is any pytree."""
 
     def empty_cache(self, batch: int, slots: int) -> Any:
-        """A cache for so many rows and tokens a row, padding included."""
+        """A cache for a number of rows and of tokens a row, padding included."""
 
     def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
         """Hidden states `(batch, length, d)` of further tokens, and the cache with them in it."""

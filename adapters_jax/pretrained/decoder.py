@@ -1,4 +1,4 @@
-"""The base of a run that generates: a Llama with its tokenizer and chat template."""
+"""The base of a run that generates: a decoder with its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from flax import nnx
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
 from adapters_jax.io.identity import BaseIdentity
+from adapters_jax.models import FAMILIES
+from adapters_jax.models.family import Family
 from adapters_jax.models.generation import generate
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
-from adapters_jax.pretrained.locate import identity_of, locate, read_tokenizer, sha256_of
+from adapters_jax.pretrained.locate import (
+    find_family,
+    identity_of,
+    locate,
+    read_tokenizer,
+    sha256_of,
+)
 from adapters_jax.transforms.quantize import quantize as in_few_bits
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,6 +38,7 @@ class Decoder:
     """A pretrained decoder.
 
     Attributes:
+        family: what is known of its architecture.
         files: its GGUF file or its directory.
         config: its shape.
         model: its weights in it.
@@ -41,9 +49,10 @@ class Decoder:
         identity: what an adapter's file says of it.
     """
 
+    family: Family
     files: Path
-    config: LlamaConfig
-    model: Llama
+    config: Any
+    model: nnx.Module
     tokenizer: tokenizers.Tokenizer
     special_tokens: Mapping[str, Any]
     chat_template: str | None
@@ -89,11 +98,18 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
         quantize: what they are kept in: int8, int4 or nf4; None keeps them as they are.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of another architecture, or of widths
-            that do not fit the blocks of its quantisation.
+        ValueError: files are absent, or the checkpoint is of a family that does not generate, or
+            of widths that do not fit the blocks of its quantisation.
         AssetError: the pinned asset could not be fetched.
         ImportError: qwix is not installed, and wanted.
     """
+    family = find_family(name)
+    if not family.generates:
+        able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
+        raise ValueError(
+            f"{name!r} is of the family {family.name}, which has no cache to generate with yet, so "
+            f"that no task trains it; expected one of {able}; audit, plan and convert take it"
+        )
     files = locate(name)
     opened = read_gguf(files) if files.suffix == ".gguf" else None
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
@@ -103,11 +119,12 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
             f"{str(files)!r} names no eos_token that its tokenizer has, so that nothing would end "
             f"a completion; write it into {TOKENIZER_CONFIG}"
         )
-    config, model = load_llama(opened or files, param_dtype=dtype)
+    config, model = family.load(opened or files, param_dtype=dtype)
     identity = identity_of(name, config, model)
     if quantize:
         model = in_few_bits(model, dtype=quantize)
-    return Decoder(files, config, model, tokenizer, special, template, sha256_of(files), identity)
+    sha256 = sha256_of(files)
+    return Decoder(family, files, config, model, tokenizer, special, template, sha256, identity)
 
 
 def _words_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tokenizers
@@ -14,8 +15,16 @@ import tokenizers
 from adapters_jax.data.batches import Batches, Row, encode
 from adapters_jax.data.tables import Texts
 from adapters_jax.io.identity import BaseIdentity
-from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
-from adapters_jax.pretrained.locate import identity_of, locate, read_tokenizer, sha256_of
+from adapters_jax.models import FAMILIES
+from adapters_jax.models.family import Classifier
+from adapters_jax.presets import HEAD
+from adapters_jax.pretrained.locate import (
+    find_family,
+    identity_of,
+    locate,
+    read_tokenizer,
+    sha256_of,
+)
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.quantize import quantize as in_few_bits
 from adapters_jax.trees import merge_trees, partition
@@ -31,6 +40,7 @@ class Encoder:
     """A pretrained encoder.
 
     Attributes:
+        architecture: what its family says of classifiers.
         config: its shape.
         params: of the encoder alone, float32 or quantised.
         tokenizer: its own.
@@ -40,7 +50,8 @@ class Encoder:
         identity: what an adapter's file says of it.
     """
 
-    config: BertConfig
+    architecture: Classifier
+    config: Any
     params: Any
     tokenizer: tokenizers.Tokenizer
     pooling: str
@@ -48,27 +59,31 @@ class Encoder:
     sha256: str
     identity: BaseIdentity
 
-    def classifier(self, width: int, dropout: float | None = None) -> BertClassifier:
-        """The encoder under a head of so many outputs; dropout None is the checkpoint's own."""
+    def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
+        """The encoder under a head of `width` outputs; dropout None is the checkpoint's own."""
         config = self.config
         if dropout is not None:
             rates: Any = dict.fromkeys(_DROPOUTS, dropout)
             config = dataclasses.replace(config, **rates)
-        return BertClassifier(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+        return self.architecture.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:
         """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
         model, ids = self.classifier(width), jnp.zeros((1, 1), jnp.int32)
-        # Jitted, XLA drops the encoder's random numbers, which nobody asks for.
-        head = jax.jit(lambda key: model.init(key, ids)["params"]["head"])(key)
-        return {"bert": self.params, "head": head}
+        # Jitted, XLA drops the encoder's random numbers, which nothing reads.
+        head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
+        return self.under(head)
+
+    def under(self, head: Any) -> Any:
+        """Its parameters with those of a head, as the classifier has them."""
+        return {self.architecture.base: self.params, HEAD: head}
 
     def quantized(self, dtype: str) -> Encoder:
         """The same with its weights in few bits; see `adapters_jax.transforms.quantize`."""
         params, ids = self.init(1, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
-        targets = ("**", "!head")
+        targets = ("**", f"!{HEAD}")
         params = in_few_bits(self.classifier(1), params, ids, dtype=dtype, targets=targets)
-        return dataclasses.replace(self, params=params["bert"])
+        return dataclasses.replace(self, params=params[self.architecture.base])
 
     def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
         """Batches in order, padded as this model wants; see `Batches.in_order`."""
@@ -94,16 +109,25 @@ def load_encoder(
         quantize: what its weights are kept in: int8, int4 or nf4; None keeps floats.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of another architecture, or of widths
-            that do not fit the blocks of its quantisation.
+        ValueError: files are absent, or the checkpoint is of a family without a classifier, or of
+            widths that do not fit the blocks of its quantisation.
         ImportError: qwix is not installed, and wanted.
         AssetError: the pinned asset could not be fetched.
     """
+    family = find_family(name)
+    if family.classifier is None:
+        able = ", ".join(each.name for each in FAMILIES.values() if each.classifier)
+        raise ValueError(
+            f"{name!r} is of the family {family.name}, which has no classifier; expected one of "
+            f"{able}"
+        )
     directory = locate(name)
-    config, params = load_bert(directory, pooler=pooling == "pooler")
+    config, params = family.classifier.load(directory, pooling)
     tokenizer, sha256 = read_tokenizer(directory), sha256_of(directory)
     identity = identity_of(name, config)
-    encoder = Encoder(config, params, tokenizer, pooling, dtype, sha256, identity)
+    encoder = Encoder(
+        family.classifier, config, params, tokenizer, pooling, dtype, sha256, identity
+    )
     return encoder.quantized(quantize) if quantize else encoder
 
 

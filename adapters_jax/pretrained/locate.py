@@ -13,6 +13,8 @@ from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
 from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity, base_identity
+from adapters_jax.models.family import Family
+from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained import assets
 
 
@@ -30,16 +32,24 @@ def locate(name: str) -> Path:
     return find_gguf(path) or huggingface.resolve(path if path.is_dir() else name)
 
 
-def is_decoder(name: str) -> bool:
-    """Whether a base is a Llama; reads its configuration alone.
+def find_family(name: str) -> Family:
+    """The family of a base; reads its configuration alone, and of a pinned one nothing.
+
+    Raises:
+        ValueError: no family reads it, or it has no configuration.
 
     Example:
-        >>> is_decoder("minilm"), is_decoder("smollm2-135m")
-        (False, True)
+        >>> find_family("minilm").kind, find_family("smollm2-135m").kind
+        ('encoder', 'decoder')
     """
-    if name in assets.ASSETS:
-        return any(file.endswith(".gguf") for file in assets.ASSETS[name].files)
-    return read_config(name).get("model_type") == "llama"
+    asset = assets.ASSETS.get(name)
+    values = {"model_type": asset.model_type} if asset else read_config(name)
+    return family_of(values, name)
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a base is a decoder; see `find_family`."""
+    return find_family(name).kind == "decoder"
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -59,7 +69,8 @@ def _config_file(name: str) -> Path:
         found = hub.find(name, None, ["config.json"], "a model", ValueError, hub.is_id)
         return found / "config.json"
     except ValueError as error:
-        raise ValueError(f"{error}; the pinned models are minilm and smollm2-135m") from error
+        pinned = [asset.name for asset in assets.ASSETS.values() if asset.model_type]
+        raise ValueError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
 
 
 def pinned(name: str) -> str:

@@ -196,11 +196,17 @@ class Usage(NamedTuple):
             >>> print(lines.shell, lines.python, sep="\\n")
             adapters-jax predict 'my run'
             from adapters_jax.inference import load_predictor
-            print(*load_predictor('my run').predict(['A text.']))
+            predictor = load_predictor('my run')
+            print(*predictor.predict(['A text.']))
         """
         arguments = repr(run) if model is None else f"{run!r}, model={model!r}"
-        python = f"from adapters_jax.inference import {load}\nprint(*{load}({arguments}).{call})"
-        return cls(shlex.join(shell), python)
+        variable = load.removeprefix("load_")
+        python = (
+            f"from adapters_jax.inference import {load}",
+            f"{variable} = {load}({arguments})",
+            f"print(*{variable}.{call})",
+        )
+        return cls(shlex.join(shell), "\n".join(python))
 
 
 @dataclass(frozen=True)

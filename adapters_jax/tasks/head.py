@@ -80,7 +80,7 @@ def feature_reader(
     # Under a head that is the identity, the classifier gives its features.
     model = encoder.classifier(width)
     identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
-    params = {"bert": encoder.params, "head": identity}
+    params = encoder.under(identity)
     apply = jax.jit(lambda params, arrays: model.apply({"params": params}, *arrays))
     return lambda batches: in_row_order(
         lambda batch: apply(params, [batch[name] for name in inputs]), batches

@@ -18,8 +18,9 @@ from adapters_jax.interop.formats import Format
 class Convert:
     """Writes an adapter in the format of adapters_jax, PEFT or AdapterHub, with a model card.
 
-    The source is recognised by its files. What the other library has not is refused by name; what
-    its files have no place for is printed, and said in the card. No pickle is read or written.
+    The source is recognised by its files. Settings that the other library does not support raise
+    an error that names them; what its files have no place for is printed, and is in the card. No
+    pickle is read or written.
 
     Args:
         source: a finished run, an adapter's directory in any of the formats, or the id of either on
@@ -52,7 +53,7 @@ class Convert:
         """Reads the source and writes the destination, which is all of the work.
 
         Raises:
-            ValueError: a source that cannot be used or has what the format has not, or a
+            ValueError: a source that cannot be used or that the format does not support, or a
                 destination that holds something.
             AssetError: the pinned model could not be fetched.
         """
@@ -63,6 +64,6 @@ class Convert:
         def report() -> None:
             for line in describe(written, self.to, where):
                 output.say(line)
-            output.result({"out": where, "from": source.kind, "to": self.to, **vars(written)})
+            output.result({"out": where, "from": source.form.name, "to": self.to, **vars(written)})
 
         return report

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import tyro
+from flax import nnx
 
 from adapters_jax.app.console import Output
 from adapters_jax.data.tables import DataError
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run
-from adapters_jax.models.llama import Llama, save_llama
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, Decoder
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
@@ -82,7 +82,7 @@ class Merge:
         return write
 
 
-def write_checkpoint(directory: Path, decoder: Decoder, model: Llama) -> list[str]:
+def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> list[str]:
     """Writes a whole checkpoint; the directory appears at once, or not at all.
 
     Args:
@@ -92,11 +92,17 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: Llama) -> list[st
 
     Returns:
         The names of its files.
+
+    Raises:
+        ValueError: the family has no writer.
     """
+    save = decoder.family.save
+    if save is None:
+        raise ValueError(f"checkpoints of the family {decoder.family.name} cannot be written")
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
     try:
         beside.chmod(0o755)
-        save_llama(beside, decoder.config, model, **decoder.settings())
+        save(beside, decoder.config, model, **decoder.settings())
         _write_tokenizer(beside, decoder)
         os.rename(beside, directory)
     finally:

@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 
 from adapters_jax.app.console import Output
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape
+from adapters_jax.app.shapes import adapted_shape, find_shape
 from adapters_jax.audit import bytes_text
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, mesh_sizes
 from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
-from adapters_jax.models.bert import Bert
 
 FULL = MethodOptions("full")
 BY_NUMBER = ("llama-adapter", "prefix-tuning", "last-layers")  # methods of some layers, by number
@@ -104,7 +103,7 @@ class PlanTraining:
         self, method: MethodOptions, shape: Any, mesh: Mesh, output: Output
     ) -> tuple[Plan, Plan | None]:
         """The plan of the batch, and of the largest that fits."""
-        loss = _loss_of(shape[0])
+        loss = _loss_of(shape[0], find_shape(self.model)[0].kind)
 
         @functools.cache
         def of(batch: int) -> Plan:
@@ -173,7 +172,7 @@ def _pretended(text: str, batch_size: int) -> Mesh:
     return make_mesh(sizes, jax.devices()[:count])
 
 
-def _loss_of(model: Any) -> Callable[[Any, Any, Any], Any]:
+def _loss_of(model: Any, kind: str) -> Callable[[Any, Any, Any], Any]:
     """Next tokens of a decoder; of an encoder, whose heads are small, its hidden states."""
 
     def loss(subject: Any, ids: Any, key: Any) -> Any:
@@ -181,7 +180,7 @@ def _loss_of(model: Any) -> Callable[[Any, Any, Any], Any]:
             logits = subject(ids)
         else:
             logits = model.apply({"params": subject}, ids)
-        if isinstance(getattr(model, "inner", None), Bert):
+        if kind == "encoder":
             return jnp.mean(jnp.square(logits.astype(jnp.float32)))
         return optax.softmax_cross_entropy_with_integer_labels(
             logits[:, :-1].astype(jnp.float32), ids[:, 1:]

@@ -14,7 +14,7 @@ import tyro
 from adapters_jax.app.console import Output
 from adapters_jax.app.export import RUN_CONFIG, describe, export, open_source
 from adapters_jax.app.runs.stopping import StoppedError
-from adapters_jax.interop.formats import FILES, Format
+from adapters_jax.interop.formats import Format, every_file
 from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run
 
@@ -59,7 +59,7 @@ class Push:
         """Writes the directory, and checks all that can be checked before uploading it.
 
         Raises:
-            ValueError: a run that cannot be used or has what the format has not, an id that is
+            ValueError: a run that cannot be used or that the format does not support, an id that is
                 none, no token, or a directory that holds something.
             AssetError: the pinned model could not be fetched.
         """
@@ -141,7 +141,7 @@ def _check_token() -> None:
 
 def _stale(directory: Path) -> list[str]:
     """The files of an adapter in another format, which would contradict those in a directory."""
-    every = {RUN_CONFIG, *(name for names in FILES.values() for name in names)}
+    every = {RUN_CONFIG, *every_file()}
     return sorted(every - {path.name for path in directory.iterdir()})
 
 

@@ -1,4 +1,4 @@
-"""The model card of an adapter or a run, and the three lines that load it."""
+"""The model card of an adapter or a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 
 from adapters_jax.app.report.run import results_table
 from adapters_jax.audit import audit
-from adapters_jax.interop.base_model import Host
-from adapters_jax.interop.formats import HEAD, Format
+from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.formats import HEAD, AdapterFormat
 from adapters_jax.io.model_card import model_card, table
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
 from adapters_jax.trees import unflatten
 
-LIBRARIES = {"native": "adapters_jax", "peft": "peft", "adapterhub": "adapter-transformers"}
-_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+TASKS = {"encoder": "text-classification", "decoder": "text-generation"}  # as the Hub names them
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,15 @@ class Source:
     """An adapter, its base, and the run that it is of; `export.open_source` makes it.
 
     Attributes:
-        kind: the format it is in.
-        host: its base.
+        form: the format it is in.
+        base: its base model.
         recipe: what trains.
         leaves: what was trained, by path.
         config: of the finished run; None of an adapter alone.
     """
 
-    kind: Format
-    host: Host
+    form: AdapterFormat
+    base: BaseModel
     recipe: Recipe
     leaves: Mapping[str, Any]
     config: Mapping[str, Any] | None
@@ -50,10 +49,12 @@ class Source:
         return dataclasses.replace(self, leaves=kept)
 
 
-def card_of(source: Source, to: Format, name: str, license: str | None, notes: list[str]) -> str:
+def card_of(
+    source: Source, to: AdapterFormat, name: str, license: str | None, notes: list[str]
+) -> str:
     """The card of an adapter, or of a run with its training and results."""
-    host, config = source.host, source.config or {}
-    counts = audit(source.recipe, unflatten(host.flat(source.leaves)))
+    base, config = source.base, source.config or {}
+    counts = audit(source.recipe, unflatten(base.flat(source.leaves)))
     summary = config.get("summary") or {}
     results = summary.get("results") or []
     sections = {}
@@ -61,21 +62,21 @@ def card_of(source: Source, to: Format, name: str, license: str | None, notes: l
         sections["Training"] = _training(config, results)
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
-    kind = task_of(config).pipeline if config else None
+    pipeline = task_of(config).pipeline if config else None
     about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
     return model_card(
         name.split("/")[-1],
         source.recipe,
         _load(source, to, name),
         about=about,
-        base=host.identity,
+        base=base.identity,
         counts=counts,
         metrics=results[-1]["test"] if results else None,
-        task=kind or ("text-generation" if host.is_decoder else None),
+        task=TASKS.get(kind),
         dataset=config.get("task"),
         sections=sections,
         license=license,
-        library=LIBRARIES[to],
+        library=to.library,
     )
 
 
@@ -101,43 +102,10 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     )
 
 
-def _load(source: Source, to: Format, name: str) -> str:
+def _load(source: Source, to: AdapterFormat, name: str) -> str:
     """Three lines that load it."""
-    host, config = source.host, source.config
-    base = repr(host.name if host.public else Path(host.name).name)
-    if to == "peft":
-        headed = any(path.startswith(HEAD) for path in source.leaves)
-        task = "CAUSAL_LM" if host.is_decoder else "SEQ_CLS" if headed else ""
-        kind = _CLASSES.get(task, "AutoModel")
-        more = ""
-        if headed:
-            more = f", num_labels={source.leaves['head/bias'].size}"
-        return (
-            f"from peft import PeftModel\nfrom transformers import {kind}\n"
-            f"model = PeftModel.from_pretrained({kind}.from_pretrained({base}{more}), {name!r})"
-        )
-    if to == "adapterhub":
-        return (
-            "from adapters import AutoAdapterModel\n"
-            f"model = AutoAdapterModel.from_pretrained({base})\n"
-            f"model.load_adapter({name!r}, use_safetensors=True, set_active=True)"
-        )
-    if config is None:
-        return (
-            "import adapters_jax as aj\n"
-            f"# NNX: aj.load_adapter({name!r}, model); linen, with the base's parameters:\n"
-            f"model, params = aj.load_adapter({name!r}, model, params, example_input)"
-        )
-    where = f", model={base}" if Path(host.name).exists() else ""
-    if config.get("kind") == "decoder":
-        return (
-            "from adapters_jax.inference import load_generator\n"
-            f"generator = load_generator({name!r}{where})\n"
-            'print(*generator.generate(["A prompt of your own."]))'
-        )
-    text = '("A text of your own.", "Another.")' if config["pairs"] else '("A text.", None)'
-    return (
-        "from adapters_jax.inference import load_predictor\n"
-        f"predictor = load_predictor({name!r}{where})\n"
-        f"print(predictor.predict([{text}]))"
-    )
+    base, config = source.base, source.config
+    shown = base.name if base.public else Path(base.name).name
+    if to.name != "native" or config is None:
+        return to.loading(base, source.leaves, shown, name)
+    return task_of(config).usage(name, config, shown if Path(base.name).exists() else None).python

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from adapters_jax.interop.module_map import Names, Places, find_places
+from adapters_jax.interop.module_map import ModuleMap, Names, find_modules
 from adapters_jax.interop.names import NameTable
 from adapters_jax.trees import join
 
@@ -13,13 +13,13 @@ from adapters_jax.trees import join
 class Layer(NamedTuple):
     """A bottleneck layer of a block: its name, the projection before it, the sublayer's norm."""
 
-    site: str
+    bottleneck: str
     dense: str
     norm: str
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """The names of one architecture, and whether its norms stand behind the sums."""
 
     model_type: str
@@ -29,24 +29,24 @@ class Family:
     post_norm: bool = False
 
 
-def _family(
+def _architecture(
     model_type: str,
     block: str,
     layers: tuple[Layer, Layer],
     matrices: tuple[str, str, str],
     feed_forward: tuple[str, str],
     post_norm: bool = False,
-) -> Family:
-    """A family; `feed_forward` has what the settings call intermediate and output."""
+) -> Architecture:
+    """An architecture; `feed_forward` has what the settings call intermediate and output."""
     loras = {"selfattn_lora": dict(zip("qkv", matrices, strict=True))}
     for location, module in zip(("intermediate_lora", "output_lora"), feed_forward, strict=True):
         loras[location] = {"": module}
     bottlenecks = dict(zip(("mh_adapter", "output_adapter"), layers, strict=True))
-    return Family(model_type, block, bottlenecks, loras, post_norm)
+    return Architecture(model_type, block, bottlenecks, loras, post_norm)
 
 
-FAMILIES = (
-    _family(
+ARCHITECTURES = (
+    _architecture(
         "bert",
         "encoder.layer",
         (
@@ -57,7 +57,7 @@ FAMILIES = (
         ("intermediate.dense", "output.dense"),
         post_norm=True,
     ),
-    _family(
+    _architecture(
         "gpt2",
         "h",
         (
@@ -67,7 +67,7 @@ FAMILIES = (
         ("attn.c_attn", "attn.c_attn", "attn.c_attn"),
         ("mlp.c_fc", "mlp.c_proj"),
     ),
-    _family(
+    _architecture(
         "llama",
         "layers",
         (
@@ -85,43 +85,47 @@ class Blocks:
     """A model's blocks by AdapterHub's names.
 
     Attributes:
-        family: the names of the architecture.
-        places: the modules that have parameters.
+        architecture: the names of the architecture.
+        module_map: the modules that have parameters.
         sums: our modules that add a sublayer to the residual stream, by their bottleneck layer.
         layers: the blocks' numbers.
         ours: whether the model is one of ours, whose sublayers stand around their outputs.
     """
 
-    family: Family
-    places: Places
+    architecture: Architecture
+    module_map: ModuleMap
     sums: Mapping[str, str]
     layers: tuple[int, ...]
     ours: bool
 
     def name(self, layer: int, rest: str) -> str:
         """A module's name, without prefix."""
-        return f"{self.family.block}.{layer}.{rest}"
+        return f"{self.architecture.block}.{layer}.{rest}"
 
     def spot(self, layer: int, location: str, role: str) -> str | None:
         """Our module for a role that `Placement` names; None where there is none."""
-        site, dense, norm = self.family.bottlenecks[location]
+        bottleneck, dense, norm = self.architecture.bottlenecks[location]
         if role == "sum":
-            return self.sums.get(self.name(layer, site))
-        there = self.places.at(self.name(layer, dense if role == "output" else norm))
+            return self.sums.get(self.name(layer, bottleneck))
+        there = self.module_map.at(self.name(layer, dense if role == "output" else norm))
         # Our models have a projection and its dropout in one module.
         return there[0].path.removesuffix("/dense") if there else None
 
     def width(self, layer: int, location: str) -> int:
         """The width of the residual stream; 0 where names does not say, as of LoRA alone."""
-        _, *modules = self.family.bottlenecks[location]
-        there = [place for module in modules for place in self.places.at(self.name(layer, module))]
+        _, *modules = self.architecture.bottlenecks[location]
+        there = [
+            reference
+            for module in modules
+            for reference in self.module_map.at(self.name(layer, module))
+        ]
         return there[0].width if there else 0
 
     def spots(self) -> dict[str, tuple[int, str, str]]:
         """Layer, location and role of our modules; a whole sublayer of our models is "sublayer"."""
         found = {}
         for layer in self.layers:
-            for location in self.family.bottlenecks:
+            for location in self.architecture.bottlenecks:
                 for role in ("output", "sum", "norm"):
                     path = self.spot(layer, location, role)
                     if path is not None:
@@ -134,7 +138,7 @@ class Blocks:
     def paths(self) -> set[str]:
         """Every module of ours that is known of, for patterns to mean or not."""
         found = {*self.sums.values()}
-        for path in self.places.paths:
+        for path in self.module_map.paths:
             names = path.split("/")
             found |= {"/".join(names[:i]) for i in range(1, len(names) + 1)}
         return found
@@ -150,37 +154,40 @@ def find_blocks(names: Names, base: Any) -> Blocks:
         base: the parameters as a tree of arrays, also abstract ones, or an NNX module.
 
     Raises:
-        ValueError: there are no blocks of BERT, GPT-2 or Llama, or names do not fit the base.
+        ValueError: there are no blocks of a known architecture, or names do not fit the base.
     """
     sums: dict[str, str] = {}
     if not isinstance(names, NameTable):
-        sums = {k: v for k, v in names.items() if _is_site(k) and isinstance(v, str)}
+        sums = {k: v for k, v in names.items() if _is_bottleneck(k) and isinstance(v, str)}
         names = {k: v for k, v in names.items() if k not in sums}
-    ours, places = isinstance(names, NameTable), find_places(names, base)
-    for family in FAMILIES:
-        block = rf"((?:.*\.)?){re.escape(family.block)}\.(\d+)\..+"
-        found = [match for name in places.modules if (match := re.fullmatch(block, name))]
+    ours, module_map = isinstance(names, NameTable), find_modules(names, base)
+    for architecture in ARCHITECTURES:
+        block = rf"((?:.*\.)?){re.escape(architecture.block)}\.(\d+)\..+"
+        found = [match for name in module_map.modules if (match := re.fullmatch(block, name))]
         if found:
             break
     else:
+        known = ", ".join(each.model_type for each in ARCHITECTURES)
         raise ValueError(
-            "names has no blocks of BERT, GPT-2 or Llama, which AdapterHub adapts here"
+            f"names has no blocks that AdapterHub adapts here; expected those of {known}"
         )
     if not ours:
         prefix = found[0][1]
-        modules = {name.removeprefix(prefix): each for name, each in places.modules.items()}
-        places = replace(places, modules=modules, prefixes=(prefix,) if prefix else ())
+        modules = {name.removeprefix(prefix): each for name, each in module_map.modules.items()}
+        module_map = replace(module_map, modules=modules, prefixes=(prefix,) if prefix else ())
         sums = {name.removeprefix(prefix): path for name, path in sums.items()}
-    blocks = Blocks(family, places, sums, tuple(sorted({int(m[2]) for m in found})), ours)
+    blocks = Blocks(architecture, module_map, sums, tuple(sorted({int(m[2]) for m in found})), ours)
     return replace(blocks, sums=_sums(blocks)) if ours else blocks
 
 
-def _is_site(name: str) -> bool:
+def _is_bottleneck(name: str) -> bool:
     """Whether this is the name of a bottleneck layer."""
     return any(
-        re.fullmatch(rf"(.*\.)?{re.escape(family.block)}\.\d+\.{re.escape(layer.site)}", name)
-        for family in FAMILIES
-        for layer in family.bottlenecks.values()
+        re.fullmatch(
+            rf"(.*\.)?{re.escape(architecture.block)}\.\d+\.{re.escape(layer.bottleneck)}", name
+        )
+        for architecture in ARCHITECTURES
+        for layer in architecture.bottlenecks.values()
     )
 
 
@@ -188,9 +195,9 @@ def _sums(blocks: Blocks) -> dict[str, str]:
     """The sums of our models, which stand beside the norms."""
     sums = {}
     for layer in blocks.layers:
-        for location, (site, _, _) in blocks.family.bottlenecks.items():
+        for location, (bottleneck, _, _) in blocks.architecture.bottlenecks.items():
             norm = blocks.spot(layer, location, "norm")
             if norm is not None:
                 parent, _, name = norm.rpartition("/")
-                sums[blocks.name(layer, site)] = join(parent, name.replace("norm", "sum"))
+                sums[blocks.name(layer, bottleneck)] = join(parent, name.replace("norm", "sum"))
     return sums

@@ -35,7 +35,7 @@ REQUIRED: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
     "lora": (),
 }
-# How an adapter starts, and what acts only beside a field that is not honoured.
+# How an adapter starts, and what acts only beside a field that is not supported.
 IDLE = {
     *("architecture", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor"),
     *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm"),
@@ -89,7 +89,7 @@ PRE_NORM = (
 
 
 def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
-    """The configurations of a file, with defaults put in, and what of them cannot be honoured.
+    """The configurations of a file, with defaults put in, and what of them is not supported.
 
     Args:
         whole: the parsed file.
@@ -117,7 +117,7 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         given = _modern(whole, each)
         problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
-        problems += field_problems(given, _honoured(kind), IDLE, _wanted(kind))
+        problems += field_problems(given, _supported(kind), IDLE, _wanted(kind))
         found.append(DEFAULTS[kind] | {k: v for k, v in given.items() if v is not None})
     return found, problems
 
@@ -139,7 +139,7 @@ def _modern(whole: Config, config: Config) -> dict[str, Any]:
     return config
 
 
-def _honoured(kind: str | None) -> set[str]:
+def _supported(kind: str | None) -> set[str]:
     """The fields that are looked at."""
     return {*DEFAULTS[kind], *REQUIRED[kind], *_ONLY, "dropout"}
 

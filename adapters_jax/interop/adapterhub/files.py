@@ -18,7 +18,7 @@ from adapters_jax.interop.adapterhub import heads, reading, writing
 from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.interop.adapterhub.config import VERSION
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_site, shortest
+from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_module, shortest
 from adapters_jax.io import hub
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
@@ -77,8 +77,8 @@ def load_adapterhub(
         >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
         >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
         >>> names = {"encoder.layer.0.attention.self.query": "query"}
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     saved = save_adapterhub(f"{place}/a", LoRA("query", 2), leaves, names, params)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapterhub(f"{folder}/a", LoRA("query", 2), leaves, names, params)
         ...     recipe, adapters = load_adapterhub(saved, names, params)
         >>> recipe
         Recipe(
@@ -96,11 +96,11 @@ def load_adapterhub(
             advice = PICKLE_ADVICE.format(HEAD_PICKLE)
             head = directories.read_pair(directory, HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE, advice)
             trained, more = heads.read(*head, blocks, pooling)
-            methods += [Unfreeze(shortest(trained, blocks.places.base))] if trained else []
+            methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
             leaves |= trained
             problems += more
         if not problems:
-            return as_in_model(methods, leaves, names, blocks.places)
+            return as_in_model(methods, leaves, names, blocks.module_map)
     except AdapterFileError:
         raise
     except ValueError as error:  # a method refuses a number, layers are not alike
@@ -160,14 +160,14 @@ def save_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, flat, names, blocks.places)
-    added, trained = by_site(unrolled, flat, problems)
+    unrolled, flat = as_in_file(recipe, flat, names, blocks.module_map)
+    added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems)
     if problems:
         raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
-    whole = {blocks.places.full(key, prefix): tensor for key, tensor in tensors.items()}
+    whole = {blocks.module_map.full(key, prefix): tensor for key, tensor in tensors.items()}
     files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))
     if head[0]:
         settings = (HEAD_CONFIG, about | {"config": head[0]})
@@ -177,7 +177,7 @@ def save_adapterhub(
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     """What a file says of the model it is for."""
-    model_type = "roberta" if prefix == "roberta." else blocks.family.model_type
+    model_type = "roberta" if prefix == "roberta." else blocks.architecture.model_type
     classes = {"bert": "BertAdapterModel", "gpt2": "GPT2AdapterModel", "llama": "LlamaAdapterModel"}
     return {
         "name": name,
@@ -185,7 +185,7 @@ def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
         "model_type": model_type,
         "model_class": (classes | {"roberta": "RobertaAdapterModel"})[model_type],
         "model_name": None,
-        "hidden_size": max(blocks.width(blocks.layers[0], place) for place in _LOCATIONS) or None,
+        "hidden_size": max(blocks.width(blocks.layers[0], where) for where in _LOCATIONS) or None,
     }
 
 

@@ -13,7 +13,7 @@ from adapters_jax.interop.adapterhub.blocks import Blocks
 from adapters_jax.interop.adapterhub.config import Config
 from adapters_jax.interop.directories import field_problems
 from adapters_jax.interop.layouts import Array, our_leaf, their_leaf
-from adapters_jax.interop.module_map import Leaves, Places, as_in_base, trained_value
+from adapters_jax.interop.module_map import Leaves, ModuleMap, as_in_base, trained_value
 
 HEAD, POOLER = "classifier", "pooler.dense"
 POOLINGS = ("pooler", "cls")
@@ -30,48 +30,48 @@ def read(
     whole: Config, tensors: Mapping[str, Array], blocks: Blocks, pooling: str | None
 ) -> tuple[Leaves, list[str]]:
     """The trained leaves of a head, by path, and every problem."""
-    places, config = blocks.places, whole.get("config")
+    module_map, config = blocks.module_map, whole.get("config")
     problems: list[str] = []
     if config is None:
-        by_module, needed = _static(tensors, places, problems)
+        by_module, needed = _static(tensors, module_map, problems)
     else:
         by_module, needed = _flexible(whole, config, tensors, problems)
     leaves: Leaves = {}
     for (module, kind), tensor in {} if problems else by_module.items():
-        place = next(iter(places.at(module)), None)
-        leaf = "bias" if kind == "bias" else place.weight if place else ""
-        fits = place is not None and leaf in place.leaves
-        array = our_leaf(place, leaf, tensor, False) if place and fits else None
-        if place is None:
+        reference = next(iter(module_map.at(module)), None)
+        leaf = "bias" if kind == "bias" else reference.weight if reference else ""
+        fits = reference is not None and leaf in reference.leaves
+        array = our_leaf(reference, leaf, tensor, False) if reference and fits else None
+        if reference is None:
             problems.append(f"the base has no {module} that names knows; {_ADVICE}")
         elif array is None:
             problems.append(
                 f"the head's {module}.{kind} is {list(tensor.shape)}, which does not fit "
-                f"{place.path}; {_ADVICE}"
+                f"{reference.path}; {_ADVICE}"
             )
         else:
-            leaves[f"{place.path}/{leaf}"] = array
-    leaves = {path: x.astype(places.base[path].dtype) for path, x in leaves.items()}
-    known = pooling or ("pooler" if places.at(POOLER) else None)
+            leaves[f"{reference.path}/{leaf}"] = array
+    leaves = {path: x.astype(module_map.base[path].dtype) for path, x in leaves.items()}
+    known = pooling or ("pooler" if module_map.at(POOLER) else None)
     if needed and leaves and known != needed:
         problems.append(
             f"its head reads {needed!r}: build BertClassifier(..., pooling={needed!r}), with its "
             f"parameters as base, and say pooling={needed!r}"
         )
-    if not needed and as_in_base(leaves, places):
+    if not needed and as_in_base(leaves, module_map):
         return {}, problems  # an output layer that is only repeated
     return leaves, problems
 
 
 def _static(
-    tensors: Mapping[str, Array], places: Places, problems: list[str]
+    tensors: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[tuple[str, str], Array], str | None]:
     """The tensors of a model class's own head by module and kind, and what it pools with."""
     by_module = {}
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
-        if module == "lm_head" and places.tied:
-            words = [x for path, x in places.base.items() if path.endswith("word/embedding")]
+        if module == "lm_head" and module_map.tied:
+            words = [x for path, x in module_map.base.items() if path.endswith("word/embedding")]
             if not any(hasattr(x, "__array__") and np.array_equal(x, tensor) for x in words):
                 problems.append(f"{_WORDS_DIFFER}; {_ADVICE}")
             continue
@@ -137,8 +137,13 @@ def write(
     problems: list[str],
 ) -> tuple[dict[str, Any], Leaves]:
     """The settings and tensors of a head; nothing where none trains."""
-    places = blocks.places
-    modules = {path: m for m in (HEAD, POOLER) for place in places.at(m) for path in _own(place)}
+    module_map = blocks.module_map
+    modules = {
+        path: m
+        for m in (HEAD, POOLER)
+        for reference in module_map.at(m)
+        for path in _own(reference)
+    }
     problems += [
         f"{path} trains as well; AdapterHub's files hold adapters and a classification head, not "
         "the base's own parameters (houlsby(..., layer_norms=None) leaves the norms alone)"
@@ -148,9 +153,9 @@ def write(
     mine = {modules[path] for path in trained if path in modules}
     if not mine:
         return {}, {}
-    pooled = bool(places.at(POOLER))
+    pooled = bool(module_map.at(POOLER))
     known = pooling or ("pooler" if pooled else None)
-    if known not in POOLINGS or not places.at(HEAD) or (known == "pooler") != pooled:
+    if known not in POOLINGS or not module_map.at(HEAD) or (known == "pooler") != pooled:
         problems.append(
             "AdapterHub's heads read the pooler or the first token, and this base's parameters do "
             'not show that its head does; if it does, say pooling="cls"'
@@ -159,14 +164,14 @@ def write(
     order = (POOLER, HEAD) if POOLER in mine else (HEAD,)
     tensors: Leaves = {}
     for number, module in zip((1, 4), order, strict=False):
-        (place,) = places.at(module)
-        for leaf in place.leaves:
-            value = trained_value(f"{place.path}/{leaf}", trained, places, problems)
+        (reference,) = module_map.at(module)
+        for leaf in reference.leaves:
+            value = trained_value(f"{reference.path}/{leaf}", trained, module_map, problems)
             kind = "bias" if leaf == "bias" else "weight"
             tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
     config = {
         "head_type": "classification",
-        "num_labels": places.at(HEAD)[0].width,
+        "num_labels": module_map.at(HEAD)[0].width,
         "layers": len(order),
         "activation_function": "tanh",
         "use_pooler": known == "pooler" and len(order) == 1,
@@ -177,6 +182,6 @@ def write(
     return config, tensors
 
 
-def _own(place: Any) -> list[str]:
+def _own(reference: Any) -> list[str]:
     """The paths of a module's parameters."""
-    return [f"{place.path}/{leaf}" for leaf in place.leaves]
+    return [f"{reference.path}/{leaf}" for leaf in reference.leaves]

@@ -51,14 +51,14 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
         for kind in ("adapters", "loras"):
             module, mark, rest = modern.partition(f".{kind}.{name}.")
             if mark:
-                found.setdefault(f"{blocks.places.bare(module)}.{kind}", {})[rest] = tensor
+                found.setdefault(f"{blocks.module_map.bare(module)}.{kind}", {})[rest] = tensor
                 break
         else:
             problems.append(f"{key} is no bottleneck's or LoRA's tensor of an adapter {name!r}")
     return found
 
 
-def _sites(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
+def _locations(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
     """The layers and locations that a configuration adapts."""
     there = [name for name in LOCATIONS[config["architecture"]] if config[name]]
     return [(n, name) for n in blocks.layers if n not in config["leave_out"] for name in there]
@@ -69,11 +69,11 @@ def _bottlenecks(
 ) -> list[Method]:
     """One Bottleneck for each reduction factor."""
     there = {
-        site: blocks.name(site[0], blocks.family.bottlenecks[site[1]].site)
-        for site in _sites(config, blocks)
+        point: blocks.name(point[0], blocks.architecture.bottlenecks[point[1]].bottleneck)
+        for point in _locations(config, blocks)
     }
-    mine = {site: found.pop(f"{module}.adapters", {}) for site, module in there.items()}
-    kind = placement(config, blocks.family.post_norm)
+    mine = {point: found.pop(f"{module}.adapters", {}) for point, module in there.items()}
+    kind = placement(config, blocks.architecture.post_norm)
     if isinstance(kind, str):
         problems.append(kind)
         return []
@@ -145,14 +145,14 @@ def _loras(
 ) -> list[Method]:
     """One LoRA; the matrices of a fused layer have factors of their own, one below the other."""
     rank, paths = config["r"], []
-    for layer, location in _sites(config, blocks):
+    for layer, location in _locations(config, blocks):
         modules: dict[str, list[str]] = {}
-        for matrix, name in blocks.family.loras[location].items():
+        for matrix, name in blocks.architecture.loras[location].items():
             if not matrix or matrix in config["attn_matrices"]:
                 modules.setdefault(blocks.name(layer, name), []).append(matrix)
         for module, matrices in modules.items():
             got = found.pop(f"{module}.loras", {})
-            there = blocks.places.at(module)
+            there = blocks.module_map.at(module)
             if there and there[0].part:
                 there = tuple(replace(there["qkv".index(m)], part=None) for m in matrices)
             if not there or got.keys() != {"lora_A", "lora_B"}:
@@ -160,21 +160,21 @@ def _loras(
                 problems.append(f"{module} has {what}, wanted lora_A and lora_B of a known layer")
                 continue
             a, b = got["lora_A"], got["lora_B"]
-            for i, place in enumerate(there):
+            for i, reference in enumerate(there):
                 out = len(b) // len(there)
                 rows, columns = a[i * rank : (i + 1) * rank], b[i * out : (i + 1) * out]
                 fits = len(a) == rank * len(there) and a.ndim == b.ndim == 2
-                factors = our_factors(place, rows, columns) if fits else None
+                factors = our_factors(reference, rows, columns) if fits else None
                 if factors is None:
                     shapes = f"A {list(a.shape)} and B {list(b.shape)}"
                     problems.append(
-                        f"{module} has {shapes}, which do not fit {place.path} of "
-                        f"{list(place.shape)} with r={rank}"
+                        f"{module} has {shapes}, which do not fit {reference.path} of "
+                        f"{list(reference.shape)} with r={rank}"
                     )
                     break
-                paths.append(place.path)
+                paths.append(reference.path)
                 leaves |= {
-                    f"{place.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()
+                    f"{reference.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()
                 }
     if not paths:
         return []

@@ -19,7 +19,7 @@ from adapters_jax.interop.module_map import Added, Leaves
 from adapters_jax.methods import Bottleneck, DoRA, LoRA
 from adapters_jax.recipe import Recipe
 
-# What one site says: the fields of its configuration, and its matrices where it is an attention.
+# What one attachment point says: its settings, and its matrices where it is an attention.
 Said = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
@@ -71,7 +71,8 @@ def _bottlenecks(
             problems.append(f"{path}: its leaves are not of one layer of this base")
             continue
         said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
-        module = f"{blocks.name(layer, blocks.family.bottlenecks[location].site)}.adapters.{name}"
+        bottleneck = blocks.architecture.bottlenecks[location].bottleneck
+        module = f"{blocks.name(layer, bottleneck)}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # there it has two names
@@ -90,7 +91,7 @@ def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] |
     if method.activation not in _NAMES:
         return f"activation={method.activation!r}, AdapterHub has {', '.join(_NAMES)}"
     if role == "sublayer":  # behind it as at its output, beside it as beside the sum
-        parallel = method.placement == "parallel" and blocks.family.post_norm
+        parallel = method.placement == "parallel" and blocks.architecture.post_norm
         role = "output" if method.placement == "sequential" else "sum" if parallel else role
     fields = {
         "non_linearity": _NAMES[method.activation],
@@ -100,10 +101,10 @@ def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] |
     }
     if (role, method.placement) == ("sum", "parallel"):
         return fields | {"is_parallel": True, "original_ln_before": False}
-    for row in POST_NORM if blocks.family.post_norm else PRE_NORM:
+    for row in POST_NORM if blocks.architecture.post_norm else PRE_NORM:
         if row[:2] == (role, method.placement):
             return fields | row._asdict() | {"role": None, "placement": None}
-    norm = "norm's, with placement='norm'" if blocks.family.post_norm else "sum"
+    norm = "norm's, with placement='norm'" if blocks.architecture.post_norm else "sum"
     return (
         f"AdapterHub has no {method.placement} bottleneck there: target a sublayer's output, its "
         f"{norm}, or its sum with placement='parallel'"
@@ -130,28 +131,28 @@ def _loras(
     said: Said = {}
     left = dict(_of(LoRA, recipe, added))
     for layer in blocks.layers:
-        for location, modules in blocks.family.loras.items():
+        for location, modules in blocks.architecture.loras.items():
             made: dict[str, list[tuple[Array, Array]]] = {}
             fields: list[dict[str, Any]] = []
             matrices = []
             for matrix, module in modules.items():
-                there = blocks.places.at(blocks.name(layer, module))
+                there = blocks.module_map.at(blocks.name(layer, module))
                 fused = bool(there and there[0].part)
-                place = there["qkv".index(matrix)] if fused else next(iter(there), None)
-                leaves = left.pop(place.path, None) if place else None
-                if place is None or leaves is None:
+                reference = there["qkv".index(matrix)] if fused else next(iter(there), None)
+                leaves = left.pop(reference.path, None) if reference else None
+                if reference is None or leaves is None:
                     continue
-                method = next(m for m in recipe.at(place.path) if isinstance(m, LoRA))
-                a, b = their_factors(place, leaves, method.slices)
-                if (b.shape[0], *a.shape[1:]) != (place.width, *place.shape[:-1]):
-                    problems.append(f"{place.path}: its factors are not of its weight")
+                method = next(m for m in recipe.at(reference.path) if isinstance(m, LoRA))
+                a, b = their_factors(reference, leaves, method.slices)
+                if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
+                    problems.append(f"{reference.path}: its factors are not of its weight")
                     continue
                 if method.a_init == "pissa":
                     problems.append(
-                        f"{place.path}: a_init='pissa' took its factors out of the base, which "
+                        f"{reference.path}: a_init='pissa' took its factors out of the base, which "
                         "AdapterHub has whole"
                     )
-                alpha = rounded(method.scale_at(place.path) * len(a))
+                alpha = rounded(method.scale_at(reference.path) * len(a))
                 fields.append({"r": len(a), "alpha": alpha, "dropout": method.dropout})
                 matrices.append(matrix)
                 made.setdefault(blocks.name(layer, module), []).append((a, b))
@@ -171,7 +172,7 @@ def _loras(
 
 
 def _of(kind: type, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The sites of a kind of method, with its own leaves."""
+    """The attachment points of a kind of method, with its own leaves."""
     for path, leaves in added.items():
         for method in recipe.at(path):
             if isinstance(method, kind):

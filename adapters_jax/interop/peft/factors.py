@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, Place, rounded, their_factors
-from adapters_jax.interop.module_map import Added, Places, in_order
+from adapters_jax.interop.layouts import Array, ModuleReference, rounded, their_factors
+from adapters_jax.interop.module_map import Added, ModuleMap, in_order
 from adapters_jax.interop.peft.config import ROOT, TIED
 from adapters_jax.methods import DoRA, LoRA
 from adapters_jax.recipe import Recipe
@@ -18,7 +18,7 @@ STARTS = {"gaussian_rank": "gaussian"}
 
 
 def lora(
-    recipe: Recipe, added: Added, places: Places, prefix: str | None, problems: list[str]
+    recipe: Recipe, added: Added, places: ModuleMap, prefix: str | None, problems: list[str]
 ) -> tuple[dict[str, Any], Tensors]:
     """The fields and factors of every module."""
     tensors: Tensors = {}
@@ -61,7 +61,7 @@ def lora(
     return _fields(methods, ranks, alphas, places), tensors
 
 
-def _fits(recipe: Recipe, place: Place, leaves: Mapping[str, Array]) -> bool:
+def _fits(recipe: Recipe, place: ModuleReference, leaves: Mapping[str, Array]) -> bool:
     """Whether factors are of one weight's shape, which those of stacked layers are not."""
     inputs, outputs = leaves["a"].shape[:-1], leaves["b"].shape[1:]
     sliced = any(m.slices for m in recipe.at(place.path) if isinstance(m, LoRA))
@@ -69,7 +69,7 @@ def _fits(recipe: Recipe, place: Place, leaves: Mapping[str, Array]) -> bool:
 
 
 def _factors(
-    recipe: Recipe, parts: Sequence[Place], mine: Sequence[Mapping[str, Array] | None]
+    recipe: Recipe, parts: Sequence[ModuleReference], mine: Sequence[Mapping[str, Array] | None]
 ) -> tuple[Array, Array, float]:
     """A, B and the scale of a module of theirs; where parts of it are ours, side by side.
 
@@ -101,7 +101,7 @@ def _factors(
     return a, np.concatenate(rows), scales[0]
 
 
-def _named(name: str, place: Place, a: Array, b: Array) -> Tensors:
+def _named(name: str, place: ModuleReference, a: Array, b: Array) -> Tensors:
     if place.weight == "embedding":
         return {f"{ROOT}{name}.lora_embedding_A": a, f"{ROOT}{name}.lora_embedding_B": b}
     return {f"{ROOT}{name}.lora_A.weight": a, f"{ROOT}{name}.lora_B.weight": b}
@@ -114,7 +114,10 @@ def _magnitude(parts: Sequence[Array], a: Array) -> Array:
 
 
 def _fields(
-    methods: Sequence[LoRA], ranks: Mapping[str, int], alphas: Mapping[str, float], places: Places
+    methods: Sequence[LoRA],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    places: ModuleMap,
 ) -> dict[str, Any]:
     """The configuration: the commonest rank and alpha, and patterns for the others."""
     (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]

@@ -15,7 +15,7 @@ from typing import Any
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop import directories
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, find_places
+from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, find_modules
 from adapters_jax.interop.peft import reading, writing
 from adapters_jax.interop.peft.config import config_problems
 from adapters_jax.io import hub
@@ -38,8 +38,8 @@ def load_peft(
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`, or an id on the
             Hugging Face Hub, of which these two are fetched.
-        names: the `NAMES` that stands beside a model (`models.bert`, `models.classifier`,
-            `models.gpt2`, `models.llama_files`), or a mapping from PEFT's module names to our
+        names: the `NAMES` that stands beside a model (`models.bert`, `models.bert.classifier`,
+            `models.gpt2`, `models.llama`), or a mapping from PEFT's module names to our
             module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
             module is several of ours, fused along its outputs, and an attention module's path for
             prompts. Only a `NameTable` can say that weights are `(in, out)` in PyTorch as well,
@@ -67,8 +67,8 @@ def load_peft(
         >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
         >>> from adapters_jax import LoRA
         >>> names = {"q_proj": "query"}
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     saved = save_peft(f"{place}/a", LoRA("query", 2), leaves, names, params)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_peft(f"{folder}/a", LoRA("query", 2), leaves, names, params)
         ...     recipe, adapters = load_peft(saved, names, params)
         >>> recipe
         Recipe(
@@ -79,7 +79,7 @@ def load_peft(
     """
     directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
-    places = find_places(names, base)
+    places = find_modules(names, base)
     problems = config_problems(config)
     if not problems:
         try:
@@ -129,7 +129,7 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
-    places = find_places(names, base)
+    places = find_modules(names, base)
     unrolled = as_in_file(recipe, flat, names, places)
     config, tensors, problems = writing.write(*unrolled, places, prefix)
     if problems:

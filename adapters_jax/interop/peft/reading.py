@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, Place, our_factors, our_leaf
-from adapters_jax.interop.module_map import Places, as_in_base, shortest
+from adapters_jax.interop.layouts import Array, ModuleReference, our_factors, our_leaf
+from adapters_jax.interop.module_map import ModuleMap, as_in_base, shortest
 from adapters_jax.interop.peft.config import ROOT, STARTS, TIED, Config, means, number_at, value
 from adapters_jax.methods import DoRA, LlamaAdapter, LoRA, Method, Unfreeze
 
@@ -25,7 +25,7 @@ _MASK = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # a buffer of old GPT-2s, sa
 
 
 def read(
-    config: Config, tensors: Mapping[str, Array], places: Places
+    config: Config, tensors: Mapping[str, Array], places: ModuleMap
 ) -> tuple[list[Method], dict[str, Array], list[str]]:
     """The methods, their leaves by path, and every problem."""
     problems: list[str] = []
@@ -62,7 +62,7 @@ def _sorted(
 def _lora(
     config: Config,
     added: Mapping[str, Mapping[str, Array]],
-    places: Places,
+    places: ModuleMap,
     problems: list[str],
 ) -> tuple[list[Method], dict[str, Array]]:
     """One LoRA or DoRA for all modules, with patterns where ranks or alphas differ."""
@@ -98,7 +98,7 @@ def _lora(
 
 
 def _misfit(
-    config: Config, module: str, found: Mapping[str, Array], rank: int, places: Places
+    config: Config, module: str, found: Mapping[str, Array], rank: int, places: ModuleMap
 ) -> str | None:
     """Why the factors of a module cannot be used, before their shapes are compared."""
     wanted = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
@@ -120,7 +120,7 @@ def _misfit(
     return None
 
 
-def _unlike(module: str, found: Mapping[str, Array], place: Place) -> str:
+def _unlike(module: str, found: Mapping[str, Array], place: ModuleReference) -> str:
     """A sentence about shapes."""
     a, b = (list(found[name].shape) for name in ("a", "b"))
     return f"{module} has A {a} and B {b}, which do not fit {place.path} of {list(place.shape)}"
@@ -136,7 +136,7 @@ def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
 def _prompts(
     config: Config,
     added: Mapping[str, Mapping[str, Array]],
-    places: Places,
+    places: ModuleMap,
     problems: list[str],
 ) -> tuple[list[Method], dict[str, Array]]:
     """One LlamaAdapter, with PEFT's single gate a layer."""
@@ -165,7 +165,9 @@ def _prompts(
     return [LlamaAdapter(targets, length or 1, "layer", "identity")], leaves
 
 
-def _trained(plain: Mapping[str, Array], places: Places, problems: list[str]) -> dict[str, Array]:
+def _trained(
+    plain: Mapping[str, Array], places: ModuleMap, problems: list[str]
+) -> dict[str, Array]:
     """The base's own parameters that were trained: biases, heads, modules to save."""
     leaves: dict[str, Array] = {}
     for key, tensor in plain.items():

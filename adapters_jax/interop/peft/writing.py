@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.interop.layouts import Array, their_leaf
-from adapters_jax.interop.module_map import Added, Places, by_site, in_order, trained_value
+from adapters_jax.interop.module_map import Added, ModuleMap, by_module, in_order, trained_value
 from adapters_jax.interop.peft.config import ROOT
 from adapters_jax.interop.peft.factors import Tensors, lora
 from adapters_jax.methods import DoRA, LlamaAdapter, LoRA
@@ -14,11 +14,11 @@ from adapters_jax.recipe import Recipe
 
 
 def write(
-    recipe: Recipe, leaves: Mapping[str, Array], places: Places, prefix: str | None
+    recipe: Recipe, leaves: Mapping[str, Array], places: ModuleMap, prefix: str | None
 ) -> tuple[dict[str, Any], Tensors, list[str]]:
     """The configuration, the tensors, and every problem."""
     problems: list[str] = []
-    added, trained = by_site(recipe, leaves, problems)
+    added, trained = by_module(recipe, leaves, problems)
     kinds = {type(method) for method in recipe.attached}
     if kinds == {LlamaAdapter}:
         problems += [f"{path}: PEFT's prompts go with no other trained leaf" for path in trained]
@@ -36,7 +36,7 @@ def write(
 def _trained(
     trained: Mapping[str, Array],
     added: Added,
-    places: Places,
+    places: ModuleMap,
     prefix: str | None,
     problems: list[str],
 ) -> tuple[Tensors, dict[str, Any]]:
@@ -71,7 +71,7 @@ def _trained(
 
 
 def _prompts(
-    recipe: Recipe, added: Added, places: Places, prefix: str | None, problems: list[str]
+    recipe: Recipe, added: Added, places: ModuleMap, prefix: str | None, problems: list[str]
 ) -> tuple[dict[str, Any], Tensors]:
     """The fields, prompts and gates; PEFT adapts the last layers, with one gate for each."""
     names = {site: bare for bare, site in places.attention.items()}

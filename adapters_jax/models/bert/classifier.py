@@ -1,25 +1,29 @@
 """A BERT encoder with a pooled head: labels for sentences."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule
-from adapters_jax.models.bert import model as encoder
-from adapters_jax.models.bert.model import Bert, BertConfig
+from adapters_jax.models.bert import checkpoint
+from adapters_jax.models.bert.config import BertConfig
+from adapters_jax.models.bert.model import Bert
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import Typed
 
 # With pooling="pooler" it is Hugging Face's BertForSequenceClassification.
 NAMES = NameTable(
     rules=(
-        *(rule._replace(ours=f"bert/{rule.ours}") for rule in encoder.NAMES.rules),
+        *(rule._replace(ours=f"bert/{rule.ours}") for rule in checkpoint.NAMES.rules),
         Rule(r"head", r"classifier"),
     ),
-    prefixes=encoder.NAMES.prefixes,
-    stack=encoder.NAMES.stack,
+    prefixes=checkpoint.NAMES.prefixes,
+    stack=checkpoint.NAMES.stack,
 )
 
 
@@ -51,7 +55,7 @@ class BertClassifier(Typed):
 
     Example:
         >>> import jax
-        >>> from adapters_jax.models.bert.model import BERT_BASE
+        >>> from adapters_jax.models.bert.config import BERT_BASE
         >>> model = BertClassifier(BERT_BASE, num_labels=2)
         >>> ids = jnp.zeros((1, 8), jnp.int32)
         >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -99,3 +103,25 @@ class BertClassifier(Typed):
         else:
             pooled = self.bert.pool(hidden) if self.pooling == "pooler" else hidden[:, 0]
         return self.head(self.dropout(pooled, deterministic=deterministic)).astype(jnp.float32)
+
+
+def load_pooled(
+    directory: Path, pooling: str | None, *, absent: bool = False
+) -> tuple[BertConfig, dict[str, Any]]:
+    """Loads what is under `bert` in a classifier.
+
+    Args:
+        directory: of the checkpoint.
+        pooling: of the classifier; "pooler" takes the pooler along.
+        absent: whether the files may lack it; it is zeros then, for an adapter that trains it.
+
+    Raises:
+        ValueError: as for `load_bert`.
+    """
+    pooler = pooling == "pooler"
+    there = not absent or any("pooler." in name for name in huggingface.read_tensors(directory))
+    config, params = checkpoint.load_bert(directory, pooler=pooler and there)
+    if pooler and not there:
+        d = config.hidden_size
+        params["pooler"] = {"dense": {"kernel": jnp.zeros((d, d)), "bias": jnp.zeros(d)}}
+    return config, params

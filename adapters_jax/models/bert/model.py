@@ -10,24 +10,17 @@ Reference:
     Liu et al., RoBERTa (2019), https://arxiv.org/abs/1907.11692
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.distributed.sharding import Rules, laid_out
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.models.bert.config import BertConfig
 from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import (
     FeedForward,
     LayerNorm,
@@ -35,77 +28,8 @@ from adapters_jax.models.parts.layers import (
     SelfAttention,
     Sum,
     Typed,
-    check_heads,
     check_tokens,
 )
-from adapters_jax.transforms.stacking import Stack
-
-ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
-
-
-@dataclass(frozen=True)
-class BertConfig(huggingface.CheckpointConfig):
-    """The shape of a BERT or RoBERTa encoder, under the names that `config.json` uses.
-
-    Example:
-        >>> BertConfig.from_dict({"hidden_size": 384, "position_embedding_type": "relative_key"})
-        Traceback (most recent call last):
-        ValueError: BertConfig does not implement position_embedding_type='relative_key' \
-(supported: 'absolute').
-    """
-
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
-    model_type: str = "bert"
-
-    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "model_type": ("bert", *ROBERTA_TYPES),
-        "hidden_act": tuple(ACTIVATIONS),
-        "position_embedding_type": ("absolute",),
-        "is_decoder": (False,),
-        "add_cross_attention": (False,),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_heads(self.hidden_size, self.num_attention_heads)
-
-    @property
-    def first_position(self) -> int:
-        """The position of the first token: RoBERTa leaves those up to the padding's unused."""
-        return self.pad_token_id + 1 if self.model_type in ROBERTA_TYPES else 0
-
-
-BERT_BASE = BertConfig()
-BERT_LARGE = replace(
-    BERT_BASE,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-)
-_ROBERTA: dict[str, Any] = {
-    "model_type": "roberta",
-    "vocab_size": 50265,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-}
-ROBERTA_BASE = replace(BERT_BASE, **_ROBERTA)
-ROBERTA_LARGE = replace(BERT_LARGE, **_ROBERTA)
 
 
 class BertEmbeddings(Typed):
@@ -202,6 +126,8 @@ class Bert(Typed):
         ValueError: at the first call, where `remat` is no policy.
 
     Example:
+        >>> import jax
+        >>> from adapters_jax.models.bert.config import BERT_BASE
         >>> bert = Bert(BERT_BASE)
         >>> ids = jnp.zeros((1, 8), jnp.int32)
         >>> params = jax.eval_shape(bert.init, jax.random.key(0), ids)["params"]
@@ -253,68 +179,3 @@ class Bert(Typed):
     def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:
         """The pre-trained pooler; its parameters exist where a model calls it during `init`."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
-
-
-NAMES = NameTable(
-    rules=(
-        Rule(r"embeddings/(word|position|token_type)", r"embeddings.\1_embeddings"),
-        Rule(r"embeddings/norm", r"embeddings.LayerNorm"),
-        Rule(r"layer_(\d+)/attention/(query|key|value)", r"encoder.layer.\1.attention.self.\2"),
-        Rule(r"layer_(\d+)/attention/output/dense", r"encoder.layer.\1.attention.output.dense"),
-        Rule(r"layer_(\d+)/attention_norm", r"encoder.layer.\1.attention.output.LayerNorm"),
-        Rule(r"layer_(\d+)/mlp/intermediate", r"encoder.layer.\1.intermediate.dense"),
-        Rule(r"layer_(\d+)/mlp/output/dense", r"encoder.layer.\1.output.dense"),
-        Rule(r"layer_(\d+)/mlp_norm", r"encoder.layer.\1.output.LayerNorm"),
-        Rule(r"pooler/dense", r"pooler.dense"),
-    ),
-    prefixes=("bert.", "roberta."),
-    # Buffers, the pooler where it is not asked for, and the heads of pre-training and of tasks.
-    ignored=(
-        r"embeddings\.(position_ids|token_type_ids)",
-        r"(pooler|cls|lm_head|classifier|qa_outputs)\..*",
-    ),
-    stack=Stack("layer_{}", "layers"),
-)
-
-
-def load_bert(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    pooler: bool = False,
-    param_dtype: Dtype = jnp.float32,
-    scan: bool = False,
-) -> tuple[BertConfig, dict[str, Any]]:
-    """Loads a BERT or RoBERTa encoder from a directory or the Hugging Face Hub.
-
-    Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
-            the default device.
-        rules: partition specs by pattern of the parameter's path, likewise.
-        pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
-        param_dtype: dtype of the parameters returned.
-        scan: whether they are for a model of scanned blocks.
-
-    Returns:
-        The configuration and the parameters of `Bert(config, scan=scan)`; a `BertClassifier` has
-        them under `bert`.
-
-    Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
-    """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = BertConfig.from_json(directory / "config.json")
-    bert = Bert(config, param_dtype=param_dtype, scan=scan)
-
-    def forward(bert: Bert, ids: Array) -> Array:
-        return bert.pool(bert(ids)) if pooler else bert(ids)
-
-    ids = jnp.zeros((1, 1), jnp.int32)
-    init = partial(bert.init, method=forward)
-    like = jax.eval_shape(init, jax.random.key(0), ids)["params"]
-    like = laid_out(like, mesh, rules)
-    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

@@ -9,76 +9,24 @@ Reference:
     Brown et al., Language Models are Few-Shot Learners (2020), https://arxiv.org/abs/2005.14165
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.distributed.sharding import Rules, laid_out
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.models.gpt2.config import GPT2Config
 from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.parts.functions import causal_mask, dot_product_attention
 from adapters_jax.models.parts.layers import (
     FeedForward,
     LayerNorm,
     SelfAttention,
     Sum,
     Typed,
-    check_heads,
     check_tokens,
 )
-from adapters_jax.transforms.stacking import Stack
-
-
-@dataclass(frozen=True)
-class GPT2Config(huggingface.CheckpointConfig):
-    """The shape of a GPT-2, under the names that `config.json` uses.
-
-    Example:
-        >>> GPT2Config(activation_function="mish")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: GPT2Config does not implement activation_function='mish' (supported: ...
-    """
-
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-
-    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "model_type": ("gpt2",),
-        "activation_function": tuple(ACTIVATIONS),
-        "tie_word_embeddings": (True,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_heads(self.n_embd, self.n_head)
-
-
-GPT2_SMALL = GPT2Config()
-GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
-GPT3_175B = GPT2Config(n_positions=2048, n_embd=12288, n_layer=96, n_head=96, n_inner=49152)
 
 
 class GPT2Embeddings(Typed):
@@ -166,6 +114,8 @@ class GPT2(Typed):
         ValueError: at the first call, where `remat` is no policy.
 
     Example:
+        >>> import jax
+        >>> from adapters_jax.models.gpt2.config import GPT2_SMALL
         >>> gpt2 = GPT2(GPT2_SMALL)
         >>> ids = jnp.zeros((1, 8), jnp.int32)
         >>> params = jax.eval_shape(gpt2.init, jax.random.key(0), ids)["params"]
@@ -220,73 +170,3 @@ class GPT2(Typed):
         layers, length = self.layers if self.scan else self.layer, self.config.n_layer
         x = run_linen(layers, x, mask, deterministic, length=length, remat=self.remat)
         return self.norm(x)
-
-
-def causal_mask(
-    input_ids: Int[Array, "batch length"], attention_mask: Num[Array, "batch length"] | None = None
-) -> Bool[Array, "#batch 1 length length"]:
-    """Which keys (last axis) each query may see: itself and those before, without the padding.
-
-    Example:
-        >>> causal_mask(jnp.array([[5, 6]]), jnp.array([[0, 1]])).astype(int).tolist()
-        [[[[0, 0], [0, 1]]]]
-    """
-    length = input_ids.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, None, :]
-
-
-NAMES = NameTable(
-    rules=(
-        Rule(r"embeddings/word", r"wte"),
-        Rule(r"embeddings/position", r"wpe"),
-        Rule(r"layer_(\d+)/attention_norm", r"h.\1.ln_1"),
-        Rule(r"layer_(\d+)/attention/query", r"h.\1.attn.c_attn", part=(0, 3)),
-        Rule(r"layer_(\d+)/attention/key", r"h.\1.attn.c_attn", part=(1, 3)),
-        Rule(r"layer_(\d+)/attention/value", r"h.\1.attn.c_attn", part=(2, 3)),
-        Rule(r"layer_(\d+)/attention/output/dense", r"h.\1.attn.c_proj"),
-        Rule(r"layer_(\d+)/mlp_norm", r"h.\1.ln_2"),
-        Rule(r"layer_(\d+)/mlp/intermediate", r"h.\1.mlp.c_fc"),
-        Rule(r"layer_(\d+)/mlp/output/dense", r"h.\1.mlp.c_proj"),
-        Rule(r"norm", r"ln_f"),
-    ),
-    prefixes=("transformer.",),
-    # The causal mask's buffers, and the head that repeats the word embeddings.
-    ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
-    fan_in_fan_out=True,
-    stack=Stack("layer_{}", "layers"),
-)
-
-
-def load_gpt2(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    param_dtype: Dtype = jnp.float32,
-    scan: bool = False,
-) -> tuple[GPT2Config, dict[str, Any]]:
-    """Loads a GPT-2 from a directory or the Hugging Face Hub.
-
-    Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
-            the default device.
-        rules: partition specs by pattern of the parameter's path, likewise.
-        param_dtype: dtype of the parameters returned.
-        scan: whether they are for a model of scanned blocks.
-
-    Returns:
-        The configuration and the parameters of `GPT2(config, scan=scan)`.
-
-    Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
-    """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = GPT2Config.from_json(directory / "config.json")
-    init = GPT2(config, param_dtype=param_dtype, scan=scan).init
-    like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    like = laid_out(like, mesh, rules)
-    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)

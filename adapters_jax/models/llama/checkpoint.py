@@ -14,7 +14,8 @@ from adapters_jax.distributed.sharding import Rules, laid_out
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
 from adapters_jax.interop.names import NameTable, Rule, Tensor, from_tensors, to_tensors
-from adapters_jax.models.llama.model import Llama, LlamaConfig
+from adapters_jax.models.llama.config import LlamaConfig
+from adapters_jax.models.llama.model import Llama, abstract_llama
 from adapters_jax.transforms.stacking import Stack
 
 NAMES = NameTable(
@@ -65,7 +66,7 @@ def load_llama(
         ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
     """
     config, tensors = _read(name_or_path, revision)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
+    model = abstract_llama(config, **options)
     like = laid_out(nnx.state(model), mesh, rules)
     nnx.update(model, from_tensors(tensors, NAMES, like))
     return config, model

@@ -3,85 +3,28 @@
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.interop import huggingface
-from adapters_jax.models.gpt2 import causal_mask
+from adapters_jax.models.llama.config import LlamaConfig
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, gated, normalize
+from adapters_jax.models.parts.functions import (
+    ACTIVATIONS,
+    causal_mask,
+    dot_product_attention,
+    gated,
+    normalize,
+)
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import rotary_angles, rotate
 from adapters_jax.weights.attention import register_attention
-
-
-@dataclass(frozen=True)
-class LlamaConfig(huggingface.CheckpointConfig):
-    """The shape of a Llama, under the names that `config.json` uses; LLaMA-7B by default.
-
-    Example:
-        >>> LlamaConfig.from_dict({"num_attention_heads": 9, "num_key_value_heads": 2})
-        Traceback (most recent call last):
-        ValueError: 9 attention heads do not divide into 2 key and value heads.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-
-    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "model_type": ("llama",),
-        "hidden_act": tuple(ACTIVATIONS),
-        "rope_scaling": (None,),
-        "rope_type": ("default",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "attention_dropout": (0.0,),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
-                "key and value heads."
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes the fields from a parsed `config.json`, refusing settings not implemented."""
-        # Newer files keep rope_theta and rope_type in an object of their own.
-        return super().from_dict({**values, **(values.get("rope_parameters") or {})})
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key and value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        """The width of one head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-LLAMA_7B = LlamaConfig()
 
 
 class LlamaAttention(nnx.Module):
@@ -322,7 +265,7 @@ class Llama(nnx.Module):
         return self.norm(run_nnx(self.layers, x, mask, angles, remat=self.remat))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache for so many rows and tokens a row, padding included; see `extend`."""
+        """A cache for a number of rows and of tokens a row, padding included; see `extend`."""
         config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
         sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
         return Cache.empty(*sizes, dtype, stacked=self.scan)
@@ -355,3 +298,8 @@ class Llama(nnx.Module):
             step, self.layers, self.embeddings(input_ids), cache.keys, cache.values
         )
         return self.norm(x), cache._replace(keys=keys, values=values)
+
+
+def abstract_llama(config: LlamaConfig, **options: Any) -> Llama:
+    """A Llama without arrays; options are those of `Llama`."""
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))

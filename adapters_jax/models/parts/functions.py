@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 Activation = Callable[[Array], Array]
 
@@ -193,3 +193,17 @@ def dot_product_attention(
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0).astype(value.dtype)
     mixed = jnp.einsum("...hgqk,...khd->...qhgd", weights.reshape(groups), value)
     return mixed.reshape(*batch, length, heads, width)
+
+
+def causal_mask(
+    input_ids: Int[Array, "batch length"], attention_mask: Num[Array, "batch length"] | None = None
+) -> Bool[Array, "#batch 1 length length"]:
+    """Which keys (last axis) each query may see: itself and those before, without the padding.
+
+    Example:
+        >>> causal_mask(jnp.array([[5, 6]]), jnp.array([[0, 1]])).astype(int).tolist()
+        [[[[0, 0], [0, 1]]]]
+    """
+    length = input_ids.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, None, :]

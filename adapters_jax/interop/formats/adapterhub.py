@@ -1,0 +1,78 @@
+"""The files of AdapterHub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.interop import adapterhub
+from adapters_jax.interop.adapterhub import heads
+from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.formats.base import Adapter, Head, has_head, pooling_problem, shape_in
+from adapters_jax.io.untrusted import read_json
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten, unflatten
+
+_HEADS = re.compile(r"(?:.*\.)?(?:classifier|heads\.[^.]+\.[14])\.weight")
+
+
+class AdapterHub:
+    """AdapterHub's format."""
+
+    name, owner, library = "adapterhub", "AdapterHub", "adapter-transformers"
+    files: tuple[str, ...] = adapterhub.FILES
+    names_classes = True
+
+    def detects(self, values: Mapping[str, Any]) -> bool:
+        """By the adapter's name and settings."""
+        return {"config", "name"} <= values.keys()
+
+    def base_name(self, directory: Path) -> str | None:
+        """The base's name."""
+        name = read_json(directory / adapterhub.CONFIG).get("model_name")
+        return name if isinstance(name, str) and name else None
+
+    def head(self, directory: Path, inside: str) -> Head | None:
+        """The head in the files beside the adapter's."""
+        shape = shape_in(directory / adapterhub.HEAD_TENSORS, _HEADS)
+        if shape is None:
+            return None
+        return Head(shape[0], heads.pooling_of(read_json(directory / adapterhub.HEAD_CONFIG)))
+
+    def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
+        """See `load_adapterhub`."""
+        pooling = base.pooling if base.pooling in heads.POOLINGS else None
+        recipe, leaves = adapterhub.load_adapterhub(
+            directory, base.names, base.params, pooling=pooling
+        )
+        return recipe, flatten(leaves)
+
+    def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
+        """See `save_adapterhub`."""
+        adapterhub.save_adapterhub(
+            directory,
+            adapter.recipe,
+            unflatten(dict(adapter.leaves)),
+            base.names,
+            base.params,
+            name=adapter.name,
+            prefix=base.prefix,
+            pooling=base.pooling if has_head(adapter.leaves) else None,
+            labels=adapter.labels,
+            beside=adapter.beside,
+            model_name=base.public,
+        )
+
+    def head_problem(self, base: BaseModel) -> str:
+        """Heads there read the pooler or the first token."""
+        return pooling_problem(base, self.owner, heads.POOLINGS)
+
+    def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
+        """By the class that has heads of every kind."""
+        return (
+            "from adapters import AutoAdapterModel\n"
+            f"model = AutoAdapterModel.from_pretrained({shown!r})\n"
+            f"model.load_adapter({name!r}, use_safetensors=True, set_active=True)"
+        )

@@ -1,0 +1,54 @@
+"""What an adapter lost or got on its way into a format and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.recipe import Recipe
+
+_FREE = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
+_SIZES = ("bottleneck_dim", "reduction_factor")
+
+
+def changes(
+    before: tuple[Recipe, Mapping[str, Any]], after: tuple[Recipe, Mapping[str, Any]]
+) -> list[str]:
+    """What an adapter that was written and read again is not as it was, each in words."""
+    (old, ours), (new, theirs) = before, after
+    found = [
+        f"{len(paths)} tensors {word}, such as {paths[0]}"
+        for word, paths in (
+            ("are gone", sorted(ours.keys() - theirs.keys())),
+            ("are new", sorted(theirs.keys() - ours.keys())),
+            ("are others", _unequal(ours, theirs)),
+        )
+        if paths
+    ]
+    fields: dict[str, None] = {}
+    for path in ours.keys() & theirs.keys():
+        pair = old.owner(path), new.owner(path)
+        if pair[0] and pair[1]:
+            fields |= dict.fromkeys(_fields(pair[0][1], pair[1][1]))
+    return found + sorted(fields)
+
+
+def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    both = ours.keys() & theirs.keys()
+    return sorted(path for path in both if not np.array_equal(ours[path], theirs[path]))
+
+
+def _fields(old: Any, new: Any) -> list[str]:
+    """The fields of a method that became others; sizes are seen by the tensors."""
+    kind = type(old).__name__
+    if type(new) is not type(old):
+        return [f"{kind} is read as {type(new).__name__}"]
+    pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)]
+    return [
+        f"{kind}.{name} {was!r} is read as {now!r}"
+        for name, was, now in pairs
+        if was != now and name not in (*_FREE, *_SIZES)
+    ]

@@ -1,0 +1,94 @@
+"""The files of Hugging Face PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.interop import peft
+from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.formats.base import (
+    HEAD,
+    Adapter,
+    Head,
+    has_head,
+    pooling_problem,
+    shape_in,
+)
+from adapters_jax.io import hub
+from adapters_jax.io.untrusted import read_json
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten, unflatten
+
+_CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?\.weight")
+_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+
+
+class Peft:
+    """PEFT's format."""
+
+    name, owner, library = "peft", "PEFT", "peft"
+    files: tuple[str, ...] = (peft.CONFIG, peft.TENSORS)
+    names_classes = False
+
+    def detects(self, values: Mapping[str, Any]) -> bool:
+        """By the type of the adapter."""
+        return "peft_type" in values
+
+    def base_name(self, directory: Path) -> str | None:
+        """The base's name, with its revision where it is an id."""
+        values = read_json(directory / peft.CONFIG)
+        name, revision = values.get("base_model_name_or_path"), values.get("revision")
+        if not isinstance(name, str) or not name:
+            return None
+        return f"{name}@{revision}" if isinstance(revision, str) and hub.is_id(name) else name
+
+    def head(self, directory: Path, inside: str) -> Head | None:
+        """A classifier that is saved whole; PEFT's reads the pooler."""
+        shape = shape_in(directory / peft.TENSORS, _CLASSIFIER)
+        return Head(shape[0], "pooler") if shape else None
+
+    def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
+        """See `load_peft`."""
+        recipe, leaves = peft.load_peft(directory, base.names, base.params)
+        return recipe, flatten(leaves)
+
+    def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
+        """See `save_peft`; its modules are those of the class that its task makes of a base."""
+        task = _task(base, adapter.leaves)
+        peft.save_peft(
+            directory,
+            adapter.recipe,
+            unflatten(dict(adapter.leaves)),
+            base.names,
+            base.params,
+            prefix="" if task == "FEATURE_EXTRACTION" else base.prefix,
+            beside=adapter.beside,
+            task_type=task,
+            base_model_name_or_path=base.public,
+            revision=hub.split(base.name)[1] if base.public else None,
+        )
+
+    def head_problem(self, base: BaseModel) -> str:
+        """A head of one layer on the pooler is what some architectures have there."""
+        if not base.one_layer:
+            return "the head of this architecture has two layers in PEFT, and this one has one"
+        return pooling_problem(base, self.owner, ("pooler",))
+
+    def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
+        """By the class of the task."""
+        kind = _CLASSES.get(_task(base, leaves), "AutoModel")
+        more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
+        return (
+            f"from peft import PeftModel\nfrom transformers import {kind}\n"
+            f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
+        )
+
+
+def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str:
+    """PEFT's name of the task, which says the class of the model."""
+    if base.kind == "decoder":
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION"

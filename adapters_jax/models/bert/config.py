@@ -1,0 +1,83 @@
+"""The shape of a BERT or RoBERTa encoder, and those that were published."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.functions import ACTIVATIONS
+from adapters_jax.models.parts.layers import check_heads
+
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
+
+
+@dataclass(frozen=True)
+class BertConfig(huggingface.CheckpointConfig):
+    """The shape of a BERT or RoBERTa encoder, under the names that `config.json` uses.
+
+    Example:
+        >>> BertConfig.from_dict({"hidden_size": 384, "position_embedding_type": "relative_key"})
+        Traceback (most recent call last):
+        ValueError: BertConfig does not implement position_embedding_type='relative_key' \
+(supported: 'absolute').
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    model_type: str = "bert"
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "model_type": ("bert", *ROBERTA_TYPES),
+        "hidden_act": tuple(ACTIVATIONS),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.hidden_size, self.num_attention_heads)
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token: RoBERTa leaves those up to the padding's unused."""
+        return self.pad_token_id + 1 if self.model_type in ROBERTA_TYPES else 0
+
+
+BERT_BASE = BertConfig()
+BERT_LARGE = replace(
+    BERT_BASE,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+)
+_ROBERTA: dict[str, Any] = {
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+}
+ROBERTA_BASE = replace(BERT_BASE, **_ROBERTA)
+ROBERTA_LARGE = replace(BERT_LARGE, **_ROBERTA)
+
+KNOWN = {
+    "bert-base": BERT_BASE,
+    "bert-large": BERT_LARGE,
+    "roberta-base": ROBERTA_BASE,
+    "roberta-large": ROBERTA_LARGE,
+}

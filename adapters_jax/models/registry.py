@@ -1,0 +1,55 @@
+"""Every family that there is: a new one is a folder beside the others, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        bert.FAMILY,
+        gpt2.FAMILY,
+        llama.FAMILY,
+    )
+}
+
+KNOWN: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
+    name: partial(family.shape, config)
+    for family in FAMILIES.values()
+    for name, config in family.known.items()
+}
+"""Published shapes: each call gives a model, with options of its class, and example inputs.
+
+No parameters are allocated. Those of a linen model are `jax.eval_shape(model.init, key, *inputs)`;
+an NNX model is abstract itself, every Variable a `jax.ShapeDtypeStruct`.
+"""
+
+
+def family_of(values: Mapping[str, Any], name: str) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        values: what its `config.json` holds.
+        name: of the checkpoint, for the error.
+
+    Raises:
+        ValueError: no family reads its `model_type`.
+
+    Example:
+        >>> family_of({"model_type": "xlm-roberta"}, "mine").name
+        'bert'
+        >>> family_of({"model_type": "t5"}, "mine")
+        Traceback (most recent call last):
+        ValueError: 'mine' has model_type='t5'; expected one of bert, roberta, ...
+    """
+    found = values.get("model_type")
+    for family in FAMILIES.values():
+        if isinstance(found, str) and found in family.prefixes:
+            return family
+    types = ", ".join(each for family in FAMILIES.values() for each in family.prefixes)
+    raise ValueError(f"{name!r} has model_type={found!r}; expected one of {types}")

@@ -1,0 +1,159 @@
+"""Families: what a record is enough for, and what each of them is."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.tiny import write_llama, write_meanings
+
+import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.distributed.sharding import laid_out
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.names import from_tensors
+from adapters_jax.models import FAMILIES, KNOWN, family_of, llama
+from adapters_jax.pretrained.base_model import load_base_model
+from adapters_jax.pretrained.encoder import load_encoder
+from adapters_jax.pretrained.locate import find_family, is_decoder
+from adapters_jax.trees import unflatten
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@dataclass(frozen=True)
+class OtherConfig(llama.LlamaConfig):
+    """A Llama under another name."""
+
+    supported: ClassVar = {**llama.LlamaConfig.supported, "model_type": ("other",)}
+
+
+def load_other(files, **options):
+    """The configuration and the model of a directory."""
+    config = OtherConfig.from_json(files / "config.json")
+    model = llama.FAMILY.build(config, **options)
+    tensors, like = huggingface.read_tensors(files), laid_out(nnx.state(model), None, None)
+    nnx.update(model, from_tensors(tensors, llama.NAMES, like))
+    return config, model
+
+
+OTHER = dataclasses.replace(
+    llama.FAMILY,
+    name="other",
+    config=OtherConfig,
+    load=load_other,
+    prefixes={"other": "model."},
+    known={"other-tiny": OtherConfig(64, 16, 24, 2, 4)},
+)
+
+
+@pytest.fixture
+def other(monkeypatch, tmp_path):
+    """A directory with a checkpoint of a family that only this test registers."""
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "other"}))
+    assert main(["audit", "--model", "base"]) == 2  # nothing reads it yet
+    monkeypatch.setitem(FAMILIES, "other", OTHER)
+    return path.parent
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs a command that has to work, and gives the JSON that it prints."""
+
+    def said(words):
+        assert main([*words.split(), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return said
+
+
+def test_a_record_is_enough_for_every_command(other, said, capsys):
+    capsys.readouterr()
+    assert find_family("base") is OTHER
+    assert is_decoder("base")
+    lora = "--method lora --rank 2"
+    counts = said(f"audit --model base {lora}")
+    assert counts["adapter_parameters"] == 3 * (2 * (32 + 32) + 2 * (32 + 16))
+    assert said(f"audit --model other-tiny {lora}")["adapter_parameters"] == 2 * 2 * 2 * (16 + 16)
+    plan = said(f"plan --model base {lora} --length 8 --batch-size 1 --no-full")
+    assert plan["plans"]["lora"]["trainable_parameters"] == counts["adapter_parameters"]
+    base = load_base_model("base")
+    assert (base.kind, base.prefix, base.classifies) == ("decoder", "model.", False)
+    draw = np.random.default_rng(0).normal
+    at = "layers/0/attention/query/lora"
+    shapes = {f"{at}/a": (32, 2), f"{at}/b": (2, 32)}
+    leaves = {path: draw(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    recipe = aj.LoRA("layers/0/attention/query", 2)
+    aj.save_adapter("mine", unflatten(leaves), recipe, base=base.identity)
+    for to in ("peft", "adapterhub"):
+        assert said(f"convert mine there-{to} --to {to} --model base")["notes"] == [
+            "LoRA.a_init 'gaussian' is read as 'uniform'"
+        ] * (recipe.a_init != "uniform")
+        said(f"convert there-{to} back-{to} --to native --model base")
+        _, back = aj.read_adapter(f"back-{to}")
+        assert back.keys() == leaves.keys()
+        for path, leaf in leaves.items():
+            np.testing.assert_array_equal(back[path], leaf)
+
+
+def test_a_record_is_enough_to_train_generate_and_merge(other, said, capsys):
+    capsys.readouterr()
+    write_meanings(other.parent / "rows.csv", rows=40)
+    said(
+        "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 32 "
+        "--method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --name mine"
+    )
+    assert main(["generate", "runs/mine", "--prompt", "food", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert "model.safetensors" in said("merge runs/mine --out merged")["files"]
+
+
+def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys, said):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / "gpt2", "gpt2")
+    write_meanings(tmp_path / "rows.csv", rows=40)
+    assert (is_decoder("gpt2"), find_family("smollm2-135m").name) == (True, "llama")
+    words = "finetune --model ./gpt2 --train rows.csv --prompt mr --completion ref --name mine"
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert all(datum in error for datum in ("'./gpt2'", "family gpt2", "llama")), error
+    assert not (tmp_path / "runs").exists()
+    plan = said("plan --model ./gpt2 --method lora --length 8 --batch-size 1 --no-full")
+    assert plan["plans"]["lora"]["trainable_parameters"] > 0
+
+
+def test_encoders_name_what_has_a_classifier(tmp_path):
+    with pytest.raises(ValueError, match="gpt2.*bert"):
+        load_encoder(str(FIXTURES / "gpt2"))
+
+
+def test_each_record_is_whole():
+    known = {}
+    for name, family in FAMILIES.items():
+        assert family.name == name
+        assert family.kind in ("encoder", "decoder")
+        assert (family.kind == "encoder") == (family.classifier is not None)
+        for model_type, prefix in family.prefixes.items():
+            assert family_of({"model_type": model_type}, "it") is family
+            assert prefix in family.names.prefixes
+        for config in family.known.values():
+            assert config.num_layers > 0
+        known |= family.known
+    assert known.keys() == KNOWN.keys()
+    assert KNOWN["gpt2-medium"]()[0].config.num_layers == 24
+
+
+@pytest.mark.parametrize("found", [None, "t5", 3, ["bert"]])
+def test_an_unknown_model_type_is_named(found):
+    with pytest.raises(ValueError, match="'mine'") as caught:
+        family_of({"model_type": found}, "mine")
+    assert repr(found) in str(caught.value)
+    assert all(each in str(caught.value) for each in ("bert", "camembert", "gpt2", "llama"))
