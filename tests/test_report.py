@@ -20,8 +20,8 @@ from adapters_jax.app.report.run import (
     show_metric,
     write_report,
 )
-from adapters_jax.app.report.usage import python_lines, shell_lines
 from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks import task_of
 
 HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""
 RESULTS = [
@@ -200,8 +200,9 @@ def test_its_lines_paste_as_they_are(page, tmp_path):
     ],
 )
 def test_a_run_is_used_as_its_kind_is(config, command, loader, call):
-    assert shlex.split(shell_lines("a 'run'", config))[1:3] == [command, "a 'run'"]
-    program = python_lines("a 'run'", config, model="base")
+    usage = task_of(config).usage("a 'run'", config, model="base")
+    assert shlex.split(usage.shell)[1:3] == [command, "a 'run'"]
+    program = usage.python
     assert [type(line) for line in ast.parse(program).body] == [
         ast.ImportFrom,
         ast.Assign,

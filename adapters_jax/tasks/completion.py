@@ -147,7 +147,7 @@ class Completion(Task):
 
 
 def _adapted(setup: Setup, decoder: Decoder) -> nnx.Module:
-    recipe = setup.recipe(num_layers=decoder.config.num_hidden_layers, layer="layers/{}")
+    recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
     example = (np.zeros((1, 8), np.int32),)
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
 

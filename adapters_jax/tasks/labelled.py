@@ -129,7 +129,7 @@ class LabelledTexts(Task):
         readout, size = self.readout.of(data.train), setup.batch_size
         labels, pad_id = readout.encode(data.train.labels), encoder.config.pad_token_id
         batches = Batches(rows["train"], labels, size, setup.seed, buckets, pad_id)
-        recipe = setup.recipe(head=HEAD, num_layers=encoder.config.num_hidden_layers)
+        recipe = setup.recipe(head=HEAD, num_layers=encoder.config.num_layers)
         model = adapt(encoder.classifier(readout.width, setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
         params = init_adapters(

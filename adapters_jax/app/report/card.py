@@ -17,8 +17,6 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
 from adapters_jax.trees import unflatten
 
-TASKS = {"encoder": "text-classification", "decoder": "text-generation"}  # as the Hub names them
-
 
 @dataclass(frozen=True)
 class Source:
@@ -62,7 +60,8 @@ def card_of(
         sections["Training"] = _training(config, results)
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
-    pipeline = task_of(config).pipeline if config else None
+    alone = "text-generation" if base.kind == "decoder" else None  # what an encoder does, runs say
+    pipeline = task_of(config).pipeline if config else alone
     about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
     return model_card(
         name.split("/")[-1],
@@ -72,7 +71,7 @@ def card_of(
         base=base.identity,
         counts=counts,
         metrics=results[-1]["test"] if results else None,
-        task=TASKS.get(kind),
+        task=pipeline,
         dataset=config.get("task"),
         sections=sections,
         license=license,
