@@ -358,7 +358,7 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
 
     job = prepared("int8")
     problem, config = job.problem, json.loads(job.run.config.read_text())
-    assert config["quantize"] == "int8" and "--quantize=int8" in config["command"]
+    assert config["quantize"] == "int8" and config["options"]["quantize"] == "int8"
     trained, frozen = aj.partition(problem.params, problem.recipe)
     assert not any(map(is_quantized, flatten(trained).values()))
     kernel = frozen["bert"]["layer_0"]["attention"]["query"]["kernel"]

@@ -13,6 +13,7 @@ from flax import nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.audit import Audit, audit
+from adapters_jax.errors import UserError
 from adapters_jax.linen import init_adapters
 from adapters_jax.models import KNOWN
 from adapters_jax.models.bert import ROBERTA_TYPES, Bert, BertConfig
@@ -92,5 +93,5 @@ def shape_of(name: str, **options: Any) -> tuple[Any, tuple[Any, ...]]:
     values = read_config(name)
     family = values.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{name!r} is a {family!r} model; there are {', '.join(FAMILIES)}")
+        raise UserError(f"{name!r} is a {family!r} model; there are {', '.join(FAMILIES)}")
     return FAMILIES[family](values, **options), (np.zeros((1, 8), np.int32),)

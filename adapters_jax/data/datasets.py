@@ -18,6 +18,7 @@ from adapters_jax.data.tables import (
     count_rows,
     first_few,
 )
+from adapters_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def make_dataset(
         [10.0, 9.0]
     """
     if task not in ("classification", "regression"):
-        raise ValueError(f"task is {task!r}; it must be 'classification' or 'regression'")
+        raise UserError(f"task is {task!r}; it must be 'classification' or 'regression'")
     if table.labels is None:
-        raise ValueError(f"{table.path} was read without labels; name its label column")
+        raise UserError(f"{table.path} was read without labels; name its label column")
     if task == "regression":
         return Dataset(table.texts, np.array(numbers_of(table), np.float32), ())
     names = class_names(table) if label_names is None else tuple(label_names)
@@ -187,7 +188,7 @@ def split_rows(
         ([[0, 3], [1, 2]], [])
     """
     if min(dev, test) < 0 or dev + test >= 1:
-        raise ValueError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
+        raise UserError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
     chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
     for groups in _groups(keys, strata, seed):
         rows = sum(map(len, groups))

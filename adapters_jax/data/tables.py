@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters_jax.errors import UserError
+
 FilePath = str | os.PathLike[str]
 Texts = list[tuple[str, str | None]]
 Record = tuple[int, list[str]]  # the line it starts on, its fields
 Rows = tuple[list[str], list[Record]]  # column names, records
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A file cannot be used as it is; the message says where and what to change."""
 
 

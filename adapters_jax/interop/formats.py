@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, OtherBaseError
+from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError
 from adapters_jax.interop import adapterhub, peft
 from adapters_jax.interop.adapterhub import heads
 from adapters_jax.interop.base_model import Host
@@ -186,7 +186,7 @@ def check_head(host: Host, leaves: Mapping[str, Any], to: Format) -> None:
         problem = f"its head reads {host.pooling}, and {OWNERS[to]}'s {' or '.join(where)}"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"the head cannot go to {OWNERS[to]}: {problem}; --no-head leaves it out, and the adapter "
         "needs another one there"
     )

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, shortened
-from adapters_jax.io.untrusted import MOST_JSON, opened, parse, read_bytes, told_of
+from adapters_jax.errors import AdapterFileError, file_errors, shortened
+from adapters_jax.io.untrusted import MOST_JSON, opened, parse, read_bytes
 
 LONGEST_NAME = 512
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -74,7 +74,7 @@ class TensorFile:
 
     def _tensor(self, place: _Place) -> np.ndarray:
         array = np.empty(place.shape, place.dtype)
-        with told_of(self.path):
+        with file_errors(self.path, error=AdapterFileError):
             self.file.seek(place.begin)
             count = self.file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
         if count != array.nbytes:

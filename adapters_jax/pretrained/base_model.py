@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.base_model import Host
 from adapters_jax.io import hub
@@ -47,7 +48,7 @@ def load_host(name: str, width: int | None = None, pooling: str | None = None) -
             names, params = classifier.NAMES, {"bert": params, "head": head}
     else:
         known = "bert, roberta, gpt2, llama"
-        raise ValueError(f"{name!r} is a {kind!r} model; adapters are converted for {known}")
+        raise UserError(f"{name!r} is a {kind!r} model; adapters are converted for {known}")
     public = None if Path(name).exists() else hub.split(name)[0]
     identity = base_identity(params, id=public, config=dataclasses.asdict(config))
     return Host(

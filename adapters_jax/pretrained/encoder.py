@@ -13,6 +13,7 @@ import tokenizers
 
 from adapters_jax.data.batches import Batches, Row, encode
 from adapters_jax.data.tables import Texts
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.models.bert import BertClassifier, BertConfig, load_bert
 from adapters_jax.pretrained.locate import identity_of, locate, read_tokenizer, sha256_of
@@ -78,7 +79,7 @@ class Encoder:
         """Rows of token ids, and how many texts were truncated; see `batches.encode`."""
         room = self.config.max_position_embeddings - self.config.first_position
         if max_length > room:
-            raise ValueError(f"--max-length {max_length}: the model has {room} positions")
+            raise UserError(f"--max-length {max_length}: the model has {room} positions")
         return encode(self.tokenizer, texts, max_length)
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
 from adapters_jax.app.console import Output
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.settings import RunOptions
@@ -47,7 +45,7 @@ class Finetune(RunOptions):
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
     def prepare(self, output: Output) -> Job:
         """Reads and checks everything, so that whatever the user got wrong is said before training.
@@ -57,7 +55,7 @@ class Finetune(RunOptions):
         Raises:
             ValueError: flags, files, rows or a checkpoint that cannot be used.
             AssetError: the pinned model or the movie reviews could not be fetched.
-            OSError: the directory cannot be made.
+            FileSystemError: the directory cannot be made.
         """
         began = time.perf_counter()
         if self.resume is not None:

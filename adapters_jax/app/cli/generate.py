@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
 from adapters_jax.app.console import Output
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.tables import DataError, read_rows
+from adapters_jax.errors import UserError
 from adapters_jax.inference.generator import Generator, load_generator
 from adapters_jax.io.run_directory import find_run
 
@@ -37,8 +36,9 @@ class Generate:
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" "name[Aromi]"
   adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
   head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: tyro.conf.Positional[str]
+    run: str
     prompt: tuple[str, ...] = ()
     file: Path | None = None
     column: str | None = None
@@ -46,7 +46,7 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
     def prepare(self, output: Output) -> Callable[[], None]:
         """Reads the prompts and loads the run.
@@ -58,9 +58,9 @@ class Generate:
         check_size("sampling", "--max-new-tokens", self.max_new_tokens)
         check_number("sampling", "--temperature", self.temperature, closed=True)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
+            raise UserError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
+            raise UserError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
         run = find_run(self.run)
         prompts = self._read(run.read_config("decoder").get("prompt"))
         generator = load_generator(run.path)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
 from adapters_jax.app.console import Output
 from adapters_jax.data.tables import DataError
+from adapters_jax.errors import file_errors
 from adapters_jax.inference.generator import load_generator
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.llama import Llama, save_llama
@@ -48,11 +47,12 @@ class Merge:
     examples: ClassVar[str] = """\
   adapters-jax merge runs/mine --out merged
   adapters-jax merge runs/mine --out merged --json"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: tyro.conf.Positional[Path]
+    run: Path
     out: Path
-    dequantize: tyro.conf.FlagCreatePairsOff[bool] = False
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    dequantize: bool = False
+    json: bool = False
 
     def prepare(self, output: Output) -> Callable[[], None]:
         """Loads the run and folds its adapter in.
@@ -93,14 +93,16 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: Llama) -> list[st
     Returns:
         The names of its files.
     """
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
-    try:
-        beside.chmod(0o755)
-        save_llama(beside, decoder.config, model, **decoder.settings())
-        _write_tokenizer(beside, decoder)
-        os.rename(beside, directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with file_errors(directory, "written"):
+        parent = directory.absolute().parent
+        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+        try:
+            beside.chmod(0o755)
+            save_llama(beside, decoder.config, model, **decoder.settings())
+            _write_tokenizer(beside, decoder)
+            os.rename(beside, directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -67,7 +66,7 @@ class PlanTraining:
     remat: bool = True
     memory: float | None = None
     full: bool = True
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
     def prepare(self, output: Output) -> Callable[[], None]:
         """Checks the flags, and takes as many devices as the mesh has.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
 from adapters_jax.app.compare.cells import CellOutput, Cells
@@ -23,8 +24,8 @@ from adapters_jax.app.console import Meter, Output, duration
 from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.errors import FileSystemError, UserError
 from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.pretrained.assets import AssetError
 from adapters_jax.tasks.base import NotFiniteError
 
 _CACHE = "jax_compilation_cache_dir"
@@ -40,7 +41,7 @@ class Comparison:
         cells: their directories.
         out: directory of all of it.
         output: where words go.
-        lock: the handle by which this process has the directory.
+        lock: by which this process has the directory.
     """
 
     options: CompareOptions
@@ -48,7 +49,7 @@ class Comparison:
     cells: Cells
     out: Path
     output: Output
-    lock: int
+    lock: FileLock
 
     def __call__(self) -> None:
         """Trains what is left, and writes the comparison after every cell.
@@ -65,7 +66,7 @@ class Comparison:
             raise StoppedError(f"{error}; {again}", error.status) from error
         except StoppedError as error:
             raise StoppedError(f"{error.__cause__ or error}; {again}", error.status) from error
-        except (RunError, OSError) as error:
+        except (RunError, FileSystemError) as error:
             raise StoppedError(f"{error}; {again}") from error
         finally:
             Run(self.out).unlock(self.lock)
@@ -84,7 +85,7 @@ class Comparison:
                 results[cell] = self._train(cell, output)
                 interrupts.check()
                 self._write(results)
-                meter.update(pace.done, self._said(results[cell], cell), news=True)
+                meter.update(pace.done, self._outcome(results[cell], cell), news=True)
         summary = self._write(results)
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
@@ -102,7 +103,7 @@ class Comparison:
                 job = resume_run(run, output, began)
             else:
                 job = open_run(prepare_run(self.options.run_options(cell), run, output, began))
-        except (ValueError, OSError, AssetError) as error:
+        except UserError as error:
             raise StoppedError(str(error)) from error
         try:
             job()
@@ -114,7 +115,7 @@ class Comparison:
             raise RunError(f"{run.path} is not finished")
         return result
 
-    def _said(self, result: Result, cell: Cell) -> str:
+    def _outcome(self, result: Result, cell: Cell) -> str:
         if "stopped" in result:
             return f"{cell.title}: diverged"
         metric = self.grid.metric

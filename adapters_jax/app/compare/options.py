@@ -17,6 +17,7 @@ from adapters_jax.app.options.settings import RunOptions, Settings
 from adapters_jax.app.runs.prepare import prepare_run
 from adapters_jax.audit import audit
 from adapters_jax.checks import check_number, check_size
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run, RunError, run_name
 from adapters_jax.pretrained.locate import is_decoder, pinned
 
@@ -102,17 +103,17 @@ class CompareOptions(Settings):
     def _candidates(self) -> tuple[Candidate, ...]:
         """The recipes of the flags; the flags are checked."""
         if self.optimizer.learning_rate is not None:
-            raise ValueError(
+            raise UserError(
                 f"--learning-rate {self.optimizer.learning_rate:g}: write --learning-rates"
             )
         if not self.seeds:
-            raise ValueError("--seeds: wanted at least one")
+            raise UserError("--seeds: expected at least one")
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
-                raise ValueError(f"--seeds {seed}: wanted numbers from 0 to 2**32 - 1")
+                raise UserError(f"--seeds {seed}: expected numbers from 0 to 2**32 - 1")
         check_size("the comparison", "--tuning-seeds", self.tuning_seeds)
         if self.tuning_seeds > len(self.seeds):
-            raise ValueError(
+            raise UserError(
                 f"--tuning-seeds {self.tuning_seeds}: more than the {len(self.seeds)} --seeds"
             )
         kind: Literal["decoder", "encoder"] = "decoder" if is_decoder(self.model) else "encoder"
@@ -130,7 +131,7 @@ class CompareOptions(Settings):
         for directory in (out, out / "cells"):
             if directory.exists() and not directory.is_dir():
                 raise RunError(
-                    f"{directory} is a file; wanted a directory of a comparison in --out"
+                    f"{directory} is a file; expected a directory of a comparison in --out"
                 )
         return out
 
@@ -150,13 +151,13 @@ class CompareOptions(Settings):
                 cell = Cell(candidate.text, candidate.learning_rates[0], self.seeds[0])
                 try:
                     found[candidate.text] = self._rehearse(cell, out / "cells", quiet)
-                except ValueError as error:
+                except UserError as error:
                     wrong[candidate.text] = str(error)
                 meter.update(number, candidate.text)
         if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
-            raise ValueError(wrong[candidates[0].text])
+            raise UserError(wrong[candidates[0].text])
         if wrong:
-            raise ValueError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
+            raise UserError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
         _refuse_same(found)
         return found
 
@@ -174,7 +175,7 @@ def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> 
     """Raises ValueError where two cells would be one."""
     twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
     if twice:
-        raise ValueError(f"--seeds {' '.join(twice)}: given twice; once is enough")
+        raise UserError(f"--seeds {' '.join(twice)}: given twice; once is enough")
     names = Counter(
         Cell(candidate.text, rate, 0).name[: -len("-seed-0")]
         for candidate in candidates
@@ -182,7 +183,7 @@ def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> 
     )
     same = [name for name, count in names.items() if count > 1]
     if same:
-        raise ValueError(
+        raise UserError(
             f"two recipes or rates would share the directory {same[0]}-seed-{seeds[0]}; leave one "
             "of them out"
         )
@@ -195,5 +196,5 @@ def _refuse_same(found: dict[str, Checked]) -> None:
         optimizer = {**checked.config["optimizer"], "learning_rate": None}
         key = repr((checked.config["recipe"], optimizer))
         if key in seen:
-            raise ValueError(f"--recipes {seen[key]!r} and {text!r} are one recipe; leave one out")
+            raise UserError(f"--recipes {seen[key]!r} and {text!r} are one recipe; leave one out")
         seen[key] = text

@@ -8,6 +8,7 @@ from adapters_jax.app.options.flags import flag, given
 from adapters_jax.checks import check_size
 from adapters_jax.data import glue as tasks
 from adapters_jax.data.datasets import TaskData, spread
+from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
 from adapters_jax.tasks.completions import load_completions
 from adapters_jax.tasks.metrics import METRICS
@@ -104,12 +105,12 @@ class DataOptions:
         """
         columns = [flag(name) for name in OF_DECODERS if name in given(self)]
         if self.train is None:
-            raise ValueError(
+            raise UserError(
                 "a decoder learns from a file: add --train rows.csv --prompt COLUMN "
                 "--completion COLUMN, or --train rows.csv --text COLUMN"
             )
         if self.text is not None and columns:
-            raise ValueError(f"--text is of texts alone, without {' and '.join(columns)}")
+            raise UserError(f"--text is of texts alone, without {' and '.join(columns)}")
         self._check()
         pair = (self.prompt, self.completion) if self.text is None else (self.text, None)
         return load_completions(self.train, self.dev, self.test, *pair, limit=self.limit)
@@ -117,20 +118,20 @@ class DataOptions:
     def _check(self) -> None:
         """Raises ValueError for flags that do not go together, rather than leaving one out."""
         if self.train is not None and (self.glue or self.data):
-            raise ValueError("--train and --glue are two tasks; give one of them")
+            raise UserError("--train and --glue are two tasks; give one of them")
         if (self.glue is None) != (self.data is None):
-            raise ValueError("--glue and --data go together, as in --glue cola --data glue/CoLA")
+            raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
         stray = [] if self.train is not None else [n for n in given(self) if n in _OF_FILES]
         if stray:
-            raise ValueError(f"{', '.join(map(flag, stray))}: only with --train FILE")
+            raise UserError(f"{', '.join(map(flag, stray))}: only with --train FILE")
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"--metrics {' '.join(unknown)}: unknown; there are {', '.join(METRICS)}"
             )
         classes_only = [name for name in self.metrics if name in ("accuracy", "f1", "matthews")]
         if self.task == "regression" and classes_only:
-            raise ValueError(
+            raise UserError(
                 f"--metrics {' '.join(classes_only)}: of classes; --task regression has pearson "
                 "and spearman"
             )

@@ -10,6 +10,7 @@ import optax
 from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.method import PRESETS
 from adapters_jax.checks import check_number, check_size
+from adapters_jax.errors import UserError
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.optimizers import freeze_base
@@ -61,7 +62,7 @@ class OptimizerOptions:
         if self.dropout is not None:
             check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
         if self.batch_size is not None and self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
 

@@ -11,13 +11,15 @@ from flax import nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.app.console import Output
 from adapters_jax.app.options.data import OF_ENCODERS
-from adapters_jax.app.options.flags import flag, given, plain
+from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import plain
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job, Result
 from adapters_jax.app.runs.loop import Saving, Trained
 from adapters_jax.data.datasets import spread
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.decoder import Decoder, load_decoder
@@ -141,7 +143,7 @@ def _prompts(options: RunOptions, decoder: Decoder, output: Output) -> Prompts:
     """How prompts are put: as they are where the texts are alone or the model does not chat."""
     if options.data.text is not None:
         if given(options.prompts):
-            raise ValueError("--text is of texts alone, which have no --template and no chat")
+            raise UserError("--text is of texts alone, which have no --template and no chat")
         return Prompts(chat=False)
     if options.prompts.chat and decoder.chat_template is None:
         output.say(f"{options.model} has no chat template: prompts are given as they are")
@@ -155,8 +157,8 @@ def _refuse_flags_of_encoders(options: RunOptions) -> None:
     stray += [n for n in given(options.optimizer) if n in ("dropout", "head_learning_rate")]
     stray += [name for name in given(options) if name == "pooling"]
     if stray:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(flag, stray))}: for encoders, and {options.model!r} is a decoder"
         )
     if options.method.method == HEAD_ONLY:
-        raise ValueError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
+        raise UserError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")

@@ -11,16 +11,18 @@ import jax
 from adapters_jax.adapt import adapt
 from adapters_jax.app.console import Output
 from adapters_jax.app.options.data import OF_DECODERS
-from adapters_jax.app.options.flags import flag, given, plain
+from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import plain
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job, Result
 from adapters_jax.app.runs.loop import Saving, Trained
 from adapters_jax.data.batches import Batches, Row, choose_buckets
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.tables import Texts
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.linen import init_adapters
@@ -184,7 +186,7 @@ def _refuse_flags_of_decoders(options: RunOptions) -> None:
     stray += [*given(options.prompts)]
     stray += [name for name in given(options) if name in ("pack", "held_out", "exact_match")]
     if stray:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(flag, stray))}: for decoders, and {options.model!r} is an encoder; "
             "name a Llama, such as --model smollm2-135m"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from filelock import FileLock
 
 from adapters_jax.app.console import Meter, Output, Speed, duration
 from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -45,7 +46,7 @@ class Job(ABC):
         output: where words go.
         began: when, in seconds of `time.perf_counter`.
         every: steps from one checkpoint to the next.
-        lock: the handle by which this process has the run; None before `open_run`.
+        lock: by which this process has the run; None before `open_run`.
     """
 
     run: Run
@@ -58,7 +59,7 @@ class Job(ABC):
     output: Output
     began: float
     every: int
-    lock: int | None = field(default=None, kw_only=True)
+    lock: FileLock | None = field(default=None, kw_only=True)
 
     def __call__(self) -> None:
         """Trains, compares, reports.
@@ -93,7 +94,7 @@ class Job(ABC):
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.output.show(counts)
-        with Checkpoints(self.run.checkpoints, on_damage=self.output.say) as checkpoints:
+        with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed)
             found, results = self.train_all(saving)
         interrupts.check()

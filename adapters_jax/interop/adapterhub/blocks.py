@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop.module_map import Names, Places, find_places
 from adapters_jax.interop.names import NameTable
 from adapters_jax.trees import join
@@ -163,9 +164,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
         if found:
             break
     else:
-        raise ValueError(
-            "names has no blocks of BERT, GPT-2 or Llama, which AdapterHub adapts here"
-        )
+        raise UserError("names has no blocks of BERT, GPT-2 or Llama, which AdapterHub adapts here")
     if not ours:
         prefix = found[0][1]
         modules = {name.removeprefix(prefix): each for name, each in places.modules.items()}

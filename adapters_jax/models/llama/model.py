@@ -13,6 +13,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.gpt2 import causal_mask
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
@@ -30,7 +31,7 @@ class LlamaConfig(huggingface.CheckpointConfig):
     Example:
         >>> LlamaConfig.from_dict({"num_attention_heads": 9, "num_key_value_heads": 2})
         Traceback (most recent call last):
-        ValueError: 9 attention heads do not divide into 2 key and value heads.
+        adapters_jax.errors.UserError: 9 attention heads do not divide into 2 key and value heads.
     """
 
     vocab_size: int = 32000
@@ -59,7 +60,7 @@ class LlamaConfig(huggingface.CheckpointConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
