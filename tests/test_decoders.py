@@ -279,7 +279,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         (f"{TRAIN} --method llama-adapter --last 9", "last=9, wanted a number from 1 to num_la"),
         (f"{TRAIN} --rank 4 --prompt-length 3", "--rank, --prompt-length: no field of --method"),
         (f"{TRAIN} --held-out 0", "--held-out=0, wanted a whole number >= 1"),
-        (f"{TRAIN} --exact-match -1", "--exact-match -1: wanted a number of rows, or 0"),
+        (f"{TRAIN} --exact-match -1", "--exact-match -1: expected a number of rows, or 0"),
         ("finetune --model tiny", "a decoder learns from a file: add --train rows.csv --prompt"),
         ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
         ("predict runs/full x", "a base of another kind, decoder; use adapters-jax generate or"),

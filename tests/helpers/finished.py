@@ -11,7 +11,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.console import Output
-from adapters_jax.app.options.flags import parse
+from adapters_jax.app.options.parsing import parse
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"

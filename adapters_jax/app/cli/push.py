@@ -117,6 +117,8 @@ class Push:
                 commit_message="An adapter by adapters_jax",
                 delete_patterns=_stale(directory),
             )
+        except StoppedError:
+            raise
         except hub.problems() as error:
             raise StoppedError(
                 f"{repository} was not uploaded: {hub.said(error)}; see whether the token may "
