@@ -192,19 +192,19 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} stray", "Unused Tokens: ['stray']"),
         ("predict runs/single --jsn", "Unknown option: --jsn. Did you mean --json?"),
         (f"{AUDIT} --rank 3", "--rank: no field of --method houlsby; its fields are --targets, "),
-        (f"{AUDIT} --method lora --rank 0", "LoRA: rank=0, wanted a whole number >= 1"),
+        (f"{AUDIT} --method lora --rank 0", "LoRA: rank=0, expected a whole number >= 1"),
         (f"{AUDIT} --method lora --rank 999", "rank 999 at 'layer_0/attention/"),
-        (f"{AUDIT} --bottleneck-dim 0", "Bottleneck: bottleneck_dim=0, wanted a whole number"),
-        (f"{AUDIT} --activation gulu", "activation='gulu', wanted one of gelu, gelu_exact"),
+        (f"{AUDIT} --bottleneck-dim 0", "Bottleneck: bottleneck_dim=0, expected a whole number"),
+        (f"{AUDIT} --activation gulu", "activation='gulu', expected one of gelu, gelu_exact"),
         (f"{AUDIT} --targets **/outputs", "target '**/outputs' matches nothing. Nearest paths"),
         (f"{AUDIT} --recipe none.json", "none.json cannot be read: No such file or directory"),
         ("audit --model .", "'.' has no config.json"),
-        (f"{TRAIN} --learning-rate -1", "the optimizer: --learning-rate=-1.0, wanted a finite"),
-        (f"{TRAIN} --epochs 0", "--epochs=0.0, wanted a finite number > 0"),
+        (f"{TRAIN} --learning-rate -1", "the optimizer: --learning-rate=-1.0, expected a finite"),
+        (f"{TRAIN} --epochs 0", "--epochs=0.0, expected a finite number > 0"),
         (f"{TRAIN} --accumulate 5", "--accumulate 5 does not divide --batch-size 32"),
         (f"{TRAIN} --max-length 99", "--max-length 99: the model has 16 positions"),
         (f"{TRAIN} --max-length 2", "max_length is 2; it must be at least 8 tokens"),
-        (f"{TRAIN} --limit 0", "the data: --limit=0, wanted a whole number >= 1"),
+        (f"{TRAIN} --limit 0", "the data: --limit=0, expected a whole number >= 1"),
         (f"{TRAIN} --seed -1", "--seed -1: expected a number from 0 to 2**32 - 1"),
         (f"{TRAIN} --metrics rouge", "--metrics rouge: unknown; there are accuracy, f1, matthews"),
         (f"{TRAIN} {STARS} --metrics f1", "--metrics f1: of classes; --task regression has"),
@@ -212,7 +212,7 @@ AUDIT = "audit --model bert-base"
         ("finetune --glue rte", "--glue and --data go together, as in --glue cola --data"),
         ("finetune --glue boolq --data .", "no GLUE task 'boolq'; there are: cola"),
         ("finetune --text review --dev x.csv", "--dev, --text: only with --train FILE"),
-        (f"{TRAIN} --name a/b", "--name 'a/b': wanted the name of one directory, below --runs"),
+        (f"{TRAIN} --name a/b", "--name 'a/b': expected the name of one directory, below --runs"),
         (f"{TRAIN} --name single", "runs/single exists already; give this run another --name"),
         (f"{TRAIN} --label star", "no column 'star'; the columns are review, topic, label, stars"),
         (f"{TRAIN} --task regression", "a label that is not a finite number: 'no' (line 1)"),
@@ -273,7 +273,7 @@ def test_a_label_that_train_lacks_is_named(mistake):
 
 def test_a_directory_that_cannot_be_made_is_one_line(mistake):
     said = mistake(f"{TRAIN} --runs reviews.jsonl --name x")
-    assert "--runs reviews.jsonl is a file; wanted a directory" in said
+    assert "--runs reviews.jsonl is a file; expected a directory" in said
 
 
 def test_a_mesh_that_does_not_fit_is_refused(mistake):

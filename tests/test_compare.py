@@ -23,12 +23,12 @@ from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.compare import comparison as work
 from adapters_jax.app.compare.annotations import Label, place_labels
-from adapters_jax.app.compare.cells import CellOutput
+from adapters_jax.app.compare.cells import CellConsole
 from adapters_jax.app.compare.comparison import _Pace, compiled_in
 from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
 from adapters_jax.app.compare.summary import comparison_table
 from adapters_jax.app.compare.tradeoff import draw_tradeoff
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.options.settings import RunOptions
@@ -304,7 +304,7 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
         (
             ("full --learning-rates -1",),
             (),
-            "'full': --learning-rates=-1.0, wanted a finite",
+            "'full': --learning-rates=-1.0, expected a finite",
         ),
         (("nix.json",), (), "nix.json"),
         (("full", "full"), (), "would share the directory full-lr-5e-05-seed-0; leave one of them"),
@@ -314,7 +314,7 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
         (("full",), ("--seeds", 1, 1), "--seeds 1: given twice; once is enough"),
         (("full",), ("--seeds", -1), "--seeds -1: expected numbers from 0 to 2**32 - 1"),
         (("full",), ("--tuning-seeds", 3), "--tuning-seeds 3: more than the 2 --seeds"),
-        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, wanted a whole number >= 1"),
+        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, expected a whole number >= 1"),
         (("full",), ("--mesh", "data=3"), "data=3"),
     ],
 )
@@ -441,7 +441,7 @@ def test_the_time_left_is_that_of_finished_cells():
 
 def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
     told = []
-    output = CellOutput(Output(json=False), lambda part, note: told.append((part, note)))
+    output = CellConsole(Console(json=False), lambda part, note: told.append((part, note)))
     for _ in range(2):
         output.say("3 texts are cut")
         output.show("an audit")

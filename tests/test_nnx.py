@@ -758,7 +758,7 @@ def test_a_bottleneck_by_hand():
     adapter.train()
     assert not np.array_equal(adapter(x), adapter(x))
     assert set(shapes(adapter)) == {f"{p}/{n}" for p in ("down", "up") for n in ("kernel", "bias")}
-    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, wanted a whole number"):
+    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, expected a whole number"):
         aj.nnx.Bottleneck(D, 0, rngs=rngs())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import adapters_jax as aj
-from adapters_jax.app.console import Output, duration
+from adapters_jax.app.console import Console, duration
 from adapters_jax.app.report.run import (
     _smooth,
     draw_curves,
@@ -131,25 +131,25 @@ def test_results_and_metrics_read_well():
 
 
 def test_json_has_stdout_to_itself(capsys):
-    output = Output(json=True)
+    output = Console(json=True)
     output.say("words")
     output.table(["a"], [["b"]])
     output.result({"a": "é"})
     captured = capsys.readouterr()
     assert captured.out == '{"a": "é"}\n'
     assert "words" in captured.err
-    Output(json=False).result({"a": 1})
+    Console(json=False).result({"a": 1})
     assert capsys.readouterr().out == ""
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
-    with Output(json=False).progress("lora", 100) as meter:
+    with Console(json=False).progress("lora", 100) as meter:
         for step in range(1, 101):
             meter.update(step, "loss 0.5", news=step in (50, 100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("lora  step 100 of 100  loss 0.5  ")
-    with Output(json=False).progress("lora", 3) as meter:
+    with Console(json=False).progress("lora", 3) as meter:
         meter.began = meter.last = meter.last - 11
         meter.update(1, "loss 0.5")
         meter.update(2, "loss 0.4")

@@ -174,7 +174,7 @@ class Run:
                 f"{self.path} is a run on a base of another kind, {found}; use {command}"
             )
         needed = _NEEDED | _OF_KIND[kind]
-        wrong = [key for key, wanted in needed.items() if type(values.get(key)) is not wanted]
+        wrong = [key for key, expected in needed.items() if type(values.get(key)) is not expected]
         if wrong or values["format"] != FORMAT:
             raise RunError(
                 f"{self.config} is not the configuration of a run of format {FORMAT}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.shapes import count_parameters
 
@@ -31,7 +31,7 @@ class CountParameters:
     method: MethodOptions = field(default_factory=MethodOptions)
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Counts, which is all of the work.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import given
 from adapters_jax.io.adapter import read_adapter, save_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
@@ -54,7 +54,7 @@ class Combine:
     seed: int = 0
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the runs and sums them.
 
         Raises:

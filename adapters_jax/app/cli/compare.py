@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from adapters_jax.app.compare.comparison import Comparison
 from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.errors import file_errors
 from adapters_jax.io.run_directory import Run
 
@@ -34,7 +34,7 @@ class Compare(CompareOptions):
 
     json: bool = False
 
-    def prepare(self, output: Output) -> Comparison:
+    def prepare(self, output: Console) -> Comparison:
         """Reads and checks everything; the directory is made last.
 
         Raises:

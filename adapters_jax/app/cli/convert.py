@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.export import describe, export, open_source
 from adapters_jax.interop.formats import Format
 
@@ -16,8 +16,9 @@ from adapters_jax.interop.formats import Format
 class Convert:
     """Writes an adapter in the format of adapters_jax, PEFT or AdapterHub, with a model card.
 
-    The source is recognised by its files. What the other library has not is refused by name; what
-    its files have no place for is printed, and said in the card. No pickle is read or written.
+    The source is recognised by its files. Settings that the other library does not support are an
+    error that names them; what its files have no place for is printed, and stands in the card. No
+    pickle is read or written.
 
     Args:
         source: a finished run, an adapter's directory in any of the formats, or the id of either on
@@ -47,7 +48,7 @@ class Convert:
     license: str | None = None
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the source and writes the destination, which is all of the work.
 
         Raises:

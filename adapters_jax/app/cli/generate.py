@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.tables import DataError, read_rows
 from adapters_jax.errors import UserError
@@ -48,7 +48,7 @@ class Generate:
     seed: int = 0
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the prompts and loads the run.
 
         Raises:
@@ -58,9 +58,9 @@ class Generate:
         check_size("sampling", "--max-new-tokens", self.max_new_tokens)
         check_number("sampling", "--temperature", self.temperature, closed=True)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
+            raise UserError(f"--top-p {self.top_p:g}: expected a number above 0 and at most 1")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
+            raise UserError(f"--seed {self.seed}: expected a number from 0 to 2**32 - 1")
         run = find_run(self.run)
         prompts = self._read(run.read_config("decoder").get("prompt"))
         generator = load_generator(run.path)
@@ -84,7 +84,7 @@ class Generate:
             raise DataError("a prompt is empty; give each one something to go on from")
         return prompts
 
-    def _complete(self, generator: Generator, prompts: list[str], output: Output) -> None:
+    def _complete(self, generator: Generator, prompts: list[str], output: Console) -> None:
         """Each text is printed when its batch is there."""
         sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
         for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):

@@ -119,9 +119,9 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
 
 def _start(command: Any) -> None:
     """Reads and checks everything, and then does the work."""
-    from adapters_jax.app.console import Output
+    from adapters_jax.app.console import Console
 
-    command.prepare(Output(command.json))()
+    command.prepare(Console(command.json))()
 
 
 class _Lines(logging.Handler):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.data.tables import DataError
 from adapters_jax.errors import file_errors
 from adapters_jax.inference.generator import load_generator
@@ -54,7 +54,7 @@ class Merge:
     dequantize: bool = False
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Loads the run and folds its adapter in.
 
         Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.data.tables import DataError, Texts, read_rows
 from adapters_jax.errors import file_errors
 from adapters_jax.inference.predictor import Prediction, load_predictor
@@ -48,7 +48,7 @@ class Predict:
     out: Path | None = None
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the texts and loads the run.
 
         Raises:
@@ -87,7 +87,7 @@ class Predict:
             parts = list(self.texts)
         return _paired(parts) if config["pairs"] else _single(parts)
 
-    def _write(self, predictions: Sequence[Prediction], output: Output) -> None:
+    def _write(self, predictions: Sequence[Prediction], output: Console) -> None:
         """To the file, or to stdout as JSON lines or a table."""
         rows = [prediction.to_dict() for prediction in predictions]
         if self.out is not None:

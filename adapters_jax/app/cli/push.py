@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.export import RUN_CONFIG, describe, export, open_source
 from adapters_jax.app.runs.stopping import StoppedError
 from adapters_jax.errors import UserError
@@ -55,7 +55,7 @@ class Push:
     out: Path | None = None
     json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Writes the directory, and checks all that can be checked before uploading it.
 
         Raises:
@@ -65,7 +65,7 @@ class Push:
         """
         user, _, name = self.repository.partition("/")
         if not user or not name or "@" in name or not hub.is_id(self.repository):
-            raise UserError(f"{self.repository!r} is no repository's id; wanted user/name")
+            raise UserError(f"{self.repository!r} is no repository's id; expected user/name")
         Run(self.run).read_config(None)
         if not self.dry_run:
             _check_token()
@@ -94,7 +94,7 @@ class Push:
 
         return work
 
-    def _upload(self, directory: Path, output: Output) -> str:
+    def _upload(self, directory: Path, output: Console) -> str:
         """The commit's address; raises StoppedError where the Hub refuses."""
         import huggingface_hub
 

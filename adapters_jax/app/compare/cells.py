@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.app.compare.grid import Cell, Result
-from adapters_jax.app.console import Meter, Output
+from adapters_jax.app.console import Console, Progress
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.config import changed_versions, differences, read_options
@@ -58,7 +58,7 @@ class Cells:
         return Run(self.directory / cell.name)
 
     def check(
-        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], output: Output
+        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], output: Console
     ) -> None:
         """Checks the cells that are there: they must be of this comparison, and nobody's.
 
@@ -137,8 +137,8 @@ def _telling(options: RunOptions) -> list[str]:
     return words(replace(options, checkpoint_every=RunOptions.checkpoint_every))
 
 
-class CellOutput(Output):
-    """The words of a cell among many: one that was said before is not said again, tables never.
+class CellConsole(Console):
+    """The lines of a cell among many: each is printed once, and tables never.
 
     Args:
         output: the comparison's.
@@ -146,15 +146,15 @@ class CellOutput(Output):
     """
 
     def __init__(
-        self, output: Output, tell: Callable[[float, str], None] = lambda part, note: None
+        self, output: Console, tell: Callable[[float, str], None] = lambda part, note: None
     ):
         self.json, self.console = output.json, output.console
-        self._tell, self._said = tell, set[str]()
+        self._tell, self._printed = tell, set[str]()
 
     def say(self, text: str = "") -> None:
         """One line, the first time."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             super().say(text)
 
     def show(self, thing: Any) -> None:
@@ -170,7 +170,7 @@ class CellOutput(Output):
         steps: int,
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
-    ) -> Iterator[Meter]:
+    ) -> Iterator[Progress]:
         """What is done of the cell, for the whole's."""
         yield _Part(steps, self._tell)
 

@@ -16,11 +16,11 @@ import jax
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
-from adapters_jax.app.compare.cells import CellOutput, Cells
+from adapters_jax.app.compare.cells import CellConsole, Cells
 from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
-from adapters_jax.app.console import Meter, Output, duration
+from adapters_jax.app.console import Console, Progress, duration
 from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
@@ -48,7 +48,7 @@ class Comparison:
     grid: Grid
     cells: Cells
     out: Path
-    output: Output
+    output: Console
     lock: FileLock
 
     def __call__(self) -> None:
@@ -79,7 +79,7 @@ class Comparison:
             self.output.say(f"{len(results)} cells are done already")
             self._write(results)
         with self.output.progress("compare", pace.total, "cell", pace.left) as meter:
-            output = CellOutput(self.output, lambda part, note: pace.tell(meter, part, note))
+            output = CellConsole(self.output, lambda part, note: pace.tell(meter, part, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
                 results[cell] = self._train(cell, output)
@@ -92,7 +92,7 @@ class Comparison:
         took = f"finished in {duration(time.perf_counter() - began)}: see {page}"
         self.output.finish(*comparison_table(summary), took, summary)
 
-    def _train(self, cell: Cell, output: Output) -> Result:
+    def _train(self, cell: Cell, output: Console) -> Result:
         """Runs a cell, or goes on with it; one that diverges is a result, too."""
         jax.clear_caches()
         gc.collect()
@@ -161,7 +161,7 @@ class _Pace:
         """Another cell runs."""
         self.cell, self.began = cell, time.monotonic()
 
-    def tell(self, meter: Meter, part: float, note: str) -> None:
+    def tell(self, meter: Progress, part: float, note: str) -> None:
         """Shows the running cell's progress."""
         if self.cell is not None:
             meter.update(self.done, f"{self.cell.title}  {note}")
@@ -189,7 +189,7 @@ class _Pace:
 def compiled_in(directory: Path) -> Iterator[None]:
     """Within, jax keeps what it compiles in a directory, so that the next seed need not.
 
-    Where the user has told jax of a directory already, that one stays.
+    Where jax has a directory already, that one stays.
     """
     if getattr(jax.config, _CACHE) is not None:
         yield

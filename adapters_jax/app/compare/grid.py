@@ -153,7 +153,7 @@ class Grid:
     Attributes:
         candidates: the recipes.
         seeds: all of them.
-        tuning_seeds: so many of them try every rate.
+        tuning_seeds: how many of them try every rate.
         metric: what is selected on.
     """
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters_jax.app.compare.cells import CellOutput, Cells, Checked
+from adapters_jax.app.compare.cells import CellConsole, Cells, Checked
 from adapters_jax.app.compare.grid import Candidate, Cell, Grid, read_candidate
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.settings import RunOptions, Settings
 from adapters_jax.app.runs.prepare import prepare_run
@@ -52,7 +52,7 @@ class CompareOptions(Settings):
             some of every kind.
         learning_rates: to try, of recipes that have none of their own; by default each method's.
         seeds: to train with.
-        tuning_seeds: with so many of the seeds all rates are tried, with the others the best alone.
+        tuning_seeds: how many seeds all rates are tried with; the others have the best alone.
         out: directory of the comparison; by default comparisons/ and the model and the task.
     """
 
@@ -62,7 +62,7 @@ class CompareOptions(Settings):
     tuning_seeds: int = 1
     out: Path | None = None
 
-    def check(self, output: Output) -> tuple[CompareOptions, Grid, Cells, Path]:
+    def check(self, output: Console) -> tuple[CompareOptions, Grid, Cells, Path]:
         """Reads and checks everything: every recipe is put onto the model, and every cell that is
         there already must be of this comparison. Nothing is written.
 
@@ -136,7 +136,7 @@ class CompareOptions(Settings):
         return out
 
     def _check_recipes(
-        self, candidates: tuple[Candidate, ...], out: Path, output: Output
+        self, candidates: tuple[Candidate, ...], out: Path, output: Console
     ) -> dict[str, Checked]:
         """What each recipe would train, by its text.
 
@@ -145,7 +145,7 @@ class CompareOptions(Settings):
         """
         found: dict[str, Checked] = {}
         wrong: dict[str, str] = {}
-        quiet = CellOutput(output)
+        quiet = CellConsole(output)
         with output.progress("checking", len(candidates), "recipe") as meter:
             for number, candidate in enumerate(candidates, 1):
                 cell = Cell(candidate.text, candidate.learning_rates[0], self.seeds[0])
@@ -161,7 +161,7 @@ class CompareOptions(Settings):
         _refuse_same(found)
         return found
 
-    def _rehearse(self, cell: Cell, directory: Path, output: Output) -> Checked:
+    def _rehearse(self, cell: Cell, directory: Path, output: Console) -> Checked:
         """Reads and checks a cell as if it were to be trained now."""
         run = Run(directory / cell.name)
         job = prepare_run(self.run_options(cell), run, output, time.perf_counter())

@@ -35,7 +35,7 @@ class DataOptions:
         data: directory of the GLUE task's files.
         prompt: of a decoder, column of the prompt.
         completion: of a decoder, column of what is to follow; the loss is of it alone.
-        limit: train on so many rows only, spread evenly over the training rows.
+        limit: number of rows to train on, spread evenly over the training rows.
     """
 
     train: Path | None = None

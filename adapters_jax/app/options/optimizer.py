@@ -87,7 +87,7 @@ class OptimizerOptions:
         )
 
     def steps(self, epoch: int) -> int:
-        """The steps of a training, where an epoch has so many."""
+        """The steps of a training, where an epoch has `epoch` of them."""
         return max(1, round((self.epochs or 1) * epoch))
 
     def marks(self, epoch: int) -> set[int]:
@@ -97,14 +97,14 @@ class OptimizerOptions:
         return {-(-steps * n // count) for n in range(1, count + 1)}
 
     def schedule(self, steps: int, peak: float) -> optax.Schedule:
-        """The learning rate of each step, for a training of so many."""
+        """The learning rate of each step, for a training of `steps`."""
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
         return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
-        """The optimiser of a training of so many steps, of what the recipe trains."""
+        """The optimiser of a training of `steps` steps, of what the recipe trains."""
 
         def adamw(peak: float | None) -> optax.GradientTransformation:
             schedule = self.schedule(steps, peak or 0.0)

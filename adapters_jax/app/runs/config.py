@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.options.settings import RunOptions
@@ -87,7 +87,7 @@ def check_unfinished(run: Run, config: dict[str, Any]) -> None:
         raise RunError(f"{run.path} would stop again: {config['stopped']}")
 
 
-def check_same(run: Run, config: dict[str, Any], output: Output) -> None:
+def check_same(run: Run, config: dict[str, Any], output: Console) -> None:
     """Raises RunError where a run would go on with something else than it was started with."""
     before = run.read_config(None)
     check_unfinished(run, before)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import OF_ENCODERS
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
@@ -69,7 +69,7 @@ class DecoderJob(Job):
         return {"method": "base", "trainable_parameters": 0, **scores}
 
 
-def prepare(options: RunOptions, run: Run, output: Output, began: float) -> DecoderJob:
+def prepare(options: RunOptions, run: Run, output: Console, began: float) -> DecoderJob:
     """Reads and checks everything; see `prepare_run`."""
     _refuse_flags_of_encoders(options)
     task = options.data.load_completions()
@@ -139,7 +139,7 @@ def _adapted(options: RunOptions, decoder: Decoder) -> nnx.Module:
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(options.seed), example_inputs=example)
 
 
-def _prompts(options: RunOptions, decoder: Decoder, output: Output) -> Prompts:
+def _prompts(options: RunOptions, decoder: Decoder, output: Console) -> Prompts:
     """How prompts are put: as they are where the texts are alone or the model does not chat."""
     if options.data.text is not None:
         if given(options.prompts):

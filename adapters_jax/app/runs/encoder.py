@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from adapters_jax.adapt import adapt
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import OF_DECODERS
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
@@ -88,7 +88,7 @@ class EncoderJob(Job):
         return {"method": title, "trainable_parameters": 0, **scores}
 
 
-def prepare(options: RunOptions, run: Run, output: Output, began: float) -> EncoderJob:
+def prepare(options: RunOptions, run: Run, output: Console, began: float) -> EncoderJob:
     """Reads and checks everything; see `prepare_run`."""
     _refuse_flags_of_decoders(options)
     task = options.data.load()
@@ -138,7 +138,7 @@ def _training(options: RunOptions) -> OptimizerOptions:
 
 
 def _encode(
-    encoder: Encoder, texts: Texts, part: str, max_length: int, output: Output
+    encoder: Encoder, texts: Texts, part: str, max_length: int, output: Console
 ) -> list[Row]:
     rows, cut = encoder.encode(texts, max_length)
     if cut:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from filelock import FileLock
 
-from adapters_jax.app.console import Meter, Output, Speed, duration
+from adapters_jax.app.console import Console, Progress, Speed, duration
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
 from adapters_jax.app.runs.log import Record
@@ -56,7 +56,7 @@ class Job(ABC):
     seed: int
     baselines: bool
     config: dict[str, Any]
-    output: Output
+    output: Console
     began: float
     every: int
     lock: FileLock | None = field(default=None, kw_only=True)
@@ -177,7 +177,7 @@ class Job(ABC):
         return found, row
 
     def _logger(
-        self, title: str, metric: str, meter: Meter, speed: Speed
+        self, title: str, metric: str, meter: Progress, speed: Speed
     ) -> Callable[[Record], None]:
         """Takes records to the run's metrics and to the progress that is shown."""
         notes = {"loss": "", "speed": "", "dev": ""}

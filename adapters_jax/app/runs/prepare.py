@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs import decoder, encoder
 from adapters_jax.app.runs.config import check_same, check_unfinished, read_options
@@ -18,7 +18,7 @@ from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.locate import is_decoder, pinned
 
 
-def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> Job:
+def prepare_run(options: RunOptions, run: Run, output: Console, began: float) -> Job:
     """Reads and checks everything, so that a mistake is found before training.
 
     Nothing is written: `open_run` makes the directory.
@@ -72,7 +72,7 @@ def open_run(job: Job) -> Job:
     return replace(job, lock=lock)
 
 
-def resume_run(run: Run, output: Output, began: float) -> Job:
+def resume_run(run: Run, output: Console, began: float) -> Job:
     """A run that was cut off, ready to go on with the options that it was started with.
 
     Raises:
