@@ -12,6 +12,7 @@ from adapters_jax.errors import (
     OtherBaseError,
     RecipeError,
     TargetError,
+    UserError,
 )
 from adapters_jax.io.adapter import read_adapter, save_adapter
 from adapters_jax.io.checkpoint import Checkpoint, CheckpointError, Checkpoints
@@ -77,6 +78,7 @@ __all__ = [
     "TargetError",
     "TrainState",
     "Unfreeze",
+    "UserError",
     "adapt",
     "audit",
     "base_identity",

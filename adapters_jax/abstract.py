@@ -1,14 +1,14 @@
 """Example inputs: stand-ins from which a model's shapes are found without computing anything."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.errors import FlaxError
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import UserError
 
 
 def is_array(x: Any) -> bool:
@@ -33,15 +33,45 @@ def filled(tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def explained(model: Any, args: Any) -> Iterator[None]:
-    """Turns a failing abstract run into a ValueError that says what the model was given."""
+def explained(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """For an abstract run of a model: says in what run, with which inputs, an error was raised.
+
+    Args:
+        model: is called with the inputs; whatever it raises itself stays as it is, with a note.
+        args: its example inputs.
+        kwargs: further ones by name.
+
+    Raises:
+        UserError: `model.__call__` has no such inputs.
+    """
+    name, given = type(model).__name__, inputs_text(args, kwargs)
+    try:
+        inspect.signature(type(model).__call__).bind(model, *args, **kwargs)
+    except TypeError as error:
+        raise UserError(
+            f"{name} cannot be called with the example inputs ({given}): {error}; pass inputs as "
+            "for the model itself"
+        ) from error
     try:
         yield
-    except RecipeError:
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(
+                f"This was raised in an abstract run of {name}, by which adapters_jax finds its "
+                f"modules and shapes, with the example inputs ({given})."
+            )
         raise
-    except (TypeError, ValueError, IndexError, AttributeError, FlaxError) as error:
-        given = [f"{x.dtype}{list(x.shape)}" if is_array(x) else repr(x) for x in args]
-        raise ValueError(
-            f"{type(model).__name__} cannot be called with the example inputs "
-            f"({', '.join(given)}); pass inputs as for the model itself. It said: {error}"
-        ) from error
+
+
+def inputs_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Inputs for a message: arrays by dtype and shape.
+
+    Example:
+        >>> inputs_text([jnp.zeros((2, 3))], {"train": False})
+        'float32[2, 3], train=False'
+    """
+
+    def text(x: Any) -> str:
+        return f"{x.dtype}{list(x.shape)}" if is_array(x) else repr(x)
+
+    return ", ".join([*map(text, args), *(f"{key}={text(x)}" for key, x in kwargs.items())])

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from adapters_jax.errors import shortened
+from adapters_jax.errors import UserError, shortened
 
 LARGEST = 2**31  # no axis is as long
 
@@ -27,26 +27,26 @@ def check_number(
     ):
         lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
         upper = f" and < {high:g}" if math.isfinite(high) else ""
-        raise ValueError(f"{owner}: {name}={shown(value)}, wanted a finite number{lower}{upper}")
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a finite number{lower}{upper}")
 
 
 def check_size(owner: str, name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a whole number of at least 1 that an axis can have."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
         larger = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
-        raise ValueError(f"{owner}: {name}={shown(value)}, wanted a whole number >= 1{larger}")
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{larger}")
 
 
 def check_flag(owner: str, name: str, value: Any) -> None:
     """Raises ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{owner}: {name}={shown(value)}, wanted True or False")
+        raise UserError(f"{owner}: {name}={shown(value)}, expected True or False")
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{owner}: {name}={shown(value)}, wanted one of {', '.join(choices)}")
+        raise UserError(f"{owner}: {name}={shown(value)}, expected one of {', '.join(choices)}")
 
 
 def shown(value: Any) -> str:

@@ -1,10 +1,36 @@
 """The library's own errors, and the comparison of two trees that says every difference at once."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
-class RecipeError(ValueError):
+class UserError(ValueError):
+    """Something that the caller can put right; the message says how.
+
+    Every error that the library raises on purpose is one, but for a `TypeError` where a function
+    is called in a way that it does not have. Whatever else is raised is a bug: of the library, of a
+    package below it, or of the model.
+    """
+
+
+class FileSystemError(UserError, OSError):
+    """The system refuses to read or write a file: there is none, no permission or no room."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package that the library needs for this, and only for this, is not installed."""
+
+    def __init__(self, subject: str, package: str, extra: str = "finetune", instead: str = ""):
+        super().__init__(
+            f"{subject} needs {package}: pip install 'adapters-jax[{extra}]'"
+            + (f", or {instead}" if instead else "")
+        )
+        self.name = package
+
+
+class RecipeError(UserError):
     """A recipe that does not fit the model it is used on."""
 
 
@@ -12,11 +38,11 @@ class TargetError(RecipeError):
     """A pattern that matches nothing, or nothing that its method can attach to."""
 
 
-class MismatchError(ValueError):
+class MismatchError(UserError):
     """Two trees of arrays do not fit; the message lists every difference, both ways."""
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(UserError):
     """The files of an adapter cannot be read, or are not for this model.
 
     Whatever reading and loading say about the files is an error of this family.
@@ -35,10 +61,41 @@ class AdapterRecipeError(AdapterFileError, TargetError):
     """The recipe of an adapter does not fit the model."""
 
 
+@contextlib.contextmanager
+def file_errors(
+    path: Path, verb: str = "read", error: type[UserError] = FileSystemError
+) -> Iterator[None]:
+    """Turns what the system says against a file into an error that names the file.
+
+    Args:
+        path: of the file.
+        verb: what is done to it, for the message.
+        error: what to raise.
+
+    Raises:
+        UserError: of the type `error`; a `FileSystemError` has the system's `errno`.
+
+    Example:
+        >>> with file_errors(Path("none")):
+        ...     open("none")
+        Traceback (most recent call last):
+        adapters_jax.errors.FileSystemError: none cannot be read: No such file or directory
+    """
+    try:
+        yield
+    except OSError as problem:
+        if isinstance(problem, UserError):
+            raise
+        raised = error(f"{path} cannot be {verb}: {problem.strerror or problem}")
+        if isinstance(raised, OSError):
+            raised.errno = problem.errno
+        raise raised from problem
+
+
 def compare_trees(
     subject: str,
     got: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+    expected: Mapping[str, Any],
     fix: str,
     dtypes: bool = False,
     error: type[MismatchError] = MismatchError,
@@ -48,7 +105,7 @@ def compare_trees(
     Args:
         subject: what `got` is, for the message.
         got: arrays, or anything with a shape and dtype, by path.
-        wanted: the same of what was wanted.
+        expected: the same of what was expected.
         fix: what to do about a mismatch.
         dtypes: compare dtypes as well.
         error: what to raise.
@@ -60,15 +117,15 @@ def compare_trees(
     def kind(leaf: Any) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if dtypes else str(list(leaf.shape))
 
-    both = [path for path in wanted if path in got]
+    both = [path for path in expected if path in got]
     differing = [
-        f"{path} is {kind(got[path])}, wanted {kind(wanted[path])}"
+        f"{path} is {kind(got[path])}, expected {kind(expected[path])}"
         for path in both
-        if kind(got[path]) != kind(wanted[path])
+        if kind(got[path]) != kind(expected[path])
     ]
     problems = [
-        _listed("missing", [path for path in wanted if path not in got]),
-        _listed("unexpected", [path for path in got if path not in wanted]),
+        _listed("missing", [path for path in expected if path not in got]),
+        _listed("unexpected", [path for path in got if path not in expected]),
         _listed("different", differing),
     ]
     if any(problems):

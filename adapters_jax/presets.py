@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from adapters_jax.checks import check_choice
+from adapters_jax.errors import UserError
 from adapters_jax.methods import (
     Bottleneck,
     DoRA,
@@ -198,9 +199,9 @@ def _numbers(
     if last is None:
         return None if layers is None else tuple(layers)
     if layers is not None or num_layers is None:
-        raise ValueError(f"{owner}: give last together with num_layers, or layers alone")
+        raise UserError(f"{owner}: give last together with num_layers, or layers alone")
     if not 1 <= last <= num_layers:
-        raise ValueError(f"{owner}: last={last}, wanted a number from 1 to num_layers={num_layers}")
+        raise UserError(f"{owner}: last={last}, wanted a number from 1 to num_layers={num_layers}")
     return tuple(range(num_layers - last, num_layers))
 
 
@@ -212,7 +213,7 @@ def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]
     if numbers is None:
         return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
     if "{}" not in targets:
-        raise ValueError(f"targets={targets!r}, wanted {{}} where the layer's number is")
+        raise UserError(f"targets={targets!r}, wanted {{}} where the layer's number is")
     return tuple(targets.replace("{}", str(number)) for number in numbers)
 
 
@@ -258,9 +259,9 @@ def last_layers(
         )
     """
     if not 1 <= k <= num_layers:
-        raise ValueError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
+        raise UserError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
     if "{}" not in layer:
-        raise ValueError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
+        raise UserError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
     names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
     return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
 

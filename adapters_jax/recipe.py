@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.errors import RecipeError, shortened
+from adapters_jax.errors import RecipeError, UserError, shortened
 from adapters_jax.methods import METHODS, Attached, Method, Unfreeze
 from adapters_jax.targets import require_match, selects
 
@@ -118,7 +118,7 @@ class Recipe:
         data = json.loads(text) if isinstance(text, str) else text
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
-            raise ValueError('recipe JSON wants one key "methods" that holds a list of methods')
+            raise UserError('recipe JSON wants one key "methods" that holds a list of methods')
         return cls(*[_method(row) for row in rows])
 
 
@@ -166,7 +166,7 @@ def _method(row: Any) -> Method:
     got = row.get("method") if isinstance(row, Mapping) else None
     if not isinstance(got, str) or got not in METHODS:
         told = shortened(repr(got))
-        raise ValueError(f"recipe JSON: method {told} is none of {', '.join(METHODS)}")
+        raise UserError(f"recipe JSON: method {told} is none of {', '.join(METHODS)}")
     cls = METHODS[got]
     fields = {f.name for f in dataclasses.fields(cls)}
     problems = []
@@ -179,7 +179,7 @@ def _method(row: Any) -> Method:
     for key in [key for key in cls.stated if key not in row]:
         problems.append(f"{key!r} is missing")
     if problems:
-        raise ValueError(f"recipe JSON, method {row['method']!r}: {'; '.join(problems)}")
+        raise UserError(f"recipe JSON, method {row['method']!r}: {'; '.join(problems)}")
     values = {k: _tuples(v) for k, v in row.items() if k != "method"}
     return cls(**values)
 

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 from flax import nnx, traverse_util
 
-from adapters_jax.errors import shortened
+from adapters_jax.errors import UserError, shortened
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.weights.quantized import is_quantized
@@ -90,7 +90,7 @@ def merge_trees(*trees: Tree) -> Tree:
     twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}
     if twice:
         places = sorted("/".join(map(str, path)) for path in twice)
-        raise ValueError(f"merge_trees: more than one tree has something at {', '.join(places)}")
+        raise UserError(f"merge_trees: more than one tree has something at {', '.join(places)}")
     return traverse_util.unflatten_dict(whole)
 
 

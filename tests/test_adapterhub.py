@@ -283,7 +283,7 @@ def test_invertible_adapters_are_refused_where_they_are_used(tmp_path):
         ({"attn_matrices": ["o"]}, r"attn_matrices=\['o'\], wanted a list of q, k and v"),
         ({"attn_matrices": ["q"]}, "attention.self.key.loras has tensors that the configuration"),
         ({"attn_matrices": ["q", "k", "v"]}, r"self.value has the tensors .., wanted lora_A and"),
-        ({"alpha": 0}, "LoRA: alpha=0, wanted a finite number > 0"),
+        ({"alpha": 0}, "LoRA: alpha=0, expected a finite number > 0"),
     ],
 )
 def test_settings_of_lora_that_cannot_be_honoured_are_named(tmp_path, change, message):

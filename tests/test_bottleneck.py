@@ -109,7 +109,7 @@ def test_norms_of_its_own_start_as_plain_ones():
         for part, value in (("scale", 1.0), ("bias", 0.0)):
             leaf = leaves[f"{name}/{part}"]
             np.testing.assert_array_equal(leaf.init(jax.random.key(0), leaf.shape), value)
-    with pytest.raises(ValueError, match="Bottleneck: norm_before=1, wanted True or False"):
+    with pytest.raises(ValueError, match="Bottleneck: norm_before=1, expected True or False"):
         aj.Bottleneck("**", M, norm_before=1)
 
 

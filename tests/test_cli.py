@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,14 @@ def test_help_lists_every_command(say):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_examples(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
-    assert not stop.value.code
+def test_every_command_has_help_with_examples(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"usage: adapters-jax {name}")
+    assert out.startswith(f"Usage: adapters-jax {name}")
     assert out.count(f"\n  adapters-jax {name} ") >= 2
-    assert "--json" in out
+    assert all(word in out for word in ("--json", "--config", "--debug"))
+    assert all(len(line) <= 80 for line in out.splitlines() if "adapters-jax" not in line)
 
 
 def test_version(say):
@@ -181,23 +182,30 @@ AUDIT = "audit --model bert-base"
             "fintune",
             "no such command; there are finetune, compare, predict, generate, merge, combine,",
         ),
-        (f"{AUDIT} --rnk 3", "Unrecognized options: --rnk, 3 Perhaps you meant: --rank INT"),
-        (f"{AUDIT} --rank x", "Error parsing --rank: no type matching INT could be instantiated"),
+        (f"{AUDIT} --rnk 3", "Unknown option: --rnk. Did you mean --rank?"),
+        (f"{AUDIT} --rank x", "Invalid value for --rank: expected a whole number, got 'x'"),
+        (f"{AUDIT} --rank 4.5", "Invalid value for --rank: expected a whole number, got '4.5'"),
+        (f"{AUDIT} --targets a --targets b", "--targets specified multiple times"),
+        (f"{AUDIT} --method lorra", 'Did you mean "lora"?'),
+        (f"{AUDIT} --rank-pattern a 1 b", "--rank-pattern: expected PATTERN NUMBER"),
+        (f"{AUDIT} --method lora --rank-pattern a x", "expected a whole number, got 'x'"),
+        (f"{AUDIT} stray", "Unused Tokens: ['stray']"),
+        ("predict runs/single --jsn", "Unknown option: --jsn. Did you mean --json?"),
         (f"{AUDIT} --rank 3", "--rank: no field of --method houlsby; its fields are --targets, "),
-        (f"{AUDIT} --method lora --rank 0", "LoRA: rank=0, wanted a whole number >= 1"),
+        (f"{AUDIT} --method lora --rank 0", "LoRA: rank=0, expected a whole number >= 1"),
         (f"{AUDIT} --method lora --rank 999", "rank 999 at 'layer_0/attention/"),
-        (f"{AUDIT} --bottleneck-dim 0", "Bottleneck: bottleneck_dim=0, wanted a whole number"),
-        (f"{AUDIT} --activation gulu", "activation='gulu', wanted one of gelu, gelu_exact"),
+        (f"{AUDIT} --bottleneck-dim 0", "Bottleneck: bottleneck_dim=0, expected a whole number"),
+        (f"{AUDIT} --activation gulu", "activation='gulu', expected one of gelu, gelu_exact"),
         (f"{AUDIT} --targets **/outputs", "target '**/outputs' matches nothing. Nearest paths"),
-        (f"{AUDIT} --recipe none.json", "No such file or directory: 'none.json'"),
+        (f"{AUDIT} --recipe none.json", "none.json cannot be read: No such file or directory"),
         ("audit --model .", "'.' has no config.json"),
-        (f"{TRAIN} --learning-rate -1", "the optimizer: --learning-rate=-1.0, wanted a finite"),
-        (f"{TRAIN} --epochs 0", "--epochs=0.0, wanted a finite number > 0"),
+        (f"{TRAIN} --learning-rate -1", "the optimizer: --learning-rate=-1.0, expected a finite"),
+        (f"{TRAIN} --epochs 0", "--epochs=0.0, expected a finite number > 0"),
         (f"{TRAIN} --accumulate 5", "--accumulate 5 does not divide --batch-size 32"),
         (f"{TRAIN} --max-length 99", "--max-length 99: the model has 16 positions"),
         (f"{TRAIN} --max-length 2", "max_length is 2; it must be at least 8 tokens"),
-        (f"{TRAIN} --limit 0", "the data: --limit=0, wanted a whole number >= 1"),
-        (f"{TRAIN} --seed -1", "--seed -1: wanted a number from 0 to 2**32 - 1"),
+        (f"{TRAIN} --limit 0", "the data: --limit=0, expected a whole number >= 1"),
+        (f"{TRAIN} --seed -1", "--seed -1: expected a number from 0 to 2**32 - 1"),
         (
             f"{TRAIN} --metrics rouge",
             "--metrics rouge: --task classification has accuracy, f1, matth",
@@ -207,7 +215,7 @@ AUDIT = "audit --model bert-base"
         ("finetune --glue rte", "--glue and --data go together, as in --glue cola --data"),
         ("finetune --glue boolq --data .", "no GLUE task 'boolq'; there are: cola"),
         ("finetune --text review --dev x.csv", "--dev, --text: only with --train FILE"),
-        (f"{TRAIN} --name a/b", "--name 'a/b': wanted the name of one directory, below --runs"),
+        (f"{TRAIN} --name a/b", "--name 'a/b': expected the name of one directory, below --runs"),
         (f"{TRAIN} --name single", "runs/single exists already; give this run another --name"),
         (f"{TRAIN} --label star", "no column 'star'; the columns are review, topic, label, stars"),
         (f"{TRAIN} --task regression", "a label that is not a finite number: 'no' (line 1)"),
@@ -268,7 +276,7 @@ def test_a_label_that_train_lacks_is_named(mistake):
 
 def test_a_directory_that_cannot_be_made_is_one_line(mistake):
     said = mistake(f"{TRAIN} --runs reviews.jsonl --name x")
-    assert "--runs reviews.jsonl is a file; wanted a directory" in said
+    assert "--runs reviews.jsonl is a file; expected a directory" in said
 
 
 def test_a_mesh_that_does_not_fit_is_refused(mistake):
@@ -342,16 +350,63 @@ def test_a_changed_adapter_is_refused(mistake, place, tmp_path):
 
 
 def test_a_missing_extra_is_one_line(mistake, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert mistake("audit --model bert-base").endswith(
-        "pip install 'adapters-jax[finetune]' brings it"
-    )
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    assert mistake("audit --model bert-base").endswith("pip install 'adapters-jax[finetune]'")
 
 
-def test_our_own_errors_keep_their_traceback(say, monkeypatch):
-    monkeypatch.setattr(LabelledProblem, "score", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        say(f"{TRAIN} --method head-only --name broken --no-baselines --epochs 1")
+@pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, OSError])
+def test_a_bug_keeps_its_traceback_and_asks_for_a_report(say, monkeypatch, bug):
+    def score(*_):
+        raise bug("the bug")
+
+    monkeypatch.setattr(LabelledProblem, "score", score)
+    status, _, err = say(f"{TRAIN} --method head-only --name broken-{bug.__name__} --epochs 1")
+    assert status == 1
+    assert f'File "{__file__}", line {score.__code__.co_firstlineno + 1}, in score' in err
+    assert f"{bug.__name__}: the bug" in err
+    assert f"adapters_jax {version('adapters-jax')}" in err.splitlines()[-2]
+
+
+def test_a_mistake_shows_its_traceback_with_debug(say, monkeypatch):
+    words = f"{AUDIT} --method lora --rank 0"
+    status, _, err = say(f"{words} --debug")
+    assert status == 2
+    assert err.startswith("Traceback") and "UserError: LoRA: rank=0" in err
+    monkeypatch.setenv("ADAPTERS_JAX_DEBUG", "1")
+    assert say(words) == (status, "", err)
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_file_of_flags_gives_what_the_line_does_not(say, tmp_path, suffix):
+    path = tmp_path / f"flags.{suffix}"
+    values = {"method": "lora", "rank": 4, "rank-pattern": {"layer_0/**": 2}, "json": True}
+    lines = (f"{key} = {json.dumps(value).replace(': ', ' = ')}\n" for key, value in values.items())
+    path.write_text(json.dumps(values) if suffix == "json" else "".join(lines))
+    line = f"{AUDIT} --method lora --rank-pattern layer_0/** 2 --json"
+    assert say(f"{AUDIT} --config {path}") == say(f"{line} --rank 4")
+    assert say(f"{AUDIT} --rank 8 --config={path}") == say(f"{line} --rank 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "rnk = 4\nnothing = 1", "rnk is unknown, is it rank?; nothing is unknown"),
+        ("a.toml", 'rank = "four"', "rank='four', expected a whole number or null"),
+        ("a.toml", "rank = 4.5", "rank=4.5, expected a whole number or null"),
+        ("a.toml", "json = 1", "json=1, expected true or false"),
+        ("a.toml", 'targets = "x"', "targets='x', expected a list, of each a text"),
+        ("a.toml", 'method = "lorra"', "method='lorra', expected one of houlsby, pfeiffer"),
+        ("a.toml", "[method]\nrank = 4", "method={'rank': 4}, expected one of"),
+        ("a.toml", "rank == 4", "a.toml is damaged"),
+        ("a.json", "[]", "a.json holds a list"),
+        ("a.yaml", "", "unknown suffix '.yaml'; use .toml or .json"),
+        ("a.json", None, "a.json cannot be read: No such file or directory"),
+    ],
+)
+def test_a_bad_file_of_flags_is_one_line(mistake, tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert message in mistake(f"{AUDIT} --config {tmp_path / name}")
 
 
 def test_interrupting_is_one_line_and_130(say, monkeypatch):

@@ -23,13 +23,16 @@ from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.compare import comparison as work
 from adapters_jax.app.compare.annotations import Label, place_labels
-from adapters_jax.app.compare.cells import CellOutput
+from adapters_jax.app.compare.cells import CellConsole
 from adapters_jax.app.compare.comparison import _Pace, compiled_in
 from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
 from adapters_jax.app.compare.summary import comparison_table
 from adapters_jax.app.compare.tradeoff import draw_tradeoff
-from adapters_jax.app.console import Output
-from adapters_jax.app.options.flags import parse
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.parsing import parse
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.runs import job
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks.labelled_problem import LabelledProblem
@@ -51,7 +54,8 @@ def compare(place, out, *flags, recipes=RECIPES, seeds=(0, 1)):
     """A comparison's status, its summary on stdout, and its last line on stderr."""
     files = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
     rows = ["--max-length", 8, "--batch-size", 16, "--epochs", 1, "--limit", 32]
-    words = [*files, *rows, "--recipes", *recipes, "--seeds", *seeds, "--out", place / out]
+    words = [*files, *rows, "--recipes", *recipes, "--out", place / out]
+    words += [] if "--seeds" in flags else ["--seeds", *seeds]
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         status = main(["compare", *map(str, words), "--json", *map(str, flags)])
@@ -91,7 +95,8 @@ def test_every_cell_is_a_finished_run_of_finetune(whole):
         ]
     )
     config = Run(out / "cells" / names[0]).read_config()
-    assert {"--learning-rate=0.001", "--no-baselines"} < set(config["command"])
+    options = config["options"]
+    assert (options["optimizer"]["learning_rate"], options["baselines"]) == (0.001, False)
     assert config["summary"]["results"][0]["method"] == "houlsby"
     assert len(config["summary"]["results"]) == 1
 
@@ -207,8 +212,8 @@ def never(*_, **__):
 
 def test_a_finished_comparison_trains_nothing_again(whole, place, monkeypatch):
     monkeypatch.setattr(job, "train", never)
-    status, summary, _ = compare(place, "whole")
-    assert (status, summary) == (0, whole[0])
+    status, summary, last = compare(place, "whole")
+    assert (status, summary) == (0, whole[0]), last
 
 
 def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkeypatch):
@@ -265,11 +270,11 @@ def test_cells_of_other_rows_are_refused(copy, place):
     assert "layer-norms-lr-0.002-seed-1 was made with another data_sha256 than there is now" in last
 
 
-def test_flags_in_another_order_and_another_directory_are_the_same(copy, place, monkeypatch):
+def test_cells_whose_options_are_words_as_they_once_were_are_the_same(copy, place, monkeypatch):
     for path in (copy / "cells").glob("*/config.json"):
         config = json.loads(path.read_text())
-        words = [w for w in config["command"] if not w.startswith("--runs=")]
-        path.write_text(json.dumps({**config, "command": ["--runs=/else", *words[::-1]]}))
+        command = words(from_plain(RunOptions, config.pop("options")))
+        path.write_text(json.dumps({**config, "command": ["--runs=/else", *command[::-1]]}))
     monkeypatch.setattr(job, "train", never)
     assert compare(place, "copy", "--checkpoint-every", 7)[0] == 0
 
@@ -326,14 +331,14 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("recipes", "flags", "said"),
     [
-        (("lora --rnk 4",), (), "--recipes 'lora --rnk 4': Unrecognized options: --rnk"),
-        (("loraa",), (), "--recipes 'loraa': invalid choice 'loraa' for argument '--method'"),
-        (("lora --help",), (), "--recipes 'lora --help': wanted a method and its flags"),
+        (("lora --rnk 4",), (), "--recipes 'lora --rnk 4': Unknown option: --rnk"),
+        (("loraa",), (), "--recipes 'loraa': Invalid value \"loraa\" for --method"),
+        (("lora --help",), (), "--recipes 'lora --help': expected a method and its flags"),
         (("full --learning-rates",), (), "--learning-rates has no rates"),
         (
             ("full --learning-rates -1",),
             (),
-            "'full': --learning-rates=-1.0, wanted a finite",
+            "'full': --learning-rates=-1.0, expected a finite",
         ),
         (("nix.json",), (), "nix.json"),
         (("full", "full"), (), "would share the directory full-lr-5e-05-seed-0; leave one of them"),
@@ -341,9 +346,9 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
         (("lora", "lora --rank 8"), (), "'lora' and 'lora --rank 8' are one recipe; leave one out"),
         (("full",), ("--learning-rate", 1), "--learning-rate 1: write --learning-rates"),
         (("full",), ("--seeds", 1, 1), "--seeds 1: given twice; once is enough"),
-        (("full",), ("--seeds", -1), "--seeds -1: wanted numbers from 0 to 2**32 - 1"),
+        (("full",), ("--seeds", -1), "--seeds -1: expected numbers from 0 to 2**32 - 1"),
         (("full",), ("--tuning-seeds", 3), "--tuning-seeds 3: more than the 2 --seeds"),
-        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, wanted a whole number >= 1"),
+        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, expected a whole number >= 1"),
         (("full",), ("--mesh", "data=3"), "data=3"),
     ],
 )
@@ -470,7 +475,7 @@ def test_the_time_left_is_that_of_finished_cells():
 
 def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
     told = []
-    output = CellOutput(Output(json=False), lambda part, note: told.append((part, note)))
+    output = CellConsole(Console(json=False), lambda part, note: told.append((part, note)))
     for _ in range(2):
         output.say("3 texts are cut")
         output.show("an audit")

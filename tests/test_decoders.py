@@ -21,7 +21,7 @@ import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.cli.merge import write_checkpoint
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
@@ -285,18 +285,21 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         (f"{TRAIN} --method bitfit", "Unfreeze: target '**/bias' matches nothing"),
         (f"{TRAIN} --method llama-adapter --last 9", "last=9, wanted a number from 1 to num_la"),
         (f"{TRAIN} --rank 4 --prompt-length 3", "--rank, --prompt-length: no field of --method"),
-        (f"{TRAIN} --held-out 0", "--held-out=0, wanted a whole number >= 1"),
-        (f"{TRAIN} --exact-match -1", "--exact-match -1: wanted a number of rows, or 0"),
+        (f"{TRAIN} --held-out 0", "--held-out=0, expected a whole number >= 1"),
+        (f"{TRAIN} --exact-match -1", "--exact-match -1: expected a number of rows, or 0"),
         ("finetune --model tiny", "a decoder learns from a file: add --train rows.csv --prompt"),
         ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
         ("predict runs/full x", "a run of the task completion; use adapters-jax generate"),
         ("generate runs/none --prompt x", "no run at runs/none: it has no config.json; there are"),
         ("generate runs/full", "generate wants --prompt TEXT..., or --prompt - for stdin, or --fi"),
         ("generate runs/full --prompt x --column mr", "--column names a column; it goes with --f"),
-        ("generate runs/full --prompt x --top-p 0", "--top-p 0: wanted a number above 0 and at"),
-        ("generate runs/full --prompt x --seed -1", "--seed -1: wanted a number from 0 to 2**32"),
-        ("generate runs/full --prompt x --temperature -1", "--temperature=-1.0, wanted a finite"),
-        ("generate runs/full --prompt x --max-new-tokens 0", "--max-new-tokens=0, wanted a whole"),
+        ("generate runs/full --prompt x --top-p 0", "--top-p 0: expected a number above 0 and at"),
+        ("generate runs/full --prompt x --seed -1", "--seed -1: expected a number from 0 to 2**32"),
+        ("generate runs/full --prompt x --temperature -1", "--temperature=-1.0, expected a finite"),
+        (
+            "generate runs/full --prompt x --max-new-tokens 0",
+            "--max-new-tokens=0, expected a",
+        ),
         ("combine runs/lora --weights 1 2 --out both", "1 adapters and 2 weights; give one weight"),
         ("combine runs/lora --weights 1 --out runs/full", "runs/full exists already; give this"),
         ("combine runs/full --weights 1 --out both", "and a recipe trains the base's parameter"),
@@ -357,7 +360,7 @@ def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
     write_llama(place / "silent", chat_template=None, num_hidden_layers=1)
     options = {"max_length": 32, "name": "texts", "pack": False}
     data = DataOptions(Path("rows.csv"), text="mr", limit=8)
-    job = Finetune("silent", data, **options).prepare(Output(json=True))
+    job = Finetune("silent", data, **options).prepare(Console(json=True))
     assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
     assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
     assert (job.problem.metrics, job.problem.held_out["dev"].prompts) == (("perplexity",), [])
@@ -369,7 +372,7 @@ def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
         assert labels[labels != NOTHING].tolist() == ids[mask == 1].tolist()[1:]
         assert ids[mask == 1][-1] == 1
     plain = Finetune("silent", DataOptions(Path("rows.csv"), None, None, **MEANINGS), name="plain")
-    assert plain.prepare(Output(json=True)).config["prompts"]["chat"] is False
+    assert plain.prepare(Console(json=True)).config["prompts"]["chat"] is False
 
 
 MEANINGS = {"prompt": "mr", "completion": "ref"}

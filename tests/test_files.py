@@ -401,15 +401,15 @@ def test_every_misfit_is_named_at_once(saved, base, door):
         f"the adapter in {saved} does not fit: 1 missing: mlp/up/lora/a; 1 un"
     )
     assert "1 unexpected: mlp/up/lora/c; 2 different: " in message
-    assert "mlp/down/bias is float16[4], wanted float32[4]" in message
-    assert "mlp/up/lora/b is float32[5, 6], wanted float32[2, 6]" in message
+    assert "mlp/down/bias is float16[4], expected float32[4]" in message
+    assert "mlp/up/lora/b is float32[5, 6], expected float32[2, 6]" in message
     assert message.endswith("Load it onto the base it was trained on.")
 
 
 @pytest.mark.parametrize("door", ["linen", "nnx"])
 def test_another_base_is_refused(saved, door):
     given = linen_base(8) if door == "linen" else (nnx_base(8), None)
-    with pytest.raises(aj.MismatchError, match=r"mlp/up/lora/b is float32\[2, 6\], wanted float32"):
+    with pytest.raises(aj.MismatchError, match=r"lora/b is float32\[2, 6\], expected float32"):
         aj.load_adapter(saved, *given, X)
 
 
@@ -420,7 +420,7 @@ def test_a_base_without_the_targets_is_refused(saved):
 
 def test_another_rank_in_the_recipe_does_not_load_in_silence(saved, base):
     config_edit(lambda config: config["recipe"]["methods"][0].update(rank=1))(saved)
-    with pytest.raises(aj.MismatchError, match=r"lora/a is float32\[4, 2\], wanted float32\[4, 1"):
+    with pytest.raises(aj.MismatchError, match=r"lora/a is float32\[4, 2\], expected float32\[4,"):
         aj.load_adapter(saved, *base, X)
 
 
@@ -448,8 +448,8 @@ def method_edit(**fields):
         ),
         (config_edit(lambda c: c.update(recipe=5)), f"/{CONFIG} holds no usable recipe: .*one key"),
         (method_edit(rnak=3), "holds no usable recipe: .*'rnak' .did you mean 'rank'?"),
-        (method_edit(rank=0), "holds no usable recipe: LoRA: rank=0, wanted a whole number"),
-        (method_edit(alpha="x"), "holds no usable recipe: LoRA: alpha='x', wanted a finite"),
+        (method_edit(rank=0), "holds no usable recipe: LoRA: rank=0, expected a whole number"),
+        (method_edit(alpha="x"), "holds no usable recipe: LoRA: alpha='x', expected a finite"),
         (method_edit(targets=5), "holds no usable recipe: LoRA got targets=5"),
         (method_edit(method="lroa"), "holds no usable recipe: .*'lroa' is none of bottleneck, l"),
     ],

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -142,7 +142,7 @@ def test_a_seed_draws_the_head_the_adapters_and_the_order(place):
     for seed in (0, 1):
         data = DataOptions(place / "reviews.jsonl", text="review")
         options = Finetune(str(place / "tiny"), data, max_length=8, seed=seed, runs=place)
-        problem = replace(options, name=f"draw{seed}").prepare(Output(json=True)).problem
+        problem = replace(options, name=f"draw{seed}").prepare(Console(json=True)).problem
         trees.append(flatten(aj.partition(problem.params, problem.model.recipe)[0]))
         orders.append(problem.batch(0)["input_ids"])
     drawn = [p for p in trees[0] if p.endswith("kernel")]

@@ -75,7 +75,7 @@ def test_everything_wrong_is_said_at_once_by_both_names():
     message = str(caught.value)
     assert "1 missing: norm/scale (LayerNorm.weight)" in message
     assert "1 unexpected: strange.weight" in message
-    assert "1 different: part_0/kernel (fused.weight) is [2, 3], wanted [3, 2]" in message
+    assert "1 different: part_0/kernel (fused.weight) is [2, 3], expected [3, 2]" in message
     assert "buffer" not in message
     assert "Is it of this architecture and size?" in message
 
@@ -168,7 +168,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(tiny):
     message = str(caught.value)
     assert "layer_1/attention/query/bias (encoder.layer.1.attention.self.query.bias)" in message
     assert "1 unexpected: encoder.layer.1.extra.weight" in message
-    assert "(encoder.layer.0.intermediate.dense.weight) is [40, 32], wanted [48, 32]" in message
+    assert "(encoder.layer.0.intermediate.dense.weight) is [40, 32], expected [48, 32]" in message
 
 
 def test_a_pooler_that_is_asked_for_must_be_there():

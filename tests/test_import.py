@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 APPLICATION = (
-    "tyro",
+    "cyclopts",
     "matplotlib",
     "tokenizers",
     "grain",

@@ -181,7 +181,7 @@ def test_trees_that_are_not_the_models():
     with pytest.raises(aj.MismatchError, match="4 unexpected: params/"):
         aj.merge(model, {"params": params}, X)
     wide = aj.adapt(nn.Dense(5), aj.LoRA("**", 3))
-    with pytest.raises(aj.MismatchError, match=r"lora/a is \[4, 2\], wanted \[4, 3\]"):
+    with pytest.raises(aj.MismatchError, match=r"lora/a is \[4, 2\], expected \[4, 3\]"):
         aj.merge(wide, params, X)
     with pytest.raises(ValueError, match=r"Dense cannot be called with the example inputs \(\)"):
         aj.merge(model, params)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -405,13 +406,29 @@ def test_widths_of_plain_layers_are_known_without_examples():
     assert widths == {"conv": 5, "general": 6, "embed": 7, "batch": 8, "rms": 10, "group": 12}
 
 
-def test_example_inputs_that_do_not_fit_are_explained():
-    with pytest.raises(
-        ValueError, match=r"Net cannot be called with the example inputs \(float32\["
-    ):
+def test_example_inputs_that_the_model_does_not_take_are_a_mistake():
+    for inputs, words in (((), "()"), ((draw(5, 3),) * 9, "float32[5, 3]")):
+        with pytest.raises(aj.UserError) as caught:
+            adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=inputs)
+        assert "Net" in str(caught.value) and words in str(caught.value)
+
+
+def test_what_a_model_raises_itself_is_shown_as_that():
+    class Buggy(nnx.Module):
+        def __init__(self):
+            self.mlp = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            raise KeyError(self.mlp(x).shape)
+
+    with pytest.raises(KeyError) as caught:
+        adapt(Buggy(), aj.Bottleneck("mlp", 2), example_inputs=(draw(5, 3),))
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert (frames[-1].name, frames[-1].filename) == ("__call__", __file__)
+    assert "Buggy" in caught.value.__notes__[-1] and "float32[5, 3]" in caught.value.__notes__[-1]
+    with pytest.raises(TypeError) as caught:  # inputs that no layer of the model can take
         adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=(draw(5, 4),))
-    with pytest.raises(ValueError, match=r"the example inputs \(\); pass inputs as for the model"):
-        adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=())
+    assert "float32[5, 4]" in caught.value.__notes__[-1]
 
 
 @pytest.mark.parametrize(
@@ -741,7 +758,7 @@ def test_a_bottleneck_by_hand():
     adapter.train()
     assert not np.array_equal(adapter(x), adapter(x))
     assert set(shapes(adapter)) == {f"{p}/{n}" for p in ("down", "up") for n in ("kernel", "bias")}
-    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, wanted a whole number"):
+    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, expected a whole number"):
         aj.nnx.Bottleneck(D, 0, rngs=rngs())
 
 

@@ -241,7 +241,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
         ({"bias": "some"}, "bias='some', wanted one of 'none', 'all', 'lora_only'"),
         ({"r": "8"}, "r='8', wanted a whole number"),
         ({"lora_alpha": True}, "lora_alpha=True, wanted a number"),
-        ({"lora_alpha": 0}, "LoRA: alpha=0, wanted a finite number > 0"),
+        ({"lora_alpha": 0}, "LoRA: alpha=0, expected a finite number > 0"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\], wanted dict"),
         ({"rank_pattern": {"q": "x"}}, "rank_pattern=.*wanted a number for each pattern"),
         ({"target_modules": "("}, "target_modules='\\(', and '\\(' is no regular expression"),

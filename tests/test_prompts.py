@@ -252,10 +252,10 @@ def test_a_wrong_name_in_a_registration_is_named(known):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: aj.LlamaAdapter("**", 0), "prompt_length=0, wanted a whole number >= 1"),
-        (lambda: aj.PrefixTuning("**", 0), "length=0, wanted a whole number >= 1"),
-        (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token', wanted one of head, layer"),
-        (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "wanted one of tanh, identity"),
+        (lambda: aj.LlamaAdapter("**", 0), "prompt_length=0, expected a whole number >= 1"),
+        (lambda: aj.PrefixTuning("**", 0), "length=0, expected a whole number >= 1"),
+        (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token', expected one of head, layer"),
+        (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "expected one of tanh, identity"),
         (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, wanted a number from 1 to"),
         (lambda: aj.llama_adapter(last=3), "give last together with num_layers, or layers alone"),
         (lambda: aj.llama_adapter(layers=[1], targets="**"), r"wanted \{\} where the layer's"),

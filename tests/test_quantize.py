@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.merge import Merge
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.distributed.plan import abstract_state, plan
@@ -317,8 +317,8 @@ def test_what_does_not_fit_is_said_in_one_sentence():
         "all, or leave it in float: targets=('**', '!up')",
         dtype="nf4",
     )
-    refused(ValueError, "dtype='int3', wanted one of int8, int4, nf4", dtype="int3")
-    refused(ValueError, "quantize: block=0, wanted a whole number >= 1", block=0)
+    refused(ValueError, "dtype='int3', expected one of int8, int4, nf4", dtype="int3")
+    refused(ValueError, "quantize: block=0, expected a whole number >= 1", block=0)
     refused(aj.TargetError, "quantize: target 'dwn' matches nothing. Nearest", targets="dwn")
     refused(aj.TargetError, "'norm' matches only paths it cannot attach to", targets="norm")
     bare = {**params, "norm": {"scale": x[0, :4]}}
@@ -353,11 +353,13 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
             "dtype": "bfloat16",
             "max_length": 8,
         }
-        return Finetune(**options, data=data, quantize=dtype, name=dtype).prepare(Output(json=True))
+        return Finetune(**options, data=data, quantize=dtype, name=dtype).prepare(
+            Console(json=True)
+        )
 
     job = prepared("int8")
     problem, config = job.problem, json.loads(job.run.config.read_text())
-    assert config["quantize"] == "int8" and "--quantize=int8" in config["command"]
+    assert config["quantize"] == "int8" and config["options"]["quantize"] == "int8"
     trained, frozen = aj.partition(problem.params, problem.recipe)
     assert not any(map(is_quantized, flatten(trained).values()))
     kernel = frozen["bert"]["layer_0"]["attention"]["query"]["kernel"]
@@ -376,14 +378,14 @@ def test_a_decoders_run_is_merged_into_floats_when_told_so(tmp_path):
     data = DataOptions(train=write_meanings(tmp_path / "rows.csv"), prompt="mr", completion="ref")
     options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "max_length": 24}
     options |= {"method": MethodOptions("lora"), "quantize": "int8", "exact_match": 0}
-    job = Finetune(**options, data=data, name="run").prepare(Output(json=True))
+    job = Finetune(**options, data=data, name="run").prepare(Console(json=True))
     parts = nnx.split(job.problem.model, aj.nnx.AdapterParam, ...)
     adapters = shaken(parts[1])
     aj.save_adapter(job.run.adapter, adapters, job.problem.recipe, base=job.identity)
     command = Merge(job.run.path, tmp_path / "merged")
     with pytest.raises(ValueError, match=r"has its base in int8, .* add --dequantize to fold it"):
-        command.prepare(Output(json=True))
-    dataclasses.replace(command, dequantize=True).prepare(Output(json=True))()
+        command.prepare(Console(json=True))
+    dataclasses.replace(command, dequantize=True).prepare(Console(json=True))()
     tokens = jnp.array([[4, 9, 5, 6]])
     merged, adapted = load_llama(tmp_path / "merged")[1], nnx.merge(parts[0], adapters, parts[2])
     np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)

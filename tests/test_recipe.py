@@ -234,8 +234,8 @@ def test_json_may_leave_out_what_has_a_default():
 
 
 NAN, INF = float("nan"), float("inf")
-NUMBER = "wanted a finite number > 0"
-WHOLE = "wanted a whole number >= 1"
+NUMBER = "expected a finite number > 0"
+WHOLE = "expected a whole number >= 1"
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ WHOLE = "wanted a whole number >= 1"
             for a in (NAN, INF, -INF, -1.0, 0, True, "1")
         ],
         *[
-            (LoRA, {"dropout": p}, f"LoRA: dropout={p!r}, wanted a finite number >= 0 and < 1")
+            (LoRA, {"dropout": p}, f"LoRA: dropout={p!r}, expected a finite number >= 0 and < 1")
             for p in (1.0, -0.1, NAN)
         ],
         (
             LoRA,
             {"a_init": "normal"},
-            "LoRA: a_init='normal', wanted one of gaussian, uniform, gaussian_rank",
+            "LoRA: a_init='normal', expected one of gaussian, uniform, gaussian_rank",
         ),
         (LoRA, {"rank_pattern": {"a": 0}}, f"LoRA: rank=0, {WHOLE}"),
         (LoRA, {"alpha_pattern": {"a": NAN}}, f"LoRA: alpha=nan, {NUMBER}"),
@@ -288,27 +288,27 @@ WHOLE = "wanted a whole number >= 1"
         (
             Bottleneck,
             {"bottleneck_dim": 4, "activation": "swish"},
-            "Bottleneck: activation='swish', wanted one of gelu, gelu_exact, relu, silu, ",
+            "Bottleneck: activation='swish', expected one of gelu, gelu_exact, relu, silu, ",
         ),
         (
             Bottleneck,
             {"bottleneck_dim": 4, "placement": "before"},
-            "Bottleneck: placement='before', wanted one of sequential, parallel",
+            "Bottleneck: placement='before', expected one of sequential, parallel",
         ),
         (
             Bottleneck,
             {"bottleneck_dim": 4, "dropout": 1.0},
-            "Bottleneck: dropout=1.0, wanted a finite number >= 0 and < 1",
+            "Bottleneck: dropout=1.0, expected a finite number >= 0 and < 1",
         ),
         (
             Bottleneck,
             {"bottleneck_dim": 4, "init_std": -1e-3},
-            "Bottleneck: init_std=-0.001, wanted a finite number >= 0",
+            "Bottleneck: init_std=-0.001, expected a finite number >= 0",
         ),
         (
             Bottleneck,
             {"bottleneck_dim": 4, "scale": NAN},
-            "Bottleneck: scale=nan, wanted a finite number",
+            "Bottleneck: scale=nan, expected a finite number",
         ),
         *[
             (cls, {"targets": ()}, f"{cls.__name__} got targets=(); it wants one or more patterns")

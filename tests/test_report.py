@@ -11,7 +11,7 @@ import pytest
 from jinja2 import UndefinedError
 
 import adapters_jax as aj
-from adapters_jax.app.console import Output, duration
+from adapters_jax.app.console import Console, duration
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.run import (
     _smooth,
@@ -44,7 +44,7 @@ CONFIG = {
     "pairs": False,
     "data": {"train": "/of/this/machine.csv", "prompt": "of another task"},
     "files": {"train": "/of/this/machine.csv"},
-    "command": ["--train=/of/this/machine.csv", f"--text={HOSTILE}"],
+    "options": {"data": {"train": "/of/this/machine.csv", "text": HOSTILE}},
     "summary": {"best_step": 7, "dev": {"f1": 0.8}, "seconds": 61.0, "results": RESULTS},
 }
 RECORDS = [
@@ -173,7 +173,12 @@ def test_its_lines_paste_as_they_are(page, tmp_path):
     assert ast.literal_eval(ast.parse(program).body[1].value.args[0]) == name
     assert program.startswith("from adapters_jax.inference import load_predictor\n")
     (again,) = Page(page).sections["The same again"]
-    assert shlex.split(again) == ["adapters-jax", "finetune", *CONFIG["command"]]
+    assert shlex.split(again) == [
+        "adapters-jax",
+        "finetune",
+        "--train=/of/this/machine.csv",
+        f"--text={HOSTILE}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -282,25 +287,25 @@ def test_results_and_metrics_read_well():
 
 
 def test_json_has_stdout_to_itself(capsys):
-    output = Output(json=True)
+    output = Console(json=True)
     output.say("words")
     output.table(["a"], [["b"]])
     output.result({"a": "é"})
     captured = capsys.readouterr()
     assert captured.out == '{"a": "é"}\n'
     assert "words" in captured.err
-    Output(json=False).result({"a": 1})
+    Console(json=False).result({"a": 1})
     assert capsys.readouterr().out == ""
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
-    with Output(json=False).progress("lora", 100) as meter:
+    with Console(json=False).progress("lora", 100) as meter:
         for step in range(1, 101):
             meter.update(step, "loss 0.5", news=step in (50, 100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("lora  step 100 of 100  loss 0.5  ")
-    with Output(json=False).progress("lora", 3) as meter:
+    with Console(json=False).progress("lora", 3) as meter:
         meter.began = meter.last = meter.last - 11
         meter.update(1, "loss 0.5")
         meter.update(2, "loss 0.4")

@@ -1,11 +1,13 @@
 """`adapters-jax finetune --resume`: killed, asked to stop, refused; nothing is lost or differs."""
 
 import errno
-import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.flags import parse, words
+from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.parsing import parse
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import from_plain, plain
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts
 from adapters_jax.io.run_directory import Run, RunError
 
@@ -111,20 +116,86 @@ def test_asked_to_stop_it_saves_first_and_meanwhile_nobody_else_gets_the_run(
     assert sorted(path.name for path in run.iterdir()) == names
 
 
-def test_a_lock_that_is_given_back_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    run, really = Run(tmp_path), fcntl.flock
+def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path):
+    run, inside, taken = Run(tmp_path / "run"), tmp_path / "inside", []
+    run.path.mkdir()
 
-    def flock(handle, how):
-        monkeypatch.setattr(fcntl, "flock", really)
-        (tmp_path / "lock").unlink()  # by its holder, after we have opened it
-        really(handle, how)
+    def work(number):
+        while taken.count(number) < 50:
+            try:
+                lock = run.lock()
+            except RunError:
+                continue
+            inside.touch(exist_ok=False)  # fails where another one is in here
+            taken.append(number)
+            inside.unlink()
+            run.unlock(lock)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    handle = run.lock()
-    with pytest.raises(RunError, match=f"is being worked on by process {os.getpid()}"):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not os.listdir(run.path)
+
+
+def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
+    run = Run(tmp_path)
+    code = "import sys, time, pathlib; from adapters_jax.io.run_directory import Run;"
+    code += "lock = Run(pathlib.Path(sys.argv[1])).lock(); print(flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"\n"
+    with pytest.raises(RunError, match=f"is being worked on by process {holder.pid};"):
         run.lock()
-    run.unlock(handle)
+    holder.kill()
+    holder.communicate()
+    lock = run.lock()
+    with pytest.raises(RunError, match=f"is being worked on by process {os.getpid()};"):
+        run.lock()
+    run.unlock(lock)
     assert not os.listdir(tmp_path)
+
+
+def test_a_run_whose_options_are_words_as_they_once_were_goes_on(straight, place, capsys):
+    config = json.loads((straight[0] / "config.json").read_text())
+    old = place / "old"
+    old.mkdir()
+    command = [f"--model={place}/tiny", "--max-length=8", "--checkpoint-every=2"]
+    command += [f"--train={place}/reviews.jsonl", "--text=review", "--limit=128", "--epochs=2.0"]
+    command += ["--learning-rate=0.01", "--dropout=0.1", "--batch-size=16", "--bottleneck-dim=8"]
+    command += ["--no-baselines", "--runs=elsewhere", "--name=x"]
+    kept = {key: value for key, value in config.items() if key not in ("summary", "options")}
+    (old / "config.json").write_text(json.dumps({**kept, "command": command}))
+    assert main(["finetune", "--resume", str(old)]) == 0, capsys.readouterr().err
+    assert result(old) == result(straight[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sede": 1}, "sede is unknown"),
+        ({"seed": "1"}, "seed='1', expected a whole number"),
+        ({"optimizer": {"epochs": []}}, "optimizer.epochs=[], expected a number or null"),
+        ({"method": {"rank_pattern": {"a": "b"}}}, "method.rank_pattern={'a': 'b'}, expected an"),
+        ({"optimizer": 3}, "optimizer=3, expected an object"),
+        ({"seed": True, "data": {"trian": ""}}, "seed=True, expected a whole number; data.trian"),
+        ({"optimizer": {"clip": -1}}, "--clip=-1"),
+    ],
+)
+def test_options_that_do_not_read_are_named(straight, place, capsys, options, message):
+    config = json.loads((straight[0] / "config.json").read_text())
+    del config["summary"]
+    damaged = place / "damaged"
+    damaged.mkdir(exist_ok=True)
+    (damaged / "config.json").write_text(json.dumps({**config, "options": options}))
+    error = refusal(capsys, "--resume", damaged)
+    assert f"{damaged / 'config.json'} is damaged: its options: " in error and message in error
+
+
+def test_options_are_the_same_after_json():
+    flags = ["--train=a.csv", "--no-pack", "--metrics", "f1", "accuracy", "--epochs=2"]
+    flags += ["--method", "lora", "--rank-pattern", "a", "1", "b", "2", "--targets", "x", "y"]
+    options = parse(RunOptions, flags)
+    again = from_plain(RunOptions, json.loads(json.dumps(plain(options))))
+    assert again == replace(options, data=replace(options.data, train=Path("a.csv").resolve()))
+    assert again.method.rank_pattern == {"a": 1, "b": 2} and again.optimizer.epochs == 2.0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -185,7 +256,7 @@ def test_what_cannot_be_resumed_is_refused(straight, place, capsys):
     other.mkdir()
     for key, value, wanted in (
         ("stopped", "step 3: the loss is not finite", "would stop again: step 3"),
-        ("command", None, "was not written by adapters-jax finetune"),
+        ("options", None, "was not written by adapters-jax finetune"),
         ("data_sha256", "0" * 64, "was started with another data_sha256 than there is now"),
         ("base_sha256", "0" * 64, "was started with another base_sha256 than there is now"),
     ):

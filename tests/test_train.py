@@ -247,7 +247,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
 def test_accumulate_is_a_whole_number(accumulate):
-    with pytest.raises(ValueError, match="make_train_step: accumulate=.*, wanted a whole number"):
+    with pytest.raises(ValueError, match="make_train_step: accumulate=.*, expected a whole number"):
         aj.make_train_step(loss_of("linen"), accumulate=accumulate)
 
 

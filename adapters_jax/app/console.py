@@ -7,14 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+import rich.console
+from rich import progress as bars
 from rich.table import Table
 from rich.text import Text
 
@@ -22,14 +16,14 @@ QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 NEWS_SECONDS = 2.0  # the same, where there is something new
 
 
-class Meter(Protocol):
+class Progress(Protocol):
     """Shows how far something is."""
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        """So many steps are done; `note` says what is worth knowing, `news` that it is new."""
+        """`step` steps are done; `note` is worth knowing, and new where `news`."""
 
 
-class Output:
+class Console:
     """Prints for people, on stderr where stdout belongs to JSON.
 
     Args:
@@ -38,7 +32,9 @@ class Output:
 
     def __init__(self, json: bool):
         self.json = json
-        self.console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
+        self.console = rich.console.Console(
+            file=sys.stderr if json else sys.stdout, highlight=False
+        )
 
     def say(self, text: str = "") -> None:
         """One line."""
@@ -78,12 +74,12 @@ class Output:
         steps: int,
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
-    ) -> Iterator[Meter]:
+    ) -> Iterator[Progress]:
         """A live bar on a terminal, a line now and then elsewhere.
 
         Args:
             title: of what is being done.
-            steps: it has so many.
+            steps: how many there are.
             unit: what one of them is called.
             left: the seconds that are left, or None while nobody knows; by default an estimate
                 from the pace of the steps.
@@ -92,13 +88,13 @@ class Output:
             yield _Lines(self, title, steps, unit, left)
             return
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("{task.fields[left]}") if left else TimeRemainingColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            bars.TextColumn("{task.fields[left]}") if left else bars.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console) as bar:
+        with bars.Progress(*columns, console=self.console) as bar:
             yield _Bar(bar, title, steps, left)
 
 
@@ -130,7 +126,7 @@ class _Bar:
     """Progress as a live bar."""
 
     def __init__(
-        self, bar: Progress, title: str, steps: int, left: Callable[[], float | None] | None
+        self, bar: bars.Progress, title: str, steps: int, left: Callable[[], float | None] | None
     ):
         self.bar, self.left = bar, left
         self.task = bar.add_task(title, total=steps, note="", left="")
@@ -145,7 +141,7 @@ class _Lines:
 
     def __init__(
         self,
-        output: Output,
+        output: Console,
         title: str,
         steps: int,
         unit: str,
@@ -165,8 +161,8 @@ class _Lines:
             return
         self.last = self.now
         time_words = duration(self.now - self.began) if step == self.steps else _left(self.left())
-        said = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
-        self.output.say("  ".join(said).rstrip())
+        parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
+        self.output.say("  ".join(parts).rstrip())
 
     def _by_pace(self) -> float:
         """Seconds left, if the steps to come are like those since the first."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.app.report.card import Source, card_of
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import formats
 from adapters_jax.interop.directories import empty_directory
 from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat
@@ -120,7 +120,7 @@ def export(
     form, native = FORMATS[to], to == "native"
     if not head:
         if native:
-            raise ValueError("--no-head: a native adapter holds all that its recipe trains")
+            raise UserError("--no-head: a native adapter holds all that its recipe trains")
         source = source.without_head()
     formats.check_head(form, source.base, source.leaves)
     shown = name or directory.as_posix()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adapters_jax.errors import UserError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -56,7 +58,7 @@ def encode(
         ([1, 1, 2], 0)
     """
     if max_length < 8:
-        raise ValueError(f"max_length is {max_length}; it must be at least 8 tokens")
+        raise UserError(f"max_length is {max_length}; it must be at least 8 tokens")
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
@@ -96,7 +98,7 @@ def choose_buckets(
     lengths = _lengths(rows)
     longest = int(lengths.max())
     if longest > max_length:
-        raise ValueError(f"a row has {longest} tokens, more than max_length {max_length}")
+        raise UserError(f"a row has {longest} tokens, more than max_length {max_length}")
     widths = [*range(8, longest, 8), min(-(-longest // 8) * 8, max_length)]
     held = np.bincount(np.searchsorted(widths, lengths), minlength=len(widths)).tolist()
     while len(widths) > 1:
@@ -154,15 +156,15 @@ class Batches:
     ) -> None:
         lengths = _lengths(rows)
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         if seed is not None and not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**32")
+            raise UserError(f"seed is {seed}; it must be at least 0 and below 2**32")
         if buckets is None:
             buckets = choose_buckets(rows, int(lengths.max()), batch_size)
         if not buckets or list(buckets) != sorted({max(1, width) for width in buckets}):
-            raise ValueError(f"buckets {tuple(buckets)} must be positive and ascending")
+            raise UserError(f"buckets {tuple(buckets)} must be positive and ascending")
         if lengths.max() > buckets[-1]:
-            raise ValueError(
+            raise UserError(
                 f"a row has {lengths.max()} tokens and the widest bucket holds {buckets[-1]}; "
                 "encode with that max_length or add a wider bucket"
             )
@@ -269,12 +271,12 @@ def _padded(arrays: list[np.ndarray], width: int, fill: int) -> np.ndarray:
 
 def _lengths(rows: Sequence[Any]) -> np.ndarray:
     if not rows:
-        raise ValueError("there are no rows to batch; give at least one")
+        raise UserError("there are no rows to batch; give at least one")
     return np.array([len(row.input_ids) for row in rows])
 
 
 def _labels(labels: ArrayLike, rows: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != (rows,):
-        raise ValueError(f"labels have shape {labels.shape}; {rows} rows need ({rows},)")
+        raise UserError(f"labels have shape {labels.shape}; {rows} rows need ({rows},)")
     return labels.astype(np.int32 if labels.dtype.kind in "iub" else np.float32)

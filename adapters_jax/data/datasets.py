@@ -13,6 +13,7 @@ import numpy as np
 from adapters_jax.data.readers import DataError, FilePath
 from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.data.tables import Table, Texts, count_rows, first_few, read_rows
+from adapters_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def make_dataset(
         [10.0, 9.0]
     """
     if task not in ("classification", "regression"):
-        raise ValueError(f"task is {task!r}; it must be 'classification' or 'regression'")
+        raise UserError(f"task is {task!r}; it must be 'classification' or 'regression'")
     if table.labels is None:
-        raise ValueError(f"{table.path} was read without labels; name its label column")
+        raise UserError(f"{table.path} was read without labels; name its label column")
     if task == "regression":
         return Dataset(table.texts, np.array(numbers_of(table), np.float32), ())
     names = class_names(table) if label_names is None else tuple(label_names)

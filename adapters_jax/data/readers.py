@@ -16,13 +16,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from adapters_jax.errors import UserError
+
 FilePath = str | os.PathLike[str]
 Record = tuple[int, list[str]]  # the line it starts on, its fields
 Rows = tuple[list[str], list[Record]]  # column names, records
 Reader = Callable[[Path, bytes], Rows]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A file cannot be used as it is; the message says where and what to change."""
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from adapters_jax.data.readers import DataError
+from adapters_jax.errors import UserError
 
 SPLIT_SEED = 0  # of held-out rows; not the training seed, so that runs with other seeds compare
 
@@ -39,7 +40,7 @@ def split_rows(
         ([[0, 3], [1, 2]], [])
     """
     if min(dev, test) < 0 or dev + test >= 1:
-        raise ValueError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
+        raise UserError(f"fractions dev={dev} and test={test} must be >= 0 and sum to below 1")
     chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
     for groups in _groups(keys, strata, seed):
         rows = sum(map(len, groups))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import jax
 
+from adapters_jax.errors import UserError
+
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -46,7 +48,7 @@ def join_hosts(
         initialize(coordinator, processes, process)
     elif any(value is not None for value in known.values()):
         absent = ", ".join(name for name, value in known.items() if value is None)
-        raise ValueError(
+        raise UserError(
             f"join_hosts: {absent} is not set, and {_shown(known)} is; set all three, or none "
             "where the cluster itself tells"
         )
@@ -63,7 +65,7 @@ def join_hosts(
 def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
-        raise ValueError(f"join_hosts: {name}={text!r} is not a number")
+        raise UserError(f"join_hosts: {name}={text!r} is not a number")
     return None if text is None else int(text)
 
 

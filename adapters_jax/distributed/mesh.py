@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adapters_jax.errors import UserError
 from adapters_jax.trees import Tree
 
 BATCH = ("data", "fsdp")  # the axes that split batches
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError):
     """A mesh that the devices do not make, or a layout that does not fit a parameter."""
 
 

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from adapters_jax.errors import MissingPackageError, UserError
+
 
 def render(
     template: str, messages: Iterable[Mapping[str, str]], *, reply: bool = True, **tokens: str
@@ -30,7 +32,7 @@ def render(
     """
     messages = list(messages)
     if not messages:
-        raise ValueError("a chat needs a message: write [{'role': 'user', 'content': '...'}].")
+        raise UserError("a chat needs a message: write [{'role': 'user', 'content': '...'}].")
     values: dict[str, Any] = {
         "messages": messages,
         "add_generation_prompt": reply,
@@ -41,7 +43,7 @@ def render(
     try:
         return _compiled(template).render(values)
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        raise UserError(f"the chat template cannot render these messages: {error}") from error
 
 
 def _jinja2() -> Any:
@@ -49,9 +51,7 @@ def _jinja2() -> Any:
         import jinja2
         import jinja2.sandbox
     except ImportError as error:
-        raise ImportError(
-            "a chat template needs jinja2: pip install 'adapters-jax[finetune]'."
-        ) from error
+        raise MissingPackageError("a chat template", "jinja2") from error
     return jinja2
 
 
@@ -66,4 +66,4 @@ def _compiled(template: str) -> Any:
 
 def _refuse(reason: str) -> NoReturn:
     """What templates call where roles are out of order; jinja lets the ValueError through."""
-    raise ValueError(f"the chat template cannot render these messages: {reason}")
+    raise UserError(f"the chat template cannot render these messages: {reason}")

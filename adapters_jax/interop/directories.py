@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop.layouts import Array
 from adapters_jax.io import hub
 from adapters_jax.io.adapter import texts
@@ -63,7 +63,7 @@ def empty_directory(directory: str | Path) -> Path:
     """A directory to write; raises ValueError where there is something already."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not empty; give another directory")
+        raise UserError(f"{directory} exists and is not empty; give another directory")
     return directory
 
 

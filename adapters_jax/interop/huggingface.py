@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from adapters_jax.errors import UserError, file_errors
 from adapters_jax.interop.names import Stored
 from adapters_jax.io import hub
 
@@ -45,9 +46,9 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     resolve(directory)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: '...' lacks config.json and model.safetensors (or ...
+        adapters_jax.errors.UserError: '...' lacks config.json and model.safetensors (or ...
     """
-    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model", ValueError, hub.is_id)
+    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model", UserError, hub.is_id)
     _check_files(directory)
     return directory
 
@@ -58,7 +59,7 @@ def _check_files(directory: Path) -> None:
         lacking.append(f"model.safetensors (or {INDEX})")
     if lacking:
         # A download never fetches the pickle, so its absence here says nothing about the Hub.
-        raise ValueError(
+        raise UserError(
             f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
             f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
             f"{PICKLE_ADVICE}."
@@ -84,7 +85,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         shards = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
     absent = [name for name in shards if not (directory / name).is_file()]
     if absent:
-        raise ValueError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
+        raise UserError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
     tensors: dict[str, Stored] = {}
     for name in shards:
         tensors |= read_file(directory / name)
@@ -98,7 +99,7 @@ def read_file(path: Path) -> dict[str, Stored]:
             names = file.keys()  # a file is no mapping: it cannot be iterated over itself
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}.") from error
+        raise UserError(f"{str(path)!r} is not a whole safetensors file: {error}.") from error
     return {name: Stored(shape, partial(_read, path, name)) for name, shape in shapes.items()}
 
 
@@ -110,12 +111,14 @@ def _read(path: Path, name: str) -> np.ndarray:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object, or raises a `ValueError` that names the file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON in UTF-8: {error}.") from error
+        with file_errors(Path(path)):
+            text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not JSON in UTF-8: {error}.") from error
     if isinstance(values, dict):
         return values
-    raise ValueError(f"{str(path)!r} holds a {type(values).__name__}, not a JSON object.")
+    raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not a JSON object.")
 
 
 class CheckpointConfig:
@@ -145,7 +148,7 @@ class CheckpointConfig:
             if key in values and values[key] not in allowed
         ]
         if unsupported:
-            raise ValueError(f"{cls.__name__} does not implement {'; '.join(unsupported)}.")
+            raise UserError(f"{cls.__name__} does not implement {'; '.join(unsupported)}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop.layouts import Array, ModuleReference
 from adapters_jax.interop.names import NameTable
 from adapters_jax.methods import Method
@@ -110,7 +111,7 @@ def _by_table(
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules:
-        raise ValueError(
+        raise UserError(
             f"names knows none of the base's modules {', '.join(list(by_path)[:3])}; give the "
             "NAMES that stands beside the model, and the parameters of that model"
         )
@@ -143,7 +144,7 @@ def _by_mapping(
             near = difflib.get_close_matches(paths[0], by_path, 3) or list(by_path)[:3]
             problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
     if problems:
-        raise ValueError(f"names maps to what the base does not have: {'; '.join(problems)}")
+        raise UserError(f"names maps to what the base does not have: {'; '.join(problems)}")
     return ModuleMap(modules, attention, base)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
-from adapters_jax.errors import compare_trees
+from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.transforms.stacking import Stack
 
 
@@ -106,7 +106,7 @@ class NameTable:
             match = re.fullmatch(rule.ours, path)
             if match:
                 return Source(match.expand(rule.theirs), part=rule.part)
-        raise ValueError(f"no rule gives {path!r} a name in a checkpoint; add one to the table.")
+        raise UserError(f"no rule gives {path!r} a name in a checkpoint; add one to the table.")
 
     def source(self, path: str) -> Source:
         """Their tensor for our parameter at `path`."""
@@ -131,7 +131,7 @@ class NameTable:
         for name in tensors:
             clash = theirs.setdefault(self._canonical_name(name), name)
             if clash != name:
-                raise ValueError(f"{clash} and {name} name one tensor; keep one of them.")
+                raise UserError(f"{clash} and {name} name one tensor; keep one of them.")
         return {name: tensors[original] for name, original in theirs.items()}
 
     def _canonical_name(self, name: str) -> str:
@@ -244,7 +244,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         sources, stacked = names.sources(path, array.shape)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
             if source.part:
-                raise ValueError(f"{source.name} fuses parts, which cannot be written one by one.")
+                raise UserError(f"{source.name} fuses parts, which cannot be written one by one.")
             prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
             turned = own.T if source.transposed else own
             tensors[prefix + source.name] = np.ascontiguousarray(turned)

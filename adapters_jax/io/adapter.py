@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.io import hub
 from adapters_jax.io.atomic import Content, write_directory
 from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
@@ -101,7 +101,7 @@ def save_adapter(
     recipe, directory = Recipe(recipe), Path(directory)
     there = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if there and not (directory / CONFIG).is_file():
-        raise ValueError(f"{directory} exists and is not an adapter; give another directory")
+        raise UserError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     _check_savable(flat, recipe)
     config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
@@ -129,7 +129,7 @@ def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
     """Texts as the files of a directory; raises ValueError where a name is no plain one."""
     for name in beside or {}:
         if Path(name).name != name:
-            raise ValueError(f"{name!r} is no name of a file in the adapter's directory")
+            raise UserError(f"{name!r} is no name of a file in the adapter's directory")
     return {name: text.encode("utf-8") for name, text in (beside or {}).items()}
 
 
@@ -146,7 +146,7 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
     """Raises ValueError for what no adapter file holds."""
     frozen = [path for path in flat if not recipe.trains(path)]
     if frozen:
-        raise ValueError(
+        raise UserError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "
             f"{frozen[0]}; give the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
@@ -157,10 +157,10 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
         if array.dtype not in DTYPES.values() or not _kept(array.dtype)
     ]
     if problems:
-        raise ValueError(f"save_adapter: {'; '.join(problems)}")
+        raise UserError(f"save_adapter: {'; '.join(problems)}")
     wrong = not_finite(flat)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"save_adapter: numbers that are not finite in {wrong}; save a state from before "
             "training diverged"
         )

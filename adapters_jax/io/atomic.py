@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from adapters_jax.errors import file_errors
+
 Content = bytes | Callable[[Path], None]
 
 
@@ -17,8 +19,8 @@ def write_directory(place: Path, files: Mapping[str, Content]) -> None:
         files: contents by name; or what writes a file to a path.
 
     Raises:
-        OSError: the disk is full or cannot be written. What was there is as it was, and nothing
-            else is left.
+        FileSystemError: the disk is full or cannot be written. What was there is as it was, and
+            nothing else is left.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as parent:
@@ -26,17 +28,18 @@ def write_directory(place: Path, files: Mapping[str, Content]) -> None:
         ...     Path(parent, "a", "x").read_bytes()
         b'1'
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        beside.chmod(0o755)
-        for name, data in files.items():
-            _write(beside / name, data)
-        _sync(beside)
-        _put(beside, place)
-        _sync(place.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with file_errors(place, "written"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        try:
+            beside.chmod(0o755)
+            for name, data in files.items():
+                _write(beside / name, data)
+            _sync(beside)
+            _put(beside, place)
+            _sync(place.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_file(place: Path, content: Content) -> None:
@@ -56,11 +59,12 @@ def write_file(place: Path, content: Content) -> None:
         ['a']
     """
     beside = place.with_name(f".{place.name}.part")
-    try:
-        _write(beside, content)
-        os.replace(beside, place)
-    finally:
-        beside.unlink(missing_ok=True)
+    with file_errors(place, "written"):
+        try:
+            _write(beside, content)
+            os.replace(beside, place)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _put(beside: Path, directory: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import logging
 import math
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adapters_jax.checks import check_size
-from adapters_jax.errors import compare_trees
+from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.io.checksums import damage, write_sums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, path_of
 
+_LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written, or none that can be read."""
 
 
@@ -67,7 +68,6 @@ class Checkpoints:
     Args:
         directory: made if it is absent. What is left in it of a save that was cut off is removed.
         keep: how many of the last to keep, at least 2: while one is written, one is whole.
-        on_damage: told in a sentence of every checkpoint that was put aside; by default a warning.
 
     Raises:
         ValueError: `keep` is below 2.
@@ -95,15 +95,14 @@ class Checkpoints:
         directory: str | Path,
         *,
         keep: int = 2,
-        on_damage: Callable[[str], None] = warnings.warn,
     ) -> None:
         import orbax.checkpoint as ocp  # takes a second
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         check_size("Checkpoints", "keep", keep)
         if keep < 2:
-            raise ValueError("Checkpoints: keep is 1; give at least 2, so that one is always whole")
-        self.directory, self._on_damage = Path(directory).absolute(), on_damage
+            raise UserError("Checkpoints: keep is 1; give at least 2, so that one is always whole")
+        self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
             self._clean()
             self._put_damaged_aside()
@@ -289,9 +288,13 @@ class Checkpoints:
             aside = self.directory / f"damaged-{number}"
             shutil.rmtree(aside, ignore_errors=True)
             steps[number].replace(aside)
-            self._on_damage(
-                f"the checkpoint of step {number} is damaged: {why}; it is now {aside}, and there "
-                + (f"is that of step {there}" if there else "is no other")
+            others = f"is that of step {there}" if there else "is no other"
+            _LOG.warning(
+                "the checkpoint of step %d is damaged: %s; it is now %s, and there %s",
+                number,
+                why,
+                aside,
+                others,
             )
 
 

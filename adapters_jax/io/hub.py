@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
@@ -51,7 +51,7 @@ def find(
     revision: str | None,
     files: Sequence[str],
     what: str = "an adapter",
-    error: type[ValueError] = AdapterFileError,
+    error: type[UserError] = AdapterFileError,
     is_id: Callable[[str | Path], bool] = is_adapter_id,
 ) -> Path:
     """Finds a directory: one that is here as it is, a text that is none on the Hub.
@@ -71,7 +71,7 @@ def find(
     Raises:
         AdapterFileError: (or `error`) it is neither; the Hub has no such revision; or it cannot be
             reached and its cache, which is all that is asked with `HF_HUB_OFFLINE=1`, has no copy.
-        ImportError: an id is given and `huggingface_hub` is not installed.
+        MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
         >>> find("../none", None, ["config.json"])
@@ -100,15 +100,16 @@ def find(
 
 
 def _fetch(
-    name: str, revision: str | None, files: Sequence[str], what: str, error: type[ValueError]
+    name: str, revision: str | None, files: Sequence[str], what: str, error: type[UserError]
 ) -> Path:
     """The snapshot of a repository, with these files."""
     try:
         import huggingface_hub
     except ImportError as problem:
-        raise ImportError(
-            f"{name!r} is not a directory here, and reading it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install 'adapters-jax[finetune]', or give a directory."
+        raise MissingPackageError(
+            f"{name!r} is not a directory here, and reading it from the Hugging Face Hub",
+            "huggingface_hub",
+            instead="give a directory",
         ) from problem
     try:
         return Path(

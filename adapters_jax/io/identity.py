@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import shortened
+from adapters_jax.errors import UserError, shortened
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree, flatten
@@ -109,7 +109,7 @@ def with_tree(base: BaseIdentity | None, tree: str, caller: str) -> BaseIdentity
     """What is said of a base whose tree is known; raises ValueError where it is of another tree."""
     base = base or BaseIdentity()
     if base.tree_sha256 not in (None, tree):
-        raise ValueError(
+        raise UserError(
             f"{caller}: base has the tree_sha256 {base.tree_sha256}, and the model {tree}; make it "
             "of this very model: aj.base_identity(params_or_model, recipe)"
         )

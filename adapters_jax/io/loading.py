@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.errors import FlaxError
 
 from adapters_jax.adapt import adapt
 from adapters_jax.errors import (
@@ -43,6 +44,16 @@ class _Adapter(NamedTuple):
 
 
 _Read = Callable[[], Mapping[str, Any]]
+# What a model raises whose adapters do not fit it: jax, flax and its own checks.
+_OF_A_RUN = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    FlaxError,
+)
 
 
 def load_adapter(
@@ -223,7 +234,7 @@ def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]
     """Says of a failing abstract run that the recipe is at fault, unless the base fails alone."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+    except _OF_A_RUN as error:
         if not isinstance(error, RecipeError):
             base_alone()
         raise AdapterRecipeError(

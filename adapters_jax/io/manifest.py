@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, shortened
+from adapters_jax.errors import AdapterFileError, UserError, shortened
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.tensors import LONGEST_NAME
 from adapters_jax.io.untrusted import check_size, read_json
@@ -134,7 +134,7 @@ def _recipe(values: Any) -> Recipe:
     """The recipe, if to match its patterns is not too much work."""
     texts = list(_texts(values))
     if len(texts) > MOST_TEXTS or sum(map(weight, texts)) > MOST:
-        raise ValueError(
+        raise UserError(
             f"its patterns are too many, over {MOST_TEXTS}, or stand for over {MOST} characters of "
             "plain patterns; write * or ** instead of some of their braces"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -13,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError
+from filelock import FileLock, Timeout
+
+from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors
 from adapters_jax.io import hub
 from adapters_jax.io.adapter import TENSORS
 from adapters_jax.io.atomic import write_file
@@ -30,7 +31,7 @@ _NEEDED: dict[str, type] = {
 }
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run's directory is there when it must not be, is absent, or is damaged."""
 
 
@@ -89,47 +90,45 @@ class Run:
     def create(self, config: dict[str, Any]) -> None:
         """Makes the directory, which is there with its configuration or not at all."""
         self.refuse_existing()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        with file_errors(self.path, "made"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
-            beside.chmod(0o755)
-            Run(beside).write_config(config)
-            beside.rename(self.path)
-        except OSError:
+            with file_errors(self.path, "made"):
+                beside.chmod(0o755)
+                Run(beside).write_config(config)
+                beside.rename(self.path)
+        except FileSystemError:
             shutil.rmtree(beside)
             self.refuse_existing()  # another process was faster
             raise
 
-    def lock(self) -> int:
+    def lock(self) -> FileLock:
         """Takes the run for this process, until it ends or `unlock`.
+
+        The lock is the system's, which gives it back where a process is killed. Beside it stands
+        who has it, for the message of the others.
 
         Raises:
             RunError: another process has it.
+            FileSystemError: the directory cannot be written.
         """
-        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 20).decode()
-            os.close(handle)
-            raise RunError(
-                f"{self.path} is being worked on by process {holder}; wait for it, or stop it"
-            ) from None
-        try:
-            current = os.path.samestat(os.fstat(handle), os.stat(self.path / "lock"))
-        except FileNotFoundError:
-            current = False
-        if not current:  # its holder has just given it back, and taken the file away
-            os.close(handle)
-            return self.lock()
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        return handle
+        lock, holder = FileLock(self.path / "lock", blocking=False), self.path / "lock.pid"
+        with file_errors(self.path / "lock", "taken"):
+            try:
+                lock.acquire()
+            except Timeout:
+                raise RunError(
+                    f"{self.path} is being worked on by {_process(holder)}; wait for it, or stop it"
+                ) from None
+        write_file(holder, str(os.getpid()).encode())
+        return lock
 
-    def unlock(self, handle: int) -> None:
+    def unlock(self, lock: FileLock) -> None:
         """Gives the run back."""
-        (self.path / "lock").unlink(missing_ok=True)
-        os.close(handle)
+        (self.path / "lock.pid").unlink(missing_ok=True)
+        (self.path / "lock").unlink(missing_ok=True)  # while it is held, so that nobody else has it
+        lock.release()
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes the configuration, or writes it again."""
@@ -143,8 +142,9 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one record to the metrics; the file is whole after every line."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        with file_errors(self.metrics, "written"), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def read_config(self, kind: str | None = None) -> dict[str, Any]:
         """The configuration of a run on a base of a kind: "encoder", "decoder", or None for any.
@@ -177,6 +177,14 @@ def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) 
             f"{run.config} is not the configuration of a run of format {FORMAT}"
             + (f": it has no good {', '.join(wrong)}" if wrong else "")
         )
+
+
+def _process(holder: Path) -> str:
+    """Who has a run, of the file that says it."""
+    try:
+        return f"process {holder.read_text()}"
+    except FileNotFoundError:
+        return "a process that has just begun or just ended"
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Run:

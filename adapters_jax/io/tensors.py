@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, shortened
-from adapters_jax.io.untrusted import MOST_JSON, opened, parse, read_bytes, told_of
+from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
+from adapters_jax.io.untrusted import MOST_JSON, opened, parse, read_bytes
 
 LONGEST_NAME = 512
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -79,7 +79,7 @@ class TensorFile:
 
     def _tensor(self, place: _Entry) -> np.ndarray:
         array = np.empty(place.shape, place.dtype)
-        with told_of(self.path):
+        with file_errors(self.path, error=AdapterFileError):
             self.file.seek(place.begin)
             count = self.file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
         if count != array.nbytes:
@@ -160,7 +160,7 @@ def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
     """Every tensor's place; raises ValueError where the header is not as the format says."""
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("its __metadata__ is no mapping from text to text")
+        raise UserError("its __metadata__ is no mapping from text to text")
     places = {name: _place(name, entry, start) for name, entry in header.items()}
     position = start
     for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -168,10 +168,10 @@ def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
             what = (
                 "overlaps another tensor" if place.begin < position else "leaves a hole before it"
             )
-            raise ValueError(f"{name} {what}: it begins at {place.begin}, wanted {position}")
+            raise UserError(f"{name} {what}: it begins at {place.begin}, wanted {position}")
         position = place.end
     if position != size:
-        raise ValueError(f"its tensors end at byte {position}, and the file has {size}")
+        raise UserError(f"its tensors end at byte {position}, and the file has {size}")
     return places
 
 
@@ -179,20 +179,20 @@ def _place(name: str, entry: Any, start: int) -> _Entry:
     """One tensor's place, from its entry in the header."""
     problem = name_problem(name)
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} has no entry of dtype, shape and data_offsets alone")
+        raise UserError(f"{name} has no entry of dtype, shape and data_offsets alone")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise ValueError(f"{name} has the dtype {_told(kind)}, wanted one of {', '.join(DTYPES)}")
+        raise UserError(f"{name} has the dtype {_told(kind)}, wanted one of {', '.join(DTYPES)}")
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
-        raise ValueError(f"{name} has the shape {_told(shape)}, wanted a list of sizes")
+        raise UserError(f"{name} has the shape {_told(shape)}, wanted a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:
-        raise ValueError(f"{name} has the data_offsets {_told(offsets)}, wanted two numbers")
+        raise UserError(f"{name} has the data_offsets {_told(offsets)}, wanted two numbers")
     dtype, (begin, end) = DTYPES[kind], offsets
     extent = math.prod(shape) * dtype.itemsize
     if end - begin != extent:
-        raise ValueError(
+        raise UserError(
             f"{name} is {kind}{_told(shape)}, {extent} bytes, and has the place of {end - begin}"
         )
     return _Entry(dtype, tuple(shape), start + begin, start + end)

@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, shortened
+from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
 
 MOST_JSON = 2**20  # bytes: four thousand patterns of 200 characters, and a parse within 0.3 s
 DEEPEST = 32  # lists and objects in one another
@@ -33,7 +33,7 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     Raises:
         AdapterFileError: it is not there, is no ordinary file, or is a link to somewhere else.
     """
-    with told_of(path):
+    with file_errors(path, error=AdapterFileError):
         real = os.path.realpath(path, strict=True)
         if not _belongs(real, os.path.realpath(path.parent)):
             raise AdapterFileError(
@@ -44,15 +44,6 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
         file = open(real, "rb")  # noqa: SIM115
     with file:
         yield file, os.fstat(file.fileno()).st_size
-
-
-@contextlib.contextmanager
-def told_of(path: Path) -> Iterator[None]:
-    """Turns what the system says against reading a file into an error that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _belongs(real: str, directory: str) -> bool:
@@ -93,7 +84,7 @@ def check_size(size: int, path: Path) -> None:
 
 def read_bytes(file: BufferedReader, size: int, path: Path) -> bytes:
     """So many bytes of a file, or an AdapterFileError."""
-    with told_of(path):
+    with file_errors(path, error=AdapterFileError):
         data = file.read(size)
     if len(data) != size:
         raise AdapterFileError(f"{path} became shorter while it was read; read it again")
@@ -127,14 +118,14 @@ def _check_depth(text: str) -> None:
     for found in _TOKEN.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         if depth > DEEPEST:
-            raise ValueError(f"its JSON is nested more than {DEEPEST} deep")
+            raise UserError(f"its JSON is nested more than {DEEPEST} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+        raise UserError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
     return values
 
 
@@ -148,4 +139,4 @@ def _float(text: str) -> float:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{shortened(text, 30)} is no number that such a file may hold")
+    raise UserError(f"{shortened(text, 30)} is no number that such a file may hold")

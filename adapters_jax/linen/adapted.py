@@ -135,7 +135,7 @@ def seen(base: nn.Module, recipe: Recipe, args: Any, kwargs: Any) -> tuple[Inter
         variables = base.init(key, *inputs, method=run, **options)
         return nn.meta.unbox(variables.get("params", {}))
 
-    with explained(base, (*args, *kwargs.values())):
+    with explained(base, args, kwargs):
         params = jax.eval_shape(init, jax.random.key(0))
     (interceptor,) = interceptors
     return interceptor, params

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax import checks
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns
@@ -95,7 +95,7 @@ class Bottleneck:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, "Bottleneck"))
         if (self.bottleneck_dim is None) == (self.reduction_factor is None):
-            raise ValueError(
+            raise UserError(
                 f"Bottleneck got bottleneck_dim={self.bottleneck_dim} and reduction_factor="
                 f"{self.reduction_factor}; give exactly one of them, such as bottleneck_dim=64"
             )

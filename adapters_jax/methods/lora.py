@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax import checks
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import base
 from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
 from adapters_jax.targets import as_patterns, matches
@@ -104,7 +104,7 @@ class LoRA:
         checks.check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
-            raise ValueError(f"{owner}: slices go with a random start, without dora and pissa")
+            raise UserError(f"{owner}: slices go with a random start, without dora and pissa")
 
     @property
     def from_weight(self) -> bool:
@@ -284,7 +284,7 @@ def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
     """A mapping from patterns, or its items, as pairs."""
     items = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
-        raise ValueError(
+        raise UserError(
             f"LoRA: {field}={checks.shown(value)}, wanted a mapping such as {{'layer_0/**': 4}}"
         )
     for pattern, _ in items:
@@ -300,7 +300,7 @@ def ranges(value: Any) -> tuple[tuple[int, int], ...]:
         ends = [end for each in value for end in each]
         wrong = ends != sorted(ends)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"LoRA: slices={checks.shown(value)}, wanted ranges in order such as ((0, 768),)"
         )
     return tuple((start, stop) for start, stop in value)

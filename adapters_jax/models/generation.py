@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
+from adapters_jax.errors import UserError
 from adapters_jax.models.parts.layers import check_tokens
 
 
@@ -143,7 +144,7 @@ def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, k
     if temperature > 0 and key is None:
         wrong.append(f"sampling at temperature {temperature} needs a key: key=jax.random.key(0)")
     if wrong:
-        raise ValueError(f"generate: {'; '.join(wrong)}.")
+        raise UserError(f"generate: {'; '.join(wrong)}.")
 
 
 @partial(jax.jit, static_argnums=(0, 5))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from adapters_jax.errors import UserError
 from adapters_jax.models import bert, gpt2, llama
 from adapters_jax.models.family import Family
 
@@ -52,4 +53,4 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         if isinstance(found, str) and found in family.prefixes:
             return family
     types = ", ".join(each for family in FAMILIES.values() for each in family.prefixes)
-    raise ValueError(f"{name!r} has model_type={found!r}; expected one of {types}")
+    raise UserError(f"{name!r} has model_type={found!r}; expected one of {types}")

@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 
 from adapters_jax.abstract import is_abstract
+from adapters_jax.errors import UserError
 from adapters_jax.methods import Attached
 from adapters_jax.methods.base import Site
 from adapters_jax.nnx.attachment import AdapterParam, grow, taken, trained_class
@@ -65,7 +66,7 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
     wanted = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
     missing = [name for name, used in wanted.items() if used and not hasattr(rngs, name)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"adapt: rngs has no stream {' and no '.join(missing)}; write rngs=nnx.Rngs(0), or "
             f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(wanted))})"
         )
@@ -102,7 +103,7 @@ def recipe_of(model: Any) -> Recipe:
         ValueError: it was not adapted.
     """
     if not hasattr(model, "adapter_recipe"):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no adapters; call aj.adapt(model, recipe) first"
         )
     return model.adapter_recipe

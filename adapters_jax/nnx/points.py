@@ -112,7 +112,7 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     token = _RECORDER.set(record)
     try:
-        with explained(model, args):
+        with explained(model, args, {}):
             nnx.eval_shape(lambda m: m(*filled(args)), probe)
     finally:
         _RECORDER.reset(token)

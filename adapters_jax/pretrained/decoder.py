@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
 from adapters_jax.io.identity import BaseIdentity
@@ -67,7 +68,7 @@ class Decoder:
     def chat(self, content: str) -> str:
         """A user's message as the model was trained to read it, up to where its answer begins."""
         if self.chat_template is None:
-            raise ValueError(f"{str(self.files)!r} has no chat template; add --no-chat")
+            raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
         return chat.render(
             self.chat_template, [{"role": "user", "content": content}], **self.special_tokens
         )
@@ -106,7 +107,7 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
     family = find_family(name)
     if not family.generates:
         able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
-        raise ValueError(
+        raise UserError(
             f"{name!r} is of the family {family.name}, which has no cache to generate with yet, so "
             f"that no task trains it; expected one of {able}; audit, plan and convert take it"
         )
@@ -115,7 +116,7 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
     special, template = _words_of_gguf(opened) if opened else _words_of_directory(files)
     if tokenizer.token_to_id(special.get("eos_token", "")) is None:
-        raise ValueError(
+        raise UserError(
             f"{str(files)!r} names no eos_token that its tokenizer has, so that nothing would end "
             f"a completion; write it into {TOKENIZER_CONFIG}"
         )

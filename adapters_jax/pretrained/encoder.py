@@ -14,6 +14,7 @@ import tokenizers
 
 from adapters_jax.data.batches import Batches, Row, encode
 from adapters_jax.data.tables import Texts
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.models import FAMILIES
 from adapters_jax.models.family import Classifier
@@ -93,7 +94,7 @@ class Encoder:
         """Rows of token ids, and how many texts were truncated; see `batches.encode`."""
         room = self.config.max_position_embeddings - self.config.first_position
         if max_length > room:
-            raise ValueError(f"--max-length {max_length}: the model has {room} positions")
+            raise UserError(f"--max-length {max_length}: the model has {room} positions")
         return encode(self.tokenizer, texts, max_length)
 
 
@@ -117,7 +118,7 @@ def load_encoder(
     family = find_family(name)
     if family.classifier is None:
         able = ", ".join(each.name for each in FAMILIES.values() if each.classifier)
-        raise ValueError(
+        raise UserError(
             f"{name!r} is of the family {family.name}, which has no classifier; expected one of "
             f"{able}"
         )

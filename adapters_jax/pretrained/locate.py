@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
 from adapters_jax.io import hub
@@ -64,13 +65,13 @@ def _config_file(name: str) -> Path:
     if (directory / "config.json").is_file():
         return directory / "config.json"
     if directory.is_dir():
-        raise ValueError(f"{name!r} has no config.json")
+        raise UserError(f"{name!r} has no config.json")
     try:
-        found = hub.find(name, None, ["config.json"], "a model", ValueError, hub.is_id)
+        found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
         return found / "config.json"
     except ValueError as error:
         pinned = [asset.name for asset in assets.ASSETS.values() if asset.model_type]
-        raise ValueError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
+        raise UserError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
 
 
 def pinned(name: str) -> str:
@@ -90,14 +91,14 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     """The `tokenizer.json` of a checkpoint."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{str(path)!r} is not a tokenizer: {error}") from error
+        raise UserError(f"{str(path)!r} is not a tokenizer: {error}") from error
 
 
 def sha256_of(files: Path) -> str:

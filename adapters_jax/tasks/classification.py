@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.datasets import Dataset
+from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
 
@@ -61,7 +62,7 @@ class Classes:
         """As `to_config` wrote it; raises ValueError for anything else."""
         names = tuple(values["names"])
         if len(names) < 2 or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names of at least two classes are expected, not {names}")
+            raise UserError(f"names of at least two classes are expected, not {names}")
         return cls(names)
 
     def to_config(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from adapters_jax.adapt import adapt
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.data.tables import read_rows
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
@@ -85,7 +86,7 @@ class Completion(Task):
             return named["prompt"], named["completion"]
         others = [f"--{role}" for role in columns if role != "text"]
         if others:
-            raise ValueError(f"--text is of texts alone, without {' and '.join(others)}")
+            raise UserError(f"--text is of texts alone, without {' and '.join(others)}")
         return columns["text"], None
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
@@ -156,7 +157,7 @@ def _prompts(setup: Setup, decoder: Decoder, alone: bool) -> Prompts:
     """How prompts are put: as they are where the texts are alone or the model does not chat."""
     if alone:
         if setup.prompts != Prompts():
-            raise ValueError("--text is of texts alone, which have no --template and no chat")
+            raise UserError("--text is of texts alone, which have no --template and no chat")
         return Prompts(chat=False)
     if setup.prompts.chat and decoder.chat_template is None:
         setup.say(f"{setup.model} has no chat template: prompts are given as they are")

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adapters_jax.errors import UserError
+
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The fraction of predictions that equal their label.
@@ -192,17 +194,17 @@ def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> 
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"unknown metrics: {', '.join(unknown)}; the known ones are {', '.join(METRICS)}"
         )
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or not predictions.size:
-        raise ValueError(
+        raise UserError(
             f"predictions {predictions.shape} and labels {labels.shape} must both be (rows,) with "
             "at least one row; take the argmax of logits first"
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
-        raise ValueError("predictions and labels must be finite numbers, and some are not")
+        raise UserError("predictions and labels must be finite numbers, and some are not")
     return {name: METRICS[name](predictions, labels) for name in names}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from adapters_jax.data.packing import Example
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table, count_rows, first_few
+from adapters_jax.errors import UserError
 from adapters_jax.pretrained.decoder import Decoder
 
 PROMPT = "{prompt}"
@@ -37,15 +38,15 @@ class Prompts:
         try:
             fields = [name for _, name, _, _ in string.Formatter().parse(self.template)]
         except ValueError as error:
-            raise ValueError(f"--template {self.template!r}: {error}; write {{{{ for {{") from error
+            raise UserError(f"--template {self.template!r}: {error}; write {{{{ for {{") from error
         unknown = [f"{{{name}}}" for name in fields if name not in (None, "prompt")]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"--template {self.template!r}: no field {', '.join(unknown)}; it has {PROMPT}, "
                 "which --prompt COLUMN fills"
             )
         if "prompt" not in fields:
-            raise ValueError(f"--template {self.template!r}: it lacks the field {PROMPT}")
+            raise UserError(f"--template {self.template!r}: it lacks the field {PROMPT}")
 
     def text(self, prompt: str, decoder: Decoder) -> str:
         """The text that a completion follows."""

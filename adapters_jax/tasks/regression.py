@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.data.readers import DataError
+from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
 
@@ -66,7 +67,7 @@ class Numbers:
         """As `to_config` wrote it; raises ValueError for anything else."""
         found = cls(float(values["mean"]), float(values["std"]))
         if values["names"] or not (math.isfinite(found.mean) and 0 < found.std < math.inf):
-            raise ValueError("a mean, a positive deviation and no names are expected")
+            raise UserError("a mean, a positive deviation and no names are expected")
         return found
 
     def to_config(self) -> dict[str, Any]:

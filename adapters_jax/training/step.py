@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.checks import check_size
+from adapters_jax.errors import UserError
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree
 
@@ -70,7 +71,7 @@ def make_train_step(
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         taken = sorted(_OWN_METRICS & set(metrics))
         if taken:
-            raise ValueError(
+            raise UserError(
                 f"make_train_step: the loss function returns metrics named {', '.join(taken)}, "
                 "which the step reports itself; give them other names"
             )
@@ -145,7 +146,7 @@ def _split(parts: int, x: Array) -> Array:
     """The leading axis in so many parts."""
     if jnp.ndim(x) == 0 or x.shape[0] % parts:
         given = f"of {x.shape[0]}" if jnp.ndim(x) else "with a leaf without axes"
-        raise ValueError(
+        raise UserError(
             f"make_train_step: a batch {given} does not divide into {parts} parts; choose "
             "accumulate so that it divides the batch"
         )

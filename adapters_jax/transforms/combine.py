@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.checks import check_choice, check_number, check_size
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import DoRA, LoRA
 from adapters_jax.methods import base as arrays
 from adapters_jax.recipe import Recipe
@@ -126,7 +126,7 @@ def _check(
 ) -> None:
     """Raises ValueError for an argument out of its range."""
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(
+        raise UserError(
             f"combine: {len(adapters)} adapters and {len(weights)} weights; give one weight each"
         )
     check_choice("combine", "how", how, HOW)
@@ -134,13 +134,13 @@ def _check(
         check_number("combine", "a weight", weight, low=-math.inf)
     if (how == "linear") != (rank is None):
         says = "has the sum of all ranks; leave rank out" if how == "linear" else "wants a rank"
-        raise ValueError(f"combine: how={how!r} {says}")
+        raise UserError(f"combine: how={how!r} {says}")
     if rank is not None:
         check_size("combine", "rank", rank)
     if density != 1.0:
         check_number("combine", "density", density, high=1.0)
     if how == "dare" and key is None:
-        raise ValueError("combine: how='dare' draws at random; give key=jax.random.key(0)")
+        raise UserError("combine: how='dare' draws at random; give key=jax.random.key(0)")
 
 
 def _weights(base: Any) -> dict[str, tuple[int, ...]]:

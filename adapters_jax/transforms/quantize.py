@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.checks import check_choice, check_size
-from adapters_jax.errors import compare_trees
+from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.linen import Adapted, seen, shapes_of
 from adapters_jax.nnx import AdapterParam, copy, float_again, modules_of, quantized_in_place
 from adapters_jax.recipe import Recipe
@@ -153,14 +153,14 @@ class _Plan:
         for place, (_, weight) in weights.items():
             if is_quantized(weight) or not jnp.issubdtype(weight.dtype, jnp.inexact):
                 kind = "quantised already" if is_quantized(weight) else f"of {weight.dtype}"
-                raise ValueError(
+                raise UserError(
                     f"quantize: {place} is {kind}, wanted floats; leave it out of targets"
                 )
         shared = {p: _shared(layer, weight.shape) for p, (layer, weight) in weights.items()}
         block = self.block or 1
         bad = [place for place, sizes in shared.items() if _tiles(sizes, block) is None]
         if bad:
-            raise ValueError(_unfit(bad, weights[bad[0]][1].shape, shared, block))
+            raise UserError(_unfit(bad, weights[bad[0]][1].shape, shared, block))
 
     def apply(self, layer: Contraction, box: Any) -> Quantized:
         """A weight, quantised."""

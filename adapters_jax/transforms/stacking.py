@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.methods import METHODS
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.remap import Moves, moved
@@ -215,7 +215,7 @@ def stack_of(names: Names | Stack) -> Stack:
     """The names of a model's layers; raises ValueError for a table that does not have them."""
     stack = names if isinstance(names, Stack) else getattr(names, "stack", None)
     if stack is None:
-        raise ValueError(
+        raise UserError(
             "names says nothing of layers; give the NAMES that stands beside a model, or "
             "Stack('layer_{}', 'layers') with the names of one layer and of all as one"
         )

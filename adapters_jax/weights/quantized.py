@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from adapters_jax.abstract import is_abstract, is_array
+from adapters_jax.errors import MissingPackageError
 
 
 class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
@@ -92,9 +93,7 @@ def _qwix() -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise ImportError(
-            f"a quantised base needs qwix: pip install 'adapters-jax[quant]'. {error}"
-        ) from error
+        raise MissingPackageError("a quantised base", "qwix", "quant") from error
     return qwix
 
 

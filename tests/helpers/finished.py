@@ -10,8 +10,8 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.console import Output
-from adapters_jax.app.options.flags import parse
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.parsing import parse
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"
@@ -44,7 +44,7 @@ def decoder_run(flags=LORA, name="meanings"):
 
 def _run(flags, metrics, **of_rows):
     with contextlib.redirect_stderr(io.StringIO()):
-        job = parse(Finetune, flags.split()).prepare(Output(json=True))
+        job = parse(Finetune, flags.split()).prepare(Console(json=True))
     problem = job.problem
     if problem.params is None:
         leaves = nnx.to_pure_dict(nnx.state(problem.model, aj.nnx.AdapterParam))

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.shapes import count_parameters
 
@@ -31,9 +29,9 @@ class CountParameters:
 
     model: str
     method: MethodOptions = field(default_factory=MethodOptions)
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Counts, which is all of the work.
 
         Raises:

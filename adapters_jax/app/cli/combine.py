@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
-import tyro
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import given
 from adapters_jax.io.adapter import read_adapter, save_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.pretrained.decoder import Decoder, load_decoder
 from adapters_jax.transforms.combine import combine
 
-_OF_A_TRAINING = ("summary", "stopped", "recipe", "command", "data_sha256")
+_OF_A_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,18 @@ class Combine:
     examples: ClassVar[str] = """\
   adapters-jax combine runs/one runs/two --weights 0.7 0.3 --out runs/both
   adapters-jax combine runs/one runs/two --weights 1 -0.5 --how svd --rank 8 --out runs/both"""
+    positional: ClassVar[tuple[str, ...]] = ("runs",)
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tuple[Path, ...]
     weights: tuple[float, ...]
     out: Path
     how: Literal["linear", "svd", "ties", "dare"] = "linear"
     rank: int | None = None
     density: float = 0.5
     seed: int = 0
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the runs and sums them.
 
         Raises:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import tyro
-
 from adapters_jax.app.compare.comparison import Comparison
 from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
+from adapters_jax.errors import file_errors
 from adapters_jax.io.run_directory import Run
 
 
@@ -33,17 +32,18 @@ class Compare(CompareOptions):
   adapters-jax compare --train train.csv --test test.csv --text review --label stars --out stars
   adapters-jax compare --model smollm2-135m --train e2e.csv --prompt mr --completion ref"""
 
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Comparison:
+    def prepare(self, output: Console) -> Comparison:
         """Reads and checks everything; the directory is made last.
 
         Raises:
             ValueError: flags, files or rows that cannot be used, or cells of another comparison.
             AssetError: the pinned model or the movie reviews could not be fetched.
-            OSError: the directory cannot be made.
+            FileSystemError: the directory cannot be made.
         """
         options, grid, cells, out = self.check(output)
-        out.mkdir(parents=True, exist_ok=True)
+        with file_errors(out, "made"):
+            out.mkdir(parents=True, exist_ok=True)
         lock = Run(out).lock()
         return Comparison(options, grid, cells, out, output, lock)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.export import describe, export, open_source
 from adapters_jax.interop.formats import Format
 
@@ -39,17 +37,18 @@ class Convert:
   adapters-jax convert runs/e2e-lora for-peft --to peft
   adapters-jax convert runs/reviews for-adapterhub --to adapterhub --no-head
   adapters-jax convert user/their-lora@main ours --to native --model smollm2-135m"""
+    positional: ClassVar[tuple[str, ...]] = ("source", "destination")
 
-    source: tyro.conf.Positional[str]
-    destination: tyro.conf.Positional[Path]
+    source: str
+    destination: Path
     to: Format
     model: str | None = None
     pooling: Literal["mean", "cls", "pooler"] | None = None
     head: bool = True
     license: str | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the source and writes the destination, which is all of the work.
 
         Raises:

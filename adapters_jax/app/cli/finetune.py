@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.job import Job
@@ -47,17 +45,17 @@ class Finetune(RunOptions):
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Job:
-        """Reads and checks everything, so that whatever the user got wrong is said before training.
+    def prepare(self, output: Console) -> Job:
+        """Reads and checks everything, so that a mistake is reported before training.
 
         The run's directory is made last, when nothing else can be wrong.
 
         Raises:
             ValueError: flags, files, rows or a checkpoint that cannot be used.
             AssetError: the pinned model or the movie reviews could not be fetched.
-            OSError: the directory cannot be made.
+            FileSystemError: the directory cannot be made.
         """
         began = time.perf_counter()
         if self.resume is not None:
@@ -82,7 +80,7 @@ class Finetune(RunOptions):
         parts = (self.model, self.data.title, self.method.title)
         name = run_name(*parts) if self.name is None else self.name
         if not name or Path(name).name != name:
-            raise RunError(f"--name {name!r}: wanted the name of one directory, below --runs")
+            raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")
         if self.runs.exists() and not self.runs.is_dir():
-            raise RunError(f"--runs {self.runs} is a file; wanted a directory")
+            raise RunError(f"--runs {self.runs} is a file; expected a directory")
         return Run(self.runs / name)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
+from adapters_jax.errors import UserError
 from adapters_jax.inference import Generator, load_generator
 from adapters_jax.io.run_directory import find_run
 from adapters_jax.tasks import read_run
@@ -39,8 +38,9 @@ class Generate:
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" "name[Aromi]"
   adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
   head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: tyro.conf.Positional[str]
+    run: str
     prompt: tuple[str, ...] = ()
     file: Path | None = None
     column: str | None = None
@@ -48,9 +48,9 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the prompts and loads the run.
 
         Raises:
@@ -60,9 +60,9 @@ class Generate:
         check_size("sampling", "--max-new-tokens", self.max_new_tokens)
         check_number("sampling", "--temperature", self.temperature, closed=True)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p:g}: wanted a number above 0 and at most 1")
+            raise UserError(f"--top-p {self.top_p:g}: expected a number above 0 and at most 1")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: wanted a number from 0 to 2**32 - 1")
+            raise UserError(f"--seed {self.seed}: expected a number from 0 to 2**32 - 1")
         run = find_run(self.run)
         prompts = self._read(read_run(run, "generate")[1].get("prompt"))
         generator = load_generator(run.path)
@@ -86,7 +86,7 @@ class Generate:
             raise DataError("a prompt is empty; give each one something to go on from")
         return prompts
 
-    def _complete(self, generator: Generator, prompts: list[str], output: Output) -> None:
+    def _complete(self, generator: Generator, prompts: list[str], output: Console) -> None:
         """Each text is printed when its batch is there."""
         sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
         for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):

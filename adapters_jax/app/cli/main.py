@@ -1,21 +1,29 @@
 """The command line: a table of contents of the commands, and how each is called.
 
 A command is a frozen dataclass whose fields are its flags. Its `prepare` reads and checks all that
-the user gave, and returns the work; so a mistake of the user's is said in one line, and an error in
-the work itself is ours and keeps its traceback.
+the user gave, and returns the work. A `UserError` is a mistake of the user's, and becomes one line;
+any other error is a bug, and keeps its traceback.
 """
 
+import contextlib
 import importlib
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from adapters_jax.app.cli.malloc import keep_freed
+from adapters_jax.errors import UserError
 
+DEBUG = "--debug"
+DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
+BUG = """\
+This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
+with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
     "compare": ("adapters_jax.app.cli.compare", "Compare"),
@@ -55,6 +63,7 @@ examples:
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
+--config FILE takes flags from a TOML or JSON file; --debug shows the traceback of a mistake.
 """
 
 
@@ -66,48 +75,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 after
-        Ctrl-C, 143 after SIGTERM.
+        Ctrl-C, 143 after SIGTERM; 1 for a bug, with its traceback.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
         adapters-jax ...
         0
     """
-    name, *flags = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in line or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    name, *flags = [word for word in line if word != DEBUG] or ["--help"]
     if name in ("-h", "--help"):
         print(HELP, end="")
         return 0
     if name == "--version":
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     if arguments is None:  # the process is ours
         keep_freed()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
-    try:
-        return _run(name, flags)
-    except KeyboardInterrupt:
-        return _say(name, "interrupted", 130)
+    with _logging(debug):
+        return _run(name, flags, debug)
 
 
-def _run(name: str, flags: Sequence[str]) -> int:
-    """One command; a user's mistake becomes its one line."""
-    from adapters_jax.app.console import Output
-    from adapters_jax.app.runs.stopping import StoppedError
-    from adapters_jax.pretrained.assets import AssetError
+def _run(name: str, flags: Sequence[str], debug: bool) -> int:
+    """One command; a mistake of the user's becomes its one line, all else keeps its traceback."""
 
     try:
         command = _parse(name, flags)
-        work = command.prepare(Output(command.json))
-    except (ValueError, OSError, ImportError, AssetError) as error:
-        return _say(name, str(error), 2)
+        if command is not None:
+            _start(command)
+        return 0
+    except KeyboardInterrupt:
+        return _say(name, "interrupted", 130)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        return _say(name, str(error), getattr(error, "status", 2))
+    except Exception:
+        traceback.print_exc()
+        print(BUG.format(version=version("adapters-jax")), file=sys.stderr)
+        return 1
+
+
+def _start(command: Any) -> None:
+    """Reads and checks everything, and then does the work."""
+    from adapters_jax.app.console import Console
+
+    command.prepare(Console(command.json))()
+
+
+class _Lines(logging.Handler):
+    """One line for each message, on what stderr is at that time; a live bar replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """What is no command's output, such as what is fetched, on stderr as well."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
+    handler, logger = _Lines(), logging.getLogger("adapters_jax")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
-        work()
-    except StoppedError as error:
-        return _say(name, str(error), error.status)
-    return 0
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _say(name: str, message: str, status: int) -> int:
@@ -118,23 +158,27 @@ def _say(name: str, message: str, status: int) -> int:
 
 
 def _parse(name: str, flags: Sequence[str]) -> Any:
-    """The command with its flags; tyro's boxes become one line."""
+    """The command with its flags; None where they ask for its help."""
+    from adapters_jax.app.options.parsing import UsageError, parse
+    from adapters_jax.errors import MissingPackageError
+
     if name not in COMMANDS:
-        raise ValueError(f"no such command; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
-        importlib.import_module("tyro")
-        from adapters_jax.app.options.flags import UsageError, parse_or_refuse
-
+        importlib.import_module("cyclopts")
         command = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ImportError(f"{error}; pip install 'adapters-jax[finetune]' brings it") from error
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("adapters_jax"):
+            raise
+        raise MissingPackageError(f"adapters-jax {name}", error.name) from error
     summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
-    description = f"{summary}\n\nexamples:\n{command.examples}"
+    paragraphs = [" ".join(paragraph.split()) for paragraph in summary.split("\n\n")]
+    about = "\n\n".join([*paragraphs, f"examples:\n{command.examples}"])
     try:
-        return parse_or_refuse(command, flags, prog=f"adapters-jax {name}", description=description)
+        return parse(command, flags, f"adapters-jax {name}", about)
     except UsageError as error:
-        raise UsageError(f"{error}; see --help") from None
+        raise UsageError(f"{error}; see --help") from error
 
 
 if __name__ == "__main__":

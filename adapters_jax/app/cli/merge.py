@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
 from flax import nnx
 
-from adapters_jax.app.console import Output
-from adapters_jax.data.tables import DataError
+from adapters_jax.app.console import Console
+from adapters_jax.data.readers import DataError
+from adapters_jax.errors import UserError, file_errors
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, Decoder
@@ -48,13 +48,14 @@ class Merge:
     examples: ClassVar[str] = """\
   adapters-jax merge runs/mine --out merged
   adapters-jax merge runs/mine --out merged --json"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: tyro.conf.Positional[Path]
+    run: Path
     out: Path
-    dequantize: tyro.conf.FlagCreatePairsOff[bool] = False
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    dequantize: bool = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Loads the run and folds its adapter in.
 
         Raises:
@@ -98,15 +99,17 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> li
     """
     save = decoder.family.save
     if save is None:
-        raise ValueError(f"checkpoints of the family {decoder.family.name} cannot be written")
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
-    try:
-        beside.chmod(0o755)
-        save(beside, decoder.config, model, **decoder.settings())
-        _write_tokenizer(beside, decoder)
-        os.rename(beside, directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"checkpoints of the family {decoder.family.name} cannot be written")
+    with file_errors(directory, "written"):
+        parent = directory.absolute().parent
+        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+        try:
+            beside.chmod(0o755)
+            save(beside, decoder.config, model, **decoder.settings())
+            _write_tokenizer(beside, decoder)
+            os.rename(beside, directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
 
 

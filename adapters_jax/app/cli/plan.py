@@ -11,11 +11,10 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.shapes import adapted_shape, find_shape
 from adapters_jax.audit import bytes_text
@@ -66,9 +65,9 @@ class PlanTraining:
     remat: bool = True
     memory: float | None = None
     full: bool = True
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Checks the flags, and takes as many devices as the mesh has.
 
         Raises:
@@ -100,7 +99,7 @@ class PlanTraining:
         return model, params, abstract_state(model, params, tx=optax.adamw(1e-4))
 
     def _plans(
-        self, method: MethodOptions, shape: Any, mesh: Mesh, output: Output
+        self, method: MethodOptions, shape: Any, mesh: Mesh, output: Console
     ) -> tuple[Plan, Plan | None]:
         """The plan of the batch, and of the largest that fits."""
         loss = _loss_of(shape[0], find_shape(self.model)[0].kind)
@@ -123,10 +122,12 @@ class PlanTraining:
         half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
         return replace(found, **half)
 
-    def _show(self, plans: dict[str, tuple[Plan, Plan | None]], mesh: Mesh, output: Output) -> None:
+    def _show(
+        self, plans: dict[str, tuple[Plan, Plan | None]], mesh: Mesh, output: Console
+    ) -> None:
         devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
-        said = f"{self.model}, {self.batch_size} x {self.length} tokens a step, {self.dtype}"
-        output.say(f"{said}, AdamW, {self.mesh}: bytes on each of {devices}")
+        what = f"{self.model}, {self.batch_size} x {self.length} tokens a step, {self.dtype}"
+        output.say(f"{what}, AdamW, {self.mesh}: bytes on each of {devices}")
         rows = [[row, *(bytes_text(getattr(p, row)) for p, _ in plans.values())] for row in ROWS]
         rows.append(
             ["trainable parameters", *(f"{p.trainable_parameters:,}" for p, _ in plans.values())]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Texts, read_rows
+from adapters_jax.errors import file_errors
 from adapters_jax.inference import Prediction, load_predictor
 from adapters_jax.io.run_directory import find_run
 from adapters_jax.tasks import read_run
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,17 @@ class Predict:
   adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." "Two hours I want back."
   adapters-jax predict runs/reviews --file new.csv --text review --out predictions.csv
   head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
+    positional: ClassVar[tuple[str, ...]] = ("run", "texts")
 
-    run: tyro.conf.Positional[str]
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    run: str
+    texts: tuple[str, ...] = ()
     file: Path | None = None
     text: str | None = None
     text_pair: str | None = None
     out: Path | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Reads the texts and loads the run.
 
         Raises:
@@ -61,8 +64,9 @@ class Predict:
         predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
         if cut:
-            words = f"{cut} of {len(texts)} texts are cut at {predictor.max_length} tokens"
-            print(words, file=sys.stderr)
+            _LOG.warning(
+                "%d of %d texts are cut at %d tokens", cut, len(texts), predictor.max_length
+            )
         return lambda: self._write(predictor.predict(texts), output)
 
     def _read(self, config: dict[str, Any]) -> Texts:
@@ -85,7 +89,7 @@ class Predict:
             parts = list(self.texts)
         return _paired(parts) if config["pairs"] else _single(parts)
 
-    def _write(self, predictions: Sequence[Prediction], output: Output) -> None:
+    def _write(self, predictions: Sequence[Prediction], output: Console) -> None:
         """To the file, or to stdout as JSON lines or a table."""
         rows = [prediction.to_dict() for prediction in predictions]
         if self.out is not None:
@@ -133,7 +137,7 @@ def _check_out(path: Path) -> None:
 
 def _save(path: Path, predictions: Sequence[Prediction]) -> None:
     """The predictions as a file of its suffix's kind."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             for prediction in predictions:
                 file.write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
-
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.export import RUN_CONFIG, describe, export, open_source
 from adapters_jax.app.runs.stopping import StoppedError
+from adapters_jax.errors import UserError
 from adapters_jax.interop.formats import Format, every_file
 from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run
@@ -43,19 +42,20 @@ class Push:
   adapters-jax push runs/e2e-lora me/e2e-lora --license apache-2.0
   adapters-jax push runs/e2e-lora me/e2e-lora --to peft --private --revision peft
   adapters-jax push runs/e2e-lora me/e2e-lora --dry-run --out look-at-this"""
+    positional: ClassVar[tuple[str, ...]] = ("run", "repository")
 
-    run: tyro.conf.Positional[Path]
-    repository: tyro.conf.Positional[str]
+    run: Path
+    repository: str
     to: Format = "native"
-    private: tyro.conf.FlagCreatePairsOff[bool] = False
+    private: bool = False
     revision: str | None = None
     head: bool = True
     license: str | None = None
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: bool = False
     out: Path | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
 
-    def prepare(self, output: Output) -> Callable[[], None]:
+    def prepare(self, output: Console) -> Callable[[], None]:
         """Writes the directory, and checks all that can be checked before uploading it.
 
         Raises:
@@ -65,7 +65,7 @@ class Push:
         """
         user, _, name = self.repository.partition("/")
         if not user or not name or "@" in name or not hub.is_id(self.repository):
-            raise ValueError(f"{self.repository!r} is no repository's id; wanted user/name")
+            raise UserError(f"{self.repository!r} is no repository's id; expected user/name")
         Run(self.run).read_config(None)
         if not self.dry_run:
             _check_token()
@@ -94,7 +94,7 @@ class Push:
 
         return work
 
-    def _upload(self, directory: Path, output: Output) -> str:
+    def _upload(self, directory: Path, output: Console) -> str:
         """The commit's address; raises StoppedError where the Hub refuses."""
         import huggingface_hub
 
@@ -117,6 +117,8 @@ class Push:
                 commit_message="An adapter by adapters_jax",
                 delete_patterns=_stale(directory),
             )
+        except StoppedError:
+            raise
         except hub.problems() as error:
             raise StoppedError(
                 f"{repository} was not uploaded: {hub.said(error)}; see whether the token may "
@@ -131,9 +133,9 @@ def _check_token() -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise ValueError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
+        raise UserError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
     if not get_token():
-        raise ValueError(
+        raise UserError(
             "there is no token of the Hugging Face Hub: log in with `hf auth login`, set HF_TOKEN, "
             "or add --dry-run"
         )

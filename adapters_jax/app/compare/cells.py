@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapters_jax.app.compare.grid import Cell, Result
-from adapters_jax.app.console import Meter, Output
+from adapters_jax.app.console import Console, Progress
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs.config import changed_versions, differences
+from adapters_jax.app.runs.config import changed_versions, differences, read_options
 from adapters_jax.io.run_directory import Run, RunError
 
-_OWN = ("seed", "optimizer", "command", "summary", "stopped")  # differs from cell to cell
+_OWN = (
+    "seed",
+    "optimizer",
+    "options",
+    "command",
+    "summary",
+    "stopped",
+)  # differs from cell to cell
 _OWN_RATES = ("learning_rate", "head_learning_rate")  # and of the optimizer
-_NO_MATTER = ("--runs=", "--name=", "--checkpoint-every=")  # where it is, and how often it is saved
 
 
 @dataclass(frozen=True)
@@ -52,30 +58,30 @@ class Cells:
         return Run(self.directory / cell.name)
 
     def check(
-        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], output: Output
+        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], output: Console
     ) -> None:
         """Checks the cells that are there: they must be of this comparison, and nobody's.
 
         Raises:
             RunError: one is of another comparison, or another process has it.
         """
-        said = set()
+        notes = set()
         for cell in cells:
             run = self.run(cell)
             if not run.path.exists():
                 continue
             config = run.read_config(None)
-            self._check_same(cell, config, words(options(cell)))
+            self._check_same(cell, config, options(cell))
             now = self.checked[cell.recipe].config
             if config.get("versions", now["versions"]) != now["versions"]:
-                said.add(changed_versions(config, now))
+                notes.add(changed_versions(config, now))
             if not {"summary", "stopped"} & config.keys():
                 run.unlock(run.lock())
-        for text in sorted(said):
+        for text in sorted(notes):
             output.say(text)
 
-    def _check_same(self, cell: Cell, config: dict[str, Any], wanted: list[str]) -> None:
-        was, now = _telling(config.get("command") or []), _telling(wanted)
+    def _check_same(self, cell: Cell, config: dict[str, Any], options: RunOptions) -> None:
+        was, now = _telling(read_options(self.run(cell), config)), _telling(options)
         there, here = [w for w in was if w not in now], [w for w in now if w not in was]
         expected = _shared(self.checked[cell.recipe].config)
         differing = differences(_shared(config), expected)
@@ -99,19 +105,19 @@ class Cells:
     def result(self, cell: Cell) -> Result | None:
         """What a cell found; None while it is not done."""
         config = self.run(cell).read_config(None)
-        said: Result = {
+        found: Result = {
             "recipe": cell.recipe,
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
             "run": cell.name,
         }
         if "stopped" in config:
-            return {**said, "stopped": config["stopped"]}
+            return {**found, "stopped": config["stopped"]}
         if "summary" not in config:
             return None
         summary = config["summary"]
         return {
-            **said,
+            **found,
             "trainable_parameters": summary["trainable_parameters"],
             "dev": summary["dev"],
             "test": summary["results"][-1]["test"],
@@ -126,13 +132,13 @@ def _shared(config: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "optimizer": optimizer}
 
 
-def _telling(command: Sequence[str]) -> list[str]:
-    """The words of a command that its result depends on."""
-    return sorted(word for word in command if not word.startswith(_NO_MATTER))
+def _telling(options: RunOptions) -> list[str]:
+    """The flags that a run's result depends on, which is not how often it is saved."""
+    return words(replace(options, checkpoint_every=RunOptions.checkpoint_every))
 
 
-class CellOutput(Output):
-    """The words of a cell among many: one that was said before is not said again, tables never.
+class CellConsole(Console):
+    """The lines of a cell among many: each is printed once, and tables never.
 
     Args:
         output: the comparison's.
@@ -140,15 +146,15 @@ class CellOutput(Output):
     """
 
     def __init__(
-        self, output: Output, tell: Callable[[float, str], None] = lambda part, note: None
+        self, output: Console, tell: Callable[[float, str], None] = lambda part, note: None
     ):
         self.json, self.console = output.json, output.console
-        self._tell, self._said = tell, set[str]()
+        self._tell, self._printed = tell, set[str]()
 
     def say(self, text: str = "") -> None:
         """One line, the first time."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             super().say(text)
 
     def show(self, thing: Any) -> None:
@@ -164,7 +170,7 @@ class CellOutput(Output):
         steps: int,
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
-    ) -> Iterator[Meter]:
+    ) -> Iterator[Progress]:
         """What is done of the cell, for the whole's."""
         yield _Part(steps, self._tell)
 

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
-from adapters_jax.app.compare.cells import CellOutput, Cells
+from adapters_jax.app.compare.cells import CellConsole, Cells
 from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
-from adapters_jax.app.console import Meter, Output, duration
+from adapters_jax.app.console import Console, Progress, duration
 from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.errors import FileSystemError, UserError
 from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.pretrained.assets import AssetError
 from adapters_jax.tasks.base import NotFiniteError
 
 _CACHE = "jax_compilation_cache_dir"
@@ -40,15 +41,15 @@ class Comparison:
         cells: their directories.
         out: directory of all of it.
         output: where words go.
-        lock: the handle by which this process has the directory.
+        lock: by which this process has the directory.
     """
 
     options: CompareOptions
     grid: Grid
     cells: Cells
     out: Path
-    output: Output
-    lock: int
+    output: Console
+    lock: FileLock
 
     def __call__(self) -> None:
         """Trains what is left, and writes the comparison after every cell.
@@ -65,7 +66,7 @@ class Comparison:
             raise StoppedError(f"{error}; {again}", error.status) from error
         except StoppedError as error:
             raise StoppedError(f"{error.__cause__ or error}; {again}", error.status) from error
-        except (RunError, OSError) as error:
+        except (RunError, FileSystemError) as error:
             raise StoppedError(f"{error}; {again}") from error
         finally:
             Run(self.out).unlock(self.lock)
@@ -78,20 +79,20 @@ class Comparison:
             self.output.say(f"{len(results)} cells are done already")
             self._write(results)
         with self.output.progress("compare", pace.total, "cell", pace.left) as meter:
-            output = CellOutput(self.output, lambda part, note: pace.tell(meter, part, note))
+            output = CellConsole(self.output, lambda part, note: pace.tell(meter, part, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
                 results[cell] = self._train(cell, output)
                 interrupts.check()
                 self._write(results)
-                meter.update(pace.done, self._said(results[cell], cell), news=True)
+                meter.update(pace.done, self._outcome(results[cell], cell), news=True)
         summary = self._write(results)
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
         took = f"finished in {duration(time.perf_counter() - began)}: see {page}"
         self.output.finish(*comparison_table(summary), took, summary)
 
-    def _train(self, cell: Cell, output: Output) -> Result:
+    def _train(self, cell: Cell, output: Console) -> Result:
         """Runs a cell, or goes on with it; one that diverges is a result, too."""
         jax.clear_caches()
         gc.collect()
@@ -102,7 +103,7 @@ class Comparison:
                 job = resume_run(run, output, began)
             else:
                 job = open_run(prepare_run(self.options.run_options(cell), run, output, began))
-        except (ValueError, OSError, AssetError) as error:
+        except UserError as error:
             raise StoppedError(str(error)) from error
         try:
             job()
@@ -114,7 +115,7 @@ class Comparison:
             raise RunError(f"{run.path} is not finished")
         return result
 
-    def _said(self, result: Result, cell: Cell) -> str:
+    def _outcome(self, result: Result, cell: Cell) -> str:
         if "stopped" in result:
             return f"{cell.title}: diverged"
         metric = self.grid.metric
@@ -160,7 +161,7 @@ class _Pace:
         """Another cell runs."""
         self.cell, self.began = cell, time.monotonic()
 
-    def tell(self, meter: Meter, part: float, note: str) -> None:
+    def tell(self, meter: Progress, part: float, note: str) -> None:
         """Shows the running cell's progress."""
         if self.cell is not None:
             meter.update(self.done, f"{self.cell.title}  {note}")
@@ -188,7 +189,7 @@ class _Pace:
 def compiled_in(directory: Path) -> Iterator[None]:
     """Within, jax keeps what it compiles in a directory, so that the next seed need not.
 
-    Where the user has told jax of a directory already, that one stays.
+    Where jax has a directory already, that one stays.
     """
     if getattr(jax.config, _CACHE) is not None:
         yield

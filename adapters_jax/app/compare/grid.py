@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapters_jax.app.options.flags import UsageError, flag, parse_or_refuse, words
+from adapters_jax.app.options.flags import flag, words
 from adapters_jax.app.options.method import PRESETS, MethodOptions
+from adapters_jax.app.options.parsing import UsageError, parse
 from adapters_jax.tasks.metrics import better
 
 RATES = "--learning-rates"
@@ -92,7 +93,7 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
     given = text.split()
     if not given or given[0].startswith("-") or {"-h", "--help"} & {*given}:
         raise UsageError(
-            f"--recipes {text!r}: wanted a method and its flags, such as 'lora --rank 4', or a "
+            f"--recipes {text!r}: expected a method and its flags, such as 'lora --rank 4', or a "
             "recipe file, such as recipe.json"
         )
     try:
@@ -100,8 +101,8 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
         if parts[-1] == RATES:
             raise UsageError(f"{RATES} has no rates")
         first = "--recipe" if parts[0].endswith(".json") else "--method"
-        written = parse_or_refuse(_Written, [first, *parts])
-    except ValueError as error:
+        written = parse(_Written, [first, *parts])
+    except ValueError as error:  # also of shlex
         raise UsageError(f"--recipes {text!r}: {error}") from error
     rates = written.learning_rates or tuple(learning_rates)
     rates = rates or (PRESETS[written.method.method].learning_rate,)
@@ -152,7 +153,7 @@ class Grid:
     Attributes:
         candidates: the recipes.
         seeds: all of them.
-        tuning_seeds: so many of them try every rate.
+        tuning_seeds: how many of them try every rate.
         metric: what is selected on.
     """
 

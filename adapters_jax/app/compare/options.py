@@ -9,14 +9,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters_jax.app.compare.cells import CellOutput, Cells, Checked
+from adapters_jax.app.compare.cells import CellConsole, Cells, Checked
 from adapters_jax.app.compare.grid import Candidate, Cell, Grid, read_candidate
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.settings import RunOptions, Settings
 from adapters_jax.app.runs.prepare import prepare_run
 from adapters_jax.audit import audit
 from adapters_jax.checks import check_number, check_size
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run, RunError, run_name
 from adapters_jax.pretrained.locate import is_decoder, pinned
 
@@ -51,7 +52,7 @@ class CompareOptions(Settings):
             some of every kind.
         learning_rates: to try, of recipes that have none of their own; by default each method's.
         seeds: to train with.
-        tuning_seeds: with so many of the seeds all rates are tried, with the others the best alone.
+        tuning_seeds: how many seeds all rates are tried with; the others have the best alone.
         out: directory of the comparison; by default comparisons/ and the model and the task.
     """
 
@@ -61,7 +62,7 @@ class CompareOptions(Settings):
     tuning_seeds: int = 1
     out: Path | None = None
 
-    def check(self, output: Output) -> tuple[CompareOptions, Grid, Cells, Path]:
+    def check(self, output: Console) -> tuple[CompareOptions, Grid, Cells, Path]:
         """Reads and checks everything: every recipe is put onto the model, and every cell that is
         there already must be of this comparison. Nothing is written.
 
@@ -102,17 +103,17 @@ class CompareOptions(Settings):
     def _candidates(self) -> tuple[Candidate, ...]:
         """The recipes of the flags; the flags are checked."""
         if self.optimizer.learning_rate is not None:
-            raise ValueError(
+            raise UserError(
                 f"--learning-rate {self.optimizer.learning_rate:g}: write --learning-rates"
             )
         if not self.seeds:
-            raise ValueError("--seeds: wanted at least one")
+            raise UserError("--seeds: expected at least one")
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
-                raise ValueError(f"--seeds {seed}: wanted numbers from 0 to 2**32 - 1")
+                raise UserError(f"--seeds {seed}: expected numbers from 0 to 2**32 - 1")
         check_size("the comparison", "--tuning-seeds", self.tuning_seeds)
         if self.tuning_seeds > len(self.seeds):
-            raise ValueError(
+            raise UserError(
                 f"--tuning-seeds {self.tuning_seeds}: more than the {len(self.seeds)} --seeds"
             )
         kind: Literal["decoder", "encoder"] = "decoder" if is_decoder(self.model) else "encoder"
@@ -130,12 +131,12 @@ class CompareOptions(Settings):
         for directory in (out, out / "cells"):
             if directory.exists() and not directory.is_dir():
                 raise RunError(
-                    f"{directory} is a file; wanted a directory of a comparison in --out"
+                    f"{directory} is a file; expected a directory of a comparison in --out"
                 )
         return out
 
     def _check_recipes(
-        self, candidates: tuple[Candidate, ...], out: Path, output: Output
+        self, candidates: tuple[Candidate, ...], out: Path, output: Console
     ) -> dict[str, Checked]:
         """What each recipe would train, by its text.
 
@@ -144,23 +145,23 @@ class CompareOptions(Settings):
         """
         found: dict[str, Checked] = {}
         wrong: dict[str, str] = {}
-        quiet = CellOutput(output)
+        quiet = CellConsole(output)
         with output.progress("checking", len(candidates), "recipe") as meter:
             for number, candidate in enumerate(candidates, 1):
                 cell = Cell(candidate.text, candidate.learning_rates[0], self.seeds[0])
                 try:
                     found[candidate.text] = self._rehearse(cell, out / "cells", quiet)
-                except ValueError as error:
+                except UserError as error:
                     wrong[candidate.text] = str(error)
                 meter.update(number, candidate.text)
         if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
-            raise ValueError(wrong[candidates[0].text])
+            raise UserError(wrong[candidates[0].text])
         if wrong:
-            raise ValueError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
+            raise UserError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
         _refuse_same(found)
         return found
 
-    def _rehearse(self, cell: Cell, directory: Path, output: Output) -> Checked:
+    def _rehearse(self, cell: Cell, directory: Path, output: Console) -> Checked:
         """Reads and checks a cell as if it were to be trained now."""
         run = Run(directory / cell.name)
         job = prepare_run(self.run_options(cell), run, output, time.perf_counter())
@@ -174,7 +175,7 @@ def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> 
     """Raises ValueError where two cells would be one."""
     twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
     if twice:
-        raise ValueError(f"--seeds {' '.join(twice)}: given twice; once is enough")
+        raise UserError(f"--seeds {' '.join(twice)}: given twice; once is enough")
     names = Counter(
         Cell(candidate.text, rate, 0).name[: -len("-seed-0")]
         for candidate in candidates
@@ -182,7 +183,7 @@ def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> 
     )
     same = [name for name, count in names.items() if count > 1]
     if same:
-        raise ValueError(
+        raise UserError(
             f"two recipes or rates would share the directory {same[0]}-seed-{seeds[0]}; leave one "
             "of them out"
         )
@@ -195,5 +196,5 @@ def _refuse_same(found: dict[str, Checked]) -> None:
         optimizer = {**checked.config["optimizer"], "learning_rate": None}
         key = repr((checked.config["recipe"], optimizer))
         if key in seen:
-            raise ValueError(f"--recipes {seen[key]!r} and {text!r} are one recipe; leave one out")
+            raise UserError(f"--recipes {seen[key]!r} and {text!r} are one recipe; leave one out")
         seen[key] = text

@@ -8,6 +8,7 @@ from adapters_jax.checks import check_size
 from adapters_jax.data import glue, movie_reviews
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.splits import spread
+from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
 from adapters_jax.tasks import TASKS, Task, tasks_on
 
@@ -87,10 +88,10 @@ class DataOptions:
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
         name = self.task or of_glue or tasks_on(kind)[0].name
         if name not in TASKS:
-            raise ValueError(f"--task {name}: no such task; there are {', '.join(TASKS)}")
+            raise UserError(f"--task {name}: no such task; there are {', '.join(TASKS)}")
         if TASKS[name].kind != kind:
             names = " or ".join(task.name for task in tasks_on(kind))
-            raise ValueError(
+            raise UserError(
                 f"--task {name}: of {TASKS[name].kind}s, and {model!r} is a base of another kind, "
                 f"{kind}; it learns {names}"
             )
@@ -111,7 +112,7 @@ class DataOptions:
         wrong = [role for role in named if role in flags or role not in task.columns]
         if wrong or not all(named.values()):
             roles = ", ".join(role for role in task.columns if role not in flags) or "none"
-            raise ValueError(
+            raise UserError(
                 f"--columns {' '.join(self.columns)}: role=column is expected; of --task "
                 f"{task.name} the roles without a flag of their own are: {roles}"
             )
@@ -139,17 +140,17 @@ class DataOptions:
     def _check(self, task: Task) -> None:
         """Raises ValueError for flags that do not go together, rather than leaving one out."""
         if self.train is not None and (self.glue or self.data):
-            raise ValueError("--train and --glue are two tasks; give one of them")
+            raise UserError("--train and --glue are two tasks; give one of them")
         if (self.glue is None) != (self.data is None):
-            raise ValueError("--glue and --data go together, as in --glue cola --data glue/CoLA")
+            raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
         if self.train is None and "glue" not in task.flags:
-            raise ValueError(f"a {task.kind} learns from a file: add {task.example}")
+            raise UserError(f"a {task.kind} learns from a file: add {task.example}")
         stray = [] if self.train is not None else [n for n in given(self) if n in _OF_FILES]
         if stray:
-            raise ValueError(f"{', '.join(map(flag, stray))}: only with --train FILE")
+            raise UserError(f"{', '.join(map(flag, stray))}: only with --train FILE")
         unknown = [name for name in self.metrics if name not in task.metrics]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"--metrics {' '.join(unknown)}: --task {task.name} has {', '.join(task.metrics)}"
             )
         if self.limit is not None:

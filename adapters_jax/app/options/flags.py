@@ -1,16 +1,10 @@
 """Flags are the fields of frozen dataclasses; what all of those share."""
 
-import contextlib
+from __future__ import annotations
+
 import dataclasses
-import io
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-
-class UsageError(ValueError):
-    """Flags that a command does not have, or cannot read."""
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -22,12 +16,6 @@ def given(options: Any) -> dict[str, Any]:
 def flag(field: str) -> str:
     """A field's name as a flag, `learning_rate` as `--learning-rate`."""
     return "--" + field.replace("_", "-")
-
-
-def plain(options: Any) -> dict[str, Any]:
-    """A dataclass as JSON would have it, its paths whole."""
-    values = dataclasses.asdict(options)
-    return {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def words(options: Any) -> list[str]:
@@ -59,37 +47,3 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [name, *map(str, value)]
     return [f"{name}={value.resolve() if isinstance(value, Path) else value}"]
-
-
-def parse(
-    command: Any, flags: Sequence[str], prog: str | None = None, description: str | None = None
-) -> Any:
-    """A command of its flags, as the command line reads them; tyro's errors exit the process."""
-    import tyro
-
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    return tyro.cli(command, args=flags, config=config, prog=prog, description=description)
-
-
-def parse_or_refuse(command: Any, flags: Sequence[str], **about: str) -> Any:
-    """As `parse`; where the flags cannot be read, the box that tyro prints becomes one line.
-
-    Raises:
-        UsageError: with that line.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse(command, flags, **about)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_unboxed(said.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """What a box of tyro's says, without its frame, its title and its advice."""
-    _, *lines = [line.strip("│ ") for line in text.splitlines()] or [""]
-    words = " ".join(" ".join(line for line in lines if line.strip("╰╯─-")).split())
-    words = re.split(r" ?(?:For full helptext|Argument helptext|Got errors)", words)[0]
-    return re.sub(r"^Error parsing (?!-)\S+: ", "", words).rstrip(".")

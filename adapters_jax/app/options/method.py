@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from adapters_jax import presets as recipes
 from adapters_jax.app.options.flags import flag, given
+from adapters_jax.errors import FileSystemError, UserError, file_errors
 from adapters_jax.presets import head_only
 from adapters_jax.recipe import Recipe
 
@@ -180,7 +181,7 @@ class MethodOptions:
         foreign = [flag(name) for name in fields if name not in preset.flags]
         if foreign:
             known = ", ".join(map(flag, preset.flags)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(foreign)}: no field of --method {self.method}; its fields are {known}"
             )
         if "adapter_dropout" in fields:
@@ -193,12 +194,16 @@ class MethodOptions:
         """The recipe of a file, and the head, which would stay random if it did not train."""
         others = [flag(name) for name in given(self) if name != "recipe"]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"--recipe {path} says everything about the method; put "
                 f"{', '.join(others)} into that file instead"
             )
         try:
-            recipe = Recipe.from_json(path.read_text(encoding="utf-8"))
+            with file_errors(path):
+                text = path.read_text(encoding="utf-8")
+            recipe = Recipe.from_json(text)
+        except FileSystemError:
+            raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe

@@ -10,6 +10,7 @@ import optax
 from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.method import PRESETS
 from adapters_jax.checks import check_number, check_size
+from adapters_jax.errors import UserError
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.optimizers import freeze_base
@@ -61,7 +62,7 @@ class OptimizerOptions:
         if self.dropout is not None:
             check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
         if self.batch_size is not None and self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
 
@@ -86,7 +87,7 @@ class OptimizerOptions:
         )
 
     def steps(self, epoch: int) -> int:
-        """The steps of a training, where an epoch has so many."""
+        """The steps of a training, where an epoch has `epoch` of them."""
         return max(1, round((self.epochs or 1) * epoch))
 
     def marks(self, epoch: int) -> set[int]:
@@ -96,14 +97,14 @@ class OptimizerOptions:
         return {-(-steps * n // count) for n in range(1, count + 1)}
 
     def schedule(self, steps: int, peak: float) -> optax.Schedule:
-        """The learning rate of each step, for a training of so many."""
+        """The learning rate of each step, for a training of `steps`."""
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
         return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
-        """The optimiser of a training of so many steps, of what the recipe trains."""
+        """The optimiser of a training of `steps` steps, of what the recipe trains."""
 
         def adamw(peak: float | None) -> optax.GradientTransformation:
             schedule = self.schedule(steps, peak or 0.0)

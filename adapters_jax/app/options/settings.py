@@ -25,8 +25,8 @@ class Settings:
         optimizer: the training.
         prompts: how a decoder is given a prompt.
         pack: put a decoder's short rows side by side in sequences of --max-length tokens.
-        held_out: score a decoder on at most so many rows of dev, and of test, evenly spread.
-        exact_match: generate for at most so many of these prompts, and compare; 0 does not.
+        held_out: score a decoder on at most this many rows of dev, and of test, evenly spread.
+        exact_match: generate for at most this many of these prompts, and compare; 0 does not.
         max_length: in tokens; longer rows are cut; by default 128, of a decoder 256.
         pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
         dtype: what the model computes in; what trains stays float32.

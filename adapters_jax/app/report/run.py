@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.app.console import duration
+from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.method import HEAD_ONLY
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.report import pages
 from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.io.atomic import write_file
@@ -21,7 +24,7 @@ from adapters_jax.tasks import task_of
 BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1", "exact_match")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
-_NOT_SETTINGS = ("command", "data", "summary")  # the page shows these elsewhere
+_NOT_SETTINGS = ("data", "options", "summary")  # the page shows these elsewhere
 
 
 def show_metric(name: str, value: float) -> str:
@@ -121,7 +124,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
         config: the run's configuration, with its summary.
         counts: the audit of what was trained.
     """
-    summary = config["summary"]
+    summary, options = config["summary"], from_plain(RunOptions, config["options"])
     usage = task_of(config).usage(run.path.as_posix(), config)
     page = pages.render(
         "run",
@@ -138,7 +141,7 @@ def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
         totals=counts.totals(),
         shell=usage.shell,
         python=usage.python,
-        again=shlex.join(["adapters-jax", "finetune", *config["command"]]),
+        again=shlex.join(["adapters-jax", "finetune", *words(options)]),
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())

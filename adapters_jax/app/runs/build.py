@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
 
-from adapters_jax.app.console import Output
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -12,17 +12,18 @@ from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job
 from adapters_jax.data.splits import spread
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
 
 
-def build_job(options: RunOptions, run: Run, output: Output, began: float) -> Job:
+def build_job(options: RunOptions, run: Run, output: Console, began: float) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
     kind = "decoder" if is_decoder(options.model) else "encoder"
     if kind == "decoder" and options.method.method == HEAD_ONLY:
-        raise ValueError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
+        raise UserError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
@@ -90,7 +91,7 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
     stray = [name for name in found if readers[name] and task.name not in readers[name]]
     if stray:
         others = sorted({other for name in stray for other in readers[name]})
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(flag, stray))}: of --task {' and '.join(others)}, and "
             f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}; tasks of that "
             f"kind are {', '.join(other.name for other in tasks_on(task.kind))}"

@@ -13,15 +13,19 @@ from typing import Any
 
 import jax
 
-from adapters_jax.app.console import Output
-from adapters_jax.app.options.flags import plain, words
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.options.stored import from_plain, plain
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import FORMAT, Run, RunError
 from adapters_jax.methods import LoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
+
+_ELSEWHERE = ("--runs=", "--name=")  # where the run is, which its options do not say
 
 
 def shared_config(
@@ -29,7 +33,7 @@ def shared_config(
 ) -> dict[str, Any]:
     """What a run's `config.json` says whatever the base is."""
     if training.lora_plus != 1.0 and not any(isinstance(m, LoRA) for m in recipe):
-        raise ValueError(f"--lora-plus: a rate for LoRA's B, and {options.method.title} has none")
+        raise UserError(f"--lora-plus: a rate for LoRA's B, and {options.method.title} has none")
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
     path = Path(options.model)
     model = str(path.resolve()) if path.exists() else options.model
@@ -46,9 +50,34 @@ def shared_config(
         "recipe": json.loads(recipe.to_json()),
         "optimizer": plain(training),
         "data_sha256": _sha256(task),
-        "command": words(RunOptions(**{**own, "model": model})),
+        "options": plain(RunOptions(**{**own, "model": model})),
         "versions": _versions(),
     }
+
+
+def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
+    """The options that a run was started with.
+
+    Runs of before `options` have them as the words of a command line, in `command`.
+
+    Raises:
+        RunError: names what is unknown or of another type; or there are none.
+    """
+    options, command = config.get("options"), config.get("command")
+    try:
+        if isinstance(options, dict):
+            return from_plain(RunOptions, options)
+        if isinstance(command, list):
+            return parse(RunOptions, [w for w in command if not w.startswith(_ELSEWHERE)])
+    except UserError as error:
+        raise RunError(f"{run.config} is damaged: its options: {error}") from error
+    raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+
+
+def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its options as they are written today."""
+    others = {key: value for key, value in config.items() if key != "command"}
+    return {**others, "options": plain(read_options(run, config))}
 
 
 def check_unfinished(run: Run, config: dict[str, Any]) -> None:
@@ -59,11 +88,11 @@ def check_unfinished(run: Run, config: dict[str, Any]) -> None:
         raise RunError(f"{run.path} would stop again: {config['stopped']}")
 
 
-def check_same(run: Run, config: dict[str, Any], output: Output) -> None:
+def check_same(run: Run, config: dict[str, Any], output: Console) -> None:
     """Raises RunError where a run would go on with something else than it was started with."""
     before = run.read_config(None)
     check_unfinished(run, before)
-    differing = differences(before, config)
+    differing = differences(comparable(run, before), comparable(run, config))
     if "versions" in differing:
         differing.remove("versions")
         output.say(changed_versions(before, config))
@@ -77,19 +106,18 @@ def check_same(run: Run, config: dict[str, Any], output: Output) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings in which a run's configuration is not that of another one.
 
-    The order of a command's flags says nothing, nor do flags at their default: there may be more
-    of them than when a run was started.
+    A data option at its default is no difference: there may be more of them than when a run was
+    started.
     """
 
-    def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-        plain = json.loads(json.dumps(config))
-        if isinstance(plain.get("data"), dict):  # its task is the task_type
-            plain["data"] = {k: v for k, v in plain["data"].items() if k != "task" and v}
-        plain["task_type"] = plain.get("task_type") or task_of(plain).name
-        plain["command"] = sorted(map(str, plain.get("command") or []))
-        return {**plain, "format": FORMAT}
+    def today(config: Mapping[str, Any]) -> dict[str, Any]:
+        stored = {**json.loads(json.dumps(config)), "format": FORMAT}
+        if isinstance(stored.get("data"), dict):  # its task is the task_type
+            stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+        stored["task_type"] = stored.get("task_type") or task_of(stored).name
+        return stored
 
-    was, are = comparable(before), comparable(now)
+    was, are = today(before), today(now)
     return [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
 
 
@@ -103,8 +131,8 @@ def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _sha256(task: TaskData) -> str:
     """One hash of all texts and labels."""
     parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
-    said = json.dumps(parts, default=lambda labels: labels.tolist())
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = json.dumps(parts, default=lambda labels: labels.tolist())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

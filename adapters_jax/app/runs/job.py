@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from filelock import FileLock
 
-from adapters_jax.app.console import Meter, Output, Speed, duration
+from adapters_jax.app.console import Console, Progress, Speed, duration
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
@@ -45,7 +46,7 @@ class Job:
         output: where words go.
         began: when, in seconds of `time.perf_counter`.
         every: steps from one checkpoint to the next.
-        lock: the handle by which this process has the run; None before `open_run`.
+        lock: by which this process has the run; None before `open_run`.
     """
 
     run: Run
@@ -55,10 +56,10 @@ class Job:
     seed: int
     baselines: bool
     config: dict[str, Any]
-    output: Output
+    output: Console
     began: float
     every: int
-    lock: int | None = None
+    lock: FileLock | None = None
 
     @property
     def problem(self) -> Problem:
@@ -98,7 +99,7 @@ class Job:
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.output.show(counts)
-        with Checkpoints(self.run.checkpoints, on_damage=self.output.say) as checkpoints:
+        with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed)
             found, results = self.train_all(saving)
         interrupts.check()
@@ -198,7 +199,7 @@ class Job:
         return found, row
 
     def _logger(
-        self, title: str, metric: str, meter: Meter, speed: Speed
+        self, title: str, metric: str, meter: Progress, speed: Speed
     ) -> Callable[[Record], None]:
         """Takes records to the run's metrics and to the progress that is shown."""
         notes = {"loss": "", "speed": "", "dev": ""}

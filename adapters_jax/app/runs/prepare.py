@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from adapters_jax.app.console import Output
-from adapters_jax.app.options.flags import parse
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.build import build_job
-from adapters_jax.app.runs.config import check_same, check_unfinished
+from adapters_jax.app.runs.config import check_same, check_unfinished, read_options
 from adapters_jax.app.runs.job import Job
 from adapters_jax.checks import check_size
 from adapters_jax.distributed.hosts import PROCESSES
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.locate import pinned
 
 
-def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> Job:
+def prepare_run(options: RunOptions, run: Run, output: Console, began: float) -> Job:
     """Reads and checks everything, so that a mistake is found before training.
 
     Nothing is written: `open_run` makes the directory.
@@ -33,16 +33,16 @@ def prepare_run(options: RunOptions, run: Run, output: Output, began: float) -> 
         AssetError: the pinned model or the movie reviews could not be fetched.
     """
     if int(os.environ.get(PROCESSES) or 1) > 1:
-        raise ValueError(
+        raise UserError(
             f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several"
             " take a script, such as examples/finetune_llama_sharded.py"
         )
     check_size("saving", "--checkpoint-every", options.checkpoint_every)
     if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed {options.seed}: wanted a number from 0 to 2**32 - 1")
+        raise UserError(f"--seed {options.seed}: expected a number from 0 to 2**32 - 1")
     check_size("scoring", "--held-out", options.held_out)
     if options.exact_match < 0:
-        raise ValueError(f"--exact-match {options.exact_match}: wanted a number of rows, or 0")
+        raise UserError(f"--exact-match {options.exact_match}: expected a number of rows, or 0")
     options = replace(options, model=pinned(options.model))
     return build_job(options, run, output, began)
 
@@ -61,16 +61,16 @@ def open_run(job: Job) -> Job:
     if not run.path.exists():
         run.create(job.config)
         return replace(job, lock=run.lock())
-    handle = run.lock()
+    lock = run.lock()
     try:
         check_same(run, job.config, job.output)
     except RunError:
-        os.close(handle)
+        run.unlock(lock)
         raise
-    return replace(job, lock=handle)
+    return replace(job, lock=lock)
 
 
-def resume_run(run: Run, output: Output, began: float) -> Job:
+def resume_run(run: Run, output: Console, began: float) -> Job:
     """A run that was cut off, ready to go on with the options that it was started with.
 
     Raises:
@@ -78,8 +78,6 @@ def resume_run(run: Run, output: Output, began: float) -> Job:
         ValueError: likewise, as for `prepare_run`.
     """
     config = run.read_config(None)
-    if not isinstance(config.get("command"), list):
-        raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+    options = read_options(run, config)
     check_unfinished(run, config)
-    words = [word for word in config["command"] if not word.startswith(("--runs=", "--name="))]
-    return open_run(prepare_run(parse(RunOptions, words), run, output, began))
+    return open_run(prepare_run(options, run, output, began))

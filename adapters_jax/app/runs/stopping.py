@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from adapters_jax.errors import UserError
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -75,7 +77,7 @@ class Interrupts:
             raise InterruptedRunError(number)
 
 
-class StoppedError(RuntimeError):
+class StoppedError(UserError, RuntimeError):
     """Training broke off; the message says where, and what was kept.
 
     Attributes:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop.module_map import ModuleMap, Names, find_modules
 from adapters_jax.interop.names import NameTable
 from adapters_jax.trees import join
@@ -168,7 +169,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
             break
     else:
         known = ", ".join(each.model_type for each in ARCHITECTURES)
-        raise ValueError(
+        raise UserError(
             f"names has no blocks that AdapterHub adapts here; expected those of {known}"
         )
     if not ours:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.adapterhub import heads, reading, writing
 from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
@@ -165,7 +165,7 @@ def save_adapterhub(
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems)
     if problems:
-        raise ValueError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
+        raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
     whole = {blocks.module_map.full(key, prefix): tensor for key, tensor in tensors.items()}
     files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))

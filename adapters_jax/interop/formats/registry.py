@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.adapterhub import AdapterHub
 from adapters_jax.interop.formats.base import CONFIG, AdapterFormat, has_head
@@ -60,7 +60,7 @@ def check_head(form: AdapterFormat, base: BaseModel, leaves: Mapping[str, Any]) 
     """Raises ValueError where a head would read something else in the other library."""
     problem = form.head_problem(base) if has_head(leaves) else ""
     if problem:
-        raise ValueError(
+        raise UserError(
             f"the head cannot go to {form.owner}: {problem}; --no-head leaves it out, and the "
             "adapter needs another one there"
         )

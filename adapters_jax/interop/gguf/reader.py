@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters_jax.errors import MissingPackageError, UserError
 from adapters_jax.interop import chat
 from adapters_jax.interop.gguf.tensors import read_tensors
 from adapters_jax.interop.names import Stored
@@ -114,7 +115,7 @@ class GGUF:
             bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
             kinds = list(zip(tokens, types, strict=True))
         except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error
+            raise UserError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error
         tokenizer = Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -150,7 +151,7 @@ class GGUF:
         """Raises unless the file has all these fields."""
         lacking = [name for name in names if name not in self.fields]
         if lacking:
-            raise ValueError(f"{str(self.path)!r} lacks the fields {', '.join(lacking)}.")
+            raise UserError(f"{str(self.path)!r} lacks the fields {', '.join(lacking)}.")
 
     def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
         """Raises where a field has a value that is not implemented."""
@@ -160,7 +161,7 @@ class GGUF:
             if name in self.fields and self.fields[name] not in allowed
         ]
         if wrong:
-            raise ValueError(f"{str(self.path)!r} has {'; '.join(wrong)}.")
+            raise UserError(f"{str(self.path)!r} has {'; '.join(wrong)}.")
 
 
 def find_gguf(path: str | Path) -> Path | None:
@@ -176,7 +177,7 @@ def find_gguf(path: str | Path) -> Path | None:
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{str(path)!r} holds {names}: give the path of one of them.")
+        raise UserError(f"{str(path)!r} holds {names}: give the path of one of them.")
     return files[0] if files else None
 
 
@@ -196,11 +197,11 @@ def read_gguf(path: str | Path) -> GGUF:
     Example:
         >>> read_gguf("absent.gguf")
         Traceback (most recent call last):
-        ValueError: 'absent.gguf' is neither a GGUF file nor a directory that holds one.
+        adapters_jax.errors.UserError: 'absent.gguf' is neither a GGUF file nor a directory that ...
     """
     file = find_gguf(path)
     if file is None or not file.is_file():
-        raise ValueError(f"{str(path)!r} is neither a GGUF file nor a directory that holds one.")
+        raise UserError(f"{str(path)!r} is neither a GGUF file nor a directory that holds one.")
     reader = _open(file)
     try:
         fields = {name: stored.contents() for name, stored in reader.fields.items()}
@@ -216,14 +217,12 @@ def _open(file: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
-            f"reading {file.name!r} needs the package gguf: pip install 'adapters-jax[finetune]'."
-        ) from error
+        raise MissingPackageError(f"reading {file.name!r}", "gguf") from error
     try:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError) as error:  # whatever its parsing stumbles over
         raise _damaged(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{str(file)!r} is not a whole GGUF file: {error or type(error).__name__}.")
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{str(file)!r} is not a whole GGUF file: {error or type(error).__name__}.")

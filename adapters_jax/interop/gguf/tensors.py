@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop.names import Stored
 
 _MODULES = {
@@ -60,7 +61,7 @@ def _dequantised(tensor: Any) -> np.ndarray:
     try:
         return gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ValueError(f"{tensor.name} cannot be read as float32: {error}.") from error
+        raise UserError(f"{tensor.name} cannot be read as float32: {error}.") from error
 
 
 def tensor_name(theirs: str) -> str:
@@ -89,5 +90,5 @@ def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.n
     """
     rows, *width = weight.shape
     if rows % (2 * heads):
-        raise ValueError(f"{name} has {rows} rows, wanted an even number a head of {heads} heads.")
+        raise UserError(f"{name} has {rows} rows, wanted an even number a head of {heads} heads.")
     return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)

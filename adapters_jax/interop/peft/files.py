@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError
+from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, find_modules
@@ -133,7 +133,7 @@ def save_peft(
     unrolled = as_in_file(recipe, flat, names, places)
     config, tensors, problems = writing.write(*unrolled, places, prefix)
     if problems:
-        raise ValueError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
+        raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
     files = directories.pair((CONFIG, config), (TENSORS, tensors))
     return directories.write(directory, files, beside)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule
 from adapters_jax.models.bert import checkpoint
@@ -73,9 +74,9 @@ class BertClassifier(Typed):
     def setup(self) -> None:
         """Checks the settings and names the parts."""
         if self.pooling not in ("mean", "cls", "pooler"):
-            raise ValueError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
+            raise UserError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
         if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
+            raise UserError(f"num_labels must be at least 1, got {self.num_labels}.")
         self.bert = Bert(
             self.config,
             attention_fn=self.attention_fn,

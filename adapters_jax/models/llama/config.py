@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.parts.functions import ACTIVATIONS
 
@@ -44,7 +45,7 @@ class LlamaConfig(huggingface.CheckpointConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )

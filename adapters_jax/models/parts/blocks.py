@@ -12,6 +12,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
+from adapters_jax.errors import UserError
+
 POLICIES = (
     "nothing_saveable",
     "dots_with_no_batch_dims_saveable",
@@ -34,14 +36,14 @@ def check_remat(remat: bool | str) -> dict[str, Any]:
     Example:
         >>> check_remat("dots")
         Traceback (most recent call last):
-        ValueError: remat='dots' is no policy; it wants False, True (as 'nothing_saveable'), or \
-one of 'nothing_saveable', 'dots_with_no_batch_dims_saveable', 'dots_saveable', \
-'everything_saveable'.
+        adapters_jax.errors.UserError: remat='dots' is no policy; it wants False, True (as \
+'nothing_saveable'), or one of 'nothing_saveable', 'dots_with_no_batch_dims_saveable', \
+'dots_saveable', 'everything_saveable'.
     """
     if isinstance(remat, bool):
         return {"policy": None}
     if remat not in POLICIES:
-        raise ValueError(
+        raise UserError(
             f"remat={remat!r} is no policy; it wants False, True (as 'nothing_saveable'), or one "
             f"of {', '.join(map(repr, POLICIES))}."
         )

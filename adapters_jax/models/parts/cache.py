@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Int, Num, Shaped
 
+from adapters_jax.errors import UserError
+
 Slots = Shaped[Array, "batch slots kv_heads head_dim"]
 Stacked = Shaped[Array, "layers batch slots kv_heads head_dim"]
 
@@ -105,7 +107,7 @@ class Cache(NamedTuple):
         """
         tokens, length, slots = attention_mask != 0, attention_mask.shape[1], self.held.shape[1]
         if length > slots:
-            raise ValueError(f"{length} tokens do not fit a cache of {slots} slots.")
+            raise UserError(f"{length} tokens do not fit a cache of {slots} slots.")
         before = self.held.sum(1, keepdims=True, dtype=jnp.int32)
         positions = before + jnp.cumsum(tokens, axis=1, dtype=jnp.int32) - 1
         held = jax.lax.dynamic_update_slice_in_dim(self.held, tokens, self.used, 1)

@@ -9,6 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
 from adapters_jax.weights.attention import register_attention
 
@@ -16,7 +17,7 @@ from adapters_jax.weights.attention import register_attention
 def check_heads(width: int, heads: int) -> None:
     """Raises unless the width divides into the heads."""
     if width % heads:
-        raise ValueError(f"a width of {width} does not divide into {heads} attention heads.")
+        raise UserError(f"a width of {width} does not divide into {heads} attention heads.")
 
 
 def check_tokens(
@@ -42,7 +43,7 @@ def check_tokens(
             f"{attention_mask.shape}"
         )
     if wrong:
-        raise ValueError("; ".join(wrong) + ".")
+        raise UserError("; ".join(wrong) + ".")
 
 
 class Typed(nn.Module, kw_only=True):  # type: ignore[call-arg]

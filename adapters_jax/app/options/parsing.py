@@ -1,0 +1,287 @@
+"""A command line, or a file of flags, as a frozen dataclass; its docstrings are the help."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
+
+from adapters_jax.app.options.stored import members, misfit
+from adapters_jax.errors import UserError, file_errors
+
+if TYPE_CHECKING:
+    import cyclopts
+
+CONFIG = "--config"
+_DASH = "\N{FIGURE DASH}"  # of a lone -, which names stdin and which cyclopts takes for an option
+
+
+class UsageError(UserError):
+    """Flags that a command does not have, or cannot read."""
+
+
+def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -> Any:
+    """A command of its flags, as the command line reads them.
+
+    Args:
+        command: a dataclass; the fields of dataclasses in it are flags as well, and those that its
+            attribute `positional` names are given without a flag.
+        flags: the words of the command line. After `--config` comes a TOML or JSON file of flags
+            by name; a flag of the line wins over the file's.
+        prog: what the command is called, for its help.
+        about: the text over its flags in the help.
+
+    Returns:
+        The command; None where the flags ask for help, which is printed.
+
+    Raises:
+        UsageError: flags or a file that the command does not have, or cannot read.
+
+    Example:
+        >>> from adapters_jax.app.options.optimizer import OptimizerOptions
+        >>> parse(OptimizerOptions, ["--clip=0.5"]).clip
+        0.5
+        >>> parse(OptimizerOptions, ["--clp=0.5"])
+        Traceback (most recent call last):
+        adapters_jax.app.options.parsing.UsageError: Unknown option: --clp. Did you mean --clip?
+    """
+    import cyclopts
+
+    leaves = list(_leaves(command))
+    app, config = _app(command, leaves, prog, about), _config_file(flags)
+    if config is not None:
+        values = _read_config(config, {leaf.name: leaf for leaf in leaves})
+        app.config = (cyclopts.config.Dict(values, source=str(config), use_commands_as_keys=False),)
+    try:
+        return app([_DASH if word == "-" else word for word in flags])
+    except cyclopts.CycloptsError as error:
+        error.verbose = False
+        raise UsageError(str(error).rstrip(".")) from None
+
+
+class _Leaf(NamedTuple):
+    """One flag: a field of a command, or of a dataclass in it.
+
+    Attributes:
+        path: the names of the fields that lead to it.
+        hint: its type.
+        default: its value without the flag; `inspect.Parameter.empty` where it must be given.
+        help: what its class's docstring says of it.
+        group: the heading in the help.
+    """
+
+    path: tuple[str, ...]
+    hint: Any
+    default: Any
+    help: str
+    group: str
+
+    @property
+    def name(self) -> str:
+        """The flag's own field."""
+        return self.path[-1]
+
+    @property
+    def is_tuple(self) -> bool:
+        """Whether several words may follow it."""
+        return any(get_origin(member) is tuple for member in members(self.hint))
+
+    @property
+    def is_dict(self) -> bool:
+        """Whether it is given as pairs."""
+        return any(get_origin(member) is dict for member in members(self.hint))
+
+
+def _leaves(
+    owner: Any, default: Any = None, path: tuple[str, ...] = (), group: str = "Options"
+) -> Iterator[_Leaf]:
+    hints, helps = get_type_hints(owner, include_extras=True), _helps(owner)
+    for field in dataclasses.fields(owner):
+        hint, names = hints[field.name], (*path, field.name)
+        value = _default(field) if default is None else getattr(default, field.name)
+        if dataclasses.is_dataclass(hint):
+            inner = None if value is inspect.Parameter.empty else value
+            yield from _leaves(hint, inner, names, field.name.capitalize())
+        else:
+            yield _Leaf(names, hint, value, helps.get(field.name, ""), group)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _helps(owner: type) -> dict[str, str]:
+    """What the docstrings of a class and of those above it say of its fields, each in one line."""
+    import docstring_parser
+
+    parsed = [docstring_parser.parse(c.__doc__ or "") for c in reversed(owner.__mro__)]
+    params = [param for docstring in parsed for param in docstring.params]
+    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
+
+
+def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclopts.App:
+    """The command as an application of cyclopts that raises what it cannot read."""
+    import cyclopts
+
+    positional = getattr(command, "positional", ())
+    options = [_parameter(leaf, leaf.name in positional) for leaf in leaves]
+    extras = [
+        _extra("config", Path | None, None, "TOML or JSON file of flags by name, as rank = 8."),
+        _extra("debug", bool, False, "show the traceback of a mistake as well."),
+    ]
+
+    signature = inspect.Signature([*sorted(options, key=lambda p: p.kind), *extras])
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs).arguments
+        return _build(command, {leaf.path: values.get(leaf.name, leaf.default) for leaf in leaves})
+
+    make.__signature__ = signature  # type: ignore[attr-defined]
+    app = cyclopts.App(
+        name=prog,
+        help=about,
+        help_format="plaintext",
+        version_flags=[],
+        print_error=False,
+        exit_on_error=False,
+        result_action="return_value",
+        group_commands=cyclopts.Group("Commands", show=False),
+    )
+    app.default(make)
+    return app
+
+
+def _parameter(leaf: _Leaf, positional: bool) -> inspect.Parameter:
+    import cyclopts
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    about = cyclopts.Parameter(
+        help=leaf.help,
+        group=_group(leaf.group),
+        negative_iterable=(),
+        negative_none=(),
+        show_default=leaf.default not in (None, (), False),
+        consume_multiple=leaf.is_dict or leaf.is_tuple,
+        allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last one wins
+        **_reading(leaf),
+    )
+    hint: Any = Annotated[leaf.hint, about]  # type: ignore[name-defined]
+    return inspect.Parameter(leaf.name, kind, annotation=hint, default=leaf.default)
+
+
+def _group(name: str) -> cyclopts.Group:
+    """A heading of the help: a command's own flags come first, and those of all last."""
+    import cyclopts
+
+    return cyclopts.Group(name, sort_key={"Options": 0, "Every command": 2}.get(name, 1))
+
+
+def _extra(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
+    import cyclopts
+
+    about = cyclopts.Parameter(help=text, group=_group("Every command"), negative=())
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=Annotated[hint, about], default=default)
+
+
+def _reading(leaf: _Leaf) -> dict[str, Any]:
+    """How the words of a flag are read where cyclopts would read them otherwise."""
+    if leaf.is_dict:
+        pairs = {"accepts_keys": False, "n_tokens": -1, "metavar": "PATTERN N..."}
+        return {**pairs, "converter": _pairs}
+    if {int, tuple[int, ...]} & {*members(leaf.hint)}:
+        return {"converter": _whole}
+    return {}
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
+    """Whole numbers alone, where cyclopts would round others."""
+    numbers = tuple(_number(token, int) for token in tokens)
+    return numbers if get_origin(kind) is tuple else numbers[0]
+
+
+def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
+    """`PATTERN NUMBER PATTERN NUMBER` as a dictionary."""
+    if len(tokens) % 2:
+        words = " ".join(token.value for token in tokens)
+        raise UsageError(
+            f"{tokens[0].keyword}: expected PATTERN NUMBER PATTERN NUMBER and so on, got {words}"
+        )
+    number = kind.__args__[1]
+    patterns, numbers = tokens[::2], tokens[1::2]
+    return {p.value: _number(n, number) for p, n in zip(patterns, numbers, strict=True)}
+
+
+def _number(token: Any, kind: type) -> Any:
+    try:
+        return kind(token.value)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"expected {what}, got {token.value!r}") from None
+
+
+def _build(owner: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+    """A dataclass of its flags' values by their paths."""
+    hints = get_type_hints(owner)
+    made = {path[0]: _dashed(value) for path, value in values.items() if len(path) == 1}
+    for name in {path[0] for path in values if len(path) > 1}:
+        inner = {path[1:]: x for path, x in values.items() if path[0] == name and len(path) > 1}
+        made[name] = _build(hints[name], inner)
+    return owner(**made)
+
+
+def _dashed(value: Any) -> Any:
+    """A value with its lone dashes back."""
+    if isinstance(value, tuple):
+        return tuple(_dashed(x) for x in value)
+    return type(value)("-") if str(value) == _DASH else value
+
+
+def _config_file(flags: Sequence[str]) -> Path | None:
+    """The file of `--config FILE` or `--config=FILE`."""
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
+        if word == CONFIG and following:
+            return Path(following)
+        if word.startswith(f"{CONFIG}="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+    """The values of a file of flags, by field, for cyclopts.
+
+    Raises:
+        UsageError: it is neither TOML nor JSON, or has keys or values that the command has not.
+    """
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise UsageError(f"{CONFIG} {path}: unknown suffix {path.suffix!r}; use .toml or .json")
+    try:
+        with file_errors(path):
+            text = path.read_text(encoding="utf-8")
+        values = readers[path.suffix](text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, expected names and values")
+    found, problems = {}, []
+    for key, value in values.items():
+        leaf = leaves.get(key.replace("-", "_"))
+        if leaf is None:
+            near = difflib.get_close_matches(key.replace("-", "_"), leaves, 1)
+            problems.append(f"{key} is unknown" + (f", is it {near[0]}?" if near else ""))
+        elif expected := misfit(value, leaf.hint):
+            problems.append(f"{key}={value!r}, expected {expected}")
+        elif value is not None:
+            flat = [word for pair in value.items() for word in pair] if leaf.is_dict else value
+            found[leaf.name] = flat
+    if problems:
+        raise UsageError(f"{path}: {'; '.join(problems)}")
+    return found

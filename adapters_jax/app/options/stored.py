@@ -1,0 +1,121 @@
+"""Options as data: a frozen dataclass as JSON has it, and back, with every value's type checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from adapters_jax.checks import shown
+from adapters_jax.errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as JSON would have it, its paths whole.
+
+    Example:
+        >>> from adapters_jax.app.options.data import DataOptions
+        >>> plain(DataOptions(metrics=("f1",)))["metrics"]
+        ['f1']
+    """
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(x) for x in value]
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def from_plain(cls: Any, values: Any) -> Any:
+    """The dataclass that `plain` wrote; what is absent has its default.
+
+    Args:
+        cls: a dataclass, whose fields may be dataclasses.
+        values: what JSON gave.
+
+    Raises:
+        UserError: names every key that the dataclass does not have, and every value of another
+            type, as `optimizer.epochs`.
+
+    Example:
+        >>> from adapters_jax.app.options.optimizer import OptimizerOptions
+        >>> from_plain(OptimizerOptions, {"epochs": 2.0}).epochs
+        2.0
+        >>> from_plain(OptimizerOptions, {"epochs": "two", "epoch": 1})
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: epochs='two', expected a number or null; epoch is unknown
+    """
+    problems: list[str] = []
+    made = _read(cls, values, "", problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    return made()
+
+
+def _read(hint: Any, value: Any, path: str, problems: list[str]) -> Callable[[], Any]:
+    """A function that makes the value of a type, once nothing is found to be wrong with any."""
+    if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
+        expected = misfit(value, hint)
+        if expected:
+            problems.append(f"{path or 'it'}={shown(value)}, expected {expected}")
+        return lambda: _typed(value, hint)
+    hints, above, made = get_type_hints(hint), f"{path}." if path else "", cast(Any, hint)
+    known = {k: _read(hints[k], v, above + k, problems) for k, v in value.items() if k in hints}
+    problems += [f"{above}{key} is unknown" for key in value if key not in hints]
+    return lambda: made(**{key: make() for key, make in known.items()})
+
+
+def misfit(value: Any, hint: Any) -> str | None:
+    """What a type expects that a value of JSON is not; None where it is."""
+    fits, expected = _fits(value, hint)
+    return None if fits else expected
+
+
+_SIMPLE: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a text"),
+    Path: (str, "a path"),
+    type(None): (type(None), "null"),
+}
+
+
+def _fits(value: Any, hint: Any) -> tuple[bool, str]:
+    """Whether a value of JSON is of a type, and the type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        found = [_fits(value, each) for each in inner]
+        return any(fits for fits, _ in found), " or ".join(words for _, words in found)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner, f"one of {', '.join(inner)}"
+    if origin is tuple:
+        words = f"a list, of each {_fits(None, inner[0])[1]}"
+        return isinstance(value, list) and all(_fits(x, inner[0])[0] for x in value), words
+    if origin is dict:
+        words = f"an object, of each {_fits(None, inner[1])[1]}"
+        fits = isinstance(value, dict) and all(_fits(x, inner[1])[0] for x in value.values())
+        return fits, words
+    if dataclasses.is_dataclass(hint):
+        return False, "an object"
+    kind, words = _SIMPLE[hint]
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool)), words
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A value of JSON that fits a type, as that type has it."""
+    if isinstance(value, list):
+        inner = get_args(next(each for each in members(hint) if get_origin(each) is tuple))[0]
+        return tuple(_typed(x, inner) for x in value)
+    kinds = members(hint)
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    return float(value) if float in kinds and type(value) is int else value
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type, that alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
