@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from adapters_jax.checks import check_choice
 from adapters_jax.methods import (
+    IA3,
     Bottleneck,
     DoRA,
     LlamaAdapter,
@@ -14,6 +15,7 @@ from adapters_jax.methods import (
     Unfreeze,
 )
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import as_patterns
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
 LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
@@ -137,6 +139,29 @@ def lora(
     own = tuple(f"{target}/bias" for target in factors.targets)
     biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}
     return _recipe(factors, biases[bias], head=head)
+
+
+def ia3(
+    *,
+    targets: str | tuple[str, ...] = "**/{key,value}",
+    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense,down}",
+    head: str | None = None,
+) -> Recipe:
+    """Liu et al. 2022, arXiv:2205.05638: scales of keys, values and inner feed-forward activations.
+
+    Args:
+        targets: patterns of linear layers whose outputs are scaled.
+        feed_forward: patterns of the feed-forward's last projections, whose inputs are scaled.
+        head: path of the task's head, which trains whole.
+
+    Example:
+        >>> ia3(feed_forward="**/mlp/down")
+        Recipe(
+          IA3(targets=('**/{key,value}', '**/mlp/down'), feed_forward=('**/mlp/down',)),
+        )
+    """
+    inner = as_patterns(feed_forward, "ia3 feed_forward")
+    return _recipe(IA3((*as_patterns(targets, "ia3"), *inner), inner), head=head)
 
 
 def llama_adapter(

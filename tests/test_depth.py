@@ -468,7 +468,7 @@ def test_layers_by_number_are_for_unrolled_models():
     scanned = nnx.eval_shape(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))
     every = aj.llama_adapter()
     assert aj.audit(aj.adapt(scanned, every, rngs=nnx.Rngs(0))).adapter_parameters == 2 * (80 + 2)
-    assert aj.audit(aj.adapt(scanned, aj.prefix_tuning(5), rngs=nnx.Rngs(0))).sites[0].path == (
+    assert aj.audit(aj.adapt(scanned, aj.prefix_tuning(5), rngs=nnx.Rngs(0))).entries[0].path == (
         "layers/attention"
     )
     advice = "scanned, one module for all of them: to choose among them, use the unrolled model"

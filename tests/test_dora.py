@@ -141,7 +141,7 @@ def test_slices_change_their_outputs_alone():
     merged = aj.merge(model, params, X)
     np.testing.assert_allclose(nn.Dense(OUT).apply({"params": merged}, X), wanted, atol=1e-5)
     np.testing.assert_array_equal(merged["kernel"][:, 2:5], params["kernel"][:, 2:5])
-    assert aj.audit(model, params).sites[0].formula == "2*(5 + 4)"
+    assert aj.audit(model, params).entries[0].formula == "2*(5 + 4)"
 
 
 @pytest.mark.parametrize("slices", [((2, 1),), ((0, 3), (2, 4)), ((1, 1),), ((-1, 2),), 3])

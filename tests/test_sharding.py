@@ -41,7 +41,7 @@ def environment(devices):
 
 def start(devices, **job):
     return subprocess.Popen(
-        [sys.executable, HERE / "layouts.py", json.dumps(job)],
+        [sys.executable, HERE / "helpers" / "layouts.py", json.dumps(job)],
         env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

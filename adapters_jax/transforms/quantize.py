@@ -230,8 +230,8 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )
     layers = {
-        path: _layer(module, path, site.contraction, recipe.trains)
-        for (path, _), (module, site) in interceptor.visited.items()
+        path: _layer(module, path, point.contraction, recipe.trains)
+        for (path, _), (module, point) in interceptor.visited.items()
     }
     flat = flatten(params)
     chosen = plan.chosen(layers, lambda place: unboxed(flat[place]))

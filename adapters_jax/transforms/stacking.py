@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, RecipeError
-from adapters_jax.methods import METHODS
+from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.remap import Moves, moved
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
@@ -241,8 +241,8 @@ def _converted(
 
 
 def _is_adapter(subject: Any) -> bool:
-    kinds = (Recipe, *METHODS.values())
-    return isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[0], kinds)
+    is_pair = isinstance(subject, tuple) and len(subject) == 2
+    return is_pair and isinstance(subject[0], Recipe | Method)
 
 
 def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:

@@ -13,7 +13,7 @@ from adapters_jax.trees import join
 class Layer(NamedTuple):
     """A bottleneck layer of a block: its name, the projection before it, the sublayer's norm."""
 
-    site: str
+    point: str
     dense: str
     norm: str
 
@@ -104,9 +104,9 @@ class Blocks:
 
     def spot(self, layer: int, location: str, role: str) -> str | None:
         """Our module for a role that `Placement` names; None where there is none."""
-        site, dense, norm = self.family.bottlenecks[location]
+        point, dense, norm = self.family.bottlenecks[location]
         if role == "sum":
-            return self.sums.get(self.name(layer, site))
+            return self.sums.get(self.name(layer, point))
         there = self.places.at(self.name(layer, dense if role == "output" else norm))
         # Our models have a projection and its dropout in one module.
         return there[0].path.removesuffix("/dense") if there else None
@@ -178,7 +178,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
 def _is_site(name: str) -> bool:
     """Whether this is the name of a bottleneck layer."""
     return any(
-        re.fullmatch(rf"(.*\.)?{re.escape(family.block)}\.\d+\.{re.escape(layer.site)}", name)
+        re.fullmatch(rf"(.*\.)?{re.escape(family.block)}\.\d+\.{re.escape(layer.point)}", name)
         for family in FAMILIES
         for layer in family.bottlenecks.values()
     )
@@ -188,9 +188,9 @@ def _sums(blocks: Blocks) -> dict[str, str]:
     """The sums of our models, which stand beside the norms."""
     sums = {}
     for layer in blocks.layers:
-        for location, (site, _, _) in blocks.family.bottlenecks.items():
+        for location, (point, _, _) in blocks.family.bottlenecks.items():
             norm = blocks.spot(layer, location, "norm")
             if norm is not None:
                 parent, _, name = norm.rpartition("/")
-                sums[blocks.name(layer, site)] = join(parent, name.replace("norm", "sum"))
+                sums[blocks.name(layer, point)] = join(parent, name.replace("norm", "sum"))
     return sums

@@ -19,7 +19,7 @@ from adapters_jax.interop.module_map import Added, Leaves
 from adapters_jax.methods import Bottleneck, DoRA, LoRA
 from adapters_jax.recipe import Recipe
 
-# What one site says: the fields of its configuration, and its matrices where it is an attention.
+# What one point says: the fields of its configuration, and its matrices where it is an attention.
 Said = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
@@ -71,7 +71,7 @@ def _bottlenecks(
             problems.append(f"{path}: its leaves are not of one layer of this base")
             continue
         said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
-        module = f"{blocks.name(layer, blocks.family.bottlenecks[location].site)}.adapters.{name}"
+        module = f"{blocks.name(layer, blocks.family.bottlenecks[location].point)}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # there it has two names
@@ -171,7 +171,7 @@ def _loras(
 
 
 def _of(kind: type, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The sites of a kind of method, with its own leaves."""
+    """The points of a kind of method, with its own leaves."""
     for path, leaves in added.items():
         for method in recipe.at(path):
             if isinstance(method, kind):
