@@ -219,7 +219,7 @@ def test_a_training_its_checkpoint_its_file_and_its_merge(door, tmp_path):
     else:
         merged = aj.merge(aj.dequantize(whole))
         logits = merged(ids())
-        assert contract._kinds(merged) == contract._kinds(subject.base)
+        assert contract.classes_of(merged) == contract.classes_of(subject.base)
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
@@ -259,7 +259,7 @@ def test_an_adapted_model_is_quantised_but_for_what_trains():
     }
     wanted = other.logits_of(aj.dequantize(model), ids())
     np.testing.assert_allclose(other.logits_of(model, ids()), wanted, atol=1e-5)
-    message = "PiSSA takes its factors out of the weight at 'layer_0/attention/query', which is qu"
+    message = "takes its start out of the weight at 'layer_0/attention/query', which is qu"
     with pytest.raises(aj.RecipeError, match=message):
         with_base(DOORS["linen"](contract.Case("attention", aj.Recipe(pissa))), True, block=4)
     with pytest.raises(aj.RecipeError, match=message):

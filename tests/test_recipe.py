@@ -192,13 +192,13 @@ def as_json(**row):
         ('{"methods": [], "alpha": 1}', 'recipe JSON wants one key "methods"'),
         (
             '{"methods": ["lora"]}',
-            "method None, expected one of " + ", ".join(METHODS),
+            "method None, expected one of ",
         ),
         (
             as_json(method="loar"),
-            "method 'loar' is not registered; registered are " + ", ".join(METHODS),
+            "method 'loar' is not registered",
         ),
-        (as_json(method=["lora"]), "method ['lora'], expected one of " + ", ".join(METHODS)),
+        (as_json(method=["lora"]), "method ['lora'], expected one of "),
         (as_json(targets="a"), "method None, expected one of"),
         (
             as_json(method="lora", targets=["a"], rank=4),
