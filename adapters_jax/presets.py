@@ -144,7 +144,7 @@ def lora(
 def ia3(
     *,
     targets: str | tuple[str, ...] = "**/{key,value}",
-    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense,down}",
+    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense,output}",
     head: str | None = None,
 ) -> Recipe:
     """Liu et al. 2022, arXiv:2205.05638: scales of keys, values and inner feed-forward activations.
@@ -155,9 +155,9 @@ def ia3(
         head: path of the task's head, which trains whole.
 
     Example:
-        >>> ia3(feed_forward="**/mlp/down")
+        >>> ia3(feed_forward="**/mlp/output")
         Recipe(
-          IA3(targets=('**/{key,value}', '**/mlp/down'), feed_forward=('**/mlp/down',)),
+          IA3(targets=('**/{key,value}', '**/mlp/output'), feed_forward=('**/mlp/output',)),
         )
     """
     inner = as_patterns(feed_forward, "ia3 feed_forward")

@@ -73,7 +73,8 @@ class Recipe:
         """The methods that target a module, in order.
 
         Raises:
-            RecipeError: two of them would keep their leaves under one name.
+            RecipeError: two of them would keep their leaves under one name, or one that reads the
+                module's weight comes after one that changes it.
         """
         found = tuple(m for m in self.attached if selects(m.targets, path))
         slots = [m.slot for m in found]
@@ -81,6 +82,13 @@ class Recipe:
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
                 f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
+            )
+        changed = [type(m).merged is not Method.merged for m in found]
+        late = [m for i, m in enumerate(found) if m.from_weight and any(changed[:i])]
+        if late:
+            raise RecipeError(
+                f"{type(late[0]).__name__} reads the weight of {path!r}, which a method before it "
+                "in the recipe changes; put it first, or give them disjoint targets"
             )
         return found
 

@@ -56,6 +56,14 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return run(*args, **kwargs)
 
 
+def _step(
+    module: Any, method: Method, point: AttachmentPoint, evaluation: bool | None, x: Any, y: Array
+) -> Array:
+    """One method on a module's output; its leaves' names are free again each time it runs."""
+    scope = module.scope.push(method.slot, reuse=True)
+    return run_method(module, scope, method, point, x, y, evaluation)
+
+
 @dataclass
 class _Running:
     """A call under way.
@@ -156,12 +164,8 @@ class Interceptor:
         again = linear.with_input(run, module, call, args, kwargs)
         for method in methods:
             if method.fits(point):
-                scope = module.scope.push(method.slot, reuse=True)
                 here_now = dataclasses.replace(point, again=again)
-
-                def step(x, y, scope=scope, method=method, point=here_now):  # type: ignore[no-untyped-def]
-                    return run_method(module, scope, method, point, x, y, here.evaluation)
-
+                step = functools.partial(_step, module, method, here_now, here.evaluation)
                 y, again = step(x, y), after(step, again)
         return y
 
