@@ -22,7 +22,7 @@ LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
 
 
 def _recipe(*parts: Method | None, head: str | None) -> Recipe:
-    """A recipe of the parts that are wanted, and of the head where one is named."""
+    """A recipe of the parts that are not None, and of the head where one is named."""
     ends = Unfreeze(f"{head}/**") if head else None
     return Recipe(*[part for part in (*parts, ends) if part is not None])
 
@@ -225,7 +225,7 @@ def _numbers(
     if layers is not None or num_layers is None:
         raise ValueError(f"{owner}: give last together with num_layers, or layers alone")
     if not 1 <= last <= num_layers:
-        raise ValueError(f"{owner}: last={last}, wanted a number from 1 to num_layers={num_layers}")
+        raise ValueError(f"{owner}: last={last}, expected 1 to num_layers={num_layers}")
     return tuple(range(num_layers - last, num_layers))
 
 
@@ -237,7 +237,7 @@ def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]
     if numbers is None:
         return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
     if "{}" not in targets:
-        raise ValueError(f"targets={targets!r}, wanted {{}} where the layer's number is")
+        raise ValueError(f"targets={targets!r}, expected {{}} where the layer's number is")
     return tuple(targets.replace("{}", str(number)) for number in numbers)
 
 
@@ -283,9 +283,9 @@ def last_layers(
         )
     """
     if not 1 <= k <= num_layers:
-        raise ValueError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
+        raise ValueError(f"last_layers: k={k}, expected 1 to num_layers={num_layers}")
     if "{}" not in layer:
-        raise ValueError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
+        raise ValueError(f"last_layers: layer={layer!r}, expected {{}} where the layer's number is")
     names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
     return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
 

@@ -192,7 +192,7 @@ def test_a_run_goes_to_native_with_all_that_it_needs(convert):
     [
         (
             "runs/bottlenecks peft",
-            "it adds Bottleneck; PEFT has LoRA alone, DoRA alone or Llama",
+            "it adds Bottleneck; PEFT has LoRA alone",
         ),
         ("gpt2-norms adapterhub --model gpt2", "layer_0/mlp_norm/scale trains as well; AdapterH"),
         ("runs/mean peft", "cannot go to PEFT: its head reads mean, and PEFT's pooler; --no-head"),

@@ -146,7 +146,7 @@ def test_slices_change_their_outputs_alone():
 
 @pytest.mark.parametrize("slices", [((2, 1),), ((0, 3), (2, 4)), ((1, 1),), ((-1, 2),), 3])
 def test_slices_have_to_be_ranges_in_order(slices):
-    with pytest.raises(ValueError, match="wanted ranges in order"):
+    with pytest.raises(ValueError, match="expected ranges in order"):
         aj.LoRA("**", 2, slices=slices)
 
 

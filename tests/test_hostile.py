@@ -270,9 +270,9 @@ BAD_CONFIGS = {
     ),
     "an unknown method": (
         lora(method="x" * 999),
-        r"method 'xxx.* characters. is none of bottleneck",
+        r"method 'xxx.* characters. expected one of bottleneck",
     ),
-    "a method of a list": (lora(method=["lora"]), r"method \['lora'\] is none of"),
+    "a method of a list": (lora(method=["lora"]), r"method \['lora'\], expected one of"),
     "many unknown keys": (
         lora(**{f"rank{i}": 1 for i in range(9000)}),
         "its patterns are too many, over 4096",

@@ -256,9 +256,9 @@ def test_a_wrong_name_in_a_registration_is_named(known):
         (lambda: aj.PrefixTuning("**", 0), "length=0, wanted a whole number >= 1"),
         (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token', wanted one of head, layer"),
         (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "wanted one of tanh, identity"),
-        (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, wanted a number from 1 to"),
+        (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, expected 1 to"),
         (lambda: aj.llama_adapter(last=3), "give last together with num_layers, or layers alone"),
-        (lambda: aj.llama_adapter(layers=[1], targets="**"), r"wanted \{\} where the layer's"),
+        (lambda: aj.llama_adapter(layers=[1], targets="**"), r"expected \{\} where the layer's"),
     ],
 )
 def test_fields_out_of_range(make, message):

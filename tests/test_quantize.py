@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     refused(TypeError, "pass the model alone", nnx.Linear(2, 2, rngs=nnx.Rngs(0)), params)
     refused(TypeError, "wants a linen or NNX module, got dict", params)
     small = aj.quantize(base, params, x)
-    refused(ValueError, "up/kernel is quantised already, wanted floats", base, small, x)
+    refused(ValueError, "up/kernel is quantised already, expected floats", base, small, x)
     with pytest.raises(TypeError, match="a quantised weight is frozen; write to the tree"):
         nn.meta.replace_boxed(small, params)
     with pytest.raises(TypeError, match="a quantised weight is frozen; write to the model"):

@@ -264,7 +264,7 @@ WHOLE = "wanted a whole number >= 1"
             (
                 LoRA,
                 {"rank_pattern": pairs},
-                f"LoRA: rank_pattern={pairs!r}, wanted a mapping such as {{'layer_0/**': 4}}",
+                f"LoRA: rank_pattern={pairs!r}, expected a mapping such as {{'layer_0/**': 4}}",
             )
             for pairs in ("ab", 3, ("a",), {1: 2}, [("a", 1, 2)])
         ],
@@ -429,7 +429,7 @@ def test_last_layers():
     assert aj.last_layers(1, 3, layer="{h,l}/{}").methods[0].targets == ("{h,l}/2/**",)
     assert aj.last_layers(3, 3).methods[0].targets[0] == "**/layer_0/**"
     for k in (0, 13, -1):
-        with pytest.raises(ValueError, match=f"k={k}, wanted a number from 1 to num_layers=12"):
+        with pytest.raises(ValueError, match=f"k={k}, expected 1 to num_layers=12"):
             aj.last_layers(k, 12)
-    with pytest.raises(ValueError, match="layer='h', wanted {} where the layer's number is"):
+    with pytest.raises(ValueError, match="layer='h', expected {} where the layer's number is"):
         aj.last_layers(1, 3, layer="h")

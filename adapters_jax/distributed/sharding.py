@@ -27,7 +27,7 @@ from adapters_jax.trees import Tree, flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules
-SMALL = 2**16  # of a leaf with fewer elements every device has all, unless told otherwise
+SMALL = 2**16  # of a leaf with fewer elements every device has all, unless `small` says otherwise
 Rules = Mapping[str, P]
 
 
@@ -77,7 +77,7 @@ def _layout(
     require_match("sharding rules", tuple(rules), leaves)
     owners = {path: recipe.owner(path) if recipe else None for path in leaves}
     base = {
-        path: _told(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
+        path: _stated(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
         for path, (leaf, annotation) in leaves.items()
         if owners[path] is None
     }
@@ -87,8 +87,8 @@ def _layout(
         if owner is None:
             specs[path] = base[path]
         else:
-            told = _told(path, leaf, annotation, mesh, rules)
-            specs[path] = told or _inherited(path, owner, leaves, base, small)
+            stated = _stated(path, leaf, annotation, mesh, rules)
+            specs[path] = stated or _inherited(path, owner, leaves, base, small)
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
@@ -107,7 +107,7 @@ def _annotated(leaf: Any) -> tuple[Any, P | None]:
     return unboxed(leaf), spec
 
 
-def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
+def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
     """What an annotation or a rule says of a leaf, checked; None where nothing does."""
     spec, who = annotation, "its annotation"
     if spec is None:

@@ -13,8 +13,7 @@ from adapters_jax.abstract import explained, filled, is_abstract
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import Method, arrays
-from adapters_jax.methods.base import AttachmentPoint, started
-from adapters_jax.methods.lora import contraction_of
+from adapters_jax.methods.base import AttachmentPoint, contraction_of, started
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized, unboxed

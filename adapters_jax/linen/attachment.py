@@ -9,8 +9,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, Frozen, started
-from adapters_jax.methods.lora import contraction_of
+from adapters_jax.methods.base import AttachmentPoint, Frozen, contraction_of, started
 from adapters_jax.weights import linear
 from adapters_jax.weights.quantized import is_quantized, unboxed
 

@@ -160,6 +160,8 @@ class Interceptor:
         if self._init and all(seen != path for seen, _ in self.visited):
             self._refuse_taken_names(module, point, methods)
         self.visited[path, call] = (module, point)
+        if not methods:
+            return y
         x = linear.input_of(module, call, args, kwargs)
         again = linear.with_input(run, module, call, args, kwargs)
         for method in methods:

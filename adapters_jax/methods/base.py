@@ -303,6 +303,13 @@ class Method:
         return dict(leaves), weight
 
 
+def contraction_of(point: AttachmentPoint) -> Contraction:
+    """The contraction at a point; raises RecipeError where it is not a known linear layer."""
+    if point.contraction is None:
+        raise RecipeError(f"the module at {point.path!r} is not a known linear layer")
+    return point.contraction
+
+
 def after(
     step: Callable[[Any, Array], Array], again: Callable[[Any], Array]
 ) -> Callable[[Any], Array]:

@@ -21,9 +21,10 @@ from adapters_jax.methods.base import (
     Leaf,
     Leaves,
     Method,
+    contraction_of,
     nothing,
 )
-from adapters_jax.methods.lora import LoRA, contraction_of
+from adapters_jax.methods.lora import LoRA
 
 
 @dataclass(frozen=True)

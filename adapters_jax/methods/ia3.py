@@ -21,9 +21,9 @@ from adapters_jax.methods.base import (
     Leaf,
     Leaves,
     Method,
+    contraction_of,
     nothing,
 )
-from adapters_jax.methods.lora import contraction_of
 from adapters_jax.targets import as_patterns, selects
 from adapters_jax.weights import linear
 

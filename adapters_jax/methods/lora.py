@@ -23,11 +23,11 @@ from adapters_jax.methods.base import (
     Leaf,
     Leaves,
     Method,
+    contraction_of,
     nothing,
 )
 from adapters_jax.targets import as_patterns, matches
 from adapters_jax.weights import linear
-from adapters_jax.weights.contraction import Contraction
 
 # How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
 INITS = {
@@ -280,19 +280,12 @@ class LoRA(Method):
         return self._spread(change, y.shape[-1]) if self.slices else change
 
 
-def contraction_of(point: AttachmentPoint) -> Contraction:
-    """The contraction of a point; raises RecipeError where it is not a known linear layer."""
-    if point.contraction is None:
-        raise RecipeError(f"LoRA cannot attach to {point.path!r}: it is not a known linear layer")
-    return point.contraction
-
-
 def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
     """A mapping from patterns, or its items, as pairs."""
     items = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
         raise ValueError(
-            f"LoRA: {field}={checks.shown(value)}, wanted a mapping such as {{'layer_0/**': 4}}"
+            f"LoRA: {field}={checks.shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
         )
     for pattern, _ in items:
         as_patterns(pattern, f"LoRA {field}")
@@ -308,7 +301,7 @@ def ranges(value: Any) -> tuple[tuple[int, int], ...]:
         wrong = ends != sorted(ends)
     if wrong:
         raise ValueError(
-            f"LoRA: slices={checks.shown(value)}, wanted ranges in order such as ((0, 768),)"
+            f"LoRA: slices={checks.shown(value)}, expected ranges in order such as ((0, 768),)"
         )
     return tuple((start, stop) for start, stop in value)
 

@@ -64,12 +64,12 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
         raise TypeError(
             f"adapt: rngs is of {type(rngs).__name__}, expected nnx.Rngs; write rngs=nnx.Rngs(0)"
         )
-    wanted = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
-    missing = [name for name, used in wanted.items() if used and not hasattr(rngs, name)]
+    streams = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
+    missing = [name for name, used in streams.items() if used and not hasattr(rngs, name)]
     if missing:
         raise ValueError(
             f"adapt: rngs has no stream {' and no '.join(missing)}; write rngs=nnx.Rngs(0), or "
-            f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(wanted))})"
+            f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(streams))})"
         )
 
 

@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, after, started
-from adapters_jax.methods.lora import contraction_of
+from adapters_jax.methods.base import AttachmentPoint, after, contraction_of, started
 from adapters_jax.nnx.points import frozen_of, point_of
 from adapters_jax.trees import join
 from adapters_jax.weights import attention, linear

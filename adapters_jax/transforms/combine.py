@@ -32,7 +32,7 @@ class Combined:
     Attributes:
         recipe: says where it attaches and at which ranks; every scale is 1.
         adapters: its factors, a tree as `partition` gives it.
-        error: the part of the wanted change that the rank could not hold, by the Frobenius norm
+        error: the part of the change that the rank could not hold, by the Frobenius norm
             over all weights: 0 where nothing was lost.
     """
 

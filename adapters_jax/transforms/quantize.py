@@ -154,7 +154,7 @@ class _Plan:
             if is_quantized(weight) or not jnp.issubdtype(weight.dtype, jnp.inexact):
                 kind = "quantised already" if is_quantized(weight) else f"of {weight.dtype}"
                 raise ValueError(
-                    f"quantize: {place} is {kind}, wanted floats; leave it out of targets"
+                    f"quantize: {place} is {kind}, expected floats; leave it out of targets"
                 )
         shared = {p: _shared(layer, weight.shape) for p, (layer, weight) in weights.items()}
         block = self.block or 1
@@ -184,7 +184,7 @@ def _shared(layer: Contraction, shape: tuple[int, ...]) -> dict[int, int]:
 
 
 def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
-    """How long a block of so many numbers is along each axis, the last one first; None: it cannot.
+    """How long a block of n numbers is along each axis, the last one first; None: it cannot.
 
     Example:
         >>> _tiles({0: 12, 1: 32}, 64), _tiles({0: 12, 1: 32}, 16), _tiles({0: 12}, 64)
