@@ -270,7 +270,7 @@ BAD_CONFIGS = {
     ),
     "an unknown method": (
         lora(method="x" * 999),
-        r"method 'xxx.* characters. expected one of bottleneck",
+        r"method 'xxx.* characters., expected one of bottleneck",
     ),
     "a method of a list": (lora(method=["lora"]), r"method \['lora'\], expected one of"),
     "many unknown keys": (
@@ -282,8 +282,8 @@ BAD_CONFIGS = {
     "a rank that is true": (lora(rank=True), "LoRA: rank=True, wanted a whole number >= 1"),
     "a flag in words": (lora(rank_stabilized="no"), "rank_stabilized='no', wanted True or False"),
     "a choice of a list": (lora(a_init=[{}]), "LoRA: a_init=.*, wanted one of gaussian, uniform"),
-    "slices of halves": (lora(slices=[[0.5, 2.5]]), "slices=.*, wanted ranges in order"),
-    "slices of words": (lora(slices=["ab"]), "slices=.*, wanted ranges in order"),
+    "slices of halves": (lora(slices=[[0.5, 2.5]]), "slices=.*, expected ranges in order"),
+    "slices of words": (lora(slices=["ab"]), "slices=.*, expected ranges in order"),
     "a pattern of millions": (lora(targets="{a,b}" * 40), "too many patterns, of over 65536 char"),
     "an open brace": (
         lora(targets="{" * 3000),

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.sharding import layout
 from adapters_jax.errors import RecipeError
@@ -178,8 +177,21 @@ def shards(linen: Any) -> None:
     mesh: Any = AbstractMesh((1, 2), ("data", "model"))
     params = linen.whole(linen.adapters)
     where = layout(params, mesh, None, linen.recipe, small=1)
-    for path, leaf in flatten(nn.meta.unbox(linen.adapters)).items():
-        spec, owner = where[path].spec, linen.recipe.owner(path)
-        expect(len(spec) <= leaf.ndim, f"{path} has {leaf.ndim} axes and the layout {spec}")
-        if owner and owner[1].weight_axes.get(path.rpartition("/")[2]) is None:
-            expect(spec == P(), f"{path} is split as {spec}, without axes of the weight")
+    leaves = flatten(nn.meta.unbox(params))
+    for path in flatten(linen.adapters):
+        owner = linen.recipe.owner(path)
+        if owner is None:
+            continue
+        module, method = owner
+        side = method.weight_axes.get(path.removeprefix(f"{module}/{method.slot}/"))
+        spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
+        if side is None:
+            expect(not any(spec), f"{path} is split as {spec}, without axes of the weight")
+            continue
+        beside = [p for p in leaves if p.rpartition("/")[0] == module]
+        weight = max(beside, key=lambda p: leaves[p].size)
+        whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
+        axis = 0 if side == "input" else -1  # the weight's first input, or its last output
+        if leaves[path].shape[axis] == leaves[weight].shape[axis]:
+            alike = spec[axis] == whole[axis]
+            expect(alike, f"{path} is split as {spec}, the weight beside it as {whole}")

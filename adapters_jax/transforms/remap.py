@@ -60,8 +60,8 @@ def _bare(method: Any) -> Any:
 def _differing(methods: Iterable[Any]) -> str:
     """The fields in which methods differ."""
     rows = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in methods]
-    said = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
-    return ", ".join(f"{k}={' and '.join(v)}" for k, v in said.items() if len(set(v)) > 1)
+    values = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
+    return ", ".join(f"{k}={' and '.join(v)}" for k, v in values.items() if len(set(v)) > 1)
 
 
 def _retargeted(method: Any, moves: Moves, problems: list[str]) -> Method:
@@ -82,10 +82,10 @@ def _retargeted(method: Any, moves: Moves, problems: list[str]) -> Method:
             for place, several in values.items()
             if len(several) > 1
         ]
-        wanted = {place: next(iter(several)) for place, several in values.items()}
-        stays = all(_at(pairs, place, usual) == value for place, value in wanted.items())
+        numbers = {place: next(iter(several)) for place, several in values.items()}
+        stays = all(_at(pairs, place, usual) == value for place, value in numbers.items())
         if not stays or _idle([pattern for pattern, _ in pairs], places):
-            changes[field] = {place: value for place, value in wanted.items() if value != usual}
+            changes[field] = {place: value for place, value in numbers.items() if value != usual}
     return dataclasses.replace(method, **changes)
 
 
