@@ -192,6 +192,8 @@ def shards(linen: Any) -> None:
         weight = max(beside, key=lambda p: leaves[p].size)
         whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
         axis = 0 if side == "input" else -1  # the weight's first input, or its last output
-        if leaves[path].shape[axis] == leaves[weight].shape[axis]:
+        same = leaves[path].shape[axis] == leaves[weight].shape[axis]
+        expect(same or side == "output", f"{path} has not the input axes of {weight}")
+        if same:  # the outputs of slices of a fused projection are fewer
             alike = spec[axis] == whole[axis]
             expect(alike, f"{path} is split as {spec}, the weight beside it as {whole}")
