@@ -21,21 +21,28 @@ from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.model_card import model_card
 from adapters_jax.linen import init_adapters
 from adapters_jax.methods import (
+    IA3,
+    AttachmentPoint,
     Bottleneck,
+    Count,
     DoRA,
+    Leaf,
     LlamaAdapter,
     LoRA,
+    Method,
     PrefixTuning,
     Unfreeze,
     bottleneck_parameters,
     llama_adapter_parameters,
     lora_parameters,
     prefix_parameters,
+    register_method,
 )
 from adapters_jax.presets import (
     bitfit,
     full,
     houlsby,
+    ia3,
     last_layers,
     layer_norms,
     llama_adapter,
@@ -57,7 +64,9 @@ from adapters_jax.weights.attention import register_attention
 from adapters_jax.weights.linear import register_contraction
 
 __all__ = [
+    "IA3",
     "AdapterFileError",
+    "AttachmentPoint",
     "Audit",
     "BaseIdentity",
     "Bottleneck",
@@ -65,9 +74,12 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Combined",
+    "Count",
     "DoRA",
+    "Leaf",
     "LlamaAdapter",
     "LoRA",
+    "Method",
     "MismatchError",
     "OtherBaseError",
     "PrefixTuning",
@@ -89,6 +101,7 @@ __all__ = [
     "freeze_base",
     "full",
     "houlsby",
+    "ia3",
     "init_adapters",
     "join_hosts",
     "last_layers",
@@ -118,6 +131,7 @@ __all__ = [
     "read_adapter",
     "register_attention",
     "register_contraction",
+    "register_method",
     "save_adapter",
     "shard",
     "shard_batch",

@@ -12,10 +12,10 @@ from flax import nnx
 
 from adapters_jax.errors import MismatchError
 from adapters_jax.linen import Adapted
-from adapters_jax.methods import Attached, Unfreeze
+from adapters_jax.methods import Method
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import matches
+from adapters_jax.targets import matches, selects
 from adapters_jax.training.state import in_full
 from adapters_jax.trees import Tree, flatten, join, unflatten
 from adapters_jax.weights import linear
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class SiteCount:
+class AuditEntry:
     """One adapter, or one unfrozen parameter, in one module (or in one stack of modules).
 
     Attributes:
@@ -50,7 +50,7 @@ class Audit:
     """What a recipe adds to a model and trains in it. `repr` is a plain table; rich prints it too.
 
     Attributes:
-        sites: one entry for every adapter and every unfrozen parameter.
+        entries: one entry for every adapter and every unfrozen parameter.
         adapter_parameters: parameters that the recipe's methods added.
         trainable_parameters: these and the unfrozen ones.
         frozen_parameters: the rest.
@@ -63,7 +63,7 @@ class Audit:
         quantized_parameters: those of the frozen ones that are quantised.
     """
 
-    sites: tuple[SiteCount, ...]
+    entries: tuple[AuditEntry, ...]
     adapter_parameters: int
     trainable_parameters: int
     frozen_parameters: int
@@ -82,22 +82,22 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON would have it."""
-        fields = {k: v for k, v in vars(self).items() if k not in ("sites", "unmatched")}
-        sites = [{**vars(s), "shapes": {k: list(v) for k, v in s.shapes}} for s in self.sites]
+        fields = {k: v for k, v in vars(self).items() if k not in ("entries", "unmatched")}
+        entries = [{**vars(e), "shapes": {k: list(v) for k, v in e.shapes}} for e in self.entries]
         return {
             **fields,
             "percent": self.percent,
-            "sites": sites,
+            "entries": entries,
             "unmatched": list(self.unmatched),
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """The table's rows, layers of one shape together: path, method, shapes, formula, n, sum."""
-        groups: dict[tuple[Any, ...], list[SiteCount]] = {}
-        for site in self.sites:
-            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in site.shapes)
-            key = (re.sub(r"\d+", "*", site.path), site.method, shapes, site.formula)
-            groups.setdefault(key, []).append(site)
+        groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
+        for entry in self.entries:
+            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in entry.shapes)
+            key = (re.sub(r"\d+", "*", entry.path), entry.method, shapes, entry.formula)
+            groups.setdefault(key, []).append(entry)
         return [
             (
                 key[0] if len(found) > 1 else found[0].path,
@@ -147,7 +147,7 @@ class Audit:
         return Group(table, *map(Text, self.totals()))
 
 
-HEADERS = ("path", "method", "shapes", "formula", "sites", "parameters")
+HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
 
 
 def bytes_text(n: float) -> str:
@@ -187,21 +187,21 @@ def audit(
         >>> model = nnx.eval_shape(lambda: aj.adapt(
         ...     nnx.Linear(768, 768, rngs=nnx.Rngs(0)), aj.LoRA("**", rank=8), rngs=nnx.Rngs(1)))
         >>> aj.audit(model)
-        path  method  shapes                  formula        sites  parameters
+        path  method  shapes                  formula        count  parameters
               LoRA    a [768, 8], b [8, 768]  8*(768 + 768)      1      12,288
         trainable 12,288 (2.081 % of the base), of them in adapters 12,288; frozen 590,592
         bytes: trainable 48.0 KiB, gradients 48.0 KiB, optimizer 96.0 KiB, frozen 2.3 MiB
     """
     recipe, leaves = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    sites = (*_in_order(_adapters(recipe, shapes)), *_in_order(_unfrozen(recipe, shapes)))
+    entries = (*_in_order(_adapters(recipe, shapes)), *_in_order(_unfrozen(recipe, shapes)))
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
     moving = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
     optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(moving))
     return Audit(
-        sites=sites,
+        entries=entries,
         adapter_parameters=sum(added),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
@@ -221,26 +221,26 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
     recipe = model.recipe if isinstance(model, Adapted) else model
     if not isinstance(recipe, Recipe) or params is None:
         raise TypeError(
-            "audit wants (adapted linen model, params), (adapted NNX model) or (recipe, params)"
+            "audit: expected (adapted linen model, params), (adapted NNX model) or (recipe, params)"
         )
     flat = flatten(params)
     return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 
 
-def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
+def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
     """Every adapter of the tree, counted; raises MismatchError where one is not as it should be."""
     found: dict[tuple[str, Any], dict[str, Shape]] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
         if owner:
-            site, method = owner
-            name = path.removeprefix(join(site, method.slot) + "/")
-            found.setdefault((site, method), {})[name] = shape
+            module, method = owner
+            name = path.removeprefix(join(module, method.slot) + "/")
+            found.setdefault((module, method), {})[name] = shape
     counts, problems = [], []
     for (path, method), parts in found.items():
         where = f"{path or '(the model itself)'} ({type(method).__name__})"
         start = join(path, method.slot) + "/"
-        held = [place.removeprefix(start) for place in shapes if place.startswith(start)]
+        held = [other.removeprefix(start) for other in shapes if other.startswith(start)]
         if set(held) != set(method.leaf_names):
             problems.append(f"{where} has {', '.join(held)}, not {', '.join(method.leaf_names)}")
             continue
@@ -254,13 +254,13 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
 
 
 def _count(
-    path: str, method: Attached, parts: Mapping[str, Shape], shapes: Mapping[str, Shape]
-) -> SiteCount:
+    path: str, method: Method, parts: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> AuditEntry:
     """One adapter against the closed form of its method."""
-    places = [join(path, name) for name in sorted(linear.weight_names())]
-    weight = next((shapes[place] for place in places if place in shapes), ())
+    weights = [join(path, name) for name in sorted(linear.weight_names())]
+    weight = next((shapes[name] for name in weights if name in shapes), ())
     count = method.count(path, parts, weight)
-    return SiteCount(
+    return AuditEntry(
         path,
         type(method).__name__,
         tuple((name, parts[name]) for name in method.leaf_names),
@@ -270,22 +270,22 @@ def _count(
     )
 
 
-def _in_order(sites: list[SiteCount]) -> list[SiteCount]:
-    """Sites by path, with layer 10 behind layer 9."""
+def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:
+    """Points by path, with layer 10 behind layer 9."""
 
-    def names(site: SiteCount) -> tuple[list[tuple[int, str]], str]:
-        runs = re.findall(r"\d+|\D+", site.path)
-        return [(int(run), "") if run.isdigit() else (-1, run) for run in runs], site.method
+    def names(entry: AuditEntry) -> tuple[list[tuple[int, str]], str]:
+        runs = re.findall(r"\d+|\D+", entry.path)
+        return [(int(run), "") if run.isdigit() else (-1, run) for run in runs], entry.method
 
-    return sorted(sites, key=names)
+    return sorted(entries, key=names)
 
 
-def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[SiteCount]:
+def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
     """Every base parameter that trains."""
     return [
-        SiteCount(
+        AuditEntry(
             path,
-            Unfreeze.__name__,
+            next(type(m).__name__ for m in recipe if m.slot is None and selects(m.targets, path)),
             ((path.rsplit("/", 1)[-1], shape),),
             "*".join(map(str, shape)) or "1",
             math.prod(shape),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from adapters_jax.checks import check_choice
 from adapters_jax.errors import UserError
 from adapters_jax.methods import (
+    IA3,
     Bottleneck,
     DoRA,
     LlamaAdapter,
@@ -15,13 +16,14 @@ from adapters_jax.methods import (
     Unfreeze,
 )
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import as_patterns
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
 LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
 
 
 def _recipe(*parts: Method | None, head: str | None) -> Recipe:
-    """A recipe of the parts that are wanted, and of the head where one is named."""
+    """A recipe of the parts that are not None, and of the head where one is named."""
     ends = Unfreeze(f"{head}/**") if head else None
     return Recipe(*[part for part in (*parts, ends) if part is not None])
 
@@ -140,6 +142,29 @@ def lora(
     return _recipe(factors, biases[bias], head=head)
 
 
+def ia3(
+    *,
+    targets: str | tuple[str, ...] = "**/{key,value}",
+    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense,output}",
+    head: str | None = None,
+) -> Recipe:
+    """Liu et al. 2022, arXiv:2205.05638: scales of keys, values and inner feed-forward activations.
+
+    Args:
+        targets: patterns of linear layers whose outputs are scaled.
+        feed_forward: patterns of the feed-forward's last projections, whose inputs are scaled.
+        head: path of the task's head, which trains whole.
+
+    Example:
+        >>> ia3(feed_forward="**/mlp/output")
+        Recipe(
+          IA3(targets=('**/{key,value}', '**/mlp/output'), feed_forward=('**/mlp/output',)),
+        )
+    """
+    inner = as_patterns(feed_forward, "ia3 feed_forward")
+    return _recipe(IA3((*as_patterns(targets, "ia3"), *inner), inner), head=head)
+
+
 def llama_adapter(
     prompt_length: int = 10,
     *,
@@ -201,7 +226,7 @@ def _numbers(
     if layers is not None or num_layers is None:
         raise UserError(f"{owner}: give last together with num_layers, or layers alone")
     if not 1 <= last <= num_layers:
-        raise UserError(f"{owner}: last={last}, wanted a number from 1 to num_layers={num_layers}")
+        raise UserError(f"{owner}: last={last}, expected 1 to num_layers={num_layers}")
     return tuple(range(num_layers - last, num_layers))
 
 
@@ -213,7 +238,7 @@ def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]
     if numbers is None:
         return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
     if "{}" not in targets:
-        raise UserError(f"targets={targets!r}, wanted {{}} where the layer's number is")
+        raise UserError(f"targets={targets!r}, expected {{}} where the layer's number is")
     return tuple(targets.replace("{}", str(number)) for number in numbers)
 
 
@@ -259,9 +284,9 @@ def last_layers(
         )
     """
     if not 1 <= k <= num_layers:
-        raise UserError(f"last_layers: k={k}, wanted a number from 1 to num_layers={num_layers}")
+        raise UserError(f"last_layers: k={k}, expected 1 to num_layers={num_layers}")
     if "{}" not in layer:
-        raise UserError(f"last_layers: layer={layer!r}, wanted {{}} where the layer's number is")
+        raise UserError(f"last_layers: layer={layer!r}, expected {{}} where the layer's number is")
     names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
     return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
 

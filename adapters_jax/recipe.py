@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters_jax.errors import RecipeError, UserError, shortened
-from adapters_jax.methods import METHODS, Attached, Method, Unfreeze
+from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.targets import require_match, selects
+
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Recipe:
         methods: methods or recipes, in order.
 
     Raises:
-        TypeError: something that is neither.
+        TypeError: something that is neither, or a method whose class is not registered.
 
     Example:
         >>> from adapters_jax import LoRA, Unfreeze
@@ -58,20 +60,21 @@ class Recipe:
         return "Recipe(\n" + "".join(f"  {_short(m)},\n" for m in self.methods) + ")"
 
     @property
-    def attached(self) -> tuple[Attached, ...]:
+    def attached(self) -> tuple[Method, ...]:
         """The methods that add parameters to modules."""
-        return tuple(m for m in self.methods if not isinstance(m, Unfreeze))
+        return tuple(m for m in self.methods if m.slot is not None)
 
     @property
     def unfrozen(self) -> tuple[tuple[str, ...], ...]:
-        """The patterns of base parameters that train, those of each `Unfreeze` together."""
-        return tuple(tuple(m.targets) for m in self.methods if isinstance(m, Unfreeze))
+        """The patterns of base parameters that train, those of each method together."""
+        return tuple(tuple(m.targets) for m in self.methods if m.slot is None)
 
-    def at(self, path: str) -> tuple[Attached, ...]:
+    def at(self, path: str) -> tuple[Method, ...]:
         """The methods that target a module, in order.
 
         Raises:
-            RecipeError: two of them would keep their leaves under one name.
+            RecipeError: two of them would keep their leaves under one name, or one that reads the
+                module's weight comes after one that changes it.
         """
         found = tuple(m for m in self.attached if selects(m.targets, path))
         slots = [m.slot for m in found]
@@ -80,10 +83,17 @@ class Recipe:
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
                 f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
             )
+        changed = [type(m).merged is not Method.merged for m in found]
+        late = [m for i, m in enumerate(found) if m.from_weight and any(changed[:i])]
+        if late:
+            raise RecipeError(
+                f"{type(late[0]).__name__} reads the weight of {path!r}, which a method before it "
+                "in the recipe changes; put it first, or give them disjoint targets"
+            )
         return found
 
-    def owner(self, path: str) -> tuple[str, Attached] | None:
-        """The site and method that a parameter path was added by, or None for a base parameter.
+    def owner(self, path: str) -> tuple[str, Method] | None:
+        """The module and method that a parameter path was added by, or None for a base parameter.
 
         Example:
             >>> from adapters_jax import LoRA
@@ -93,9 +103,9 @@ class Recipe:
         names = path.split("/")
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
-                site, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
-                if leaf in method.leaf_names and selects(method.targets, site):
-                    return site, method
+                module, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
+                if leaf in method.leaf_names and selects(method.targets, module):
+                    return module, method
         return None
 
     def trains(self, path: str) -> bool:
@@ -122,8 +132,8 @@ class Recipe:
         return cls(*[_method(row) for row in rows])
 
 
-def require_sites(method: Attached, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
-    """Checks that every pattern of a method means a place that it attaches to.
+def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
+    """Checks that every pattern of a method matches a module that it attaches to.
 
     Args:
         method: one method of a recipe.
@@ -136,15 +146,22 @@ def require_sites(method: Attached, usable: Sequence[str], unusable: Mapping[str
     owner = type(method).__name__
     require_match(owner, method.targets, usable, unusable)
     targeted = [path for path in usable if selects(method.targets, path)]
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = [pattern for pattern, _ in getattr(method, field, ())]
+    for field in method.pattern_fields:
+        patterns = [pattern for pattern, _ in getattr(method, field)]
         require_match(f"{owner} {field}", patterns, targeted)
+    for field in method.subset_fields:
+        require_match(f"{owner} {field}", getattr(method, field), targeted)
 
 
 def _members(item: Any) -> Iterable[Method]:
     """The methods that an argument of a recipe stands for."""
-    if isinstance(item, tuple(METHODS.values())):
-        return (item,)  # type: ignore[return-value]
+    if isinstance(item, Method):
+        if METHODS.get(getattr(item, "name", "")) is type(item):
+            return (item,)
+        raise TypeError(
+            f"{type(item).__name__} is not registered as a method; write @aj.register_method above "
+            "its class"
+        )
     if isinstance(item, Recipe | list | tuple):
         return (method for part in item for method in _members(part))
     known = ", ".join(m.__name__ for m in METHODS.values())
@@ -164,10 +181,10 @@ def _short(method: Method) -> str:
 def _method(row: Any) -> Method:
     """One method from its JSON object."""
     got = row.get("method") if isinstance(row, Mapping) else None
-    if not isinstance(got, str) or got not in METHODS:
-        told = shortened(repr(got))
-        raise UserError(f"recipe JSON: method {told} is none of {', '.join(METHODS)}")
-    cls = METHODS[got]
+    if not isinstance(got, str) or len(got) > _LONGEST_NAME:
+        message = f"recipe JSON: method {shortened(repr(got))}, expected one of "
+        raise UserError(message + ", ".join(METHODS))
+    cls = method_named(got)
     fields = {f.name for f in dataclasses.fields(cls)}
     problems = []
     for key in sorted(set(row) - fields - {"method"})[:5]:

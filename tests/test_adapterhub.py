@@ -439,7 +439,7 @@ def test_a_damaged_directory_says_what_is_wrong(tmp_path, spoil, message):
 def drawn(path, method, width=32, seed=0):
     """Leaves for one site."""
     rng = np.random.default_rng(seed)
-    site = aj.methods.base.Site(path, "__call__", width)
+    site = aj.methods.base.AttachmentPoint(path, "__call__", width)
     if isinstance(method, aj.Bottleneck):
         shapes = {name: leaf.shape for name, leaf in method.leaves(site).items()}
     else:

@@ -22,7 +22,7 @@ RECIPE = aj.Recipe(
     aj.LoRA("layer_*", rank=2), aj.Bottleneck("layer_1", 3), aj.Unfreeze(("**/bias", "head/*"))
 )
 GOLDEN = """
-path          method      shapes                                                            formula        sites  parameters
+path          method      shapes                                                            formula        count  parameters
 layer_0       LoRA        a [4, 2], b [2, 6]                                                2*(4 + 6)          1          20
 layer_1       Bottleneck  down/kernel [6, 3], down/bias [3], up/kernel [3, 6], up/bias [6]  2*6*3 + 6 + 3      1          45
 layer_*       LoRA        a [6, 2], b [2, 6]                                                2*(6 + 6)         10         240
@@ -79,7 +79,7 @@ def test_published_counts(name, recipe, adapters, unfrozen, sites):
     assert audit.trainable_parameters == adapters + unfrozen
     assert audit.trainable_bytes == audit.gradient_bytes == 4 * (adapters + unfrozen)
     assert audit.optimizer_bytes == 2 * audit.trainable_bytes + 4
-    assert len([site for site in audit.sites if site.method != "Unfreeze"]) == sites
+    assert len([site for site in audit.entries if site.method != "Unfreeze"]) == sites
     assert audit.unmatched == ()
 
 
@@ -134,8 +134,8 @@ def test_to_dict_is_json_and_holds_everything():
     assert told["optimizer_bytes"] == 2 * 385 * 4 + 4
     assert told["frozen_bytes"] == 384 * 4
     assert told["unmatched"] == []
-    assert len(told["sites"]) == 12 + 13
-    assert told["sites"][0] == {
+    assert len(told["entries"]) == 12 + 13
+    assert told["entries"][0] == {
         "path": "layer_0",
         "method": "LoRA",
         "shapes": {"a": [4, 2], "b": [2, 6]},
@@ -146,7 +146,7 @@ def test_to_dict_is_json_and_holds_everything():
 
 
 def test_sites_are_in_the_order_of_layers():
-    paths = [site.path for site in aj.audit(*small()).sites if site.method == "LoRA"]
+    paths = [site.path for site in aj.audit(*small()).entries if site.method == "LoRA"]
     assert paths == [f"layer_{i}" for i in range(11)]
 
 
@@ -201,7 +201,7 @@ def test_stacked_layers_count_every_layer():
     }
     recipe = aj.Recipe(aj.LoRA("**/dense", 2), aj.Bottleneck("**/dense", 5))
     audit = aj.audit(recipe, params)
-    assert [(site.formula, site.actual) for site in audit.sites] == [
+    assert [(site.formula, site.actual) for site in audit.entries] == [
         ("3*(2*6*5 + 6 + 5)", 3 * 71),
         ("3*(2*(4 + 6))", 60),
     ]
@@ -212,7 +212,7 @@ def test_stacked_layers_count_every_layer():
 
 def test_factors_of_an_einsum_weight():
     params = {"query": {"kernel": shape(8, 2, 4), "lora": {"a": shape(8, 3), "b": shape(3, 2, 4)}}}
-    (site,) = aj.audit(aj.Recipe(aj.LoRA("query", 3)), params).sites
+    (site,) = aj.audit(aj.Recipe(aj.LoRA("query", 3)), params).entries
     assert (site.formula, site.expected) == ("3*(8 + 8)", 48)
 
 
@@ -268,7 +268,7 @@ def test_a_model_without_adapters():
     params = {"kernel": shape(4, 6)}
     audit = aj.audit(aj.Recipe(), params)
     assert repr(audit).splitlines()[:2] == [
-        "path  method  shapes  formula  sites  parameters",
+        "path  method  shapes  formula  count  parameters",
         "trainable 0 (0 % of the base), of them in adapters 0; frozen 24",
     ]
     full = aj.audit(aj.full(), params)
@@ -279,7 +279,7 @@ def test_a_model_without_adapters():
 
 @pytest.mark.parametrize("args", [(RECIPE,), (Net(), {}), (None, {}), (aj.adapt(Net(), RECIPE),)])
 def test_other_arguments_are_refused(args):
-    with pytest.raises(TypeError, match=r"audit wants \(adapted linen model, params\), \(adapted"):
+    with pytest.raises(TypeError, match=r"expected \(adapted linen model, params\), \(adapted"):
         aj.audit(*args)
 
 
@@ -292,7 +292,7 @@ def test_an_nnx_model_is_counted_by_its_own_parameters():
         )
 
     audit = aj.audit(nnx.eval_shape(build))
-    assert [(site.path, site.actual) for site in audit.sites] == [
+    assert [(site.path, site.actual) for site in audit.entries] == [
         ("0", 20),
         ("1/bias", 6),
         ("1/scale", 6),

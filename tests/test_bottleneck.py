@@ -11,12 +11,12 @@ from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 
 import adapters_jax as aj
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.trees import flatten, path_of
 
 D, M = 6, 3
-SITE = Site("layer_0/mlp", "__call__", D)
+SITE = AttachmentPoint("layer_0/mlp", "__call__", D)
 LEAVES = {
     "down/kernel": drawn((D, M), 1),
     "down/bias": drawn((M,), 2),
@@ -158,7 +158,7 @@ def test_around_a_norm_wants_a_norm():
         jax.eval_shape(model.init, jax.random.key(0), drawn((2, D)))
     method = aj.Bottleneck("**", M, placement="norm")
     with pytest.raises(
-        aj.RecipeError, match="placement='norm' wants a norm to target, by a recipe"
+        aj.RecipeError, match="placement='norm' needs a norm to target, by a recipe"
     ):
         method.forward(LEAVES, SITE, drawn((2, D)), drawn((2, D)))
 
@@ -171,7 +171,7 @@ def test_any_number_of_leading_axes():
 
 
 def test_kernels_start_truncated_at_two_deviations_and_biases_at_zero():
-    std, site = 0.03, Site("", "__call__", 300)
+    std, site = 0.03, AttachmentPoint("", "__call__", 300)
     leaves = aj.Bottleneck("**", 200, init_std=std).leaves(site)
     assert {name: leaf.shape for name, leaf in leaves.items()} == {
         "down/kernel": (300, 200),
@@ -195,7 +195,9 @@ def test_it_starts_near_the_identity():
     method = aj.Bottleneck("**", 16)
     leaves = {
         name: leaf.init(jax.random.key(i), leaf.shape)
-        for i, (name, leaf) in enumerate(method.leaves(Site("", "__call__", 128)).items())
+        for i, (name, leaf) in enumerate(
+            method.leaves(AttachmentPoint("", "__call__", 128)).items()
+        )
     }
     change = double(method.forward(leaves, SITE, y, jnp.asarray(y))) - y
     assert 0 < np.abs(change).max() < 0.05
@@ -208,7 +210,7 @@ def test_it_starts_near_the_identity():
 def test_the_reduction_factor_rounds_down_to_at_least_one(factor, d, m):
     method = aj.Bottleneck("**", reduction_factor=factor)
     assert method.width(d) == m
-    assert method.leaves(Site("", "__call__", d))["down/kernel"].shape == (d, m)
+    assert method.leaves(AttachmentPoint("", "__call__", d))["down/kernel"].shape == (d, m)
 
 
 def test_counts():

@@ -101,7 +101,7 @@ def test_audit_gives_the_published_counts(say, model, flags, adapters, trainable
     assert counts["adapter_parameters"] == adapters
     assert counts["trainable_parameters"] == trainable
     assert counts["frozen_parameters"] > 0
-    assert sum(site["actual"] for site in counts["sites"]) == trainable
+    assert sum(site["actual"] for site in counts["entries"]) == trainable
 
 
 def test_audit_of_a_directory_needs_no_weights(say, place, tmp_path):

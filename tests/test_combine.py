@@ -166,16 +166,16 @@ def test_an_nnx_model_and_directories_do(tmp_path):
         ({"weights": [1.0]}, "2 adapters and 1 weights; give one weight each"),
         ({"weights": [1.0, float("nan")]}, "a weight=nan, expected a finite number"),
         ({"how": "sum"}, "how='sum', expected one of linear, svd, ties, dare"),
-        ({"how": "svd"}, "how='svd' wants a rank"),
+        ({"how": "svd"}, "how='svd' needs a rank"),
         ({"rank": 2}, "how='linear' has the sum of all ranks; leave rank out"),
         ({"how": "svd", "rank": 0}, "rank=0, expected a whole number >= 1"),
         ({"how": "svd", "rank": 6}, r"rank 6 exceeds min\(in, out\) = min\(6, 5\)"),
         ({"how": "ties", "rank": 2, "density": 0.0}, "density=0.0, expected"),
         ({"how": "dare", "rank": 2}, "give key=jax.random.key"),
         ({"base": {"other": {"kernel": np.ones((2, 2))}}}, "the base has no weight at 'query'"),
-        ({"adapters": [adapter(aj.DoRA("*", 2), 1), ONE]}, "a recipe trains DoRA"),
-        ({"adapters": [adapter(aj.Unfreeze("*/kernel"), 1), ONE]}, "base's parameter query/kernel"),
-        ({"adapters": [adapter(aj.Bottleneck("query", 2), 1), ONE]}, "a recipe trains Bottleneck"),
+        ({"adapters": [adapter(aj.DoRA("*", 2), 1), ONE]}, "DoRA at 'query'"),
+        ({"adapters": [adapter(aj.Unfreeze("*/kernel"), 1), ONE]}, "query/kernel"),
+        ({"adapters": [adapter(aj.Bottleneck("query", 2), 1), ONE]}, "Bottleneck at 'query'"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -205,7 +205,7 @@ def _pairs(one, other):
 def test_unmerging_dora_is_refused():
     recipe, adapters = adapter(aj.DoRA("*", 2), 1)
     model = aj.adapt(Net(), recipe)
-    with pytest.raises(aj.RecipeError, match="unmerge: DoRA at 'query' rescales the weight"):
+    with pytest.raises(aj.RecipeError, match="DoRA at 'query'"):
         aj.unmerge(model, aj.merge_trees(adapters, BASE), X)
 
 

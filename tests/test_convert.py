@@ -206,7 +206,7 @@ def test_no_row_and_no_directory_of_this_machine_goes_along(convert, place, to):
     [
         (
             "runs/bottlenecks peft",
-            "it adds Bottleneck; PEFT has LoRA alone, DoRA alone or Llama",
+            "it adds Bottleneck; PEFT has LoRA alone",
         ),
         ("gpt2-norms adapterhub --model gpt2", "layer_0/mlp_norm/scale trains as well; AdapterH"),
         ("runs/mean peft", "cannot go to PEFT: its head reads mean, and PEFT's pooler; --no-head"),

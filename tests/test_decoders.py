@@ -283,7 +283,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ),
         (f"{TRAIN} --method head-only", "--method head-only: of encoders; a decoder has no head"),
         (f"{TRAIN} --method bitfit", "Unfreeze: target '**/bias' matches nothing"),
-        (f"{TRAIN} --method llama-adapter --last 9", "last=9, wanted a number from 1 to num_la"),
+        (f"{TRAIN} --method llama-adapter --last 9", "last=9, expected 1 to num_la"),
         (f"{TRAIN} --rank 4 --prompt-length 3", "--rank, --prompt-length: no field of --method"),
         (f"{TRAIN} --held-out 0", "--held-out=0, expected a whole number >= 1"),
         (f"{TRAIN} --exact-match -1", "--exact-match -1: expected a number of rows, or 0"),
@@ -302,8 +302,8 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ),
         ("combine runs/lora --weights 1 2 --out both", "1 adapters and 2 weights; give one weight"),
         ("combine runs/lora --weights 1 --out runs/full", "runs/full exists already; give this"),
-        ("combine runs/full --weights 1 --out both", "and a recipe trains the base's parameter"),
-        ("combine runs/lora --weights 1 --how svd --out both", "how='svd' wants a rank"),
+        ("combine runs/full --weights 1 --out both", "one trains the base's embeddings"),
+        ("combine runs/lora --weights 1 --how svd --out both", "how='svd' needs a rank"),
         ("merge runs/full --out tiny", "--out tiny exists already; give another directory"),
         ("merge runs/full --out no/where", "--out no/where: there is no directory no"),
     ],
@@ -334,7 +334,7 @@ def test_what_is_no_change_of_a_weight_is_not_merged(say, tmp_path):
     aj.save_adapter(tmp_path / "run" / "adapter", nnx.state(adapted, AdapterParam), recipe)
     status, _, err = say(f"merge {tmp_path / 'run'} --out {tmp_path / 'merged'}")
     assert status == 2
-    assert "merge: LlamaAdapter cannot be folded into a weight, since its prompt is" in err
+    assert "merge: LlamaAdapter cannot be folded into a weight at" in err
     assert not (tmp_path / "merged").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "prompts": {"a": 1}}))

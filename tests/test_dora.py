@@ -141,12 +141,12 @@ def test_slices_change_their_outputs_alone():
     merged = aj.merge(model, params, X)
     np.testing.assert_allclose(nn.Dense(OUT).apply({"params": merged}, X), wanted, atol=1e-5)
     np.testing.assert_array_equal(merged["kernel"][:, 2:5], params["kernel"][:, 2:5])
-    assert aj.audit(model, params).sites[0].formula == "2*(5 + 4)"
+    assert aj.audit(model, params).entries[0].formula == "2*(5 + 4)"
 
 
 @pytest.mark.parametrize("slices", [((2, 1),), ((0, 3), (2, 4)), ((1, 1),), ((-1, 2),), 3])
 def test_slices_have_to_be_ranges_in_order(slices):
-    with pytest.raises(ValueError, match="wanted ranges in order"):
+    with pytest.raises(ValueError, match="expected ranges in order"):
         aj.LoRA("**", 2, slices=slices)
 
 

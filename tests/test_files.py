@@ -451,7 +451,7 @@ def method_edit(**fields):
         (method_edit(rank=0), "holds no usable recipe: LoRA: rank=0, expected a whole number"),
         (method_edit(alpha="x"), "holds no usable recipe: LoRA: alpha='x', expected a finite"),
         (method_edit(targets=5), "holds no usable recipe: LoRA got targets=5"),
-        (method_edit(method="lroa"), "holds no usable recipe: .*'lroa' is none of bottleneck, l"),
+        (method_edit(method="lroa"), "holds no usable recipe: .*'lroa' is not registered"),
     ],
 )
 def test_a_damaged_directory_says_what_is_wrong(saved, base, spoil, message):

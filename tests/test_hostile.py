@@ -115,7 +115,7 @@ BAD_TENSORS = {
     "three offsets": (entry_edit(data_offsets=[0, 16, 32]), "data_offsets .*, wanted two numbers"),
     "a number with a point": (
         entry_edit(shape=[4.0, 2]),
-        r"the shape \[4.0, 2\], wanted a list of",
+        r"the shape \[4.0, 2\], expected a list of",
     ),
     "a shape too large": (
         entry_edit(shape=[4, 3]),
@@ -123,12 +123,12 @@ BAD_TENSORS = {
     ),
     "a shape of petabytes": (entry_edit(shape=[2**30, 2**30]), r"the shape \[1073741824, 10737"),
     "an empty shape of petabytes": (entry_edit(shape=[0, 2**30, 2**30]), r"the shape \[0, 107"),
-    "a negative shape": (entry_edit(shape=[-4, -2]), r"the shape \[-4, -2\], wanted a list"),
-    "no shape": (entry_edit(shape=None), "the shape None, wanted a list of sizes"),
+    "a negative shape": (entry_edit(shape=[-4, -2]), r"the shape \[-4, -2\], expected a list"),
+    "no shape": (entry_edit(shape=None), "the shape None, expected a list of sizes"),
     "another dtype": (entry_edit(dtype="F16"), r"F16\[4, 2\], 16 bytes, and has the place of 32"),
     "an unknown dtype": (
         entry_edit(dtype="F4"),
-        "has the dtype 'F4', wanted one of F64, F32, F16,",
+        "has the dtype 'F4', expected one of F64, F32, F16,",
     ),
     "an integer": (entry_edit(dtype="I32"), "has int32 in attention/query/lora/a, wanted floats"),
     "64 bits": (
@@ -210,10 +210,10 @@ BAD_JSON = {
     b"[" * 20_000: "damaged: its JSON is nested more than 32 deep",
     b'{"a":' * 20_000 + b"1" + b"}" * 20_000: "damaged: its JSON is nested more than 32 deep",
     b'{"format": ' + b"9" * 9000 + b"}": "damaged: 99999.* .9000 characters. is no number",
-    b"[" + b"0," * 9000 + b"0]": "holds a list, wanted a JSON object",
+    b"[" + b"0," * 9000 + b"0]": "holds a list, expected a JSON object",
     b" " * (2**20 + 1): "has 1048577 bytes, wanted at most 1048576 of JSON",
     b"": "damaged: Expecting value",
-    b"null": "holds a NoneType, wanted a JSON object",
+    b"null": "holds a NoneType, expected a JSON object",
 }
 
 
@@ -254,7 +254,7 @@ BAD_CONFIGS = {
     "no counts": (config_edit(lambda c: c.pop("tensors")), "format 1: 'tensors' is missing"),
     "a count in words": (
         config_edit(lambda c: c.update(parameters="4")),
-        "parameters='4', wanted a number",
+        "parameters='4', expected a number",
     ),
     "a base in words": (
         config_edit(lambda c: c.update(base="x")),
@@ -270,9 +270,9 @@ BAD_CONFIGS = {
     ),
     "an unknown method": (
         lora(method="x" * 999),
-        r"method 'xxx.* characters. is none of bottleneck",
+        r"method 'xxx.* characters., expected one of bottleneck",
     ),
-    "a method of a list": (lora(method=["lora"]), r"method \['lora'\] is none of"),
+    "a method of a list": (lora(method=["lora"]), r"method \['lora'\], expected one of"),
     "many unknown keys": (
         lora(**{f"rank{i}": 1 for i in range(9000)}),
         "its patterns are too many, over 4096",
@@ -285,8 +285,8 @@ BAD_CONFIGS = {
     "a rank that is true": (lora(rank=True), "LoRA: rank=True, expected a whole number >= 1"),
     "a flag in words": (lora(rank_stabilized="no"), "rank_stabilized='no', expected True or False"),
     "a choice of a list": (lora(a_init=[{}]), "LoRA: a_init=.*, expected one of gaussian, uniform"),
-    "slices of halves": (lora(slices=[[0.5, 2.5]]), "slices=.*, wanted ranges in order"),
-    "slices of words": (lora(slices=["ab"]), "slices=.*, wanted ranges in order"),
+    "slices of halves": (lora(slices=[[0.5, 2.5]]), "slices=.*, expected ranges in order"),
+    "slices of words": (lora(slices=["ab"]), "slices=.*, expected ranges in order"),
     "a pattern of millions": (lora(targets="{a,b}" * 40), "too many patterns, of over 65536 char"),
     "an open brace": (
         lora(targets="{" * 3000),

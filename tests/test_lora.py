@@ -12,7 +12,7 @@ from flax.errors import InvalidRngError
 from helpers.arrays import double, drawn, drawn_like, shapes
 
 import adapters_jax as aj
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.weights.linear import find
 
 DIN, DOUT = 6, 4
@@ -20,7 +20,7 @@ DIN, DOUT = 6, 4
 
 def site(shape=(DIN, DOUT), layer=None, path="layer_0/query"):
     layer = layer or nn.Dense(shape[-1])
-    return Site(path, "__call__", shape[-1], find(layer, "__call__"), shape)
+    return AttachmentPoint(path, "__call__", shape[-1], find(layer, "__call__"), shape)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_at_full_rank_any_change_of_the_weight_can_be_had(shape):
 
 
 def test_refused_where_the_layer_is_unknown():
-    nowhere = Site("norm", "__call__", 3)
+    nowhere = AttachmentPoint("norm", "__call__", 3)
     lora = aj.LoRA("**", 2)
     assert not lora.fits(nowhere)
-    with pytest.raises(aj.RecipeError, match="LoRA cannot attach to 'norm': it is not a known"):
+    with pytest.raises(aj.RecipeError, match="'norm' is not a known"):
         lora.leaves(nowhere)
 
 

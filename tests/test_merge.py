@@ -157,19 +157,15 @@ def test_only_targets_change_and_unfrozen_parameters_stay_as_trained():
 
 
 def test_a_bottleneck_cannot_be_folded_in():
-    message = (
-        "merge: Bottleneck cannot be folded into a weight, since a nonlinearity stands between its "
-        "projections; keep the adapted model, or merge LoRA alone"
-    )
     recipe = aj.Recipe(lora(), aj.Bottleneck("**", 2))
     model, params = grown(nn.Dense(D), recipe, X)
     with pytest.raises(aj.RecipeError) as error:
         aj.merge(model, params, X)
-    assert str(error.value) == message
+    assert aj.Bottleneck.unmergeable in str(error.value)
     model = aj.adapt(nnx.Linear(D, D, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
     with pytest.raises(aj.RecipeError) as error:
         aj.merge(model)
-    assert str(error.value) == message
+    assert aj.Bottleneck.unmergeable in str(error.value)
 
 
 def test_trees_that_are_not_the_models():

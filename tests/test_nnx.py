@@ -363,7 +363,7 @@ def test_streams_that_are_missing_are_named():
     ):
         aj.adapt(base, recipe)
     with pytest.raises(
-        TypeError, match=r"rngs is of .*, wanted nnx.Rngs; write rngs=nnx.Rngs\(0\)"
+        TypeError, match=r"rngs is of .*, expected nnx.Rngs; write rngs=nnx.Rngs\(0\)"
     ):
         aj.adapt(base, recipe, rngs=jax.random.key(0))
     message = r"no stream dropout; write rngs=nnx.Rngs\(0\), or name it: rngs=nnx.Rngs\(params=0, d"

@@ -231,19 +231,19 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type='IA3', wanted LORA or ADAPTION_PROMPT"),
+        ({"peft_type": "VERA"}, "peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"),
         ({"lora_bias": True, "use_qalora": True}, "lora_bias=True is not supported; use_qalora=Tr"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not supported"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\] is not supported"),
         ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] is not supported"),
         ({"some_future_field": 0.5}, "some_future_field=0.5 is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', wanted one of .*conversion"),
-        ({"bias": "some"}, "bias='some', wanted one of 'none', 'all', 'lora_only'"),
-        ({"r": "8"}, "r='8', wanted a whole number"),
-        ({"lora_alpha": True}, "lora_alpha=True, wanted a number"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', expected one of .*conversion"),
+        ({"bias": "some"}, "bias='some', expected one of 'none', 'all', 'lora_only'"),
+        ({"r": "8"}, "r='8', expected a whole number"),
+        ({"lora_alpha": True}, "lora_alpha=True, expected a number"),
         ({"lora_alpha": 0}, "LoRA: alpha=0, expected a finite number > 0"),
-        ({"rank_pattern": [1]}, r"rank_pattern=\[1\], wanted dict"),
-        ({"rank_pattern": {"q": "x"}}, "rank_pattern=.*wanted a number for each pattern"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\], expected dict"),
+        ({"rank_pattern": {"q": "x"}}, "rank_pattern=.*expected a number for each pattern"),
         ({"target_modules": "("}, "target_modules='\\(', and '\\(' is no regular expression"),
         ({"r": 3}, "h.0.q has the rank 2, the configuration says 3"),
         (
@@ -254,7 +254,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
             {"layers_to_transform": [1]},
             "h.0.q has factors and is not among the configuration's tar",
         ),
-        ({"use_dora": True}, r"h.0.q has the tensors of a, b, wanted \['a', 'b', 'magnitude'\]"),
+        ({"use_dora": True}, r"h.0.q has the tensors of a, b, expected \['a', 'b', 'magnitude'\]"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_named(tmp_path, fields, message):
@@ -277,7 +277,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         load_peft(hand_made(tmp_path / "a", spoilt), NAMES, PARAMS)
     for part in (
         "h.0.q has A [2, 6] and B [5, 2], which do not fit block_0/q of [6, 4]",
-        "h.1.q has the tensors of a, wanted ['a', 'b']",
+        "h.1.q has the tensors of a, expected ['a', 'b']",
         "h.7.q is no layer of the base that names knows",
         "ln.weight is [3], which does not fit norm",
         "h.1.q.weight is [6, 4], which does not fit block_1/q",
@@ -378,7 +378,7 @@ def test_parts_of_a_fused_module_go_side_by_side(tmp_path):
     np.testing.assert_array_equal(key, 0)
     only = {k: v for k, v in own.items() if "query" in k}
     only["layer_1/attention/query/lora/magnitude"] = drawn(32)
-    with pytest.raises(ValueError, match="c_attn: DoRA wants all of its parts adapted, or none"):
+    with pytest.raises(ValueError, match="c_attn: PEFT's DoRA adapts all of its parts, or none"):
         save_peft(tmp_path / "b", aj.DoRA("layer_1/*/query", 2), unflatten(only), names, params)
 
 
@@ -488,7 +488,7 @@ def test_prompts_of_another_length_or_number_are_refused(tmp_path):
     spoilt = shutil.copytree(source, tmp_path / "a")
     (spoilt / CONFIG).write_text(json.dumps(config | {"adapter_len": 4, "adapter_layers": 2}))
     with pytest.raises(
-        AdapterFileError, match=r"wanted a prompt \[1, 4, d\] .*; it has prompts of 1"
+        AdapterFileError, match=r"expected a prompt \[1, 4, d\] .*; it has prompts of 1"
     ):
         load_peft(spoilt, names, model)
 

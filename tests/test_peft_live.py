@@ -27,16 +27,19 @@ RECIPES = {
         aj.lora(4, 6.0, targets=("**/query", "**/mlp/intermediate"), bias="all", head="head"),
         aj.lora(2, dora=True, targets="**/{key,value}", bias="lora_only"),
         aj.Recipe(aj.LoRA("**/{word,value}", 3, 6.0), aj.Unfreeze("**/attention_norm/*")),
+        aj.ia3(head="head"),
     ],
     "gpt2": [
         aj.lora(4, 8.0),  # query and value, which have no A in common
         aj.lora(2, dora=True, targets=("**/{query,key,value}", "**/mlp/output/dense")),
+        aj.ia3(),  # key and value, two parts of three
         aj.lora(3, targets="**/attention/*", rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
     ],
     "llama": [
         aj.lora(4, 8.0, targets="**/mlp/*", alpha_pattern={"**/up": 2.0}),
         aj.Recipe(aj.LoRA("**/{embeddings,head}", 2, 6.0), aj.Unfreeze("norm/*")),
         aj.llama_adapter(4, layers=[1], gate="layer"),
+        aj.ia3(targets="**/attention/*"),
     ],
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]

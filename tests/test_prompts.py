@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
 from adapters_jax.weights import attention
 
@@ -169,8 +169,8 @@ def test_llama_7b_has_the_published_counts_without_allocating():
         model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
         audit = aj.audit(model)
         assert audit.adapter_parameters == audit.trainable_parameters == count
-        assert len(audit.sites) == 30
-    assert audit.sites[0].formula == "10*4096 + 1"
+        assert len(audit.entries) == 30
+    assert audit.entries[0].formula == "10*4096 + 1"
 
 
 def test_lora_on_the_key_projection_also_projects_the_prompt():
@@ -256,9 +256,9 @@ def test_a_wrong_name_in_a_registration_is_named(known):
         (lambda: aj.PrefixTuning("**", 0), "length=0, expected a whole number >= 1"),
         (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token', expected one of head, layer"),
         (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "expected one of tanh, identity"),
-        (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, wanted a number from 1 to"),
+        (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33, expected 1 to"),
         (lambda: aj.llama_adapter(last=3), "give last together with num_layers, or layers alone"),
-        (lambda: aj.llama_adapter(layers=[1], targets="**"), r"wanted \{\} where the layer's"),
+        (lambda: aj.llama_adapter(layers=[1], targets="**"), r"expected \{\} where the layer's"),
     ],
 )
 def test_fields_out_of_range(make, message):
@@ -274,7 +274,7 @@ def test_more_layers_than_there_are():
 
 
 def test_heads_that_do_not_divide():
-    site = Site("attention", "__call__", D, attention=attention.Attention(D, 4, 3, 4))
+    site = AttachmentPoint("attention", "__call__", D, attention=attention.Attention(D, 4, 3, 4))
     for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
         with pytest.raises(aj.RecipeError, match="4 query heads do not divide .* for 3 key heads"):
             method.leaves(site)

@@ -218,7 +218,7 @@ def test_a_training_its_checkpoint_its_file_and_its_merge(door, tmp_path):
     else:
         merged = aj.merge(aj.dequantize(whole))
         logits = merged(ids())
-        assert contract._kinds(merged) == contract._kinds(subject.base)
+        assert contract.classes_of(merged) == contract.classes_of(subject.base)
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
@@ -258,7 +258,7 @@ def test_an_adapted_model_is_quantised_but_for_what_trains():
     }
     wanted = other.logits_of(aj.dequantize(model), ids())
     np.testing.assert_allclose(other.logits_of(model, ids()), wanted, atol=1e-5)
-    message = "PiSSA takes its factors out of the weight at 'layer_0/attention/query', which is qu"
+    message = "takes its start out of the weight at 'layer_0/attention/query', which is qu"
     with pytest.raises(aj.RecipeError, match=message):
         with_base(DOORS["linen"](contract.Case("attention", aj.Recipe(pissa))), True, block=4)
     with pytest.raises(aj.RecipeError, match=message):
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     refused(TypeError, "pass the model alone", nnx.Linear(2, 2, rngs=nnx.Rngs(0)), params)
     refused(TypeError, "wants a linen or NNX module, got dict", params)
     small = aj.quantize(base, params, x)
-    refused(ValueError, "up/kernel is quantised already, wanted floats", base, small, x)
+    refused(ValueError, "up/kernel is quantised already, expected floats", base, small, x)
     with pytest.raises(TypeError, match="a quantised weight is frozen; write to the tree"):
         nn.meta.replace_boxed(small, params)
     with pytest.raises(TypeError, match="a quantised weight is frozen; write to the model"):

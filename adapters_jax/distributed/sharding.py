@@ -18,15 +18,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import ShardingError, place
+from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
-from adapters_jax.trees import Tree, flatten, path_of
+from adapters_jax.trees import Tree, flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules
-SMALL = 2**16  # of a leaf with fewer elements every device has all, unless told otherwise
+SMALL = 2**16  # of a leaf with fewer elements every device has all, unless `small` says otherwise
 Rules = Mapping[str, P]
 
 
@@ -76,7 +77,7 @@ def _layout(
     require_match("sharding rules", tuple(rules), leaves)
     owners = {path: recipe.owner(path) if recipe else None for path in leaves}
     base = {
-        path: _told(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
+        path: _stated(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
         for path, (leaf, annotation) in leaves.items()
         if owners[path] is None
     }
@@ -86,8 +87,8 @@ def _layout(
         if owner is None:
             specs[path] = base[path]
         else:
-            told = _told(path, leaf, annotation, mesh, rules)
-            specs[path] = told or _inherited(path, owner[0], leaves, base, mesh, small)
+            stated = _stated(path, leaf, annotation, mesh, rules)
+            specs[path] = stated or _inherited(path, owner, leaves, base, small)
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
@@ -106,7 +107,7 @@ def _annotated(leaf: Any) -> tuple[Any, P | None]:
     return unboxed(leaf), spec
 
 
-def _told(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
+def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
     """What an annotation or a rule says of a leaf, checked; None where nothing does."""
     spec, who = annotation, "its annotation"
     if spec is None:
@@ -156,27 +157,30 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
 
 def _inherited(
     path: str,
-    site: str,
+    owner: tuple[str, Method],
     leaves: Mapping[str, tuple[Any, Any]],
     base: Mapping[str, P],
-    mesh: Mesh,
     small: int,
 ) -> P:
-    """A low-rank factor's axes as the kernel's beside it; everything else on every device.
+    """The axes of a leaf that its method says are the weight's, as those are; else everywhere.
 
-    Axes are told by size: those before the rank from the left, those behind it from the right.
+    They are found by size: those before the method's own axis (the rank) from the left, those
+    behind it from the right.
     """
-    factor, kind = leaves[path][0].shape, path.rpartition("/")[2]
-    weights = [p for p in base if p.rpartition("/")[0] == site]
-    if kind not in ("a", "b") or math.prod(factor) < small or not weights:
+    module, method = owner
+    factor, start = leaves[path][0].shape, join(module, method.slot) + "/"
+    side = method.weight_axes.get(path.removeprefix(start))
+    weights = [p for p in base if p.rpartition("/")[0] == module]
+    if side is None or math.prod(factor) < small or not weights:
         return P()
     weight = max(weights, key=lambda p: math.prod(leaves[p][0].shape))
     shape, spec = leaves[weight][0].shape, [*base[weight]]
     spec += [None] * (len(shape) - len(spec))
-    if kind == "a":
+    if side == "input":
         rank = len(factor) - 1
     else:  # behind the layer axes, which the weight and both factors have
-        rank = leaves[f"{path[:-1]}a"][0].ndim + len(factor) - 2 - len(shape)
+        other = next(name for name, side in method.weight_axes.items() if side == "input")
+        rank = leaves[start + other][0].ndim + len(factor) - 2 - len(shape)
     found: list[Any] = [None] * len(factor)
     for i in range(len(factor)):
         j = i if i < rank else i - len(factor) + len(shape)

@@ -1,4 +1,4 @@
-"""The linen door: a wrapper with the base's calls and paths, and the leaves for its adapters."""
+"""The linen API: a wrapper with the base's calls and paths, and the leaves for its adapters."""
 
 import functools
 import inspect
@@ -12,12 +12,11 @@ from jaxtyping import Array, PRNGKeyArray
 from adapters_jax.abstract import explained, filled, is_abstract
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.interceptor import Interceptor
-from adapters_jax.methods import Attached, LoRA, base
-from adapters_jax.methods.base import Site
-from adapters_jax.methods.lora import contraction_of
+from adapters_jax.methods import Method, arrays
+from adapters_jax.methods.base import AttachmentPoint, contraction_of, started
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
-from adapters_jax.weights.quantized import is_quantized
+from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
 class Adapted(nn.Module):
@@ -93,9 +92,9 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
     return _adapted_class(type(model))(inner=model, recipe=recipe)  # type: ignore[arg-type]
 
 
-def sites(
+def points(
     model: Adapted, /, *args: Any, **kwargs: Any
-) -> tuple[dict[tuple[str, str], tuple[Attached, Site]], Tree]:
+) -> tuple[dict[tuple[str, str], tuple[Method, AttachmentPoint]], Tree]:
     """Where the recipe attaches, by an abstract run of the model.
 
     Args:
@@ -104,7 +103,7 @@ def sites(
         **kwargs: further arguments of the model's `__call__`.
 
     Returns:
-        The method and site of every `(module path, slot)`, and all parameters, abstract.
+        The method and point of every `(module path, slot)`, and all parameters, abstract.
 
     Raises:
         TargetError: a pattern meets nothing, or nothing its method can attach to.
@@ -113,10 +112,10 @@ def sites(
     interceptor, params = seen(model.inner, model.recipe, args, kwargs)
     interceptor.check(params)
     found = {
-        (path, method.slot): (method, site)
-        for (path, _), (_, site) in interceptor.visited.items()
+        (path, method.slot): (method, point)
+        for (path, _), (_, point) in interceptor.visited.items()
         for method in model.recipe.at(path)
-        if method.fits(site)
+        if method.fits(point)
     }
     return found, params
 
@@ -177,7 +176,7 @@ def init_adapters(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
-    found, whole = sites(model, *args, **kwargs)
+    found, whole = points(model, *args, **kwargs)
     compare_trees(
         "params",
         flatten(without_adapters(shapes_of(params), model.recipe)),
@@ -188,25 +187,23 @@ def init_adapters(
 
     def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:
         grown = {}
-        for (module, slot), (method, site) in found.items():
+        for (module, slot), (method, point) in found.items():
             leaves = {
-                name: leaf.init(base.key_at(key, path), shapes[path])
-                for name, leaf in method.leaves(site).items()
+                name: leaf.init(arrays.key_at(key, path), shapes[path])
+                for name, leaf in method.leaves(point).items()
                 if (path := join(module, slot, name))
             }
-            if isinstance(method, LoRA) and method.from_weight:
-                path = join(module, contraction_of(site).weight)
-                method.refuse_quantized(site, weights[path])
-                weight = nn.meta.unbox(weights[path])
-                leaves, grown[path] = method.start_stacked(leaves, site, weight)
+            if method.from_weight:
+                path = join(module, contraction_of(point).weight)
+                leaves, grown[path] = started(method, leaves, point, unboxed(weights[path]))
             grown |= {join(module, slot, name): leaf for name, leaf in leaves.items()}
         return grown
 
     own = flatten(without_adapters(params, model.recipe))
     weights = {
         path: own[path]
-        for (module, _), (method, site) in found.items()
-        if method.from_weight and (path := join(module, contraction_of(site).weight))
+        for (module, _), (method, point) in found.items()
+        if method.from_weight and (path := join(module, contraction_of(point).weight))
     }
     grown = jax.eval_shape(grow, key, weights) if is_abstract(params) else grow(key, weights)
     rest = {path: grown.pop(path) for path in weights}

@@ -8,28 +8,29 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Attached, Bottleneck, LoRA
-from adapters_jax.methods.base import Frozen, Site
-from adapters_jax.methods.lora import contraction_of
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint, Frozen, contraction_of, started
 from adapters_jax.weights import linear
-from adapters_jax.weights.quantized import unboxed
+from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
-def leaves_in(module: Any, scope: Any, method: Attached, site: Site) -> dict[str, Array]:
+def leaves_in(module: Any, scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
     """A method's arrays by name; made where they are not there yet."""
     new = not scope.has_variable("params", method.leaf_names[0])
     leaves = {}
-    for name, leaf in method.leaves(site).items():
+    for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
         holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
         leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
-    if new and isinstance(method, LoRA) and method.from_weight:
-        name = contraction_of(site).weight
+    if new and method.from_weight:
+        name = contraction_of(point).weight
         weight = module.scope.get_variable("params", name)
-        leaves, rest = method.start(leaves, site, nn.meta.unbox(weight))
-        module.scope.put_variable("params", name, nn.meta.replace_boxed(weight, rest))
-        for name, started in leaves.items():
-            scope.put_variable("params", name, started)
+        made, rest = started(method, leaves, point, unboxed(weight))
+        if not is_quantized(weight):
+            module.scope.put_variable("params", name, nn.meta.replace_boxed(weight, rest))
+        for name, array in made.items():
+            scope.put_variable("params", name, array)
+        return made
     return leaves
 
 
@@ -41,21 +42,21 @@ def _frozen(module: Any) -> Frozen:
 def run_method(
     module: nn.Module,
     scope: Any,
-    method: Bottleneck | LoRA,
-    site: Site,
+    method: Method,
+    point: AttachmentPoint,
     x: Any,
     y: Array,
     evaluation: bool | None,
 ) -> Array:
     """One method on a module's output, its leaves in the given scope."""
-    leaves = leaves_in(module, scope, method, site)
+    leaves = leaves_in(module, scope, method, point)
     if evaluation is None:
         evaluation = not module.has_rng("dropout")
     key = module.make_rng("dropout") if method.dropout and not evaluation else None
-    return method.forward(leaves, site, x, y, key, _frozen(module))
+    return method.forward(leaves, point, x, y, key, _frozen(module))
 
 
-def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> Site:
+def point_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> AttachmentPoint:
     """What methods need to know of a module that has just run."""
     found = linear.find(module, call, *args, **kwargs)
     shape: tuple[int, ...] = ()
@@ -67,6 +68,6 @@ def site_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -
             )
         shape = unboxed(module.scope.get_variable("params", found.weight)).shape
     array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
-    return Site(
+    return AttachmentPoint(
         path, call, y.shape[-1] if array else 0, found, shape, getattr(module, "precision", None)
     )

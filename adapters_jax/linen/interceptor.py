@@ -19,11 +19,11 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.linen.attachment import leaves_in, run_method, site_of
+from adapters_jax.linen.attachment import leaves_in, point_of, run_method
 from adapters_jax.linen.quantized_layers import call_quantized, has_quantized, standing_in
-from adapters_jax.methods import Attached, Prompt
-from adapters_jax.methods.base import Site
-from adapters_jax.recipe import Recipe, require_sites
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint, after
+from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.targets import require_match
 from adapters_jax.trees import Tree, flatten, join
 from adapters_jax.weights import attention, linear
@@ -56,6 +56,14 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return run(*args, **kwargs)
 
 
+def _step(
+    module: Any, method: Method, point: AttachmentPoint, evaluation: bool | None, x: Any, y: Array
+) -> Array:
+    """One method on a module's output; its leaves' names are free again each time it runs."""
+    scope = module.scope.push(method.slot, reuse=True)
+    return run_method(module, scope, method, point, x, y, evaluation)
+
+
 @dataclass
 class _Running:
     """A call under way.
@@ -80,11 +88,11 @@ class Interceptor:
 
     def __init__(self, recipe: Recipe, module: Any, init: bool):
         self.recipe, self.root = recipe, tuple(module.scope.path)
-        self.visited: dict[tuple[str, str], tuple[nn.Module, Site]] = {}
+        self.visited: dict[tuple[str, str], tuple[nn.Module, AttachmentPoint]] = {}
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
-        self._prompts = any(isinstance(method, Prompt) for method in recipe.attached)
+        self._prompts = any(method.acts_on == "attention" for method in recipe.attached)
         self._running = [_Running()]
         module.scope.flags = module.scope.flags.copy({self.flag(module): self})
 
@@ -94,7 +102,7 @@ class Interceptor:
         return f"adapters of {'/'.join(module.scope.path)}"
 
     def __hash__(self) -> int:
-        """Differs from place to place of a run, but not from run to run of one recipe.
+        """Differs from call to call of a run, but not from run to run of one recipe.
 
         By the hash of a scope's flags nn.jit finds an earlier trace: so it never takes up one of
         the base, of another recipe, of training in evaluation, or of another path.
@@ -146,19 +154,21 @@ class Interceptor:
         here: _Running,
     ) -> Any:
         """The output after every method that targets the module and acts on its output."""
-        site = site_of(module, path, call, args, kwargs, y)
-        site = dataclasses.replace(site, attention=here.attention)
-        methods = [m for m in self.recipe.at(path) if not isinstance(m, Prompt)]
+        point = point_of(module, path, call, args, kwargs, y)
+        point = dataclasses.replace(point, attention=here.attention)
+        methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
         if self._init and all(seen != path for seen, _ in self.visited):
-            self._refuse_taken_names(module, site, methods)
-        self.visited[path, call] = (module, site)
+            self._refuse_taken_names(module, point, methods)
+        self.visited[path, call] = (module, point)
+        if not methods:
+            return y
+        x = linear.input_of(module, call, args, kwargs)
+        again = linear.with_input(run, module, call, args, kwargs)
         for method in methods:
-            if method.fits(site):
-                x = linear.input_of(module, call, args, kwargs)
-                scope = module.scope.push(method.slot, reuse=True)
-                again = linear.with_input(run, module, call, args, kwargs)
-                here_now = dataclasses.replace(site, again=again)
-                y = run_method(module, scope, method, here_now, x, y, here.evaluation)
+            if method.fits(point):
+                here_now = dataclasses.replace(point, again=again)
+                step = functools.partial(_step, module, method, here_now, here.evaluation)
+                y, again = step(x, y), after(step, again)
         return y
 
     def _attending(
@@ -198,27 +208,29 @@ class Interceptor:
         width = linear.input_of(projection, "__call__", *given).shape[-1]
         here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])
         precision = getattr(module, "precision", None)
-        site = Site(path, "__call__", 0, precision=precision, attention=here.attention)
-        methods = [m for m in self.recipe.at(path) if isinstance(m, Prompt)]
+        point = AttachmentPoint(path, "__call__", 0, precision=precision, attention=here.attention)
+        methods = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
         if self._init and all(seen != path for seen, _ in self.visited):
-            self._refuse_taken_names(module, site, methods)
+            self._refuse_taken_names(module, point, methods)
         for method in methods:
             scope = module.scope.push(method.slot, reuse=True)
-            leaves = leaves_in(module, scope, method, site)
+            leaves = leaves_in(module, scope, method, point)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
-            function = functools.partial(method.attend, leaves, site, project, function)
+            function = functools.partial(method.attend, leaves, point, project, function)
         return function(query, key, *args, **kwargs)
 
-    def _refuse_taken_names(self, module: Any, site: Site, methods: Sequence[Attached]) -> None:
+    def _refuse_taken_names(
+        self, module: Any, point: AttachmentPoint, methods: Sequence[Method]
+    ) -> None:
         """Raises where the base already has something of the name that a method would use."""
         for method in methods:
             taken = module.scope.get_variable("params", method.slot)
             leaves = flatten(taken) if isinstance(taken, Mapping) else {}
             mistakable = any(name in leaves for name in method.leaf_names)
-            if taken is not None and (method.fits(site) or mistakable):
+            if taken is not None and (method.fits(point) or mistakable):
                 raise RecipeError(
                     f"{type(method).__name__} keeps its parameters in "
-                    f"{join(site.path, method.slot)}, but the base has something of that name "
+                    f"{join(point.path, method.slot)}, but the base has something of that name "
                     "there; rename it or do not target it"
                 )
 
@@ -226,8 +238,8 @@ class Interceptor:
         """Raises TargetError for a pattern that meets nothing its method can attach to."""
         modules = {path: module for (path, _), (module, _) in self.visited.items()}
         for method in self.recipe.attached:
-            usable = {path for (path, _), (_, site) in self.visited.items() if method.fits(site)}
+            usable = {path for (path, _), (_, point) in self.visited.items() if method.fits(point)}
             unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-            require_sites(method, sorted(usable), unusable)
+            require_points(method, sorted(usable), unusable)
         for patterns in self.recipe.unfrozen:
             require_match("Unfreeze", patterns, flatten(params))

@@ -6,8 +6,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.linen.attachment import run_method, site_of
-from adapters_jax.methods.base import Site
+from adapters_jax.linen.attachment import point_of, run_method
+from adapters_jax.methods.base import AttachmentPoint
 
 
 class Bottleneck(nn.Module):
@@ -56,8 +56,8 @@ class Bottleneck(nn.Module):
             norm_after=self.norm_after,
         )
         y = x if y is None else y
-        site = Site("/".join(self.path), "__call__", x.shape[-1])
-        return run_method(self, self.scope, method, site, x, y, deterministic)
+        point = AttachmentPoint("/".join(self.path), "__call__", x.shape[-1])
+        return run_method(self, self.scope, method, point, x, y, deterministic)
 
 
 class LoRADense(nn.Dense):
@@ -99,7 +99,7 @@ class LoRADense(nn.Dense):
             deterministic: no dropout; by default there is dropout where a "dropout" key is given.
         """
         y = super().__call__(inputs)
-        site = site_of(self, "/".join(self.path), "__call__", (inputs,), {}, y)
+        point = point_of(self, "/".join(self.path), "__call__", (inputs,), {}, y)
         module: Any = self
         scope = module.scope.push("lora", reuse=True)
-        return run_method(self, scope, self.method(), site, inputs, y, deterministic)
+        return run_method(self, scope, self.method(), point, inputs, y, deterministic)

@@ -1,25 +1,35 @@
 """The methods, one a file. A new method is one file and one line here."""
 
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.dora import DoRA
+from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
+from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 
-Attached = Bottleneck | LoRA | LlamaAdapter | PrefixTuning  # DoRA is a LoRA
-Method = Attached | Unfreeze
-
-METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Bottleneck, LoRA, DoRA, LlamaAdapter, PrefixTuning, Unfreeze)
-}
+for _method in (
+    Bottleneck,
+    LoRA,
+    DoRA,
+    IA3,
+    LlamaAdapter,
+    PrefixTuning,
+    Unfreeze,
+):
+    register_method(_method)
 
 __all__ = [
+    "IA3",
     "METHODS",
-    "Attached",
+    "AttachmentPoint",
     "Bottleneck",
+    "Count",
     "DoRA",
+    "Leaf",
     "LlamaAdapter",
     "LoRA",
     "Method",
@@ -29,5 +39,7 @@ __all__ = [
     "bottleneck_parameters",
     "llama_adapter_parameters",
     "lora_parameters",
+    "method_named",
     "prefix_parameters",
+    "register_method",
 ]

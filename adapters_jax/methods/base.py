@@ -1,25 +1,30 @@
-"""What every method of adaptation has in common: a site to attach to and leaves to add there."""
+"""The contract of a method: what every part of the library asks of it, and nothing else.
 
-import zlib
+Both APIs, counting, files, merging, combining, sharding and layer stacking know methods by these
+members alone, so that a method of another package does all that a built-in one does.
+`adapters_jax.testing.check_method` tests that it does.
+"""
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.weights.attention import Attention
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.targets import as_patterns
+from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.contraction import Contraction
+from adapters_jax.weights.quantized import is_quantized
 
-Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 Leaves = Mapping[str, Any]
 Frozen = Callable[[str], Any]  # a module's own parameter by name, None where it has none
 
 
 @dataclass(frozen=True)
-class Site:
-    """One place in a model that a method attaches to.
+class AttachmentPoint:
+    """One module of a model, as a method sees it.
 
     Attributes:
         path: path of the module, names joined by slashes.
@@ -29,7 +34,8 @@ class Site:
         weight_shape: shape of that weight, without layer axes.
         precision: matmul precision of the module.
         attention: the sizes of an attention module; None where it is none that is known.
-        again: the call under way, without adapters, on another input; None outside of a call.
+        again: the call under way on another input, with the methods that come before this one;
+            None outside of a call.
     """
 
     path: str
@@ -52,7 +58,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Count:
-    """How many parameters a method adds at one site, and why.
+    """How many parameters a method adds at one attachment point, and why.
 
     Attributes:
         formula: the closed form with numbers put in, `2*768*64 + 64 + 768`.
@@ -65,66 +71,298 @@ class Count:
     copies: int = 1
 
 
-def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """A function of one layer's arrays, for arrays that are stacked on so many leading axes."""
-    for _ in range(axes):
-        function = jax.vmap(function)
-    return function
-
-
 def nothing(name: str) -> None:
     """The parameters of a module that has none of its own."""
 
 
-def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-    """A key of its own for every path, whatever else a recipe adds."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+@dataclass(frozen=True)
+class Method:
+    """What a way to adapt a model has to say of itself. Derive from it, and register the class.
+
+    A method is a frozen dataclass whose fields are its settings: JSON values, and tuples of them.
+    It holds no arrays. Its arrays, the leaves, lie in the parameter tree beside those of the module
+    that it adapts, under the name `slot`: `layer_0/query/SLOT/LEAF`. Leaves are float32; `forward`
+    casts them to the dtype of the module's output, and returns that dtype. Where layers are scanned
+    the leaves have the layer axes in front, which a method sees in `count` alone.
+
+    A method without a slot (`slot = None`) adds nothing: it trains the base's own parameters whose
+    paths its targets match, as `Unfreeze` does, and needs a name and nothing more.
+
+    Required of the others:
+        name: in recipes' JSON; no two methods have the same.
+        slot: see above; a subclass of a method may share its slot.
+        leaf_names: the names of the leaves, `"scale"` or `"down/kernel"`; a class variable or a
+            property. All are there at every point.
+        fits(point): whether it can attach to a module. Asked of every module, targeted or not.
+        leaves(point): a `Leaf` for each name.
+        count(path, shapes, weight): the closed form of the parameters at one module, worked out
+            from the settings; the audit holds it against the arrays.
+        forward(leaves, point, x, y, key, frozen): the module's output with the method. Methods
+            that act inside attention modules have `acts_on = "attention"` and `attend` instead.
+
+    Optional:
+        stated: fields that JSON must have; others may be left out for their defaults.
+        dropout: a probability; `forward` gets a key only where it is above zero, while training.
+        why_not(module): why `fits` was false, for the error of a target that cannot be adapted.
+        merged(leaves, point, own): the module's own parameters with the change in them.
+        unmergeable: why there is no `merged`.
+        inverse(leaves, point): leaves whose `merged` takes back that of the given ones.
+        factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
+        from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
+        pattern_fields: fields of (pattern, value) pairs that set another field for some of the
+            targets, with the name of that field.
+        subset_fields: fields of patterns that match some of the targets.
+        weight_axes: leaves that are sharded like the weight: "input" has its input axes, then one
+            axis of the method's own; "output" one of its own, then the weight's output axes.
+
+    Args:
+        targets: patterns of module paths.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, adapters_jax as aj
+        >>> from dataclasses import dataclass
+        >>> from flax import linen as nn
+        >>> from adapters_jax.methods import Count, Leaf, arrays
+        >>> @aj.register_method
+        ... @dataclass(frozen=True)
+        ... class Gain(aj.Method):
+        ...     '''Every output times a number of its own.'''
+        ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
+        ...     def fits(self, point):
+        ...         return point.call == "__call__" and point.width > 0
+        ...     def leaves(self, point):
+        ...         return {"scale": Leaf((point.width,), arrays.ones)}
+        ...     def count(self, path, shapes, weight):
+        ...         *layers, d = shapes["scale"]
+        ...         return Count(f"{d}", d, copies=layers[0] if layers else 1)
+        ...     def forward(self, leaves, point, x, y, key=None, frozen=None):
+        ...         return y * arrays.beside(leaves["scale"].astype(y.dtype), y)
+        >>> model = aj.adapt(nn.Dense(3), Gain("**"))
+        >>> params = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+        >>> params = aj.init_adapters(model, params, jax.random.key(1), jnp.ones((1, 4)))
+        >>> aj.audit(model, params).adapter_parameters
+        3
+        >>> aj.Recipe.from_json(aj.Recipe(Gain("**")).to_json())
+        Recipe(
+          Gain(targets=('**',)),
+        )
+    """
+
+    name: ClassVar[str]
+    slot: ClassVar[Any]  # a name, or None
+    stated: ClassVar[tuple[str, ...]] = ("targets",)
+    acts_on: ClassVar[Literal["output", "attention"]] = "output"
+    unmergeable: ClassVar[str] = "it defines no `merged`"
+    pattern_fields: ClassVar[Mapping[str, str]] = {}
+    subset_fields: ClassVar[tuple[str, ...]] = ()
+    weight_axes: ClassVar[Mapping[str, Literal["input", "output"]]] = {}
+
+    targets: str | tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
+
+    @property
+    def leaf_names(self) -> tuple[str, ...]:
+        """The names of its leaves."""
+        return ()
+
+    @property
+    def dropout(self) -> float:
+        """The probability of its dropout."""
+        return 0.0
+
+    @property
+    def from_weight(self) -> Literal["", "reads", "changes"]:
+        """Whether `start` reads the module's weight, or also leaves another weight behind."""
+        return ""
+
+    def fits(self, point: AttachmentPoint) -> bool:
+        """Whether the method can attach there."""
+        return False
+
+    def why_not(self, module: Any) -> str:
+        """Why the method cannot attach to a module, as the end of a sentence."""
+        return f"{type(self).__name__} does not fit {type(module).__name__}"
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """The arrays that it adds there, by name.
+
+        Raises:
+            RecipeError: the settings do not go with the sizes of the module.
+        """
+        return {}
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form of what it adds at one module.
+
+        Args:
+            path: of the module.
+            shapes: of the leaves by name, with layer axes.
+            weight: the shape of the module's weight, with layer axes; empty where it has none.
+        """
+        return Count("0", 0)
+
+    def forward(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        x: Any,
+        y: Float[Array, "..."],
+        key: PRNGKeyArray | None = None,
+        frozen: Frozen = nothing,
+    ) -> Float[Array, "..."]:
+        """The module's output with the method.
+
+        Args:
+            leaves: the arrays by name.
+            point: where they are attached; `point.again(x)` runs the module on another input.
+            x: the module's input, of whatever form the module takes.
+            y: the module's output, with the methods that come before this one.
+            key: for dropout while training; None in evaluation.
+            frozen: the module's own parameters by name; it gives None for one that is not there.
+
+        Returns:
+            An array like y, of its dtype.
+        """
+        return y
+
+    def attend(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        project: Callable[[str, Array], Array],
+        attention_fn: AttentionFn,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Array:
+        """What an attention function returns with the method, where `acts_on = "attention"`.
+
+        Args:
+            leaves: the arrays by name.
+            point: the attention module they are attached to.
+            project: `project("key", x)` is the module's own projection of x, (K, d).
+            attention_fn: the module's attention function, with the methods before this one.
+            *args: what it is called with: query, key and value first.
+            **kwargs: likewise.
+        """
+        return attention_fn(*args, **kwargs)
+
+    def merged(
+        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The module's own parameters that the method changes, with its change in them.
+
+        With them the module alone computes what `forward` returns. Arrays have no layer axes; sums
+        and products are taken in float32 and cast once to the parameter's dtype.
+
+        Args:
+            leaves: the arrays by name.
+            point: where they are attached.
+            own: the module's own parameters by name.
+
+        Raises:
+            RecipeError: there is no such form.
+        """
+        raise RecipeError(
+            f"merge: {type(self).__name__} cannot be folded into a weight at {point.path!r}, since "
+            f"{self.unmergeable}; keep the adapted model, or merge a recipe without it"
+        )
+
+    def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
+        """Leaves whose `merged` takes back what `merged` of the given ones did.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        raise RecipeError(
+            f"unmerge: what {type(self).__name__} at {point.path!r} does to a weight cannot be "
+            "taken back; merge with the base that you kept"
+        )
+
+    def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """A and B in float32, whose product is the change of the weight at a path.
+
+        Raises:
+            RecipeError: the change is no such product.
+        """
+        raise RecipeError(
+            f"combine: {type(self).__name__} at {path!r} is no change of a weight that can be "
+            "summed; combine recipes of LoRA alone"
+        )
+
+    def start(
+        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+    ) -> tuple[dict[str, Array], Array]:
+        """The leaves of a fresh adapter given the module's weight, and the weight that stays.
+
+        Called where `from_weight` says so. Arrays have no layer axes.
+        """
+        return dict(leaves), weight
 
 
-def normal(std: float) -> Initializer:
-    """Gaussian with mean zero."""
-    return lambda key, shape: std * jax.random.normal(key, shape)
+def contraction_of(point: AttachmentPoint) -> Contraction:
+    """The contraction at a point; raises RecipeError where it is not a known linear layer."""
+    if point.contraction is None:
+        raise RecipeError(f"the module at {point.path!r} is not a known linear layer")
+    return point.contraction
 
 
-def truncated_normal(std: float) -> Initializer:
-    """Gaussian with mean zero, redrawn beyond two standard deviations of the parent."""
-    return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+def after(
+    step: Callable[[Any, Array], Array], again: Callable[[Any], Array]
+) -> Callable[[Any], Array]:
+    """A module's call on another input, with one more method behind it: `AttachmentPoint.again`."""
+    return lambda x: step(x, again(x))
 
 
-def uniform(limit: float) -> Initializer:
-    """Uniform between `-limit` and `limit`."""
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
+    """How many layer axes the leaves of a method have in front."""
+    name, leaf = next(iter(method.leaves(point).items()))
+    return len(leaves[name].shape) - len(leaf.shape)
 
 
-def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Zeros; the key is not used."""
-    return jnp.zeros(shape)
+def merged_stacked(
+    method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
+) -> dict[str, Array]:
+    """`Method.merged` of arrays that may be stacked on layer axes."""
+
+    def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
+        return method.merged(leaves, point, own)
+
+    return over_layers(merged, layer_axes(method, leaves, point))(dict(leaves), dict(own))
 
 
-def ones(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Ones; the key is not used."""
-    return jnp.ones(shape)
+def started(
+    method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
+) -> tuple[dict[str, Array], Any]:
+    """`Method.start` of arrays that may be stacked on layer axes; a quantised weight stays.
+
+    Raises:
+        RecipeError: the method would change a quantised weight.
+    """
+    packed = is_quantized(weight)
+    if packed and method.from_weight == "changes":
+        raise RecipeError(
+            f"{type(method).__name__} takes its start out of the weight at {point.path!r}, which "
+            "is quantised and cannot change; adapt the float base first, and quantise the adapted "
+            "model"
+        )
+
+    def start(leaves: Leaves, weight: Array) -> tuple[dict[str, Array], Array]:
+        return method.start(leaves, point, weight)
+
+    run = over_layers(start, layer_axes(method, leaves, point))
+    made, rest = run(dict(leaves), weight.unbox() if packed else weight)
+    return made, weight if packed else rest
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """Zeroes entries with probability `rate` and scales the rest; no key means evaluation."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-
-def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
-    """x + bias along the last axis, without leaning on implicit rank promotion."""
-    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-
-
-def layer_norm(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
-) -> Float[Array, "... d"]:
-    """Layer normalisation as PyTorch's default: statistics in float32, epsilon 1e-5."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return add_last(normed.astype(x.dtype) * scale, bias)
+def missing_members(cls: type[Method]) -> list[str]:
+    """What a class lacks to be a method, by name."""
+    lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
+    if getattr(cls, "slot", "") is not None:
+        run = "attend" if cls.acts_on == "attention" else "forward"
+        members = ("leaf_names", "fits", "leaves", "count", run)
+        lacking += [name for name in members if getattr(cls, name) is getattr(Method, name)]
+    return lacking

@@ -16,9 +16,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
-from adapters_jax.targets import as_patterns
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import (
+    AttachmentPoint,
+    Count,
+    Frozen,
+    Leaf,
+    Leaves,
+    Method,
+    nothing,
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -46,7 +53,7 @@ def bottleneck_parameters(d: int, m: int) -> int:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Method):
     """Bottleneck adapters on the outputs of modules.
 
     Sequential: `y + scale * up(f(down(y)))` of the module's output y (Houlsby, Pfeiffer).
@@ -77,8 +84,6 @@ class Bottleneck:
 
     name: ClassVar[str] = "bottleneck"
     slot: ClassVar[str] = "adapter"
-    stated: ClassVar[tuple[str, ...]] = ("targets",)
-    from_weight: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
 
     targets: str | tuple[str, ...]
@@ -93,7 +98,7 @@ class Bottleneck:
     norm_after: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", as_patterns(self.targets, "Bottleneck"))
+        super().__post_init__()
         if (self.bottleneck_dim is None) == (self.reduction_factor is None):
             raise UserError(
                 f"Bottleneck got bottleneck_dim={self.bottleneck_dim} and reduction_factor="
@@ -123,13 +128,13 @@ class Bottleneck:
         """The layer norms of its own."""
         return tuple(name for name in _NORMS if getattr(self, name))
 
-    def fits(self, site: Site) -> bool:
+    def fits(self, point: AttachmentPoint) -> bool:
         """Whether the method can attach there: to every module that returns a float array.
 
-        Around a norm it runs the module twice, and so wants one that no other method changes.
+        Around a norm it runs the module twice, and so needs one that no other method changes.
         """
-        alone = self.placement != "norm" or site.contraction is None
-        return site.call == "__call__" and site.width > 0 and alone
+        alone = self.placement != "norm" or point.contraction is None
+        return point.call == "__call__" and point.width > 0 and alone
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
@@ -140,20 +145,20 @@ class Bottleneck:
         """The bottleneck's width m on an output of width d."""
         return self.bottleneck_dim or max(1, int(d // (self.reduction_factor or 1)))
 
-    def leaves(self, site: Site) -> dict[str, Leaf]:
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
-        d, m = site.width, self.width(site.width)
-        kernel = base.truncated_normal(self.init_std)
+        d, m = point.width, self.width(point.width)
+        kernel = arrays.truncated_normal(self.init_std)
         leaves = {
             "down/kernel": Leaf((d, m), kernel),
-            "down/bias": Leaf((m,), base.zeros),
+            "down/bias": Leaf((m,), arrays.zeros),
             "up/kernel": Leaf((m, d), kernel),
-            "up/bias": Leaf((d,), base.zeros),
+            "up/bias": Leaf((d,), arrays.zeros),
         }
         for name in self.norms:
             leaves |= {
-                f"{name}/scale": Leaf((d,), base.ones),
-                f"{name}/bias": Leaf((d,), base.zeros),
+                f"{name}/scale": Leaf((d,), arrays.ones),
+                f"{name}/bias": Leaf((d,), arrays.zeros),
             }
         return leaves
 
@@ -172,7 +177,7 @@ class Bottleneck:
     def forward(
         self,
         leaves: Leaves,
-        site: Site,
+        point: AttachmentPoint,
         x: Any,
         y: Float[Array, "... d"],
         key: PRNGKeyArray | None = None,
@@ -182,7 +187,7 @@ class Bottleneck:
 
         Args:
             leaves: the arrays by name.
-            site: where they are attached.
+            point: where they are attached.
             x: the module's input; not used by the sequential placement.
             y: the module's output, (..., d).
             key: for dropout while training; None in evaluation.
@@ -194,16 +199,16 @@ class Bottleneck:
         if self.placement != "sequential" and getattr(x, "shape", None) != y.shape:
             shape = getattr(x, "shape", type(x).__name__)
             raise RecipeError(
-                f"{self.placement} Bottleneck at {site.path!r}: input {shape} and output {y.shape} "
-                "differ; target a module that keeps the shape"
+                f"{self.placement} Bottleneck at {point.path!r}: input {shape} and output "
+                f"{y.shape} differ; target a module that keeps the shape"
             )
         source = x if self.placement == "parallel" else y
-        branch = self._branch(leaves, source.astype(y.dtype), site.precision, key)
+        branch = self._branch(leaves, source.astype(y.dtype), point.precision, key)
         if self.placement != "norm":
             return y + branch
-        if site.again is None:
-            raise RecipeError("Bottleneck: placement='norm' wants a norm to target, by a recipe")
-        return site.again(x + branch.astype(x.dtype))
+        if point.again is None:
+            raise RecipeError("Bottleneck: placement='norm' needs a norm to target, by a recipe")
+        return point.again(x + branch.astype(x.dtype))
 
     def _branch(
         self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
@@ -211,12 +216,14 @@ class Bottleneck:
         """scale * up(f(down(x))), with the adapter's own norms around it."""
         own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
         if self.norm_before:
-            x = base.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
+            x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
         hidden = jnp.matmul(x, own["down/kernel"], precision=precision)
-        hidden = ACTIVATIONS[self.activation](base.add_last(hidden, own["down/bias"]))
-        hidden = base.dropout(hidden, self.dropout, key)
-        y = base.add_last(jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"])
+        hidden = ACTIVATIONS[self.activation](arrays.add_last(hidden, own["down/bias"]))
+        hidden = arrays.dropout(hidden, self.dropout, key)
+        y = arrays.add_last(
+            jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"]
+        )
         y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
         if self.norm_after:
-            y = base.layer_norm(y, own["norm_after/scale"], own["norm_after/bias"])
+            y = arrays.layer_norm(y, own["norm_after/scale"], own["norm_after/bias"])
         return y

@@ -6,15 +6,25 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
-from adapters_jax.methods.lora import LoRA, contraction_of
+from adapters_jax.methods.arrays import beside
+from adapters_jax.methods.base import (
+    AttachmentPoint,
+    Count,
+    Frozen,
+    Leaf,
+    Leaves,
+    Method,
+    contraction_of,
+    nothing,
+)
+from adapters_jax.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,16 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")  # type: ignore[misc]
 
     @property
-    def from_weight(self) -> bool:
-        """Whether `start` has to see the weight: always."""
-        return True
+    def from_weight(self) -> Literal["", "reads", "changes"]:
+        """The magnitude starts at the weight's norm."""
+        return super().from_weight or "reads"
 
-    def fits(self, site: Site) -> bool:
+    def fits(self, point: AttachmentPoint) -> bool:
         """Whether the method can attach there."""
-        found = site.contraction
+        found = point.contraction
         return found is not None and not found.lookup and found.trailing
 
     def why_not(self, module: Any) -> str:
@@ -51,17 +61,17 @@ class DoRA(LoRA):
         name = type(module).__name__
         return f"{super().why_not(module)}; or the outputs of {name} are not its last axes"
 
-    def leaves(self, site: Site) -> dict[str, Leaf]:
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors, and the magnitude of the weight's output axes."""
-        _, outputs = contraction_of(site).split_shape(site.weight_shape)
-        return {**super().leaves(site), "magnitude": Leaf(outputs, lambda key, s: jnp.ones(s))}
+        _, outputs = contraction_of(point).split_shape(point.weight_shape)
+        return {**super().leaves(point), "magnitude": Leaf(outputs, lambda key, s: jnp.ones(s))}
 
     def start(
-        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
+        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """Leaves that follow from the weight, and the weight that stays."""
-        magnitude = _norm(weight, site)
-        factors, rest = super().start(leaves, site, weight)
+        magnitude = _norm(weight, point)
+        factors, rest = super().start(leaves, point, weight)
         return {**factors, "magnitude": magnitude}, rest
 
     def count(
@@ -73,43 +83,46 @@ class DoRA(LoRA):
         out = math.prod(weight[copies:]) // math.prod(shapes["a"][copies:-1])
         return Count(f"{pair.formula} + {out}", pair.parameters + out, pair.copies)
 
-    def merged(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+    def merged(
+        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
+    ) -> dict[str, Array]:
         """The weight that the layer computes with: in float32, cast once to its own dtype."""
-        turned = weight.astype(jnp.float32) + self.delta(leaves, site, weight)
-        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(turned, site)
-        return (turned * _beside(ratio, site)).astype(weight.dtype)
+        layer = contraction_of(point)
+        weight = own[layer.weight]
+        turned = weight.astype(jnp.float32) + self.delta(leaves, point, weight)
+        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(turned, point)
+        turned = turned * jnp.expand_dims(ratio, layer.inputs)
+        return {layer.weight: turned.astype(weight.dtype)}
+
+    def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
+        """There is none: the weight is rescaled, which no subtraction takes back."""
+        return Method.inverse(self, leaves, point)
+
+    def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """There are none: the change is not a product of two factors."""
+        return Method.factors(self, leaves, path)
 
     def forward(
         self,
         leaves: Leaves,
-        site: Site,
+        point: AttachmentPoint,
         x: Any,
         y: Float[Array, "..."],
         key: PRNGKeyArray | None = None,
         frozen: Frozen = nothing,
     ) -> Float[Array, "..."]:
         """The adapted output; the arguments are those of `LoRA.forward`."""
-        weight, bias = frozen(contraction_of(site).weight), frozen("bias")
+        weight, bias = frozen(contraction_of(point).weight), frozen("bias")
         if weight is None:
-            raise RecipeError(f"DoRA at {site.path!r} does not find its weight")
-        detached = jax.lax.stop_gradient(self.delta(leaves, site, weight))
-        norm = _norm(weight.astype(jnp.float32) + detached, site)
+            raise RecipeError(f"DoRA at {point.path!r} does not find its weight")
+        detached = jax.lax.stop_gradient(self.delta(leaves, point, weight))
+        norm = _norm(weight.astype(jnp.float32) + detached, point)
         ratio = (leaves["magnitude"] / norm).astype(y.dtype)
-        shift = jnp.zeros((), y.dtype) if bias is None else _last(bias.astype(y.dtype), y)
-        turned = (y - shift) + self.branch(leaves, site, x, y, key)
-        return _last(ratio, y) * turned + shift
+        shift = jnp.zeros((), y.dtype) if bias is None else beside(bias.astype(y.dtype), y)
+        turned = (y - shift) + self.branch(leaves, point, x, y, key)
+        return beside(ratio, y) * turned + shift
 
 
-def _norm(weight: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
+def _norm(weight: Float[Array, "..."], point: AttachmentPoint) -> Float[Array, "..."]:
     """The norm over the inputs of every output, in float32."""
-    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=contraction_of(site).inputs))
-
-
-def _beside(ratio: Float[Array, "..."], site: Site) -> Float[Array, "..."]:
-    """Numbers of the output axes, with axes of size 1 where the weight has inputs."""
-    return jnp.expand_dims(ratio, contraction_of(site).inputs)
-
-
-def _last(ratio: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Numbers of the last axes of y, with axes of size 1 before them."""
-    return ratio.reshape((1,) * (y.ndim - ratio.ndim) + ratio.shape)
+    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=contraction_of(point).inputs))

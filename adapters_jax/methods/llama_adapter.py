@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax import checks
-from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Prompt, grouped
-from adapters_jax.targets import as_patterns
 from adapters_jax.weights.attention import Attention, AttentionFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
@@ -61,8 +60,7 @@ class LlamaAdapter(Prompt):
 
     name: ClassVar[str] = "llama_adapter"
     slot: ClassVar[str] = "prompt"
-    leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")
-    stated: ClassVar[tuple[str, ...]] = ("targets",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]
     unmergeable: ClassVar[str] = "its prompt is attended to under a softmax of its own"
 
     targets: str | tuple[str, ...]
@@ -72,22 +70,22 @@ class LlamaAdapter(Prompt):
     init_std: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", as_patterns(self.targets, "LlamaAdapter"))
+        super().__post_init__()
         checks.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
         checks.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
         checks.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
         checks.check_number("LlamaAdapter", "init_std", self.init_std)
 
-    def leaves(self, site: Site) -> dict[str, Leaf]:
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The prompt (K, d), and the gates, (heads,) or (1,).
 
         Raises:
             RecipeError: the query heads do not divide among the key heads.
         """
-        sizes = grouped(site, "LlamaAdapter")
+        sizes = grouped(point, "LlamaAdapter")
         return {
-            "embedding": Leaf((self.prompt_length, sizes.width), base.normal(self.init_std)),
-            "gate": Leaf((sizes.heads if self.gate == "head" else 1,), base.zeros),
+            "embedding": Leaf((self.prompt_length, sizes.width), arrays.normal(self.init_std)),
+            "gate": Leaf((sizes.heads if self.gate == "head" else 1,), arrays.zeros),
         }
 
     def count(
@@ -105,7 +103,7 @@ class LlamaAdapter(Prompt):
     def attend(
         self,
         leaves: Leaves,
-        site: Site,
+        point: AttachmentPoint,
         project: Callable[[str, Array], Array],
         attention_fn: AttentionFn,
         query: Float[Array, "... length heads head_dim"],
@@ -116,7 +114,7 @@ class LlamaAdapter(Prompt):
 
         Args:
             leaves: the arrays by name.
-            site: the attention module they are attached to.
+            point: the attention module they are attached to.
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function.
             query: what it is called with, as are `args` (key and value first) and `kwargs`.
@@ -125,7 +123,9 @@ class LlamaAdapter(Prompt):
         prompt = leaves["embedding"].astype(query.dtype)
         key, value = (project(name, prompt).astype(query.dtype) for name in ("key", "value"))
         gate = ACTIVATIONS[self.gate_activation](leaves["gate"]).astype(query.dtype)
-        branch = attend_to_prompt(query, key, value, grouped(site, "LlamaAdapter"), site.precision)
+        branch = attend_to_prompt(
+            query, key, value, grouped(point, "LlamaAdapter"), point.precision
+        )
         gates = gate.reshape((1,) * (branch.ndim - 2) + (-1, 1))
         return mixed + gates * branch.astype(mixed.dtype)
 

@@ -8,26 +8,33 @@ start from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Frozen, Leaf, Leaves, Site, nothing
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import (
+    AttachmentPoint,
+    Count,
+    Frozen,
+    Leaf,
+    Leaves,
+    Method,
+    contraction_of,
+    nothing,
+)
 from adapters_jax.targets import as_patterns, matches
 from adapters_jax.weights import linear
-from adapters_jax.weights.contraction import Contraction
-from adapters_jax.weights.quantized import is_quantized
 
 # How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
 INITS = {
-    "gaussian": lambda fan_in, rank: base.normal(1.0 / math.sqrt(fan_in)),
-    "uniform": lambda fan_in, rank: base.uniform(1.0 / math.sqrt(fan_in)),
-    "gaussian_rank": lambda fan_in, rank: base.normal(1.0 / rank),
-    "pissa": lambda fan_in, rank: base.zeros,  # until `LoRA.start` has seen the weight
+    "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
+    "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
+    "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
+    "pissa": lambda fan_in, rank: arrays.zeros,  # until `LoRA.start` has seen the weight
 }
 
 
@@ -42,7 +49,7 @@ def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Low-rank factors beside the weights of linear layers: `y + scale * B(A(x))`.
 
     A has the weight's input axes and the rank, B the rank and the weight's output axes: (in, r) and
@@ -76,8 +83,10 @@ class LoRA:
 
     name: ClassVar[str] = "lora"
     slot: ClassVar[str] = "lora"
-    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
+    pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+    weight_axes: ClassVar[Mapping[str, Literal["input", "output"]]] = {"a": "input", "b": "output"}
 
     targets: str | tuple[str, ...]
     rank: int = 8
@@ -91,8 +100,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        object.__setattr__(self, "targets", as_patterns(self.targets, owner))
-        for field in ("rank_pattern", "alpha_pattern"):
+        super().__post_init__()
+        for field in self.pattern_fields:
             object.__setattr__(self, field, pairs(field, getattr(self, field)))
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
             checks.check_size(owner, "rank", rank)
@@ -107,13 +116,13 @@ class LoRA:
             raise UserError(f"{owner}: slices go with a random start, without dora and pissa")
 
     @property
-    def from_weight(self) -> bool:
-        """Whether `start` has to see the weight."""
-        return self.a_init == "pissa"
+    def from_weight(self) -> Literal["", "reads", "changes"]:
+        """PiSSA takes the factors out of the weight."""
+        return "changes" if self.a_init == "pissa" else ""
 
-    def fits(self, site: Site) -> bool:
+    def fits(self, point: AttachmentPoint) -> bool:
         """Whether the method can attach there: to every linear layer that is known."""
-        return site.contraction is not None
+        return point.contraction is not None
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
@@ -130,43 +139,43 @@ class LoRA:
         alpha = rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def leaves(self, site: Site) -> dict[str, Leaf]:
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors A and B of one weight.
 
         Raises:
             RecipeError: the rank is more than the weight can hold.
         """
-        layer, rank = contraction_of(site), self.rank_at(site.path)
-        inputs, outputs = layer.split_shape(site.weight_shape)
+        layer, rank = contraction_of(point), self.rank_at(point.path)
+        inputs, outputs = layer.split_shape(point.weight_shape)
         if self.slices:
-            outputs = self._sliced(site, outputs)
+            outputs = self._sliced(point, outputs)
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if rank > min(fan_in, fan_out):
             raise RecipeError(
-                f"{type(self).__name__}: rank {rank} at {site.path!r} exceeds min(in, out) = "
+                f"{type(self).__name__}: rank {rank} at {point.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
-                f"with rank_pattern={{{site.path!r}: {min(fan_in, fan_out)}}}"
+                f"with rank_pattern={{{point.path!r}: {min(fan_in, fan_out)}}}"
             )
         law = INITS[self.a_init](fan_in, rank)
-        a = base.zeros if layer.lookup else law
-        b = base.normal(1.0) if layer.lookup else base.zeros
+        a = arrays.zeros if layer.lookup else law
+        b = arrays.normal(1.0) if layer.lookup else arrays.zeros
         return {"a": Leaf((*inputs, rank), a), "b": Leaf((rank, *outputs), b)}
 
-    def _sliced(self, site: Site, outputs: tuple[int, ...]) -> tuple[int]:
+    def _sliced(self, point: AttachmentPoint, outputs: tuple[int, ...]) -> tuple[int]:
         """The width of the slices together; raises RecipeError where they do not fit."""
         if (
             len(outputs) != 1
-            or not contraction_of(site).trailing
+            or not contraction_of(point).trailing
             or self.slices[-1][1] > outputs[0]
         ):
             raise RecipeError(
-                f"LoRA: slices {self.slices} do not fit {site.path!r}, whose outputs are "
+                f"LoRA: slices {self.slices} do not fit {point.path!r}, whose outputs are "
                 f"{outputs}; give ranges of a dense layer's last axis"
             )
         return (sum(stop - start for start, stop in self.slices),)
 
     def start(
-        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
+        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """Leaves that follow from the weight, and the weight that stays: W - scale A B for PiSSA.
 
@@ -174,7 +183,11 @@ class LoRA:
         """
         if self.a_init != "pissa":
             return dict(leaves), weight
-        layer, rank, scale = contraction_of(site), self.rank_at(site.path), self.scale_at(site.path)
+        layer, rank, scale = (
+            contraction_of(point),
+            self.rank_at(point.path),
+            self.scale_at(point.path),
+        )
         matrix = layer.as_matrix(weight.astype(jnp.float32))
         u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
         root = jnp.sqrt(s[:rank] / scale)
@@ -184,27 +197,6 @@ class LoRA:
         }
         rest = weight.astype(jnp.float32) - scale * layer.product(factors["a"], factors["b"])
         return {**leaves, **factors}, rest.astype(weight.dtype)
-
-    def refuse_quantized(self, site: Site, weight: Any) -> None:
-        """Raises RecipeError for a start that would take something out of a quantised weight."""
-        if self.a_init == "pissa" and is_quantized(weight):
-            raise RecipeError(
-                f"{type(self).__name__}: PiSSA takes its factors out of the weight at "
-                f"{site.path!r}, which is quantised and cannot change; adapt the float base first, "
-                "and quantise the adapted model"
-            )
-
-    def start_stacked(
-        self, leaves: Leaves, site: Site, weight: Float[Array, "..."]
-    ) -> tuple[dict[str, Array], Array]:
-        """`start` for weights that may be stacked on layer axes."""
-        start = lambda leaves, weight: self.start(leaves, site, weight)  # noqa: E731
-        return base.over_layers(start, weight.ndim - contraction_of(site).ndim)(leaves, weight)
-
-    def merged_stacked(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
-        """`merged` for weights that may be stacked on layer axes."""
-        merged = lambda leaves, weight: self.merged(leaves, site, weight)  # noqa: E731
-        return base.over_layers(merged, weight.ndim - contraction_of(site).ndim)(leaves, weight)
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -220,14 +212,29 @@ class LoRA:
             math.prod(weight[:copies]),
         )
 
-    def merged(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+    def merged(
+        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
+    ) -> dict[str, Array]:
         """The weight with the change folded in: summed in float32, cast once to its own dtype."""
-        return (weight.astype(jnp.float32) + self.delta(leaves, site, weight)).astype(weight.dtype)
+        name = contraction_of(point).weight
+        whole = own[name].astype(jnp.float32) + self.delta(leaves, point, own[name])
+        return {name: whole.astype(own[name].dtype)}
 
-    def delta(self, leaves: Leaves, site: Site, weight: Float[Array, "..."]) -> Array:
+    def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
+        """The change with the other sign."""
+        return {**leaves, "b": -leaves["b"]}
+
+    def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """A and scale * B; none where the change is not their whole product."""
+        if self.slices or self.from_weight:
+            raise RecipeError(f"combine: LoRA with slices or PiSSA at {path!r} cannot be summed")
+        a, b = (jnp.asarray(leaves[name], jnp.float32) for name in ("a", "b"))
+        return a, self.scale_at(path) * b
+
+    def delta(self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]) -> Array:
         """The change of the weight, scale * A B, in float32 and in the weight's layout."""
         a, b = (leaves[name].astype(jnp.float32) for name in ("a", "b"))
-        change = self.scale_at(site.path) * contraction_of(site).product(a, b)
+        change = self.scale_at(point.path) * contraction_of(point).product(a, b)
         return self._spread(change, weight.shape[-1]) if self.slices else change
 
     def _spread(self, part: Float[Array, "... part"], width: int) -> Float[Array, "... width"]:
@@ -239,7 +246,7 @@ class LoRA:
     def forward(
         self,
         leaves: Leaves,
-        site: Site,
+        point: AttachmentPoint,
         x: Any,
         y: Float[Array, "..."],
         key: PRNGKeyArray | None = None,
@@ -249,7 +256,7 @@ class LoRA:
 
         Args:
             leaves: the factors by name.
-            site: the linear layer they are attached to.
+            point: the linear layer they are attached to.
             x: the layer's input, of whatever form the layer takes.
             y: the layer's output.
             key: for dropout while training; None in evaluation.
@@ -258,26 +265,19 @@ class LoRA:
         Returns:
             An array like y, of its dtype.
         """
-        return y + self.branch(leaves, site, x, y, key)
+        return y + self.branch(leaves, point, x, y, key)
 
     def branch(
-        self, leaves: Leaves, site: Site, x: Any, y: Array, key: PRNGKeyArray | None
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Array, key: PRNGKeyArray | None
     ) -> Float[Array, "..."]:
         """scale * B(A(x)), like y."""
-        layer = contraction_of(site)
+        layer = contraction_of(point)
         a = leaves["a"].astype(y.dtype)
-        b = (leaves["b"] * self.scale_at(site.path)).astype(y.dtype)
+        b = (leaves["b"] * self.scale_at(point.path)).astype(y.dtype)
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            x = base.dropout(x.astype(y.dtype), self.dropout, key)
+            x = arrays.dropout(x.astype(y.dtype), self.dropout, key)
         change = layer.expand(layer.project(x, a), b)
         return self._spread(change, y.shape[-1]) if self.slices else change
-
-
-def contraction_of(site: Site) -> Contraction:
-    """The contraction of a site; raises RecipeError where it is not a known linear layer."""
-    if site.contraction is None:
-        raise RecipeError(f"LoRA cannot attach to {site.path!r}: it is not a known linear layer")
-    return site.contraction
 
 
 def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
@@ -285,7 +285,7 @@ def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
     items = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
         raise UserError(
-            f"LoRA: {field}={checks.shown(value)}, wanted a mapping such as {{'layer_0/**': 4}}"
+            f"LoRA: {field}={checks.shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
         )
     for pattern, _ in items:
         as_patterns(pattern, f"LoRA {field}")
@@ -301,7 +301,7 @@ def ranges(value: Any) -> tuple[tuple[int, int], ...]:
         wrong = ends != sorted(ends)
     if wrong:
         raise UserError(
-            f"LoRA: slices={checks.shown(value)}, wanted ranges in order such as ((0, 768),)"
+            f"LoRA: slices={checks.shown(value)}, expected ranges in order such as ((0, 768),)"
         )
     return tuple((start, stop) for start, stop in value)
 

@@ -13,10 +13,9 @@ from jaxtyping import Array, Float
 
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import base
-from adapters_jax.methods.base import Count, Leaf, Leaves, Site
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Prompt, grouped
-from adapters_jax.targets import as_patterns
 from adapters_jax.weights.attention import AttentionFn
 
 
@@ -54,8 +53,7 @@ class PrefixTuning(Prompt):
 
     name: ClassVar[str] = "prefix"
     slot: ClassVar[str] = "prefix"
-    leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")
-    stated: ClassVar[tuple[str, ...]] = ("targets",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
@@ -63,15 +61,15 @@ class PrefixTuning(Prompt):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", as_patterns(self.targets, "PrefixTuning"))
+        super().__post_init__()
         checks.check_size("PrefixTuning", "length", self.length)
         checks.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
 
-    def leaves(self, site: Site) -> dict[str, Leaf]:
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""
-        sizes = grouped(site, "PrefixTuning")
+        sizes = grouped(point, "PrefixTuning")
         shape = (self.length, sizes.kv_heads, sizes.head_dim)
-        return {name: Leaf(shape, base.normal(self.init_std)) for name in self.leaf_names}
+        return {name: Leaf(shape, arrays.normal(self.init_std)) for name in self.leaf_names}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -87,7 +85,7 @@ class PrefixTuning(Prompt):
     def attend(
         self,
         leaves: Leaves,
-        site: Site,
+        point: AttachmentPoint,
         project: Callable[[str, Array], Array],
         attention_fn: AttentionFn,
         query: Float[Array, "... length heads head_dim"],
@@ -106,7 +104,7 @@ class PrefixTuning(Prompt):
         """
         if kwargs.get("is_causal"):
             raise RecipeError(
-                f"PrefixTuning at {site.path!r}: is_causal=True would hide the prefix; give the "
+                f"PrefixTuning at {point.path!r}: is_causal=True would hide the prefix; give the "
                 "module a causal mask instead"
             )
 

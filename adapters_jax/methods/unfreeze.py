@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapters_jax.targets import as_patterns
+from adapters_jax.methods.base import Method
 
 
 @dataclass(frozen=True)
-class Unfreeze:
+class Unfreeze(Method):
     """Trains parameters that the base already has.
 
     Args:
@@ -19,9 +19,4 @@ class Unfreeze:
     """
 
     name: ClassVar[str] = "unfreeze"
-    stated: ClassVar[tuple[str, ...]] = ("targets",)
-
-    targets: str | tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", as_patterns(self.targets, "Unfreeze"))
+    slot: ClassVar[None] = None

@@ -39,14 +39,14 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         name: of the checkpoint, for the error.
 
     Raises:
-        ValueError: no family reads its `model_type`.
+        UserError: no family reads its `model_type`.
 
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name
         'bert'
         >>> family_of({"model_type": "t5"}, "mine")
         Traceback (most recent call last):
-        ValueError: 'mine' has model_type='t5'; expected one of bert, roberta, ...
+        adapters_jax.errors.UserError: 'mine' has model_type='t5'; expected one of bert, ...
     """
     found = values.get("model_type")
     for family in FAMILIES.values():

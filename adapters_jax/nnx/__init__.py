@@ -1,13 +1,13 @@
-"""The NNX front door: adapters inside modules that nobody edits.
+"""The NNX API: adapters inside modules that nobody edits.
 
-- `door`: `adapt` copies a model's structure and attaches the adapters.
-- `trace`: where they can attach, by an abstract run; `site`: what one module says of itself.
-- `attach`: what an adapted module is made of.
-- `frozen`: a quantised weight, and the class of the layer that reads it.
-- `layers`: adapters as modules, to write by hand.
+- `adapted`: `adapt` copies a model's structure and attaches the adapters.
+- `points`: where they can attach, by an abstract run, and what one module says of itself.
+- `attachment`: what an adapted module is made of.
+- `quantized_layers`: a quantised weight, and the class of the layer that reads it.
+- `modules`: adapters as modules, to write by hand.
 """
 
-from adapters_jax.nnx.adapted import adapt, adapted_sites, detach, recipe_of
+from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
 from adapters_jax.nnx.attachment import AdapterParam, leaves_of
 from adapters_jax.nnx.graph import copy, modules_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
@@ -19,7 +19,7 @@ __all__ = [
     "LoRALinear",
     "QuantizedParam",
     "adapt",
-    "adapted_sites",
+    "adapted_points",
     "copy",
     "detach",
     "float_again",

@@ -1,30 +1,32 @@
-"""The NNX door: a copy of a model's structure, not of its arrays, with adapters in it."""
+"""The NNX API: a copy of a model's structure, not of its arrays, with adapters in it."""
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
 
 from adapters_jax.abstract import is_abstract
 from adapters_jax.errors import UserError
-from adapters_jax.methods import Attached
-from adapters_jax.methods.base import Site
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import AdapterParam, grow, taken, trained_class
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
-from adapters_jax.nnx.points import known_width, site_of, sites_of
-from adapters_jax.recipe import Recipe, require_sites
+from adapters_jax.nnx.points import known_width, point_of, points_of
+from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.targets import require_match
 
 
-def _check(recipe: Recipe, model: nnx.Module, sites: dict[str, Any], traced: bool) -> None:
+def _check(recipe: Recipe, model: nnx.Module, points: dict[str, Any], traced: bool) -> None:
     """Raises TargetError for a pattern that meets nothing, or nothing its method can attach to."""
     modules, shared = modules_of(model), _other_names(model)
-    hint = "" if traced else "; pass example_inputs=(...) so that its output is known"
     for method in recipe.attached:
-        usable = [path for path, (site, _) in sites.items() if method.fits(site)]
+        usable = [path for path, (point, _) in points.items() if method.fits(point)]
         other = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-        if method.slot == "adapter":
-            other = {path: f"{why}{hint}" for path, why in other.items()}
-        require_sites(method, usable, other | shared)
+        for path in other.keys() & points.keys():
+            wide = dataclasses.replace(points[path][0], width=1)
+            if not traced and method.fits(wide):  # all it lacks is the width of the output
+                other[path] += "; pass example_inputs=(...) so that its output is known"
+        require_points(method, usable, other | shared)
     for patterns in recipe.unfrozen:
         require_match("Unfreeze", patterns, params_of(model), shared)
 
@@ -61,14 +63,14 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
     """Raises TypeError for something that is not Rngs, ValueError for a stream that it lacks."""
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
-            f"adapt: rngs is of {type(rngs).__name__}, wanted nnx.Rngs; write rngs=nnx.Rngs(0)"
+            f"adapt: rngs is of {type(rngs).__name__}, expected nnx.Rngs; write rngs=nnx.Rngs(0)"
         )
-    wanted = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
-    missing = [name for name, used in wanted.items() if used and not hasattr(rngs, name)]
+    streams = {"params": bool(recipe.attached), "dropout": any(m.dropout for m in recipe.attached)}
+    missing = [name for name, used in streams.items() if used and not hasattr(rngs, name)]
     if missing:
         raise UserError(
             f"adapt: rngs has no stream {' and no '.join(missing)}; write rngs=nnx.Rngs(0), or "
-            f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(wanted))})"
+            f"name it: rngs=nnx.Rngs({', '.join(f'{name}={i}' for i, name in enumerate(streams))})"
         )
 
 
@@ -78,14 +80,14 @@ def _adapted(
     """The model adapted, after every check."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    sites = sites_of(adapted, example_inputs)
-    _check(recipe, adapted, sites, example_inputs is not None)
+    points = points_of(adapted, example_inputs)
+    _check(recipe, adapted, points, example_inputs is not None)
     modules, frozen = modules_of(adapted), params_of(adapted)
-    for path, (site, layers) in sites.items():
+    for path, (point, layers) in points.items():
         for method in recipe.at(path):
-            if method.fits(site):
+            if method.fits(point):
                 whole.at(path)  # two rounds of adapting clash as two methods of one recipe do
-                grow(modules[path], method, site, layers, rngs)
+                grow(modules[path], method, point, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
@@ -109,10 +111,10 @@ def recipe_of(model: Any) -> Recipe:
     return model.adapter_recipe
 
 
-def adapted_sites(model: nnx.Module) -> list[tuple[Any, Attached, Site]]:
+def adapted_points(model: nnx.Module) -> list[tuple[Any, Method, AttachmentPoint]]:
     """Every module that has adapters of its own, with each method attached to it and where."""
     return [
-        (module, method, site_of(module, path, known_width(module)))
+        (module, method, point_of(module, path, known_width(module)))
         for module in modules_of(model).values()
         for method, path in getattr(module, "adapter_methods", ())
     ]

@@ -15,10 +15,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Attached, Bottleneck, LoRA, Prompt
-from adapters_jax.methods.base import Site
-from adapters_jax.methods.lora import contraction_of
-from adapters_jax.nnx.points import frozen_of, site_of
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint, after, contraction_of, started
+from adapters_jax.nnx.points import frozen_of, point_of
 from adapters_jax.trees import join
 from adapters_jax.weights import attention, linear
 from adapters_jax.weights.attention import AttentionFn
@@ -53,10 +52,15 @@ def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             with _attending(self):
                 y = call(self, *args, **kwargs)
+            if not any(m.acts_on == "output" for m, _ in self.adapter_methods):
+                return y
+            x = linear.input_of(self, name, args, kwargs)
+            again = linear.with_input(functools.partial(call, self), self, name, args, kwargs)
             for attached, path in self.adapter_methods:
-                if not isinstance(attached, Prompt):
-                    run = functools.partial(call, self)
-                    y = run_method(self, attached, path, name, run, args, kwargs, y)
+                if attached.acts_on == "output":
+                    run = functools.partial(run_method, self, attached, path, name, args, kwargs)
+                    step = functools.partial(run, again)
+                    y, again = step(x, y), after(step, again)
             return y
 
         return method
@@ -68,17 +72,17 @@ def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
 
 def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
     """For the time of a call, an attention module's function with the prompts around it."""
-    prompts = [(m, path) for m, path in module.adapter_methods if isinstance(m, Prompt)]
+    prompts = [(m, path) for m, path in module.adapter_methods if m.acts_on == "attention"]
     names = attention.names_of(module)
     if not prompts or names is None:
         return contextlib.nullcontext()
 
     def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
         for method, path in prompts:
-            site = site_of(module, path, 0)
+            point = point_of(module, path, 0)
             project = lambda name, x: getattr(module, getattr(names, name))(x)  # noqa: E731
             leaves = leaves_of(module, method)
-            function = functools.partial(method.attend, leaves, site, project, function)
+            function = functools.partial(method.attend, leaves, point, project, function)
         return function(*args, **kwargs)
 
     return attention.replaced(module, names.attention_fn, attend)
@@ -86,30 +90,30 @@ def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
 
 def run_method(
     module: Any,
-    method: Bottleneck | LoRA,
+    method: Method,
     path: str,
     call: str,
-    run: Callable[..., Array],
     args: Any,
     kwargs: Any,
+    again: Callable[[Any], Array],
+    x: Any,
     y: Array,
 ) -> Array:
     """One method on a module's output, its leaves in the module's child of the method's name."""
-    site = site_of(module, path, y.shape[-1], call, *args, **kwargs)
-    if not method.fits(site):
+    point = point_of(module, path, y.shape[-1], call, *args, **kwargs)
+    if not method.fits(point):
         return y
-    site = dataclasses.replace(site, again=linear.with_input(run, module, call, args, kwargs))
-    x = linear.input_of(module, call, args, kwargs)
+    point = dataclasses.replace(point, again=again)
     key = key_of(getattr(module, method.slot))
-    return method.forward(leaves_of(module, method), site, x, y, key, frozen_of(module))
+    return method.forward(leaves_of(module, method), point, x, y, key, frozen_of(module))
 
 
 def children_of(
-    method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+    method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
 ) -> dict[str, Any]:
-    """The Variables of a method at a site, nested as their names say, and its dropout."""
+    """The Variables of a method at a point, nested as their names say, and its dropout."""
     children: dict[str, Any] = {}
-    for name, leaf in method.leaves(site).items():
+    for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
@@ -122,7 +126,7 @@ def children_of(
     return children
 
 
-def read(child: Any, method: Attached | Prompt) -> dict[str, Array]:
+def read(child: Any, method: Method) -> dict[str, Array]:
     """A method's arrays by name, out of the node that holds them."""
 
     def step(node: Any, name: str) -> Any:
@@ -137,33 +141,33 @@ def key_of(child: Any) -> Array | None:
     return None if drop is None or drop.deterministic else drop.rngs()
 
 
-def leaves_of(module: Any, method: Attached | Prompt) -> dict[str, Array]:
+def leaves_of(module: Any, method: Method) -> dict[str, Array]:
     """The arrays of a method that is attached to a module, by name."""
     return read(getattr(module, method.slot), method)
 
 
 def grow(
-    module: Any, method: Attached, site: Site, layers: tuple[int, ...], rngs: nnx.Rngs
+    module: Any, method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
 ) -> None:
     """Gives a module the leaves of a method, under the layer axes that its own weights have."""
     if hasattr(module, method.slot):
-        raise taken(site.path, method)
-    setattr(module, method.slot, nnx.Dict(children_of(method, site, layers, rngs)))
-    if isinstance(method, LoRA) and method.from_weight:
-        weight = getattr(module, contraction_of(site).weight)
-        leaves = leaves_of(module, method)
-        method.refuse_quantized(site, weight.get_raw_value())
-        leaves, rest = method.start_stacked(leaves, site, weight[...])
-        if not is_quantized(weight.get_raw_value()):
+        raise taken(point.path, method)
+    setattr(module, method.slot, nnx.Dict(children_of(method, point, layers, rngs)))
+    if method.from_weight:
+        weight = getattr(module, contraction_of(point).weight)
+        packed = is_quantized(weight.get_raw_value())
+        value = weight.get_raw_value() if packed else weight[...]
+        leaves, rest = started(method, leaves_of(module, method), point, value)
+        if not packed:
             weight[...] = rest
         for name, leaf in leaves.items():
             getattr(module, method.slot)[name][...] = leaf
-    module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, site.path))
+    module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, point.path))
     if not hasattr(type(module), "adapted_from"):
         module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
 
 
-def taken(path: str, method: Attached) -> RecipeError:
+def taken(path: str, method: Method) -> RecipeError:
     """The error where the base already has something of the name that a method would use."""
     return RecipeError(
         f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "

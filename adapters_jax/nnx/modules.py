@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import children_of, grow, key_of, read
-from adapters_jax.nnx.points import site_of
+from adapters_jax.nnx.points import point_of
 
 
 class Bottleneck(nnx.Module):
@@ -34,8 +34,8 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, features: int, bottleneck_dim: int, *, rngs: nnx.Rngs, **fields: Any):
         self.method = methods.Bottleneck("**", bottleneck_dim, **fields)
-        self.site = Site("", "__call__", features)
-        for name, child in children_of(self.method, self.site, (), rngs).items():
+        self.point = AttachmentPoint("", "__call__", features)
+        for name, child in children_of(self.method, self.point, (), rngs).items():
             setattr(self, name, child)
 
     def __call__(self, x: Float[Array, "... d"], y: Array | None = None) -> Float[Array, "... d"]:
@@ -47,7 +47,9 @@ class Bottleneck(nnx.Module):
         """
         placement = "sequential" if y is None else "parallel"
         method = dataclasses.replace(self.method, placement=placement)  # type: ignore[arg-type]
-        return method.forward(read(self, method), self.site, x, x if y is None else y, key_of(self))
+        return method.forward(
+            read(self, method), self.point, x, x if y is None else y, key_of(self)
+        )
 
 
 class LoRALinear(nnx.Linear):
@@ -85,4 +87,4 @@ class LoRALinear(nnx.Linear):
     ):
         super().__init__(in_features, out_features, rngs=rngs, **fields)
         method = methods.LoRA("**", rank, alpha, **(lora or {}))
-        grow(self, method, site_of(self, "", out_features), (), rngs)
+        grow(self, method, point_of(self, "", out_features), (), rngs)

@@ -14,16 +14,16 @@ from jaxtyping import Array
 
 from adapters_jax.abstract import explained, filled
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import Frozen, Site
+from adapters_jax.methods.base import AttachmentPoint, Frozen
 from adapters_jax.nnx.graph import copy, modules_of
 from adapters_jax.weights import attention, linear
 from adapters_jax.weights.attention import Attention
 from adapters_jax.weights.contraction import Contraction
 
 
-def site_of(
+def point_of(
     module: Any, path: str, width: int, call: str = "__call__", *args: Any, **kwargs: Any
-) -> Site:
+) -> AttachmentPoint:
     """What methods need to know of a module whose output is so wide."""
     layer = linear.find(module, call, *args, **kwargs)
     if layer and not hasattr(module, layer.weight):
@@ -34,7 +34,7 @@ def site_of(
     shape = getattr(module, layer.weight).shape if layer else ()
     weight = shape[len(shape) - layer.ndim :] if layer else ()
     precision = getattr(module, "precision", None)
-    return Site(path, call, width, layer, weight, precision, attention_of(module))
+    return AttachmentPoint(path, call, width, layer, weight, precision, attention_of(module))
 
 
 def attention_of(module: Any) -> Attention | None:
@@ -130,22 +130,22 @@ def _first_shape(module: nnx.Module) -> tuple[int, ...]:
     return leaves[0].shape if leaves else ()
 
 
-def sites_of(
+def points_of(
     model: nnx.Module, examples: tuple[Any, ...] | None
-) -> dict[str, tuple[Site, tuple[int, ...]]]:
+) -> dict[str, tuple[AttachmentPoint, tuple[int, ...]]]:
     """What methods need to know of each module, with the layer axes its weights are stacked on."""
     traced = _trace(model, examples) if examples is not None else {}
-    sites = {}
+    points = {}
     for path, module in modules_of(model).items():
-        site = site_of(module, path, known_width(module))
+        point = point_of(module, path, known_width(module))
         layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
         names = attention.names_of(module)
-        weighty = getattr(module, names.key) if names and site.attention else module
-        if site.attention or site.contraction:
+        weighty = getattr(module, names.key) if names and point.attention else module
+        if point.attention or point.contraction:
             layers = layers_of(weighty)
-        width, layers = traced.get(path, (site.width, layers))
-        sites[path] = dataclasses.replace(site, width=width), layers
-    return sites
+        width, layers = traced.get(path, (point.width, layers))
+        points[path] = dataclasses.replace(point, width=width), layers
+    return points
 
 
 # Layers without a weight to contract that say how wide they are, and how often they are stacked.

@@ -73,7 +73,7 @@ class TrainState:
             once where they were numpy's.
 
         Raises:
-            TypeError: the model has no adapters, or params are missing or not wanted.
+            TypeError: the model has no adapters, or params are missing or given to an NNX model.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.checks import check_choice, check_number, check_size
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods import DoRA, LoRA
-from adapters_jax.methods import base as arrays
+from adapters_jax.methods import LoRA, arrays
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, join, unflatten
 from adapters_jax.weights.linear import weight_names
@@ -33,7 +32,7 @@ class Combined:
     Attributes:
         recipe: says where it attaches and at which ranks; every scale is 1.
         adapters: its factors, a tree as `partition` gives it.
-        error: the part of the wanted change that the rank could not hold, by the Frobenius norm
+        error: the part of the change that the rank could not hold, by the Frobenius norm
             over all weights: 0 where nothing was lost.
     """
 
@@ -63,8 +62,8 @@ def combine(
     - "dare": of each D_i a random part `density` of the entries is kept and divided by `density`;
       then the sum of w_i D_i.
 
-    The last three give changes of full rank, of which the best of rank `rank` is kept; what that
-    loses is said in `error`.
+    The last three give changes of full rank, of which the best of rank `rank` is kept; `error`
+    says what that loses.
 
     Args:
         base: the base's parameter tree, or the NNX model; only shapes of weights are read.
@@ -80,7 +79,7 @@ def combine(
 
     Raises:
         RecipeError: a recipe trains anything but LoRA, or an adapter does not fit the base.
-        ValueError: an argument out of its range, or not as many weights as adapters.
+        ValueError: an argument out of its range, or not one weight for each adapter.
 
     Example:
         >>> import adapters_jax as aj, numpy as np
@@ -97,21 +96,23 @@ def combine(
     _check(adapters, weights, how, rank, density, key)
     shapes = _weights(base)
     changes = [_changes(shapes, *adapter_leaves(adapter, "combine")) for adapter in adapters]
-    sites = sorted({site for each in changes for site in each})
+    modules = sorted({module for each in changes for module in each})
     made, lost, whole = {}, 0.0, 0.0
-    for site in sites:
-        parts = [(each[site], w) for each, w in zip(changes, weights, strict=True) if site in each]
+    for module in modules:
+        parts = [
+            (each[module], w) for each, w in zip(changes, weights, strict=True) if module in each
+        ]
         if how == "linear":
-            made[site] = _concatenated(parts)
+            made[module] = _concatenated(parts)
             continue
-        own = None if key is None else arrays.key_at(key, site)
-        made[site], missing, total = _at_rank(parts, how, rank or 0, density, own)
+        own = None if key is None else arrays.key_at(key, module)
+        made[module], missing, total = _at_rank(parts, how, rank or 0, density, own)
         lost, whole = lost + missing, whole + total
-    ranks = {site: factors[0].shape[-1] for site, factors in made.items()}
+    ranks = {module: factors[0].shape[-1] for module, factors in made.items()}
     usual = max(ranks.values())
-    other = {site: r for site, r in ranks.items() if r != usual}
+    other = {module: r for module, r in ranks.items() if r != usual}
     # A model that is itself the layer has the empty path, which is no pattern.
-    recipe = Recipe(LoRA(tuple(site or "**" for site in sites), usual, rank_pattern=other))
+    recipe = Recipe(LoRA(tuple(module or "**" for module in modules), usual, rank_pattern=other))
     flat = {join(s, "lora", n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
     return Combined(recipe, unflatten(flat), math.sqrt(lost / whole) if whole else 0.0)
 
@@ -133,7 +134,7 @@ def _check(
     for weight in weights:
         check_number("combine", "a weight", weight, low=-math.inf)
     if (how == "linear") != (rank is None):
-        says = "has the sum of all ranks; leave rank out" if how == "linear" else "wants a rank"
+        says = "has the sum of all ranks; leave rank out" if how == "linear" else "needs a rank"
         raise UserError(f"combine: how={how!r} {says}")
     if rank is not None:
         check_size("combine", "rank", rank)
@@ -171,19 +172,21 @@ def _changes(
     found: dict[str, _Change] = {}
     for path in flat:
         owner = recipe.owner(path)
-        site, method = owner or ("", None)
-        if not isinstance(method, LoRA) or isinstance(method, DoRA):
-            what = type(method).__name__ if method else f"the base's parameter {path}"
-            raise RecipeError(f"combine: sums are of LoRA alone, and a recipe trains {what}")
-        if method.slices or method.from_weight:
-            raise RecipeError(f"combine: LoRA with slices or PiSSA at {site!r} cannot be summed")
-        a, b = (jnp.asarray(flat[join(site, "lora", name)], jnp.float32) for name in "ab")
-        if site not in shapes:
-            raise RecipeError(f"combine: the base has no weight at {site!r}")
-        layers = a.ndim + b.ndim - 2 - len(shapes[site])
-        found[site] = _Change(
+        if owner is None:
+            raise RecipeError(
+                f"combine: expected recipes that train LoRA alone, and one trains the base's {path}"
+            )
+        module, method = owner
+        if module in found:
+            continue
+        names = {name: join(module, method.slot, name) for name in method.leaf_names}
+        a, b = method.factors({name: flat[each] for name, each in names.items()}, module)
+        if module not in shapes:
+            raise RecipeError(f"combine: the base has no weight at {module!r}")
+        layers = a.ndim + b.ndim - 2 - len(shapes[module])
+        found[module] = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
-            method.scale_at(site) * b.reshape(*b.shape[: layers + 1], -1),
+            b.reshape(*b.shape[: layers + 1], -1),
             (a.shape[:-1], b.shape[layers + 1 :]),
         )
     return found

@@ -1,6 +1,6 @@
-"""Folding low-rank adapters into the base: merged, it is the base model, at its speed."""
+"""Folding adapters into the base: merged, it is the base model, at its speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,30 +9,19 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, compare_trees
-from adapters_jax.linen import Adapted, shapes_of, sites
-from adapters_jax.methods import Attached, DoRA, LoRA
-from adapters_jax.methods.base import Leaves, Site
-from adapters_jax.methods.lora import contraction_of
-from adapters_jax.nnx import adapted_sites, copy, detach, leaves_of, recipe_of
+from adapters_jax.linen import Adapted, points, shapes_of
+from adapters_jax.methods import AttachmentPoint, Method
+from adapters_jax.methods.base import Leaves, merged_stacked
+from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, recipe_of
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
-# What takes the place of a weight: from the method, its leaves, its site and the weight.
-_Change = Callable[[LoRA, Leaves, Site, Array], Array]
-
-
-def _as_lora(method: Attached) -> LoRA:
-    """A method that is a change of a weight; raises RecipeError for another."""
-    if not isinstance(method, LoRA):
-        raise RecipeError(
-            f"merge: {type(method).__name__} cannot be folded into a weight, since "
-            f"{method.unmergeable}; keep the adapted model, or merge LoRA alone"
-        )
-    return method
+# What takes the place of a module's parameters: from the method, its leaves and where they are.
+_Change = Callable[[Method, Leaves, AttachmentPoint, Mapping[str, Array]], dict[str, Array]]
 
 
 def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any) -> Any:
-    """The base with its low-rank adapters folded in, and its unfrozen parameters as trained.
+    """The base with its adapters folded in, and its unfrozen parameters as trained.
 
     Each sum is taken in float32 and cast once to the base's dtype. Nothing given is changed: to
     switch to another adapter, merge it with the base you kept, which is exact.
@@ -59,16 +48,16 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
         >>> type(aj.merge(adapted)).__name__
         'Linear'
     """
-    return _folded(model, params, args, kwargs, LoRA.merged_stacked)
+    return _folded(model, params, args, kwargs, merged_stacked)
 
 
 def unmerge(
     model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any
 ) -> tuple[Any, float]:
-    """The base before a merge, for those who kept the merged weights alone.
+    """The base before a merge, where only the merged weights were kept.
 
-    Subtracting is not exact: a merged weight was rounded, and so is what is left. Keep the base
-    where you can, and merge the next adapter with that.
+    It is not exact: a merged weight was rounded, and so is what is left. Keep the base where you
+    can, and merge the next adapter with that.
 
     Args: as in `merge`: the model, or the tree, has the merged weights with the adapters beside.
         `load_adapter` onto the merged model gives just that.
@@ -78,7 +67,7 @@ def unmerge(
         further from the original than this number.
 
     Raises:
-        RecipeError: a method is no change that can be subtracted: DoRA rescales the weight too.
+        RecipeError: the change of a method cannot be taken back: DoRA's, or (IA)^3 with a zero.
         MismatchError: `params` is not the tree of this model; every difference is listed.
 
     Example:
@@ -92,26 +81,22 @@ def unmerge(
     """
     bounds = [0.0]
 
-    def subtracted(method: LoRA, leaves: Leaves, site: Site, weight: Array) -> Array:
-        if isinstance(method, DoRA):
-            raise RecipeError(
-                f"unmerge: DoRA at {site.path!r} rescales the weight, which cannot be taken back "
-                "by subtracting; merge with the base that you kept"
-            )
-        opposite = {**leaves, "b": -leaves["b"]}
-        left = method.merged_stacked(opposite, site, weight)
-        bounds.append(_rounding(weight, left))
+    def taken_back(
+        method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        left = merged_stacked(method, method.inverse(leaves, point), point, own)
+        bounds.extend(_rounding(own[name], left[name]) for name in left)
         return left
 
-    base = _folded(model, params, args, kwargs, subtracted)
+    base = _folded(model, params, args, kwargs, taken_back)
     return base, max(bounds)
 
 
 def _rounding(merged: Array, left: Array) -> float:
-    """How far the roundings of a sum and of a difference may move an entry together."""
-    units = jnp.finfo(merged.dtype).eps / 2 + jnp.finfo(jnp.float32).eps
-    largest = jnp.abs(merged.astype(jnp.float32)) + jnp.abs(left.astype(jnp.float32))
-    return float(units * largest.max())
+    """How far the roundings of a change and of its inverse may move an entry together."""
+    units = jnp.finfo(merged.dtype).eps + 2 * jnp.finfo(jnp.float32).eps
+    both = (jnp.abs(x.astype(jnp.float32)).max() for x in (merged, left))
+    return float(units * jnp.maximum(*both))
 
 
 def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
@@ -121,17 +106,20 @@ def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -
     return _nnx(model, change)
 
 
-def _refuse_quantized(site: Site, weight: Any, line: str) -> None:
-    """Raises RecipeError where a sum would have to be quantised anew, which loses more of it."""
-    if is_quantized(weight):
+def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
+    """Raises RecipeError for a change of a weight that cannot be written into it."""
+    if type(method).merged is Method.merged:
+        method.merged({}, point, {})  # raises, with the reason of the method
+    packed = [name for name, leaf in own.items() if is_quantized(leaf)]
+    if packed:
         raise RecipeError(
-            f"merge: the weight at {site.path!r} is quantised, and a sum in so few bits would lose "
-            f"much of the adapter; keep it beside, or write {line} for a float base"
+            f"merge: {join(point.path, packed[0])} is quantised, and the change in so few bits "
+            f"would lose much of the adapter; keep it beside, or write {line} for a float base"
         )
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
-    found, whole = sites(model, *args, **kwargs)
+    found, whole = points(model, *args, **kwargs)
     compare_trees(
         "params",
         flatten(shapes_of(params)),
@@ -140,23 +128,27 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
     )
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
-    for (path, slot), (method, site) in found.items():
-        lora = _as_lora(method)
+    owned: dict[str, list[str]] = {}
+    for each in merged:
+        owned.setdefault(each.rpartition("/")[0], []).append(each.rpartition("/")[2])
+    for (path, slot), (method, point) in found.items():
         leaves = {name: flat[join(path, slot, name)] for name in method.leaf_names}
-        weight = join(path, contraction_of(site).weight)
-        _refuse_quantized(site, merged[weight], "aj.merge(model, aj.dequantize(params), *inputs)")
-        value = change(lora, nn.meta.unbox(leaves), site, nn.meta.unbox(merged[weight]))
-        merged[weight] = nn.meta.replace_boxed(merged[weight], value)
+        boxed = {name: merged[join(path, name)] for name in owned.get(path, ())}
+        _check(method, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
+        own = change(method, nn.meta.unbox(leaves), point, nn.meta.unbox(boxed))
+        merged |= {join(path, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
     return unflatten(merged)
 
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
     merged = copy(model)
-    for module, method, site in adapted_sites(merged):
-        lora = _as_lora(method)
-        weight = getattr(module, contraction_of(site).weight)
-        _refuse_quantized(site, weight.get_raw_value(), "aj.merge(aj.dequantize(model))")
-        weight[...] = change(lora, leaves_of(module, method), site, weight[...])
+    for module, method, point in adapted_points(merged):
+        own = {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
+        raw = {name: x.get_raw_value() for name, x in own.items()}
+        _check(method, point, raw, "aj.merge(aj.dequantize(model))")
+        values = {name: x[...] for name, x in own.items() if raw[name] is not None}
+        for name, value in change(method, leaves_of(module, method), point, values).items():
+            own[name][...] = value
     detach(merged)
     return merged

@@ -154,7 +154,7 @@ class _Plan:
             if is_quantized(weight) or not jnp.issubdtype(weight.dtype, jnp.inexact):
                 kind = "quantised already" if is_quantized(weight) else f"of {weight.dtype}"
                 raise UserError(
-                    f"quantize: {place} is {kind}, wanted floats; leave it out of targets"
+                    f"quantize: {place} is {kind}, expected floats; leave it out of targets"
                 )
         shared = {p: _shared(layer, weight.shape) for p, (layer, weight) in weights.items()}
         block = self.block or 1
@@ -184,7 +184,7 @@ def _shared(layer: Contraction, shape: tuple[int, ...]) -> dict[int, int]:
 
 
 def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
-    """How long a block of so many numbers is along each axis, the last one first; None: it cannot.
+    """How long a block of n numbers is along each axis, the last one first; None: it cannot.
 
     Example:
         >>> _tiles({0: 12, 1: 32}, 64), _tiles({0: 12, 1: 32}, 16), _tiles({0: 12}, 64)
@@ -230,8 +230,8 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )
     layers = {
-        path: _layer(module, path, site.contraction, recipe.trains)
-        for (path, _), (module, site) in interceptor.visited.items()
+        path: _layer(module, path, point.contraction, recipe.trains)
+        for (path, _), (module, point) in interceptor.visited.items()
     }
     flat = flatten(params)
     chosen = plan.chosen(layers, lambda place: unboxed(flat[place]))

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
 
 Moves = Sequence[tuple[str, str]]  # where leaves, or the modules they are of, were and are
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def moved(recipe: Recipe, moves: Moves, problems: list[str]) -> Recipe:
@@ -30,63 +29,77 @@ def moved(recipe: Recipe, moves: Moves, problems: list[str]) -> Recipe:
           LoRA(targets=('**/v',)),
         )
     """
-    sites: dict[Method, list[tuple[str, str]]] = {method: [] for method in recipe}
-    claims: dict[tuple[str, str], dict[Method, None]] = {}
+    places_of: dict[Method, list[tuple[str, str]]] = {method: [] for method in recipe}
+    claims: dict[tuple[str, str | None], dict[Method, None]] = {}
     for old, new in moves:
         owner = recipe.owner(old)
         if owner is None:
             for method in recipe:
-                if isinstance(method, Unfreeze) and selects(method.targets, old):
-                    sites[method].append((old, new))
+                if method.slot is None and selects(method.targets, old):
+                    places_of[method].append((old, new))
         else:
-            site, method = owner
-            place = new.removesuffix(old[len(site) :])
-            sites[method].append((site, place))
+            module, method = owner
+            place = new.removesuffix(old[len(module) :])
+            places_of[method].append((module, place))
             claims.setdefault((place, method.slot), {})[_bare(method)] = None
     problems += [
         f"{place} has {_differing(methods)}"
         for (place, _), methods in claims.items()
         if len(methods) > 1
     ]
-    made = [_retargeted(method, sites[method], problems) for method in recipe]
+    made = [_retargeted(method, places_of[method], problems) for method in recipe]
     return Recipe(*dict.fromkeys(made))
 
 
 def _bare(method: Any) -> Any:
     """A method without what it says of single targets."""
-    own = [field for field in _PATTERNS if hasattr(method, field)]
+    own = (*method.pattern_fields, *method.subset_fields)
     return dataclasses.replace(method, targets="**", **dict.fromkeys(own, ()))
 
 
 def _differing(methods: Iterable[Any]) -> str:
     """The fields in which methods differ."""
     rows = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in methods]
-    said = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
-    return ", ".join(f"{k}={' and '.join(v)}" for k, v in said.items() if len(set(v)) > 1)
+    values = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
+    return ", ".join(f"{k}={' and '.join(v)}" for k, v in values.items() if len(set(v)) > 1)
 
 
-def _retargeted(method: Any, sites: Moves, problems: list[str]) -> Method:
+def _retargeted(method: Any, moves: Moves, problems: list[str]) -> Method:
     """A method for places that are elsewhere."""
-    places = list(dict.fromkeys(new for _, new in sites))
+    places = list(dict.fromkeys(new for _, new in moves))
     changes: dict[str, Any] = {}
     if not all(selects(method.targets, p) for p in places) or _idle(method.targets, places):
         changes["targets"] = tuple(places)
-    for field in _PATTERNS:
-        pairs, name = getattr(method, field, ()), field.removesuffix("_pattern")
-        usual = getattr(method, name, None)
+    for field in method.subset_fields:
+        changes |= _subset(method, field, moves, problems)
+    for field, name in method.pattern_fields.items():
+        pairs, usual = getattr(method, field), getattr(method, name)
         values: dict[str, dict[Any, None]] = {}
-        for old, new in sites if pairs else ():
+        for old, new in moves if pairs else ():
             values.setdefault(new, {})[_at(pairs, old, usual)] = None
         problems += [
             f"{place} has {name}={' and '.join(map(str, several))}"
             for place, several in values.items()
             if len(several) > 1
         ]
-        wanted = {place: next(iter(several)) for place, several in values.items()}
-        stays = all(_at(pairs, place, usual) == value for place, value in wanted.items())
+        numbers = {place: next(iter(several)) for place, several in values.items()}
+        stays = all(_at(pairs, place, usual) == value for place, value in numbers.items())
         if not stays or _idle([pattern for pattern, _ in pairs], places):
-            changes[field] = {place: value for place, value in wanted.items() if value != usual}
+            changes[field] = {place: value for place, value in numbers.items() if value != usual}
     return dataclasses.replace(method, **changes)
+
+
+def _subset(method: Any, field: str, moves: Moves, problems: list[str]) -> dict[str, Any]:
+    """A field of patterns that match some of the targets, for modules that are elsewhere."""
+    patterns = getattr(method, field)
+    if not patterns:
+        return {}
+    matched = {new for old, new in moves if selects(patterns, old)}
+    others = {new for old, new in moves if not selects(patterns, old)}
+    problems += [f"{place} is in {field} of some layers only" for place in matched & others]
+    stays = all(selects(patterns, new) == (new in matched) for _, new in moves)
+    places = [new for _, new in moves]
+    return {} if stays and not _idle(patterns, places) else {field: tuple(sorted(matched))}
 
 
 def _at(pairs: Iterable[tuple[str, Any]], path: str, usual: Any) -> Any:

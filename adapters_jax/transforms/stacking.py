@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, RecipeError, UserError
-from adapters_jax.methods import METHODS
+from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.remap import Moves, moved
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
@@ -82,7 +82,7 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
         kinds = {_kind(layers[i]): i for i in reversed(numbers)}
         if numbers != list(range(length)):
             where = ", ".join(map(str, numbers))
-            problems.append(f"{path} is in layers {where}, wanted all from 0 to {length - 1}")
+            problems.append(f"{path} is in layers {where}, expected all from 0 to {length - 1}")
         elif len(kinds) > 1:
             said = " and ".join(f"{kind} in layer {i}" for kind, i in reversed(kinds.items()))
             problems.append(f"{path} is {said}")
@@ -113,7 +113,7 @@ def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
     if len(set(axes.values())) > 1 or () in axes.values():
         problems += [f"{path} has {axis or 'no'} layers" for path, axis in axes.items()]
     if problems:
-        raise MismatchError(f"unstack_layers: {_some(problems)}; wanted scanned layers")
+        raise MismatchError(f"unstack_layers: {_some(problems)}; expected scanned layers")
     return next((axis[0] for axis in axes.values()), 0)
 
 
@@ -241,8 +241,8 @@ def _converted(
 
 
 def _is_adapter(subject: Any) -> bool:
-    kinds = (Recipe, *METHODS.values())
-    return isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[0], kinds)
+    is_pair = isinstance(subject, tuple) and len(subject) == 2
+    return is_pair and isinstance(subject[0], Recipe | Method)
 
 
 def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:

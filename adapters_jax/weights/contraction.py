@@ -32,6 +32,8 @@ class Contraction:
         expand: `(hidden, b) -> y`.
         lookup: the layer reads rows (an embedding), so A starts at zero and B random.
         trailing: the axes that go to B are the last ones of the layer's output, in order.
+        features: the axes of the weight that are the last ones of the layer's input and summed
+            over, in order; none where they are elsewhere in the input.
     """
 
     weight: str
@@ -41,6 +43,7 @@ class Contraction:
     expand: Callable[[Array, Array], Array]
     lookup: bool = False
     trailing: bool = True
+    features: tuple[int, ...] = ()
 
     def split_shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The parts of a weight's shape that go to A and to B.
@@ -111,4 +114,5 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
         einsum(f"{x},{a}{_RANK}->{hidden}"),
         einsum(f"{hidden},{_RANK}{b}->{output}"),
         trailing=output.endswith(b),
+        features=inputs if x.endswith(a) and contracted == set(a) else (),
     )

@@ -68,6 +68,7 @@ def conv(module: Any, *_: Any, **__: Any) -> Contraction | None:
         tuple(range(n + 1)),
         lambda x, a: _convolve(module, window, x, a),
         lambda hidden, b: jnp.matmul(hidden, b, precision=module.precision),
+        features=(n,),
     )
 
 

@@ -69,6 +69,7 @@ PRESETS = {
     "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
     "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
     "lora": Preset(recipes.lora, _LORA, 2e-3),
+    "ia3": Preset(recipes.ia3, ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(recipes.bitfit, (), 2e-3),
@@ -82,6 +83,7 @@ MethodName = Literal[
     "pfeiffer",
     "parallel",
     "lora",
+    "ia3",
     "llama-adapter",
     "prefix-tuning",
     "bitfit",
@@ -117,6 +119,8 @@ class MethodOptions:
         bias: biases that train beside LoRA: none, all, or lora_only; none by default.
         adapter_dropout: of a bottleneck's inner activations, or of LoRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
+        feed_forward: of ia3: patterns of the modules whose input is scaled, by default the
+            feed-forward's last projections.
         layers: how many layers last-layers trains; 2 by default.
         prompt_length: tokens of a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
         last: how many layers have prompts, from the top; all, for llama-adapter all but two.
@@ -142,6 +146,7 @@ class MethodOptions:
     bias: str | None = None
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = ()
     layers: int | None = None
     prompt_length: int | None = None
     last: int | None = None

@@ -21,7 +21,6 @@ from adapters_jax.app.options.stored import from_plain, plain
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import FORMAT, Run, RunError
-from adapters_jax.methods import LoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
 
@@ -32,7 +31,7 @@ def shared_config(
     options: RunOptions, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
 ) -> dict[str, Any]:
     """What a run's `config.json` says whatever the base is."""
-    if training.lora_plus != 1.0 and not any(isinstance(m, LoRA) for m in recipe):
+    if training.lora_plus != 1.0 and not any(m.slot == "lora" for m in recipe):
         raise UserError(f"--lora-plus: a rate for LoRA's B, and {options.method.title} has none")
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
     path = Path(options.model)

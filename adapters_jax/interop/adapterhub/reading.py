@@ -18,7 +18,7 @@ from adapters_jax.interop.adapterhub.config import (
 from adapters_jax.interop.layouts import Array, our_factors
 from adapters_jax.interop.module_map import Added, shortest
 from adapters_jax.methods import Bottleneck, LoRA, Method
-from adapters_jax.methods.base import Site
+from adapters_jax.methods.base import AttachmentPoint
 
 _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
 
@@ -131,7 +131,7 @@ def _leaves(
     names = tensor_names(method)
     wanted = {
         names[leaf]: list(spec.shape[::-1])
-        for leaf, spec in method.leaves(Site(path, "__call__", width)).items()
+        for leaf, spec in method.leaves(AttachmentPoint(path, "__call__", width)).items()
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
     if shapes != wanted:

@@ -16,7 +16,7 @@ from adapters_jax.interop.adapterhub.config import (
 )
 from adapters_jax.interop.layouts import Array, rounded, their_factors
 from adapters_jax.interop.module_map import Added, Leaves
-from adapters_jax.methods import Bottleneck, DoRA, LoRA
+from adapters_jax.methods import Bottleneck
 from adapters_jax.recipe import Recipe
 
 # What one attachment point says: its settings, and its matrices where it is an attention.
@@ -31,9 +31,7 @@ def write(
     tensors: Leaves = {}
     configs = _configs(None, _bottlenecks(recipe, added, blocks, name, tensors, problems), blocks)
     configs += _configs("lora", _loras(recipe, added, blocks, name, tensors, problems), blocks)
-    known = (Bottleneck, LoRA)
-    others = {type(m).__name__ for m in recipe.attached if not isinstance(m, known)}
-    others |= {type(m).__name__ for m in recipe.attached if isinstance(m, DoRA)}
+    others = {type(m).__name__ for m in recipe.attached if m.name not in ("bottleneck", "lora")}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(f"it adds {what}; bottlenecks and LoRA are what can be written")
@@ -57,8 +55,8 @@ def _bottlenecks(
     """What the bottlenecks say, by layer and location."""
     said: Said = {}
     spots = blocks.spots()
-    for path, leaves in _of(Bottleneck, recipe, added):
-        method = next(m for m in recipe.at(path) if isinstance(m, Bottleneck))
+    for path, leaves in _of("bottleneck", recipe, added):
+        method: Any = next(m for m in recipe.at(path) if m.name == "bottleneck")
         layer, location, role = spots.get(path, (0, "", ""))
         settings = _settings(method, role, blocks)
         if isinstance(settings, str):
@@ -129,7 +127,7 @@ def _loras(
 ) -> Said:
     """What the low-rank factors say, by layer and location."""
     said: Said = {}
-    left = dict(_of(LoRA, recipe, added))
+    left = dict(_of("lora", recipe, added))
     for layer in blocks.layers:
         for location, modules in blocks.architecture.loras.items():
             made: dict[str, list[tuple[Array, Array]]] = {}
@@ -142,18 +140,18 @@ def _loras(
                 leaves = left.pop(reference.path, None) if reference else None
                 if reference is None or leaves is None:
                     continue
-                method = next(m for m in recipe.at(reference.path) if isinstance(m, LoRA))
-                a, b = their_factors(reference, leaves, method.slices)
+                lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
+                a, b = their_factors(reference, leaves, lora.slices)
                 if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
                     problems.append(f"{reference.path}: its factors are not of its weight")
                     continue
-                if method.a_init == "pissa":
+                if lora.a_init == "pissa":
                     problems.append(
                         f"{reference.path}: a_init='pissa' took its factors out of the base, which "
                         "AdapterHub has whole"
                     )
-                alpha = rounded(method.scale_at(reference.path) * len(a))
-                fields.append({"r": len(a), "alpha": alpha, "dropout": method.dropout})
+                alpha = rounded(lora.scale_at(reference.path) * len(a))
+                fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
                 matrices.append(matrix)
                 made.setdefault(blocks.name(layer, module), []).append((a, b))
             if any(each != fields[0] for each in fields):
@@ -171,11 +169,11 @@ def _loras(
     return said
 
 
-def _of(kind: type, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The attachment points of a kind of method, with its own leaves."""
+def _of(kind: str, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
+    """The modules that a method of some name adapts, with its own leaves."""
     for path, leaves in added.items():
         for method in recipe.at(path):
-            if isinstance(method, kind):
+            if method.name == kind:
                 yield path, {name: leaves[name] for name in method.leaf_names}
 
 

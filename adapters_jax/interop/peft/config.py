@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: the fields that we honour, the modules and ranks that it means.
+"""PEFT's `adapter_config.json`: the supported fields, and the modules and ranks that they give.
 
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
@@ -16,15 +16,19 @@ TIED = (
     "the same factors would reach; leave them out, or use a model with tie_word_embeddings=False"
 )
 
-HONOURED = {
+SUPPORTED = {
     "LORA": {
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
         *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
         *("layers_pattern", "bias", "modules_to_save", "init_lora_weights", "fan_in_fan_out"),
     },
     "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
+    "IA3": {
+        *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
+        *("modules_to_save", "init_ia3_weights"),
+    },
 }
-# What the writer notes for itself, and what acts only beside a field that is not honoured.
+# What the writer notes for itself, and what acts only beside a field that is not supported.
 IDLE = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
@@ -46,10 +50,14 @@ _ADVICE = (
 _NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
 _NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), (bool,)),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "init_ia3_weights"), (bool,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
-    **{"layers_pattern": (str, list), "layers_to_transform": (int, list)},
+    **{
+        "feedforward_modules": (str, list),
+        "layers_pattern": (str, list),
+        "layers_to_transform": (int, list),
+    },
 }
 
 
@@ -60,42 +68,44 @@ def value(config: Config, field: str) -> Any:
 
 
 def config_problems(config: Config) -> list[str]:
-    """What of a configuration cannot be honoured, each as `field=value` with the reason.
+    """The unsupported settings of a configuration, each as `field=value` with the reason.
 
     Args:
         config: the parsed file.
 
     Returns:
-        A sentence each; none where all can be honoured. Fields that are not known are no problem
+        A sentence each; none where all are supported. Fields that are not known are no problem
         where they are null, false or empty.
 
     Example:
         >>> config_problems({"peft_type": "LORA", "r": 4, "lora_bias": True, "new_field": None})
         ['lora_bias=True is not supported']
-        >>> config_problems({"peft_type": "IA3"})
-        ["peft_type='IA3', wanted LORA or ADAPTION_PROMPT"]
+        >>> config_problems({"peft_type": "VERA"})
+        ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"]
     """
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in HONOURED:
-        return [f"peft_type={kind!r}, wanted {' or '.join(HONOURED)}"]
-    return field_problems(config, HONOURED[kind], IDLE, _wanted)
+    if not isinstance(kind, str) or kind not in SUPPORTED:
+        return [f"peft_type={kind!r}, expected {' or '.join(SUPPORTED)}"]
+    return field_problems(config, SUPPORTED[kind], IDLE, _expected)
 
 
-def _wanted(field: str, found: Any) -> list[str]:
+def _expected(field: str, found: Any) -> list[str]:
     """What a field wants instead of the value found; nothing where that is good."""
     if field in _CHOICES:
         allowed = _CHOICES[field]
         good = isinstance(found, bool | str) and found in allowed
         advice = _ADVICE if field == "init_lora_weights" else ""
-        return [] if good else [f"wanted one of {', '.join(map(repr, allowed))}{advice}"]
+        return [] if good else [f"expected one of {', '.join(map(repr, allowed))}{advice}"]
     if field in _NUMBERS:
         types = (int,) if _NUMBERS[field] is int else (int, float)
         good = isinstance(found, types) and not isinstance(found, bool) and found >= 0
-        return [] if good else ["wanted a whole number" if types == (int,) else "wanted a number"]
+        return (
+            [] if good else ["expected a whole number" if types == (int,) else "expected a number"]
+        )
     if not isinstance(found, _TYPES[field]):
-        return [f"wanted {' or '.join(each.__name__ for each in _TYPES[field])}"]
+        return [f"expected {' or '.join(each.__name__ for each in _TYPES[field])}"]
     if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
-        return ["wanted a number for each pattern"]
+        return ["expected a number for each pattern"]
     return _broken(found) if isinstance(found, str | dict) else []
 
 

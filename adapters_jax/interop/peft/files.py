@@ -1,4 +1,4 @@
-"""Adapters of Hugging Face PEFT, read and written: LoRA, DoRA and LLaMA-Adapter.
+"""Adapters of Hugging Face PEFT, read and written: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
 
 A directory of theirs holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
 PEFT is needed. A pickled `adapter_model.bin` is never opened, because unpickling runs whatever code
@@ -16,7 +16,7 @@ from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, find_modules
-from adapters_jax.interop.peft import reading, writing
+from adapters_jax.interop.peft import kinds
 from adapters_jax.interop.peft.config import config_problems
 from adapters_jax.io import hub
 from adapters_jax.methods import Method
@@ -83,7 +83,7 @@ def load_peft(
     problems = config_problems(config)
     if not problems:
         try:
-            methods, leaves, problems = reading.read(config, tensors, places)
+            methods, leaves, problems = kinds.read(config, tensors, places)
             if not problems:
                 return as_in_model(methods, leaves, names, places)
         except (ValueError, re.error) as error:  # a method refuses a number, layers are not alike
@@ -110,7 +110,7 @@ def save_peft(
 
     Args:
         directory: a new or empty one; its parents are made.
-        recipe: LoRA, DoRA or LlamaAdapter, and Unfreeze beside the first two.
+        recipe: LoRA, DoRA, LlamaAdapter or IA3, and Unfreeze beside all but LlamaAdapter.
         adapters: the trained part of a model, as `partition` gives, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes is taken for a
             convolution's.
@@ -131,7 +131,7 @@ def save_peft(
     directory = directories.empty_directory(directory)
     places = find_modules(names, base)
     unrolled = as_in_file(recipe, flat, names, places)
-    config, tensors, problems = writing.write(*unrolled, places, prefix)
+    config, tensors, problems = kinds.write(*unrolled, places, prefix)
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}

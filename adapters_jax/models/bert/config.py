@@ -18,8 +18,8 @@ class BertConfig(huggingface.CheckpointConfig):
     Example:
         >>> BertConfig.from_dict({"hidden_size": 384, "position_embedding_type": "relative_key"})
         Traceback (most recent call last):
-        ValueError: BertConfig does not implement position_embedding_type='relative_key' \
-(supported: 'absolute').
+        adapters_jax.errors.UserError: BertConfig does not implement \
+position_embedding_type='relative_key' (supported: 'absolute').
     """
 
     vocab_size: int = 30522

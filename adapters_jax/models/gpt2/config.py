@@ -16,7 +16,7 @@ class GPT2Config(huggingface.CheckpointConfig):
     Example:
         >>> GPT2Config(activation_function="mish")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: GPT2Config does not implement activation_function='mish' (supported: ...
+        adapters_jax.errors.UserError: GPT2Config does not implement activation_function='mish' ...
     """
 
     vocab_size: int = 50257

@@ -16,7 +16,7 @@ class LlamaConfig(huggingface.CheckpointConfig):
     Example:
         >>> LlamaConfig.from_dict({"num_attention_heads": 9, "num_key_value_heads": 2})
         Traceback (most recent call last):
-        ValueError: 9 attention heads do not divide into 2 key and value heads.
+        adapters_jax.errors.UserError: 9 attention heads do not divide into 2 key and value heads.
     """
 
     vocab_size: int = 32000

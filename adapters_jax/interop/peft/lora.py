@@ -1,4 +1,7 @@
-"""Our LoRA and DoRA as PEFT's factors and fields."""
+"""LoRA and DoRA in PEFT's files: factors, ranks and alphas of every module.
+
+Reference: https://huggingface.co/docs/peft/package_reference/lora
+"""
 
 import math
 from collections import Counter
@@ -7,24 +10,107 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, ModuleReference, rounded, their_factors
-from adapters_jax.interop.module_map import Added, ModuleMap, in_order
-from adapters_jax.interop.peft.config import ROOT, TIED
-from adapters_jax.methods import DoRA, LoRA
+from adapters_jax.interop.layouts import Array, ModuleReference, our_factors, rounded, their_factors
+from adapters_jax.interop.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.interop.peft.config import ROOT, STARTS, TIED, Config, means, number_at, value
+from adapters_jax.methods import DoRA, LoRA, Method
 from adapters_jax.recipe import Recipe
 
 Tensors = dict[str, Array]
-STARTS = {"gaussian_rank": "gaussian"}
+LEAVES = {
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+}
+_THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
-def lora(
+def read(
+    config: Config,
+    added: Mapping[str, Mapping[str, Array]],
+    places: ModuleMap,
+    problems: list[str],
+) -> tuple[list[Method], dict[str, Array]]:
+    """One LoRA or DoRA for all modules, with patterns where ranks or alphas differ."""
+    leaves: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module, found in added.items():
+        rank = number_at(config, "r", "rank_pattern", module)
+        problem = _misfit(config, module, found, rank, places)
+        for place in () if problem else places.at(module):
+            factors = our_factors(place, found["a"], found["b"], found.get("magnitude"))
+            if factors is None:
+                problem = _unlike(module, found, place)
+                break
+            leaves |= {f"{place.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()}
+            ranks[place.path] = rank
+            alphas[place.path] = number_at(config, "lora_alpha", "alpha_pattern", module)
+        problems += [problem] if problem else []
+    if not ranks:
+        problems += [] if problems else ["it has no LoRA factors"]
+        return [], leaves
+    method = (DoRA if config.get("use_dora") else LoRA)(
+        shortest(ranks, places.paths),
+        rank=value(config, "r"),
+        alpha=value(config, "lora_alpha"),
+        dropout=value(config, "lora_dropout"),
+        a_init=STARTS[value(config, "init_lora_weights")],
+        rank_stabilized=bool(config.get("use_rslora")),
+        rank_pattern=_pattern(ranks, value(config, "r")),
+        alpha_pattern=_pattern(alphas, value(config, "lora_alpha")),
+    )
+    return [method], leaves
+
+
+def _misfit(
+    config: Config, module: str, found: Mapping[str, Array], rank: int, places: ModuleMap
+) -> str | None:
+    """Why the factors of a module cannot be used, before their shapes are compared."""
+    expected = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
+    there = places.at(module)
+    if found.keys() != expected:
+        return (
+            f"{module} has the tensors of {', '.join(sorted(found))}, expected {sorted(expected)}"
+        )
+    if not there:
+        return f"{module} is no layer of the base that names knows"
+    if found["a"].ndim < 2 or found["b"].ndim < 2:
+        return _unlike(module, found, there[0])
+    if not means(config, module):
+        return f"{module} has factors and is not among the configuration's target modules"
+    if len(found["a"]) != rank:
+        return f"{module} has the rank {len(found['a'])}, the configuration says {rank}"
+    if there[0].weight == "embedding" and "magnitude" in expected:
+        return f"{module}: DoRA on an embedding is not supported"
+    if there[0].weight == "embedding" and places.tied:
+        return TIED.format(module)
+    return None
+
+
+def _unlike(module: str, found: Mapping[str, Array], place: ModuleReference) -> str:
+    """A sentence about shapes."""
+    a, b = (list(found[name].shape) for name in ("a", "b"))
+    return f"{module} has A {a} and B {b}, which do not fit {place.path} of {list(place.shape)}"
+
+
+def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """The numbers that are not the usual one, by pattern."""
+    others = sorted({number for number in numbers.values() if number != usual})
+    groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
+    return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
+
+
+def write(
     recipe: Recipe, added: Added, places: ModuleMap, prefix: str | None, problems: list[str]
 ) -> tuple[dict[str, Any], Tensors]:
     """The fields and factors of every module."""
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    methods = [method for method in recipe.attached if isinstance(method, LoRA)]
+    methods: list[Any] = list(recipe.attached)
     if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
         problems.append("dropout and rank_stabilized are one for all in PEFT, and differ here")
     if any(m.a_init == "pissa" for m in methods):
@@ -51,9 +137,9 @@ def lora(
             scale * (math.sqrt(len(a)) if methods[0].rank_stabilized else len(a))
         )
         tensors |= _named(name, parts[0], a, b)
-        if isinstance(methods[0], DoRA):
+        if methods[0].name == "dora":
             if not all(mine):
-                problems.append(f"{bare}: DoRA wants all of its parts adapted, or none")
+                problems.append(f"{bare}: PEFT's DoRA adapts all of its parts, or none")
                 continue
             magnitudes = [each["magnitude"].ravel() for each in mine if each]
             tensors[f"{ROOT}{name}.lora_magnitude_vector"] = _magnitude(magnitudes, a)
@@ -64,7 +150,7 @@ def lora(
 def _fits(recipe: Recipe, place: ModuleReference, leaves: Mapping[str, Array]) -> bool:
     """Whether factors are of one weight's shape, which those of stacked layers are not."""
     inputs, outputs = leaves["a"].shape[:-1], leaves["b"].shape[1:]
-    sliced = any(m.slices for m in recipe.at(place.path) if isinstance(m, LoRA))
+    sliced = _lora_at(recipe, place.path).slices
     return inputs + outputs == place.shape or (sliced and inputs == place.shape[:-1])
 
 
@@ -82,7 +168,7 @@ def _factors(
         if leaves is None:
             made.append(None)
             continue
-        method = next(m for m in recipe.at(place.path) if isinstance(m, LoRA))
+        method = _lora_at(recipe, place.path)
         scales.append(method.scale_at(place.path))
         a, b = their_factors(place, leaves, method.slices)
         made.append((a, b if scales[-1] == scales[0] else b * (scales[-1] / scales[0])))
@@ -114,10 +200,7 @@ def _magnitude(parts: Sequence[Array], a: Array) -> Array:
 
 
 def _fields(
-    methods: Sequence[LoRA],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    places: ModuleMap,
+    methods: Sequence[Any], ranks: Mapping[str, int], alphas: Mapping[str, float], places: ModuleMap
 ) -> dict[str, Any]:
     """The configuration: the commonest rank and alpha, and patterns for the others."""
     (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
@@ -128,10 +211,15 @@ def _fields(
         "lora_alpha": alpha,
         "lora_dropout": methods[0].dropout,
         "use_rslora": methods[0].rank_stabilized,
-        "use_dora": isinstance(methods[0], DoRA),
+        "use_dora": methods[0].name == "dora",
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "target_modules": sorted(ranks, key=in_order),
         "fan_in_fan_out": places.fan_in_fan_out,
-        "init_lora_weights": STARTS.get(methods[0].a_init, True),
+        "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
     }
+
+
+def _lora_at(recipe: Recipe, path: str) -> Any:
+    """The LoRA or DoRA of one module."""
+    return next(method for method in recipe.at(path) if method.slot == "lora")

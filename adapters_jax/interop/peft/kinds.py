@@ -1,0 +1,105 @@
+"""The kinds of adapter that PEFT and we have in common: one module each, and what they share."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters_jax.interop.layouts import Array
+from adapters_jax.interop.module_map import ModuleMap, by_module, shortest
+from adapters_jax.interop.peft import ia3, lora, prompts
+from adapters_jax.interop.peft.config import ROOT, Config
+from adapters_jax.interop.peft.trained import Tensors, read_trained, write_trained
+from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One `peft_type`.
+
+    Attributes:
+        methods: names of the methods that it holds, one in each file.
+        leaves: our leaf for each of their tensors' names.
+        read: from configuration, added tensors and module map: the methods, and leaves by path.
+        write: from the recipe, leaves by module, module map and prefix: fields and tensors.
+        trains: what of the base may train beside it: "nothing", "modules", or also "biases".
+    """
+
+    methods: tuple[str, ...]
+    leaves: Mapping[str, str]
+    read: Callable[..., tuple[list[Method], dict[str, Array]]]
+    write: Callable[..., tuple[dict[str, Any], Tensors]]
+    trains: str
+
+
+KINDS = {
+    "LORA": Kind(("lora", "dora"), lora.LEAVES, lora.read, lora.write, "biases"),
+    "ADAPTION_PROMPT": Kind(
+        ("llama_adapter",), prompts.LEAVES, prompts.read, prompts.write, "nothing"
+    ),
+    "IA3": Kind(("ia3",), ia3.LEAVES, ia3.read, ia3.write, "modules"),
+}
+_LEAVES = {theirs: ours for kind in KINDS.values() for theirs, ours in kind.leaves.items()}
+_KEY = re.compile(rf"(.+)\.({'|'.join(_LEAVES)})(?:\.weight)?")
+_MASK = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # a buffer of old GPT-2s, saved with bias="all"
+
+
+def read(
+    config: Config, tensors: Mapping[str, Array], places: ModuleMap
+) -> tuple[list[Method], dict[str, Array], list[str]]:
+    """The methods, their leaves by path, and every problem."""
+    problems: list[str] = []
+    kind = KINDS[config["peft_type"]]
+    added, plain = _sorted(tensors, kind, problems)
+    methods, leaves = kind.read(config, added, places, problems)
+    trained = read_trained(plain, places, problems)
+    if trained:
+        methods.append(Unfreeze(shortest(trained, places.base)))
+    return methods, leaves | trained, problems
+
+
+def _sorted(
+    tensors: Mapping[str, Array], kind: Kind, problems: list[str]
+) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+    """Added tensors by module and our leaf's name, and those that the base has as well."""
+    added: dict[str, dict[str, Array]] = {}
+    plain: dict[str, Array] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(ROOT):
+            problems.append(f"{key} does not begin with {ROOT}")
+            continue
+        name = key.removeprefix(ROOT)
+        match = _KEY.fullmatch(name)
+        if match and match[2] in kind.leaves:
+            added.setdefault(match[1], {})[_LEAVES[match[2]]] = tensor
+        elif match:
+            problems.append(f"{key} is a tensor of another peft_type")
+        elif ".original_module." not in name and not _MASK.fullmatch(name):
+            plain[name] = tensor
+    return added, plain
+
+
+def write(
+    recipe: Recipe, leaves: Mapping[str, Array], places: ModuleMap, prefix: str | None
+) -> tuple[dict[str, Any], Tensors, list[str]]:
+    """The configuration, the tensors, and every problem."""
+    problems: list[str] = []
+    added, trained = by_module(recipe, leaves, problems)
+    names = {method.name for method in recipe.attached}
+    kind = next((k for k in KINDS.values() if len(names) == 1 and names <= set(k.methods)), None)
+    if kind is None:
+        others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
+        problems.append(
+            f"it adds {others}; PEFT has LoRA alone, DoRA alone, LlamaAdapter alone or IA3 alone"
+        )
+        return {}, {}, problems
+    fields, tensors = kind.write(recipe, added, places, prefix, problems)
+    if kind.trains == "nothing":
+        problems += [f"{path}: PEFT's prompts go with no other trained leaf" for path in trained]
+        return fields, tensors, problems
+    more, trains = write_trained(trained, added, places, prefix, problems)
+    if kind.trains == "modules" and trains.pop("bias") != "none":
+        paths = ", ".join(path for path in trained if path.endswith("/bias"))
+        problems.append(f"{paths}: PEFT's IA3 trains no biases beside it")
+    return fields | trains, tensors | more, problems

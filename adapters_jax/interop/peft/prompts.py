@@ -1,0 +1,81 @@
+"""LLaMA-Adapter in PEFT's files: ADAPTION_PROMPT, with a single gate in each layer.
+
+Reference: https://huggingface.co/docs/peft/package_reference/llama_adapter
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.interop.layouts import Array
+from adapters_jax.interop.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.interop.peft.config import ROOT, Config
+from adapters_jax.methods import LlamaAdapter, Method
+from adapters_jax.recipe import Recipe
+
+LEAVES = {"adaption_prompt": "embedding", "adaption_gate": "gate"}
+
+
+def read(
+    config: Config,
+    added: Mapping[str, Mapping[str, Array]],
+    places: ModuleMap,
+    problems: list[str],
+) -> tuple[list[Method], dict[str, Array]]:
+    """One LlamaAdapter, with PEFT's single gate a layer."""
+    leaves: dict[str, Array] = {}
+    modules = []
+    length, count = config.get("adapter_len"), config.get("adapter_layers")
+    for module, found in added.items():
+        ours = places.attention.get(places.bare(module))
+        shapes = {name: list(x.shape) for name, x in found.items()}
+        width = shapes.get("embedding", [0])[-1:]
+        if ours is None:
+            problems.append(f"{module} is no attention module of the base that names knows")
+        elif shapes != {"embedding": [1, length, *width], "gate": [1]}:
+            problems.append(
+                f"{module} has {shapes}, expected a prompt [1, {length}, d] and a gate [1]"
+            )
+        else:
+            modules.append(ours)
+            both = {"embedding": found["embedding"][0], "gate": found["gate"]}
+            leaves |= {f"{ours}/prompt/{name}": x.astype(np.float32) for name, x in both.items()}
+    if len(added) != count:
+        problems.append(f"it has prompts of {len(added)} layers, and says adapter_layers={count}")
+    if not modules:
+        return [], leaves
+    targets = shortest(modules, places.attention.values())
+    return [LlamaAdapter(targets, length or 1, "layer", "identity")], leaves
+
+
+def write(
+    recipe: Recipe, added: Added, places: ModuleMap, prefix: str | None, problems: list[str]
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The fields, prompts and gates; PEFT adapts the last layers, with one gate for each."""
+    names = {ours: bare for bare, ours in places.attention.items()}
+    last = sorted(names, key=in_order)[-len(added) :]
+    unlike = sorted(added.keys() ^ set(last), key=in_order)
+    if unlike:
+        problems.append(f"PEFT's prompts are in the last layers; {', '.join(unlike)} differ")
+    tensors, lengths = {}, set()
+    for ours in sorted(added.keys() & names.keys(), key=in_order):
+        method: Any = next(m for m in recipe.at(ours) if m.slot == "prompt")
+        prompt, gate = added[ours]["embedding"], added[ours]["gate"]
+        if len(gate) != 1:
+            problems.append(f'{ours} has {len(gate)} gates; PEFT has one a layer: gate="layer"')
+        lengths.add(len(prompt))
+        root = f"{ROOT}{places.full(names[ours], prefix)}"
+        tensors[f"{root}.adaption_prompt"] = prompt[None]
+        opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT has no tanh
+        tensors[f"{root}.adaption_gate"] = opened
+    if len(lengths) != 1:
+        problems.append(f"prompts are of one length in PEFT, here of {sorted(lengths)}")
+    words = {names[ours].rpartition(".")[2] for ours in added if ours in names}
+    fields = {
+        "peft_type": "ADAPTION_PROMPT",
+        "adapter_len": max(lengths, default=0),
+        "adapter_layers": len(added),
+        "target_modules": min(words, default=""),
+    }
+    return fields, tensors

@@ -1,0 +1,77 @@
+"""Small functions of arrays that several methods use: laws of initialisation, dropout, norms."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+
+
+def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """A function of one layer's arrays, for arrays stacked on `axes` leading axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
+def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """A key of its own for every path, whatever else a recipe adds."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def normal(std: float) -> Initializer:
+    """Gaussian with mean zero."""
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Gaussian with mean zero, redrawn beyond two standard deviations of the parent."""
+    return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+
+
+def uniform(limit: float) -> Initializer:
+    """Uniform between `-limit` and `limit`."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
+def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Zeros; the key is not used."""
+    return jnp.zeros(shape)
+
+
+def ones(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Ones; the key is not used."""
+    return jnp.ones(shape)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """Zeroes entries with probability `rate` and scales the rest; no key means evaluation."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
+    """x + bias along the last axis, without leaning on implicit rank promotion."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "... d"]:
+    """Layer normalisation as PyTorch's default: statistics in float32, epsilon 1e-5."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return add_last(normed.astype(x.dtype) * scale, bias)
+
+
+def beside(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x with axes of size 1 in front, as many as it has fewer than `like`."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)

@@ -1,0 +1,95 @@
+"""Which methods there are, by the name that recipes' JSON has."""
+
+import dataclasses
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods.base import Method, missing_members
+
+METHODS: dict[str, type[Method]] = {}
+GROUP = "adapters_jax.methods"
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(cls: M) -> M:
+    """Makes a class a method that recipes and their JSON know; a decorator.
+
+    A package whose methods the command line and files are to find without an import names them in
+    its `pyproject.toml`, by their `name`:
+
+        [project.entry-points."adapters_jax.methods"]
+        shift = "their_package.shift:Shift"
+
+    Args:
+        cls: a frozen dataclass derived from `adapters_jax.Method`.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: it is no such class, or lacks members; all are named.
+        RecipeError: its name or slot is taken by another method.
+    """
+    owner = getattr(cls, "__name__", repr(cls))
+    if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):
+        raise TypeError(
+            f"register_method: {owner} is not a frozen dataclass derived from aj.Method; write "
+            "@aj.register_method above @dataclass(frozen=True) above class NAME(aj.Method)"
+        )
+    lacking = missing_members(cls)
+    if lacking:
+        raise TypeError(
+            f"register_method: {owner} lacks {', '.join(lacking)}; help(aj.Method) "
+            "says what each is"
+        )
+    for what, value in (("name", cls.name), ("slot", cls.slot)):
+        if (what, value) != ("slot", None) and not (
+            isinstance(value, str) and value.isidentifier()
+        ):
+            raise TypeError(
+                f"register_method: {owner} has {what}={value!r}, expected an identifier such as "
+                "'shift'"
+            )
+    for other in METHODS.values():
+        if other is cls:
+            return cls
+        if other.name == cls.name:
+            raise RecipeError(f"register_method: {_taken(cls, 'name', other)}")
+        related = issubclass(cls, other) or issubclass(other, cls)
+        if cls.slot is not None and other.slot == cls.slot and not related:
+            raise RecipeError(f"register_method: {_taken(cls, 'slot', other)}")
+    METHODS[cls.name] = cls
+    return cls
+
+
+def _is_own_dataclass(cls: type) -> bool:
+    return "__dataclass_params__" in vars(cls) and dataclasses.is_dataclass(cls)
+
+
+def _taken(cls: type[Method], what: str, other: type[Method]) -> str:
+    return (
+        f"the {what} {getattr(cls, what)!r} of {cls.__module__}.{cls.__qualname__} is taken by "
+        f"{other.__module__}.{other.__qualname__}; choose another {what}"
+    )
+
+
+def method_named(name: str) -> type[Method]:
+    """The method of a name; one that an installed package has by an entry point is imported.
+
+    Raises:
+        RecipeError: there is none.
+
+    Example:
+        >>> method_named("lora").__name__
+        'LoRA'
+    """
+    if name not in METHODS:
+        for point in entry_points(group=GROUP, name=name):
+            register_method(point.load())
+    if name not in METHODS:
+        raise RecipeError(
+            f"method {name!r} is not registered; registered are {', '.join(METHODS)}. Import the "
+            "package that defines it, or write @aj.register_method above its class"
+        )
+    return METHODS[name]

@@ -1,0 +1,199 @@
+"""What holds for every method: a function for each check, which raises ContractError."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AbstractMesh
+
+from adapters_jax.distributed.sharding import layout
+from adapters_jax.errors import RecipeError
+from adapters_jax.io.adapter import save_adapter
+from adapters_jax.methods import Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
+from adapters_jax.training.step import make_train_step
+from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
+from adapters_jax.trees import flatten, merge_trees, partition, unflatten
+
+STACK = Stack("layer_{}", "layers")
+
+
+def close(got: Any, expected: Any, atol: float, what: str) -> None:
+    """Raises ContractError unless two arrays are alike, of one dtype."""
+    expect(got.dtype == expected.dtype, f"{what} is {got.dtype}, expected {expected.dtype}")
+    away = float(np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32)).max())
+    expect(away <= atol, f"{what} is off by {away:.3g}, more than {atol:.3g}")
+
+
+def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
+    """The output before training is the base's: exactly, where nothing else is allowed."""
+    run = subject.call(subject.run)
+    atol = max(away, 0.1 if subject.half else 0.0) if away else 0.0
+    base, adapted = subject.base_logits(), run(subject.adapters, subject.frozen)
+    close(adapted, base, atol, "the output at the start")
+    trained = np.asarray(run(shaken(subject.adapters), subject.frozen), np.float32)
+    moved = np.abs(trained - np.asarray(base, np.float32)).max()
+    expect(moved > 0.05, "other leaves do not change the output")
+
+
+def counts(subject: Any, case: Any = None) -> None:
+    """The audit's closed forms are what the arrays hold, of shapes alone as well."""
+    audit = subject.audit()  # raises where a closed form is not what its arrays hold
+    held = sum(x.size for x in jax.tree.leaves(subject.adapters))
+    frozen = sum(x.size for x in jax.tree.leaves(subject.frozen))
+    found = (audit.trainable_parameters, audit.frozen_parameters)
+    expect(found == (held, frozen), f"the audit counts {found}, the arrays hold {held}, {frozen}")
+    expect(not audit.unmatched, f"patterns match nothing: {audit.unmatched}")
+    if case is not None and case.per_layer is not None:
+        added = case.adapter_parameters(subject.layers)
+        unfrozen = subject.layers * case.unfrozen
+        found = (audit.adapter_parameters, audit.trainable_parameters)
+        expected = (added, added + unfrozen)
+        expect(found == expected, f"the audit counts {found}, by hand it is {expected}")
+
+
+def counts_shapes(subject: Any) -> None:
+    """The audit of shapes alone is that of the arrays."""
+    expect(subject.abstract_audit() == subject.audit(), "abstract counts differ")
+
+
+def goes_through_files(subject: Any) -> None:
+    """Saving and loading changes no bit; the recipe's JSON gives the recipe."""
+    again = Recipe.from_json(subject.recipe.to_json())
+    expect(again == subject.recipe, f"the recipe's JSON gives {again}")
+    adapters = shaken(subject.adapters)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder) / "adapter", adapters, subject.recipe)
+        loaded = subject.loaded(Path(folder) / "adapter")
+    expect(bits(loaded) == bits(adapters), "saved and loaded leaves differ")
+
+
+def merges(subject: Any) -> None:
+    """The merged base computes what the adapted model does; or a method without is named."""
+    adapters = shaken(subject.adapters)
+    unable = [m for m in subject.recipe.attached if type(m).merged is Method.merged]
+    if not unable:
+        trained = subject.call(subject.run)(adapters, subject.frozen)
+        atol = 0.2 if subject.half else 1e-4
+        close(subject.merged_logits(adapters), trained, atol, "the merged output")
+        return
+    try:
+        subject.merged_logits(adapters)
+    except RecipeError as error:
+        named = any(type(m).__name__ in str(error) and m.unmergeable in str(error) for m in unable)
+        expect(named, f"the error does not name the method and its reason: {error}")
+    else:
+        raise ContractError("a recipe merges that has a method without `merged`")
+
+
+def trains_its_leaves_alone(subject: Any) -> None:
+    """Steps change every leaf of the adapters, no bit of the base, and compile once."""
+
+    def loss(whole: Any, batch: Any, key: Any) -> Any:
+        logits = subject.logits_of(whole, batch).astype(jnp.float32)
+        return jnp.square(logits - 1.0).mean()
+
+    state = subject.state(optax.adam(1e-2))
+    step: Any = make_train_step(loss)
+    base, before = bits(state.base), bits(state.adapters)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.base)]
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, ids())
+        losses.append(float(metrics["loss"]))
+    expect(losses[-1] < losses[0], f"the loss does not fall: {losses}")
+    expect(float(metrics["finite"]) == 1.0, "gradients are not finite")
+    expect(bits(state.base) == base, "the base's numbers change")
+    after = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.base)]
+    expect(after == buffers, "the base's arrays are other ones")
+    pairs = zip(flatten(state.adapters), bits(state.adapters), before, strict=True)
+    still = [path for path, new, old in pairs if new == old]
+    expect(not still, f"steps do not change {', '.join(still)}")
+    compiled = step.jitted._cache_size()
+    expect(compiled == 1, f"four steps compile {compiled} programs")
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    held = sum(x.size for x in jax.tree.leaves(state.adapters))
+    expect(moments == 2 * held, f"Adam holds {moments} numbers for {held} that train")
+
+
+def runs_under_vmap(subject: Any) -> None:
+    """Several adapters over one base, on an axis, compute what each does."""
+    several = [shaken(subject.adapters, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
+    outputs = jax.jit(jax.vmap(subject.run, in_axes=(0, None)))(stacked, subject.frozen)
+    run = subject.call(subject.run)
+    for one, output in zip(several, outputs, strict=True):
+        close(output, run(one, subject.frozen), 1e-5, "the output under vmap")
+
+
+def computes_the_same(linen: Any, other: Any) -> None:
+    """Both APIs have the same leaves, and compute the same with them."""
+    adapters = shaken(other.adapters)
+    params = unflatten(flatten(adapters) | flatten(other.frozen))
+    shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
+    theirs = {path: x.shape for path, x in flatten(params).items()}
+    expect(theirs == shapes, f"NNX has the leaves {theirs}, linen {shapes}")
+    close(
+        linen.call(linen.model.apply)({"params": params}, ids()),
+        other.call(other.run)(adapters, other.frozen),
+        1e-5,
+        "linen's output",
+    )
+    mine, _ = partition(params, linen.recipe)
+    expect(set(flatten(mine)) == set(flatten(adapters)), "the recipe trains other leaves in NNX")
+
+
+def stacks(unrolled: Any, scanned: Any) -> None:
+    """An adapter of unrolled layers is one of scanned layers, and comes back bit for bit."""
+    adapters = shaken(unrolled.adapters)
+    recipe, stacked = stack_layers((unrolled.recipe, adapters), STACK)
+    expect(
+        jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, scanned.adapters),
+        "stacked leaves have other shapes than a scanned model's",
+    )
+    owners = {path: recipe.owner(path) for path in flatten(stacked)}
+    strays = [path for path, owner in owners.items() if not owner and not recipe.trains(path)]
+    expect(not strays, f"the stacked recipe does not train {', '.join(strays)}")
+    again, back = unstack_layers((recipe, stacked), STACK)
+    expect(bits(back) == bits(adapters), "stacked and unstacked leaves differ")
+    expect(all(again.trains(path) for path in flatten(back)), "the recipe loses its targets")
+    frozen = stack_layers(unrolled.frozen, STACK)
+    close(
+        scanned.call(scanned.model.apply)({"params": merge_trees(stacked, frozen)}, ids()),
+        unrolled.call(unrolled.run)(adapters, unrolled.frozen),
+        1e-5,
+        "the stacked output",
+    )
+
+
+def shards(linen: Any) -> None:
+    """Each leaf has a layout; those with axes of the weight are split as it is."""
+    mesh: Any = AbstractMesh((1, 2), ("data", "model"))
+    params = linen.whole(linen.adapters)
+    where = layout(params, mesh, None, linen.recipe, small=1)
+    leaves = flatten(nn.meta.unbox(params))
+    for path in flatten(linen.adapters):
+        owner = linen.recipe.owner(path)
+        if owner is None:
+            continue
+        module, method = owner
+        side = method.weight_axes.get(path.removeprefix(f"{module}/{method.slot}/"))
+        spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
+        if side is None:
+            expect(not any(spec), f"{path} is split as {spec}, without axes of the weight")
+            continue
+        beside = [p for p in leaves if p.rpartition("/")[0] == module]
+        weight = max(beside, key=lambda p: leaves[p].size)
+        whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
+        axis = 0 if side == "input" else -1  # the weight's first input, or its last output
+        same = leaves[path].shape[axis] == leaves[weight].shape[axis]
+        expect(same or side == "output", f"{path} has not the input axes of {weight}")
+        if same:  # the outputs of slices of a fused projection are fewer
+            alike = spec[axis] == whole[axis]
+            expect(alike, f"{path} is split as {spec}, the weight beside it as {whole}")

@@ -1,0 +1,109 @@
+"""All the checks for one method, through both APIs and in every form of the tiny models."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from adapters_jax.errors import TargetError
+from adapters_jax.methods import METHODS, Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.testing import checks
+from adapters_jax.testing.linen_model import KINDS
+from adapters_jax.testing.subjects import APIS, Case, ContractError
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "remat": {"remat": True},
+    "scan": {"scan": True, "layers": 3},
+    "bf16": {"half": True},
+    "scan_remat": {"scan": True, "layers": 3, "remat": True},
+}
+
+
+def check_method(
+    method: Method,
+    *,
+    start_tolerance: float = 0.0,
+    kinds: Sequence[str] = KINDS,
+    variants: Sequence[str] = ("plain", "remat", "scan", "bf16"),
+) -> list[str]:
+    """Runs every check of the contract for a method of anyone's.
+
+    The models have blocks `layer_0` (or, scanned, `layers`) of one kind each: "attention" with the
+    projections `query`, `key`, `value` and `out`; "conv"; "mix", an einsum; "mlp" with `up` and
+    `output`. Beside it each block has a `norm`, and the model an `embed` that is also its output.
+
+    Args:
+        method: a method with targets among these, such as `"**/mlp/output"`.
+        start_tolerance: how far from the base's the output may be before training; inf for a
+            method that starts elsewhere.
+        kinds: of layers to try; those that its targets do not fit are left out.
+        variants: "plain", "remat", "scan", "bf16", "scan_remat".
+
+    Returns:
+        The kinds of layers that were checked.
+
+    Raises:
+        ContractError: names the check, the method, the API, the kind of layer and the variant.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> check_method(aj.LoRA("**/mlp/up", 2), variants=["plain"])
+        ['mlp']
+    """
+    name = getattr(type(method), "name", type(method).__name__)
+    if METHODS.get(name) is not type(method):
+        raise ContractError(f"registered: {type(method).__name__} is not; see aj.register_method")
+    done: list[str] = []
+    reasons: list[str] = []
+    for kind in kinds:
+        case = Case(kind, Recipe(method), away=start_tolerance)
+        try:
+            build(case, "linen", "plain")
+        except TargetError as error:
+            reasons.append(f"{kind}: {error}")
+            continue
+        _check_kind(case, variants)
+        done.append(kind)
+    if not done:
+        raise ContractError(f"fits: {method!r} fits no layer: {'; '.join(reasons)}")
+    return done
+
+
+def build(case: Case, api: str, variant: str, **options: Any) -> Any:
+    """A tiny model of a case, in one API and variant."""
+    return APIS[api](case, **{**VARIANTS[variant], **options})
+
+
+def _check_kind(case: Case, variants: Sequence[str]) -> None:
+    """Every check on one kind of layer."""
+    made: dict[tuple[str, str], Any] = {}
+    for api in APIS:
+        for variant in variants:
+            subject = made[api, variant] = build(case, api, variant)
+            check = functools.partial(_run, case, f"{api}, {variant}")
+            check(checks.starts_as_the_base, subject, case.away)
+            check(checks.counts, subject)
+            check(checks.goes_through_files, subject)
+            check(checks.merges, subject)
+            check(checks.trains_its_leaves_alone, subject)
+            if variant in ("plain", "scan"):
+                check(checks.counts_shapes, subject)
+            if variant == "plain":
+                check(checks.runs_under_vmap, subject)
+    for variant in {"plain", "scan"} & set(variants):
+        pair = (made["linen", variant], made["nnx", variant])
+        _run(case, f"both APIs, {variant}", checks.computes_the_same, *pair)
+    unrolled = build(case, "linen", "plain", layers=3)
+    scanned = build(case, "linen", "scan")
+    _run(case, "linen", checks.stacks, unrolled, scanned)
+    _run(case, "linen", checks.shards, unrolled)
+
+
+def _run(case: Case, where: str, check: Callable[..., None], *args: Any) -> None:
+    """One check; its error names everything."""
+    try:
+        check(*args)
+    except (ContractError, ValueError, TypeError) as error:  # ours are all of these
+        what = f"{check.__name__}: {case.recipe.methods[0]!r} on {case.kind} ({where})"
+        raise ContractError(f"{what}: {error}") from error

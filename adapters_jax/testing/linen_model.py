@@ -1,0 +1,68 @@
+"""A tiny linen model with every layer kind that methods attach to."""
+
+from typing import Any
+
+from flax import linen as nn
+
+VOCAB, D, HIDDEN, HEADS = 11, 8, 16, 2
+KINDS = ("attention", "conv", "mix", "mlp")
+
+
+class LinenMlp(nn.Module):
+    """Two dense layers."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        """Runs it."""
+        h = nn.Dense(HIDDEN, name="up", dtype=self.dtype)(x)
+        return nn.Dense(D, name="output", dtype=self.dtype)(nn.relu(h))
+
+
+class LinenBlock(nn.Module):
+    """One layer of some kind, its residual and a norm."""
+
+    kind: str
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        """As any layer of a scanned model."""
+        layer = {
+            "attention": lambda: nn.MultiHeadDotProductAttention(
+                HEADS, name="attention", dtype=self.dtype
+            ),
+            "conv": lambda: nn.Conv(D, (3,), name="conv", dtype=self.dtype),
+            "mix": lambda: nn.Einsum(
+                (D, D), "btd,df->btf", name="mix", use_bias=False, dtype=self.dtype
+            ),
+            "mlp": lambda: LinenMlp(self.dtype, name="mlp"),
+        }[self.kind]()
+        return nn.RMSNorm(name="norm", dtype=self.dtype)(x + layer(x)), None
+
+
+class LinenNet(nn.Module):
+    """Embedding, blocks, and the embedding again as the output layer."""
+
+    kind: str
+    layers: int = 1
+    scan: bool = False
+    remat: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, ids):
+        """Runs it."""
+        embed = nn.Embed(VOCAB, D, name="embed", dtype=self.dtype)
+        x = embed(ids)
+        block = nn.remat(LinenBlock) if self.remat else LinenBlock
+        if self.scan:
+            stack = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+            )
+            x, _ = stack(self.kind, self.dtype, name="layers")(x, None)
+        else:
+            for i in range(self.layers):
+                x, _ = block(self.kind, self.dtype, name=f"layer_{i}")(x)
+        return embed.attend(x)

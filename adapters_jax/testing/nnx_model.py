@@ -1,0 +1,72 @@
+"""The same tiny model in NNX."""
+
+from flax import nnx
+
+from adapters_jax.testing.linen_model import HEADS, HIDDEN, VOCAB, D
+
+
+class NnxMlp(nnx.Module):
+    """Two dense layers."""
+
+    def __init__(self, dtype, rngs):
+        self.up = nnx.Linear(D, HIDDEN, dtype=dtype, rngs=rngs)
+        self.output = nnx.Linear(HIDDEN, D, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        """Runs it."""
+        return self.output(nnx.relu(self.up(x)))
+
+
+class NnxBlock(nnx.Module):
+    """One layer of some kind, its residual and a norm."""
+
+    def __init__(self, kind, dtype, rngs):
+        layer = {
+            "attention": lambda: nnx.MultiHeadAttention(
+                HEADS, D, dtype=dtype, decode=False, rngs=rngs
+            ),
+            "conv": lambda: nnx.Conv(D, D, (3,), dtype=dtype, rngs=rngs),
+            "mix": lambda: nnx.Einsum("btd,df->btf", (D, D), dtype=dtype, rngs=rngs),
+            "mlp": lambda: NnxMlp(dtype, rngs),
+        }[kind]()
+        setattr(self, kind, layer)
+        self.kind = kind
+        self.norm = nnx.RMSNorm(D, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        """Runs it."""
+        return self.norm(x + getattr(self, self.kind)(x))
+
+
+class NnxNet(nnx.Module):
+    """Embedding, blocks, and the embedding again as the output layer."""
+
+    def __init__(self, kind, layers=1, scan=False, remat=False, dtype=None, *, rngs):
+        self.layers_, self.scan, self.remat = layers, scan, remat
+        self.embed = nnx.Embed(VOCAB, D, dtype=dtype, rngs=rngs)
+        if scan:
+
+            @nnx.split_rngs(splits=layers)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def stack(rngs):
+                return NnxBlock(kind, dtype, rngs)
+
+            self.layers = stack(rngs)
+        else:
+            for i in range(layers):
+                setattr(self, f"layer_{i}", NnxBlock(kind, dtype, rngs))
+
+    def __call__(self, ids):
+        """Runs it."""
+        x = self.embed(ids)
+
+        def run(block, x):
+            return block(x)
+
+        run = nnx.remat(run) if self.remat else run
+        if self.scan:
+            x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
+        else:
+            for i in range(self.layers_):
+                x = run(getattr(self, f"layer_{i}"), x)
+        return self.embed.attend(x)

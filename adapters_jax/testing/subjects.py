@@ -1,0 +1,218 @@
+"""A model with a recipe on it, of either API, behind the few calls that the checks need."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adapters_jax.adapt import adapt
+from adapters_jax.audit import audit
+from adapters_jax.io.loading import load_adapter
+from adapters_jax.linen import init_adapters
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.recipe import Recipe
+from adapters_jax.testing.linen_model import VOCAB, LinenNet
+from adapters_jax.testing.nnx_model import NnxNet
+from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.merge import merge
+from adapters_jax.trees import merge_trees, partition
+
+BATCH, LENGTH = 4, 6
+
+
+class ContractError(AssertionError):
+    """A method does not keep the contract; the message names the check, the method and the case."""
+
+
+def expect(good: Any, problem: str) -> None:
+    """Raises ContractError unless something holds."""
+    if not good:
+        raise ContractError(problem)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe and the layer kind it is for, with what must hold of it.
+
+    Attributes:
+        kind: of the layers: "attention", "conv", "mix" (an einsum) or "mlp".
+        recipe: says what trains.
+        per_layer: parameters that it adds in one layer, worked out by hand; None is not compared.
+        once: parameters that it adds outside of layers.
+        unfrozen: parameters of the base that train in one layer.
+        away: how far from the base's the output may be at the start.
+    """
+
+    kind: str
+    recipe: Recipe
+    per_layer: int | None = None
+    once: int = 0
+    unfrozen: int = 0
+    away: float = 0.0
+
+    def adapter_parameters(self, layers: int) -> int:
+        """What the recipe adds to a model of some layers."""
+        return layers * (self.per_layer or 0) + self.once
+
+
+def ids(seed=0, shape=(BATCH, LENGTH)):
+    """A batch of tokens."""
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+
+
+def shaken(tree, seed=5, size=0.3):
+    """The tree with noise on every leaf: no factor or gate is zero after it."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noisy = [x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) for x in leaves]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def bits(tree):
+    """Every leaf's bytes."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def drawn(shapes, half):
+    """Base parameters for abstract ones, drawn without compiling an initialiser."""
+    dtype = jnp.bfloat16 if half else jnp.float32
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
+    return shaken(zeros, seed=3, size=0.4)
+
+
+def caller(jit, options):
+    """Compiles where the model itself would compile parts; else all subjects share operations."""
+    return jit if options else lambda function: function
+
+
+class Linen:
+    """The linen API, behind the few calls that the contract needs."""
+
+    def __init__(self, case: Case, half: bool = False, **options: Any):
+        self.half, self.layers = half, options.get("layers", 1)
+        self.recipe, self.call = case.recipe, caller(jax.jit, options)
+        self.base = LinenNet(case.kind, dtype=jnp.bfloat16 if half else None, **options)
+        shapes = jax.eval_shape(lambda: self.base.init(jax.random.key(0), ids())["params"])
+        self.base_params = drawn(shapes, half)
+        self.model = adapt(self.base, self.recipe)
+        whole = init_adapters(self.model, self.base_params, jax.random.key(1), ids())
+        self.adapters, self.frozen = partition(whole, self.recipe)
+
+    def base_logits(self):
+        """What the base alone computes."""
+        return self.call(self.base.apply)({"params": self.base_params}, ids())
+
+    def run(self, adapters, frozen):
+        """What the adapted model computes."""
+        return self.model.apply({"params": merge_trees(adapters, frozen)}, ids())
+
+    def logits_of(self, params, x):
+        """Likewise, of what a loss is given."""
+        return self.model.apply({"params": params}, x)
+
+    def whole(self, adapters):
+        """The adapted model with these adapters: a tree in linen, a model in NNX."""
+        return merge_trees(adapters, self.frozen)
+
+    def state(self, tx):
+        """A training before its first step."""
+        key = jax.random.key(2)
+        return TrainState.create(self.model, self.whole(self.adapters), tx=tx, key=key)
+
+    def audit(self):
+        """Its counts."""
+        return audit(self.model, self.whole(self.adapters))
+
+    def abstract_audit(self):
+        """Its counts, of shapes alone."""
+        shapes = jax.eval_shape(lambda: self.base_params)
+        params = init_adapters(self.model, shapes, jax.random.key(1), ids())
+        leaves = jax.tree.leaves(params)
+        abstract = all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        expect(abstract, "abstract parameters give arrays")
+        return audit(self.model, params)
+
+    def merged_logits(self, adapters):
+        """What the base computes with the adapters folded in."""
+        params = merge(self.model, self.whole(adapters), ids())
+        same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, self.base_params)
+        expect(same, "the merged tree is not like the base's")
+        return self.call(self.base.apply)({"params": params}, ids())
+
+    def loaded(self, directory):
+        """The adapters of a directory, after they were loaded onto the base."""
+        model, params = load_adapter(directory, self.base, self.base_params, ids())
+        expect(model == self.model, "the model that load_adapter makes is another one")
+        return partition(params, self.recipe)[0]
+
+
+class Nnx:
+    """The NNX API, behind the same calls."""
+
+    def __init__(self, case: Case, half: bool = False, **options: Any):
+        self.half, self.layers = half, options.get("layers", 1)
+        self.recipe, self.call = case.recipe, caller(nnx.jit, options)
+        options["dtype"] = jnp.bfloat16 if half else None
+        self.new = lambda: NnxNet(case.kind, **options, rngs=nnx.Rngs(0))
+        parts: Any = nnx.split(nnx.eval_shape(self.new), nnx.Param, ...)
+        graphdef, shapes, other = parts
+        self.base = nnx.merge(graphdef, drawn(shapes, half), other)
+        self.model = self.adapted(self.base)
+        whole: Any = nnx.split(self.model, AdapterParam, ...)
+        self.graphdef, self.adapters, self.frozen = whole
+
+    def adapted(self, base):
+        """A base with fresh adapters."""
+        return adapt(base, self.recipe, rngs=nnx.Rngs(1), example_inputs=(ids(),))
+
+    def base_logits(self):
+        """What the base alone computes."""
+        return self.call(lambda model, x: model(x))(self.base, ids())
+
+    def run(self, adapters, frozen):
+        """What the adapted model computes."""
+        return nnx.merge(self.graphdef, adapters, frozen, copy=True)(ids())
+
+    def logits_of(self, model, x):
+        """Likewise, of what a loss is given."""
+        return model(x)
+
+    def whole(self, adapters):
+        """The adapted model with these adapters: a tree in linen, a model in NNX."""
+        return nnx.merge(self.graphdef, adapters, self.frozen)
+
+    def state(self, tx):
+        """A training before its first step."""
+        return TrainState.create(self.model, tx=tx, key=jax.random.key(2))
+
+    def audit(self):
+        """Its counts."""
+        return audit(self.model)
+
+    def abstract_audit(self):
+        """Its counts, of shapes alone."""
+        return audit(nnx.eval_shape(lambda: self.adapted(self.new())))
+
+    def merged_logits(self, adapters):
+        """What the base computes with the adapters folded in."""
+        model = merge(self.whole(adapters))
+        structures: list[Any] = [jax.tree.structure(nnx.state(x)) for x in (model, self.base)]
+        same = classes_of(model) == classes_of(self.base) and structures[0] == structures[1]
+        expect(same, "the merged model is not of the base's classes")
+        return self.call(lambda model, x: model(x))(model, ids())
+
+    def loaded(self, directory):
+        """The adapters of a directory, after they were loaded onto the base."""
+        model = load_adapter(directory, self.base, None, ids())
+        return nnx.state(model, AdapterParam)
+
+
+def classes_of(model):
+    """Every module and Variable of an NNX model, with its class."""
+    return {path: type(node) for path, node in nnx.iter_graph(model) if isinstance(path, tuple)}
+
+
+APIS: dict[str, Any] = {"linen": Linen, "nnx": Nnx}
