@@ -212,26 +212,32 @@ def loading(place, message, fixture="bert_double", **options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "reft"}, "architecture='reft', wanted lora, union, or null for a bottle"),
+        (
+            {"architecture": "reft"},
+            "architecture='reft', expected lora, union, or null for a bottle",
+        ),
         ({"phm_layer": True}, "phm_layer=True is not supported"),
         (
             {"use_gating": True, "inv_adapter": "nice"},
             "inv_adapter='nice' is not .*use_gating=True",
         ),
         ({"some_future_field": 0.5}, "some_future_field=0.5 is not supported"),
-        ({"stochastic_depth": 0.1}, "stochastic_depth=0.1, wanted 0.0"),
-        ({"dropout": 0.1}, "dropout=0.1, wanted 0.0: theirs acts behind the up-projection"),
+        ({"stochastic_depth": 0.1}, "stochastic_depth=0.1, expected 0.0"),
+        ({"dropout": 0.1}, "dropout=0.1, expected 0.0: theirs acts behind the up-projection"),
         ({"cross_adapter": True}, "cross_adapter=True is not supported"),
-        ({"scaling": "learned"}, "scaling='learned', wanted a number"),
-        ({"non_linearity": "mish"}, "non_linearity='mish', wanted one of relu, gelu, gelu_new"),
-        ({"reduction_factor": 0}, "reduction_factor=0, wanted a number above 0"),
+        ({"scaling": "learned"}, "scaling='learned', expected a number"),
+        ({"non_linearity": "mish"}, "non_linearity='mish', expected one of relu, gelu, gelu_new"),
+        ({"reduction_factor": 0}, "reduction_factor=0, expected a number above 0"),
         ({"reduction_factor": {"1": 4}}, "reduction_factor has neither layer 0 nor a default"),
-        ({"leave_out": ["1"]}, r"leave_out=\['1'\], wanted a list of layers' numbers"),
+        ({"leave_out": ["1"]}, r"leave_out=\['1'\], expected a list of layers' numbers"),
         ({"leave_out": [1]}, "encoder.layer.1.output.adapters has tensors that the configuration"),
-        ({"mh_adapter": 1}, "mh_adapter=1, wanted True or False"),
+        ({"mh_adapter": 1}, "mh_adapter=1, expected True or False"),
         ({"mh_adapter": False}, "layer.0.attention.output.adapters has tensors that the configura"),
         ({"original_ln_after": False}, "original_ln_before=False, original_ln_after=False, resid"),
-        ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', wanted True or False"),
+        (
+            {"residual_before_ln": "post_add"},
+            "residual_before_ln='post_add', expected True or False",
+        ),
         (
             {"original_ln_before": True, "residual_before_ln": False},
             "before_ln=False, is_parallel=",
@@ -263,7 +269,7 @@ def test_a_placement_that_is_refused_is_the_only_problem(tmp_path):
 @pytest.mark.parametrize("configs", [None, "text", [3], [{"architecture": "union"}]])
 def test_unions_of_what_is_no_configuration(tmp_path, configs):
     place = copied(tmp_path, "bert_double", {"architecture": "union", "configs": configs})
-    loading(place, "architecture=.*, wanted lora, union, or null for a bottleneck")
+    loading(place, "architecture=.*, expected lora, union, or null for a bottleneck")
 
 
 def test_invertible_adapters_are_refused_where_they_are_used(tmp_path):
@@ -274,15 +280,15 @@ def test_invertible_adapters_are_refused_where_they_are_used(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"composition_mode": "scale"}, "composition_mode='scale', wanted 'add'"),
+        ({"composition_mode": "scale"}, "composition_mode='scale', expected 'add'"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"vera_d": 0.1}, "vera_d=0.1 is not supported"),
-        ({"dtype": "bfloat16"}, "dtype='bfloat16', wanted 'float32'"),
-        ({"r": "3"}, "r='3', wanted a whole number"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16', expected 'float32'"),
+        ({"r": "3"}, "r='3', expected a whole number"),
         ({"r": 2}, r"has A .3, 32. and B .32, 3., which do not fit .* of .32, 32. with r=2"),
-        ({"attn_matrices": ["o"]}, r"attn_matrices=\['o'\], wanted a list of q, k and v"),
+        ({"attn_matrices": ["o"]}, r"attn_matrices=\['o'\], expected a list of q, k and v"),
         ({"attn_matrices": ["q"]}, "attention.self.key.loras has tensors that the configuration"),
-        ({"attn_matrices": ["q", "k", "v"]}, r"self.value has the tensors .., wanted lora_A and"),
+        ({"attn_matrices": ["q", "k", "v"]}, r"self.value has the tensors .., expected lora_A and"),
         ({"alpha": 0}, "LoRA: alpha=0, expected a finite number > 0"),
     ],
 )
@@ -299,7 +305,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
     (place / CONFIG).write_text(json.dumps(lacking))
     loading(place, "output_adapter is missing; reduction_factor is missing; non_linearity is miss")
     (place / CONFIG).write_text(json.dumps(lacking | {"config": "pfeiffer"}))
-    loading(place, "config='pfeiffer', wanted an object with the settings")
+    loading(place, "config='pfeiffer', expected an object with the settings")
 
 
 def test_lora_of_the_versions_that_did_not_scale(tmp_path):
@@ -324,7 +330,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         load_adapterhub(copied(tmp_path, "bert_double", tensors=change), names, params)
     for part in (
         "encoder.layer.0.output has {'adapter_down.0.bias': [4], 'adapter_down.0.weight': [4, 32]",
-        "'adapter_up.bias': [3], 'adapter_up.weight': [32, 8]}, wanted {'adapter_down.0.weight'",
+        "'adapter_up.bias': [3], 'adapter_up.weight': [32, 8]}, expected {'adapter_down.0.weight'",
         "encoder.layer.7.output.adapters has tensors that the configuration does not place",
         "layer.0.output.adapters.other.adapter_up.bias is no bottleneck's or LoRA's tensor of an",
         "bert.invertible_adapters.task.F.0.weight is no bottleneck's or LoRA's tensor",
@@ -356,12 +362,18 @@ def with_head(tmp_path, fixture, change=None, tensors=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_type": "tagging"}, "head's head_type='tagging', wanted 'classification' or 'multi"),
-        ({"layers": 3}, "the head's layers=3, wanted 1 or 2"),
-        ({"use_pooler": True}, "the head's layers=2, wanted 1; .*with_head=False"),
-        ({"activation_function": "relu"}, "head's activation_function='relu', wanted 'tanh'"),
-        ({"bias": False, "dropout_prob": 0.5}, "bias=False, wanted True.*dropout_prob=0.5 is not"),
-        ({"layers": 1}, r"has \['heads.task.1.bias', .*, wanted \['heads.task.1.bias', 'heads"),
+        (
+            {"head_type": "tagging"},
+            "head's head_type='tagging', expected 'classification' or 'multi",
+        ),
+        ({"layers": 3}, "the head's layers=3, expected 1 or 2"),
+        ({"use_pooler": True}, "the head's layers=2, expected 1; .*with_head=False"),
+        ({"activation_function": "relu"}, "head's activation_function='relu', expected 'tanh'"),
+        (
+            {"bias": False, "dropout_prob": 0.5},
+            "bias=False, expected True.*dropout_prob=0.5 is not",
+        ),
+        ({"layers": 1}, r"has \['heads.task.1.bias', .*, expected \['heads.task.1.bias', 'heads"),
     ],
 )
 def test_heads_that_cannot_be_honoured_are_named(tmp_path, change, message):
@@ -476,7 +488,7 @@ def test_what_adapterhub_cannot_express_is_named(tmp_path):
     saving("bert", aj.Recipe(good, second), both, "AdapterHub has one bottleneck a sublayer")
     saving("bert", good, drawn(path, good, 16), "its leaves are not of one layer of this base")
     saving("bert", good, {k: x for k, x in own.items() if "up" not in k}, "lacks up/bias, up/kern")
-    saving("bert", good, own, "name='a.b', wanted one without dots", name="a.b")
+    saving("bert", good, own, "name='a.b', expected one without dots", name="a.b")
     saving("bert", aj.Unfreeze("head/*"), {"head/bias": np.zeros(3)}, "it adds nothing; bottlene")
     dora = aj.DoRA("bert/layer_0/attention/query", 2)
     factors = drawn("bert/layer_0/attention/query", dora)

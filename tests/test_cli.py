@@ -307,7 +307,7 @@ def test_another_architecture_is_refused(mistake, tmp_path):
     [
         ("config.json", "{", "config.json is damaged"),
         ("config.json", '{"format": 1, "model": "tiny"}', "it has no good base_sha256, dtype"),
-        ("config.json", "[]", "config.json holds a list, wanted a JSON object"),
+        ("config.json", "[]", "config.json holds a list, expected a JSON object"),
         ("config.json", None, "it has no config.json"),
         ("adapter/adapter.safetensors", "x", "is damaged"),
         ("adapter/adapter_config.json", None, "has no adapter_config.json"),

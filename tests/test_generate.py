@@ -242,5 +242,5 @@ def test_shapes_that_do_not_fit_are_refused(model):
 
 
 def test_only_decoders_generate():
-    with pytest.raises(TypeError, match=r"^generate: Linear is no decoder; wanted an nnx module"):
+    with pytest.raises(TypeError, match=r"^generate: Linear is no decoder; expected an nnx module"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LEFT[0], max_new_tokens=1)

@@ -267,7 +267,7 @@ def test_tensors_of_another_shape_or_name_are_named(tmp_path, tensors):
         load_llama(write(tmp_path / "odd.gguf", changed))
     assert "1 unexpected: rope_freqs.weight" in str(caught.value)
     assert "(layers.0.self_attn.q_proj.weight) is [8, 16], expected [16, 16]" in str(caught.value)
-    with pytest.raises(ValueError, match=r"the weight has 7 rows, wanted an even number"):
+    with pytest.raises(ValueError, match=r"the weight has 7 rows, expected an even number"):
         half_split(np.ones((7, 16)), heads=2)
 
 

@@ -90,18 +90,18 @@ BAD_TENSORS = {
     ),
     "a long header": (
         lambda d: struct.pack("<Q", 2**21) + b"{" + b" " * 2**21,
-        "has a header of 2097152 bytes, wanted at most 1048576",
+        "has a header of 2097152 bytes, expected at most 1048576",
     ),
     "a flipped brace": (lambda d: d[:8] + b"[" + d[9:], "its header is no JSON object"),
     "a flipped quote": (lambda d: d[:9] + b"'" + d[10:], "damaged: Expecting property name"),
     "a deep header": (deep, "damaged: its JSON is nested more than 32 deep"),
     "an overlap": (
         entry_edit("attention/value/lora/a", data_offsets=[0, 16]),
-        "attention/query/lora/a overlaps another tensor: it begins at [0-9]+, wanted [0-9]+$",
+        "attention/query/lora/a overlaps another tensor: it begins at [0-9]+, expected [0-9]+$",
     ),
     "a hole": (
         entry_edit("attention/value/lora/b", data_offsets=[96, 112]),
-        "value/lora/b leaves a hole before it: it begins at [0-9]+, wanted [0-9]+$",
+        "value/lora/b leaves a hole before it: it begins at [0-9]+, expected [0-9]+$",
     ),
     "offsets that go back": (
         entry_edit(data_offsets=[32, 0]),
@@ -111,8 +111,14 @@ BAD_TENSORS = {
         entry_edit(data_offsets=[2**62, 2**62 + 32]),
         r"query/lora/b leaves a hole before it",
     ),
-    "huger offsets": (entry_edit(data_offsets=[0, 2**64]), r"data_offsets \[0, 1844.*, wanted two"),
-    "three offsets": (entry_edit(data_offsets=[0, 16, 32]), "data_offsets .*, wanted two numbers"),
+    "huger offsets": (
+        entry_edit(data_offsets=[0, 2**64]),
+        r"data_offsets \[0, 1844.*, expected two",
+    ),
+    "three offsets": (
+        entry_edit(data_offsets=[0, 16, 32]),
+        "data_offsets .*, expected two numbers",
+    ),
     "a number with a point": (
         entry_edit(shape=[4.0, 2]),
         r"the shape \[4.0, 2\], expected a list of",
@@ -130,10 +136,10 @@ BAD_TENSORS = {
         entry_edit(dtype="F4"),
         "has the dtype 'F4', expected one of F64, F32, F16,",
     ),
-    "an integer": (entry_edit(dtype="I32"), "has int32 in attention/query/lora/a, wanted floats"),
+    "an integer": (entry_edit(dtype="I32"), "has int32 in attention/query/lora/a, expected floats"),
     "64 bits": (
         entry_edit(dtype="F64", shape=[2, 2]),
-        "has float64 in attention/query/lora/a, wanted floats that jax keeps as they are: call jax",
+        "has float64 in attention/query/lora/a, expected floats that jax keeps as they are: call jax",
     ),
     "more in an entry": (entry_edit(more=1), "no entry of dtype, shape and data_offsets alone"),
     "notes of numbers": (
@@ -211,7 +217,7 @@ BAD_JSON = {
     b'{"a":' * 20_000 + b"1" + b"}" * 20_000: "damaged: its JSON is nested more than 32 deep",
     b'{"format": ' + b"9" * 9000 + b"}": "damaged: 99999.* .9000 characters. is no number",
     b"[" + b"0," * 9000 + b"0]": "holds a list, expected a JSON object",
-    b" " * (2**20 + 1): "has 1048577 bytes, wanted at most 1048576 of JSON",
+    b" " * (2**20 + 1): "has 1048577 bytes, expected at most 1048576 of JSON",
     b"": "damaged: Expecting value",
     b"null": "holds a NoneType, expected a JSON object",
 }
@@ -258,11 +264,11 @@ BAD_CONFIGS = {
     ),
     "a base in words": (
         config_edit(lambda c: c.update(base="x")),
-        "base='x', wanted null or an obj",
+        "base='x', expected null or an obj",
     ),
     "half a hash": (
         config_edit(lambda c: c["base"].update(tree_sha256="ab")),
-        "base=.*, wanted null or an object of a base's identity",
+        "base=.*, expected null or an object of a base's identity",
     ),
     "recipe of a number": (
         config_edit(lambda c: c.update(recipe=5)),

@@ -89,7 +89,7 @@ def test_a_train_state_says_its_own_tree(tmp_path, door):
     assert Manifest.read(saved / CONFIG).base == wanted
     with pytest.raises(ValueError, match="save_adapter: base has the tree_sha256 .*; make it"):
         aj.save_adapter(tmp_path / "a", state, base=aj.base_identity({"a": X}))
-    with pytest.raises(ValueError, match="base=.*no hash.*, wanted null or an object"):
+    with pytest.raises(ValueError, match="base=.*no hash.*, expected null or an object"):
         aj.save_adapter(tmp_path / "a", state, base=aj.BaseIdentity("x", "no hash"))
 
 

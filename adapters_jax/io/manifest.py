@@ -108,15 +108,15 @@ def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:
 def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
     """What of a configuration is not of its type."""
     wrong = [
-        f"{key}={_told(values[key])}, wanted a number"
+        f"{key}={_told(values[key])}, expected a number"
         for key in ("parameters", "tensors")
         if key in values and (type(values[key]) is not int or values[key] < 0)
     ]
     if not isinstance(values.get("adapters_jax", ""), str):
-        wrong.append(f"adapters_jax={_told(values['adapters_jax'])}, wanted a version")
+        wrong.append(f"adapters_jax={_told(values['adapters_jax'])}, expected a version")
     base = values.get("base")
     if base is not None and not _is_base(base):
-        wrong.append(f"base={_told(base)}, wanted null or an object of a base's identity")
+        wrong.append(f"base={_told(base)}, expected null or an object of a base's identity")
     return wrong
 
 

@@ -114,7 +114,7 @@ def check_header(length: int, size: int, path: Path) -> None:
         )
     most = max(MOST_JSON, size // 32)
     if length > most:
-        raise AdapterFileError(f"{path} has a header of {length} bytes, wanted at most {most}")
+        raise AdapterFileError(f"{path} has a header of {length} bytes, expected at most {most}")
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
             what = (
                 "overlaps another tensor" if place.begin < position else "leaves a hole before it"
             )
-            raise UserError(f"{name} {what}: it begins at {place.begin}, wanted {position}")
+            raise UserError(f"{name} {what}: it begins at {place.begin}, expected {position}")
         position = place.end
     if position != size:
         raise UserError(f"its tensors end at byte {position}, and the file has {size}")
@@ -184,11 +184,11 @@ def _place(name: str, entry: Any, start: int) -> _Entry:
         raise UserError(f"{name} has no entry of dtype, shape and data_offsets alone")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{name} has the dtype {_told(kind)}, wanted one of {', '.join(DTYPES)}")
+        raise UserError(f"{name} has the dtype {_told(kind)}, expected one of {', '.join(DTYPES)}")
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
-        raise UserError(f"{name} has the shape {_told(shape)}, wanted a list of sizes")
+        raise UserError(f"{name} has the shape {_told(shape)}, expected a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:
-        raise UserError(f"{name} has the data_offsets {_told(offsets)}, wanted two numbers")
+        raise UserError(f"{name} has the data_offsets {_told(offsets)}, expected two numbers")
     dtype, (begin, end) = DTYPES[kind], offsets
     extent = math.prod(shape) * dtype.itemsize
     if end - begin != extent:

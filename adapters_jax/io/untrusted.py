@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_size(size: int, path: Path) -> None:
     """Raises AdapterFileError where a JSON file of so many bytes is too large."""
     if size > MOST_JSON:
-        raise AdapterFileError(f"{path} has {size} bytes, wanted at most {MOST_JSON} of JSON")
+        raise AdapterFileError(f"{path} has {size} bytes, expected at most {MOST_JSON} of JSON")
 
 
 def read_bytes(file: BufferedReader, size: int, path: Path) -> bytes:
@@ -108,7 +108,7 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
     except ValueError as error:  # also of the decoders
         raise AdapterFileError(f"{path} is damaged: {shortened(str(error))}") from error
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{path} holds a {type(values).__name__}, wanted a JSON object")
+        raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
 
 

@@ -123,7 +123,7 @@ def _check_model(model: Any) -> None:
     lacking = [name for name in ("empty_cache", "extend", "logits") if not hasattr(model, name)]
     if lacking or not isinstance(model, nnx.Module):
         raise TypeError(
-            f"generate: {type(model).__name__} is no decoder; wanted an nnx module that has the "
+            f"generate: {type(model).__name__} is no decoder; expected an nnx module that has the "
             "methods of adapters_jax.models.generation.Decoder, such as Llama."
         )
 

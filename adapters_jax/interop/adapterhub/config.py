@@ -51,7 +51,7 @@ ACTIVATIONS = {
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
 _ONLY = {"stochastic_depth": 0.0, "composition_mode": "add", "dtype": "float32"}
 _DROPOUT = (
-    "wanted 0.0: theirs acts behind the up-projection, ours between the projections; set it to 0.0 "
+    "expected 0.0: theirs acts behind the up-projection, ours between the projections; set it to 0.0 "
     "in the file, which changes no prediction"
 )
 _WORDS: dict[type, str] = {bool: "True or False", str: "a name", int: "a whole number"}
@@ -104,16 +104,18 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
         >>> only["r"], only["attn_matrices"], problems
         (4, ['q', 'v'], [])
         >>> children({"config": {"architecture": "reft"}})[1]
-        ["architecture='reft', wanted lora, union, or null for a bottleneck"]
+        ["architecture='reft', expected lora, union, or null for a bottleneck"]
     """
     config, problems, found = whole.get("config"), [], []
     if not isinstance(config, Mapping):
-        return [], [f"config={config!r}, wanted an object with the settings"]
+        return [], [f"config={config!r}, expected an object with the settings"]
     several = config.get("configs") if config.get("architecture") == "union" else [config]
     for each in several if isinstance(several, list) else [several]:
         kind = each.get("architecture") if isinstance(each, Mapping) else each
         if not isinstance(each, Mapping) or not (kind is None or kind == "lora"):
-            problems.append(f"architecture={kind!r}, wanted lora, union, or null for a bottleneck")
+            problems.append(
+                f"architecture={kind!r}, expected lora, union, or null for a bottleneck"
+            )
             continue
         given = _modern(whole, each)
         problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
@@ -150,28 +152,28 @@ def _wanted(kind: str | None) -> Any:
     def wanted(field: str, found: Any) -> list[str]:
         number = isinstance(found, int | float) and not isinstance(found, bool)
         if field in _ONLY:
-            return [] if found == _ONLY[field] else [f"wanted {_ONLY[field]!r}"]
+            return [] if found == _ONLY[field] else [f"expected {_ONLY[field]!r}"]
         if field == "dropout" and kind is None:
             return [] if found == 0.0 else [_DROPOUT]
         if field == "reduction_factor":
             values = found.values() if isinstance(found, Mapping) else [found]
             good = all(type(v) in (int, float) and v > 0 for v in values)
-            return [] if good else ["wanted a number above 0, or one for each layer"]
+            return [] if good else ["expected a number above 0, or one for each layer"]
         if field == "non_linearity":
             good = isinstance(found, str) and found.lower() in ACTIVATIONS
-            return [] if good else [f"wanted one of {', '.join(ACTIVATIONS)}"]
+            return [] if good else [f"expected one of {', '.join(ACTIVATIONS)}"]
         if field == "leave_out":
             good = isinstance(found, list) and all(type(n) is int for n in found)
-            return [] if good else ["wanted a list of layers' numbers"]
+            return [] if good else ["expected a list of layers' numbers"]
         if field == "attn_matrices":
             good = isinstance(found, list) and {"q"} <= {"q", *map(str, found)} <= set("qkv")
-            return [] if good else ["wanted a list of q, k and v"]
+            return [] if good else ["expected a list of q, k and v"]
         if field in ("scaling", "alpha", "dropout"):
-            return [] if number else ["wanted a number"]
+            return [] if number else ["expected a number"]
         if field == "residual_before_ln":
-            return [] if isinstance(found, bool) else ["wanted True or False"]
+            return [] if isinstance(found, bool) else ["expected True or False"]
         kinds = int if field == "r" else bool
-        return [] if type(found) is kinds else [f"wanted {_WORDS[kinds]}"]
+        return [] if type(found) is kinds else [f"expected {_WORDS[kinds]}"]
 
     return wanted
 

@@ -159,7 +159,7 @@ def save_adapterhub(
     directory, blocks = directories.empty_directory(directory), find_blocks(names, base)
     problems: list[str] = []
     if not name or "." in name:
-        problems.append(f"name={name!r}, wanted one without dots, such as 'adapter'")
+        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
     unrolled, flat = as_in_file(recipe, flat, names, blocks.module_map)
     added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)

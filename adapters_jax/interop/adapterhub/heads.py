@@ -84,7 +84,7 @@ def _flexible(
 ) -> tuple[dict[tuple[str, str], Array], str]:
     """The tensors of a head by name by module and kind, and what it pools with."""
     if not isinstance(config, Mapping):
-        problems.append(f"the head's config={config!r}, wanted an object with the settings")
+        problems.append(f"the head's config={config!r}, expected an object with the settings")
         return {}, "cls"
     idle = {"label2id", "id2label"}
     layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
@@ -99,7 +99,7 @@ def _flexible(
 
     def reasons(field: str, found: Any) -> list[str]:
         allowed = wanted.get(field, (found,))
-        return [] if found in allowed else [f"wanted {' or '.join(map(repr, allowed))}"]
+        return [] if found in allowed else [f"expected {' or '.join(map(repr, allowed))}"]
 
     found = field_problems(config, _FIELDS, idle, reasons)
     problems += [f"the head's {problem}; {_ADVICE}" for problem in found]
@@ -110,7 +110,7 @@ def _flexible(
         for kind in ("weight", "bias")
     }
     if not found and tensors.keys() != names.keys():
-        problems.append(f"the head has {sorted(tensors)}, wanted {sorted(names)}; {_ADVICE}")
+        problems.append(f"the head has {sorted(tensors)}, expected {sorted(names)}; {_ADVICE}")
     by_module = {names[key]: tensor for key, tensor in tensors.items() if key in names}
     return by_module, pooling_of(whole)
 

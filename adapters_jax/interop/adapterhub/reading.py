@@ -135,7 +135,7 @@ def _leaves(
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
     if shapes != wanted:
-        problems.append(f"{module} has {shapes or 'no tensors'}, wanted {wanted}")
+        problems.append(f"{module} has {shapes or 'no tensors'}, expected {wanted}")
         return {}
     return {leaf: got[name].T.astype(np.float32) for leaf, name in names.items()}
 
@@ -157,7 +157,7 @@ def _loras(
                 there = tuple(replace(there["qkv".index(m)], part=None) for m in matrices)
             if not there or got.keys() != {"lora_A", "lora_B"}:
                 what = f"the tensors {sorted(got)}" if there else "no path in names"
-                problems.append(f"{module} has {what}, wanted lora_A and lora_B of a known layer")
+                problems.append(f"{module} has {what}, expected lora_A and lora_B of a known layer")
                 continue
             a, b = got["lora_A"], got["lora_B"]
             for i, reference in enumerate(there):

@@ -90,5 +90,5 @@ def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.n
     """
     rows, *width = weight.shape
     if rows % (2 * heads):
-        raise UserError(f"{name} has {rows} rows, wanted an even number a head of {heads} heads.")
+        raise UserError(f"{name} has {rows} rows, expected an even number a head of {heads} heads.")
     return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)
