@@ -29,7 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "adapters_jax"
 RECORD = ROOT / ".mutation"  # ignored by git
+OUTCOMES = ("killed", "timeout", "survived", "not loaded", "no test")
 MOST_TESTS = 40  # of a line that many tests run
+LEFT_ALONE = 99  # the exit status of a child whose tests did not import the module
 SECONDS = 120.0  # after which a mutant counts as killed: it does not end
 # The mutants that a person might write by mistake; others, such as `+` for `<<`, hardly survive.
 OPERATORS = (
@@ -109,7 +111,11 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
 
     def __init__(self, name, path, text):
         super().__init__(name, str(path))
-        self._text = text.encode()
+        self._text, self.loaded = text.encode(), False
+
+    def pytest_sessionstart(self):
+        """Comes before pytest's own loader, which takes modules whose doctests are run."""
+        sys.meta_path.insert(0, self)
 
     def find_spec(self, name, path=None, target=None):
         """Of the one module."""
@@ -121,6 +127,7 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
         """The text; there is no cached form of it."""
         if not path.endswith(".py"):
             raise OSError(path)
+        self.loaded = True
         return self._text
 
 
@@ -137,9 +144,11 @@ def _run_child(path, text, tests, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setpgid(0, 0)
-    sys.meta_path.insert(0, _Mutated(_module_name(path), path, text))
+    sys.dont_write_bytecode = True  # a cached form would be taken for that of the file
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
-    os._exit(int(pytest.main([*options, *tests])))
+    mutated = _Mutated(_module_name(path), path, text)
+    status = int(pytest.main([*options, *tests], plugins=[mutated]))
+    os._exit(status if mutated.loaded else LEFT_ALONE)
 
 
 class _Child:
@@ -155,7 +164,8 @@ class _Child:
         """Whether it was "killed", "survived" or met its "timeout"; None while it runs."""
         done, status = os.waitpid(self.pid, os.WNOHANG)
         if done:
-            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+            code = os.waitstatus_to_exitcode(status)
+            return {0: "survived", LEFT_ALONE: "not loaded"}.get(code, "killed")
         if time.monotonic() < self.end:
             return None
         with contextlib.suppress(ProcessLookupError):
@@ -171,7 +181,7 @@ def run(rooms, sample, seed, jobs):
 
     os.chdir(ROOT)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mutation-")
-    for name in ("jax", "flax", "optax", "orbax.checkpoint", "safetensors.numpy", "hypothesis"):
+    for name in ("jax", "flax", "optax", "orbax.checkpoint", "safetensors.numpy"):
         importlib.import_module(name)
     known, chosen = Record(), []
     for room in rooms:
@@ -182,7 +192,7 @@ def run(rooms, sample, seed, jobs):
         chosen += [(room, *each) for each in some]
     for file in {file for _, file, _ in chosen}:
         _check_unbroken(file, known)
-    counts = {room: {"killed": 0, "timeout": 0, "survived": 0, "no test": 0} for room in rooms}
+    counts = {room: dict.fromkeys(OUTCOMES, 0) for room in rooms}
     running = []
     while chosen or running:
         while chosen and len(running) < jobs:
