@@ -42,7 +42,7 @@ def pytest_configure(config):
     """
     config.addinivalue_line("markers", "slow: only with --slow")
     config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
-    if not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compiled = tempfile.TemporaryDirectory(prefix="adapters-jax-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
