@@ -119,7 +119,7 @@ def test_what_is_trained_here_has_the_same_logits_in_adapterhub(base, index, tmp
     recipe = aj.Recipe(RECIPES[base][index])
     adapters, logits = trained(of, recipe)
     directory = save_adapterhub(tmp_path / "a", recipe, adapters, of[0], of[2], name="mine")
-    got, expected = seen(of, theirs(base, directory)), seen(of, logits)
+    got, wanted = seen(of, theirs(base, directory)), seen(of, logits)
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     plain = seen(of, logits_there(model_of(base, False), base))
     assert np.abs(plain - wanted).max() > 1e-2

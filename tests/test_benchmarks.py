@@ -265,7 +265,7 @@ def test_a_tradeoff_is_judged_by_its_means(tmp_path, monkeypatch):
         monkeypatch.setattr(tradeoff, "compared", lambda flags, f=found: asked.append(flags) or f)
         report = Report("tradeoff-movies", "python -m benchmarks tradeoff-movies", tmp_path)
         tradeoff.run(report, False, "movies")
-        claim, expected = report.rows[-1], report.rows[-2]
+        claim, wanted = report.rows[-1], report.rows[-2]
         assert claim["verdict"] == verdict
         assert wanted["measured"] == pytest.approx(85 - 100 * mean)
     assert claim["ours"] == "86.0 against 85.0 with 4.1 %"

@@ -99,7 +99,7 @@ def test_dare_keeps_a_part_and_its_mean():
     for i in range(40):
         own = jax.random.fold_in(key, i)
         combined = aj.combine(BASE, [ONE], [2.0], how="dare", rank=OUT, density=0.5, key=own)
-        got, expected = changes(combined)["query"], 2.0 * change(ONE, "query")
+        got, wanted = changes(combined)["query"], 2.0 * change(ONE, "query")
         kept = np.abs(got) > 1e-4
         np.testing.assert_allclose(got[kept], 2.0 * wanted[kept], rtol=1e-2, atol=1e-4)
         means.append(kept.mean())

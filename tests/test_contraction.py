@@ -183,7 +183,7 @@ def test_adapted_is_the_layer_with_the_changed_weight(name):
         params, changed, layer.x
     )
     before = jax.jit(base)(params, layer.x)
-    for got, expected in outputs:
+    for got, wanted in outputs:
         assert got.dtype == wanted.dtype
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got, outputs[0][0], rtol=1e-4, atol=1e-4)

@@ -130,7 +130,7 @@ def test_norms_are_flax_s(dtype, given):
     for norm in rms:
         norm.scale.set_value(params["scale"])
     for pair in (pairs, [(norm, (x,)) for norm in rms]):
-        found, expected = (jax.jit(call)(*given) for call, given in pair)
+        found, wanted = (jax.jit(call)(*given) for call, given in pair)
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
 
@@ -140,9 +140,9 @@ def test_norms_are_flax_s(dtype, given):
 
         return jax.tree.leaves(jax.grad(loss, (0, 1))(params, x))
 
-    for found, expected in zip(*(slopes(apply) for apply, _ in pairs), strict=True):
+    for found, wanted in zip(*(slopes(apply) for apply, _ in pairs), strict=True):
         assert found.dtype == wanted.dtype == given
-        found, expected = (np.asarray(value, np.float32) for value in (found, wanted))
+        found, wanted = (np.asarray(value, np.float32) for value in (found, wanted))
         close = 1e-5 if given == jnp.float32 else 2**-7
         np.testing.assert_allclose(found, wanted, rtol=close, atol=close)
 
@@ -199,7 +199,7 @@ def test_attention_is_flax_s(kv_heads):
 
         return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
 
-    for found, expected in zip(
+    for found, wanted in zip(
         jax.tree.leaves(weighed(functions.dot_product_attention)),
         jax.tree.leaves(weighed(nnx.dot_product_attention)),
         strict=True,

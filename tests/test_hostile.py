@@ -139,7 +139,7 @@ BAD_TENSORS = {
     "an integer": (entry_edit(dtype="I32"), "has int32 in attention/query/lora/a, expected floats"),
     "64 bits": (
         entry_edit(dtype="F64", shape=[2, 2]),
-        "has float64 in attention/query/lora/a, expected floats that jax keeps as they are: call jax",
+        "has float64 in attention/query/lora/a, expected floats that jax keeps: call jax",
     ),
     "more in an entry": (entry_edit(more=1), "no entry of dtype, shape and data_offsets alone"),
     "notes of numbers": (

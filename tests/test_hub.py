@@ -339,7 +339,7 @@ def test_the_three_lines_of_the_card_run(server, say, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # both are cached now
     wanted = load_predictor("runs/reviews").predict([("A text of your own.", None)])
     assert printed.getvalue().startswith(f"{wanted[0]}\n")
-    mine, expected = found["generator"], load_generator("runs/meanings")
+    mine, wanted = found["generator"], load_generator("runs/meanings")
     states = nnx.state(mine.model), nnx.state(wanted.model)
     jax.tree.map(np.testing.assert_array_equal, *states)
 

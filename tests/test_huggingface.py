@@ -151,7 +151,7 @@ def test_names_of_the_oldest_files_load_alike(tiny):
         tensors["cls.predictions.bias"] = np.zeros(60, np.float32)
         tensors["bert.embeddings.position_ids"] = np.arange(16)[None]
 
-    _, expected = load_bert(tiny)
+    _, wanted = load_bert(tiny)
     rewrite(tiny, age)
     assert_same_tree(load_bert(tiny)[1], wanted)
 

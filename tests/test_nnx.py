@@ -534,7 +534,7 @@ def test_stacked_layers_are_adapted_one_by_one(name):
             y = y + lora_term(block.dense, wanted, 1.5)
         if name == "bottleneck":
             y = y + bottleneck_term(block.dense.adapter, y)
-        y = normed(block.norm, expected + np.tanh(y))
+        y = normed(block.norm, wanted + np.tanh(y))
         leaves = {"norm": block.norm, "composite": block}.get(name)
         wanted = y + (bottleneck_term(leaves.adapter, y) if leaves else 0.0)
     np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), wanted, atol=1e-4)

@@ -129,7 +129,7 @@ def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
     assert logits.dtype == (jnp.bfloat16 if variant == "bf16" else jnp.float32)
     assert all(np.abs(double(g)).max() > 1e-4 for g in jax.tree.leaves(gradient))
     tolerance = 0.03 if variant == "bf16" else 1e-5
-    for mine, expected in zip(*map(jax.tree.leaves, found), strict=True):
+    for mine, wanted in zip(*map(jax.tree.leaves, found), strict=True):
         most = np.abs(double(wanted)).max()
         np.testing.assert_allclose(double(mine), double(wanted), atol=tolerance * most)
 

@@ -28,7 +28,7 @@ def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(PYTHON[number], f"README block {number}", "exec"), {})
-    for line, expected in re.findall(r"print\((.*?)\)  # (.*)", PYTHON[number]):
+    for line, wanted in re.findall(r"print\((.*?)\)  # (.*)", PYTHON[number]):
         assert wanted in printed.getvalue(), line
 
 

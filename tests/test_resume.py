@@ -254,7 +254,7 @@ def test_what_cannot_be_resumed_is_refused(straight, place, capsys):
     del config["summary"]
     other = place / "other"
     other.mkdir()
-    for key, value, expected in (
+    for key, value, wanted in (
         ("stopped", "step 3: the loss is not finite", "would stop again: step 3"),
         ("options", None, "was not written by adapters-jax finetune"),
         ("data_sha256", "0" * 64, "was started with another data_sha256 than there is now"),

@@ -184,8 +184,8 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
     for path, leaf in file.shapes.items():
         if not _kept(leaf.dtype):
             raise AdapterFileError(
-                f"{file.path} has {leaf.dtype} in {path}, expected floats that jax keeps as they are"
-                ": call jax.config.update('jax_enable_x64', True) for those of 64 bits"
+                f"{file.path} has {leaf.dtype} in {path}, expected floats that jax keeps: "
+                "call jax.config.update('jax_enable_x64', True) for those of 64 bits"
             )
     manifest.check_counts(file.shapes, file.path)
     return jax.device_put(file.read())

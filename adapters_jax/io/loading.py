@@ -178,7 +178,7 @@ def _check_base(
     """Raises OtherBaseError where what is known of both bases differs, but for unrolled layers."""
     if manifest.base is None:
         return
-    tree, expected = tree_sha256([model], recipe), manifest.base
+    tree, wanted = tree_sha256([model], recipe), manifest.base
     if stack and wanted.tree_sha256 != tree:
         other = tree_sha256([_other_form(model, recipe, stack)], Recipe())
         own = tree if wanted.tree_sha256 == other else wanted.tree_sha256

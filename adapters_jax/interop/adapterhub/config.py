@@ -51,8 +51,8 @@ ACTIVATIONS = {
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
 _ONLY = {"stochastic_depth": 0.0, "composition_mode": "add", "dtype": "float32"}
 _DROPOUT = (
-    "expected 0.0: theirs acts behind the up-projection, ours between the projections; set it to 0.0 "
-    "in the file, which changes no prediction"
+    "expected 0.0: theirs acts behind the up-projection, ours between the projections; set it to "
+    "0.0 in the file, which changes no prediction"
 )
 _WORDS: dict[type, str] = {bool: "True or False", str: "a name", int: "a whole number"}
 
