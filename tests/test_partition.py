@@ -1,4 +1,4 @@
-"""Trees taken apart and put together, and an optimiser that leaves the base alone."""
+"""Trees split and merged, and an optimiser that does not change the base."""
 
 import flax.core
 import jax
@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import drawn_like
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.nnx import AdapterParam
@@ -84,7 +85,7 @@ def test_merge_trees_of_three_parts():
 
 
 @pytest.mark.parametrize(
-    ("trees", "places"),
+    ("trees", "paths"),
     [
         (({"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 3}}), "a/x, a/y"),
         (({"a": 1}, {"b": 2}, {"a": None}), "a"),
@@ -92,8 +93,8 @@ def test_merge_trees_of_three_parts():
         (({"a": 1}, {"a": {"b": {"c": 2}}}), "a"),
     ],
 )
-def test_overlapping_leaves_are_refused(trees, places):
-    with pytest.raises(ValueError, match=f"more than one tree has something at {places}$"):
+def test_overlapping_leaves_are_refused(trees, paths):
+    with raises(aj.UserError, f" {paths};"):
         aj.merge_trees(*trees)
 
 
@@ -193,10 +194,10 @@ def test_a_group_may_be_called_as_labels_are(name):
 def test_a_group_that_means_no_trained_leaf_is_an_error():
     params, _ = arrays()
     tx = aj.freeze_base(optax.sgd(1.0), RECIPE, {"**/lora/c": optax.sgd(2.0)})
-    with pytest.raises(aj.TargetError, match=r"freeze_base groups: target '\*\*/lora/c' matches n"):
+    with raises(aj.TargetError, "freeze_base groups", "'**/lora/c'"):
         tx.init(params)
     tx = aj.freeze_base(optax.sgd(1.0), RECIPE, {"table": optax.sgd(2.0)})
-    with pytest.raises(aj.TargetError, match="'table' matches nothing. Nearest paths it could"):
+    with raises(aj.TargetError, "freeze_base groups", "'table'"):
         tx.init(params)
 
 
