@@ -78,8 +78,8 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
                 made += len(wider[-1]) + 1
                 if made > MOST:
                     raise TargetError(
-                        f"target {shortened(repr(pattern))} expands to more than {MOST} "
-                        "characters; write * or ** instead of some of its braces"
+                        f"target {shortened(repr(pattern))} expands to too many patterns, "
+                        f"of over {MOST} characters; write * or ** instead of some of its braces"
                     )
         forms = wider
     return forms, made

@@ -53,7 +53,9 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     def replace_boxed(self, val: Any) -> "Quantized":
         """Raises TypeError: a quantised weight is frozen."""
-        raise TypeError("a quantised weight is frozen; change the tree that aj.dequantize returns")
+        raise TypeError(
+            "a quantised weight is frozen; write to the tree that aj.dequantize returns"
+        )
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Quantized":
         """Returns the box unchanged: lifted transforms stack its arrays themselves."""
