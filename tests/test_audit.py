@@ -15,6 +15,7 @@ from helpers.errors import raises
 from rich.console import Console
 
 import adapters_jax as aj
+from adapters_jax.audit import bytes_text
 from adapters_jax.models import KNOWN
 from adapters_jax.trees import flatten, unflatten
 
@@ -270,6 +271,12 @@ def test_the_model_itself_is_named_where_its_path_is_empty():
     params = {"kernel": shape(4, 6), "lora": {"a": shape(4, 3), "b": shape(3, 6)}}
     with raises(aj.MismatchError, "(the model itself) (LoRA)", 30, "2*(4 + 6) = 20"):
         aj.audit(aj.Recipe(aj.LoRA("**", 2)), params)
+
+
+def test_bytes_as_text():
+    texts = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536 * 2**20: "1.5 GiB"}
+    assert {n: bytes_text(n) for n in texts} == texts
+    assert bytes_text(3 * 2**50) == "3072.0 TiB"
 
 
 def test_a_model_without_adapters():

@@ -10,7 +10,9 @@ from helpers.arrays import double, drawn, drawn_like
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.trees import flatten
+from adapters_jax.weights.contraction import from_equation
 
 IN, OUT, R, ALPHA = 5, 7, 3, 6.0
 X = drawn((2, IN))
@@ -145,7 +147,19 @@ def test_slices_change_their_outputs_alone():
     assert aj.audit(model, params).entries[0].formula == "2*(5 + 4)"
 
 
-@pytest.mark.parametrize("slices", [((2, 1),), ((0, 3), (2, 4)), ((1, 1),), ((-1, 2),), 3])
+@pytest.mark.parametrize(
+    "slices",
+    [
+        ((2, 1),),
+        ((0, 3), (2, 4)),
+        ((1, 1),),
+        ((-1, 2),),
+        3,
+        ((0, 2**31),),
+        ((False, 2),),
+        ((0, 1, 2),),
+    ],
+)
 def test_slices_have_to_be_ranges_in_order(slices):
     with raises(aj.UserError, f"slices={slices}", "((0, 768),)"):
         aj.LoRA("**", 2, slices=slices)
@@ -154,6 +168,11 @@ def test_slices_have_to_be_ranges_in_order(slices):
 def test_slices_have_to_fit_the_layer():
     with raises(aj.RecipeError, "((0, 9),)", "''"):
         dense(aj.LoRA("**", 2, slices=((0, 9),)))
+    for equation, shape in (("bd,df->fb", (4, 5)), ("bd,dnh->bnh", (4, 5, 5))):
+        layer = from_equation("w", equation)
+        point = AttachmentPoint("x", "__call__", 5, layer, shape)
+        with raises(aj.RecipeError, "((0, 2),)", "'x'", shape[1:]):
+            aj.LoRA("**", 2, slices=((0, 2),)).leaves(point)
 
 
 def test_a_rank_as_large_as_the_weight_can_make_any_change():

@@ -1,5 +1,7 @@
 """Trees split and merged, and an optimiser that does not change the base."""
 
+import errno
+
 import flax.core
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from helpers.arrays import drawn_like
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.errors import FileSystemError, compare_trees, file_errors
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, path_of, unflatten
 
@@ -96,6 +99,44 @@ def test_merge_trees_of_three_parts():
 def test_overlapping_leaves_are_refused(trees, paths):
     with raises(aj.UserError, f" {paths};"):
         aj.merge_trees(*trees)
+
+
+def shapes_of(names, *axes, dtype=jnp.float32):
+    return {name: jax.ShapeDtypeStruct(axes, dtype) for name in names}
+
+
+def test_every_difference_of_two_trees_is_named():
+    names = [f"x{i:02}" for i in range(13)]
+    one, other = shapes_of(["a", "b"], 2), shapes_of(["a"], 2, dtype=jnp.int8)
+    compare_trees("these", one, one, "fix", dtypes=True)
+    compare_trees("these", shapes_of(["a"], 2), other, "fix")
+    with raises(aj.MismatchError, "these", "a is float32[2], expected int8[2]", ". fix") as error:
+        compare_trees("these", shapes_of(["a"], 2), other, "fix", dtypes=True)
+    assert "missing" not in str(error.value)
+    expected, got = shapes_of(["a", *names], 2), shapes_of(["a", *(f"y{n}" for n in names[1:])], 3)
+    with raises(
+        aj.MismatchError,
+        f"13 missing: {', '.join(names[:12])} and 1 more",
+        f"12 unexpected: {', '.join(f'y{n}' for n in names[1:])}; ",
+        "1 different: a is [3], expected [2]",
+    ):
+        compare_trees("these", got, expected, "fix")
+
+
+def test_errors_of_the_system_name_the_file(tmp_path):
+    path = tmp_path / "none"
+    with raises(FileSystemError, path) as error, file_errors(path):
+        path.read_text()
+    assert error.value.errno == errno.ENOENT
+    with (
+        raises(aj.AdapterFileError, path, "written"),
+        file_errors(path, "written", aj.AdapterFileError),
+    ):
+        path.read_text()
+    own = FileSystemError("mine")
+    with raises(FileSystemError) as error, file_errors(path):
+        raise own
+    assert error.value is own
 
 
 def test_flatten_and_unflatten_are_inverses():

@@ -149,6 +149,8 @@ def test_what_cannot_be_registered(Shift):
         aj.register_method(made(**own, acts_on="attention"))
     with raises(TypeError, "name='two words'"):
         aj.register_method(made(Shift, name="two words", slot="other"))
+    with raises(TypeError, "slot=3"):
+        aj.register_method(made(Shift, name="other", slot=3))
     with raises(TypeError, "Plain"):
         aj.register_method(type("Plain", (Shift,), {"name": "plain", "slot": "plain"}))
     with raises(TypeError, "int"):

@@ -257,7 +257,10 @@ def test_a_wrong_name_in_a_registration_is_named(known):
         (lambda: aj.PrefixTuning("**", 0), "PrefixTuning: length=0 1"),
         (lambda: aj.LlamaAdapter("**", gate="token"), "gate='token' head layer"),
         (lambda: aj.LlamaAdapter("**", gate_activation="relu"), "='relu' tanh identity"),
+        (lambda: aj.LlamaAdapter("**", init_std=0.0), "init_std=0.0, > 0"),
+        (lambda: aj.PrefixTuning("**", init_std=-1.0), "init_std=-1.0, >= 0"),
         (lambda: aj.llama_adapter(last=33, num_layers=32), "last=33 1 num_layers=32"),
+        (lambda: aj.llama_adapter(last=0, num_layers=32), "last=0 1 num_layers=32"),
         (lambda: aj.llama_adapter(last=3), "llama_adapter: last num_layers layers"),
         (lambda: aj.prefix_tuning(last=3), "prefix_tuning: last num_layers layers"),
         (lambda: aj.llama_adapter(layers=[1], targets="**"), "targets='**' {}"),
@@ -266,6 +269,33 @@ def test_a_wrong_name_in_a_registration_is_named(known):
 def test_fields_out_of_range(make, data):
     with raises(aj.UserError, *data.split()):
         make()
+
+
+def test_fields_at_the_ends_of_their_ranges():
+    assert aj.PrefixTuning("**", 1, init_std=0.0).init_std == 0.0
+    for last in (1, 32):
+        (method,) = aj.llama_adapter(last=last, num_layers=32)
+        assert method.targets[0] == f"layers/{32 - last}/attention"
+        assert len(method.targets) == last
+
+
+def test_a_prefix_has_no_bias_and_no_mask():
+    """One softmax over the prefix and the context, of which the context alone is biased."""
+    method = aj.PrefixTuning("**", K)
+    point = AttachmentPoint("attention", "__call__", D)
+    query, key, value = rng.standard_normal((3, B, T, HEADS, WIDTH)).astype(np.float32)
+    prefix = dict(zip(("key", "value"), rng.standard_normal((2, K, HEADS, WIDTH)), strict=True))
+    bias = rng.standard_normal((B, 1, T, T)).astype(np.float32)
+    got = method.attend(
+        prefix, point, None, nn.dot_product_attention, query, key, value, bias, CAUSAL
+    )
+    ahead = np.einsum("bthw,khw->bhtk", query, prefix["key"]) / np.sqrt(WIDTH)
+    scores = np.einsum("bthw,bshw->bhts", query, key) / np.sqrt(WIDTH) + bias
+    scores = np.where(CAUSAL, scores, -np.inf)
+    weights = softmax(np.concatenate([ahead, scores], -1))
+    expected = np.einsum("bhtk,khw->bthw", weights[..., :K], prefix["value"])
+    expected += np.einsum("bhts,bshw->bthw", weights[..., K:], value)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_more_layers_than_there_are():

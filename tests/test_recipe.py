@@ -213,6 +213,13 @@ def test_bad_json(text, data):
         Recipe.from_json(text)
 
 
+def test_of_many_unknown_keys_the_first_five_are_named():
+    row = {"method": "unfreeze", "targets": "a"} | {f"z{i}": 1 for i in range(7)}
+    with raises(aj.UserError, *(f"'z{i}'" for i in range(5))) as error:
+        Recipe.from_json({"methods": [row]})
+    assert "z5" not in str(error.value)
+
+
 def test_text_that_is_not_json():
     with raises(json.JSONDecodeError, "line 1 column 2"):
         Recipe.from_json("{")
@@ -235,6 +242,8 @@ NAN, INF = float("nan"), float("inf")
             for a in (NAN, INF, -INF, -1.0, 0, True, "1")
         ],
         *[(LoRA, {"dropout": p}, [f"dropout={p!r},", ">= 0", "< 1"]) for p in (1.0, -0.1, NAN)],
+        (LoRA, {"rank": 2**31}, ["rank=2147483648,", "< 2147483648"]),
+        (LoRA, {"alpha": 10**400}, ["alpha=1000", "> 0"]),
         (LoRA, {"a_init": "normal"}, ["a_init='normal',", *INITS]),
         (LoRA, {"rank_pattern": {"a": 0}}, ["rank=0,"]),
         (LoRA, {"alpha_pattern": {"a": NAN}}, ["alpha=nan,"]),
@@ -282,6 +291,11 @@ NAN, INF = float("nan"), float("inf")
 def test_bad_fields(cls, fields, data):
     with raises(aj.UserError, f"{cls.__name__}: ", *data):
         cls(**({"targets": "a"} | fields))
+
+
+def test_fields_at_the_ends_of_their_ranges():
+    assert LoRA("a", 2**31 - 1, dropout=0.0).rank == 2**31 - 1
+    assert Bottleneck("a", 1, scale=-1e300, init_std=0.0).scale == -1e300
 
 
 def test_a_pattern_of_a_mapping_with_an_unbalanced_brace():

@@ -126,6 +126,10 @@ def test_of_many_failing_patterns_the_first_are_in_the_message():
         lines = str(error.value).split("\n")
         assert len(lines) == 13 and "nowhere_11'" in lines[11]
         assert lines[12].startswith("LoRA: ") and "nowhere" not in lines[12]
+    with raises(TargetError) as error:
+        require_match("LoRA", many[:12], LAYERS)
+    lines = str(error.value).split("\n")
+    assert [name in line for name, line in zip(many, lines, strict=False)] == [True] * 12
 
 
 @pytest.mark.parametrize(
