@@ -18,6 +18,7 @@ import adapters_jax as aj
 from adapters_jax.audit import bytes_text
 from adapters_jax.models import KNOWN
 from adapters_jax.trees import flatten, unflatten
+from adapters_jax.weights.quantized import bits_of
 
 X = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 RECIPE = aj.Recipe(
@@ -271,6 +272,12 @@ def test_the_model_itself_is_named_where_its_path_is_empty():
     params = {"kernel": shape(4, 6), "lora": {"a": shape(4, 3), "b": shape(3, 6)}}
     with raises(aj.MismatchError, "(the model itself) (LoRA)", 30, "2*(4 + 6) = 20"):
         aj.audit(aj.Recipe(aj.LoRA("**", 2)), params)
+
+
+def test_bits_of_a_number():
+    bits = {"int4": 4, "uint8": 8, "int32": 32, "bfloat16": 16, "float32": 32, "bool": 8}
+    assert {name: bits_of(jnp.dtype(name)) for name in bits} == bits
+    assert bits_of(jax.random.key(0).dtype) == 64
 
 
 def test_bytes_as_text():

@@ -185,6 +185,12 @@ def test_bad_input(arguments, data):
         aj.combine(**plain)
 
 
+@pytest.mark.parametrize("other", ["ab", (ONE[0], ONE[1], 1.0), [*ONE]])
+def test_an_adapter_is_a_recipe_and_a_tree(other):
+    with raises(TypeError, "combine: ", "aj.read_adapter"):
+        aj.combine(BASE, [ONE, other], [1.0, 1.0])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_unmerging_returns_a_bound_of_its_error(dtype):
     base = jax.tree.map(lambda x: jnp.asarray(x, dtype), BASE)
