@@ -22,7 +22,7 @@ def is_abstract(tree: Any) -> bool:
 
 
 def filled(tree: Any) -> Any:
-    """Zeros in the place of arrays, of which only shapes matter; keys and all else as they are."""
+    """The tree with zeros for its arrays, for runs where only shapes matter; keys are kept."""
 
     def zeros(x: Any) -> Any:
         if not is_array(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -34,15 +34,15 @@ def filled(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def explained(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """For an abstract run of a model: says in what run, with which inputs, an error was raised.
+    """Runs its body; an error that the body raises names the model and its example inputs.
 
     Args:
-        model: is called with the inputs; whatever it raises itself stays as it is, with a note.
+        model: the body calls it on shapes; errors of its own keep their type and get a note.
         args: its example inputs.
-        kwargs: further ones by name.
+        kwargs: its example inputs by name.
 
     Raises:
-        UserError: `model.__call__` has no such inputs.
+        UserError: `model.__call__` does not take these inputs.
     """
     name, given = type(model).__name__, inputs_text(args, kwargs)
     try:
@@ -57,14 +57,14 @@ def explained(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ite
     except Exception as error:
         if not isinstance(error, UserError):
             error.add_note(
-                f"This was raised in an abstract run of {name}, by which adapters_jax finds its "
-                f"modules and shapes, with the example inputs ({given})."
+                f"adapters_jax ran {name} on the example inputs ({given}), abstractly, to find its "
+                "modules and shapes."
             )
         raise
 
 
 def inputs_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Inputs for a message: arrays by dtype and shape.
+    """Inputs as a message prints them: arrays by dtype and shape.
 
     Example:
         >>> inputs_text([jnp.zeros((2, 3))], {"train": False})

@@ -1,4 +1,4 @@
-"""One call for both front doors."""
+"""`adapt`: one function for both APIs, linen and NNX."""
 
 from collections.abc import Iterable
 from typing import Any, overload
@@ -38,19 +38,19 @@ def adapt(
 
     Args:
         model: a linen or NNX module; it is not changed. A model that has adapters gets more.
-        recipe: says where they go and what else trains.
-        rngs: NNX only: seeds the adapters, and their dropout.
+        recipe: which modules get adapters, and what else trains.
+        rngs: NNX only: seeds of the adapters and of their dropout.
         example_inputs: NNX only: inputs of the model, arrays or `jax.ShapeDtypeStruct`. Needed
             where a bottleneck's target is not a plain layer, to find the width of its output.
 
     Returns:
-        For linen, a module of the same calls and parameter paths; its adapter leaves come from
-        `init_adapters`. For NNX, a model that shares the base's arrays and has its adapters.
+        For linen, a module with the same methods and parameter paths, whose adapter leaves
+        `init_adapters` makes. For NNX, a model with adapters that shares the base's arrays.
 
     Raises:
-        TargetError: NNX: a pattern meets nothing, or nothing its method can attach to. For linen
-            `init_adapters` (and `model.init`) says so, since a linen model has no parts before.
-        TypeError: `model` is neither, or an argument is of the other front door.
+        TargetError: NNX: a pattern matches no module that its method can attach to. A linen model
+            has no modules before it runs, so there `init_adapters` and `model.init` raise it.
+        TypeError: `model` is no linen or NNX module, or an argument belongs to the other API.
 
     Example:
         >>> import adapters_jax as aj
@@ -70,7 +70,7 @@ def adapt(
             )
         return adapt_linen(model, recipe)
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"adapt wants a linen or NNX module, got {type(model).__name__}")
+        raise TypeError(f"adapt: got {type(model).__name__}, expected a linen or NNX module")
     if rngs is None:
         raise TypeError(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"

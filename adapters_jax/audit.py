@@ -1,4 +1,4 @@
-"""Counting parameters: every adapter against its closed form, and what training will hold."""
+"""Counts parameters: each adapter against its closed form, and the bytes that training holds."""
 
 import math
 import re
@@ -29,12 +29,12 @@ class AuditEntry:
     """One adapter, or one unfrozen parameter, in one module (or in one stack of modules).
 
     Attributes:
-        path: of the module, or of the unfrozen parameter.
+        path: path of the module, or of the unfrozen parameter.
         method: name of the method's class.
-        shapes: its arrays' shapes by name, as they are in the tree.
-        formula: the closed form with numbers put in.
-        expected: what the closed form gives.
-        actual: what the arrays hold.
+        shapes: the shapes of its arrays by name, as they are in the tree.
+        formula: the closed form with its numbers, `8*(768 + 768)`.
+        expected: how many parameters the closed form gives.
+        actual: how many parameters the arrays hold.
     """
 
     path: str
@@ -52,15 +52,15 @@ class Audit:
     Attributes:
         entries: one entry for every adapter and every unfrozen parameter.
         adapter_parameters: parameters that the recipe's methods added.
-        trainable_parameters: these and the unfrozen ones.
-        frozen_parameters: the rest.
-        trainable_bytes: bytes of what is trained, as a `TrainState` keeps it: half precision in
-            float32.
-        gradient_bytes: bytes of its gradients.
+        trainable_parameters: adapter and unfrozen parameters together.
+        frozen_parameters: all other parameters.
+        trainable_bytes: bytes of the trainable parameters as a `TrainState` keeps them: half
+            precision in float32.
+        gradient_bytes: bytes of the gradients.
         optimizer_bytes: bytes of the optimiser's state.
-        frozen_bytes: bytes of the rest.
-        unmatched: patterns of the recipe that nothing in the tree answers to.
-        quantized_parameters: those of the frozen ones that are quantised.
+        frozen_bytes: bytes of the frozen parameters.
+        unmatched: patterns of the recipe that match nothing in the tree.
+        quantized_parameters: how many of the frozen parameters are quantised.
     """
 
     entries: tuple[AuditEntry, ...]
@@ -76,12 +76,12 @@ class Audit:
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in percent of the base, which the adapters are not part of."""
+        """Trainable parameters in percent of the base model's, which adapters are not part of."""
         base = self.frozen_parameters + self.trainable_parameters - self.adapter_parameters
         return 100 * self.trainable_parameters / max(base, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON would have it."""
+        """All fields as JSON values."""
         fields = {k: v for k, v in vars(self).items() if k not in ("entries", "unmatched")}
         entries = [{**vars(e), "shapes": {k: list(v) for k, v in e.shapes}} for e in self.entries]
         return {
@@ -92,7 +92,7 @@ class Audit:
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
-        """The table's rows, layers of one shape together: path, method, shapes, formula, n, sum."""
+        """Rows of the table, one for layers of one shape: path, method, shapes, formula, n, sum."""
         groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
         for entry in self.entries:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in entry.shapes)
@@ -100,12 +100,12 @@ class Audit:
             groups.setdefault(key, []).append(entry)
         return [
             (
-                key[0] if len(found) > 1 else found[0].path,
+                key[0] if len(entries) > 1 else entries[0].path,
                 *key[1:],
-                str(len(found)),
-                f"{sum(s.actual for s in found):,}",
+                str(len(entries)),
+                f"{sum(entry.actual for entry in entries):,}",
             )
-            for key, found in groups.items()
+            for key, entries in groups.items()
         ]
 
     def totals(self) -> list[str]:
@@ -120,7 +120,7 @@ class Audit:
         if self.quantized_parameters:
             floats = self.frozen_parameters - self.quantized_parameters
             lines.append(f"quantized {self.quantized_parameters:,} of the frozen, float {floats:,}")
-        return lines + [f"nothing answers to the pattern {p!r}" for p in self.unmatched]
+        return lines + [f"the pattern {p!r} matches nothing" for p in self.unmatched]
 
     def __repr__(self) -> str:
         table = [HEADERS, *self.rows()]
@@ -151,7 +151,7 @@ HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
 
 
 def bytes_text(n: float) -> str:
-    """Bytes for people, in powers of 1024.
+    """A number of bytes with its unit, in powers of 1024.
 
     Example:
         >>> bytes_text(1536)
@@ -170,16 +170,17 @@ def audit(
     """Counts what a recipe adds and trains, each adapter against its closed form.
 
     Args:
-        model: an adapted model; or a recipe, to audit a parameter tree by.
-        params: the whole parameter tree, arrays or abstract; NNX models hold their own.
-        tx: the optimiser whose state is counted; Adam where none is given.
+        model: an adapted model; or a recipe, for a parameter tree without its model.
+        params: the whole parameter tree, arrays or abstract; omit it for an NNX model.
+        tx: the optimiser whose state is counted; Adam by default.
 
     Returns:
-        The counts. Nothing is allocated, so that trees of `jax.eval_shape` of any size do.
+        The counts. Nothing is allocated: a tree of `jax.eval_shape` may have any size.
 
     Raises:
-        MismatchError: an adapter lacks arrays, has unknown ones, or its arrays do not hold what the
-            closed form says; all are named.
+        MismatchError: an adapter lacks arrays, has unknown ones, or holds another number of
+            parameters than its closed form; the message names every such adapter.
+        TypeError: the arguments are none of the three forms above.
 
     Example:
         >>> import adapters_jax as aj, jax
@@ -198,15 +199,15 @@ def audit(
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
-    moving = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
-    optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(moving))
+    trained = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
+    optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(trained))
     return Audit(
         entries=entries,
         adapter_parameters=sum(added),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
-        trainable_bytes=_size(moving),
-        gradient_bytes=_size(moving),
+        trainable_bytes=_size(trained),
+        gradient_bytes=_size(trained),
         optimizer_bytes=_size(optimizer),
         frozen_bytes=_size(frozen),
         unmatched=_unmatched(recipe, shapes),
@@ -228,7 +229,7 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
-    """Every adapter of the tree, counted; raises MismatchError where one is not as it should be."""
+    """An entry for each adapter of the tree; raises MismatchError where arrays differ from it."""
     found: dict[tuple[str, Any], dict[str, Shape]] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
@@ -242,14 +243,18 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
         start = join(path, method.slot) + "/"
         held = [other.removeprefix(start) for other in shapes if other.startswith(start)]
         if set(held) != set(method.leaf_names):
-            problems.append(f"{where} has {', '.join(held)}, not {', '.join(method.leaf_names)}")
+            expected = ", ".join(method.leaf_names)
+            problems.append(f"{where} has {', '.join(held)}, expected {expected}")
             continue
         count = _count(path, method, parts, shapes)
         counts.append(count)
         if count.expected != count.actual:
-            problems.append(f"{where} has {count.actual:,}, {count.formula} = {count.expected:,}")
+            problems.append(
+                f"{where} has {count.actual:,} parameters, expected {count.formula} = "
+                f"{count.expected:,}"
+            )
     if problems:
-        raise MismatchError("the arrays do not hold what the recipe says: " + "; ".join(problems))
+        raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
     return counts
 
 
@@ -271,7 +276,7 @@ def _count(
 
 
 def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:
-    """Points by path, with layer 10 behind layer 9."""
+    """Entries by path, with layer 10 after layer 9."""
 
     def names(entry: AuditEntry) -> tuple[list[tuple[int, str]], str]:
         runs = re.findall(r"\d+|\D+", entry.path)
@@ -281,7 +286,7 @@ def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:
 
 
 def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
-    """Every base parameter that trains."""
+    """An entry for each parameter of the base that trains."""
     return [
         AuditEntry(
             path,
@@ -297,15 +302,15 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
 
 
 def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-    """The patterns that nothing in the tree answers to."""
+    """The patterns that match nothing in the tree."""
     owned = {owner[0] for path in shapes if (owner := recipe.owner(path))}
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
     patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
-    return tuple(p for p, paths in patterns if p[0] != "!" and not _answered(p, paths))
-
-
-def _answered(pattern: str, paths: set[str]) -> bool:
-    return any(matches(pattern, path) for path in paths)
+    return tuple(
+        pattern
+        for pattern, paths in patterns
+        if pattern[0] != "!" and not any(matches(pattern, path) for path in paths)
+    )
 
 
 def _size(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""Checks of what a method is configured with."""
+"""Checks of the settings of a method."""
 
 import math
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_jax.errors import UserError, shortened
 
-LARGEST = 2**31  # no axis is as long
+LARGEST = 2**31  # longer than any axis can be
 
 
 def check_number(
@@ -18,7 +18,7 @@ def check_number(
     high: float = math.inf,
     closed: bool = False,
 ) -> None:
-    """Raises ValueError unless `value` is a finite number in (low, high), or [low, high)."""
+    """Raises UserError unless `value` is a finite number in (low, high), or [low, high)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
         not number
@@ -31,24 +31,24 @@ def check_number(
 
 
 def check_size(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a whole number of at least 1 that an axis can have."""
+    """Raises UserError unless `value` is a whole number of at least 1 that an axis can have."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
         larger = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
         raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{larger}")
 
 
 def check_flag(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is True or False."""
+    """Raises UserError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise UserError(f"{owner}: {name}={shown(value)}, expected True or False")
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of the choices."""
+    """Raises UserError unless `value` is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise UserError(f"{owner}: {name}={shown(value)}, expected one of {', '.join(choices)}")
 
 
 def shown(value: Any) -> str:
-    """A value for a message."""
+    """A value as a message prints it."""
     return shortened(repr(value))

@@ -1,4 +1,4 @@
-"""The library's own errors, and the comparison of two trees that says every difference at once."""
+"""The errors that the library raises, and a comparison of two trees that names every difference."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,20 +7,20 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that the caller can put right; the message says how.
+    """An error that the caller can correct; the message says how.
 
-    Every error that the library raises on purpose is one, but for a `TypeError` where a function
-    is called in a way that it does not have. Whatever else is raised is a bug: of the library, of a
-    package below it, or of the model.
+    Every error that the library raises on purpose is a `UserError`, except a `TypeError` where a
+    function is called with arguments that it does not take. Any other error is a bug of the
+    library, of a package that it uses, or of the model.
     """
 
 
 class FileSystemError(UserError, OSError):
-    """The system refuses to read or write a file: there is none, no permission or no room."""
+    """The system cannot read or write a file: it is absent, or permission or space is missing."""
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that the library needs for this, and only for this, is not installed."""
+    """An optional package that this feature needs is not installed."""
 
     def __init__(self, subject: str, package: str, extra: str = "finetune", instead: str = ""):
         super().__init__(
@@ -31,26 +31,26 @@ class MissingPackageError(UserError, ImportError):
 
 
 class RecipeError(UserError):
-    """A recipe that does not fit the model it is used on."""
+    """A recipe does not fit the model."""
 
 
 class TargetError(RecipeError):
-    """A pattern that matches nothing, or nothing that its method can attach to."""
+    """A pattern matches no path, or only modules that its method cannot attach to."""
 
 
 class MismatchError(UserError):
-    """Two trees of arrays do not fit; the message lists every difference, both ways."""
+    """Two trees of arrays differ; the message lists what is missing, unexpected and different."""
 
 
 class AdapterFileError(UserError):
-    """The files of an adapter cannot be read, or are not for this model.
+    """The files of an adapter cannot be read, or do not fit this model.
 
-    Whatever reading and loading say about the files is an error of this family.
+    Every error that reading or loading raises about the files is one.
     """
 
 
 class OtherBaseError(AdapterFileError):
-    """The adapter was trained on another base than the one it is to be loaded onto."""
+    """The adapter was trained on another base model than this one."""
 
 
 class AdapterMismatchError(AdapterFileError, MismatchError):
@@ -65,15 +65,15 @@ class AdapterRecipeError(AdapterFileError, TargetError):
 def file_errors(
     path: Path, verb: str = "read", error: type[UserError] = FileSystemError
 ) -> Iterator[None]:
-    """Turns what the system says against a file into an error that names the file.
+    """Turns an OSError of its body into a UserError that names the file.
 
     Args:
-        path: of the file.
-        verb: what is done to it, for the message.
-        error: what to raise.
+        path: the file.
+        verb: the message reads "PATH cannot be VERB".
+        error: the type to raise.
 
     Raises:
-        UserError: of the type `error`; a `FileSystemError` has the system's `errno`.
+        UserError: of the type `error`; a `FileSystemError` keeps the system's `errno`.
 
     Example:
         >>> with file_errors(Path("none")):
@@ -103,15 +103,15 @@ def compare_trees(
     """Checks that two flat trees have the same paths and shapes.
 
     Args:
-        subject: what `got` is, for the message.
+        subject: what the message calls `got`.
         got: arrays, or anything with a shape and dtype, by path.
-        expected: the same of what was expected.
-        fix: what to do about a mismatch.
+        expected: likewise, by the paths that `got` should have.
+        fix: the end of the message: how to correct a mismatch.
         dtypes: compare dtypes as well.
-        error: what to raise.
+        error: the type to raise.
 
     Raises:
-        MismatchError: names all missing, unexpected, mis-shaped and mis-typed leaves.
+        MismatchError: names all leaves that are missing, unexpected, or of another shape or dtype.
     """
 
     def kind(leaf: Any) -> str:
@@ -133,13 +133,13 @@ def compare_trees(
 
 
 def _listed(what: str, items: Sequence[str], count: int = 12) -> str:
-    """A count and the first items, or nothing."""
+    """The number of items and the first of them; an empty text for none."""
     more = f" and {len(items) - count} more" if len(items) > count else ""
     return f"{len(items)} {what}: {', '.join(items[:count])}{more}" if items else ""
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """A text for a message: its beginning, where it is long.
+    """The text, cut off after `most` characters.
 
     Example:
         >>> shortened("a" * 9, 6)

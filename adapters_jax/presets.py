@@ -1,4 +1,4 @@
-"""Recipes of the literature, and the baselines that it compares with."""
+"""Recipes of published methods, and of the baselines that papers compare with."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -23,13 +23,13 @@ LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
 
 
 def _recipe(*parts: Method | None, head: str | None) -> Recipe:
-    """A recipe of the parts that are not None, and of the head where one is named."""
+    """A recipe of the methods that are not None, with the head unfrozen where one is named."""
     ends = Unfreeze(f"{head}/**") if head else None
     return Recipe(*[part for part in (*parts, ends) if part is not None])
 
 
 def _bottleneck(targets: Any, m: int | None, reduction_factor: float | None, **fields: Any):
-    """Bottlenecks of width 64 unless one of the two width fields is given."""
+    """A Bottleneck, of width 64 unless one of the two width fields is given."""
     m = 64 if m is None and reduction_factor is None else m
     return Bottleneck(targets, m, reduction_factor, **fields)
 
@@ -43,12 +43,12 @@ def houlsby(
     head: str | None = None,
     **fields: Any,
 ) -> Recipe:
-    """Houlsby et al. 2019, arXiv:1902.00751: two adapters a block, layer norms, the task's head.
+    """Houlsby et al. 2019, arXiv:1902.00751: two adapters a block, layer norms and head.
 
     Args:
         bottleneck_dim: m; 64 where neither width field is given.
         reduction_factor: as in `Bottleneck`.
-        targets: the output projections after attention and after the feed-forward layer.
+        targets: patterns of the output projections of attention and of the feed-forward layer.
         layer_norms: pattern of the layer norms' parameters; None leaves them frozen.
         head: path of the task's head, which trains whole.
         **fields: further fields of `Bottleneck`.
@@ -77,8 +77,8 @@ def pfeiffer(
 ) -> Recipe:
     """Pfeiffer et al. 2021, arXiv:2005.00247: one adapter a block, after the feed-forward layer.
 
-    In post-norm models, `targets="**/mlp_norm", placement="norm"` is the place that the paper found
-    best, which AdapterHub calls seq_bn: it reads the norm's output and adds to its input.
+    In post-norm models, the paper found `targets="**/mlp_norm", placement="norm"` best, which
+    AdapterHub calls seq_bn: the adapter reads the norm's output and adds to the norm's input.
 
     Args: as in `houlsby`.
     """
@@ -118,15 +118,15 @@ def lora(
 
     Args:
         rank: r.
-        alpha: the scale is alpha / r; None follows the rank.
+        alpha: the scale is alpha / r; None means alpha = r.
         targets: patterns of linear layers.
         bias: which biases train as well: none, all of the model, or those of the targets alone.
-        dora: `DoRA` instead of `LoRA`.
+        dora: use `DoRA` instead of `LoRA`.
         head: path of the task's head, which trains whole.
         **fields: further fields of `LoRA`.
 
     Raises:
-        ValueError: `bias` is none of the three.
+        UserError: `bias` has another value.
 
     Example:
         >>> lora(4, bias="lora_only")
@@ -175,19 +175,20 @@ def llama_adapter(
     head: str | None = None,
     **fields: Any,
 ) -> Recipe:
-    """Zhang et al. 2023, arXiv:2303.16199: gated prompts; in the top 30 of LLaMA-7B's 32 layers.
+    """Zhang et al. 2023, arXiv:2303.16199: gated prompts; the top 30 of LLaMA-7B's 32 layers there.
 
     Args:
         prompt_length: K, tokens of each layer's prompt.
-        last: how many layers, counted from the top; with `num_layers`.
-        num_layers: how many the model has.
+        last: how many layers get a prompt, counted from the top; needs `num_layers`.
+        num_layers: how many layers the model has.
         layers: instead of `last`: the layers' numbers, such as `range(2, 32)`; all by default.
         targets: pattern of one layer's attention, with `{}` for the layer's number.
         head: path of the task's head, which trains whole.
         **fields: further fields of `LlamaAdapter`.
 
     Raises:
-        ValueError: `last` is not between 1 and `num_layers`, or both ways to choose are used.
+        UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
+            `num_layers`, or layers are chosen and `targets` has no `{}`.
 
     Example:
         >>> llama_adapter(last=2, num_layers=32)
@@ -220,7 +221,7 @@ def prefix_tuning(
 def _numbers(
     owner: str, last: int | None, num_layers: int | None, layers: Iterable[int] | None
 ) -> tuple[int, ...] | None:
-    """The numbers of the layers chosen; None means all of them."""
+    """The numbers of the chosen layers; None means all layers."""
     if last is None:
         return None if layers is None else tuple(layers)
     if layers is not None or num_layers is None:
@@ -231,9 +232,9 @@ def _numbers(
 
 
 def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]:
-    """A pattern for each layer, so that one that does not exist is noticed.
+    """One pattern for each chosen layer, so that a layer that does not exist raises an error.
 
-    That of all layers means scanned ones as well, where the number is a name of its own.
+    The pattern of all layers matches scanned layers as well, whose paths have no number.
     """
     if numbers is None:
         return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
@@ -266,16 +267,16 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
 def last_layers(
     k: int, num_layers: int, *, layer: str = "**/layer_{}", head: str | None = None
 ) -> Recipe:
-    """The top layers whole: the baseline that Houlsby et al. compare with.
+    """All parameters of the top layers: the baseline of Houlsby et al. 2019, arXiv:1902.00751.
 
     Args:
-        k: how many layers, counted from the top.
-        num_layers: how many the model has.
+        k: how many layers train, counted from the top.
+        num_layers: how many layers the model has.
         layer: pattern of one layer, with `{}` for its number.
         head: path of the task's head, which trains whole.
 
     Raises:
-        ValueError: k is not between 1 and `num_layers`, or `layer` has no `{}`.
+        UserError: k is not between 1 and `num_layers`, or `layer` has no `{}`.
 
     Example:
         >>> last_layers(2, 12)
@@ -296,9 +297,9 @@ def full() -> Recipe:
     return Recipe(Unfreeze("**"))
 
 
-HEAD = "head"  # path of the task's head in our classifiers
+HEAD = "head"  # path of the task's head in this library's classifiers
 
 
 def head_only(*, head: str | None = None) -> Recipe:
-    """The frozen base with a trained head: what every adapter has to beat."""
+    """The frozen base with a trained head: the baseline of every adapter."""
     return Recipe(Unfreeze(f"{head or HEAD}/**"))

@@ -1,4 +1,4 @@
-"""A recipe says what trains: an ordered tuple of methods, and everything else follows from it."""
+"""A recipe says what trains in a model: an ordered tuple of methods, with its JSON form."""
 
 import dataclasses
 import difflib
@@ -16,16 +16,16 @@ _LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class Recipe:
-    """What trains in a model: methods that add parameters, and base parameters set free.
+    """What trains in a model: methods that add parameters, and unfrozen parameters of the base.
 
-    Recipes compare by value, add up, and turn into JSON and back. Where two methods act on one
-    module, the earlier one is applied first.
+    Recipes compare by value, are added with `+`, and convert to JSON and back. Where two methods
+    act on one module, the earlier one is applied first.
 
     Args:
         methods: methods or recipes, in order.
 
     Raises:
-        TypeError: something that is neither, or a method whose class is not registered.
+        TypeError: an argument is neither, or the class of a method is not registered.
 
     Example:
         >>> from adapters_jax import LoRA, Unfreeze
@@ -66,14 +66,14 @@ class Recipe:
 
     @property
     def unfrozen(self) -> tuple[tuple[str, ...], ...]:
-        """The patterns of base parameters that train, those of each method together."""
+        """The patterns of unfrozen parameters, one tuple for each method that unfreezes."""
         return tuple(tuple(m.targets) for m in self.methods if m.slot is None)
 
     def at(self, path: str) -> tuple[Method, ...]:
         """The methods that target a module, in order.
 
         Raises:
-            RecipeError: two of them would keep their leaves under one name, or one that reads the
+            RecipeError: two of them keep their leaves under one name, or a method that reads the
                 module's weight comes after one that changes it.
         """
         found = tuple(m for m in self.attached if selects(m.targets, path))
@@ -93,7 +93,7 @@ class Recipe:
         return found
 
     def owner(self, path: str) -> tuple[str, Method] | None:
-        """The module and method that a parameter path was added by, or None for a base parameter.
+        """The module and method that a parameter belongs to; None for a parameter of the base.
 
         Example:
             >>> from adapters_jax import LoRA
@@ -109,7 +109,7 @@ class Recipe:
         return None
 
     def trains(self, path: str) -> bool:
-        """Whether the parameter at a path is trained."""
+        """Whether the parameter at a path trains."""
         return self.owner(path) is not None or any(selects(p, path) for p in self.unfrozen)
 
     def to_json(self) -> str:
@@ -122,13 +122,14 @@ class Recipe:
         """Reads a recipe from JSON text or from the object it decodes to.
 
         Raises:
-            ValueError: an unknown method or key (named, with the nearest known one), a key that
-                has to be stated and is not, or a value out of its range.
+            UserError: an unknown method or key (the message has the nearest known one), a missing
+                key, or a value out of its range; a method that is not registered raises its
+                subclass RecipeError.
         """
         data = json.loads(text) if isinstance(text, str) else text
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
-            raise UserError('recipe JSON wants one key "methods" that holds a list of methods')
+            raise UserError('recipe JSON: expected one key "methods" with a list of methods')
         return cls(*[_method(row) for row in rows])
 
 
@@ -141,7 +142,7 @@ def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str,
         unusable: the model's other modules, each with the reason.
 
     Raises:
-        TargetError: names every pattern that fails and lists the paths nearest to it.
+        TargetError: names every pattern that fails, with the paths nearest to it.
     """
     owner = type(method).__name__
     require_match(owner, method.targets, usable, unusable)
@@ -154,7 +155,7 @@ def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str,
 
 
 def _members(item: Any) -> Iterable[Method]:
-    """The methods that an argument of a recipe stands for."""
+    """The methods in an argument of `Recipe`."""
     if isinstance(item, Method):
         if METHODS.get(getattr(item, "name", "")) is type(item):
             return (item,)
@@ -165,11 +166,11 @@ def _members(item: Any) -> Iterable[Method]:
     if isinstance(item, Recipe | list | tuple):
         return (method for part in item for method in _members(part))
     known = ", ".join(m.__name__ for m in METHODS.values())
-    raise TypeError(f"a recipe is made of methods ({known}); got {item!r}")
+    raise TypeError(f"Recipe: got {item!r}, expected methods ({known}) or recipes")
 
 
 def _short(method: Method) -> str:
-    """A method without the fields left at their default."""
+    """The repr of a method without the fields that have their default."""
     shown = [
         f"{f.name}={getattr(method, f.name)!r}"
         for f in dataclasses.fields(method)
@@ -179,7 +180,7 @@ def _short(method: Method) -> str:
 
 
 def _method(row: Any) -> Method:
-    """One method from its JSON object."""
+    """A method from its JSON object."""
     got = row.get("method") if isinstance(row, Mapping) else None
     if not isinstance(got, str) or len(got) > _LONGEST_NAME:
         message = f"recipe JSON: method {shortened(repr(got))}, expected one of "
@@ -202,5 +203,5 @@ def _method(row: Any) -> Method:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON lists as tuples, also nested ones."""
+    """A JSON value with tuples for lists, nested ones too."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,13 +1,13 @@
-"""The pattern language: which paths of a model a method means.
+"""The pattern language: which paths of a model a pattern matches.
 
 A path is the names from the root of a model to a module or parameter, joined by slashes
 (`layer_0/attention/query`). A pattern is a path in which
 
-* `*` stands for any characters within one name,
-* `**` stands for any number of whole names, also none,
-* `{a,b}` stands for either of its parts.
+* `*` matches any characters within one name,
+* `**` matches any number of whole names, also none,
+* `{a,b}` matches either of its parts.
 
-Among several patterns, one that begins with `!` takes away what the others mean.
+Among several patterns, one that begins with `!` excludes paths that the others match.
 
 The same patterns serve linen and NNX, modules and parameters, single and stacked layers.
 """
@@ -21,17 +21,17 @@ from typing import Any
 
 from adapters_jax.errors import TargetError, shortened
 
-MOST = 65_536  # characters that taking the braces of one pattern apart may make
-_DETAILED = 12  # failing patterns that a message tells about
+MOST = 65_536  # characters that one pattern may expand to
+_DETAILED = 12  # failing patterns that a message explains
 _ANY_NAMES, _END = "(?:/[^/]+)*", r"(?=/|\Z)"
 
 
 @functools.lru_cache(maxsize=4096)
 def _compile(pattern: str) -> Callable[[str], Any]:
-    """What tells whether a pattern means a path, given with a slash before it.
+    """A function that tells whether a pattern matches a path, which it takes with a slash in front.
 
-    No pattern is slow: what stands between two wildcards is settled where it first fits, `(?>...)`,
-    since whatever can follow a later place can follow the first one too.
+    Matching never backtracks far: the text between two wildcards is fixed at its first match by an
+    atomic group, `(?>...)`, since whatever can follow a later match can follow the first one too.
     """
     if not re.search(r"[*{}]", pattern):
         return f"/{pattern}".__eq__
@@ -46,21 +46,22 @@ def _regex(form: str) -> str:
         '/a(?:/[^/]+)*/b[^/]*'
     """
     first, *others = map(_names, re.split(r"/\*\*(?=/|$)", f"/{form}"))
-    settled = (f"(?>(?:/[^/]+)*?{part}{_END})" for part in others[:-1])
-    return "".join([first, *settled, *(_ANY_NAMES + part for part in others[-1:])])
+    fixed = (f"(?>(?:/[^/]+)*?{part}{_END})" for part in others[:-1])
+    return "".join([first, *fixed, *(_ANY_NAMES + part for part in others[-1:])])
 
 
 def _names(part: str) -> str:
-    """The regular expression of names with single stars in them."""
+    """The regular expression of a part without `**`."""
     first, *others = map(re.escape, re.split(r"\*+", part))
-    settled = (f"(?>[^/]*?{text})" for text in others[:-1])
-    return "".join([first, *settled, *(f"[^/]*{text}" for text in others[-1:])])
+    fixed = (f"(?>[^/]*?{text})" for text in others[:-1])
+    return "".join([first, *fixed, *(f"[^/]*{text}" for text in others[-1:])])
 
 
 def _expanded(pattern: str) -> tuple[list[str], int]:
-    """The patterns without braces that a pattern stands for, from the innermost brace outwards.
+    """The patterns without braces that a pattern expands to, innermost braces first.
 
-    Also how many characters that made; raises TargetError for an unbalanced brace and for too many.
+    Also their length, the characters of every step. Raises TargetError for an unbalanced brace and
+    for more than `MOST` characters.
     """
     forms, made = [pattern], len(pattern)
     while "{" in forms[0] or "}" in forms[0]:
@@ -77,18 +78,18 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
                 made += len(wider[-1]) + 1
                 if made > MOST:
                     raise TargetError(
-                        f"target {shortened(repr(pattern))} stands for too many patterns, of over "
-                        f"{MOST} characters; write * or ** instead of some of its braces"
+                        f"target {shortened(repr(pattern))} expands to too many patterns, "
+                        f"of over {MOST} characters; write * or ** instead of some of its braces"
                     )
         forms = wider
     return forms, made
 
 
 def weight(pattern: str) -> int:
-    """How many characters of plain patterns there are to make of a pattern and to compile.
+    """How many characters the braces of a pattern expand to: what compiling it costs.
 
     Raises:
-        TargetError: they are too many, or a brace is not closed.
+        TargetError: there are more than `MOST`, or a brace is unbalanced.
 
     Example:
         >>> weight("{a,b}_{0,1}"), weight("a_0")
@@ -98,7 +99,7 @@ def weight(pattern: str) -> int:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern means a path.
+    """Whether a pattern matches a path.
 
     Args:
         pattern: a pattern of the language above.
@@ -114,7 +115,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def selects(patterns: Sequence[str], path: str) -> bool:
-    """Whether several patterns together mean a path.
+    """Whether several patterns together match a path.
 
     Example:
         >>> patterns = ("**/query", "!layer_0/**")
@@ -127,13 +128,13 @@ def selects(patterns: Sequence[str], path: str) -> bool:
 
 
 def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
-    """Targets as a tuple of patterns; raises TargetError where they are none at all."""
+    """Targets as a tuple of patterns; raises TargetError where they are not patterns."""
     several = isinstance(targets, Iterable) and not isinstance(targets, str)
     patterns: tuple[Any, ...] = tuple(targets) if several else (targets,)
     texts = bool(patterns) and all(isinstance(p, str) and p.removeprefix("!") for p in patterns)
     if not texts or all(p.startswith("!") for p in patterns):
         raise TargetError(
-            f"{owner} got targets={targets!r}; it wants one or more patterns such as '**/query'"
+            f"{owner}: targets={targets!r}, expected one or more patterns such as '**/query'"
         )
     for pattern in patterns:
         _compile(pattern.removeprefix("!"))
@@ -146,20 +147,20 @@ def require_match(
     usable: Iterable[str],
     unusable: Mapping[str, str] | None = None,
 ) -> None:
-    """Checks that every pattern means at least one usable path.
+    """Checks that every pattern matches at least one usable path.
 
     Args:
-        owner: what the message calls the method that the patterns belong to.
+        owner: the method that the patterns belong to, for the message.
         patterns: the patterns to check.
-        usable: paths the method can attach to.
+        usable: paths that the method can attach to.
         unusable: the model's other paths, each with the reason.
 
     Raises:
-        TargetError: names the patterns that fail and lists the paths nearest to each.
+        TargetError: names the patterns that fail, each with the paths nearest to it.
     """
     failures = _failures(owner, patterns, list(usable), unusable or {})
     problems = list(itertools.islice(failures, _DETAILED + 1))
-    if len(problems) > _DETAILED:  # to find the nearest paths of all of them would take its time
+    if len(problems) > _DETAILED:  # finding the nearest paths of all of them would be slow
         problems[-1] = f"{owner}: other targets fail as well"
     if problems:
         raise TargetError("\n".join(problems))
@@ -168,14 +169,14 @@ def require_match(
 def _failures(
     owner: str, patterns: Sequence[str], usable: Sequence[str], unusable: Mapping[str, str]
 ) -> Iterator[str]:
-    """What is wrong with each pattern that fails."""
-    named = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
+    """A line of the message for each pattern that fails."""
+    matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     for pattern in patterns:
         if pattern[0] == "!":
-            taken = [path for path in named if matches(pattern[1:], path)]
-            if not taken or len(taken) == len(named):
-                what = "everything" if taken else "nothing"
-                yield f"{owner}: {pattern!r} takes away {what} of {_some(named)}"
+            excluded = [path for path in matched if matches(pattern[1:], path)]
+            if not excluded or len(excluded) == len(matched):
+                what = "everything" if excluded else "nothing"
+                yield f"{owner}: {pattern!r} excludes {what} of {_some(matched)}"
             continue
         if any(matches(pattern, path) for path in usable):
             continue
@@ -196,17 +197,17 @@ def _failures(
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
-    """The paths most like a pattern, best first, judged by the pattern's own last names."""
-    wanted = pattern.replace("**/", "").replace("/**", "")
-    depth = wanted.count("/") + 1
+    """The paths most like a pattern, best first, compared by as many last names as it has."""
+    plain = pattern.replace("**/", "").replace("/**", "")
+    n = plain.count("/") + 1
     by_tail: dict[str, str] = {}
     for path in paths:
-        by_tail.setdefault("/".join(path.split("/")[-depth:]), path)
-    return [by_tail[tail] for tail in difflib.get_close_matches(wanted, by_tail, count, 0.4)]
+        by_tail.setdefault("/".join(path.split("/")[-n:]), path)
+    return [by_tail[tail] for tail in difflib.get_close_matches(plain, by_tail, count, 0.4)]
 
 
 def _some(paths: Sequence[str], count: int = 5) -> str:
-    """The first few paths for a message, and how many more there are."""
+    """The first few paths, and how many more there are, as a message prints them."""
     shown = ", ".join(map(_shown, paths[:count])) or "(none)"
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 

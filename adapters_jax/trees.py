@@ -1,8 +1,8 @@
-"""Trees of parameters taken apart and put together: what trains, and what stays.
+"""Splits trees of parameters into what trains and what is frozen, and merges them again.
 
 A partition is two trees without holes: `adapters` has the leaves that train and nothing else,
-`base` the others, each under the path it has in the whole. Differentiating `adapters` alone is what
-keeps gradients, optimiser state and a step's outputs as small as the adapters.
+`base` the others, each under its path in the whole tree. Since only `adapters` is differentiated,
+gradients, optimiser state and a step's outputs are as small as the adapters.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.weights.quantized import is_quantized
 
 Tree = Any
-Adapter = tuple[Recipe | Method, Tree]  # what trains, and what was trained
+Adapter = tuple[Recipe | Method, Tree]  # a recipe, and the tree of its trained leaves
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """A nested mapping or NNX state as a flat one, `{"layer_0/query/kernel": leaf}`."""
+    """The leaves of a nested mapping or NNX state by path, `{"layer_0/query/kernel": leaf}`."""
     if isinstance(tree, nnx.State):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
         return {path_of(path): leaf for path, leaf in leaves}
@@ -31,7 +31,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """The inverse of `flatten`, with names as strings."""
+    """The nested mapping of leaves by path; every name is a string."""
     return traverse_util.unflatten_dict({tuple(path.split("/")): x for path, x in flat.items()})
 
 
@@ -48,11 +48,11 @@ def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
 
 
 def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
-    """Takes a parameter tree apart by a recipe.
+    """Splits a parameter tree into what a recipe trains and the rest.
 
     Args:
         params: nested mapping of parameters, arrays or abstract; it is not changed.
-        recipe: says what trains.
+        recipe: what trains.
 
     Returns:
         `(adapters, base)`: the leaves that train, and the frozen ones.
@@ -67,15 +67,15 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
 
 
 def without_adapters(params: Tree, recipe: Recipe) -> Tree:
-    """The tree that the base alone has: every leaf but those the recipe's methods added."""
+    """The base model's tree: every leaf except those that the recipe's methods added."""
     return _where(params, lambda path: recipe.owner(path) is None)
 
 
 def merge_trees(*trees: Tree) -> Tree:
-    """Puts parts of one tree together; the inverse of `partition`.
+    """Merges the parts of one tree; the inverse of `partition`.
 
     Raises:
-        ValueError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
+        UserError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})
@@ -89,18 +89,21 @@ def merge_trees(*trees: Tree) -> Tree:
         whole.update(part)
     twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}
     if twice:
-        places = sorted("/".join(map(str, path)) for path in twice)
-        raise UserError(f"merge_trees: more than one tree has something at {', '.join(places)}")
+        paths = sorted("/".join(map(str, path)) for path in twice)
+        raise UserError(
+            f"merge_trees: more than one tree has a value at {', '.join(paths)}; "
+            "pass trees without common paths"
+        )
     return traverse_util.unflatten_dict(whole)
 
 
 def join(*names: str) -> str:
-    """Parts of a path joined by slashes; empty ones, such as a model's own path, vanish."""
+    """Parts of a path joined by slashes, without empty parts such as the path of a whole model."""
     return "/".join(filter(None, names))
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """A jax key path as names joined by slashes; the `value` of an NNX Variable is left out."""
+    """A JAX key path as names joined by slashes, without the `value` of an NNX Variable."""
     names = []
     for key in key_path:
         name = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
@@ -118,7 +121,7 @@ def adapter_leaves(adapter: Adapter, caller: str) -> tuple[Recipe, dict[str, Any
         caller: the function whose argument it is, for the message.
 
     Raises:
-        TypeError: it is no such pair.
+        TypeError: `adapter` is not a pair of a recipe and a tree.
     """
     if not (isinstance(adapter, tuple) and len(adapter) == 2):
         raise TypeError(

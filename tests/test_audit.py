@@ -11,11 +11,14 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers.errors import raises
 from rich.console import Console
 
 import adapters_jax as aj
+from adapters_jax.audit import bytes_text
 from adapters_jax.models import KNOWN
 from adapters_jax.trees import flatten, unflatten
+from adapters_jax.weights.quantized import bits_of
 
 X = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 RECIPE = aj.Recipe(
@@ -66,20 +69,20 @@ def shape(*axes, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "adapters", "unfrozen", "sites"),
+    ("name", "recipe", "adapters", "unfrozen", "points"),
     [
         ("bert-base", aj.houlsby(64), 2_379_264, 38_400, 24),
         ("bert-base", aj.pfeiffer(reduction_factor=16), 894_528, 0, 12),
         ("roberta-base", aj.lora(8), 294_912, 0, 24),
     ],
 )
-def test_published_counts(name, recipe, adapters, unfrozen, sites):
+def test_published_counts(name, recipe, adapters, unfrozen, points):
     audit = aj.audit(*known(name, recipe))
     assert audit.adapter_parameters == adapters
     assert audit.trainable_parameters == adapters + unfrozen
     assert audit.trainable_bytes == audit.gradient_bytes == 4 * (adapters + unfrozen)
     assert audit.optimizer_bytes == 2 * audit.trainable_bytes + 4
-    assert len([site for site in audit.entries if site.method != "Unfreeze"]) == sites
+    assert len([entry for entry in audit.entries if entry.method != "Unfreeze"]) == points
     assert audit.unmatched == ()
 
 
@@ -98,7 +101,7 @@ def test_published_counts_of_gpt3():
     audit = aj.audit(aj.lora(8), unflatten(wider))
     assert audit.adapter_parameters == 37_748_736
     assert [row[3:] for row in audit.rows()] == [("8*(12288 + 12288)", "96", "18,874,368")] * 2
-    with pytest.raises(aj.MismatchError, match="layer_95/attention/value .LoRA. has 196,608, 4"):
+    with raises(aj.MismatchError, "layer_95/attention/value (LoRA)", "196,608", "4*(12288 "):
         aj.audit(model, unflatten(wider))
 
 
@@ -127,15 +130,15 @@ def test_rich_takes_no_path_for_markup():
 
 def test_to_dict_is_json_and_holds_everything():
     audit = aj.audit(*small())
-    told = json.loads(json.dumps(audit.to_dict()))
-    for field in ("adapter", "trainable", "frozen"):
-        assert told[f"{field}_parameters"] == getattr(audit, f"{field}_parameters")
-    assert told["percent"] == pytest.approx(100 * 385 / 464)
-    assert told["optimizer_bytes"] == 2 * 385 * 4 + 4
-    assert told["frozen_bytes"] == 384 * 4
-    assert told["unmatched"] == []
-    assert len(told["entries"]) == 12 + 13
-    assert told["entries"][0] == {
+    fields = json.loads(json.dumps(audit.to_dict()))
+    for kind in ("adapter", "trainable", "frozen"):
+        assert fields[f"{kind}_parameters"] == getattr(audit, f"{kind}_parameters")
+    assert fields["percent"] == pytest.approx(100 * 385 / 464)
+    assert fields["optimizer_bytes"] == 2 * 385 * 4 + 4
+    assert fields["frozen_bytes"] == 384 * 4
+    assert fields["unmatched"] == []
+    assert len(fields["entries"]) == 12 + 13
+    assert fields["entries"][0] == {
         "path": "layer_0",
         "method": "LoRA",
         "shapes": {"a": [4, 2], "b": [2, 6]},
@@ -145,8 +148,8 @@ def test_to_dict_is_json_and_holds_everything():
     }
 
 
-def test_sites_are_in_the_order_of_layers():
-    paths = [site.path for site in aj.audit(*small()).entries if site.method == "LoRA"]
+def test_entries_are_in_the_order_of_layers():
+    paths = [entry.path for entry in aj.audit(*small()).entries if entry.method == "LoRA"]
     assert paths == [f"layer_{i}" for i in range(11)]
 
 
@@ -176,14 +179,13 @@ def test_an_int8_base_is_counted_in_its_own_bytes():
     assert (audit.frozen_parameters, audit.frozen_bytes, audit.trainable_bytes) == (24, 24, 80)
 
 
-def test_patterns_that_nothing_answers_to_are_listed():
+def test_patterns_that_match_nothing_are_listed():
     _, params = small()
     recipe = RECIPE + aj.LoRA(("layer_1", "stem"), 2) + aj.Unfreeze(("gone/**", "head/*"))
     audit = aj.audit(recipe, params)
     assert audit.unmatched == ("stem", "gone/**")
-    assert repr(audit).endswith(
-        "nothing answers to the pattern 'stem'\nnothing answers to the pattern 'gone/**'"
-    )
+    lines = repr(audit).splitlines()[-2:]
+    assert "'stem'" in lines[0] and "'gone/**'" in lines[1]
 
 
 def test_stacked_layers_count_every_layer():
@@ -201,19 +203,19 @@ def test_stacked_layers_count_every_layer():
     }
     recipe = aj.Recipe(aj.LoRA("**/dense", 2), aj.Bottleneck("**/dense", 5))
     audit = aj.audit(recipe, params)
-    assert [(site.formula, site.actual) for site in audit.entries] == [
+    assert [(entry.formula, entry.actual) for entry in audit.entries] == [
         ("3*(2*6*5 + 6 + 5)", 3 * 71),
         ("3*(2*(4 + 6))", 60),
     ]
     params["layers"]["dense"]["lora"]["a"] = shape(2, 4, 2)
-    with pytest.raises(aj.MismatchError, match=r"dense \(LoRA\) has 52, 3\*\(2\*\(4 \+ 6\)\) = 60"):
+    with raises(aj.MismatchError, "layers/dense (LoRA)", 52, "3*(2*(4 + 6)) = 60"):
         aj.audit(recipe, params)
 
 
 def test_factors_of_an_einsum_weight():
     params = {"query": {"kernel": shape(8, 2, 4), "lora": {"a": shape(8, 3), "b": shape(3, 2, 4)}}}
-    (site,) = aj.audit(aj.Recipe(aj.LoRA("query", 3)), params).entries
-    assert (site.formula, site.expected) == ("3*(8 + 8)", 48)
+    (entry,) = aj.audit(aj.Recipe(aj.LoRA("query", 3)), params).entries
+    assert (entry.formula, entry.expected) == ("3*(8 + 8)", 48)
 
 
 def tampered(changes):
@@ -223,8 +225,18 @@ def tampered(changes):
     return aj.audit(model, unflatten({path: x for path, x in flat.items() if x is not None}))
 
 
-def test_every_wrong_site_is_named():
-    with pytest.raises(aj.MismatchError) as error:
+def test_every_wrong_adapter_is_named():
+    found = {
+        "layer_0 (LoRA)": ["24", "2*(4 + 6) = 20"],
+        "layer_1 (Bottleneck)": [
+            "down/bias, down/kernel, up/kernel",
+            "down/kernel, down/bias, up/kernel, up/bias",
+        ],
+        "layer_2 (LoRA)": ["42", "2*(6 + 6) = 24"],
+        "layer_3 (LoRA)": ["a, b, c", "a, b"],
+        "layer_4 (LoRA)": ["a, b, magnitude/scale", "a, b"],
+    }
+    with raises(aj.MismatchError) as error:
         tampered(
             {
                 "layer_0/lora/a": shape(4, 3),
@@ -234,12 +246,10 @@ def test_every_wrong_site_is_named():
                 "layer_4/lora/magnitude/scale": shape(6),
             }
         )
-    assert str(error.value) == (
-        "the arrays do not hold what the recipe says: layer_0 (LoRA) has 24, 2*(4 + 6) = 20; "
-        "layer_1 (Bottleneck) has down/bias, down/kernel, up/kernel, not down/kernel, down/bias, "
-        "up/kernel, up/bias; layer_2 (LoRA) has 42, 2*(6 + 6) = 24; layer_3 (LoRA) has a, b, c, "
-        "not a, b; layer_4 (LoRA) has a, b, magnitude/scale, not a, b"
-    )
+    problems = str(error.value).split("; ")
+    assert len(problems) == len(found)
+    for problem, (entry, data) in zip(problems, found.items(), strict=True):
+        assert all(datum in problem for datum in [entry, *data]), problem
 
 
 @pytest.mark.parametrize(
@@ -254,14 +264,26 @@ def test_every_wrong_site_is_named():
     ],
 )
 def test_no_wrong_leaf_passes(changes):
-    with pytest.raises(aj.MismatchError, match=next(iter(changes))[:7]):
+    with raises(aj.MismatchError, next(iter(changes))[:7]):
         tampered(changes)
 
 
 def test_the_model_itself_is_named_where_its_path_is_empty():
     params = {"kernel": shape(4, 6), "lora": {"a": shape(4, 3), "b": shape(3, 6)}}
-    with pytest.raises(aj.MismatchError, match=r"\(the model itself\) \(LoRA\) has 30, 2"):
+    with raises(aj.MismatchError, "(the model itself) (LoRA)", 30, "2*(4 + 6) = 20"):
         aj.audit(aj.Recipe(aj.LoRA("**", 2)), params)
+
+
+def test_bits_of_a_number():
+    bits = {"int4": 4, "uint8": 8, "int32": 32, "bfloat16": 16, "float32": 32, "bool": 8}
+    assert {name: bits_of(jnp.dtype(name)) for name in bits} == bits
+    assert bits_of(jax.random.key(0).dtype) == 64
+
+
+def test_bytes_as_text():
+    texts = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536 * 2**20: "1.5 GiB"}
+    assert {n: bytes_text(n) for n in texts} == texts
+    assert bytes_text(3 * 2**50) == "3072.0 TiB"
 
 
 def test_a_model_without_adapters():
@@ -273,13 +295,13 @@ def test_a_model_without_adapters():
     ]
     full = aj.audit(aj.full(), params)
     assert (full.adapter_parameters, full.trainable_parameters, full.percent) == (0, 24, 100.0)
-    with pytest.raises(ValueError, match="Linear has no adapters; call aj.adapt"):
+    with raises(aj.UserError, "Linear", "aj.adapt"):
         aj.audit(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("args", [(RECIPE,), (Net(), {}), (None, {}), (aj.adapt(Net(), RECIPE),)])
 def test_other_arguments_are_refused(args):
-    with pytest.raises(TypeError, match=r"expected \(adapted linen model, params\), \(adapted"):
+    with raises(TypeError, "params", "recipe"):
         aj.audit(*args)
 
 
@@ -292,7 +314,7 @@ def test_an_nnx_model_is_counted_by_its_own_parameters():
         )
 
     audit = aj.audit(nnx.eval_shape(build))
-    assert [(site.path, site.actual) for site in audit.entries] == [
+    assert [(entry.path, entry.actual) for entry in audit.entries] == [
         ("0", 20),
         ("1/bias", 6),
         ("1/scale", 6),

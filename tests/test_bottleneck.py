@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.errors import InvalidRngError
 from helpers.arrays import double, drawn, drawn_like
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.methods.base import AttachmentPoint
@@ -16,7 +18,7 @@ from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.trees import flatten, path_of
 
 D, M = 6, 3
-SITE = AttachmentPoint("layer_0/mlp", "__call__", D)
+POINT = AttachmentPoint("layer_0/mlp", "__call__", D)
 LEAVES = {
     "down/kernel": drawn((D, M), 1),
     "down/bias": drawn((M,), 2),
@@ -65,7 +67,7 @@ def test_every_activation_has_a_formula_here():
 def test_sequential(activation):
     x, y = drawn((2, 5, D), 5), drawn((2, 5, D), 6)
     method = aj.Bottleneck("**", M, activation=activation)
-    got = method.forward(LEAVES, SITE, x, jnp.asarray(y))
+    got = method.forward(LEAVES, POINT, x, jnp.asarray(y))
     np.testing.assert_allclose(got, y + branch(y, activation), rtol=1e-5, atol=1e-5)
 
 
@@ -74,7 +76,7 @@ def test_sequential(activation):
 def test_placement_and_scale(placement, scale):
     x, y = drawn((2, 5, D), 5), drawn((2, 5, D), 6)
     method = aj.Bottleneck("**", M, placement=placement, scale=scale, activation="relu")
-    got = method.forward(LEAVES, SITE, x, jnp.asarray(y))
+    got = method.forward(LEAVES, POINT, x, jnp.asarray(y))
     source = y if placement == "sequential" else x
     np.testing.assert_allclose(got, y + scale * branch(source, "relu"), rtol=1e-5, atol=1e-5)
 
@@ -87,16 +89,16 @@ def test_norms_of_its_own(placement, before, after):
     method = aj.Bottleneck(
         "**", M, placement=placement, scale=0.5, norm_before=before, norm_after=after
     )
-    wanted = x if placement == "parallel" else y
+    expected = x if placement == "parallel" else y
     if before:
-        wanted = layer_norm(wanted, NORM["norm_before/scale"], NORM["norm_before/bias"])
-    wanted = 0.5 * branch(wanted)
+        expected = layer_norm(expected, NORM["norm_before/scale"], NORM["norm_before/bias"])
+    expected = 0.5 * branch(expected)
     if after:
-        wanted = layer_norm(wanted, NORM["norm_after/scale"], NORM["norm_after/bias"])
-    got = method.forward(LEAVES | NORM, SITE, x, jnp.asarray(y))
-    np.testing.assert_allclose(got, y + wanted, rtol=1e-5, atol=1e-5)
-    assert set(method.leaves(SITE)) == set(method.leaf_names)
-    shapes = {name: leaf.shape for name, leaf in method.leaves(SITE).items()}
+        expected = layer_norm(expected, NORM["norm_after/scale"], NORM["norm_after/bias"])
+    got = method.forward(LEAVES | NORM, POINT, x, jnp.asarray(y))
+    np.testing.assert_allclose(got, y + expected, rtol=1e-5, atol=1e-5)
+    assert set(method.leaves(POINT)) == set(method.leaf_names)
+    shapes = {name: leaf.shape for name, leaf in method.leaves(POINT).items()}
     count = method.count("", shapes, None)
     extra = " + 2*6" * (before + after)
     assert count.formula == f"2*6*3 + 6 + 3{extra}"
@@ -104,12 +106,12 @@ def test_norms_of_its_own(placement, before, after):
 
 
 def test_norms_of_its_own_start_as_plain_ones():
-    leaves = aj.Bottleneck("**", M, norm_before=True, norm_after=True).leaves(SITE)
+    leaves = aj.Bottleneck("**", M, norm_before=True, norm_after=True).leaves(POINT)
     for name in ("norm_before", "norm_after"):
         for part, value in (("scale", 1.0), ("bias", 0.0)):
             leaf = leaves[f"{name}/{part}"]
             np.testing.assert_array_equal(leaf.init(jax.random.key(0), leaf.shape), value)
-    with pytest.raises(ValueError, match="Bottleneck: norm_before=1, expected True or False"):
+    with raises(aj.UserError, "norm_before=1"):
         aj.Bottleneck("**", M, norm_before=1)
 
 
@@ -132,47 +134,45 @@ class NnxNorms(nnx.Module):
 
 
 def test_around_a_norm():
-    """norm(x + branch(norm(x))), in both doors."""
+    """norm(x + branch(norm(x))), in both APIs."""
     x = drawn((2, 4, D), 5)
     recipe = aj.Recipe(aj.Bottleneck("*", M, placement="norm", scale=0.5, activation="tanh"))
     model = aj.adapt(Norms(), recipe)
     params = drawn_like(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
-    wanted = double(x)
+    expected = double(x)
     for name in ("first", "second"):
         own = params[name]
         norm = lambda x, own=own: layer_norm(x, own["scale"], own["bias"], 1e-3)  # noqa: E731
         leaves = {leaf: own["adapter"][leaf.split("/")[0]][leaf.split("/")[1]] for leaf in LEAVES}
-        wanted = norm(wanted + 0.5 * branch(norm(wanted), "tanh", leaves))
-    np.testing.assert_allclose(model.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
+        expected = norm(expected + 0.5 * branch(norm(expected), "tanh", leaves))
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
 
     grown = aj.adapt(NnxNorms(), recipe, rngs=nnx.Rngs(0))
     whole = {path: jnp.asarray(leaf) for path, leaf in flatten(params).items()}
     state = nnx.state(grown, nnx.Param)
     nnx.update(grown, jax.tree_util.tree_map_with_path(lambda p, _: whole[path_of(p)], state))
-    np.testing.assert_allclose(grown(x), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(grown(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_around_a_norm_wants_a_norm():
+def test_around_a_norm_the_target_has_to_be_one():
     model = aj.adapt(nn.Dense(D), aj.Bottleneck("**", M, placement="norm"))
-    with pytest.raises(aj.TargetError, match="Dense does not return one float array or is not a n"):
+    with raises(aj.TargetError, "Dense"):
         jax.eval_shape(model.init, jax.random.key(0), drawn((2, D)))
     method = aj.Bottleneck("**", M, placement="norm")
-    with pytest.raises(
-        aj.RecipeError, match="placement='norm' needs a norm to target, by a recipe"
-    ):
-        method.forward(LEAVES, SITE, drawn((2, D)), drawn((2, D)))
+    with raises(aj.RecipeError, "placement='norm'", "aj.adapt"):
+        method.forward(LEAVES, POINT, drawn((2, D)), drawn((2, D)))
 
 
 def test_any_number_of_leading_axes():
     for shape in ((D,), (4, D), (2, 1, 3, D)):
         y = drawn(shape, 6)
-        got = aj.Bottleneck("**", M).forward(LEAVES, SITE, None, jnp.asarray(y))
+        got = aj.Bottleneck("**", M).forward(LEAVES, POINT, None, jnp.asarray(y))
         np.testing.assert_allclose(got, y + branch(y), rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_start_truncated_at_two_deviations_and_biases_at_zero():
-    std, site = 0.03, AttachmentPoint("", "__call__", 300)
-    leaves = aj.Bottleneck("**", 200, init_std=std).leaves(site)
+    std, point = 0.03, AttachmentPoint("", "__call__", 300)
+    leaves = aj.Bottleneck("**", 200, init_std=std).leaves(point)
     assert {name: leaf.shape for name, leaf in leaves.items()} == {
         "down/kernel": (300, 200),
         "down/bias": (200,),
@@ -199,7 +199,7 @@ def test_it_starts_near_the_identity():
             method.leaves(AttachmentPoint("", "__call__", 128)).items()
         )
     }
-    change = double(method.forward(leaves, SITE, y, jnp.asarray(y))) - y
+    change = double(method.forward(leaves, POINT, y, jnp.asarray(y))) - y
     assert 0 < np.abs(change).max() < 0.05
 
 
@@ -216,7 +216,7 @@ def test_the_reduction_factor_rounds_down_to_at_least_one(factor, d, m):
 def test_counts():
     assert aj.bottleneck_parameters(1024, 64) == 132_160
     assert aj.bottleneck_parameters(768, 64) == 99_136
-    held = sum(math.prod(leaf.shape) for leaf in aj.Bottleneck("**", M).leaves(SITE).values())
+    held = sum(math.prod(leaf.shape) for leaf in aj.Bottleneck("**", M).leaves(POINT).values())
     assert aj.bottleneck_parameters(D, M) == held == 2 * D * M + D + M
 
 
@@ -228,26 +228,21 @@ class Widen(nn.Module):
         return nn.Dense(D + 1, name="dense")(x)
 
 
-def test_a_parallel_adapter_wants_input_and_output_alike():
+def test_a_parallel_adapter_needs_an_output_as_wide_as_the_input():
     x = drawn((2, D))
     model = aj.adapt(Widen(), aj.Bottleneck("dense", M, placement="parallel"))
-    with pytest.raises(aj.RecipeError) as error:
+    with raises(aj.RecipeError, "parallel", "'dense'", "(2, 6)", "(2, 7)"):
         jax.eval_shape(model.init, jax.random.key(0), x)
-    assert str(error.value) == (
-        "parallel Bottleneck at 'dense': input (2, 6) and output (2, 7) differ; "
-        "target a module that keeps the shape"
-    )
     method = aj.Bottleneck("**", M, placement="parallel")
     for nothing in (None, (x, x)):
-        with pytest.raises(aj.RecipeError, match=f"input {type(nothing).__name__} and output"):
-            method.forward(LEAVES, SITE, nothing, x)
+        with raises(aj.RecipeError, type(nothing).__name__, "(2, 6)"):
+            method.forward(LEAVES, POINT, nothing, x)
 
 
 def test_a_target_that_returns_a_tuple_is_refused_with_the_reason():
     model = aj.adapt(nn.RNN(nn.SimpleCell(3), return_carry=True), aj.Bottleneck("**/cell", M))
-    with pytest.raises(aj.TargetError) as error:
+    with raises(aj.TargetError, "cell (SimpleCell "):
         jax.eval_shape(model.init, jax.random.key(0), drawn((1, 2, D)))
-    assert "cell (SimpleCell does not return one float array)" in str(error.value)
 
 
 def test_integer_outputs_are_refused():
@@ -256,7 +251,7 @@ def test_integer_outputs_are_refused():
             return jnp.argmax(x, -1)
 
     model = aj.adapt(Index(), aj.Bottleneck("**", M))
-    with pytest.raises(aj.TargetError, match="Index does not return one float array"):
+    with raises(aj.TargetError, "(the model itself) (Index "):
         jax.eval_shape(model.init, jax.random.key(0), drawn((2, D)))
 
 
@@ -291,9 +286,9 @@ def test_dropout_acts_between_the_projections():
     }
     method = aj.Bottleneck("**", D, activation="identity", dropout=0.25)
     y = jnp.ones((2000, D))
-    evaluated = method.forward(leaves, SITE, None, y)
+    evaluated = method.forward(leaves, POINT, None, y)
     np.testing.assert_allclose(evaluated, np.full((2000, D), 2.5), rtol=1e-6)
-    trained = np.asarray(method.forward(leaves, SITE, None, y, jax.random.key(0)))
+    trained = np.asarray(method.forward(leaves, POINT, None, y, jax.random.key(0)))
     kept = np.isclose(trained, 1.5 + 1 / 0.75, atol=1e-5)
     assert (kept | np.isclose(trained, 1.5, atol=1e-5)).all()
     assert abs(kept.mean() - 0.75) < 0.02
@@ -308,18 +303,19 @@ def test_by_hand_it_is_the_same_arithmetic(fields):
         "up": {"kernel": LEAVES["up/kernel"], "bias": LEAVES["up/bias"]},
     }
     scale, activation = fields.get("scale", 1.0), fields.get("activation", "gelu")
-    wanted = x + scale * branch(x, activation), y + scale * branch(x, activation)
+    expected = x + scale * branch(x, activation), y + scale * branch(x, activation)
     module = aj.linen.Bottleneck(M, **fields)
-    np.testing.assert_allclose(module.apply({"params": nested}, x), wanted[0], rtol=1e-5, atol=1e-5)
+    got = module.apply({"params": nested}, x)
+    np.testing.assert_allclose(got, expected[0], rtol=1e-5, atol=1e-5)
     got = module.apply({"params": nested}, x, y)
-    np.testing.assert_allclose(got, wanted[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, expected[1], rtol=1e-5, atol=1e-5)
 
     other = aj.nnx.Bottleneck(D, M, rngs=nnx.Rngs(0), **fields)
     for side in ("down", "up"):
         for leaf in ("kernel", "bias"):
             getattr(other, side)[leaf][...] = nested[side][leaf]
-    np.testing.assert_allclose(other(x), wanted[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(other(x, y), wanted[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(other(x), expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(other(x, y), expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_by_hand_in_linen_dropout_follows_the_key_and_the_flag():
@@ -333,5 +329,5 @@ def test_by_hand_in_linen_dropout_follows_the_key_and_the_flag():
     assert np.abs(dropped - plain).max() > 0.1
     again = module.apply(params, x, deterministic=False, rngs=rngs)
     np.testing.assert_array_equal(again, dropped)
-    with pytest.raises(Exception, match='needs PRNG for "dropout"'):
+    with raises(InvalidRngError, "dropout"):
         module.apply(params, x, deterministic=False)

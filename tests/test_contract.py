@@ -1,24 +1,24 @@
-"""What holds for every built-in method, through both APIs, on every kind of model."""
+"""The contract of every built-in method, in both APIs and on every kind of model."""
 
 import functools
 
 import jax
 import pytest
-from helpers.contract import CASES, DOORS, SUBJECTS, VARIANTS, shaken
+from helpers.contract import APIS, CASES, SUBJECTS, VARIANTS, shaken
 
 from adapters_jax.testing import checks
 
 
 @functools.cache
-def build(door, case, variant="plain", **options):
-    return DOORS[door](CASES[case], **VARIANTS[variant], **options)
+def build(api, case, variant="plain", **options):
+    return APIS[api](CASES[case], **VARIANTS[variant], **options)
 
 
 @pytest.fixture(params=map("-".join, SUBJECTS))
 def subject(request):
-    """A model of one API, with one method, in one form; and the case it is made from."""
-    door, case, variant = request.param.split("-")
-    made = build(door, case, variant)
+    """The model of a case, in one API and variant."""
+    api, case, variant = request.param.split("-")
+    made = build(api, case, variant)
     made.case, made.variant = CASES[case], variant
     return made
 
@@ -32,14 +32,14 @@ def test_start_count_file_and_merge(subject):
     checks.merges(subject)
 
 
-def test_steps_move_adapters_and_nothing_else(subject):
+def test_steps_change_adapters_and_nothing_else(subject):
     checks.trains_its_leaves_alone(subject)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("door", DOORS)
-def test_adapters_vmap_over_one_base(door, case):
-    checks.runs_under_vmap(build(door, case))
+@pytest.mark.parametrize("api", APIS)
+def test_adapters_vmap_over_one_base(api, case):
+    checks.runs_under_vmap(build(api, case))
 
 
 @pytest.mark.parametrize("variant", ["plain", "scan"])
@@ -55,9 +55,9 @@ def test_layers_stack_and_their_leaves_are_sharded(case):
     checks.shards(unrolled)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_without_jit_the_output_is_the_same(door):
-    subject = build(door, "together")
+@pytest.mark.parametrize("api", APIS)
+def test_without_jit_the_output_is_the_same(api):
+    subject = build(api, "together")
     adapters = shaken(subject.adapters)
     jitted = jax.jit(subject.run)(adapters, subject.frozen)
     checks.close(subject.run(adapters, subject.frozen), jitted, 1e-5, "the output without jit")

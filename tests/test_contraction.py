@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like, shapes
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.trees import flatten
@@ -183,9 +184,9 @@ def test_adapted_is_the_layer_with_the_changed_weight(name):
         params, changed, layer.x
     )
     before = jax.jit(base)(params, layer.x)
-    for got, wanted in outputs:
-        assert got.dtype == wanted.dtype
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    for got, expected in outputs:
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got, outputs[0][0], rtol=1e-4, atol=1e-4)
         assert np.abs(double(got) - double(before)).mean() > 0.5
 
@@ -194,8 +195,8 @@ def test_dense_by_hand():
     adapted, _, params = as_linen(LAYERS["dense"])
     x, kernel, bias = map(double, (LAYERS["dense"].x, params["kernel"], params["bias"]))
     a, b = double(params["lora"]["a"]), double(params["lora"]["b"])
-    wanted = x @ kernel + bias + 1.5 * (x @ a @ b)
-    np.testing.assert_allclose(adapted(params, LAYERS["dense"].x), wanted, rtol=1e-4, atol=1e-5)
+    expected = x @ kernel + bias + 1.5 * (x @ a @ b)
+    np.testing.assert_allclose(adapted(params, LAYERS["dense"].x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -254,25 +255,17 @@ def test_the_parts_of_a_weight(equation, shape, parts):
     "equation", ["bd,df", "bd->bf", "bd,df,f->bf", "b...d,...df->bf", "bZ,Zf->bf", "bd,dd->b", ""]
 )
 def test_equations_of_another_form(equation):
-    with pytest.raises(aj.RecipeError) as error:
+    with raises(aj.RecipeError, repr(equation), "'...d,df->...f'"):
         from_equation("w", equation)
-    assert str(error.value) == (
-        f"equation {equation!r} is not an explicit einsum of an input and a weight; "
-        "write for example '...d,df->...f' (the letter Z is taken)"
-    )
 
 
-def test_a_weight_of_other_axes_than_the_equation_says():
-    with pytest.raises(aj.RecipeError) as error:
+def test_a_weight_with_other_axes_than_the_equation():
+    with raises(aj.RecipeError, "w ", "(2, 3, 4)", "2 axes", "aj.register_contraction"):
         from_equation("w", "bd,df->bf").split_shape((2, 3, 4))
-    assert str(error.value) == (
-        "w has the shape (2, 3, 4), and the equation of its layer wants 2 axes; "
-        "correct the equation in aj.register_contraction"
-    )
 
 
 def refusal(module, x):
-    """What the refusal of LoRA on a module says."""
+    """The message of the error when LoRA cannot attach to a module."""
 
     def attach():
         if isinstance(module, nn.Module):
@@ -286,11 +279,11 @@ def refusal(module, x):
 
 def test_grouped_and_masked_convolutions_are_refused():
     x, mask = drawn((1, 5, 4)), np.ones((3, 4, 6), np.float32)
-    said = "LoRA: target '**' matches only paths it cannot attach to: "
-    said += "(the model itself) (Conv with groups, a mask, or an equation given only at the call)"
     for more in ({"feature_group_count": 2}, {"mask": mask}):
-        assert refusal(nn.Conv(6, (3,), **more), x).startswith(said)
-        assert refusal(nnx.Conv(4, 6, (3,), rngs=nnx.Rngs(0), **more), x).startswith(said)
+        for conv in (nn.Conv(6, (3,), **more), nnx.Conv(4, 6, (3,), rngs=nnx.Rngs(0), **more)):
+            message = refusal(conv, x)
+            assert message.startswith("LoRA: target '**'")
+            assert "(the model itself) (Conv " in message and "register" not in message
 
 
 def test_an_nnx_einsum_that_gets_its_equation_at_the_call_is_refused():
@@ -299,8 +292,8 @@ def test_an_nnx_einsum_that_gets_its_equation_at_the_call_is_refused():
             self.late = nnx.Einsum("bd,df->bf", (4, 5), rngs=rngs)
             self.late.einsum_str = None
 
-    said = refusal(Late(nnx.Rngs(0)), None)
-    assert "late (Einsum with groups, a mask, or an equation given only at the call)" in said
+    message = refusal(Late(nnx.Rngs(0)), None)
+    assert "late (Einsum " in message and "register_contraction(Einsum" not in message
 
 
 class Raw(nn.Module):
@@ -341,15 +334,14 @@ def registry(monkeypatch):
     monkeypatch.setattr(layers, "_WEIGHTS", set(layers._WEIGHTS))
 
 
-def test_an_unregistered_layer_is_told_the_line_that_registers_it(registry):
+def test_the_error_for_an_unregistered_layer_has_the_line_that_registers_it(registry):
     for cls in (Raw, RawNnx):
         line = (
             f"aj.register_contraction({cls.__name__}, weight='<name of its weight>', "
             "equation='...d,df->...f')"
         )
-        said = refusal(cls(), drawn((3, 4)))
-        assert f"({cls.__name__} is not a known linear layer; if it is linear, " in said
-        assert f"register it: {line})" in said
+        message = refusal(cls(), drawn((3, 4)))
+        assert f"({cls.__name__} " in message and f"{line})" in message
         line = line.replace("<name of its weight>", "w").replace("...d,df->...f", "bd,ndh->bnh")
         eval(line, {"aj": aj, cls.__name__: cls})
     check_raw(Raw(), drawn((3, 4), 1))
@@ -363,9 +355,9 @@ def check_raw(module, *args, **options):
     params = drawn_like(aj.init_adapters(model, params, jax.random.key(0), *args, **options))
     assert shapes(params) == {"w": (2, 4, 5), "lora": {"a": (4, 2), "b": (2, 2, 5)}}
     changed = Layer(None, None, x, (1,)).changed(params["w"], **params["lora"])
-    wanted = np.einsum("bd,ndh->bnh", double(x), double(changed))
+    expected = np.einsum("bd,ndh->bnh", double(x), double(changed))
     got = model.apply({"params": params}, *args, **options)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     folded = aj.merge(model, params, *args, **options)
     np.testing.assert_allclose(folded["w"], changed, rtol=1e-5, atol=1e-5)
 
@@ -377,8 +369,8 @@ def check_raw_nnx(cls):
     changed = Layer(None, None, x, (1,)).changed(
         model.w[...], model.lora["a"][...], model.lora["b"][...]
     )
-    wanted = np.einsum("bd,ndh->bnh", double(x), double(changed))
-    np.testing.assert_allclose(model(x), wanted, rtol=1e-4, atol=1e-4)
+    expected = np.einsum("bd,ndh->bnh", double(x), double(changed))
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("equation", ["bd,ndh->bnh", lambda m: m.equation])
@@ -401,8 +393,8 @@ def test_a_registered_layer_that_gets_its_equation_at_the_call(registry):
     check_raw(Late(), equation, x)
     check_raw(Late(), equation, x=x)
     check_raw(Late(), scale=1.0, x=x, equation=equation)
-    said = refusal(LateNnx(), None)
-    assert "LateNnx with groups, a mask, or an equation given only at the call" in said
+    message = refusal(LateNnx(), None)
+    assert "(LateNnx " in message and "register" not in message
 
 
 def test_an_nnx_layer_whose_equation_has_a_default(registry):
@@ -419,18 +411,15 @@ def test_a_registered_layer_without_that_weight_or_with_another_shape(registry):
     x = drawn((3, 4))
     key = jax.random.key(0)
     aj.register_contraction(Raw, weight="kernel", equation="bd,ndh->bnh")
-    with pytest.raises(aj.RecipeError) as error:
+    with raises(aj.RecipeError, "Raw", "'kernel'", "weight=", "aj.register_contraction"):
         aj.init_adapters(aj.adapt(Raw(), RECIPE), {}, key, x)
-    assert str(error.value) == (
-        "Raw at '' has no parameter 'kernel'; correct weight=... in aj.register_contraction"
-    )
     aj.register_contraction(Raw, weight="w", equation="bd,df->bf")
-    with pytest.raises(aj.RecipeError, match=r"w has the shape \(2, 4, 5\), and the equation"):
+    with raises(aj.RecipeError, "w ", "(2, 4, 5)", "2 axes"):
         aj.init_adapters(aj.adapt(Raw(), RECIPE), {}, key, x)
-    with pytest.raises(aj.RecipeError, match="equation 'bd' is not an explicit einsum"):
+    with raises(aj.RecipeError, "'bd'"):
         aj.register_contraction(Raw, weight="w", equation="bd")
     aj.register_contraction(Raw, weight="w", equation=lambda m: "bd")
-    with pytest.raises(aj.RecipeError, match="equation 'bd' is not an explicit einsum"):
+    with raises(aj.RecipeError, "'bd'"):
         aj.init_adapters(aj.adapt(Raw(), RECIPE), {}, key, x)
 
 

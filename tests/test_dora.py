@@ -7,9 +7,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
+from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.trees import flatten
+from adapters_jax.weights.contraction import from_equation
 
 IN, OUT, R, ALPHA = 5, 7, 3, 6.0
 X = drawn((2, IN))
@@ -29,17 +32,17 @@ def turned(p, scale=ALPHA / R):
     return double(p["kernel"]) + scale * double(p["lora"]["a"]) @ double(p["lora"]["b"])
 
 
-def test_dora_is_the_formula_in_both_doors():
+def test_dora_is_the_formula_in_both_apis():
     model, params = dense(DORA)
     weight = turned(params)
     ratio = double(params["lora"]["magnitude"]) / np.linalg.norm(weight, axis=0)
-    wanted = double(X) @ (weight * ratio) + double(params["bias"])
-    np.testing.assert_allclose(model.apply({"params": params}, X), wanted, rtol=1e-5, atol=1e-5)
+    expected = double(X) @ (weight * ratio) + double(params["bias"])
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
 
     other = aj.adapt(nnx.Linear(IN, OUT, rngs=nnx.Rngs(0)), DORA, rngs=nnx.Rngs(1))
     nnx.update(other, params)
-    np.testing.assert_allclose(other(X), wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(aj.merge(other)(X), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(other(X), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(aj.merge(other)(X), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_norm_is_not_differentiated():
@@ -51,9 +54,9 @@ def test_the_norm_is_not_differentiated():
         return jnp.sum((X @ (p["kernel"] + 2.0 * p["lora"]["a"] @ p["lora"]["b"])) * scaled)
 
     got = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, X)))(params)["lora"]
-    wanted = jax.grad(with_constant_norm)(params)["lora"]
-    for name in wanted:
-        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-5)
+    expected = jax.grad(with_constant_norm)(params)["lora"]
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("a_init", ["gaussian", "pissa"])
@@ -64,8 +67,8 @@ def test_dora_starts_at_the_norm_of_the_weight(a_init):
     grown = aj.init_adapters(model, params, jax.random.key(0), X)
     norm = np.linalg.norm(kernel, axis=0)
     np.testing.assert_allclose(grown["lora"]["magnitude"], norm, rtol=1e-5)
-    wanted = X @ kernel + params["bias"]
-    np.testing.assert_allclose(model.apply({"params": grown}, X), wanted, atol=1e-5)
+    expected = X @ kernel + params["bias"]
+    np.testing.assert_allclose(model.apply({"params": grown}, X), expected, atol=1e-5)
 
 
 def test_init_of_the_model_itself_starts_there_too():
@@ -73,8 +76,8 @@ def test_init_of_the_model_itself_starts_there_too():
         model = aj.adapt(nn.Dense(OUT), method)
         params = model.init(jax.random.key(0), X)["params"]
         plain = nn.Dense(OUT).init(jax.random.key(0), X)["params"]
-        wanted = nn.Dense(OUT).apply({"params": plain}, X)
-        np.testing.assert_allclose(model.apply({"params": params}, X), wanted, atol=1e-5)
+        expected = nn.Dense(OUT).apply({"params": plain}, X)
+        np.testing.assert_allclose(model.apply({"params": params}, X), expected, atol=1e-5)
 
 
 def test_dora_on_a_convolution_takes_the_norm_over_the_window():
@@ -87,14 +90,14 @@ def test_dora_on_a_convolution_takes_the_norm_over_the_window():
     weight = double(params["kernel"]) + ALPHA / R * np.einsum("wir,ro->wio", a, b)
     ratio = double(params["lora"]["magnitude"]) / np.sqrt((weight**2).sum((0, 1)))
     folded = {"kernel": (weight * ratio).astype(np.float32), "bias": params["bias"]}
-    wanted = conv.apply({"params": folded}, x)
-    np.testing.assert_allclose(model.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
+    expected = conv.apply({"params": folded}, x)
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dora_refuses_an_embedding_and_slices():
-    with pytest.raises(aj.TargetError, match="or the outputs of Embed are not its last axes"):
+    with raises(aj.TargetError, "Embed"):
         aj.adapt(nnx.Embed(5, 4, rngs=nnx.Rngs(0)), aj.DoRA("**", 2), rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match="slices go with a random start"):
+    with raises(aj.UserError, "slices", "pissa"):
         aj.DoRA("**", 2, slices=((0, 1),))
 
 
@@ -117,14 +120,14 @@ def test_a_file_is_loaded_onto_the_base_it_was_made_from(method, tmp_path):
     params = aj.init_adapters(model, base, jax.random.key(0), X)
     adapters, frozen = aj.partition(params, method)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    wanted = model.apply({"params": aj.merge_trees(adapters, frozen)}, X)
+    expected = model.apply({"params": aj.merge_trees(adapters, frozen)}, X)
     aj.save_adapter(tmp_path / "adapter", adapters, method)
 
     again, loaded = aj.load_adapter(tmp_path / "adapter", nn.Dense(OUT), base, X)
-    np.testing.assert_allclose(again.apply({"params": loaded}, X), wanted, atol=1e-5)
+    np.testing.assert_allclose(again.apply({"params": loaded}, X), expected, atol=1e-5)
     other = nnx.Linear(IN, OUT, rngs=nnx.Rngs(0))
     nnx.update(other, base)
-    np.testing.assert_allclose(aj.load_adapter(tmp_path / "adapter", other)(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(aj.load_adapter(tmp_path / "adapter", other)(X), expected, atol=1e-5)
     np.testing.assert_array_equal(other.kernel[...], base["kernel"])
 
 
@@ -134,25 +137,42 @@ def test_slices_change_their_outputs_alone():
     assert params["lora"]["b"].shape == (2, 4)
     base = nn.Dense(OUT).apply({"params": {k: params[k] for k in ("kernel", "bias")}}, X)
     change = double(X) @ (2.0 * double(params["lora"]["a"]) @ double(params["lora"]["b"]))
-    wanted = double(base)
-    wanted[:, 0:2] += change[:, :2]
-    wanted[:, 5:7] += change[:, 2:]
-    np.testing.assert_allclose(model.apply({"params": params}, X), wanted, atol=1e-5)
+    expected = double(base)
+    expected[:, 0:2] += change[:, :2]
+    expected[:, 5:7] += change[:, 2:]
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, atol=1e-5)
     merged = aj.merge(model, params, X)
-    np.testing.assert_allclose(nn.Dense(OUT).apply({"params": merged}, X), wanted, atol=1e-5)
+    np.testing.assert_allclose(nn.Dense(OUT).apply({"params": merged}, X), expected, atol=1e-5)
     np.testing.assert_array_equal(merged["kernel"][:, 2:5], params["kernel"][:, 2:5])
     assert aj.audit(model, params).entries[0].formula == "2*(5 + 4)"
 
 
-@pytest.mark.parametrize("slices", [((2, 1),), ((0, 3), (2, 4)), ((1, 1),), ((-1, 2),), 3])
+@pytest.mark.parametrize(
+    "slices",
+    [
+        ((2, 1),),
+        ((0, 3), (2, 4)),
+        ((1, 1),),
+        ((-1, 2),),
+        3,
+        ((0, 2**31),),
+        ((False, 2),),
+        ((0, 1, 2),),
+    ],
+)
 def test_slices_have_to_be_ranges_in_order(slices):
-    with pytest.raises(ValueError, match="expected ranges in order"):
+    with raises(aj.UserError, f"slices={slices}", "((0, 768),)"):
         aj.LoRA("**", 2, slices=slices)
 
 
 def test_slices_have_to_fit_the_layer():
-    with pytest.raises(aj.RecipeError, match=r"slices \(\(0, 9\),\) do not fit"):
+    with raises(aj.RecipeError, "((0, 9),)", "''"):
         dense(aj.LoRA("**", 2, slices=((0, 9),)))
+    for equation, shape in (("bd,df->fb", (4, 5)), ("bd,dnh->bnh", (4, 5, 5))):
+        layer = from_equation("w", equation)
+        point = AttachmentPoint("x", "__call__", 5, layer, shape)
+        with raises(aj.RecipeError, "((0, 2),)", "'x'", shape[1:]):
+            aj.LoRA("**", 2, slices=((0, 2),)).leaves(point)
 
 
 def test_a_rank_as_large_as_the_weight_can_make_any_change():
@@ -160,11 +180,11 @@ def test_a_rank_as_large_as_the_weight_can_make_any_change():
     model, params = dense(aj.LoRA("**", min(IN, OUT)))
     delta = drawn((IN, OUT), seed=9)
     params["lora"]["b"] = np.linalg.lstsq(params["lora"]["a"], delta, rcond=None)[0]
-    wanted = params["kernel"] + delta
-    np.testing.assert_allclose(aj.merge(model, params, X)["kernel"], wanted, atol=1e-5)
+    expected = params["kernel"] + delta
+    np.testing.assert_allclose(aj.merge(model, params, X)["kernel"], expected, atol=1e-5)
 
 
-def test_patterns_that_take_away():
+def test_patterns_that_exclude():
     params = {f"layer_{i}": {"query": {"kernel": np.ones((4, 4))}} for i in range(3)}
 
     class Net(nn.Module):
@@ -187,10 +207,10 @@ def test_patterns_that_take_away():
     assert {path.split("/")[0] for path in added} == {"layer_0", "layer_2"}
     recipe = aj.Recipe(aj.Unfreeze(("**", "!layer_0/**")), aj.Unfreeze("layer_0/query/kernel"))
     assert all(map(recipe.trains, flatten(params)))
-    for targets, message in (
-        (("**/query", "!layer_9/**"), "'!layer_9/[*][*]' takes away nothing of layer_0/query"),
-        (("**/query", "!**"), "'![*][*]' takes away everything of layer_0/query"),
-        (("!**/query",), "it wants one or more patterns"),
+    for targets, data in (
+        (("**/query", "!layer_9/**"), ("'!layer_9/**'", "nothing", "layer_0/query")),
+        (("**/query", "!**"), ("'!**'", "everything", "layer_0/query")),
+        (("!**/query",), (("!**/query",), "'**/query'")),
     ):
-        with pytest.raises(aj.TargetError, match=message):
+        with raises(aj.TargetError, *data):
             grown(aj.LoRA(targets, 2))

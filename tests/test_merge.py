@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like, shapes
+from helpers.errors import raises
 
 import adapters_jax as aj
 
@@ -59,9 +60,9 @@ def test_the_change_of_every_layer_kind(kind):
     before = jax.tree.map(np.copy, params)
     merged = aj.merge(model, params, x)
     assert merged.keys() == params.keys() - {"lora"}
-    wanted = double(params[weight]) + product(params["lora"]["a"], params["lora"]["b"], order)
-    np.testing.assert_allclose(merged[weight], wanted, rtol=1e-6, atol=1e-6)
-    assert np.abs(wanted - double(params[weight])).mean() > 0.3
+    expected = double(params[weight]) + product(params["lora"]["a"], params["lora"]["b"], order)
+    np.testing.assert_allclose(merged[weight], expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(expected - double(params[weight])).mean() > 0.3
     if "bias" in params:
         assert merged["bias"] is params["bias"]
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(before)))
@@ -106,9 +107,9 @@ def test_scanned_layers_are_folded_layer_by_layer():
         layers = jax.tree.map(double, params["layers"][name])
         for i in range(3):
             change = scale * layers["lora"]["a"][i] @ layers["lora"]["b"][i]
-            wanted = layers["kernel"][i] + (change.T if turned else change)
+            expected = layers["kernel"][i] + (change.T if turned else change)
             got = merged["layers"][name]["kernel"][i]
-            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
     got = model.apply({"params": params}, X)
     np.testing.assert_allclose(Stack().apply({"params": merged}, X), got, rtol=1e-4, atol=1e-4)
 
@@ -120,10 +121,10 @@ def test_a_half_precision_base_is_rounded_once(dtype):
     assert params["lora"]["a"].dtype == np.float32
     merged = aj.merge(model, params, drawn((2, 48)))
     exact = double(params["kernel"]) + product(params["lora"]["a"], params["lora"]["b"])
-    wanted = jnp.asarray(exact.astype(np.float32)).astype(dtype)
+    expected = jnp.asarray(exact.astype(np.float32)).astype(dtype)
     assert merged["kernel"].dtype == dtype
     # float32 and float64 sums may fall on the two sides of a tie, which is rare.
-    same = np.asarray(merged["kernel"]) == np.asarray(wanted)
+    same = np.asarray(merged["kernel"]) == np.asarray(expected)
     assert same.mean() > 0.999
     twice = params["kernel"] + (exact - double(params["kernel"])).astype(dtype)
     assert (np.asarray(merged["kernel"]) == twice).mean() < 0.95
@@ -156,30 +157,26 @@ def test_only_targets_change_and_unfrozen_parameters_stay_as_trained():
     assert not np.array_equal(merged["one"]["kernel"], params["one"]["kernel"])
 
 
-def test_a_bottleneck_cannot_be_folded_in():
+def test_a_bottleneck_cannot_be_merged():
     recipe = aj.Recipe(lora(), aj.Bottleneck("**", 2))
     model, params = grown(nn.Dense(D), recipe, X)
-    with pytest.raises(aj.RecipeError) as error:
+    with raises(aj.RecipeError, "Bottleneck", "''", aj.Bottleneck.unmergeable):
         aj.merge(model, params, X)
-    assert aj.Bottleneck.unmergeable in str(error.value)
     model = aj.adapt(nnx.Linear(D, D, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
-    with pytest.raises(aj.RecipeError) as error:
+    with raises(aj.RecipeError, "Bottleneck", "''", aj.Bottleneck.unmergeable):
         aj.merge(model)
-    assert aj.Bottleneck.unmergeable in str(error.value)
 
 
 def test_trees_that_are_not_the_models():
     model, params = grown(nn.Dense(5), lora(), X)
-    fix = "Pass the whole parameter tree of this very model, with its adapters."
-    with pytest.raises(aj.MismatchError) as error:
+    with raises(aj.MismatchError, "params", "2 missing: lora/a, lora/b."):
         aj.merge(model, {"kernel": params["kernel"], "bias": params["bias"]}, X)
-    assert str(error.value) == f"params does not fit: 2 missing: lora/a, lora/b. {fix}"
-    with pytest.raises(aj.MismatchError, match="4 unexpected: params/"):
+    with raises(aj.MismatchError, "4 unexpected: params/"):
         aj.merge(model, {"params": params}, X)
     wide = aj.adapt(nn.Dense(5), aj.LoRA("**", 3))
-    with pytest.raises(aj.MismatchError, match=r"lora/a is \[4, 2\], expected \[4, 3\]"):
+    with raises(aj.MismatchError, "lora/a is [4, 2], expected [4, 3]"):
         aj.merge(wide, params, X)
-    with pytest.raises(ValueError, match=r"Dense cannot be called with the example inputs \(\)"):
+    with raises(aj.UserError, "Dense", "()"):
         aj.merge(model, params)
-    with pytest.raises(ValueError, match=r"Dense has no adapters; call aj.adapt"):
+    with raises(aj.UserError, "Dense", "aj.adapt"):
         aj.merge(nn.Dense(5), params, X)

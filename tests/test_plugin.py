@@ -1,4 +1,4 @@
-"""A method of another package is a full citizen: `tests/plugin` is one."""
+"""A method of another package does all that a built-in one does: `tests/plugin` is one."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.methods import METHODS, method_named
@@ -36,9 +37,9 @@ def Shift():
 
 @pytest.fixture
 def installed(tmp_path):
-    """An environment in which the plugin is installed, as pip would."""
+    """An environment with the plugin installed as pip installs it."""
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    dist = tmp_path / "site" / "shift_plugin-1.0.dist-info"
+    dist = tmp_path / "packages" / "shift_plugin-1.0.dist-info"
     dist.mkdir(parents=True)
     (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: shift-plugin\nVersion: 1.0\n")
     lines = []
@@ -63,7 +64,7 @@ def test_it_keeps_the_contract(Shift):
     assert check_method(Shift("**/mlp/{up,output}", 0.5), variants=["plain", "scan"]) == ["mlp"]
 
 
-def test_it_computes_what_it_says(Shift):
+def test_its_output_merge_and_unmerge_by_hand(Shift):
     model, _, params = grown(Shift("**", 0.5))
     params["shift"]["bias"] = jnp.asarray([1.0, -2.0, 4.0])
     plain = nn.Dense(3).apply({"params": {k: params[k] for k in ("kernel", "bias")}}, X)
@@ -107,8 +108,8 @@ def test_the_command_line_finds_an_installed_method(installed, tmp_path):
         command, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert missing.returncode != 0
-    assert "'shift' is not registered" in missing.stderr
-    assert "register_method" in missing.stderr
+    assert "'shift'" in missing.stderr and "register_method" in missing.stderr
+    assert "Traceback" not in missing.stderr
 
 
 def test_a_recipe_or_a_file_of_a_method_that_is_not_registered(Shift, tmp_path, monkeypatch):
@@ -116,43 +117,43 @@ def test_a_recipe_or_a_file_of_a_method_that_is_not_registered(Shift, tmp_path, 
     _, _, params = grown(Shift("**"))
     aj.save_adapter(tmp_path / "a", aj.partition(params, recipe)[0], recipe)
     monkeypatch.delitem(METHODS, "shift")
-    with pytest.raises(aj.RecipeError, match="'shift' is not registered.*register_method"):
+    with raises(aj.RecipeError, "'shift'", "register_method"):
         aj.Recipe.from_json(recipe.to_json())
-    with pytest.raises(aj.AdapterFileError, match="'shift' is not registered.*register_method"):
+    with raises(aj.AdapterFileError, "'shift'", "register_method"):
         aj.read_adapter(tmp_path / "a")
-    with pytest.raises(TypeError, match="Shift is not registered"):
+    with raises(TypeError, "Shift", "register_method"):
         aj.Recipe(Shift("**"))
-    with pytest.raises(ContractError, match="Shift"):
+    with raises(ContractError, "registered: Shift", "register_method"):
         check_method(Shift("**"))
-    with pytest.raises(aj.RecipeError, match="nobody"):
+    with raises(aj.RecipeError, "'nobody'"):
         method_named("nobody")
 
 
 def made(base=aj.Method, **body):
-    """A method class with some members, as its file would define it."""
+    """A method class with these members."""
     return dataclasses.dataclass(frozen=True)(type("Other", (base,), body))
 
 
 def test_what_cannot_be_registered(Shift):
     before = dict(METHODS)
     own = {"name": "other", "slot": "other", "leaf_names": ("bias",)}
-    with pytest.raises(aj.RecipeError, match="name 'lora' .* is taken by .*LoRA"):
+    with raises(aj.RecipeError, "name 'lora'", "Other", "lora.LoRA"):
         aj.register_method(made(Shift, name="lora", slot="other"))
-    with pytest.raises(aj.RecipeError, match="slot 'adapter' .* is taken by .*Bottleneck"):
+    with raises(aj.RecipeError, "slot 'adapter'", "Other", "bottleneck.Bottleneck"):
         aj.register_method(made(Shift, name="other", slot="adapter"))
-    with pytest.raises(
-        TypeError, match="lacks name, slot, leaf_names, fits, leaves, count, forward"
-    ):
+    with raises(TypeError, " name, slot, leaf_names, fits, leaves, count, forward;"):
         aj.register_method(made())
-    with pytest.raises(TypeError, match="lacks fits, leaves, count, forward"):
+    with raises(TypeError, "lacks fits, leaves, count, forward;"):
         aj.register_method(made(**own))
-    with pytest.raises(TypeError, match="lacks fits, leaves, count, attend"):
+    with raises(TypeError, "lacks fits, leaves, count, attend;"):
         aj.register_method(made(**own, acts_on="attention"))
-    with pytest.raises(TypeError, match="'two words'"):
+    with raises(TypeError, "name='two words'"):
         aj.register_method(made(Shift, name="two words", slot="other"))
-    with pytest.raises(TypeError, match="Plain"):
+    with raises(TypeError, "slot=3"):
+        aj.register_method(made(Shift, name="other", slot=3))
+    with raises(TypeError, "Plain"):
         aj.register_method(type("Plain", (Shift,), {"name": "plain", "slot": "plain"}))
-    with pytest.raises(TypeError, match="int"):
+    with raises(TypeError, "int"):
         aj.register_method(int)
     assert before == METHODS
     aj.register_method(Shift)  # again: the very class
@@ -178,13 +179,13 @@ def test_the_contract_finds_a_broken_method(Shift, monkeypatch, check, broken):
         broken = {"forward": forward}
     for name, value in broken.items():
         monkeypatch.setattr(Shift, name, value)
-    with pytest.raises(ContractError, match=f"{check}: Shift"):
+    with raises(ContractError, f"{check}: Shift"):
         check_method(Shift("**/mlp/up"), variants=["plain"])
 
 
 def test_the_contract_finds_a_wrong_count(Shift, monkeypatch):
     monkeypatch.setattr(Shift, "count", lambda self, path, shapes, weight: aj.Count("7", 7))
-    with pytest.raises(ContractError, match="counts: Shift.* = 7"):
+    with raises(ContractError, "counts: Shift", "= 7"):
         check_method(Shift("**/mlp/up"), variants=["plain"])
-    with pytest.raises(ContractError, match="fits"):
+    with raises(ContractError, "fits: Shift", "nowhere"):
         check_method(Shift("nowhere"))

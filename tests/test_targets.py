@@ -1,10 +1,11 @@
-"""The pattern language: every construct, and what its errors say."""
+"""The pattern language: every construct, and the data in its errors."""
 
 import itertools
 import random
 import re
 
 import pytest
+from helpers.errors import raises
 
 from adapters_jax.errors import TargetError
 from adapters_jax.targets import as_patterns, matches, nearest, require_match
@@ -72,18 +73,14 @@ def test_patterns_agree_with_the_definition_on_every_small_path():
 
 @pytest.mark.parametrize("pattern", ["{a", "a}", "}a{", "{a,{b}", "{a},b}", "**/{query,value"])
 def test_unbalanced_braces(pattern):
-    with pytest.raises(TargetError, match="has an unbalanced brace; write {a,b}") as error:
+    with raises(TargetError, repr(pattern), "{a,b}"):
         as_patterns(pattern, "LoRA")
-    assert repr(pattern) in str(error.value)
 
 
 @pytest.mark.parametrize("targets", [(), [], "", ("a", ""), None, 3, ("a", 3)])
 def test_no_targets(targets):
-    with pytest.raises(TargetError) as error:
+    with raises(TargetError, "LoRA: ", f"targets={targets!r},", "'**/query'"):
         as_patterns(targets, "LoRA")
-    assert str(error.value) == (
-        f"LoRA got targets={targets!r}; it wants one or more patterns such as '**/query'"
-    )
 
 
 def test_targets_become_a_tuple():
@@ -95,46 +92,44 @@ def test_targets_become_a_tuple():
 LAYERS = [f"layer_{i}/attention/{name}" for i in range(3) for name in ("query", "key", "value")]
 
 
-def test_a_misspelt_pattern_is_told_its_nearest_paths():
-    with pytest.raises(TargetError) as error:
+def test_the_error_for_a_misspelt_pattern_has_its_nearest_paths():
+    with raises(TargetError, "LoRA: ", "'**/qurey'", ": layer_0/attention/query, ") as error:
         require_match("LoRA", ("**/qurey",), LAYERS)
-    assert str(error.value) == (
-        "LoRA: target '**/qurey' matches nothing. "
-        "Nearest paths it could attach to: layer_0/attention/query, layer_0/attention/key, "
-        "layer_0/attention/value"
+    assert str(error.value).endswith(
+        ": layer_0/attention/query, layer_0/attention/key, layer_0/attention/value"
     )
 
 
 def test_where_nothing_is_near_some_paths_are_shown():
-    with pytest.raises(TargetError) as error:
+    with raises(TargetError, f": {', '.join(LAYERS[:5])} and 4 more"):
         require_match("LoRA", ("zzz",), LAYERS)
-    assert str(error.value).endswith(
-        "could attach to: layer_0/attention/query, layer_0/attention/key, "
-        "layer_0/attention/value, layer_1/attention/query, layer_1/attention/key and 4 more"
-    )
-    with pytest.raises(TargetError, match=r"could attach to: \(none\)$"):
+    with raises(TargetError, "'zzz'", ": (none)"):
         require_match("LoRA", ("zzz",), [])
-    with pytest.raises(TargetError, match=r"could attach to: \(the model itself\)$"):
+    with raises(TargetError, "'zzz'", ": (the model itself)"):
         require_match("LoRA", ("zzz",), [""])
 
 
 def test_every_failing_pattern_is_in_one_message():
-    with pytest.raises(TargetError) as error:
+    with raises(TargetError) as error:
         require_match("LoRA", ("**/query", "**/vlaue", "nowhere"), LAYERS)
     first, second = str(error.value).split("\n")
-    assert first.startswith("LoRA: target '**/vlaue' matches nothing")
-    assert first.endswith("could attach to: layer_0/attention/value, layer_0/attention/query")
-    assert second.startswith("LoRA: target 'nowhere' matches nothing")
+    assert first.startswith("LoRA: ") and "'**/vlaue'" in first
+    assert first.endswith(": layer_0/attention/value, layer_0/attention/query")
+    assert second.startswith("LoRA: ") and "'nowhere'" in second
 
 
 def test_of_many_failing_patterns_the_first_are_in_the_message():
     many = [f"nowhere_{i}" for i in range(99)]
     for patterns in (many, ["**/query", *(f"!{name}" for name in many)]):
-        with pytest.raises(TargetError) as error:
+        with raises(TargetError) as error:
             require_match("LoRA", patterns, LAYERS)
         lines = str(error.value).split("\n")
         assert len(lines) == 13 and "nowhere_11'" in lines[11]
-        assert lines[12] == "LoRA: other targets fail as well"
+        assert lines[12].startswith("LoRA: ") and "nowhere" not in lines[12]
+    with raises(TargetError) as error:
+        require_match("LoRA", many[:12], LAYERS)
+    lines = str(error.value).split("\n")
+    assert [name in line for name, line in zip(many, lines, strict=False)] == [True] * 12
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,7 @@ def test_no_pattern_is_slow(pattern):
 
 
 def test_patterns_agree_with_plain_regular_expressions():
-    """What stands between wildcards is settled where it first fits, and nothing is lost by that."""
+    """Text between wildcards is fixed at its first match, which changes no result."""
     plain = {"/**": "(?:/[^/]+)*", "*": "[^/]*"}
     draw, found = random.Random(0), 0
     parts = ("a", "b", "/", "*", "**", "/**/", "*a", "b*")
@@ -159,17 +154,17 @@ def test_patterns_agree_with_plain_regular_expressions():
             "".join(draw.choices("ab", k=draw.randint(1, 3))) for _ in range(draw.randint(0, 5))
         ]
         tokens = re.findall(r"/\*\*(?=/|$)|\*|[^*]", f"/{pattern}")
-        wanted = re.fullmatch(
+        expected = re.fullmatch(
             "".join(plain.get(t, t) for t in tokens), "".join(f"/{n}" for n in names)
         )
-        assert matches(pattern, "/".join(names)) == (wanted is not None), (pattern, names)
-        found += wanted is not None
+        assert matches(pattern, "/".join(names)) == (expected is not None), (pattern, names)
+        found += expected is not None
     assert found > 200
 
 
 @pytest.mark.parametrize("pattern", ["{a,b}" * 40, "{,}" * 40, "{a}" * 9000, "{a,{b,c}}" * 20])
-def test_a_pattern_stands_for_so_many_and_no_more(pattern):
-    with pytest.raises(TargetError, match="stands for too many patterns, of over 65536 characters"):
+def test_the_expansion_of_a_pattern_is_bounded(pattern):
+    with raises(TargetError, pattern[:9], 65536):
         as_patterns(pattern, "LoRA")
     many = "layer_{" + ",".join(map(str, range(126))) + "}/*/{q,k,v,o,gate,up,down}"
     assert as_patterns(many, "LoRA") and matches(many, "layer_125/mlp/down")
@@ -177,17 +172,13 @@ def test_a_pattern_stands_for_so_many_and_no_more(pattern):
 
 def test_paths_that_cannot_be_used_are_named_with_the_reason():
     unusable = {f"layer_{i}/norm": "LayerNorm is not linear" for i in range(5)}
-    with pytest.raises(TargetError) as error:
+    shown = ", ".join(f"layer_{i}/norm (LayerNorm is not linear)" for i in range(3))
+    with raises(TargetError, "LoRA: ", "'**/norm'", f": {shown} and 2 more"):
         require_match("LoRA", ("**/norm",), LAYERS, unusable)
-    reason = "(LayerNorm is not linear)"
-    assert str(error.value) == (
-        "LoRA: target '**/norm' matches only paths it cannot attach to: "
-        f"layer_0/norm {reason}, layer_1/norm {reason}, layer_2/norm {reason} and 2 more"
-    )
     require_match("LoRA", ("**",), LAYERS, unusable)
 
 
-def test_nearest_judges_by_the_last_names_of_the_pattern():
+def test_nearest_compares_the_last_names_of_the_pattern():
     assert nearest("**/attention/qeury", LAYERS)[0] == "layer_0/attention/query"
     assert nearest("layer_3/attention/value", LAYERS)[0] == "layer_2/attention/value"
     assert nearest("**/xyz/**", LAYERS) == []

@@ -1,4 +1,4 @@
-"""A merged model is the base: XLA makes the same program of it, text for text."""
+"""A merged model is as fast as the base: XLA compiles both to the same program text."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ GPT = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
 @pytest.fixture(scope="module")
 def placeless():
-    """A program's text names the lines of Python that it comes from; here it does not."""
+    """Programs whose text does not have the lines of Python that they come from."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     yield

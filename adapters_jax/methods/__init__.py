@@ -1,4 +1,4 @@
-"""The methods, one a file. A new method is one file and one line here."""
+"""The methods, one in each file. A new method is one file and one line here."""
 
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters

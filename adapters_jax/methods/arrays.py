@@ -1,4 +1,4 @@
-"""Small functions of arrays that several methods use: laws of initialisation, dropout, norms."""
+"""Functions of arrays that several methods use: initialisers, dropout, layer norm."""
 
 import zlib
 from collections.abc import Callable
@@ -12,24 +12,24 @@ Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
 
 def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """A function of one layer's arrays, for arrays stacked on `axes` leading axes."""
+    """A function of one layer's arrays as a function of arrays stacked on `axes` leading axes."""
     for _ in range(axes):
         function = jax.vmap(function)
     return function
 
 
 def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-    """A key of its own for every path, whatever else a recipe adds."""
+    """The key of a path, the same whatever else a recipe adds."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def normal(std: float) -> Initializer:
-    """Gaussian with mean zero."""
+    """Gaussian with mean zero and deviation `std`."""
     return lambda key, shape: std * jax.random.normal(key, shape)
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Gaussian with mean zero, redrawn beyond two standard deviations of the parent."""
+    """Gaussian with mean zero and deviation `std`, truncated at two deviations."""
     return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
 
 
@@ -49,7 +49,7 @@ def ones(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """Zeroes entries with probability `rate` and scales the rest; no key means evaluation."""
+    """Zeroes entries with probability `rate` and scales the rest; x itself where `key` is None."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -57,14 +57,14 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Fl
 
 
 def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
-    """x + bias along the last axis, without leaning on implicit rank promotion."""
+    """x + bias along the last axis, without implicit rank promotion."""
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 def layer_norm(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "... d"]:
-    """Layer normalisation as PyTorch's default: statistics in float32, epsilon 1e-5."""
+    """Layer normalisation with PyTorch's epsilon, 1e-5, and statistics in float32."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
@@ -73,5 +73,5 @@ def layer_norm(
 
 
 def beside(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x with axes of size 1 in front, as many as it has fewer than `like`."""
+    """x with axes of size 1 in front, so that it has as many axes as `like`."""
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)

@@ -1,8 +1,8 @@
-"""The contract of a method: what every part of the library asks of it, and nothing else.
+"""The contract of a method: the members that the rest of the library uses, and no others.
 
-Both APIs, counting, files, merging, combining, sharding and layer stacking know methods by these
-members alone, so that a method of another package does all that a built-in one does.
-`adapters_jax.testing.check_method` tests that it does.
+Both APIs, counting, files, merging, combining, sharding and layer stacking use these members
+alone, so a method of another package can do everything that a built-in one does.
+`adapters_jax.testing.check_method` tests it.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from adapters_jax.weights.contraction import Contraction
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
-Frozen = Callable[[str], Any]  # a module's own parameter by name, None where it has none
+Frozen = Callable[[str], Any]  # a module's own parameter by name, or None
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class AttachmentPoint:
 
     Attributes:
         path: path of the module, names joined by slashes.
-        call: the method of the module that is adapted, `__call__` or an embedding's `attend`.
+        call: the function of the module that is adapted, `__call__` or an embedding's `attend`.
         width: size of the last axis of the module's output, d; 0 where it is no float array.
         contraction: how the module's weight meets its input; None where it is not a linear layer.
         weight_shape: shape of that weight, without layer axes.
         precision: matmul precision of the module.
-        attention: the sizes of an attention module; None where it is none that is known.
-        again: the call under way on another input, with the methods that come before this one;
-            None outside of a call.
+        attention: the sizes of a known attention module; None for any other module.
+        again: runs the module, with the methods before this one, on another input; None outside
+            of a call.
     """
 
     path: str
@@ -58,10 +58,10 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Count:
-    """How many parameters a method adds at one attachment point, and why.
+    """How many parameters a method adds at one attachment point, as a closed form and its value.
 
     Attributes:
-        formula: the closed form with numbers put in, `2*768*64 + 64 + 768`.
+        formula: the closed form with its numbers, `2*768*64 + 64 + 768`.
         parameters: its value for one layer.
         copies: how many layers are stacked in the leaves.
     """
@@ -72,48 +72,49 @@ class Count:
 
 
 def nothing(name: str) -> None:
-    """The parameters of a module that has none of its own."""
+    """A `Frozen` for a module without parameters of its own."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a way to adapt a model has to say of itself. Derive from it, and register the class.
+    """A way to adapt a model. Derive a class from it, and register the class.
 
     A method is a frozen dataclass whose fields are its settings: JSON values, and tuples of them.
-    It holds no arrays. Its arrays, the leaves, lie in the parameter tree beside those of the module
+    It holds no arrays. Its arrays, the leaves, are in the parameter tree beside those of the module
     that it adapts, under the name `slot`: `layer_0/query/SLOT/LEAF`. Leaves are float32; `forward`
-    casts them to the dtype of the module's output, and returns that dtype. Where layers are scanned
-    the leaves have the layer axes in front, which a method sees in `count` alone.
+    casts them to the dtype of the module's output and returns that dtype. Scanned layers have
+    leaves with the layer axes in front, which only `count` sees.
 
     A method without a slot (`slot = None`) adds nothing: it trains the base's own parameters whose
-    paths its targets match, as `Unfreeze` does, and needs a name and nothing more.
+    paths its targets match, as `Unfreeze` does, and needs only a name.
 
     Required of the others:
-        name: in recipes' JSON; no two methods have the same.
+        name: its name in the JSON of recipes; no two methods have the same.
         slot: see above; a subclass of a method may share its slot.
         leaf_names: the names of the leaves, `"scale"` or `"down/kernel"`; a class variable or a
-            property. All are there at every point.
-        fits(point): whether it can attach to a module. Asked of every module, targeted or not.
+            property. Every attachment point has all of them.
+        fits(point): whether it can attach to a module; called for every module, targeted or not.
         leaves(point): a `Leaf` for each name.
-        count(path, shapes, weight): the closed form of the parameters at one module, worked out
-            from the settings; the audit holds it against the arrays.
+        count(path, shapes, weight): the closed form of the parameters at one module, computed
+            from the settings; the audit compares it with the arrays.
         forward(leaves, point, x, y, key, frozen): the module's output with the method. Methods
             that act inside attention modules have `acts_on = "attention"` and `attend` instead.
 
     Optional:
-        stated: fields that JSON must have; others may be left out for their defaults.
+        stated: fields that JSON must have; other fields have their defaults where it lacks them.
         dropout: a probability; `forward` gets a key only where it is above zero, while training.
-        why_not(module): why `fits` was false, for the error of a target that cannot be adapted.
+        why_not(module): why `fits` is false, for the error about a target that cannot be adapted.
         merged(leaves, point, own): the module's own parameters with the change in them.
         unmergeable: why there is no `merged`.
-        inverse(leaves, point): leaves whose `merged` takes back that of the given ones.
+        inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
-        pattern_fields: fields of (pattern, value) pairs that set another field for some of the
-            targets, with the name of that field.
+        pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
+            that it overrides for the targets that the pattern matches.
         subset_fields: fields of patterns that match some of the targets.
-        weight_axes: leaves that are sharded like the weight: "input" has its input axes, then one
-            axis of the method's own; "output" one of its own, then the weight's output axes.
+        weight_axes: leaves that are sharded like the weight: an "input" leaf has its input axes,
+            then one axis of the method; an "output" leaf has one axis of the method, then the
+            weight's output axes.
 
     Args:
         targets: patterns of module paths.
@@ -126,7 +127,7 @@ class Method:
         >>> @aj.register_method
         ... @dataclass(frozen=True)
         ... class Gain(aj.Method):
-        ...     '''Every output times a number of its own.'''
+        ...     '''Multiplies every output by a trained number.'''
         ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
         ...     def fits(self, point):
         ...         return point.call == "__call__" and point.width > 0
@@ -174,11 +175,11 @@ class Method:
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
-        """Whether `start` reads the module's weight, or also leaves another weight behind."""
+        """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
         return ""
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach there."""
+        """Whether the method can attach to a module."""
         return False
 
     def why_not(self, module: Any) -> str:
@@ -186,22 +187,22 @@ class Method:
         return f"{type(self).__name__} does not fit {type(module).__name__}"
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """The arrays that it adds there, by name.
+        """The arrays that the method adds to a module, by name.
 
         Raises:
-            RecipeError: the settings do not go with the sizes of the module.
+            RecipeError: the settings do not fit the sizes of the module.
         """
         return {}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form of what it adds at one module.
+        """The closed form of the parameters that the method adds to one module.
 
         Args:
-            path: of the module.
-            shapes: of the leaves by name, with layer axes.
-            weight: the shape of the module's weight, with layer axes; empty where it has none.
+            path: path of the module.
+            shapes: shapes of the leaves by name, with layer axes.
+            weight: shape of the module's weight, with layer axes; empty where it has none.
         """
         return Count("0", 0)
 
@@ -218,14 +219,14 @@ class Method:
 
         Args:
             leaves: the arrays by name.
-            point: where they are attached; `point.again(x)` runs the module on another input.
+            point: the module that they adapt; `point.again(x)` runs it on another input.
             x: the module's input, of whatever form the module takes.
-            y: the module's output, with the methods that come before this one.
+            y: the module's output, with the methods before this one.
             key: for dropout while training; None in evaluation.
-            frozen: the module's own parameters by name; it gives None for one that is not there.
+            frozen: returns the module's own parameter of a name, None where it has none.
 
         Returns:
-            An array like y, of its dtype.
+            An array of the shape and dtype of y.
         """
         return y
 
@@ -238,15 +239,15 @@ class Method:
         *args: Any,
         **kwargs: Any,
     ) -> Array:
-        """What an attention function returns with the method, where `acts_on = "attention"`.
+        """The output of an attention function with the method, where `acts_on = "attention"`.
 
         Args:
             leaves: the arrays by name.
-            point: the attention module they are attached to.
+            point: the attention module that they adapt.
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
-            *args: what it is called with: query, key and value first.
-            **kwargs: likewise.
+            *args: arguments of `attention_fn`: query, key and value first.
+            **kwargs: further arguments of `attention_fn`.
         """
         return attention_fn(*args, **kwargs)
 
@@ -260,11 +261,11 @@ class Method:
 
         Args:
             leaves: the arrays by name.
-            point: where they are attached.
+            point: the module that they adapt.
             own: the module's own parameters by name.
 
         Raises:
-            RecipeError: there is no such form.
+            RecipeError: the method cannot be merged into parameters.
         """
         raise RecipeError(
             f"merge: {type(self).__name__} cannot be folded into a weight at {point.path!r}, since "
@@ -272,33 +273,33 @@ class Method:
         )
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
-        """Leaves whose `merged` takes back what `merged` of the given ones did.
+        """Leaves whose `merged` undoes the `merged` of the given ones.
 
         Raises:
-            RecipeError: there are none.
+            RecipeError: the method has no inverse.
         """
         raise RecipeError(
-            f"unmerge: what {type(self).__name__} at {point.path!r} does to a weight cannot be "
-            "taken back; merge with the base that you kept"
+            f"unmerge: {type(self).__name__} at {point.path!r} has no inverse; start from the base "
+            "that you kept"
         )
 
     def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
         """A and B in float32, whose product is the change of the weight at a path.
 
         Raises:
-            RecipeError: the change is no such product.
+            RecipeError: the change is not such a product.
         """
         raise RecipeError(
-            f"combine: {type(self).__name__} at {path!r} is no change of a weight that can be "
-            "summed; combine recipes of LoRA alone"
+            f"combine: {type(self).__name__} at {path!r} changes no weight by a product A B; "
+            "combine recipes of LoRA alone"
         )
 
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
-        """The leaves of a fresh adapter given the module's weight, and the weight that stays.
+        """The initial leaves given the module's weight, and the weight to keep in the base.
 
-        Called where `from_weight` says so. Arrays have no layer axes.
+        Called where `from_weight` is not "". Arrays have no layer axes.
         """
         return dict(leaves), weight
 
@@ -313,12 +314,12 @@ def contraction_of(point: AttachmentPoint) -> Contraction:
 def after(
     step: Callable[[Any, Array], Array], again: Callable[[Any], Array]
 ) -> Callable[[Any], Array]:
-    """A module's call on another input, with one more method behind it: `AttachmentPoint.again`."""
+    """The `AttachmentPoint.again` of the next method: `again`, then this method's `step`."""
     return lambda x: step(x, again(x))
 
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
-    """How many layer axes the leaves of a method have in front."""
+    """The number of layer axes in front of a method's leaves."""
     name, leaf = next(iter(method.leaves(point).items()))
     return len(leaves[name].shape) - len(leaf.shape)
 
@@ -326,7 +327,7 @@ def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
 def merged_stacked(
     method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """`Method.merged` of arrays that may be stacked on layer axes."""
+    """`Method.merged` for arrays that may be stacked on layer axes."""
 
     def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
         return method.merged(leaves, point, own)
@@ -337,7 +338,7 @@ def merged_stacked(
 def started(
     method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
 ) -> tuple[dict[str, Array], Any]:
-    """`Method.start` of arrays that may be stacked on layer axes; a quantised weight stays.
+    """`Method.start` for arrays that may be stacked on layer axes; a quantised weight is kept.
 
     Raises:
         RecipeError: the method would change a quantised weight.
@@ -345,9 +346,9 @@ def started(
     packed = is_quantized(weight)
     if packed and method.from_weight == "changes":
         raise RecipeError(
-            f"{type(method).__name__} takes its start out of the weight at {point.path!r}, which "
-            "is quantised and cannot change; adapt the float base first, and quantise the adapted "
-            "model"
+            f"{type(method).__name__} subtracts its initial factors from the weight at "
+            f"{point.path!r}, which is quantised and cannot change; adapt the float base first, "
+            "then quantise the adapted model"
         )
 
     def start(leaves: Leaves, weight: Array) -> tuple[dict[str, Array], Array]:
@@ -359,7 +360,7 @@ def started(
 
 
 def missing_members(cls: type[Method]) -> list[str]:
-    """What a class lacks to be a method, by name."""
+    """The names of the members that a class lacks to be a method."""
     lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
         run = "attend" if cls.acts_on == "attention" else "forward"

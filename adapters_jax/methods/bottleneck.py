@@ -59,8 +59,8 @@ class Bottleneck(Method):
     Sequential: `y + scale * up(f(down(y)))` of the module's output y (Houlsby, Pfeiffer).
     Parallel: `y + scale * up(f(down(x)))` of the module's input x, which must be as wide as y.
     Norm: `norm(x + scale * up(f(down(y))))`, where the module is a norm, x its input and
-    y = norm(x) (Pfeiffer's place in post-norm transformers, where x is the sum with the residual).
-    Both projections have a bias. Leaves are float32 and compute in the dtype of y.
+    y = norm(x) (Pfeiffer's form in post-norm transformers, where x is the sum with the residual).
+    Both projections have a bias. Leaves are float32 and are cast to the dtype of y.
 
     Args:
         targets: patterns of module paths.
@@ -71,11 +71,11 @@ class Bottleneck(Method):
         activation: "gelu" (tanh form, as in Houlsby's code), or another name in `ACTIVATIONS`.
         dropout: probability of zeroing an entry between the projections while training.
         init_std: standard deviation of both kernels, truncated at two of them; 1e-2 in the paper.
-        norm_before: whether a layer norm of the adapter's own comes before the down-projection.
-        norm_after: whether one comes behind the scaled up-projection.
+        norm_before: whether the adapter has a layer norm before the down-projection.
+        norm_after: whether it has one after the scaled up-projection.
 
     Raises:
-        ValueError: a field out of its range, or not exactly one of the two width fields.
+        UserError: a field is out of its range, or both or none of the width fields are given.
 
     Example:
         >>> Bottleneck("**/output", reduction_factor=16).width(768)
@@ -101,8 +101,8 @@ class Bottleneck(Method):
         super().__post_init__()
         if (self.bottleneck_dim is None) == (self.reduction_factor is None):
             raise UserError(
-                f"Bottleneck got bottleneck_dim={self.bottleneck_dim} and reduction_factor="
-                f"{self.reduction_factor}; give exactly one of them, such as bottleneck_dim=64"
+                f"Bottleneck: bottleneck_dim={self.bottleneck_dim} and reduction_factor="
+                f"{self.reduction_factor}, expected exactly one of them, such as bottleneck_dim=64"
             )
         if self.bottleneck_dim is not None:
             checks.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
@@ -125,13 +125,13 @@ class Bottleneck(Method):
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The layer norms of its own."""
+        """The names of the adapter's layer norms."""
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach there: to every module that returns a float array.
+        """Whether the module returns a float array.
 
-        Around a norm it runs the module twice, and so needs one that no other method changes.
+        `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """
         alone = self.placement != "norm" or point.contraction is None
         return point.call == "__call__" and point.width > 0 and alone
@@ -165,7 +165,7 @@ class Bottleneck(Method):
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
     ) -> Count:
-        """The closed form 2md + d + m, and 2d for a norm; d is read off the leaves, m from here."""
+        """The closed form 2md + d + m, plus 2d for each norm; d is the leaves', m the recipe's."""
         d = shapes["down/kernel"][-2]
         m = self.width(d)
         return Count(
@@ -187,14 +187,18 @@ class Bottleneck(Method):
 
         Args:
             leaves: the arrays by name.
-            point: where they are attached.
+            point: the module that they adapt.
             x: the module's input; not used by the sequential placement.
             y: the module's output, (..., d).
             key: for dropout while training; None in evaluation.
             frozen: not used.
 
         Returns:
-            An array like y, of its dtype.
+            An array of the shape and dtype of y.
+
+        Raises:
+            RecipeError: `placement` is not "sequential", and x and y differ in shape; or it is
+                "norm", and `point` cannot run the norm again.
         """
         if self.placement != "sequential" and getattr(x, "shape", None) != y.shape:
             shape = getattr(x, "shape", type(x).__name__)
@@ -207,13 +211,15 @@ class Bottleneck(Method):
         if self.placement != "norm":
             return y + branch
         if point.again is None:
-            raise RecipeError("Bottleneck: placement='norm' needs a norm to target, by a recipe")
+            raise RecipeError(
+                "Bottleneck: placement='norm' runs the adapted norm again; attach it with aj.adapt"
+            )
         return point.again(x + branch.astype(x.dtype))
 
     def _branch(
         self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
     ) -> Float[Array, "... d"]:
-        """scale * up(f(down(x))), with the adapter's own norms around it."""
+        """scale * up(f(down(x))), with the adapter's norms before and after it."""
         own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
         if self.norm_before:
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])

@@ -1,4 +1,4 @@
-"""DoRA: low-rank factors that turn a weight's columns, and a magnitude that scales them.
+"""DoRA: low-rank factors that change the directions of a weight, and trained magnitudes.
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 """
@@ -29,12 +29,13 @@ from adapters_jax.methods.lora import LoRA
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA whose adapted weight keeps a trained norm for every output.
+    """LoRA whose adapted weight has a trained norm for each output.
 
-    `m * (W + scale A B) / |W + scale A B|`, the norm over the inputs of each output. m starts at
-    the norm of W, so that the output starts as the base's but for rounding. The norm is not
-    differentiated (section 4.3 of the paper), and the layer's bias is not scaled. Norms are taken
-    in float32. It attaches to layers whose outputs are their last axes: dense ones, convolutions.
+    `m * (W + scale A B) / |W + scale A B|`, where the norm runs over the inputs of each output. m
+    starts at the norm of W, so that the output starts as the base's, up to rounding. The norm is
+    not differentiated (section 4.3 of the paper), and the layer's bias is not scaled. Norms are
+    computed in float32. DoRA attaches to layers whose outputs are their last axes, such as dense
+    layers and convolutions.
 
     Args: as in `LoRA`, without `slices`.
 
@@ -52,7 +53,7 @@ class DoRA(LoRA):
         return super().from_weight or "reads"
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach there."""
+        """Whether the module is a linear layer whose outputs are its last axes."""
         found = point.contraction
         return found is not None and not found.lookup and found.trailing
 
@@ -69,7 +70,7 @@ class DoRA(LoRA):
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
-        """Leaves that follow from the weight, and the weight that stays."""
+        """The initial leaves given the weight, and the weight to keep in the base."""
         magnitude = _norm(weight, point)
         factors, rest = super().start(leaves, point, weight)
         return {**factors, "magnitude": magnitude}, rest
@@ -86,20 +87,20 @@ class DoRA(LoRA):
     def merged(
         self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The weight that the layer computes with: in float32, cast once to its own dtype."""
+        """The adapted weight, computed in float32 and cast once to the weight's dtype."""
         layer = contraction_of(point)
         weight = own[layer.weight]
-        turned = weight.astype(jnp.float32) + self.delta(leaves, point, weight)
-        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(turned, point)
-        turned = turned * jnp.expand_dims(ratio, layer.inputs)
-        return {layer.weight: turned.astype(weight.dtype)}
+        changed = weight.astype(jnp.float32) + self.delta(leaves, point, weight)
+        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(changed, point)
+        changed = changed * jnp.expand_dims(ratio, layer.inputs)
+        return {layer.weight: changed.astype(weight.dtype)}
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
-        """There is none: the weight is rescaled, which no subtraction takes back."""
+        """Raises RecipeError: the weight is rescaled, which DoRA leaves cannot undo."""
         return Method.inverse(self, leaves, point)
 
     def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
-        """There are none: the change is not a product of two factors."""
+        """Raises RecipeError: the change is not a product of two factors."""
         return Method.factors(self, leaves, path)
 
     def forward(
@@ -114,15 +115,17 @@ class DoRA(LoRA):
         """The adapted output; the arguments are those of `LoRA.forward`."""
         weight, bias = frozen(contraction_of(point).weight), frozen("bias")
         if weight is None:
-            raise RecipeError(f"DoRA at {point.path!r} does not find its weight")
+            raise RecipeError(
+                f"DoRA at {point.path!r} needs the layer's weight; attach it with aj.adapt"
+            )
         detached = jax.lax.stop_gradient(self.delta(leaves, point, weight))
         norm = _norm(weight.astype(jnp.float32) + detached, point)
         ratio = (leaves["magnitude"] / norm).astype(y.dtype)
         shift = jnp.zeros((), y.dtype) if bias is None else beside(bias.astype(y.dtype), y)
-        turned = (y - shift) + self.branch(leaves, point, x, y, key)
-        return beside(ratio, y) * turned + shift
+        changed = (y - shift) + self.branch(leaves, point, x, y, key)
+        return beside(ratio, y) * changed + shift
 
 
 def _norm(weight: Float[Array, "..."], point: AttachmentPoint) -> Float[Array, "..."]:
-    """The norm over the inputs of every output, in float32."""
+    """The norm of the weight over the inputs of each output, in float32."""
     return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=contraction_of(point).inputs))

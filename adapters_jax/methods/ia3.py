@@ -1,4 +1,4 @@
-"""(IA)^3: every activation times a learned number of its own.
+"""(IA)^3: a learned scale for each activation.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", arXiv:2205.05638.
@@ -30,12 +30,12 @@ from adapters_jax.weights import linear
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """Learned scales of what linear layers return, or of what they take.
+    """Learned scales of the outputs of linear layers, or of their inputs.
 
-    `y * l` for a target, `layer(x * l)` for one that `feed_forward` matches as well: the paper's
-    scale of the inner feed-forward activation stands before the projection that takes it. l starts
-    at ones, so that the output starts as the base's. It scales the bias with the rest of y. Leaves
-    are float32 and compute in the dtype of the array that they scale.
+    A target returns `y * l`; one that `feed_forward` matches as well returns `layer(x * l)`, since
+    the paper scales the inner feed-forward activation before the projection that reads it. l starts
+    at ones, so that the output starts as the base's. The bias is part of y and is scaled too.
+    Leaves are float32 and are cast to the dtype of the array that they scale.
 
     Args:
         targets: patterns of linear layers.
@@ -64,16 +64,16 @@ class IA3(Method):
         return bool(self.feed_forward) and selects(self.feed_forward, path)
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """To linear layers whose scaled axes are the last ones of their input or output."""
+        """Whether the module is linear, and scaled axes are the last of its input or output."""
         return point.contraction is not None and bool(self._axes(point))
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
         name = type(module).__name__
-        return f"{linear.why_not(module)}; or what is scaled are not last axes of {name}"
+        return f"{linear.why_not(module)}; or the axes to scale are not the last axes of {name}"
 
     def _axes(self, point: AttachmentPoint) -> tuple[int, ...]:
-        """The axes of the weight that l has; none where it cannot be scaled."""
+        """The axes of the weight that l has; none where the module cannot be scaled."""
         layer = contraction_of(point)
         if self.scales_input(point.path):
             return layer.features
@@ -88,7 +88,7 @@ class IA3(Method):
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form d: the size of the scaled axes, which the base weight has as well."""
+        """The closed form d: the size of the scaled axes, which the base weight must have too."""
         shape = shapes["scale"]
         for n in reversed(range(len(shape))):
             layers, own, rest = shape[:n], shape[n:], weight[n:]
@@ -107,11 +107,14 @@ class IA3(Method):
         frozen: Frozen = nothing,
     ) -> Float[Array, "..."]:
         """The scaled output, or the output of the scaled input; see `Method.forward`."""
-        # An embedding that is the output layer too has its d numbers on the input side there.
+        # An embedding used as the output layer (`attend`) has its d features on its input.
         if not self.scales_input(point.path) and point.call == "__call__":
             return y * arrays.beside(leaves["scale"].astype(y.dtype), y)
         if point.again is None:
-            raise RecipeError(f"IA3 at {point.path!r} scales the input of a call; use a recipe")
+            raise RecipeError(
+                f"IA3 at {point.path!r} runs the layer again on a scaled input; attach it with "
+                "aj.adapt"
+            )
         return point.again(x * arrays.beside(leaves["scale"].astype(x.dtype), x))
 
     def merged(
@@ -125,8 +128,8 @@ class IA3(Method):
             others = sorted(own.keys() - {layer.weight, "bias"})
             if others:
                 raise RecipeError(
-                    f"merge: IA3 at {point.path!r} scales the output, and it is not known what "
-                    f"{', '.join(others)} of the module has to do with it; keep the adapted model"
+                    f"merge: IA3 at {point.path!r} scales the output, which may depend on "
+                    f"{', '.join(others)} of the module as well; keep the adapted model"
                 )
             factors |= {"bias": scale} if "bias" in own else {}
         return {
@@ -135,16 +138,16 @@ class IA3(Method):
         }
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
-        """1 / l.
+        """The leaves 1 / l.
 
         Raises:
-            RecipeError: an l is zero, or too near to it, so that what it scaled is lost.
+            RecipeError: some l are zero or too near to it, so that what they scaled is lost.
         """
         reciprocal = 1 / leaves["scale"].astype(jnp.float32)
         lost = int((~jnp.isfinite(reciprocal)).sum())
         if lost:
             raise RecipeError(
                 f"unmerge: IA3 at {point.path!r} has {lost} scales of zero, and what they scaled "
-                "is lost; merge with the base that you kept"
+                "is lost; start from the base that you kept"
             )
         return {"scale": reciprocal}

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: learned prompts beside an attention's own context, behind gates that start shut.
+"""LLaMA-Adapter: learned prompts that attention reads through gates, which start at zero.
 
 Zhang et al. 2023, "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init
 Attention", arXiv:2303.16199.
@@ -37,20 +37,21 @@ class LlamaAdapter(Prompt):
     """Gated prompts in attention modules.
 
     `attention(q, k, v) + f(gate) * softmax(q k_p^T / sqrt(head_dim)) v_p`, before the output
-    projection: two softmaxes that do not share a denominator. The prompt's keys k_p and values v_p
-    come from the module's own projections, without rotary and behind no mask; the query is what the
-    module gives to its attention function. Gates start at zero, so that the output is the base's.
-    Leaves are float32; the branch computes in the dtype of the query, its softmax in float32.
+    projection: two softmaxes with a denominator each. The prompt's keys k_p and values v_p come
+    from the module's own projections, without rotary embedding and without a mask; the query is the
+    one that the module passes to its attention function. Gates start at zero, so that the output
+    starts as the base's. Leaves are float32; the branch computes in the dtype of the query, its
+    softmax in float32.
 
     Args:
         targets: patterns of attention modules.
         prompt_length: K, tokens of the prompt; 10 in the paper.
-        gate: one for every "head" (the paper), or one for the whole "layer" (PEFT).
+        gate: one gate for each "head" (the paper), or one for the whole "layer" (PEFT).
         gate_activation: f, "tanh" (the authors' training code) or "identity" (PEFT, litgpt).
         init_std: standard deviation of the prompts; 1 in the authors' code.
 
     Raises:
-        ValueError: a field out of its range.
+        UserError: a field is out of its range.
 
     Example:
         >>> LlamaAdapter("layers/{30,31}/attention")
@@ -61,7 +62,7 @@ class LlamaAdapter(Prompt):
     name: ClassVar[str] = "llama_adapter"
     slot: ClassVar[str] = "prompt"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]
-    unmergeable: ClassVar[str] = "its prompt is attended to under a softmax of its own"
+    unmergeable: ClassVar[str] = "its prompt has a softmax of its own"
 
     targets: str | tuple[str, ...]
     prompt_length: int = 10
@@ -80,7 +81,7 @@ class LlamaAdapter(Prompt):
         """The prompt (K, d), and the gates, (heads,) or (1,).
 
         Raises:
-            RecipeError: the query heads do not divide among the key heads.
+            RecipeError: the number of query heads is no multiple of the number of key heads.
         """
         sizes = grouped(point, "LlamaAdapter")
         return {
@@ -91,7 +92,7 @@ class LlamaAdapter(Prompt):
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form Kd + gates; d and the heads are read off the leaves, K from here."""
+        """The closed form Kd + gates; d and the heads are the leaves', K the recipe's."""
         d, heads = shapes["embedding"][-1], shapes["gate"][-1]
         gates = heads if self.gate == "head" else 1
         return Count(
@@ -110,14 +111,16 @@ class LlamaAdapter(Prompt):
         *args: Any,
         **kwargs: Any,
     ) -> Float[Array, "... length heads head_dim"]:
-        """The attention's output with the prompt's.
+        """The attention's output plus the gated output over the prompt.
 
         Args:
             leaves: the arrays by name.
-            point: the attention module they are attached to.
+            point: the attention module that they adapt.
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function.
-            query: what it is called with, as are `args` (key and value first) and `kwargs`.
+            query: its first argument.
+            *args: its further arguments, key and value first.
+            **kwargs: its arguments by name.
         """
         mixed = attention_fn(query, *args, **kwargs)
         prompt = leaves["embedding"].astype(query.dtype)
@@ -137,13 +140,14 @@ def attend_to_prompt(
     sizes: Attention,
     precision: Any = None,
 ) -> Float[Array, "... length heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over a prompt that every query sees whole.
+    """softmax(q k^T / sqrt(head_dim)) v over a prompt, without a mask.
 
     Args:
         query: (..., length, heads, head_dim).
-        key: (K, kv_heads, head_dim), or with both last axes as one; head i has key i // group.
+        key: (K, kv_heads, head_dim), or (K, kv_heads * head_dim); query head i reads key head
+            i // (heads / kv_heads).
         value: like key.
-        sizes: of the attention module.
+        sizes: the sizes of the attention module.
         precision: as in `jnp.einsum`.
     """
     shape = (len(key), sizes.kv_heads, sizes.head_dim)

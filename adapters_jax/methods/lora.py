@@ -1,8 +1,8 @@
-"""LoRA: a low-rank change beside a frozen linear map.
+"""LoRA: a low-rank change of a frozen weight.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685. The scale
 alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
-start from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
+initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 """
 
 import math
@@ -29,12 +29,12 @@ from adapters_jax.methods.base import (
 from adapters_jax.targets import as_patterns, matches
 from adapters_jax.weights import linear
 
-# How A starts, given the fan-in and the rank: the paper says Gaussian and gives no deviation.
+# Initialisers of A, given the fan-in and the rank; the paper's is Gaussian, without a deviation.
 INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
-    "pissa": lambda fan_in, rank: arrays.zeros,  # until `LoRA.start` has seen the weight
+    "pissa": lambda fan_in, rank: arrays.zeros,  # `LoRA.start` computes it from the weight
 }
 
 
@@ -55,25 +55,25 @@ class LoRA(Method):
     A has the weight's input axes and the rank, B the rank and the weight's output axes: (in, r) and
     (r, out) for a dense layer, (window, in, r) and (r, out) for a convolution, (vocabulary, r) and
     (r, d) for an embedding. B starts at zero and A random; for an embedding A starts at zero and B
-    from N(0, 1). The scale is alpha / r. Leaves are float32 and compute in the dtype of y.
+    from N(0, 1). The scale is alpha / r. Leaves are float32 and are cast to the dtype of y.
 
     Args:
         targets: patterns of module paths.
         rank: r.
-        alpha: None follows the rank, for a scale of 1 (the paper: set alpha to the first r tried).
+        alpha: None means r, for a scale of 1 (the paper sets alpha to the first r tried).
         dropout: probability of zeroing an entry of the branch's input while training.
-        a_init: law of A: "gaussian" has deviation 1/sqrt(in), "uniform" is within 1/sqrt(in) (the
-            authors' code and PEFT), "gaussian_rank" has deviation 1/r (PEFT's "gaussian"). "pissa"
-            takes A and B from the weight's r principal components, and these out of the weight: the
-            output starts as the base's but for rounding, and the frozen weight is another.
+        a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
+            1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
+            "gaussian"); "pissa" sets A and B to the weight's r principal components and
+            subtracts them from the frozen weight: the output starts as the base's, up to rounding.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
-        rank_pattern: other ranks for some targets, a mapping from patterns; first match wins.
-        alpha_pattern: other alphas likewise, resolved on their own.
-        slices: ranges of a dense layer's outputs that alone are adapted, such as the queries and
-            values of a fused projection: `((0, 768), (1536, 2304))`. B has as many columns.
+        rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
+        alpha_pattern: likewise other alphas, matched independently of the ranks.
+        slices: adapt only these ranges of a dense layer's outputs, such as the queries and values
+            of a fused projection: `((0, 768), (1536, 2304))`. B has as many columns.
 
     Raises:
-        ValueError: a field out of its range.
+        UserError: a field is out of its range.
 
     Example:
         >>> lora = LoRA("**/query", rank=8, rank_pattern={"layer_0/**": 4})
@@ -113,15 +113,15 @@ class LoRA(Method):
         checks.check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
-            raise UserError(f"{owner}: slices go with a random start, without dora and pissa")
+            raise UserError(f"{owner}: slices are unsupported with a_init='pissa' and with DoRA")
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
-        """PiSSA takes the factors out of the weight."""
+        """PiSSA subtracts its initial factors from the weight."""
         return "changes" if self.a_init == "pissa" else ""
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach there: to every linear layer that is known."""
+        """Whether the module is a known linear layer."""
         return point.contraction is not None
 
     def why_not(self, module: Any) -> str:
@@ -143,7 +143,7 @@ class LoRA(Method):
         """The factors A and B of one weight.
 
         Raises:
-            RecipeError: the rank is more than the weight can hold.
+            RecipeError: the rank exceeds the weight's fan-in or fan-out, or slices do not fit it.
         """
         layer, rank = contraction_of(point), self.rank_at(point.path)
         inputs, outputs = layer.split_shape(point.weight_shape)
@@ -156,13 +156,12 @@ class LoRA(Method):
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{point.path!r}: {min(fan_in, fan_out)}}}"
             )
-        law = INITS[self.a_init](fan_in, rank)
-        a = arrays.zeros if layer.lookup else law
+        a = arrays.zeros if layer.lookup else INITS[self.a_init](fan_in, rank)
         b = arrays.normal(1.0) if layer.lookup else arrays.zeros
         return {"a": Leaf((*inputs, rank), a), "b": Leaf((rank, *outputs), b)}
 
     def _sliced(self, point: AttachmentPoint, outputs: tuple[int, ...]) -> tuple[int]:
-        """The width of the slices together; raises RecipeError where they do not fit."""
+        """The total width of the slices; raises RecipeError where they do not fit."""
         if (
             len(outputs) != 1
             or not contraction_of(point).trailing
@@ -177,7 +176,7 @@ class LoRA(Method):
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
-        """Leaves that follow from the weight, and the weight that stays: W - scale A B for PiSSA.
+        """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA.
 
         The decomposition W = U S V^T gives A = U_r sqrt(S_r / scale), B = sqrt(S_r / scale) V_r^T.
         """
@@ -201,7 +200,7 @@ class LoRA(Method):
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form r(in + out): r from this recipe, in and out from the base weight."""
+        """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
         rank = self.rank_at(path)
         copies = len(shapes["a"]) + len(shapes["b"]) - 2 - len(weight)
         fan_in = math.prod(shapes["a"][copies:-1])
@@ -215,19 +214,22 @@ class LoRA(Method):
     def merged(
         self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The weight with the change folded in: summed in float32, cast once to its own dtype."""
+        """The weight plus the change, added in float32 and cast once to the weight's dtype."""
         name = contraction_of(point).weight
         whole = own[name].astype(jnp.float32) + self.delta(leaves, point, own[name])
         return {name: whole.astype(own[name].dtype)}
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
-        """The change with the other sign."""
+        """Leaves whose change has the opposite sign."""
         return {**leaves, "b": -leaves["b"]}
 
     def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
-        """A and scale * B; none where the change is not their whole product."""
+        """A and scale * B; raises RecipeError where the change is not their product alone."""
         if self.slices or self.from_weight:
-            raise RecipeError(f"combine: LoRA with slices or PiSSA at {path!r} cannot be summed")
+            raise RecipeError(
+                f"combine: {type(self).__name__} at {path!r} has slices or a_init='pissa', which "
+                "combine does not support"
+            )
         a, b = (jnp.asarray(leaves[name], jnp.float32) for name in ("a", "b"))
         return a, self.scale_at(path) * b
 
@@ -238,7 +240,7 @@ class LoRA(Method):
         return self._spread(change, weight.shape[-1]) if self.slices else change
 
     def _spread(self, part: Float[Array, "... part"], width: int) -> Float[Array, "... width"]:
-        """The slices' outputs at their places among all, zeros elsewhere."""
+        """The slices' outputs at their own columns among `width`; zeros at the others."""
         columns = [i for start, stop in self.slices for i in range(start, stop)]
         whole = jnp.zeros((*part.shape[:-1], width), part.dtype)
         return whole.at[..., jnp.asarray(columns)].set(part)
@@ -256,21 +258,21 @@ class LoRA(Method):
 
         Args:
             leaves: the factors by name.
-            point: the linear layer they are attached to.
+            point: the linear layer that they adapt.
             x: the layer's input, of whatever form the layer takes.
             y: the layer's output.
             key: for dropout while training; None in evaluation.
             frozen: the layer's own parameters by name.
 
         Returns:
-            An array like y, of its dtype.
+            An array of the shape and dtype of y.
         """
         return y + self.branch(leaves, point, x, y, key)
 
     def branch(
         self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Array, key: PRNGKeyArray | None
     ) -> Float[Array, "..."]:
-        """scale * B(A(x)), like y."""
+        """scale * B(A(x)), of the shape and dtype of y."""
         layer = contraction_of(point)
         a = leaves["a"].astype(y.dtype)
         b = (leaves["b"] * self.scale_at(point.path)).astype(y.dtype)
@@ -281,7 +283,7 @@ class LoRA(Method):
 
 
 def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """A mapping from patterns, or its items, as pairs."""
+    """A mapping from patterns, or its items, as checked pairs."""
     items = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
         raise UserError(
@@ -293,13 +295,13 @@ def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def ranges(value: Any) -> tuple[tuple[int, int], ...]:
-    """Ranges of whole numbers in order, none of them empty or in another."""
+    """Checked ranges of whole numbers: in order, not empty, not overlapping."""
     if not isinstance(value, tuple | list) or not all(map(_is_range, value)):
-        wrong = True
+        valid = False
     else:
         ends = [end for each in value for end in each]
-        wrong = ends != sorted(ends)
-    if wrong:
+        valid = ends == sorted(ends)
+    if not valid:
         raise UserError(
             f"LoRA: slices={checks.shown(value)}, expected ranges in order such as ((0, 768),)"
         )

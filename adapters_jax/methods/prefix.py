@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values in front of an attention's own.
+"""Prefix tuning: learned keys and values before those of the context.
 
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
 """
@@ -31,12 +31,12 @@ def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class PrefixTuning(Prompt):
-    """Trained keys and values that every query of an attention module sees before all others.
+    """Trained keys and values that every query of an attention module reads before the context.
 
-    One softmax runs over the prefix and the context, so that the output is not the base's at init:
-    even a prefix of zeros takes a share of the attention. Keys have no rotary. The prefix is
-    trained as it is, without the paper's reparametrisation by an MLP.
-    Leaves are float32 and compute in the dtypes of the module's keys and values.
+    One softmax runs over the prefix and the context, so that the output does not start as the
+    base's: even a prefix of zeros takes a share of the attention. Keys have no rotary embedding.
+    The prefix is trained directly, without the paper's reparametrisation by an MLP.
+    Leaves are float32 and are cast to the dtypes of the module's keys and values.
 
     Args:
         targets: patterns of attention modules.
@@ -44,7 +44,7 @@ class PrefixTuning(Prompt):
         init_std: standard deviation of keys and values.
 
     Raises:
-        ValueError: a field out of its range.
+        UserError: a field is out of its range.
 
     Example:
         >>> PrefixTuning("**/attention", length=20)
@@ -74,7 +74,7 @@ class PrefixTuning(Prompt):
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form 2Kgh; key heads g and their width h are read off the leaves."""
+        """The closed form 2Kgh; key heads g and their width h are the leaves', K the recipe's."""
         *copies, _, heads, width = shapes["key"]
         return Count(
             f"2*{self.length}*{heads}*{width}",
@@ -97,10 +97,10 @@ class PrefixTuning(Prompt):
     ) -> Float[Array, "... length heads head_dim"]:
         """The attention's output over the prefix and the context.
 
-        Args: as in `LlamaAdapter.attend`; the mask and bias are for the context alone.
+        Args: as in `LlamaAdapter.attend`; `mask` and `bias` cover the context without the prefix.
 
         Raises:
-            RecipeError: the function masks causally by itself, and would mask the prefix too.
+            RecipeError: `is_causal=True`, with which the function would mask the prefix too.
         """
         if kwargs.get("is_causal"):
             raise RecipeError(

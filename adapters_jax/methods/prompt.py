@@ -1,4 +1,4 @@
-"""What methods that act inside an attention module have in common."""
+"""`Prompt`: the base class of methods that act inside an attention module."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,12 +11,12 @@ from adapters_jax.weights.attention import Attention
 
 @dataclass(frozen=True)
 class Prompt(Method):
-    """A method that acts where an attention module calls its function."""
+    """A method that changes the call of a module's attention function."""
 
     acts_on: ClassVar[Literal["output", "attention"]] = "attention"
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach there: to every attention module that is known."""
+        """Whether the module is a known attention module."""
         return point.attention is not None
 
     def why_not(self, module: Any) -> str:
@@ -25,13 +25,13 @@ class Prompt(Method):
 
 
 def grouped(point: AttachmentPoint, owner: str) -> Attention:
-    """The sizes at a point; raises RecipeError where heads do not divide among the key heads."""
+    """The sizes at a point; raises RecipeError unless heads are a multiple of key heads."""
     sizes = point.attention
     if sizes is None:
-        raise RecipeError(f"{owner} cannot attach to {point.path!r}: no known attention module")
+        raise RecipeError(f"{owner} at {point.path!r}: the module is no known attention module")
     if sizes.heads % sizes.kv_heads:
         raise RecipeError(
-            f"{owner} at {point.path!r}: {sizes.heads} query heads do not divide into groups for "
-            f"{sizes.kv_heads} key heads; target attention modules whose heads do"
+            f"{owner} at {point.path!r}: {sizes.heads} query heads, expected a multiple of the "
+            f"{sizes.kv_heads} key heads; target other attention modules"
         )
     return sizes

@@ -1,4 +1,4 @@
-"""Which methods there are, by the name that recipes' JSON has."""
+"""The registry of methods, by their name in the JSON of recipes."""
 
 import dataclasses
 from importlib.metadata import entry_points
@@ -13,10 +13,10 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register_method(cls: M) -> M:
-    """Makes a class a method that recipes and their JSON know; a decorator.
+    """Registers a class as a method for recipes and their JSON; a decorator.
 
-    A package whose methods the command line and files are to find without an import names them in
-    its `pyproject.toml`, by their `name`:
+    So that the command line and files find the methods of a package without an import, the package
+    lists them in its `pyproject.toml` by their `name`:
 
         [project.entry-points."adapters_jax.methods"]
         shift = "their_package.shift:Shift"
@@ -28,8 +28,8 @@ def register_method(cls: M) -> M:
         The class.
 
     Raises:
-        TypeError: it is no such class, or lacks members; all are named.
-        RecipeError: its name or slot is taken by another method.
+        TypeError: `cls` is no such class, or lacks members; the message names all of them.
+        RecipeError: another method has its name or slot.
     """
     owner = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):
@@ -40,8 +40,7 @@ def register_method(cls: M) -> M:
     lacking = missing_members(cls)
     if lacking:
         raise TypeError(
-            f"register_method: {owner} lacks {', '.join(lacking)}; help(aj.Method) "
-            "says what each is"
+            f"register_method: {owner} lacks {', '.join(lacking)}; help(aj.Method) describes them"
         )
     for what, value in (("name", cls.name), ("slot", cls.slot)):
         if (what, value) != ("slot", None) and not (
@@ -75,10 +74,10 @@ def _taken(cls: type[Method], what: str, other: type[Method]) -> str:
 
 
 def method_named(name: str) -> type[Method]:
-    """The method of a name; one that an installed package has by an entry point is imported.
+    """The method of a name; an entry point of an installed package is imported for it.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: no method has the name.
 
     Example:
         >>> method_named("lora").__name__

@@ -1,4 +1,4 @@
-"""Training some of the base's own parameters: heads, layer norms, biases, whole layers."""
+"""Unfreezing: training parameters of the base, such as heads, layer norms and biases."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,8 @@
-"""The contract that every method keeps, as functions: for methods of other packages too.
+"""Tests of the contract that every method keeps, for methods of other packages too.
 
-- `contract`: `check_method`, all of it for one method.
-- `checks`: the checks one by one; `subjects`: what they run on; `linen_model`, `nnx_model`.
+- `contract`: `check_method` runs every check on one method.
+- `checks`: the checks, one function each.
+- `subjects`: a recipe on a tiny model, of `linen_model` or `nnx_model`.
 """
 
 from adapters_jax.testing.contract import VARIANTS, check_method

@@ -1,4 +1,4 @@
-"""What holds for every method: a function for each check, which raises ContractError."""
+"""The checks of the contract, one function each; every one raises ContractError."""
 
 import tempfile
 from pathlib import Path
@@ -25,48 +25,50 @@ STACK = Stack("layer_{}", "layers")
 
 
 def close(got: Any, expected: Any, atol: float, what: str) -> None:
-    """Raises ContractError unless two arrays are alike, of one dtype."""
+    """Raises ContractError unless two arrays are close and have one dtype."""
     expect(got.dtype == expected.dtype, f"{what} is {got.dtype}, expected {expected.dtype}")
     away = float(np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32)).max())
-    expect(away <= atol, f"{what} is off by {away:.3g}, more than {atol:.3g}")
+    expect(away <= atol, f"{what} differs by {away:.3g}, expected at most {atol:.3g}")
 
 
 def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
-    """The output before training is the base's: exactly, where nothing else is allowed."""
+    """The output before training is the base's: exactly, or within `away`."""
     run = subject.call(subject.run)
     atol = max(away, 0.1 if subject.half else 0.0) if away else 0.0
     base, adapted = subject.base_logits(), run(subject.adapters, subject.frozen)
     close(adapted, base, atol, "the output at the start")
     trained = np.asarray(run(shaken(subject.adapters), subject.frozen), np.float32)
-    moved = np.abs(trained - np.asarray(base, np.float32)).max()
-    expect(moved > 0.05, "other leaves do not change the output")
+    change = np.abs(trained - np.asarray(base, np.float32)).max()
+    expect(change > 0.05, "other leaves do not change the output")
 
 
 def counts(subject: Any, case: Any = None) -> None:
-    """The audit's closed forms are what the arrays hold, of shapes alone as well."""
-    audit = subject.audit()  # raises where a closed form is not what its arrays hold
+    """The audit's closed forms equal the numbers of parameters that the arrays hold."""
+    audit = subject.audit()  # raises where a closed form differs from its arrays
     held = sum(x.size for x in jax.tree.leaves(subject.adapters))
     frozen = sum(x.size for x in jax.tree.leaves(subject.frozen))
     found = (audit.trainable_parameters, audit.frozen_parameters)
-    expect(found == (held, frozen), f"the audit counts {found}, the arrays hold {held}, {frozen}")
+    expect(found == (held, frozen), f"the audit counts {found}, expected {held}, {frozen}")
     expect(not audit.unmatched, f"patterns match nothing: {audit.unmatched}")
     if case is not None and case.per_layer is not None:
         added = case.adapter_parameters(subject.layers)
         unfrozen = subject.layers * case.unfrozen
         found = (audit.adapter_parameters, audit.trainable_parameters)
         expected = (added, added + unfrozen)
-        expect(found == expected, f"the audit counts {found}, by hand it is {expected}")
+        expect(found == expected, f"the audit counts {found}, expected {expected} by hand")
 
 
 def counts_shapes(subject: Any) -> None:
-    """The audit of shapes alone is that of the arrays."""
-    expect(subject.abstract_audit() == subject.audit(), "abstract counts differ")
+    """The audit of shapes alone equals that of arrays."""
+    expect(subject.abstract_audit() == subject.audit(), "the audit of shapes alone differs")
 
 
 def goes_through_files(subject: Any) -> None:
-    """Saving and loading changes no bit; the recipe's JSON gives the recipe."""
+    """Saving and loading changes no bit; the recipe's JSON restores the recipe."""
     again = Recipe.from_json(subject.recipe.to_json())
-    expect(again == subject.recipe, f"the recipe's JSON gives {again}")
+    expect(
+        again == subject.recipe, f"the recipe's JSON restores {again}, expected {subject.recipe}"
+    )
     adapters = shaken(subject.adapters)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder) / "adapter", adapters, subject.recipe)
@@ -75,7 +77,7 @@ def goes_through_files(subject: Any) -> None:
 
 
 def merges(subject: Any) -> None:
-    """The merged base computes what the adapted model does; or a method without is named."""
+    """The merged base computes the adapted output; else an error names the method and why."""
     adapters = shaken(subject.adapters)
     unable = [m for m in subject.recipe.attached if type(m).merged is Method.merged]
     if not unable:
@@ -87,13 +89,13 @@ def merges(subject: Any) -> None:
         subject.merged_logits(adapters)
     except RecipeError as error:
         named = any(type(m).__name__ in str(error) and m.unmergeable in str(error) for m in unable)
-        expect(named, f"the error does not name the method and its reason: {error}")
+        expect(named, f"the error lacks the method's name or its `unmergeable`: {error}")
     else:
-        raise ContractError("a recipe merges that has a method without `merged`")
+        raise ContractError("a method without `merged` is merged without an error")
 
 
 def trains_its_leaves_alone(subject: Any) -> None:
-    """Steps change every leaf of the adapters, no bit of the base, and compile once."""
+    """Steps change every adapter leaf and no bit of the base, and compile one program."""
 
     def loss(whole: Any, batch: Any, key: Any) -> Any:
         logits = subject.logits_of(whole, batch).astype(jnp.float32)
@@ -109,21 +111,21 @@ def trains_its_leaves_alone(subject: Any) -> None:
         losses.append(float(metrics["loss"]))
     expect(losses[-1] < losses[0], f"the loss does not fall: {losses}")
     expect(float(metrics["finite"]) == 1.0, "gradients are not finite")
-    expect(bits(state.base) == base, "the base's numbers change")
+    expect(bits(state.base) == base, "steps change the base's numbers")
     after = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.base)]
-    expect(after == buffers, "the base's arrays are other ones")
+    expect(after == buffers, "steps copy the base's arrays")
     pairs = zip(flatten(state.adapters), bits(state.adapters), before, strict=True)
-    still = [path for path, new, old in pairs if new == old]
-    expect(not still, f"steps do not change {', '.join(still)}")
+    unchanged = [path for path, new, old in pairs if new == old]
+    expect(not unchanged, f"steps do not change {', '.join(unchanged)}")
     compiled = step.jitted._cache_size()
-    expect(compiled == 1, f"four steps compile {compiled} programs")
+    expect(compiled == 1, f"four steps compile {compiled} programs, expected 1")
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     held = sum(x.size for x in jax.tree.leaves(state.adapters))
-    expect(moments == 2 * held, f"Adam holds {moments} numbers for {held} that train")
+    expect(moments == 2 * held, f"Adam's state has {moments} numbers, expected {2 * held}")
 
 
 def runs_under_vmap(subject: Any) -> None:
-    """Several adapters over one base, on an axis, compute what each does."""
+    """Stacked adapters under vmap over one base compute what each one computes."""
     several = [shaken(subject.adapters, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
     outputs = jax.jit(jax.vmap(subject.run, in_axes=(0, None)))(stacked, subject.frozen)
@@ -133,12 +135,12 @@ def runs_under_vmap(subject: Any) -> None:
 
 
 def computes_the_same(linen: Any, other: Any) -> None:
-    """Both APIs have the same leaves, and compute the same with them."""
+    """Both APIs have the same leaves and compute the same output."""
     adapters = shaken(other.adapters)
     params = unflatten(flatten(adapters) | flatten(other.frozen))
     shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
     theirs = {path: x.shape for path, x in flatten(params).items()}
-    expect(theirs == shapes, f"NNX has the leaves {theirs}, linen {shapes}")
+    expect(theirs == shapes, f"NNX has the leaves {theirs}, expected linen's {shapes}")
     close(
         linen.call(linen.model.apply)({"params": params}, ids()),
         other.call(other.run)(adapters, other.frozen),
@@ -150,7 +152,7 @@ def computes_the_same(linen: Any, other: Any) -> None:
 
 
 def stacks(unrolled: Any, scanned: Any) -> None:
-    """An adapter of unrolled layers is one of scanned layers, and comes back bit for bit."""
+    """Stacking makes an adapter of scanned layers, and unstacking restores every bit."""
     adapters = shaken(unrolled.adapters)
     recipe, stacked = stack_layers((unrolled.recipe, adapters), STACK)
     expect(
@@ -162,7 +164,7 @@ def stacks(unrolled: Any, scanned: Any) -> None:
     expect(not strays, f"the stacked recipe does not train {', '.join(strays)}")
     again, back = unstack_layers((recipe, stacked), STACK)
     expect(bits(back) == bits(adapters), "stacked and unstacked leaves differ")
-    expect(all(again.trains(path) for path in flatten(back)), "the recipe loses its targets")
+    expect(all(again.trains(path) for path in flatten(back)), "the unstacked recipe lacks targets")
     frozen = stack_layers(unrolled.frozen, STACK)
     close(
         scanned.call(scanned.model.apply)({"params": merge_trees(stacked, frozen)}, ids()),
@@ -173,7 +175,7 @@ def stacks(unrolled: Any, scanned: Any) -> None:
 
 
 def shards(linen: Any) -> None:
-    """Each leaf has a layout; those with axes of the weight are split as it is."""
+    """Every leaf has a layout; leaves with axes of the weight are split like the weight."""
     mesh: Any = AbstractMesh((1, 2), ("data", "model"))
     params = linen.whole(linen.adapters)
     where = layout(params, mesh, None, linen.recipe, small=1)
@@ -186,14 +188,17 @@ def shards(linen: Any) -> None:
         side = method.weight_axes.get(path.removeprefix(f"{module}/{method.slot}/"))
         spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
         if side is None:
-            expect(not any(spec), f"{path} is split as {spec}, without axes of the weight")
+            expect(
+                not any(spec),
+                f"{path} is split as {spec}, expected a leaf without axes of the weight whole",
+            )
             continue
         beside = [p for p in leaves if p.rpartition("/")[0] == module]
         weight = max(beside, key=lambda p: leaves[p].size)
         whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
         axis = 0 if side == "input" else -1  # the weight's first input, or its last output
         same = leaves[path].shape[axis] == leaves[weight].shape[axis]
-        expect(same or side == "output", f"{path} has not the input axes of {weight}")
-        if same:  # the outputs of slices of a fused projection are fewer
+        expect(same or side == "output", f"{path} lacks the input axes of {weight}")
+        if same:  # slices of a fused projection have fewer outputs than the weight
             alike = spec[axis] == whole[axis]
-            expect(alike, f"{path} is split as {spec}, the weight beside it as {whole}")
+            expect(alike, f"{path} is split as {spec}, expected {whole} like {weight}")

@@ -1,4 +1,4 @@
-"""All the checks for one method, through both APIs and in every form of the tiny models."""
+"""`check_method`: all checks of one method, in both APIs and all variants of the tiny models."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,24 +27,25 @@ def check_method(
     kinds: Sequence[str] = KINDS,
     variants: Sequence[str] = ("plain", "remat", "scan", "bf16"),
 ) -> list[str]:
-    """Runs every check of the contract for a method of anyone's.
+    """Runs every check of the contract on a method, of this library or another package.
 
-    The models have blocks `layer_0` (or, scanned, `layers`) of one kind each: "attention" with the
+    A model has blocks `layer_0` (or, scanned, `layers`) of one kind: "attention" with the
     projections `query`, `key`, `value` and `out`; "conv"; "mix", an einsum; "mlp" with `up` and
-    `output`. Beside it each block has a `norm`, and the model an `embed` that is also its output.
+    `output`. Each block also has a `norm`, and the model an `embed` that is its output layer too.
 
     Args:
-        method: a method with targets among these, such as `"**/mlp/output"`.
-        start_tolerance: how far from the base's the output may be before training; inf for a
-            method that starts elsewhere.
-        kinds: of layers to try; those that its targets do not fit are left out.
-        variants: "plain", "remat", "scan", "bf16", "scan_remat".
+        method: a method whose targets are among these modules, such as `"**/mlp/output"`.
+        start_tolerance: how far the output before training may be from the base's; inf for a
+            method that does not start as the base.
+        kinds: kinds of layers to try; kinds that the targets do not match are skipped.
+        variants: some of "plain", "remat", "scan", "bf16", "scan_remat".
 
     Returns:
         The kinds of layers that were checked.
 
     Raises:
-        ContractError: names the check, the method, the API, the kind of layer and the variant.
+        ContractError: a check fails; the message names the check, the method, the API, the kind of
+            layer and the variant.
 
     Example:
         >>> import adapters_jax as aj
@@ -53,7 +54,9 @@ def check_method(
     """
     name = getattr(type(method), "name", type(method).__name__)
     if METHODS.get(name) is not type(method):
-        raise ContractError(f"registered: {type(method).__name__} is not; see aj.register_method")
+        raise ContractError(
+            f"registered: {type(method).__name__} is not; write @aj.register_method above its class"
+        )
     done: list[str] = []
     reasons: list[str] = []
     for kind in kinds:
@@ -66,12 +69,12 @@ def check_method(
         _check_kind(case, variants)
         done.append(kind)
     if not done:
-        raise ContractError(f"fits: {method!r} fits no layer: {'; '.join(reasons)}")
+        raise ContractError(f"fits: {method!r} attaches to no layer: {'; '.join(reasons)}")
     return done
 
 
 def build(case: Case, api: str, variant: str, **options: Any) -> Any:
-    """A tiny model of a case, in one API and variant."""
+    """The tiny model of a case, in one API and variant."""
     return APIS[api](case, **{**VARIANTS[variant], **options})
 
 
@@ -101,9 +104,9 @@ def _check_kind(case: Case, variants: Sequence[str]) -> None:
 
 
 def _run(case: Case, where: str, check: Callable[..., None], *args: Any) -> None:
-    """One check; its error names everything."""
+    """Runs one check; its error names the check, the method, the kind of layer and the API."""
     try:
         check(*args)
-    except (ContractError, ValueError, TypeError) as error:  # ours are all of these
+    except (ContractError, ValueError, TypeError) as error:  # all types that the library raises
         what = f"{check.__name__}: {case.recipe.methods[0]!r} on {case.kind} ({where})"
         raise ContractError(f"{what}: {error}") from error

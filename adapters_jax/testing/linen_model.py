@@ -1,4 +1,4 @@
-"""A tiny linen model with every layer kind that methods attach to."""
+"""A tiny linen model with every kind of layer that methods attach to."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ class LinenMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Runs it."""
+        """Up, ReLU, down."""
         h = nn.Dense(HIDDEN, name="up", dtype=self.dtype)(x)
         return nn.Dense(D, name="output", dtype=self.dtype)(nn.relu(h))
 
 
 class LinenBlock(nn.Module):
-    """One layer of some kind, its residual and a norm."""
+    """A layer of one kind with a residual and a norm."""
 
     kind: str
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x, _=None):
-        """As any layer of a scanned model."""
+        """The output, and None for the scan."""
         layer = {
             "attention": lambda: nn.MultiHeadDotProductAttention(
                 HEADS, name="attention", dtype=self.dtype
@@ -43,7 +43,7 @@ class LinenBlock(nn.Module):
 
 
 class LinenNet(nn.Module):
-    """Embedding, blocks, and the embedding again as the output layer."""
+    """An embedding, blocks, and the embedding as the output layer."""
 
     kind: str
     layers: int = 1
@@ -53,7 +53,7 @@ class LinenNet(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        """Runs it."""
+        """Logits of token ids."""
         embed = nn.Embed(VOCAB, D, name="embed", dtype=self.dtype)
         x = embed(ids)
         block = nn.remat(LinenBlock) if self.remat else LinenBlock

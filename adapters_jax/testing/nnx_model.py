@@ -1,4 +1,4 @@
-"""The same tiny model in NNX."""
+"""The tiny model of `linen_model` in NNX, with the same parameter paths."""
 
 from flax import nnx
 
@@ -13,12 +13,12 @@ class NnxMlp(nnx.Module):
         self.output = nnx.Linear(HIDDEN, D, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        """Runs it."""
+        """Up, ReLU, down."""
         return self.output(nnx.relu(self.up(x)))
 
 
 class NnxBlock(nnx.Module):
-    """One layer of some kind, its residual and a norm."""
+    """A layer of one kind with a residual and a norm."""
 
     def __init__(self, kind, dtype, rngs):
         layer = {
@@ -34,12 +34,12 @@ class NnxBlock(nnx.Module):
         self.norm = nnx.RMSNorm(D, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        """Runs it."""
+        """The output."""
         return self.norm(x + getattr(self, self.kind)(x))
 
 
 class NnxNet(nnx.Module):
-    """Embedding, blocks, and the embedding again as the output layer."""
+    """An embedding, blocks, and the embedding as the output layer."""
 
     def __init__(self, kind, layers=1, scan=False, remat=False, dtype=None, *, rngs):
         self.layers_, self.scan, self.remat = layers, scan, remat
@@ -57,7 +57,7 @@ class NnxNet(nnx.Module):
                 setattr(self, f"layer_{i}", NnxBlock(kind, dtype, rngs))
 
     def __call__(self, ids):
-        """Runs it."""
+        """Logits of token ids."""
         x = self.embed(ids)
 
         def run(block, x):

@@ -1,4 +1,4 @@
-"""A model with a recipe on it, of either API, behind the few calls that the checks need."""
+"""A tiny model with a recipe, in linen or NNX, with the same functions for the checks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,26 +24,26 @@ BATCH, LENGTH = 4, 6
 
 
 class ContractError(AssertionError):
-    """A method does not keep the contract; the message names the check, the method and the case."""
+    """A method breaks the contract; the message names the check, the method and the case."""
 
 
 def expect(good: Any, problem: str) -> None:
-    """Raises ContractError unless something holds."""
+    """Raises ContractError with the problem unless `good` is true."""
     if not good:
         raise ContractError(problem)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe and the layer kind it is for, with what must hold of it.
+    """A recipe, the kind of layer that it is for, and the expected numbers.
 
     Attributes:
-        kind: of the layers: "attention", "conv", "mix" (an einsum) or "mlp".
-        recipe: says what trains.
-        per_layer: parameters that it adds in one layer, worked out by hand; None is not compared.
-        once: parameters that it adds outside of layers.
+        kind: kind of the layers: "attention", "conv", "mix" (an einsum) or "mlp".
+        recipe: what trains.
+        per_layer: adapter parameters of one layer, counted by hand; None skips the comparison.
+        once: adapter parameters outside of the layers.
         unfrozen: parameters of the base that train in one layer.
-        away: how far from the base's the output may be at the start.
+        away: how far the output at the start may be from the base's.
     """
 
     kind: str
@@ -54,17 +54,17 @@ class Case:
     away: float = 0.0
 
     def adapter_parameters(self, layers: int) -> int:
-        """What the recipe adds to a model of some layers."""
+        """Parameters that the recipe adds to a model with this number of layers."""
         return layers * (self.per_layer or 0) + self.once
 
 
 def ids(seed=0, shape=(BATCH, LENGTH)):
-    """A batch of tokens."""
+    """A batch of token ids."""
     return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
 
 
 def shaken(tree, seed=5, size=0.3):
-    """The tree with noise on every leaf: no factor or gate is zero after it."""
+    """The tree with noise on every leaf, so that no factor or gate is zero."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     noisy = [x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) for x in leaves]
@@ -72,24 +72,24 @@ def shaken(tree, seed=5, size=0.3):
 
 
 def bits(tree):
-    """Every leaf's bytes."""
+    """The bytes of every leaf."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def drawn(shapes, half):
-    """Base parameters for abstract ones, drawn without compiling an initialiser."""
+    """Random base parameters of the given shapes, without compiling an initialiser."""
     dtype = jnp.bfloat16 if half else jnp.float32
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
     return shaken(zeros, seed=3, size=0.4)
 
 
 def caller(jit, options):
-    """Compiles where the model itself would compile parts; else all subjects share operations."""
+    """Compiles models with options, which compile parts anyway; plain ones share operations."""
     return jit if options else lambda function: function
 
 
 class Linen:
-    """The linen API, behind the few calls that the contract needs."""
+    """A case in linen."""
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
         self.half, self.layers = half, options.get("layers", 1)
@@ -102,15 +102,15 @@ class Linen:
         self.adapters, self.frozen = partition(whole, self.recipe)
 
     def base_logits(self):
-        """What the base alone computes."""
+        """The output of the base."""
         return self.call(self.base.apply)({"params": self.base_params}, ids())
 
     def run(self, adapters, frozen):
-        """What the adapted model computes."""
+        """The output of the adapted model."""
         return self.model.apply({"params": merge_trees(adapters, frozen)}, ids())
 
     def logits_of(self, params, x):
-        """Likewise, of what a loss is given."""
+        """The output of the adapted model, by the argument that a loss gets."""
         return self.model.apply({"params": params}, x)
 
     def whole(self, adapters):
@@ -118,39 +118,39 @@ class Linen:
         return merge_trees(adapters, self.frozen)
 
     def state(self, tx):
-        """A training before its first step."""
+        """The training state before the first step."""
         key = jax.random.key(2)
         return TrainState.create(self.model, self.whole(self.adapters), tx=tx, key=key)
 
     def audit(self):
-        """Its counts."""
+        """The audit."""
         return audit(self.model, self.whole(self.adapters))
 
     def abstract_audit(self):
-        """Its counts, of shapes alone."""
+        """The audit of shapes alone."""
         shapes = jax.eval_shape(lambda: self.base_params)
         params = init_adapters(self.model, shapes, jax.random.key(1), ids())
         leaves = jax.tree.leaves(params)
         abstract = all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-        expect(abstract, "abstract parameters give arrays")
+        expect(abstract, "init_adapters returns arrays for abstract parameters")
         return audit(self.model, params)
 
     def merged_logits(self, adapters):
-        """What the base computes with the adapters folded in."""
+        """The output of the base after the adapters are merged into it."""
         params = merge(self.model, self.whole(adapters), ids())
         same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, self.base_params)
-        expect(same, "the merged tree is not like the base's")
+        expect(same, "the merged tree has other shapes than the base's")
         return self.call(self.base.apply)({"params": params}, ids())
 
     def loaded(self, directory):
-        """The adapters of a directory, after they were loaded onto the base."""
+        """The adapters that `load_adapter` loads from a directory."""
         model, params = load_adapter(directory, self.base, self.base_params, ids())
-        expect(model == self.model, "the model that load_adapter makes is another one")
+        expect(model == self.model, "load_adapter returns another model")
         return partition(params, self.recipe)[0]
 
 
 class Nnx:
-    """The NNX API, behind the same calls."""
+    """A case in NNX, with the same functions as `Linen`."""
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
         self.half, self.layers = half, options.get("layers", 1)
@@ -165,19 +165,19 @@ class Nnx:
         self.graphdef, self.adapters, self.frozen = whole
 
     def adapted(self, base):
-        """A base with fresh adapters."""
+        """A base with new adapters."""
         return adapt(base, self.recipe, rngs=nnx.Rngs(1), example_inputs=(ids(),))
 
     def base_logits(self):
-        """What the base alone computes."""
+        """The output of the base."""
         return self.call(lambda model, x: model(x))(self.base, ids())
 
     def run(self, adapters, frozen):
-        """What the adapted model computes."""
+        """The output of the adapted model."""
         return nnx.merge(self.graphdef, adapters, frozen, copy=True)(ids())
 
     def logits_of(self, model, x):
-        """Likewise, of what a loss is given."""
+        """The output of the adapted model, by the argument that a loss gets."""
         return model(x)
 
     def whole(self, adapters):
@@ -185,33 +185,33 @@ class Nnx:
         return nnx.merge(self.graphdef, adapters, self.frozen)
 
     def state(self, tx):
-        """A training before its first step."""
+        """The training state before the first step."""
         return TrainState.create(self.model, tx=tx, key=jax.random.key(2))
 
     def audit(self):
-        """Its counts."""
+        """The audit."""
         return audit(self.model)
 
     def abstract_audit(self):
-        """Its counts, of shapes alone."""
+        """The audit of shapes alone."""
         return audit(nnx.eval_shape(lambda: self.adapted(self.new())))
 
     def merged_logits(self, adapters):
-        """What the base computes with the adapters folded in."""
+        """The output of the base after the adapters are merged into it."""
         model = merge(self.whole(adapters))
         structures: list[Any] = [jax.tree.structure(nnx.state(x)) for x in (model, self.base)]
         same = classes_of(model) == classes_of(self.base) and structures[0] == structures[1]
-        expect(same, "the merged model is not of the base's classes")
+        expect(same, "the merged model has other classes than the base")
         return self.call(lambda model, x: model(x))(model, ids())
 
     def loaded(self, directory):
-        """The adapters of a directory, after they were loaded onto the base."""
+        """The adapters that `load_adapter` loads from a directory."""
         model = load_adapter(directory, self.base, None, ids())
         return nnx.state(model, AdapterParam)
 
 
 def classes_of(model):
-    """Every module and Variable of an NNX model, with its class."""
+    """The class of every module and Variable of an NNX model, by path."""
     return {path: type(node) for path, node in nnx.iter_graph(model) if isinstance(path, tuple)}
 
 

@@ -1,7 +1,7 @@
-"""How an attention module hands query, key and value to its `attention_fn`; which modules do so.
+"""Which attention modules are known, and how each passes query, key and value to `attention_fn`.
 
-Prompts act there: after whatever the module does to its query (rotary, norms), before its output
-projection. flax's attention modules are known, and so are this library's.
+Prompts change that call: after what the module does to its query (rotary embedding, norms) and
+before its output projection. flax's attention modules are known, and so are this library's.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ class Attention:
     """The sizes of an attention module.
 
     Attributes:
-        width: d, the width of what the key projection takes.
-        heads: how many query heads.
-        kv_heads: how many key and value heads.
+        width: d, the width of the key projection's input.
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
         head_dim: the width of a head.
     """
 
@@ -35,7 +35,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Names:
-    """What an attention module calls its parts."""
+    """The names that an attention module has for its parts."""
 
     query: str = "query"
     key: str = "key"
@@ -59,10 +59,10 @@ def register_attention(
     attention_fn: str = "attention_fn",
     head_dim: str = "head_dim",
 ) -> None:
-    """Teaches prompts an attention module of another library.
+    """Makes an attention module of another library known to prompts and prefixes.
 
-    The module calls `self.<attention_fn>(query, key, value, ...)` with heads and head width as the
-    last two axes, as flax's attention modules do, and its projections are submodules.
+    The module must call `self.<attention_fn>(query, key, value, ...)` with heads and head width as
+    the last two axes, as flax's attention modules do, and its projections must be submodules.
 
     Args:
         module: the module class, linen or NNX; subclasses are covered.
@@ -83,12 +83,12 @@ def register_attention(
 
 
 def names_of(module: Any) -> Names | None:
-    """What a module calls its parts, or None where it is not a known attention module."""
+    """The names of a module's parts; None where it is not a known attention module."""
     return next((_REGISTRY[base] for base in type(module).__mro__ if base in _REGISTRY), None)
 
 
 def why_not(module: Any) -> str:
-    """Why a prompt cannot attach to a module, and the line that may change it."""
+    """Why a prompt cannot attach to a module, and the line that may register it."""
     name = type(module).__name__
     if names_of(module):
         return f"{name} did not call its attention_fn, or its projections are not known layers"
@@ -100,20 +100,20 @@ def why_not(module: Any) -> str:
 
 @contextlib.contextmanager
 def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[None]:
-    """For the time of one call, a module's attention function inside another.
+    """Replaces the attention function of a module while its body runs.
 
     Args:
         module: the attention module.
         name: the field that holds its function.
-        wrap: called as `wrap(function, query, key, value, ...)` in its place.
+        wrap: is called instead, as `wrap(function, query, key, value, ...)`.
     """
     function = getattr(module, name)
 
-    @functools.wraps(function)  # flax passes what the signature names, and nothing else
+    @functools.wraps(function)  # flax passes only the arguments that the signature names
     def wrapped(*args: Any, **kwargs: Any) -> Array:
         return wrap(function, *args, **kwargs)
 
-    # Modules refuse assignments outside of their constructor; this one is taken back.
+    # Modules reject assignments outside of their constructor; this one is undone below.
     object.__setattr__(module, name, wrapped)
     try:
         yield

@@ -1,10 +1,10 @@
-"""How a weight meets its input, for every layer kind that low-rank factors can attach to.
+"""How a weight meets its input, for every kind of layer that low-rank factors attach to.
 
-A linear layer computes `y = einsum(equation, x, weight)`. A factor pair follows from the equation
-alone: the weight's letters that the input shares go to A, with the rank appended; the others go to
-B, with the rank in front. `btd,dnh->btnh` becomes `btd,dr->btr` and `btr,rnh->btnh`: two
-contractions through the rank, never a product of the weight's size. Convolutions and embeddings
-reach their hidden state differently, but their factors have the same form.
+A linear layer computes `y = einsum(equation, x, weight)`. The equation alone determines the
+factors: A has the weight's letters that the input shares, then the rank; B has the rank, then the
+weight's other letters. `btd,dnh->btnh` becomes `btd,dr->btr` and `btr,rnh->btnh`: two contractions
+through the rank, and no product of the weight's size. Convolutions and embeddings compute the
+hidden state differently, but their factors have the same form.
 """
 
 import math
@@ -22,18 +22,18 @@ _RANK = "Z"
 
 @dataclass(frozen=True)
 class Contraction:
-    """A linear layer as low-rank adaptation sees it.
+    """A linear layer as low-rank adaptation uses it.
 
     Attributes:
         weight: name of the layer's weight.
         ndim: number of axes of the weight, without the layer axes of stacked modules.
-        inputs: the axes of the weight that go to A, in order; the others go to B.
-        project: `(x, a) -> hidden`, where `hidden` ends in the rank or holds it as the einsum says.
+        inputs: the axes of the weight that A has, in order; B has the others.
+        project: `(x, a) -> hidden`, which `expand` takes.
         expand: `(hidden, b) -> y`.
         lookup: the layer reads rows (an embedding), so A starts at zero and B random.
-        trailing: the axes that go to B are the last ones of the layer's output, in order.
-        features: the axes of the weight that are the last ones of the layer's input and summed
-            over, in order; none where they are elsewhere in the input.
+        trailing: whether the axes that B has are the last ones of the layer's output, in order.
+        features: the axes of the weight that are the last ones of the layer's input and are summed
+            over, in order; empty where they are elsewhere in the input.
     """
 
     weight: str
@@ -46,27 +46,27 @@ class Contraction:
     features: tuple[int, ...] = ()
 
     def split_shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The parts of a weight's shape that go to A and to B.
+        """The parts of a weight's shape that A and B have.
 
         Raises:
-            RecipeError: the weight has another number of axes than the equation says.
+            RecipeError: the weight has not as many axes as the equation.
         """
         if len(shape) != self.ndim:
             raise RecipeError(
-                f"{self.weight} has the shape {shape}, and the equation of its layer wants "
-                f"{self.ndim} axes; correct the equation in aj.register_contraction"
+                f"{self.weight} has the shape {shape}, expected {self.ndim} axes as in its layer's "
+                "equation; correct the equation in aj.register_contraction"
             )
         outputs = (axis for axis in range(self.ndim) if axis not in self.inputs)
         return tuple(shape[i] for i in self.inputs), tuple(shape[i] for i in outputs)
 
     def as_matrix(self, weight: Float[Array, "..."]) -> Float[Array, "in out"]:
-        """The weight with the axes that go to A as rows, and the others as columns."""
+        """The weight as a matrix, with A's axes as rows and B's as columns."""
         rows, columns = self.split_shape(weight.shape)
         order = (*self.inputs, *(i for i in range(self.ndim) if i not in self.inputs))
         return weight.transpose(order).reshape(math.prod(rows), math.prod(columns))
 
     def product(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-        """A times B in the weight's own layout, under any leading layer axes."""
+        """A times B in the weight's own layout; leading layer axes are batched."""
         letters = "abcdefghijklmnopqrstuvwxy"[: self.ndim]
         left = "".join(letters[i] for i in self.inputs)
         right = "".join(c for i, c in enumerate(letters) if i not in self.inputs)
@@ -84,7 +84,7 @@ def from_equation(weight: str, equation: str, precision: Any = None) -> Contract
         precision: as in `jnp.einsum`.
 
     Raises:
-        RecipeError: the equation is not of that form.
+        RecipeError: `equation` is not such an einsum.
 
     Example:
         >>> c = from_equation("kernel", "btd,dnh->btnh")

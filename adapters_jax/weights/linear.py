@@ -1,4 +1,4 @@
-"""Which contraction a linear layer computes: flax's own, and those that users register."""
+"""Which contraction a linear layer computes: flax's own layers, and registered ones."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -15,8 +15,8 @@ from adapters_jax.weights.contraction import Contraction, from_equation
 def dense_general_equation(axis: Any, batch: Iterable[int], features: int) -> str:
     """The equation of a DenseGeneral: contracted axes first in the weight, features last.
 
-    `axis=(-2, -1), features=1` gives `...ba,bac->...c`. The weight has them in the order of the
-    input, however they were listed.
+    `axis=(-2, -1), features=1` gives `...ba,bac->...c`. The weight has the axes in the order of the
+    input, whatever the order of `axis`.
     """
     axes = (axis,) if isinstance(axis, int) else sorted(axis, key=lambda a: (a < 0, a))
     letters = iter("abcdefghijklmnopqrstuvwxy")
@@ -37,12 +37,12 @@ def dense_general_equation(axis: Any, batch: Iterable[int], features: int) -> st
 
 
 def dense(module: Any, *_: Any, **__: Any) -> Contraction:
-    """A matrix on the last axis."""
+    """The contraction of a dense layer: a matrix on the last axis."""
     return from_equation("kernel", "...a,ab->...b", module.precision)
 
 
 def dense_general(module: Any, *_: Any, **__: Any) -> Contraction:
-    """A weight over several axes; linen and NNX name its fields differently."""
+    """The contraction of a weight over several axes; linen and NNX name its fields differently."""
     is_linen = isinstance(module, linen.Module)
     batch = module.batch_dims if is_linen else module.batch_axis
     features = module.features if is_linen else module.out_features
@@ -52,9 +52,9 @@ def dense_general(module: Any, *_: Any, **__: Any) -> Contraction:
 
 
 def conv(module: Any, *_: Any, **__: Any) -> Contraction | None:
-    """A convolution: A keeps the window and its input channels, B mixes the rank into outputs.
+    """The contraction of a convolution: A has the window and the input channels, B the outputs.
 
-    Factors of a grouped or masked kernel would not fold back into it, so there are none.
+    Factors cannot be merged into a grouped or masked kernel, so such a layer has none.
     """
     if module.feature_group_count != 1 or module.mask is not None:
         return None
@@ -108,14 +108,14 @@ def _convolve(module: Any, window: tuple[int, ...], x: Array, kernel: Array) -> 
 
 
 def embed_lookup(*_: Any, **__: Any) -> Contraction:
-    """A lookup: the rows of A, through B."""
+    """The contraction of an embedding's lookup: rows of A, times B."""
     return Contraction(
         "embedding", 2, (0,), lambda ids, a: jnp.take(a, ids, axis=0), jnp.matmul, lookup=True
     )
 
 
 def embed_attend(*_: Any, **__: Any) -> Contraction:
-    """The tied output layer: the same factors, met from the other side."""
+    """The contraction of a tied output layer: the factors of the embedding, transposed."""
     return Contraction(
         "embedding",
         2,
@@ -127,7 +127,7 @@ def embed_attend(*_: Any, **__: Any) -> Contraction:
 
 
 def einsum(module: Any, *args: Any, **kwargs: Any) -> Contraction | None:
-    """An Einsum layer takes its equation from the constructor or from the call."""
+    """The contraction of an Einsum layer, by the equation of its constructor or of the call."""
     at_call = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
     equation = at_call or module.einsum_str
     return from_equation("kernel", equation, module.precision) if equation else None
@@ -159,14 +159,17 @@ _WEIGHTS = {"kernel", "embedding"}
 def register_contraction(
     layer: type, *, weight: str, equation: str | Callable[..., str], input: int = 0
 ) -> None:
-    """Teaches low-rank adaptation a linear layer of another library.
+    """Makes a linear layer of another library known to LoRA, DoRA and (IA)^3.
 
     Args:
         layer: the module class, linen or NNX; subclasses are covered.
         weight: name of its weight parameter.
-        equation: the einsum that its `__call__` computes, input first; or a function of the module
-            (and, where the layer takes its equation at the call, of the call's arguments).
+        equation: the einsum that its `__call__` computes, input first; or a function that returns
+            it for the module (and for the call's arguments, where the equation depends on them).
         input: position of the input among the call's arguments.
+
+    Raises:
+        RecipeError: `equation` is not an explicit einsum of an input and a weight.
 
     Example:
         >>> from flax import linen as nn
@@ -180,7 +183,7 @@ def register_contraction(
         from_equation(weight, equation)
 
     def build(module: Any, *args: Any, **kwargs: Any) -> Contraction | None:
-        text = equation if isinstance(equation, str) else _ask(equation, module, args, kwargs)
+        text = equation if isinstance(equation, str) else _equation(equation, module, args, kwargs)
         precision = getattr(module, "precision", None)
         return from_equation(weight, text, precision) if text else None
 
@@ -188,8 +191,8 @@ def register_contraction(
     _WEIGHTS.add(weight)
 
 
-def _ask(equation: Callable[..., str], module: Any, args: Any, kwargs: Any) -> str | None:
-    """What a function of the module, and of the call's arguments if it wants them, answers."""
+def _equation(equation: Callable[..., str], module: Any, args: Any, kwargs: Any) -> str | None:
+    """The equation of a module by its function, which may take the call's arguments as well."""
     for arguments, options in ((args, kwargs), ((), {})):
         try:
             inspect.signature(equation).bind(module, *arguments, **options)
@@ -200,13 +203,13 @@ def _ask(equation: Callable[..., str], module: Any, args: Any, kwargs: Any) -> s
 
 
 def find(module: Any, call: str, *args: Any, **kwargs: Any) -> Contraction | None:
-    """The contraction that a module's method computes, or None where there is none known."""
+    """The contraction that a module's function computes; None where it is not known."""
     entry = _entry(type(module), call)
     return entry and entry[1](module, *args, **kwargs)
 
 
 def input_of(module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input among a call's arguments, by position or by name; None where there is none."""
+    """The input among a call's arguments, by position or by name; None for a call without any."""
     entry = _entry(type(module), call)
     position = entry[0] if entry else 0
     if len(args) > position:
@@ -219,11 +222,11 @@ def input_of(module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, An
 def with_input(
     run: Callable[..., Any], module: Any, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], Any]:
-    """A call as a function of its input alone, the other arguments as they were given."""
-    given = input_of(module, call, args, kwargs)
+    """A call as a function of its input, with all other arguments fixed."""
+    old = input_of(module, call, args, kwargs)
 
     def again(x: Any) -> Any:
-        new = [x if value is given else value for value in (*args, *kwargs.values())]
+        new = [x if value is old else value for value in (*args, *kwargs.values())]
         return run(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
 
     return again
@@ -235,20 +238,20 @@ def _entry(cls: type, call: str) -> tuple[int, Callable[..., Contraction | None]
 
 
 def calls(cls: type) -> tuple[str, ...]:
-    """The methods of a module class that adapters act on."""
+    """The functions of a module class that adapters act on."""
     return ("__call__", "attend") if _entry(cls, "attend") else ("__call__",)
 
 
 def weight_names() -> frozenset[str]:
-    """Names under which known layers keep their weight."""
+    """The names that known layers have for their weight."""
     return frozenset(_WEIGHTS)
 
 
 def why_not(module: Any) -> str:
-    """Why low-rank factors cannot attach to a module, and the line that may change it."""
+    """Why low-rank factors cannot attach to a module, and the line that may register it."""
     name = type(module).__name__
     if _entry(type(module), "__call__"):
-        return f"{name} with groups, a mask, or an equation given only at the call"
+        return f"{name} has groups, a mask, or an equation that only the call has"
     return (
         f"{name} is not a known linear layer; if it is linear, register it: "
         f"aj.register_contraction({name}, weight='<name of its weight>', equation='...d,df->...f')"

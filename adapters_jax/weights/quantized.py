@@ -1,8 +1,8 @@
-"""A frozen weight in few bits: how it is kept, and how a layer reads it.
+"""A frozen weight in few bits: how it is stored, and how a layer reads it.
 
-XLA is free to compute in advance whatever depends on parameters alone, and a gradient keeps what it
-will need again: left to themselves, both would hold the float weights of all layers at once. So a
-layer reads its weight with `once`: after its input is there, and anew for its gradient.
+XLA may compute early whatever depends on parameters alone, and a gradient saves what it will need
+again: either would hold the float weights of all layers at once. So a layer reads its weight with
+`once`: only after its input is computed, and a second time for its gradient.
 """
 
 import functools
@@ -21,12 +21,12 @@ from adapters_jax.errors import MissingPackageError
 
 
 class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
-    """A weight as qwix's quantised array, in a box that flax opens where a layer asks for it.
+    """A quantised weight, in a box that flax opens where a layer reads the parameter.
 
     Attributes:
         array: a `qwix.QArray`: integers of the weight's shape, and float32 scales of blocks.
-        dtype: in which layers get it.
-        spec: the partition spec of its annotation (`nn.with_partitioning`); None without.
+        dtype: the dtype of the weight that layers read.
+        spec: the partition spec of its annotation (`nn.with_partitioning`); None without one.
     """
 
     array: Any
@@ -35,16 +35,16 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return self.array.qvalue.shape
 
     @property
     def ndim(self) -> int:
-        """Of the weight."""
+        """The number of axes of the weight."""
         return len(self.shape)
 
     def astype(self, dtype: Any) -> "Quantized":
-        """The same, which layers get in another dtype."""
+        """The same weight, which layers read in another dtype."""
         return self.replace(dtype=jnp.dtype(dtype))
 
     def unbox(self) -> Float[Array, "..."]:
@@ -52,15 +52,17 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         return _qwix().dequantize(self.array).astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> "Quantized":
-        """Refuses: the box is of a frozen weight."""
-        raise TypeError("a quantised weight is frozen; write to the tree that aj.dequantize gives")
+        """Raises TypeError: a quantised weight is frozen."""
+        raise TypeError(
+            "a quantised weight is frozen; write to the tree that aj.dequantize returns"
+        )
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Quantized":
-        """Lifted transforms stack the arrays themselves, and there is no more to it."""
+        """Returns the box unchanged: lifted transforms stack its arrays themselves."""
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Quantized":
-        """See `add_axis`."""
+        """Returns the box unchanged, as `add_axis` does."""
         return self
 
 
@@ -70,7 +72,7 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def bits_of(dtype: Any) -> int:
-    """Bits of one number, as XLA stores it: two of four bits in a byte; 64 of a random key."""
+    """Bits of one number as XLA stores it; 4 for int4, 64 for a random key."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return 64
     integer = jnp.issubdtype(dtype, jnp.integer)
@@ -78,18 +80,18 @@ def bits_of(dtype: Any) -> int:
 
 
 def unboxed(leaf: Any) -> Any:
-    """A parameter out of flax's boxes; a quantised one, whose box computes, as it is."""
+    """A parameter without flax's boxes; a quantised one keeps its box, which would compute."""
     return leaf if is_quantized(leaf) else nn.meta.unbox(leaf)
 
 
 def opened(leaf: Quantized) -> Any:
-    """A quantised weight in floats, in the box of its annotation; abstract if it is."""
+    """A quantised weight in floats, in the box of its annotation; abstract for an abstract one."""
     weight = jax.eval_shape(leaf.unbox) if is_abstract(leaf) else leaf.unbox()
     return weight if leaf.spec is None else nn.Partitioned(weight, names=tuple(leaf.spec))
 
 
 def _qwix() -> Any:
-    """The package, which only quantised bases need."""
+    """The package qwix, which only quantised bases need."""
     try:
         import qwix
     except ImportError as error:
@@ -101,40 +103,41 @@ def _qwix() -> Any:
 def pack(
     weight: Float[Array, "..."], qtype: Any, whole: tuple[int, ...], blocks: tuple[Any, ...]
 ) -> Any:
-    """A weight as a `qwix.QArray`, its scales by the largest magnitude, in float32.
+    """A weight as a `qwix.QArray`, with float32 scales by the largest magnitude.
 
     Args:
-        weight: of any float dtype.
-        qtype: int8, int4 or nf4, as qwix calls them.
-        whole: axes of which every index has scales of its own.
-        blocks: pairs of an axis and the length of its blocks; the other axes share a scale.
+        weight: the weight, of any float dtype.
+        qtype: qwix's type: int8, int4 or nf4.
+        whole: axes with a scale for every index.
+        blocks: pairs of an axis and the length of its blocks, each with a scale; all other axes
+            share a scale.
     """
     full = weight.astype(jnp.float32)
     return _qwix().quantize(full, qtype, channelwise_axes=whole, tiled_axes=dict(blocks))
 
 
 def once(run: Callable[..., Any], weights: Any, params: Any, args: Any, kwargs: Any) -> Any:
-    """A layer's call, on float weights that exist for it alone, and again for its gradient.
+    """Calls a layer with float weights that live only for this call, and again for its gradient.
 
     Args:
         run: `run(weights, params, args, kwargs)`, with `weights` in floats.
         weights: a tree of `Quantized`; they are frozen, and have no gradient.
         params: the layer's other parameters.
-        args: what it is called with: arrays, and whatever else.
-        kwargs: likewise, by name.
+        args: the arguments of the call, arrays or not.
+        kwargs: its arguments by name.
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
-    def given(weights: Any, params: Any, arrays: Any) -> Any:
-        new = dict(zip(places, arrays, strict=True))
+    def call(weights: Any, params: Any, arrays: Any) -> Any:
+        new = dict(zip(positions, arrays, strict=True))
         return run(
             weights,
             params,
             *jax.tree.unflatten(structure, [new.get(i, x) for i, x in enumerate(leaves)]),
         )
 
-    return _once(given, weights, params, [leaves[i] for i in places])
+    return _once(call, weights, params, [leaves[i] for i in positions])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -157,7 +160,7 @@ _once.defvjp(_forward, _backward)
 
 
 def _read(weights: Any, arrays: Any) -> Any:
-    """The float weights, not to be computed before `arrays` are there."""
+    """The float weights, which XLA cannot compute before `arrays`."""
     floats = (x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.inexact))
     before = next((x for x in floats if x.size), None)
     if before is not None:
@@ -169,10 +172,10 @@ def _read(weights: Any, arrays: Any) -> Any:
 
 @custom_vmap
 def _after(weights: Any, before: Float[Array, ""]) -> Any:
-    """The weights as they are, in a way that XLA takes to depend on a number.
+    """The weights unchanged, in a form that depends on a number for XLA.
 
-    XLA's CPU compiler of jaxlib 0.10 drops the barrier. What it cannot foresee is whether the
-    number is the one NaN whose bits are all ones, which alone would change the weights.
+    XLA's CPU compiler of jaxlib 0.10 drops the barrier. It cannot know whether the number is the
+    NaN whose bits are all ones, the only value that would change the weights.
     """
     bits = jax.lax.bitcast_convert_type(before, f"int{8 * before.dtype.itemsize}")
 
@@ -186,5 +189,5 @@ def _after(weights: Any, before: Float[Array, ""]) -> Any:
 
 @_after.def_vmap
 def _after_batched(size: int, batched: Any, weights: Any, before: Any) -> Any:
-    """One number of a batch is enough: the weights get no axis that they have not."""
+    """Depends on one number of the batch, so that the weights get no batch axis."""
     return _after(weights, before[0] if batched[1] else before), batched[0]

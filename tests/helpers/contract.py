@@ -6,6 +6,7 @@ from adapters_jax.testing.linen_model import HEADS, HIDDEN, VOCAB, D
 from adapters_jax.testing.subjects import APIS, bits, classes_of, drawn, ids, shaken
 
 __all__ = [
+    "APIS",
     "HEADS",
     "HIDDEN",
     "VOCAB",
@@ -100,8 +101,8 @@ CASES = {
     ),
 }
 SUBJECTS = [
-    (door, case, variant)
-    for door in ("linen", "nnx")
+    (api, case, variant)
+    for api in APIS
     for case in CASES
     for variant in VARIANTS
     if variant != "scan_remat" or case == "together"
