@@ -134,7 +134,7 @@ def _check(
     for weight in weights:
         check_number("combine", "a weight", weight, low=-math.inf)
     if (how == "linear") != (rank is None):
-        fix = "has the sum of all ranks; leave rank out" if how == "linear" else "needs rank=..."
+        fix = "has the sum of all ranks; leave rank out" if how == "linear" else "needs a rank"
         raise UserError(f"combine: how={how!r} {fix}")
     if rank is not None:
         check_size("combine", "rank", rank)
