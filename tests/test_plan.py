@@ -79,6 +79,24 @@ def test_activations_grow_with_the_batch_and_parts_share_memory():
     assert parts.base == large.base
 
 
+def test_a_forward_pass_of_parts_has_the_memory_of_one():
+    model = aj.adapt(nn.Dense(WIDTH), aj.LoRA("**", RANK))
+
+    def planned(rows, accumulate=1):
+        batch = {"x": jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32)}
+        params = jax.eval_shape(model.init, jax.random.key(0), batch["x"])["params"]
+        state = abstract_state(model, params, tx=optax.sgd(0.1))
+        return plan(state, loss, batch, accumulate=accumulate)
+
+    def loss(params, batch, key):
+        y = model.apply({"params": params}, batch["x"])
+        return jnp.mean(jnp.sort(y, axis=0))  # needs the outputs of all rows at once
+
+    whole, part = planned(512), planned(64)
+    assert part.temporaries < whole.temporaries / 4
+    assert planned(512, accumulate=8).temporaries == part.temporaries
+
+
 def test_the_largest_batch_that_fits_is_the_largest():
     def plan_of(batch):
         return planned(aj.LoRA("*", RANK), batch)
@@ -99,6 +117,20 @@ def test_memory_that_does_not_grow_along_a_line():
     assert largest_batch(leap, 4_500).batch == 4
     assert largest_batch(leap, 100).batch == 1
     assert largest_batch(leap, 3.3e6).batch == 3300
+
+
+def test_memory_along_a_line_is_planned_a_few_times():
+    rows = []
+
+    def line(batch):
+        rows.append(batch)
+        return Plan(1000, 0, 0, 0, 10 * batch, 0, batch, 1, 0, 0)
+
+    assert largest_batch(line, 1000 + 10 * 3335, unit=10).batch == 3330
+    assert rows == [10, 20, 320, 3330, 3340]
+    rows.clear()
+    assert largest_batch(line, 1e15).batch == 2**20
+    assert rows == [1, 2, 32, 512, 8192, 2**17, 2**20]
 
 
 def test_an_nnx_model_plans_like_a_linen_one():

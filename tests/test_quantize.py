@@ -311,6 +311,14 @@ def test_mistakes_raise_errors_that_name_them():
 
     blocks = ("up/kernel", [96, 48], "64", "96 numbers", "1 others", "out/kernel", "block=48")
     wrong(aj.UserError, (*blocks, "targets=('**', '!up')"), dtype="nf4")
+    axes = nn.DenseGeneral(2, axis=(-2, -1), name="two")  # blocks have to be adjacent numbers
+    two = jax.ShapeDtypeStruct((1, 32, 48), jnp.float32)
+    abstract = jax.eval_shape(axes.init, jax.random.key(0), two)["params"]
+    wrong(aj.UserError, ("64", "32 x 48 numbers"), axes, abstract, two, dtype="nf4")
+    coprime = nn.Sequential([nn.Dense(5), nn.Dense(2)])
+    seven = jax.ShapeDtypeStruct((1, 7), jnp.float32)
+    abstract = jax.eval_shape(coprime.init, jax.random.key(0), seven)["params"]
+    wrong(aj.UserError, ("64", "7 numbers", "block=1,"), coprime, abstract, seven, dtype="nf4")
     wrong(aj.UserError, ("dtype='int3'", "int8, int4, nf4"), dtype="int3")
     wrong(aj.UserError, ("block=0",), block=0)
     wrong(aj.TargetError, ("'dwn'", "up"), targets="dwn")

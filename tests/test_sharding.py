@@ -132,6 +132,11 @@ def test_a_base_without_rules_is_split_along_what_divides():
     }
 
 
+def test_leaves_of_2_to_the_16_elements_are_split_and_smaller_ones_are_not():
+    tree = {"at": shape(256, 256), "below": shape(4, 2**14 - 4)}
+    assert specs(tree) == {"at": P("fsdp", "model"), "below": P()}
+
+
 def lora_of(base, recipe, x):
     params = jax.eval_shape(lambda: base.init(jax.random.key(0), x))["params"]
     return aj.init_adapters(aj.adapt(base, recipe), params, jax.random.key(0), x)
@@ -162,6 +167,17 @@ def test_factors_inherit_and_all_else_that_trains_is_everywhere():
     given = {**rules, "**/lora/b": P(None, "data"), "**/down/kernel": P("model")}
     assert specs(params, given, recipe=recipe)["attention/out/lora/b"] == P(None, "data")
     assert specs(params, given, recipe=recipe)["attention/adapter/down/kernel"] == P("model")
+
+
+def test_factors_inherit_no_axis_that_only_looks_like_the_weights():
+    params = {
+        "q": {"kernel": shape(8, 4), "lora": {"a": shape(8, 4), "b": shape(4, 4)}},
+        "cut": {"kernel": shape(8, 16), "lora": {"a": shape(8, 4), "b": shape(4, 11)}},
+    }
+    recipe = aj.Recipe(aj.LoRA("q", 4), aj.LoRA("cut", 4, slices=((0, 11),)))
+    found = specs(params, {"*/kernel": P("fsdp", "model")}, recipe=recipe, small=0)
+    assert found["q/lora/a"] == P("fsdp", None) and found["q/lora/b"] == P(None, "model")
+    assert found["cut/lora/a"] == P("fsdp", None) and found["cut/lora/b"] == P(None, None)
 
 
 def test_factors_of_stacked_layers_inherit_the_layer_axis_too():
@@ -231,7 +247,18 @@ def test_a_batch_is_split_over_data_and_fsdp():
     assert batch_parts({"model": 4}) == 1
 
 
-def test_a_batch_that_does_not_split_is_refused():
+def test_a_batch_has_the_axes_that_the_mesh_has():
+    rows = shape(8, 3)
+    for sizes, names, spec in (
+        ((2, 2), ("data", "fsdp"), P(("data", "fsdp"))),
+        ((2, 2), ("data", "model"), P(("data",))),
+        ((1, 4), ("data", "fsdp"), P(("fsdp",))),
+        ((4,), ("model",), P()),
+    ):
+        assert shard_batch(rows, AbstractMesh(sizes, names)).sharding.spec == spec
+
+
+def test_a_batch_that_does_not_split_raises():
     with raises(ShardingError, "6 rows", "4 parts", "data=2, fsdp=2"):
         shard_batch({"x": np.ones((6, 3))}, MESH)
 
