@@ -1,5 +1,7 @@
 """Sums of adapters: of products, exact where they can be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,16 @@ def test_ties_by_hand():
     np.testing.assert_allclose(changes(combined)["query"], expected, atol=1e-5)
 
 
+def test_all_entries_kept_is_the_sum_and_a_key_is_for_dare_alone():
+    key = jax.random.key(0)
+    run = functools.partial(aj.combine, BASE, [ONE, TWO], [1.0, 0.5], rank=OUT)
+    expected = changes(run(how="svd"))
+    for options in ({"how": "dare", "density": 1.0}, {"how": "svd"}):
+        found = changes(run(key=key, **options))
+        for name, change_of_weight in expected.items():
+            np.testing.assert_allclose(found[name], change_of_weight, atol=1e-5)
+
+
 def test_dare_keeps_a_part_and_its_mean():
     means, key = [], jax.random.key(0)
     for i in range(40):
@@ -117,6 +129,7 @@ def test_layers_in_a_stack_are_summed_each_by_itself():
     expected = sum(2.0 * double(a) @ double(b) for a, b in factors)
     for how, r in (("linear", None), ("svd", 4)):
         combined = aj.combine(base, trees, [1, 1], how=how, rank=r)
+        assert combined.recipe == aj.Recipe(aj.LoRA("query", 4))
         got = combined.adapters["query"]["lora"]
         np.testing.assert_allclose(double(got["a"]) @ double(got["b"]), expected, atol=1e-4)
     ties = aj.combine(base, trees, [1, 1], how="ties", rank=5, density=0.5)

@@ -323,6 +323,20 @@ def test_patterns_of_one_form_become_those_of_the_other():
     assert recipe == aj.Recipe(aj.Unfreeze(("layer_0/norm/scale", "layer_1/norm/scale")))
 
 
+def test_patterns_change_only_where_they_no_longer_match():
+    tree = {"layers": {"q": {"lora": STACKED}, "k": {"lora": STACKED}}, "head": {"lora": ALONE}}
+    ranks = {"{layers/q,head}": 2}
+    recipe = aj.LoRA("**/{q,k,head}", 4, rank_pattern=ranks, alpha_pattern={"**/k": 8.0})
+    (method,) = aj.unstack_layers((recipe, tree), STACK)[0]
+    assert method.targets == ("**/{q,k,head}",)
+    assert dict(method.alpha_pattern) == {"**/k": 8.0}
+    assert dict(method.rank_pattern) == {"layer_0/q": 2, "layer_1/q": 2, "head": 2}
+    outside = aj.LoRA(("head", "tail"), 2)
+    recipe, same = aj.unstack_layers((outside, {"head": {"lora": ALONE}}), STACK)
+    assert recipe == aj.Recipe(aj.LoRA("head", 2)) and same == {"head": {"lora": ALONE}}
+
+
+ALONE = {"a": np.ones((4, 2)), "b": np.ones((2, 4))}
 STACKED = {"a": np.ones((2, 4, 2)), "b": np.ones((2, 2, 4))}
 
 
@@ -338,6 +352,14 @@ def test_layers_with_different_settings_in_the_recipe(recipe, data):
     tree = lora_tree("layer_0/q", "layer_1/q")
     with raises(aj.RecipeError, "layers/q ", *data.split(), "scan=False"):
         aj.stack_layers((aj.Recipe(*recipe), tree), STACK)
+
+
+def test_of_many_problems_the_first_six_are_named():
+    tree = {f"layer_{i}": {f"{j}": np.ones(1 + i) for j in range(8)} for i in range(2)}
+    with pytest.raises(aj.MismatchError) as error:
+        aj.stack_layers(tree, STACK)
+    assert "layers/5 " in str(error.value) and "layers/6 " not in str(error.value)
+    assert "and 2 more" in str(error.value)
 
 
 def test_trees_that_cannot_be_stacked_or_unstacked():

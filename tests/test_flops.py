@@ -8,7 +8,7 @@ operations of one dense product, and f = 2 * 256 * d * k those of a product with
 - backward through the frozen layers: the gradient of each layer's input, but not of the first
   layer's, which is data: (L - 1) F; no gradient of any kernel;
 - backward through the adapters: the gradients of both factors and of the hidden state, 3 L f, and
-  the branch's share of the input gradient wherever that is wanted: LoRA's branch starts at the
+  the branch's share of the input gradient wherever that is needed: LoRA's branch starts at the
   layer's input and the bottleneck's at the layer's output, whose gradients in the first layer
   nothing frozen needs: (L - 1) f.
 
@@ -71,7 +71,7 @@ def linen_state(recipe, tx, width):
 
 
 def nnx_state(recipe, tx, width):
-    """The same of the NNX door."""
+    """The same for the NNX API."""
 
     def create():
         model = aj.adapt(NnxNet(width, nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
@@ -80,20 +80,20 @@ def nnx_state(recipe, tx, width):
     return create, lambda model, x, key: jnp.mean(model(x) ** 2)
 
 
-DOORS = {"linen": linen_state, "nnx": nnx_state}
+APIS = {"linen": linen_state, "nnx": nnx_state}
 
 
-def state_of(door, method, tx=ADAM, width=WIDTH):
+def state_of(api, method, tx=ADAM, width=WIDTH):
     """The state before the first step, abstract, and the loss."""
     recipe = aj.full() if method == "full" else METHODS[method][0]
-    create, loss = DOORS[door](aj.Recipe(recipe), tx, width)
+    create, loss = APIS[api](aj.Recipe(recipe), tx, width)
     return jax.eval_shape(create), loss
 
 
 @functools.cache
-def compiled(door, method, tx=ADAM, accumulate=1):
+def compiled(api, method, tx=ADAM, accumulate=1):
     """The state before the first step, and the step compiled for 256 rows a part."""
-    state, loss = state_of(door, method, tx)
+    state, loss = state_of(api, method, tx)
     step = aj.make_train_step(loss, accumulate=accumulate)
     batch = jax.ShapeDtypeStruct((accumulate * ROWS, WIDTH), jnp.float32)
     return state, step.jitted.lower(state.replace(base=None), state.base, batch).compile()
@@ -114,23 +114,23 @@ def size(tree):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("door", DOORS)
-def test_a_step_is_at_the_floor(door, method):
-    _, program = compiled(door, method)
+@pytest.mark.parametrize("api", APIS)
+def test_a_step_is_at_the_floor(api, method):
+    _, program = compiled(api, method)
     assert floor(method) <= flops(program) <= 1.01 * floor(method)
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-@pytest.mark.parametrize("door", DOORS)
-def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(door, outside):
-    _, program = compiled(door, "lora", OUTSIDE[outside])
+@pytest.mark.parametrize("api", APIS)
+def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(api, outside):
+    _, program = compiled(api, "lora", OUTSIDE[outside])
     assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_accumulation_inside_costs_a_part_at_a_time(door):
+@pytest.mark.parametrize("api", APIS)
+def test_accumulation_inside_costs_a_part_at_a_time(api):
     """Two parts of 256 rows; XLA counts the body of a loop once, so that one part is the floor."""
-    _, program = compiled(door, "lora", accumulate=2)
+    _, program = compiled(api, "lora", accumulate=2)
     assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
 
 
@@ -141,9 +141,9 @@ def test_full_fine_tuning_does_not_pass_the_gate():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("door", DOORS)
-def test_a_step_gives_back_donated_buffers_and_a_few_numbers(door, method):
-    state, program = compiled(door, method)
+@pytest.mark.parametrize("api", APIS)
+def test_a_step_returns_donated_buffers_and_a_few_numbers(api, method):
+    state, program = compiled(api, method)
     memory = program.memory_analysis()
     key = jax.eval_shape(jax.random.key_data, state.key)
     carried = size((state.adapters, state.opt_state, state.step, key))
@@ -153,11 +153,11 @@ def test_a_step_gives_back_donated_buffers_and_a_few_numbers(door, method):
     assert memory.argument_size_in_bytes == carried + size(state.base) + ROWS * WIDTH * 4
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_outputs_and_optimiser_grow_with_the_adapters_and_not_with_the_base(door):
+@pytest.mark.parametrize("api", APIS)
+def test_outputs_and_optimiser_grow_with_the_adapters_and_not_with_the_base(api):
     """Twice as wide, the base is four times as large and its adapters are twice as large."""
-    small, _ = state_of(door, "lora")
-    large, _ = state_of(door, "lora", width=2 * WIDTH)
+    small, _ = state_of(api, "lora")
+    large, _ = state_of(api, "lora", width=2 * WIDTH)
     assert size(large.base) > 3.9 * size(small.base)
     assert size(large.adapters) == 2 * size(small.adapters) == 4 * LAYERS * 2 * 8 * WIDTH * 2
     for state in (small, large):

@@ -1,8 +1,10 @@
-"""Which processes a job has, from the environment, and what is wrong with it."""
+"""The processes of a job, from the environment or arguments, and mistakes in either."""
 
 import jax
 import pytest
+from helpers.errors import raises
 
+import adapters_jax as aj
 from adapters_jax.distributed.hosts import COORDINATOR, PROCESS, PROCESSES, join_hosts
 
 
@@ -16,7 +18,7 @@ def called(monkeypatch):
     return calls
 
 
-def test_the_environment_or_arguments_say_who_is_who(called, monkeypatch):
+def test_the_environment_or_arguments_number_the_processes(called, monkeypatch):
     assert join_hosts("10.0.0.1:1234", 4, 0) is False  # as far as this process's jax knows
     monkeypatch.setenv(COORDINATOR, "host:99")
     monkeypatch.setenv(PROCESSES, "2")
@@ -28,10 +30,10 @@ def test_the_environment_or_arguments_say_who_is_who(called, monkeypatch):
 
 def test_what_is_missing_is_named(called, monkeypatch):
     monkeypatch.setenv(PROCESSES, "2")
-    with pytest.raises(ValueError, match=f"{COORDINATOR}, {PROCESS} is not set, and {PROCESSES}=2"):
+    with raises(aj.UserError, f"{COORDINATOR}, {PROCESS} is", f"{PROCESSES}=2"):
         join_hosts()
     monkeypatch.setenv(PROCESSES, "two")
-    with pytest.raises(ValueError, match=f"{PROCESSES}='two' is not a number"):
+    with raises(aj.UserError, f"{PROCESSES}='two'"):
         join_hosts()
     assert not called
 
@@ -47,5 +49,6 @@ def test_alone_there_is_nothing_to_join(called, monkeypatch):
         raise ValueError("something else")
 
     monkeypatch.setattr(jax.distributed, "initialize", broken)
-    with pytest.raises(ValueError, match="something else"):
+    with raises(ValueError, "something else") as caught:
         join_hosts()
+    assert not isinstance(caught.value, aj.UserError)

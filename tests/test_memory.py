@@ -1,4 +1,4 @@
-"""A process of ours keeps what it frees: steps do not fault their temporaries in anew."""
+"""The command line's process keeps freed memory, so that steps fault in no pages again."""
 
 import os
 import subprocess
@@ -18,9 +18,9 @@ libc.free.argtypes = [ctypes.c_void_p]
 
 def work(rounds):
     for _ in range(rounds):
-        place = libc.malloc(size)
-        libc.memset(place, 1, size)
-        libc.free(place)
+        block = libc.malloc(size)
+        libc.memset(block, 1, size)
+        libc.free(block)
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -51,10 +51,10 @@ def run(**environment):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_what_is_freed_is_kept_unless_the_environment_says_otherwise():
+def test_freed_memory_is_kept_unless_the_environment_has_settings():
     kept, part = run()
     assert kept
-    assert part < 0.01  # of the pages were faulted in again, in a thread, as steps are
+    assert part < 0.01  # the part of the pages faulted in again, in a thread, where steps run
     kept, part = run(MALLOC_TRIM_THRESHOLD_="131072")
     assert not kept
     assert part > 0.9

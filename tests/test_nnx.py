@@ -1,4 +1,4 @@
-"""The NNX door: what it adds, what it leaves alone, and what it says when it cannot."""
+"""The NNX API: what it adds, what it leaves alone, and its errors."""
 
 import copy
 import functools
@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import drawn, drawn_like
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.nnx import AdapterParam
@@ -161,14 +162,14 @@ def test_the_parallel_form_reads_the_sublayers_input():
     model = shake(adapt(built(Net), methods, example_inputs=(X,)))
     h = draw(5, D)
     base = model.mlp.down(jnp.tanh(model.mlp.up(h)))
-    wanted = base + 4.0 * bottleneck_term(model.mlp.adapter, h)
-    np.testing.assert_allclose(model.mlp(h), wanted, atol=1e-5)
-    np.testing.assert_allclose(model.mlp(x=h), wanted, atol=1e-5)
+    expected = base + 4.0 * bottleneck_term(model.mlp.adapter, h)
+    np.testing.assert_allclose(model.mlp(h), expected, atol=1e-5)
+    np.testing.assert_allclose(model.mlp(x=h), expected, atol=1e-5)
 
 
 def test_parallel_beside_a_layer_that_changes_the_width_is_refused():
     model = adapt(built(Net), aj.Bottleneck("stem", 2, placement="parallel"))
-    with pytest.raises(aj.RecipeError, match=r"parallel Bottleneck at 'stem': input \(5, 3\) and"):
+    with raises(aj.RecipeError, "Bottleneck", "'stem'", (5, 3), (5, D)):
         model(X)
 
 
@@ -241,11 +242,10 @@ def test_a_tied_parameter_trains_once_under_its_first_name():
     np.testing.assert_allclose(leaf, jax.jit(jax.grad(by_hand))(table), rtol=1e-4)
 
 
-def test_the_other_name_of_something_shared_is_refused_with_the_right_one():
-    message = r"matches only paths it cannot attach to: output \(shared, it goes by embed/embedding"
-    with pytest.raises(aj.TargetError, match=message):
+def test_another_name_of_something_shared_raises_with_the_right_one():
+    with raises(aj.TargetError, "Unfreeze", "'output'", "embed/embedding"):
         adapt(built(Tied), aj.Unfreeze("output"))
-    with pytest.raises(aj.TargetError, match=r"head \(shared, it goes by again"):
+    with raises(aj.TargetError, "LoRA", "'head'", "shared with again"):
         adapt(built(Tied), aj.LoRA("head", 2))
 
 
@@ -256,9 +256,9 @@ def test_a_shared_module_is_adapted_once_and_stays_shared():
     ids = jnp.array([1, 2])
     table = model.output
     h = array(table)[ids]
-    wanted = h @ array(table).T + h @ array(model.head.kernel)
-    wanted = wanted + lora_term(model.head, h, 1.0)
-    np.testing.assert_allclose(model(ids), wanted, atol=1e-5)
+    expected = h @ array(table).T + h @ array(model.head.kernel)
+    expected = expected + lora_term(model.head, h, 1.0)
+    np.testing.assert_allclose(model(ids), expected, atol=1e-5)
 
 
 def test_lora_on_a_tied_embedding_acts_on_both_sides():
@@ -305,8 +305,8 @@ def test_lists_and_dicts_of_modules_have_paths():
     h = plain(model.layers[0], x) + lora_term(model.layers[0], x, 1.0)
     h = plain(model.layers[1], h)
     h = plain(model.layers[2], h) + lora_term(model.layers[2], h, 1.0)
-    wanted = sum(plain(head, h) + lora_term(head, h, 1.0) for head in model.heads.values())
-    np.testing.assert_allclose(model(x), wanted, atol=1e-5)
+    expected = sum(plain(head, h) + lora_term(head, h, 1.0) for head in model.heads.values())
+    np.testing.assert_allclose(model(x), expected, atol=1e-5)
 
 
 def test_adapting_twice_adds_and_two_of_one_kind_clash():
@@ -320,11 +320,11 @@ def test_adapting_twice_adds_and_two_of_one_kind_clash():
     assert type(twice.stem) is type(once.stem) is not nnx.Linear
     assert aj.audit(twice).adapter_parameters == 2 * (3 + D) + (2 * 2 * D + D + 2) + 2 * (D + 6)
     np.testing.assert_allclose(twice(X), once(X), atol=1e-6)
-    with pytest.raises(aj.RecipeError, match="two methods of the recipe target 'stem' and both"):
+    with raises(aj.RecipeError, "'stem'", "lora"):
         adapt(once, aj.LoRA("*", 2))
 
 
-def test_a_name_that_is_taken_is_refused():
+def test_a_name_that_the_base_uses_raises():
     class Taken(nnx.Module):
         def __init__(self, name, value):
             self.part = built(dense)
@@ -333,15 +333,14 @@ def test_a_name_that_is_taken_is_refused():
         def __call__(self, x):
             return self.part(x)
 
-    message = "LoRA keeps its parameters in part/lora, but the base has something of that name"
     for value in (nnx.Param(jnp.ones(2)), "a word"):
-        with pytest.raises(aj.RecipeError, match=message):
+        with raises(aj.RecipeError, "LoRA", "part/lora,"):
             adapt(Taken("lora", value), aj.LoRA("part", 2))
-    with pytest.raises(aj.RecipeError, match="Bottleneck keeps its parameters in part/adapter, "):
+    with raises(aj.RecipeError, "Bottleneck", "part/adapter,"):
         adapt(Taken("adapter", nnx.Dict()), aj.Bottleneck("part", 2))
 
 
-def test_base_parameters_that_would_pass_for_an_adapters_are_refused():
+def test_base_parameters_named_like_an_adapters_raise():
     class Own(nnx.Module):
         def __init__(self):
             self.lora = nnx.Dict(a=nnx.Param(jnp.ones(2)))
@@ -350,7 +349,7 @@ def test_base_parameters_that_would_pass_for_an_adapters_are_refused():
         def __call__(self, x):
             return self.part(x)
 
-    with pytest.raises(aj.RecipeError, match="LoRA keeps its parameters in lora, but the base has"):
+    with raises(aj.RecipeError, "LoRA", " lora,"):
         adapt(Own(), aj.LoRA("**", 2))
     assert trained(adapt(Own(), aj.LoRA("part", 2))) == {"part/lora/a", "part/lora/b"}
 
@@ -358,29 +357,20 @@ def test_base_parameters_that_would_pass_for_an_adapters_are_refused():
 def test_streams_that_are_missing_are_named():
     base = built(dense)
     recipe = aj.Recipe(aj.LoRA("**", 2, dropout=0.5))
-    with pytest.raises(
-        TypeError, match=r"an NNX model needs rngs; write aj.adapt\(model, recipe, "
-    ):
+    with raises(TypeError, "NNX", "rngs=nnx.Rngs(0)"):
         aj.adapt(base, recipe)
-    with pytest.raises(
-        TypeError, match=r"rngs is of .*, expected nnx.Rngs; write rngs=nnx.Rngs\(0\)"
-    ):
+    with raises(TypeError, type(jax.random.key(0)).__name__, "rngs=nnx.Rngs(0)"):
         aj.adapt(base, recipe, rngs=jax.random.key(0))
-    message = r"no stream dropout; write rngs=nnx.Rngs\(0\), or name it: rngs=nnx.Rngs\(params=0, d"
-    with pytest.raises(ValueError, match=message):
+    with raises(aj.UserError, "stream dropout;", "rngs=nnx.Rngs(params=0, dropout=1)"):
         aj.adapt(base, recipe, rngs=nnx.Rngs(params=0))
-    with pytest.raises(ValueError, match="rngs has no stream params; write"):
+    with raises(aj.UserError, "stream params;", "rngs=nnx.Rngs(0)"):
         aj.adapt(base, recipe, rngs=nnx.Rngs(dropout=0))
     aj.adapt(base, aj.LoRA("**", 2), rngs=nnx.Rngs(params=0))
     aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(dropout=0))
 
 
 def test_a_bottleneck_on_a_composite_module_asks_for_example_inputs():
-    message = (
-        r"Bottleneck: target 'mlp' matches only paths it cannot attach to: mlp \(Mlp does not "
-        r"return one float array; pass example_inputs=\(...\) so that its output is known\)"
-    )
-    with pytest.raises(aj.TargetError, match=message):
+    with raises(aj.TargetError, "Bottleneck", "'mlp'", "mlp (Mlp ", "example_inputs=(...)"):
         adapt(built(Net), aj.Bottleneck("mlp", 2))
     inputs = (jax.ShapeDtypeStruct((1, 3), jnp.float32),)
     model = adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=inputs)
@@ -388,8 +378,8 @@ def test_a_bottleneck_on_a_composite_module_asks_for_example_inputs():
     whole = shake(adapt(built(Net), aj.Bottleneck("**/{mlp,stem}", 2), example_inputs=[X]))
     y = whole.norm(whole.stem(X))
     inner = whole.mlp.down(jnp.tanh(whole.mlp.up(y)))
-    wanted = whole.stem(X) + inner + bottleneck_term(whole.mlp.adapter, inner)
-    np.testing.assert_allclose(whole(X), wanted, atol=1e-5)
+    expected = whole.stem(X) + inner + bottleneck_term(whole.mlp.adapter, inner)
+    np.testing.assert_allclose(whole(X), expected, atol=1e-5)
 
 
 def test_widths_of_plain_layers_are_known_without_examples():
@@ -407,13 +397,12 @@ def test_widths_of_plain_layers_are_known_without_examples():
 
 
 def test_example_inputs_that_the_model_does_not_take_are_a_mistake():
-    for inputs, words in (((), "()"), ((draw(5, 3),) * 9, "float32[5, 3]")):
-        with pytest.raises(aj.UserError) as caught:
+    for inputs, shown in (((), "()"), ((draw(5, 3),) * 9, "float32[5, 3]")):
+        with raises(aj.UserError, "Net", shown):
             adapt(built(Net), aj.Bottleneck("mlp", 2), example_inputs=inputs)
-        assert "Net" in str(caught.value) and words in str(caught.value)
 
 
-def test_what_a_model_raises_itself_is_shown_as_that():
+def test_an_error_of_the_model_itself_is_raised_as_it_is():
     class Buggy(nnx.Module):
         def __init__(self):
             self.mlp = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
@@ -432,17 +421,21 @@ def test_what_a_model_raises_itself_is_shown_as_that():
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("method", "kind", "data"),
     [
-        (aj.LoRA("mlp/middle", 2), r"LoRA: target 'mlp/middle' matches nothing. Nearest paths it "),
-        (aj.LoRA("norm", 2), r"LoRA: target 'norm' matches only paths it cannot .* norm \(LayerNo"),
-        (aj.Unfreeze("mlp/bias"), r"Unfreeze: target 'mlp/bias' matches nothing. Nearest paths "),
-        (aj.LoRA("stem", 4), r"LoRA: rank 4 at 'stem' exceeds min\(in, out\) = min\(3, 4\) = 3; "),
-        (aj.LoRA("stem", 2, rank_pattern={"mlp/up": 1}), "LoRA rank_pattern: target 'mlp/up' mat"),
-        ([aj.LoRA("stem", 2), aj.LoRA("*", 2)], "two methods of the recipe target 'stem' and both"),
+        (aj.LoRA("mlp/middle", 2), aj.TargetError, ("LoRA: ", "'mlp/middle'", "mlp/up")),
+        (aj.LoRA("norm", 2), aj.TargetError, ("LoRA: ", "'norm'", "norm (LayerNorm")),
+        (aj.Unfreeze("mlp/bias"), aj.TargetError, ("Unfreeze: ", "'mlp/bias'", "mlp/up/bias")),
+        (aj.LoRA("stem", 4), aj.RecipeError, ("LoRA: rank 4 at 'stem'", "min(3, 4) = 3;")),
+        (
+            aj.LoRA("stem", 2, rank_pattern={"mlp/up": 1}),
+            aj.TargetError,
+            ("LoRA rank_pattern: ", "'mlp/up'"),
+        ),
+        ([aj.LoRA("stem", 2), aj.LoRA("*", 2)], aj.RecipeError, ("'stem'", "lora")),
     ],
 )
-def test_what_does_not_fit_fails_as_in_linen(method, message):
+def test_errors_are_those_of_linen(method, kind, data):
     class LinenMlp(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -455,10 +448,10 @@ def test_what_does_not_fit_fails_as_in_linen(method, message):
             return h + LinenMlp(name="mlp")(nn.LayerNorm(name="norm")(h))
 
     recipe = aj.Recipe(*(method if isinstance(method, list) else [method]))
-    with pytest.raises(aj.RecipeError, match=message) as error:
+    with raises(kind, *data):
         aj.adapt(built(Net), recipe, rngs=rngs(), example_inputs=(X,))
     params = jax.eval_shape(LinenNet().init, jax.random.key(0), X)["params"]
-    with pytest.raises(type(error.value), match=message):
+    with raises(kind, *data):
         aj.init_adapters(aj.adapt(LinenNet(), recipe), params, jax.random.key(0), X)
 
 
@@ -471,7 +464,7 @@ def test_a_registered_layer_without_its_weight_is_named():
             return x @ self.w[...]
 
     aj.register_contraction(Odd, weight="v", equation="...d,df->...f")
-    with pytest.raises(aj.RecipeError, match="Odd at '' has no parameter 'v'; correct weight="):
+    with raises(aj.RecipeError, "Odd at ''", "'v'", "weight=... in aj.register_contraction"):
         adapt(Odd(), aj.LoRA("**", 2))
     aj.register_contraction(Odd, weight="w", equation="...d,df->...f")
     model = shake(adapt(Odd(), aj.LoRA("**", 2)))
@@ -525,28 +518,28 @@ def test_stacked_layers_are_adapted_one_by_one(name):
     model = shake(adapt(built(Stack), method, example_inputs=examples or None))
     assert all(shape[0] == 3 for shape in shapes(model).values())
     x = draw(5, D)
-    wanted = array(x)
+    expected = array(x)
     graphdef, state = nnx.split(model.blocks)
     for i in range(3):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], state))
-        y = plain(block.dense, wanted)
+        y = plain(block.dense, expected)
         if name == "lora":
-            y = y + lora_term(block.dense, wanted, 1.5)
+            y = y + lora_term(block.dense, expected, 1.5)
         if name == "bottleneck":
             y = y + bottleneck_term(block.dense.adapter, y)
-        y = normed(block.norm, wanted + np.tanh(y))
+        y = normed(block.norm, expected + np.tanh(y))
         leaves = {"norm": block.norm, "composite": block}.get(name)
-        wanted = y + (bottleneck_term(leaves.adapter, y) if leaves else 0.0)
-    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), wanted, atol=1e-4)
+        expected = y + (bottleneck_term(leaves.adapter, y) if leaves else 0.0)
+    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), expected, atol=1e-4)
 
 
-def test_example_inputs_and_the_layers_themselves_tell_the_same_layer_axes():
+def test_layer_axes_are_the_same_with_and_without_example_inputs():
     recipe = aj.LoRA("blocks/dense", 2, dropout=0.5), aj.Bottleneck("blocks/norm", 2)
     base = nnx.eval_shape(lambda: Stack(rngs(), rate=0.5))
     alone = adapt(base, *recipe)
-    told = adapt(base, *recipe, example_inputs=(draw(1, D),))
-    assert nnx.split(alone)[0] == nnx.split(told)[0]
-    assert shapes(alone) == shapes(told)
+    traced = adapt(base, *recipe, example_inputs=(draw(1, D),))
+    assert nnx.split(alone)[0] == nnx.split(traced)[0]
+    assert shapes(alone) == shapes(traced)
 
 
 def test_stacked_layers_have_a_dropout_stream_each():
@@ -624,7 +617,7 @@ def test_abstract_models_are_adapted_without_allocating():
         assert shapes(model) == shapes(concrete)
         assert aj.audit(model) == aj.audit(concrete)
     assert int(streams.params.count[...]) == 0
-    with pytest.raises(aj.TargetError, match="matches nothing"):
+    with raises(aj.TargetError, "LoRA", "'nowhere'"):
         aj.adapt(around, aj.LoRA("nowhere", 2), rngs=rngs())
 
 
@@ -642,18 +635,18 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others():
 
 def test_jit_split_merge_and_copies_are_the_model():
     model = shake(adapt(built(Net), aj.LoRA("mlp/*", 2), aj.Bottleneck("stem", 2)))
-    wanted = model(X)
+    expected = model(X)
     run = nnx.jit(lambda model, x: model(x))
-    np.testing.assert_allclose(run(model, X), wanted, atol=1e-6)
+    np.testing.assert_allclose(run(model, X), expected, atol=1e-6)
     graphdef, adapters, rest = nnx.split(model, AdapterParam, ...)
     merged = nnx.merge(graphdef, adapters, rest)
     assert kinds(merged) == kinds(model)
-    np.testing.assert_array_equal(merged(X), wanted)
+    np.testing.assert_array_equal(merged(X), expected)
     doubled = nnx.merge(graphdef, jax.tree.map(lambda x: 2 * x, adapters), rest)
-    assert np.abs(doubled(X) - wanted).max() > 1e-2
+    assert np.abs(doubled(X) - expected).max() > 1e-2
     copied = copy.deepcopy(model)
     assert type(copied.stem) is type(model.stem)
-    np.testing.assert_array_equal(copied(X), wanted)
+    np.testing.assert_array_equal(copied(X), expected)
 
 
 def test_two_adaptations_give_one_class_and_one_structure():
@@ -703,7 +696,7 @@ def test_merging_gives_every_class_back():
     np.testing.assert_array_equal(merged.scale[...], model.scale[...])
     x = draw(5, D)
     np.testing.assert_allclose(merged(x), model(x), atol=1e-5)
-    with pytest.raises(ValueError, match="WithSpecial has no adapters; call aj.adapt"):
+    with raises(aj.UserError, "WithSpecial", "aj.adapt(model, recipe)"):
         aj.merge(merged)
 
 
@@ -740,8 +733,8 @@ def test_the_output_keeps_the_dtype_of_the_base():
     assert output.dtype == jnp.bfloat16
     assert {v.dtype for v in jax.tree.leaves(nnx.state(model, AdapterParam))} == {np.dtype("f4")}
     y = plain(model, x) + lora_term(model, x, 1.0)
-    wanted = y + bottleneck_term(model.adapter, y)
-    np.testing.assert_allclose(array(output), wanted, atol=0.2)
+    expected = y + bottleneck_term(model.adapter, y)
+    np.testing.assert_allclose(array(output), expected, atol=0.2)
 
 
 def test_a_bottleneck_by_hand():
@@ -758,7 +751,7 @@ def test_a_bottleneck_by_hand():
     adapter.train()
     assert not np.array_equal(adapter(x), adapter(x))
     assert set(shapes(adapter)) == {f"{p}/{n}" for p in ("down", "up") for n in ("kernel", "bias")}
-    with pytest.raises(ValueError, match="Bottleneck: bottleneck_dim=0, expected a whole number"):
+    with raises(aj.UserError, "Bottleneck", "bottleneck_dim=0"):
         aj.nnx.Bottleneck(D, 0, rngs=rngs())
 
 
@@ -769,13 +762,11 @@ def test_a_lora_linear_by_hand():
     x = draw(5, D)
     np.testing.assert_array_equal(layer(x), x @ layer.kernel[...])
     shake(layer)
-    wanted = array(x) @ array(layer.kernel) + lora_term(layer, x, 3.0 / np.sqrt(2.0))
-    np.testing.assert_allclose(layer(x), wanted, atol=1e-5)
+    expected = array(x) @ array(layer.kernel) + lora_term(layer, x, 3.0 / np.sqrt(2.0))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
     assert isinstance(layer, aj.nnx.LoRALinear)
     assert trained(layer) == {"lora/a", "lora/b"}
-    with pytest.raises(
-        aj.RecipeError, match=r"rank 9 at '' exceeds min\(in, out\) = min\(4, 6\) ="
-    ):
+    with raises(aj.RecipeError, "rank 9 at ''", "min(4, 6) = 4"):
         aj.nnx.LoRALinear(D, 6, rank=9, rngs=rngs())
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.io.adapter import read_adapter
@@ -19,7 +20,7 @@ from adapters_jax.trees import flatten, path_of
 D, ROWS = 4, 8
 ADAM, SGD, STILL = optax.adam(1e-2), optax.sgd(0.5), optax.sgd(0.0)
 RECIPE = aj.Recipe(aj.LoRA("up", 2, alpha=3.0), aj.Unfreeze("down/bias"))
-DOORS = ("linen", "nnx")
+APIS = ("linen", "nnx")
 
 
 def draw(*shape, seed=0):
@@ -66,9 +67,9 @@ class NnxNet(nnx.Module):
 
 
 @functools.cache
-def model_of(door, recipe=RECIPE, dtype=None):
+def model_of(api, recipe=RECIPE, dtype=None):
     """The adapted model; an NNX one holds the values above."""
-    if door == "linen":
+    if api == "linen":
         return aj.adapt(LinenNet(dtype), recipe)
     return nnx_model(recipe, dtype)
 
@@ -82,26 +83,26 @@ def nnx_model(recipe=RECIPE, dtype=None):
     )
 
 
-def state_of(door, tx, recipe=RECIPE, dtype=None, seed=0):
-    params = values(dtype or jnp.float32) if door == "linen" else None
-    model = model_of(door, recipe, dtype)
+def state_of(api, tx, recipe=RECIPE, dtype=None, seed=0):
+    params = values(dtype or jnp.float32) if api == "linen" else None
+    model = model_of(api, recipe, dtype)
     return aj.TrainState.create(model, params, tx=tx, key=jax.random.key(seed))
 
 
 @functools.cache
-def loss_of(door, recipe=RECIPE, dtype=None):
+def loss_of(api, recipe=RECIPE, dtype=None):
     model = model_of("linen", recipe, dtype)
 
     def loss(whole, batch, key):
-        y = whole(batch["x"]) if door == "nnx" else model.apply({"params": whole}, batch["x"])
+        y = whole(batch["x"]) if api == "nnx" else model.apply({"params": whole}, batch["x"])
         return jnp.mean((y - batch["y"]) ** 2)
 
     return loss
 
 
 @functools.cache
-def step_of(door, accumulate=1):
-    return aj.make_train_step(loss_of(door), accumulate=accumulate)
+def step_of(api, accumulate=1):
+    return aj.make_train_step(loss_of(api), accumulate=accumulate)
 
 
 def by_hand(params, data):
@@ -155,15 +156,15 @@ def adam_by_hand(batches, rate, clip=None):
 def run(step, state, batches):
     metrics = []
     for data in batches:
-        state, told = step(state, data)
-        metrics.append({name: float(x) for name, x in told.items()})
+        state, found = step(state, data)
+        metrics.append({name: float(x) for name, x in found.items()})
     return state, metrics
 
 
-def close(state, wanted, atol=1e-6):
+def close(state, expected, atol=1e-6):
     got = flatten(state.adapters)
-    assert set(got) == set(wanted)
-    for name, value in wanted.items():
+    assert set(got) == set(expected)
+    for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=atol, err_msg=name)
 
 
@@ -175,26 +176,26 @@ def bits(tree):
     ]
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_sgd_is_a_hand_written_step(door):
+@pytest.mark.parametrize("api", APIS)
+def test_sgd_is_a_hand_written_step(api):
     data = batch()
     loss, gradient = hand_gradients(start(), data)
-    state, (metrics,) = run(step_of(door), state_of(door, SGD), [data])
+    state, (metrics,) = run(step_of(api), state_of(api, SGD), [data])
     close(state, {name: x - 0.5 * gradient[name] for name, x in start().items()})
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
-    wanted = {"loss": float(loss), "grad_norm": float(norm), "finite": 1.0}
-    assert metrics == pytest.approx(wanted, rel=1e-5)
+    expected = {"loss": float(loss), "grad_norm": float(norm), "finite": 1.0}
+    assert metrics == pytest.approx(expected, rel=1e-5)
     assert int(state.step) == 1 and state.step.dtype == jnp.int32
 
 
-@pytest.mark.parametrize(("door", "clip"), [("linen", None), ("linen", 0.1), ("nnx", None)])
-def test_adam_is_a_hand_written_loop_also_with_clipping_around_it(door, clip):
+@pytest.mark.parametrize(("api", "clip"), [("linen", None), ("linen", 0.1), ("nnx", None)])
+def test_adam_is_a_hand_written_loop_also_with_clipping_around_it(api, clip):
     batches = [batch(seed) for seed in (7, 9, 11)]
-    wanted, norms = adam_by_hand(batches, 1e-2, clip)
+    expected, norms = adam_by_hand(batches, 1e-2, clip)
     tx = optax.chain(optax.clip_by_global_norm(clip), ADAM) if clip else ADAM
-    state, metrics = run(step_of(door), state_of(door, tx), batches)
-    close(state, wanted, atol=2e-6)
-    # The norm is told before the clip, and the clip is of trained gradients alone.
+    state, metrics = run(step_of(api), state_of(api, tx), batches)
+    close(state, expected, atol=2e-6)
+    # The norm is that before the clip, and the clip is of trained gradients alone.
     np.testing.assert_allclose([m["grad_norm"] for m in metrics], norms, rtol=1e-5)
     assert not clip or min(norms) > clip
 
@@ -207,17 +208,17 @@ def test_a_clip_inside_freeze_base_is_the_same_and_groups_have_their_own():
     state, _ = run(step_of("linen"), state_of("linen", tx), [data])
     factors = ("up/lora/a", "up/lora/b")
     norm = np.sqrt(sum(np.sum(np.square(gradient[name])) for name in factors))
-    wanted = {name: start()[name] - 0.1 / norm * gradient[name] for name in factors}
-    close(state, {**wanted, "down/bias": start()["down/bias"] - 0.25 * gradient["down/bias"]})
+    expected = {name: start()[name] - 0.1 / norm * gradient[name] for name in factors}
+    close(state, {**expected, "down/bias": start()["down/bias"] - 0.25 * gradient["down/bias"]})
 
 
-@pytest.mark.parametrize(("door", "parts"), [("linen", 4), ("nnx", 2)])
-def test_accumulation_is_one_large_batch(door, parts):
+@pytest.mark.parametrize(("api", "parts"), [("linen", 4), ("nnx", 2)])
+def test_accumulation_is_one_large_batch(api, parts):
     data = batch()
-    whole, (wanted,) = run(step_of(door), state_of(door, SGD), [data])
-    state, (metrics,) = run(step_of(door, parts), state_of(door, SGD), [data])
+    whole, (expected,) = run(step_of(api), state_of(api, SGD), [data])
+    state, (metrics,) = run(step_of(api, parts), state_of(api, SGD), [data])
     close(state, flatten(whole.adapters))
-    assert metrics == pytest.approx(wanted, rel=1e-5)
+    assert metrics == pytest.approx(expected, rel=1e-5)
     assert int(state.step) == 1
 
 
@@ -238,26 +239,25 @@ def test_accumulation_averages_metrics_and_gives_every_part_a_key_of_its_own():
 
 def test_a_batch_that_does_not_divide_is_refused():
     state = state_of("linen", optax.sgd(1.0))
-    message = "a batch of 8 does not divide into 3 parts; choose accumulate so that it divides"
-    with pytest.raises(ValueError, match=message):
+    with raises(aj.UserError, "batch", 8, 3, "accumulate"):
         aj.make_train_step(loss_of("linen"), accumulate=3)(state, batch())
-    with pytest.raises(ValueError, match="a leaf without axes does not divide into 2 parts"):
+    with raises(aj.UserError, "without axes", "2 parts", "accumulate"):
         aj.make_train_step(loss_of("linen"), accumulate=2)(state, {**batch(), "weight": 1.0})
 
 
 @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
 def test_accumulate_is_a_whole_number(accumulate):
-    with pytest.raises(ValueError, match="make_train_step: accumulate=.*, expected a whole number"):
+    with raises(aj.UserError, "make_train_step", f"accumulate={accumulate}"):
         aj.make_train_step(loss_of("linen"), accumulate=accumulate)
 
 
 @pytest.mark.parametrize(
-    ("door", "bad", "accumulate"),
+    ("api", "bad", "accumulate"),
     [("linen", np.nan, 1), ("linen", np.inf, 1), ("nnx", np.nan, 1), ("nnx", np.inf, 2)],
 )
-def test_a_loss_that_is_not_finite_moves_nothing(door, bad, accumulate):
-    step, good = step_of(door, accumulate), batch()
-    state, _ = run(step, state_of(door, ADAM), [good])
+def test_a_loss_that_is_not_finite_changes_nothing(api, bad, accumulate):
+    step, good = step_of(api, accumulate), batch()
+    state, _ = run(step, state_of(api, ADAM), [good])
     before = bits((state.adapters, state.opt_state))
     spoilt = {**good, "y": good["y"].at[5, 1].set(bad)}
     state, metrics = step(state, spoilt)
@@ -265,12 +265,12 @@ def test_a_loss_that_is_not_finite_moves_nothing(door, bad, accumulate):
     assert bits((state.adapters, state.opt_state)) == before
     assert int(state.step) == 2
     state, metrics = step(state, good)
-    once, _ = run(step, state_of(door, ADAM), [good, good])
+    once, _ = run(step, state_of(api, ADAM), [good, good])
     assert float(metrics["finite"]) == 1.0
     assert bits((state.adapters, state.opt_state)) == bits((once.adapters, once.opt_state))
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_though_the_loss_is():
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is():
     def loss(params, data, key):
         bias = params["down"]["bias"]
         return jnp.sum(jnp.sqrt(jnp.abs(bias - jax.lax.stop_gradient(bias)))) + 1.0
@@ -282,21 +282,21 @@ def test_a_gradient_that_is_not_finite_moves_nothing_though_the_loss_is():
     assert bits(state.adapters) == before
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_state_is_used_up_and_what_the_user_holds_is_not(door):
-    model, params = model_of(door), values()
-    held = params if door == "linen" else nnx.state(model)
+@pytest.mark.parametrize("api", APIS)
+def test_the_state_is_used_up_and_what_the_user_holds_is_not(api):
+    model, params = model_of(api), values()
+    held = params if api == "linen" else nnx.state(model)
     before, key = bits(held), jax.random.key(3)
-    state = aj.TrainState.create(model, params if door == "linen" else None, tx=ADAM, key=key)
-    if door == "linen":
+    state = aj.TrainState.create(model, params if api == "linen" else None, tx=ADAM, key=key)
+    if api == "linen":
         assert state.base["up"]["kernel"] is params["up"]["kernel"]
     base = jax.tree.leaves(state.base)
     base_bits, buffers = bits(base), [x.unsafe_buffer_pointer() for x in base]
     first = state
-    state, _ = run(step_of(door), state, [batch()] * 3)
+    state, _ = run(step_of(api), state, [batch()] * 3)
     assert all(x.is_deleted() for x in jax.tree.leaves((first.adapters, first.opt_state)))
     with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
-        step_of(door)(first, batch())
+        step_of(api)(first, batch())
     assert bits(held) == before and not key.is_deleted()
     after = jax.tree.leaves(state.base)
     assert all(x is y for x, y in zip(base, after, strict=True))
@@ -316,14 +316,14 @@ def test_numpy_parameters_go_to_the_device_once():
     assert bits(state.adapters) == bits(same.adapters)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_one_compilation_serves_every_step_and_every_state_of_the_same_shapes(door):
-    step = step_of(door)
-    run(step, state_of(door, ADAM), [batch()])
+@pytest.mark.parametrize("api", APIS)
+def test_one_compilation_serves_every_step_and_every_state_of_the_same_shapes(api):
+    step = step_of(api)
+    run(step, state_of(api, ADAM), [batch()])
     compiled = step.jitted._cache_size()
     for seed in (0, 1):
-        run(step, state_of(door, ADAM, seed=seed), [batch(), batch(9), batch(11)])
-    if door == "nnx":
+        run(step, state_of(api, ADAM, seed=seed), [batch(), batch(9), batch(11)])
+    if api == "nnx":
         again = aj.TrainState.create(nnx_model(), tx=ADAM, key=jax.random.key(0))
         run(step, again, [batch()])
     assert step.jitted._cache_size() == compiled
@@ -345,8 +345,8 @@ def keeping():
 def test_an_optimiser_may_keep_parameters_keys_and_numbers():
     step = aj.make_train_step(loss_of("linen"))
     state, metrics = run(step, state_of("linen", keeping()), [batch()] * 3)
-    wanted, _ = run(step_of("linen"), state_of("linen", SGD), [batch()] * 3)
-    close(state, flatten(wanted.adapters))
+    expected, _ = run(step_of("linen"), state_of("linen", SGD), [batch()] * 3)
+    close(state, flatten(expected.adapters))
     assert bits(state.opt_state[0]) == bits(state_of("linen", SGD).adapters)
     assert metrics[-1]["finite"] == 1.0 and step.jitted._cache_size() == 1
 
@@ -372,9 +372,9 @@ DROPPING = aj.Recipe(aj.LoRA("up", 2, dropout=0.5))
 
 
 @functools.cache
-def dropping(door):
+def dropping(api):
     """A model with dropout in the base and in the adapter, its step, and its evaluation."""
-    if door == "linen":
+    if api == "linen":
         model = aj.adapt(Dropping(), DROPPING)
 
         def loss(params, data, key):
@@ -397,24 +397,24 @@ def dropping(door):
     return model, aj.make_train_step(loss), aj.make_eval_step(evaluate)
 
 
-def dropping_state(door, tx, seed=0):
-    model, *_ = dropping(door)
-    params = {"up": values()["up"]} if door == "linen" else None
+def dropping_state(api, tx, seed=0):
+    model, *_ = dropping(api)
+    params = {"up": values()["up"]} if api == "linen" else None
     return aj.TrainState.create(model, params, tx=tx, key=jax.random.key(seed))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_dropout_differs_from_step_to_step_and_a_run_repeats_bit_for_bit(door):
-    _, step, _ = dropping(door)
+@pytest.mark.parametrize("api", APIS)
+def test_dropout_differs_from_step_to_step_and_a_run_repeats_bit_for_bit(api):
+    _, step, _ = dropping(api)
     x = draw(ROWS, D)
-    _, metrics = run(step, dropping_state(door, STILL), [x] * 4)
+    _, metrics = run(step, dropping_state(api, STILL), [x] * 4)
     assert len({m["loss"] for m in metrics}) == 4
-    tx = ADAM if door == "linen" else STILL
-    state, first = run(step, dropping_state(door, tx), [x] * 3)
-    again, second = run(step, dropping_state(door, tx), [x] * 3)
+    tx = ADAM if api == "linen" else STILL
+    state, first = run(step, dropping_state(api, tx), [x] * 3)
+    again, second = run(step, dropping_state(api, tx), [x] * 3)
     assert first == second and bits(state.adapters) == bits(again.adapters)
-    if door == "linen":
-        _, other = run(step, dropping_state(door, STILL, seed=1), [x] * 4)
+    if api == "linen":
+        _, other = run(step, dropping_state(api, STILL, seed=1), [x] * 4)
         assert not {m["loss"] for m in other} & {m["loss"] for m in metrics}
 
 
@@ -429,30 +429,30 @@ def test_step_i_uses_the_key_folded_with_i():
     )
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_evaluation_drops_nothing_and_changes_nothing(door):
-    model, _, evaluate = dropping(door)
-    state, x = dropping_state(door, STILL), draw(ROWS, D)
+@pytest.mark.parametrize("api", APIS)
+def test_evaluation_drops_nothing_and_changes_nothing(api):
+    model, _, evaluate = dropping(api)
+    state, x = dropping_state(api, STILL), draw(ROWS, D)
     before = bits(state)
     first, second = evaluate(state, x), evaluate(state, x)
     np.testing.assert_array_equal(first, second)
-    up = values()["up"] if door == "linen" else model.up
-    if door == "linen":
-        wanted = x @ (up["kernel"] + up["lora"]["a"] @ up["lora"]["b"]) + up["bias"][None]
+    up = values()["up"] if api == "linen" else model.up
+    if api == "linen":
+        expected = x @ (up["kernel"] + up["lora"]["a"] @ up["lora"]["b"]) + up["bias"][None]
     else:
         kernel = up.kernel[...] + up.lora["a"][...] @ up.lora["b"][...]
-        wanted = (x @ kernel + up.bias[...][None]) / np.sqrt(1.0 + 1e-5)
-    np.testing.assert_allclose(first, wanted, atol=1e-5)
+        expected = (x @ kernel + up.bias[...][None]) / np.sqrt(1.0 + 1e-5)
+    np.testing.assert_allclose(first, expected, atol=1e-5)
     assert bits(state) == before
-    assert door == "linen" or not model.dropout.deterministic
+    assert api == "linen" or not model.dropout.deterministic
 
 
 def test_evaluation_returns_what_the_function_returns():
     data = batch()
     evaluate = aj.make_eval_step(lambda params, data: {"loss": by_hand(params, data), "n": 8})
-    told = evaluate(state_of("linen", STILL), data)
-    assert int(told["n"]) == 8
-    np.testing.assert_allclose(told["loss"], hand_gradients(start(), data)[0], rtol=1e-5)
+    found = evaluate(state_of("linen", STILL), data)
+    assert int(found["n"]) == 8
+    np.testing.assert_allclose(found["loss"], hand_gradients(start(), data)[0], rtol=1e-5)
 
 
 def test_nnx_statistics_and_dropout_counters_advance_and_are_kept_from_a_bad_batch():
@@ -484,49 +484,49 @@ def test_accumulation_carries_statistics_from_part_to_part():
     assert int(state.model.dropout.rngs.count[...]) == before + 4
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_half_precision_base_trains_in_float32(door):
+@pytest.mark.parametrize("api", APIS)
+def test_a_half_precision_base_trains_in_float32(api):
     half = jnp.bfloat16
-    state = state_of(door, optax.adam(0.1), dtype=half)
-    step = aj.make_train_step(loss_of(door, dtype=half))
+    state = state_of(api, optax.adam(0.1), dtype=half)
+    step = aj.make_train_step(loss_of(api, dtype=half))
     state, metrics = run(step, state, [batch()] * 5)
     assert {x.dtype for x in jax.tree.leaves(state.adapters)} == {np.dtype(np.float32)}
     dtypes = {name: x.dtype for name, x in flatten(state.trained).items()}
     assert dtypes == {"up/lora/a": np.float32, "up/lora/b": np.float32, "down/bias": half}
     assert {x.dtype for x in jax.tree.leaves(state.base)} == {np.dtype(half)}
-    wanted = hand_gradients(start(), batch())[0]
-    np.testing.assert_allclose(metrics[0]["loss"], wanted, rtol=0.05)
+    expected = hand_gradients(start(), batch())[0]
+    np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=0.05)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert step.jitted._cache_size() == 1
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_updates_too_small_for_half_precision_add_up(door, tmp_path):
-    model = {"linen": aj.adapt(nn.Dense(1), aj.Unfreeze("bias"))}.get(door)
+@pytest.mark.parametrize("api", APIS)
+def test_updates_too_small_for_half_precision_add_up(api, tmp_path):
+    model = {"linen": aj.adapt(nn.Dense(1), aj.Unfreeze("bias"))}.get(api)
     params = {"bias": jnp.ones(1, jnp.bfloat16), "kernel": jnp.ones((1, 1), jnp.bfloat16)}
-    if door == "nnx":
+    if api == "nnx":
         base = nnx.Linear(1, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         base.bias[...] = params["bias"]
         model, params = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(0)), None
     state = aj.TrainState.create(model, params, tx=optax.sgd(1e-3), key=jax.random.key(0))
     step = aj.make_train_step(
-        lambda whole, x, key: jnp.sum(whole["bias"] if door == "linen" else whole.bias[...])
+        lambda whole, x, key: jnp.sum(whole["bias"] if api == "linen" else whole.bias[...])
     )
     for _ in range(64):
         state, _ = step(state, jnp.ones(1))
-    whole = state.params["bias"] if door == "linen" else state.model.bias[...]
+    whole = state.params["bias"] if api == "linen" else state.model.bias[...]
     assert whole.dtype == jnp.bfloat16
     np.testing.assert_array_equal(whole, jnp.asarray([1 - 0.064], jnp.bfloat16))
     aj.save_adapter(tmp_path / "adapter", state)
     assert read_adapter(tmp_path / "adapter")[1]["bias"].dtype == jnp.bfloat16
 
 
-def test_a_metric_cannot_take_the_place_of_the_steps_own():
+def test_a_metric_cannot_have_a_name_of_the_steps_own():
     step = aj.make_train_step(lambda params, data, key: (jnp.sum(params["bias"]), {"loss": 1.0}))
     model = aj.adapt(nn.Dense(1), aj.Unfreeze("bias"))
     params = {"bias": jnp.ones(1), "kernel": jnp.ones((1, 1))}
     state = aj.TrainState.create(model, params, tx=SGD, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="metrics named loss, which the step reports itself"):
+    with raises(aj.UserError, "make_train_step", "metrics named loss"):
         step(state, jnp.ones(1))
 
 
@@ -544,47 +544,41 @@ def test_an_integer_leaf_in_the_base_stays_as_it_is():
 def test_a_recipe_that_trains_integers_is_refused_by_name():
     params = {"scale": draw(6), "table": jnp.arange(6, dtype=jnp.int8), "on": jnp.array(True)}
     model = aj.adapt(LinenNet(), aj.full())
-    message = (
-        r"the recipe trains on \(bool\), table \(int8\), which has no gradient; unfreeze float"
-    )
-    with pytest.raises(aj.RecipeError, match=message):
+    with raises(aj.RecipeError, "on (bool)", "table (int8)") as caught:
         aj.TrainState.create(model, params, tx=STILL, key=jax.random.key(0))
+    assert "scale" not in str(caught.value)
 
     class Net(nnx.Module):
         def __init__(self):
             self.scale, self.table = nnx.Param(draw(6)), nnx.Param(jnp.arange(6, dtype=jnp.int8))
 
     model = aj.adapt(Net(), aj.full(), rngs=nnx.Rngs(0))
-    with pytest.raises(aj.RecipeError, match=r"the recipe trains table \(int8\), which has no gr"):
+    with raises(aj.RecipeError, "table (int8)"):
         aj.TrainState.create(model, tx=STILL, key=jax.random.key(0))
 
 
-def test_create_says_what_is_missing():
+def test_create_names_what_is_missing():
     create = functools.partial(aj.TrainState.create, tx=STILL, key=jax.random.key(0))
-    with pytest.raises(
-        TypeError, match=r"a linen model needs params; write TrainState.create\(mod"
-    ):
+    with raises(TypeError, "TrainState.create(model, params, tx=tx, key=key)"):
         create(model_of("linen"))
-    with pytest.raises(TypeError, match="an NNX model holds its parameters; pass no params"):
+    with raises(TypeError, "TrainState.create", "NNX", "params"):
         create(model_of("nnx"), values())
-    with pytest.raises(
-        TypeError, match=r"LinenNet has no adapters; call aj.adapt\(model, recipe\)"
-    ):
+    with raises(TypeError, "LinenNet", "aj.adapt(model, recipe)"):
         create(LinenNet(), values())
-    with pytest.raises(ValueError, match=r"NnxNet has no adapters; call aj.adapt\(model, recipe\)"):
+    with raises(aj.UserError, "NnxNet", "aj.adapt(model, recipe)"):
         create(NnxNet())
     params = values()
     del params["up"]["lora"]
-    with pytest.raises(aj.RecipeError, match="hold nothing of LoRA; pass what aj.init_adapters"):
+    with raises(aj.RecipeError, "LoRA", "aj.init_adapters(model, params, key, *example_inputs)"):
         create(model_of("linen"), params)
-    with pytest.raises(aj.RecipeError, match="nothing of what the recipe unfreezes; pass what aj"):
+    with raises(aj.RecipeError, "the recipe unfreezes", "aj.init_adapters("):
         create(aj.adapt(LinenNet(), aj.Unfreeze("**/bias")), {"scale": draw(6)})
 
 
-def test_the_other_doors_view_of_a_state_is_refused():
-    with pytest.raises(TypeError, match="this state is of an NNX model; use state.model"):
+def test_a_state_has_only_the_view_of_its_own_api():
+    with raises(TypeError, "NNX", "state.model"):
         _ = state_of("nnx", STILL).params
-    with pytest.raises(TypeError, match="this state is of a linen model; use state.params"):
+    with raises(TypeError, "linen", "state.params"):
         _ = state_of("linen", STILL).model
 
 
@@ -600,9 +594,9 @@ def test_the_metrics_of_the_loss_come_along():
     def loss(params, data, key):
         return by_hand(params, data), {"accuracy": jnp.float32(0.25)}
 
-    _, (told,) = run(aj.make_train_step(loss), state_of("linen", STILL), [batch()])
-    assert set(told) == {"loss", "grad_norm", "finite", "accuracy"}
-    assert told["accuracy"] == 0.25
+    _, (metrics,) = run(aj.make_train_step(loss), state_of("linen", STILL), [batch()])
+    assert set(metrics) == {"loss", "grad_norm", "finite", "accuracy"}
+    assert metrics["accuracy"] == 0.25
 
 
 def test_full_fine_tuning_is_the_same_step():

@@ -1,4 +1,4 @@
-"""Several hosts: joining them, from the environment or by hand."""
+"""Joining the processes of a job on several hosts, by the environment or by arguments."""
 
 import functools
 import os
@@ -18,23 +18,23 @@ def join_hosts(
     *,
     heartbeat_seconds: int = 20,
 ) -> bool:
-    """Joins the processes of a job, so that `jax.devices()` are those of all of them.
+    """Joins the processes of a job, so that `jax.devices()` are the devices of all of them.
 
-    It has to come before anything else that touches a device. Where nothing says that there are
-    several processes it does nothing, so that a script can call it anywhere.
+    Call it before anything else that touches a device. Outside of a cluster, and without arguments
+    or variables, it does nothing, so that the same script runs anywhere.
 
     Args:
         coordinator: address and port of process 0, as in "10.0.0.1:1234"; by default the variable
-            JAX_COORDINATOR_ADDRESS, or what jax finds out on a TPU pod, Slurm, MPI or Kubernetes.
-        processes: how many there are; by default JAX_NUM_PROCESSES, or likewise.
-        process: which one this is, from 0; by default JAX_PROCESS_ID, or likewise.
-        heartbeat_seconds: when one process ends, the others do so after at most so long.
+            JAX_COORDINATOR_ADDRESS, or what jax finds on a TPU pod, Slurm, MPI or Kubernetes.
+        processes: the number of processes; by default JAX_NUM_PROCESSES, or what jax finds.
+        process: the number of this one, from 0; by default JAX_PROCESS_ID, or what jax finds.
+        heartbeat_seconds: when one process ends, the others end within this time.
 
     Returns:
-        Whether there are several.
+        Whether the job has several processes.
 
     Raises:
-        ValueError: only some of the three are known, or a number is not one.
+        UserError: only some of the three are known, or a variable is not a number.
         RuntimeError: jax has its devices already.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
@@ -50,13 +50,13 @@ def join_hosts(
         absent = ", ".join(name for name, value in known.items() if value is None)
         raise UserError(
             f"join_hosts: {absent} is not set, and {_shown(known)} is; set all three, or none "
-            "where the cluster itself tells"
+            "on a cluster that jax knows"
         )
     else:
         try:
             initialize()
         except ValueError as error:
-            if "coordinator_address" not in str(error):  # what jax says where it finds no cluster
+            if "coordinator_address" not in str(error):  # jax's message where it finds no cluster
                 raise
             return False
     return jax.process_count() > 1
@@ -65,7 +65,7 @@ def join_hosts(
 def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
-        raise UserError(f"join_hosts: {name}={text!r} is not a number")
+        raise UserError(f"join_hosts: {name}={text!r}, expected a whole number")
     return None if text is None else int(text)
 
 

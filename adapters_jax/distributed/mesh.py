@@ -1,4 +1,4 @@
-"""Meshes: devices under named axes, and the batches that are split over them."""
+"""Meshes: devices on named axes, and the batches that are split over them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,24 @@ BATCH = ("data", "fsdp")  # the axes that split batches
 
 
 class ShardingError(UserError):
-    """A mesh that the devices do not make, or a layout that does not fit a parameter."""
+    """A mesh does not fit the devices, or a layout does not fit a parameter or a batch."""
 
 
 def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of named axes.
+    """Makes a mesh of named axes.
 
     Args:
-        axes: sizes by name, as a mapping or as in `"data=4,model=2"`; one size may be -1, which is
-            what the devices leave. Batches are split over `data` and `fsdp`, and a base without
-            rules over `fsdp` and `model`.
-        devices: all of them, of all hosts, by default.
+        axes: sizes by name, as a mapping or as in `"data=4,model=2"`; one size may be -1, which
+            stands for the number of devices divided by the other sizes. Batches are split over
+            `data` and `fsdp`, and a base without rules over `fsdp` and `model`.
+        devices: by default all devices of all hosts.
+
+    Returns:
+        The mesh.
 
     Raises:
-        ShardingError: the text does not read so, or the sizes do not multiply to the devices.
+        ShardingError: the text has another form, or the product of the sizes is not the number of
+            devices.
 
     Example:
         >>> make_mesh("data=-1,model=1").axis_names
@@ -38,14 +42,14 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     """
     sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
-    said = ",".join(f"{name}={size}" for name, size in sizes.items())
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
     open_ones = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(open_ones) == 1 and known > 0:
         sizes[open_ones[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices) or min(sizes.values(), default=0) < 1:
         raise ShardingError(
-            f"mesh {said!r} does not multiply to the {len(devices)} devices that there are; "
+            f"mesh {text!r} does not multiply to the {len(devices)} devices that there are; "
             f"write data={len(devices)}, or factors of {len(devices)}"
         )
     kinds = (AxisType.Auto,) * len(sizes)
@@ -53,7 +57,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes of a mesh's axes by name, as `"data=4,model=2"` says them."""
+    """The sizes of a mesh's axes by name, of a text such as `"data=4,model=2"`."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
     wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
@@ -70,16 +74,19 @@ def _whole(text: str) -> bool:
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:
-    """Over how many devices a mesh of axes of such sizes splits a batch."""
+    """The number of parts into which a mesh with axes of these sizes splits a batch."""
     return math.prod(sizes.get(name, 1) for name in BATCH)
 
 
 def place(x: Any, sharding: NamedSharding) -> Any:
-    """An array where a sharding says; on several hosts each has the same one, and copies its part.
+    """Puts an array onto devices; on several hosts each has the whole array and copies its part.
 
     Args:
-        x: numpy's or jax's, or a random key; an abstract one gets the sharding.
+        x: an array of numpy or jax, or a random key; an abstract array gets the sharding.
         sharding: on any mesh.
+
+    Returns:
+        The array with the sharding.
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -93,14 +100,17 @@ def place(x: Any, sharding: NamedSharding) -> Any:
 
 
 def local_rows(rows: int, mesh: Mesh) -> slice:
-    """Which rows of a batch this process's devices need: all of them where it is alone.
+    """The rows of a batch that this process's devices need: all of them in a single process.
 
     Args:
-        rows: of the batch, over all processes.
+        rows: the number of rows of the batch, over all processes.
         mesh: of named axes.
 
+    Returns:
+        The first row and the row behind the last one.
+
     Raises:
-        ShardingError: the rows do not divide, or there are fewer than parts.
+        ShardingError: the mesh's parts do not divide the rows.
 
     Example:
         >>> local_rows(8, make_mesh("data=-1"))
@@ -117,14 +127,15 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
     Args:
         batch: arrays `(rows, ...)`, or without axes, which every device gets.
         mesh: of named axes.
-        rows: of the batch over all processes, where `batch` has only those that `local_rows` says;
-            by default every process has all of them.
+        rows: the number of rows over all processes, where `batch` has only the rows that
+            `local_rows` gives; by default every process has all rows.
 
     Returns:
         The batch on the mesh, `(rows, ...)`.
 
     Raises:
-        ShardingError: the rows do not divide, or are not those that this process needs.
+        ShardingError: the mesh's parts do not divide the rows, or the batch has not the rows that
+            this process needs.
 
     Example:
         >>> shard_batch(np.ones((8, 3)), make_mesh("data=-1")).shape
@@ -141,8 +152,8 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
         own = local_rows(rows, mesh)
         if shape[0] != own.stop - own.start:
             raise ShardingError(
-                f"a batch of {shape[0]} rows, and this process needs the {own.stop - own.start} "
-                f"from {own.start} on, of {rows}; take those that local_rows says"
+                f"a batch of {shape[0]} rows, expected the {own.stop - own.start} from {own.start} "
+                f"on, of {rows}, in this process; take batch[aj.local_rows({rows}, mesh)]"
             )
         return jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *shape[1:]))
 
@@ -150,7 +161,7 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
 
 
 def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
-    """Where a batch goes; raises ShardingError where its rows do not divide."""
+    """The sharding of a batch; raises ShardingError where the parts do not divide its rows."""
     names, parts = tuple(n for n in BATCH if mesh.shape.get(n, 1) > 1), batch_parts(mesh.shape)
     if rows % parts:
         raise ShardingError(

@@ -1,8 +1,8 @@
-"""Planning: what a training will hold on each device, told before anything is allocated.
+"""Planning: the memory that a training needs on each device, before anything is allocated.
 
-The step is compiled on abstract arrays, for as many devices as the mesh has, and XLA's own memory
-analysis of the compiled program is read. What XLA plans for the CPU's backend is near to what it
-plans for others, and not the same: leave some room.
+The step is compiled on abstract arrays for the devices of the mesh, and XLA's own memory analysis
+of the compiled program is read. XLA's plan for the CPU is close to its plan for other backends, but
+not the same: leave some room.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Plan:
         base: the frozen parameters.
         adapters: what trains, in float32 where the model has half precision.
         optimizer: the optimiser's state.
-        gradients: of what trains; they are gone after a step.
-        activations: what the forward pass keeps for the backward pass: what a step's working memory
-            has beyond a forward pass's and the gradients.
+        gradients: of the trained parameters; they are freed after a step.
+        activations: what the forward pass keeps for the backward pass: a step's working memory
+            without that of a forward pass and without the gradients.
         temporaries: the working memory of a forward pass.
-        batch: rows a step, over all devices.
-        devices: how many.
-        trainable_parameters: over all devices, each once.
-        parameters: of base and adapters, likewise.
+        batch: rows of a step, over all devices.
+        devices: the number of devices.
+        trainable_parameters: their number, each counted once over all devices.
+        parameters: the number of parameters of base and adapters, likewise.
     """
 
     base: int
@@ -59,16 +59,16 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The bytes of a device."""
+        """The sum of the bytes on a device."""
         parts = (self.base, self.adapters, self.optimizer)
         return sum(parts) + self.gradients + self.activations + self.temporaries
 
     def to_dict(self) -> dict[str, int]:
-        """The fields, and the total, for JSON."""
+        """The fields and the total, for JSON."""
         return {**dataclasses.asdict(self), "total": self.total}
 
     def rows(self) -> list[tuple[str, str]]:
-        """What is held, and how much of it, for a table."""
+        """Names and sizes for a table, with the total."""
         names = ("base", "adapters", "optimizer", "gradients", "activations", "temporaries")
         return [(n, bytes_text(getattr(self, n))) for n in names] + [
             ("total", bytes_text(self.total))
@@ -78,12 +78,18 @@ class Plan:
 def abstract_state(
     model: Adapted | nnx.Module, params: Tree = None, *, tx: optax.GradientTransformation
 ) -> TrainState:
-    """A training's state as shapes.
+    """The abstract state of a training, as shapes.
 
     Args:
         model: adapted; an NNX model may be abstract (`nnx.eval_shape`).
         params: linen only: its parameters, arrays or abstract.
         tx: the optimiser.
+
+    Returns:
+        What `TrainState.create` returns, with shapes instead of arrays.
+
+    Raises:
+        TypeError, RecipeError: as for `TrainState.create`.
 
     Example:
         >>> import adapters_jax as aj
@@ -111,16 +117,19 @@ def plan(
     rules: Rules | None = None,
     accumulate: int = 1,
 ) -> Plan:
-    """What every step of a training holds on each device.
+    """Plans the memory that every step of a training holds on each device.
 
     Args:
-        state: abstract, as `abstract_state` gives it, or a real one.
+        state: abstract, as `abstract_state` gives it, or concrete.
         loss_fn: as for `make_train_step`.
         batch: a batch as shapes, or arrays.
-        mesh: of the devices; there have to be that many, and CPU devices without memory of their
-            own do: `jax.config.update("jax_num_cpu_devices", 64)`, before anything else.
+        mesh: of the devices. CPU devices will do, as many as the mesh has: call
+            `jax.config.update("jax_num_cpu_devices", 64)` before anything else.
         rules: as for `layout`.
         accumulate: as for `make_train_step`.
+
+    Returns:
+        The bytes of each part.
 
     Raises:
         ShardingError: a rule or the batch does not fit the mesh.
@@ -143,7 +152,7 @@ def plan(
     split = dataclasses.replace(state, base=None)
     whole = step.jitted.lower(split, state.base, batch).compile()  # type: ignore[attr-defined]
     forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
-    # As a step takes its batch: one part after the other.
+    # A step with accumulation runs the forward pass on one part at a time.
     part = jax.tree.map(lambda x: _part(x, accumulate), batch)
     alone = forward.lower(state, part).compile()  # type: ignore[attr-defined]
     working, once = (c.memory_analysis().temp_size_in_bytes for c in (whole, alone))
@@ -166,19 +175,19 @@ def plan(
 def largest_batch(
     planned: Callable[[int], Plan], memory: float, unit: int = 1, most: int = 2**20
 ) -> Plan | None:
-    """The plan of the largest batch that fits a device.
+    """Finds the largest batch that fits a device.
 
-    What a step holds grows with its rows along a line, nearly; the line through what fits and what
-    does not says what to plan next, until they are neighbours.
+    A step's memory grows almost linearly with its rows. The line through a batch that fits and one
+    that does not gives the next batch to plan, until the two are neighbours.
 
     Args:
-        planned: the plan of a batch of so many rows.
+        planned: gives the plan for a number of rows.
         memory: of a device, in bytes.
-        unit: rows are a multiple of it: over how many parts a batch is split.
-        most: rows at most.
+        unit: the rows are a multiple of it: the number of parts into which a batch is split.
+        most: the largest number of rows to plan.
 
     Returns:
-        The plan; None where not even `unit` rows fit.
+        The plan of the largest batch; None where not even `unit` rows fit.
     """
     fits, above = planned(unit), None
     if fits.total > memory:
@@ -193,7 +202,7 @@ def largest_batch(
         rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
         low, high = fits.batch + unit, end - unit
         if above is None:
-            high = min(high, 16 * fits.batch)  # one step at a time: the line is of small batches
+            high = min(high, 16 * fits.batch)  # the line of small batches misleads
         if low > high:
             return fits
         tried = planned(int(min(max(rows, low), high)) // unit * unit)
@@ -204,18 +213,18 @@ def _shape(x: Any) -> Any:
 
 
 def _part(x: Any, parts: int) -> Any:
-    """An abstract batch's part, laid out like the whole."""
+    """One of the parts of an abstract batch, with the sharding of the whole."""
     if not x.shape or parts == 1:
         return x
     return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
 
 def _parameters(base: Tree) -> list[Any]:
-    """The leaves of a base; a quantised one counts as the weight that it is."""
+    """The leaves of a base, each quantised weight as one leaf."""
     return jax.tree.leaves(base, is_leaf=is_quantized)
 
 
 def _held(x: Any) -> int:
-    """Bytes that a device has of an abstract array."""
+    """The bytes of an abstract array on one device."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return math.prod(shape) * bits_of(x.dtype) // 8

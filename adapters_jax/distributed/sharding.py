@@ -1,9 +1,10 @@
 """Layouts: which device holds which part of a base and of its adapters.
 
-A layout is a sharding for every leaf; results do not depend on it, XLA sees to that (GSPMD). A base
-leaf is laid out as its own annotations say, else by the first rule whose pattern means its path,
-else along its largest axis that divides. The factors of LoRA inherit: A has the input axes of the
-kernel beside it, B its output axes. All else that trains is small, and every device has it.
+A layout is a sharding for every leaf; XLA (GSPMD) gives the same results with any layout. The
+sharding of a base leaf comes from its own annotations, else from the first rule whose pattern
+matches its path, else it splits the largest axis that the mesh divides. The factors of LoRA inherit
+the sharding of the kernel beside them: A of its input axes, B of its output axes. All other trained
+leaves are small, and every device has them whole.
 """
 
 import math
@@ -27,7 +28,7 @@ from adapters_jax.trees import Tree, flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules
-SMALL = 2**16  # of a leaf with fewer elements every device has all, unless `small` says otherwise
+SMALL = 2**16  # every device has leaves with fewer elements whole, unless `small` is given
 Rules = Mapping[str, P]
 
 
@@ -38,23 +39,23 @@ def layout(
     recipe: Recipe | None = None,
     small: int = SMALL,
 ) -> dict[str, NamedSharding]:
-    """Where every parameter goes.
+    """Lays out every parameter.
 
     Args:
-        params: a linen tree, whose boxes (`nn.with_partitioning`) are read, or an NNX state, whose
-            Variables' metadata is; arrays or abstract.
+        params: a linen tree with its boxes (`nn.with_partitioning`), or an NNX state with its
+            Variables' metadata; arrays or abstract.
         mesh: of named axes.
         rules: partition specs by pattern of the parameter's path; the first that matches counts.
             They are for base leaves without annotations, and for adapters' leaves.
         recipe: tells adapters' leaves from the base's; None where there are none.
-        small: leaves with fewer elements that nothing else speaks of are on every device.
+        small: leaves with fewer elements, without annotation and rule, are whole on every device.
 
     Returns:
         A sharding by path.
 
     Raises:
-        ShardingError: an axis that the mesh has not, or one that does not divide a dimension.
-        TargetError: a rule matches nothing.
+        ShardingError: an axis is not of the mesh, or its size does not divide a dimension.
+        TargetError: a rule matches no parameter.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -108,7 +109,7 @@ def _annotated(leaf: Any) -> tuple[Any, P | None]:
 
 
 def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
-    """What an annotation or a rule says of a leaf, checked; None where nothing does."""
+    """The checked spec of a leaf by its annotation or a rule; None where it has neither."""
     spec, who = annotation, "its annotation"
     if spec is None:
         pattern = next((pattern for pattern in rules if matches(pattern, path)), None)
@@ -137,12 +138,12 @@ def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules
 
 
 def _names(names: Any) -> tuple[str, ...]:
-    """The mesh axes that split one dimension."""
+    """The names of the mesh axes that split one dimension."""
     return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
-    """The largest axis that each of `fsdp` and `model` divides; the last one among equals."""
+    """Splits the largest axis that `fsdp` and `model` divide; the last one among equals."""
     spec: list[str | None] = [None] * len(shape)
     if math.prod(shape) < small:
         return P()
@@ -162,10 +163,10 @@ def _inherited(
     base: Mapping[str, P],
     small: int,
 ) -> P:
-    """The axes of a leaf that its method says are the weight's, as those are; else everywhere.
+    """The spec of an adapter's leaf: axes of the weight are split like the weight's.
 
-    They are found by size: those before the method's own axis (the rank) from the left, those
-    behind it from the right.
+    They are found by their sizes: those before the method's own axis (the rank) from the left,
+    those behind it from the right. A leaf without such axes is whole on every device.
     """
     module, method = owner
     factor, start = leaves[path][0].shape, join(module, method.slot) + "/"
@@ -190,21 +191,21 @@ def _inherited(
 
 
 def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) -> Any:
-    """Puts a tree of parameters, a model or a training onto a mesh.
+    """Puts a tree of parameters, a model or the state of a training onto a mesh.
 
     Args:
         subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
-            optimiser state goes where its parameters do. What is there already is not moved.
+            optimiser state is laid out like its parameters. Arrays already there are not copied.
         mesh: of named axes; see `make_mesh`.
         rules: as for `layout`.
         **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
 
     Returns:
-        The same on the mesh; an NNX model is a new one.
+        The same on the mesh; for an NNX model a new model.
 
     Raises:
         ShardingError: as for `layout`.
-        TargetError: a rule matches nothing.
+        TargetError: a rule matches no parameter.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -225,7 +226,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
 
 
 def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
-    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
+    """Parameters as shapes, dtypes and shardings, into which a checkpoint can be read."""
     where = {} if mesh is None else layout(params, mesh, rules)
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
     return jax.tree_util.tree_map_with_path(
@@ -247,7 +248,7 @@ def _put(tree: Tree, where: Mapping[str, NamedSharding]) -> Tree:
 
 
 def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
-    """A leaf where a sharding says; scales of a quantised one along the axes that they divide."""
+    """Puts a leaf onto devices; scales of a quantised one are split only where that divides."""
     if not is_quantized(leaf):
         return place(leaf, sharding)
     mesh = sharding.mesh
@@ -273,7 +274,7 @@ def _shard_state(
     shapes = {path: leaf.shape for path, (leaf, _) in parts[0].items()}
 
     def of_optimizer(key_path: Any, leaf: Any) -> Any:
-        """A leaf of the optimiser's state whose path ends like a parameter's, of its shape."""
+        """Lays a leaf out like the parameter whose path ends its own, if the shapes are equal."""
         names = path_of(key_path).split("/")
         ends = ("/".join(names[i:]) for i in range(len(names)))
         own = next((end for end in ends if shapes.get(end) == leaf.shape), None)

@@ -1,8 +1,9 @@
 """The linen API: adapters inside modules that nobody edits.
 
-- `adapted`: `adapt` wraps a module; `init_adapters` grows the leaves.
-- `interceptor`: what happens inside the running model; `attachment`: and at one module of it.
-- `modules`: adapters as modules, to write by hand.
+- `adapted`: `adapt` wraps a module; `init_adapters` adds the adapters' leaves to its parameters.
+- `interceptor`: runs the adapters inside a running model; `attachment`: one method on one module.
+- `quantized_layers`: the call of a layer whose weight is quantised.
+- `modules`: adapters as modules, to write into a model by hand.
 """
 
 from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points, seen, shapes_of

@@ -1,4 +1,4 @@
-"""The linen API: a wrapper with the base's calls and paths, and the leaves for its adapters."""
+"""The linen API: a wrapper with the base's calls and paths, and the initial adapter leaves."""
 
 import functools
 import inspect
@@ -29,11 +29,11 @@ class Adapted(nn.Module):
     recipe: Recipe
 
     def setup(self) -> None:
-        """Lets the base keep the scope, and so its paths."""
+        """Shares the scope with the base, whose parameters so keep their paths."""
         nn.share_scope(self, self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the base with the adapters in place."""
+        """Calls the base with its adapters."""
         return self._call("__call__", args, kwargs)
 
     @nn.nowrap
@@ -95,7 +95,7 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 def points(
     model: Adapted, /, *args: Any, **kwargs: Any
 ) -> tuple[dict[tuple[str, str], tuple[Method, AttachmentPoint]], Tree]:
-    """Where the recipe attaches, by an abstract run of the model.
+    """Finds the attachment points of the recipe by an abstract run of the model.
 
     Args:
         model: an adapted linen module.
@@ -103,11 +103,11 @@ def points(
         **kwargs: further arguments of the model's `__call__`.
 
     Returns:
-        The method and point of every `(module path, slot)`, and all parameters, abstract.
+        The method and attachment point of every `(module path, slot)`; all parameters, abstract.
 
     Raises:
-        TargetError: a pattern meets nothing, or nothing its method can attach to.
-        ValueError: the example inputs do not fit the model.
+        TargetError: a pattern matches nothing, or nothing that its method can attach to.
+        UserError: the example inputs do not fit the model.
     """
     interceptor, params = seen(model.inner, model.recipe, args, kwargs)
     interceptor.check(params)
@@ -121,7 +121,7 @@ def points(
 
 
 def seen(base: nn.Module, recipe: Recipe, args: Any, kwargs: Any) -> tuple[Interceptor, Tree]:
-    """By an abstract run: an interceptor that saw every module, and all parameters, abstract."""
+    """Runs a model abstractly; gives the interceptor that saw every module, and all parameters."""
     interceptors: list[Interceptor] = []
 
     def run(module: nn.Module, *inputs: Any, **options: Any) -> Any:
@@ -159,12 +159,12 @@ def init_adapters(
 
     Returns:
         The base's tree with the adapters' leaves beside its own; abstract where `params` is. PiSSA
-        takes its factors out of the weights, whose arrays are then new.
+        subtracts its factors from the weights, whose arrays are then new.
 
     Raises:
-        TargetError: a pattern of the recipe meets nothing, or nothing its method can attach to.
+        TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        ValueError: the example inputs do not fit the model.
+        UserError: the example inputs do not fit the model.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj

@@ -1,4 +1,4 @@
-"""One method on one linen module: what it needs to know, its leaves, and its run."""
+"""One method on one linen module: its attachment point, its leaves, and its call."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
 def leaves_in(module: Any, scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
-    """A method's arrays by name; made where they are not there yet."""
+    """A method's arrays by name; initialised where the scope does not have them yet."""
     new = not scope.has_variable("params", method.leaf_names[0])
     leaves = {}
     for name, leaf in method.leaves(point).items():
@@ -48,7 +48,7 @@ def run_method(
     y: Array,
     evaluation: bool | None,
 ) -> Array:
-    """One method on a module's output, its leaves in the given scope."""
+    """Applies a method, whose leaves are in the given scope, to a module's output."""
     leaves = leaves_in(module, scope, method, point)
     if evaluation is None:
         evaluation = not module.has_rng("dropout")
@@ -57,7 +57,7 @@ def run_method(
 
 
 def point_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> AttachmentPoint:
-    """What methods need to know of a module that has just run."""
+    """The attachment point of a module that has just run."""
     found = linear.find(module, call, *args, **kwargs)
     shape: tuple[int, ...] = ()
     if found is not None:

@@ -1,4 +1,4 @@
-"""What happens inside a running linen model: an interceptor adds adapters to the calls it sees.
+"""Inside a running linen model: an interceptor adds adapters to the calls that it sees.
 
 The leaves go into the called submodule's own scope. So the base keeps its parameter paths, and
 lifted transforms (scan, remat, vmap) carry the leaves along.
@@ -29,7 +29,7 @@ from adapters_jax.trees import Tree, flatten, join
 from adapters_jax.weights import attention, linear
 from adapters_jax.weights.attention import Attention, AttentionFn
 
-# The arguments by which flax modules say that they run in evaluation, and the value that says so.
+# The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
 _RUNS = itertools.count()
 
@@ -40,7 +40,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether a call says, or else its module's field, that this is an evaluation; or None."""
+    """Whether a call is an evaluation, by its arguments or its module's fields; None: unknown."""
     bound = _signature(function).bind_partial(module, *args, **kwargs)
     bound.apply_defaults()
     for name, evaluating in _EVALUATION_FLAGS.items():
@@ -51,7 +51,7 @@ def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -
 
 
 def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a call of a compact module once more, with names in its scope free again."""
+    """Repeats a call of a compact module, in a scope in which all names are free again."""
     object.__setattr__(module, "scope", module.scope.rewound())
     return run(*args, **kwargs)
 
@@ -59,21 +59,21 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def _step(
     module: Any, method: Method, point: AttachmentPoint, evaluation: bool | None, x: Any, y: Array
 ) -> Array:
-    """One method on a module's output; its leaves' names are free again each time it runs."""
+    """Applies a method to a module's output, in a scope in which its leaves' names are free."""
     scope = module.scope.push(method.slot, reuse=True)
     return run_method(module, scope, method, point, x, y, evaluation)
 
 
 @dataclass
 class _Running:
-    """A call under way.
+    """A call in progress.
 
     Attributes:
         where: the path of its module and the name of its method.
-        evaluation: whether it is an evaluation.
-        hashed: how often it was hashed.
-        children: the submodules that it has called so far, and with what.
-        attention: its sizes, once it has called its attention function.
+        evaluation: whether it is an evaluation; None where that is unknown.
+        hashed: the number of times that it was hashed.
+        children: the submodules called so far, each with its arguments.
+        attention: the sizes of its attention, once it has called its attention function.
     """
 
     where: tuple[tuple[str, ...], str] | None = None
@@ -84,7 +84,7 @@ class _Running:
 
 
 class Interceptor:
-    """Adapts the calls it sees, and remembers them for checks and error messages."""
+    """Adapts the calls that it sees, and records them for checks and error messages."""
 
     def __init__(self, recipe: Recipe, module: Any, init: bool):
         self.recipe, self.root = recipe, tuple(module.scope.path)
@@ -102,10 +102,10 @@ class Interceptor:
         return f"adapters of {'/'.join(module.scope.path)}"
 
     def __hash__(self) -> int:
-        """Differs from call to call of a run, but not from run to run of one recipe.
+        """A hash that differs between the calls of a run, but not between runs of one recipe.
 
-        By the hash of a scope's flags nn.jit finds an earlier trace: so it never takes up one of
-        the base, of another recipe, of training in evaluation, or of another path.
+        nn.jit looks up earlier traces by the hash of a scope's flags. So it never reuses a trace of
+        the base, of another recipe, of another path, or of training in evaluation.
         """
         running = self._running[-1]
         running.hashed += 1
@@ -174,7 +174,7 @@ class Interceptor:
     def _attending(
         self, module: Any, path: str, here: _Running
     ) -> AbstractContextManager[None, bool | None]:
-        """For the time of a call, an attention module's function with the prompts around it."""
+        """Wraps an attention module's function in the prompts for the time of a call."""
         names = attention.names_of(module) if self._prompts else None
         if names is None:
             return contextlib.nullcontext()
@@ -193,7 +193,7 @@ class Interceptor:
         *args: Any,
         **kwargs: Any,
     ) -> Array:
-        """What an attention function returns, with every prompt that targets its module."""
+        """Calls an attention function with every prompt that targets its module."""
 
         def child(name: str) -> tuple[Any, Any]:
             own = getattr(names, name)
@@ -222,7 +222,7 @@ class Interceptor:
     def _refuse_taken_names(
         self, module: Any, point: AttachmentPoint, methods: Sequence[Method]
     ) -> None:
-        """Raises where the base already has something of the name that a method would use."""
+        """Raises RecipeError where the base already uses the name of a method's leaves."""
         for method in methods:
             taken = module.scope.get_variable("params", method.slot)
             leaves = flatten(taken) if isinstance(taken, Mapping) else {}
@@ -235,7 +235,7 @@ class Interceptor:
                 )
 
     def check(self, params: Tree) -> None:
-        """Raises TargetError for a pattern that meets nothing its method can attach to."""
+        """Raises TargetError for a pattern that matches nothing its method can attach to."""
         modules = {path: module for (path, _), (module, _) in self.visited.items()}
         for method in self.recipe.attached:
             usable = {path for (path, _), (_, point) in self.visited.items() if method.fits(point)}

@@ -1,4 +1,4 @@
-"""A linen layer with a quantised weight: its call, with the weight read for it alone."""
+"""The call of a linen layer with a quantised weight, which is in floats only meanwhile."""
 
 import contextlib
 import contextvars
@@ -10,12 +10,12 @@ from flax import linen as nn
 from adapters_jax.weights import linear
 from adapters_jax.weights.quantized import is_quantized, once
 
-# Whether the call under way is of such a layer's stand-in, which no interceptor is to see.
+# Whether the current call is of such a layer's stand-in, which interceptors ignore.
 _standing_in = contextvars.ContextVar("standing_in", default=False)
 
 
 def standing_in() -> bool:
-    """Whether a call is that of a stand-in, its weight already in floats."""
+    """Whether the current call is of a stand-in, whose weight is in floats already."""
     return _standing_in.get()
 
 
@@ -35,7 +35,7 @@ def has_quantized(module: Any, call: str, args: Any, kwargs: Any) -> bool:
 
 
 def call_quantized(module: nn.Module, call: str, args: Any, kwargs: Any) -> Any:
-    """What a layer returns, computed by a stand-in that gets the weight in floats."""
+    """Calls a stand-in for a layer that has the weight in floats."""
     own = module.variables["params"]
     weights = {name: leaf for name, leaf in own.items() if is_quantized(leaf)}
     params = {n: x for n, x in own.items() if n not in weights and not isinstance(x, Mapping)}

@@ -1,10 +1,11 @@
 """The NNX API: adapters inside modules that nobody edits.
 
 - `adapted`: `adapt` copies a model's structure and attaches the adapters.
-- `points`: where they can attach, by an abstract run, and what one module says of itself.
-- `attachment`: what an adapted module is made of.
+- `points`: the attachment points of a model, read off its modules and an abstract run.
+- `attachment`: the Variables and the class of an adapted module.
 - `quantized_layers`: a quantised weight, and the class of the layer that reads it.
-- `modules`: adapters as modules, to write by hand.
+- `graph`: modules and parameters by path.
+- `modules`: adapters as modules, to write into a model by hand.
 """
 
 from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of

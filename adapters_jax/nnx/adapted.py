@@ -1,4 +1,4 @@
-"""The NNX API: a copy of a model's structure, not of its arrays, with adapters in it."""
+"""The NNX API: a model with adapters that shares the arrays of the given one."""
 
 import dataclasses
 from typing import Any
@@ -17,14 +17,14 @@ from adapters_jax.targets import require_match
 
 
 def _check(recipe: Recipe, model: nnx.Module, points: dict[str, Any], traced: bool) -> None:
-    """Raises TargetError for a pattern that meets nothing, or nothing its method can attach to."""
+    """Raises TargetError for a pattern that matches nothing its method can attach to."""
     modules, shared = modules_of(model), _other_names(model)
     for method in recipe.attached:
         usable = [path for path, (point, _) in points.items() if method.fits(point)]
         other = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
         for path in other.keys() & points.keys():
             wide = dataclasses.replace(points[path][0], width=1)
-            if not traced and method.fits(wide):  # all it lacks is the width of the output
+            if not traced and method.fits(wide):  # only the width of the output is missing
                 other[path] += "; pass example_inputs=(...) so that its output is known"
         require_points(method, usable, other | shared)
     for patterns in recipe.unfrozen:
@@ -32,14 +32,14 @@ def _check(recipe: Recipe, model: nnx.Module, points: dict[str, Any], traced: bo
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:
-    """The further paths of shared modules and tied parameters, with the one that they go by."""
+    """The further paths of shared modules and tied parameters, each with the path to use."""
     known = modules_of(model).keys() | params_of(model).keys()
     names: dict[str, str] = {}
     for paths in nnx.find_duplicates(model):
-        places = list(map(variable_path, paths))
-        own = next((path for path in places if path in known), None)
+        every = list(map(variable_path, paths))
+        own = next((path for path in every if path in known), None)
         if own is not None:
-            names |= {path: f"shared, it goes by {own}" for path in places if path != own}
+            names |= {path: f"shared with {own}; use that path" for path in every if path != own}
     return names
 
 
@@ -52,7 +52,7 @@ def adapt(
     """See `adapters_jax.adapt`."""
     _check_streams(recipe, rngs)
     if is_abstract(nnx.state(model)):
-        # Abstract in, abstract out: the caller's streams stay where they are.
+        # An abstract model stays abstract, and the caller's random streams do not advance.
         return nnx.eval_shape(
             lambda model, rngs: _adapted(model, recipe, rngs, example_inputs), model, copy(rngs)
         )
@@ -60,7 +60,7 @@ def adapt(
 
 
 def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
-    """Raises TypeError for something that is not Rngs, ValueError for a stream that it lacks."""
+    """Raises TypeError where rngs is no nnx.Rngs, UserError where it lacks a stream."""
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
             f"adapt: rngs is of {type(rngs).__name__}, expected nnx.Rngs; write rngs=nnx.Rngs(0)"
@@ -77,7 +77,7 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
 def _adapted(
     model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, example_inputs: tuple[Any, ...] | None
 ) -> nnx.Module:
-    """The model adapted, after every check."""
+    """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     points = points_of(adapted, example_inputs)
@@ -86,12 +86,12 @@ def _adapted(
     for path, (point, layers) in points.items():
         for method in recipe.at(path):
             if method.fits(point):
-                whole.at(path)  # two rounds of adapting clash as two methods of one recipe do
+                whole.at(path)  # raises where methods of two recipes clash
                 grow(modules[path], method, point, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
-            raise taken(*owner)  # it would pass for an adapter's
+            raise taken(*owner)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
     adapted.adapter_recipe = whole
@@ -99,10 +99,10 @@ def _adapted(
 
 
 def recipe_of(model: Any) -> Recipe:
-    """The recipe that a model was adapted by.
+    """The recipe of an adapted model.
 
     Raises:
-        ValueError: it was not adapted.
+        UserError: the model has no adapters.
     """
     if not hasattr(model, "adapter_recipe"):
         raise UserError(
@@ -112,7 +112,7 @@ def recipe_of(model: Any) -> Recipe:
 
 
 def adapted_points(model: nnx.Module) -> list[tuple[Any, Method, AttachmentPoint]]:
-    """Every module that has adapters of its own, with each method attached to it and where."""
+    """Every module that has adapters, with each of its methods and the attachment point."""
     return [
         (module, method, point_of(module, path, known_width(module)))
         for module in modules_of(model).values()
@@ -121,7 +121,7 @@ def adapted_points(model: nnx.Module) -> list[tuple[Any, Method, AttachmentPoint
 
 
 def detach(model: Any) -> None:
-    """Takes every adapter off a model of one's own, and gives its modules their classes back."""
+    """Removes every adapter from a model, in place, and restores its modules' classes."""
     for module in list(modules_of(model).values()):
         if hasattr(module, "adapter_methods"):
             for method, _ in module.adapter_methods:

@@ -1,7 +1,7 @@
 """An adapter on an NNX module: its Variables as a child, and a class whose calls run it.
 
-The module's class is swapped for a cached subclass. Everything that trains is an `AdapterParam`, so
-`nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` do what they say.
+The module's class is replaced by a cached subclass. Every trained parameter is an `AdapterParam`,
+so `nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` select what trains.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class AdapterParam(nnx.Param):
 
 @functools.cache
 def trained_class(cls: type[Any]) -> type[AdapterParam]:
-    """`AdapterParam` for a parameter of some class, which it stays an instance of."""
+    """The `AdapterParam` that is also an instance of a parameter's own class."""
     if issubclass(cls, AdapterParam):
         return cls
     if cls is nnx.Param:
@@ -71,7 +71,7 @@ def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
 
 
 def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
-    """For the time of a call, an attention module's function with the prompts around it."""
+    """Wraps an attention module's function in the prompts for the time of a call."""
     prompts = [(m, path) for m, path in module.adapter_methods if m.acts_on == "attention"]
     names = attention.names_of(module)
     if not prompts or names is None:
@@ -99,7 +99,7 @@ def run_method(
     x: Any,
     y: Array,
 ) -> Array:
-    """One method on a module's output, its leaves in the module's child of the method's name."""
+    """Applies a method, whose leaves are in a child of the module, to the module's output."""
     point = point_of(module, path, y.shape[-1], call, *args, **kwargs)
     if not method.fits(point):
         return y
@@ -111,7 +111,7 @@ def run_method(
 def children_of(
     method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
 ) -> dict[str, Any]:
-    """The Variables of a method at a point, nested as their names say, and its dropout."""
+    """The Variables of a method at a point, nested by their names, and its dropout."""
     children: dict[str, Any] = {}
     for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
@@ -127,7 +127,7 @@ def children_of(
 
 
 def read(child: Any, method: Method) -> dict[str, Array]:
-    """A method's arrays by name, out of the node that holds them."""
+    """A method's arrays by name, read from the node that holds them."""
 
     def step(node: Any, name: str) -> Any:
         return node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
@@ -136,7 +136,7 @@ def read(child: Any, method: Method) -> dict[str, Array]:
 
 
 def key_of(child: Any) -> Array | None:
-    """A key for dropout, or None in evaluation and where there is no dropout."""
+    """A key for dropout; None in evaluation and where there is no dropout."""
     drop = getattr(child, "dropout", None)
     return None if drop is None or drop.deterministic else drop.rngs()
 
@@ -149,7 +149,7 @@ def leaves_of(module: Any, method: Method) -> dict[str, Array]:
 def grow(
     module: Any, method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
 ) -> None:
-    """Gives a module the leaves of a method, under the layer axes that its own weights have."""
+    """Adds the leaves of a method to a module, stacked on the module's layer axes."""
     if hasattr(module, method.slot):
         raise taken(point.path, method)
     setattr(module, method.slot, nnx.Dict(children_of(method, point, layers, rngs)))
@@ -168,7 +168,7 @@ def grow(
 
 
 def taken(path: str, method: Method) -> RecipeError:
-    """The error where the base already has something of the name that a method would use."""
+    """The error for a base that already uses the name of a method's leaves."""
     return RecipeError(
         f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
         "has something of that name there; rename it or do not target it"

@@ -1,4 +1,4 @@
-"""What methods need to know of an NNX module, read off it."""
+"""The attachment points of an NNX model, read off its modules and an abstract run."""
 
 import contextvars
 import dataclasses
@@ -24,7 +24,7 @@ from adapters_jax.weights.contraction import Contraction
 def point_of(
     module: Any, path: str, width: int, call: str = "__call__", *args: Any, **kwargs: Any
 ) -> AttachmentPoint:
-    """What methods need to know of a module whose output is so wide."""
+    """The attachment point of a module whose output has the given width."""
     layer = linear.find(module, call, *args, **kwargs)
     if layer and not hasattr(module, layer.weight):
         raise RecipeError(
@@ -38,7 +38,7 @@ def point_of(
 
 
 def attention_of(module: Any) -> Attention | None:
-    """The sizes of an attention module, read off its projections; None where it is none."""
+    """The sizes of an attention module, read off its projections; None for other modules."""
     names = attention.names_of(module)
     found = names and [getattr(module, name, None) for name in (names.query, names.key)]
     if not names or not found or not all(linear.find(child, "__call__") for child in found):
@@ -49,7 +49,7 @@ def attention_of(module: Any) -> Attention | None:
 
 
 def _weight(layer: Any) -> tuple[Contraction, tuple[int, ...]]:
-    """How a linear layer contracts, and the shape of its weight under its layer axes."""
+    """A linear layer's contraction, and the shape of its weight, layer axes included."""
     found = linear.find(layer, "__call__")
     if found is None:
         raise RecipeError(linear.why_not(layer))
@@ -78,13 +78,13 @@ def frozen_of(module: Any) -> Frozen:
     return frozen
 
 
-# Not on the modules: jax keeps the structure of every model that it traced, and compares with all.
+# Not an attribute of modules: jax keeps the structure of every traced model and compares it.
 _RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
 
 
 @functools.cache
 def _recording_class(cls: type[Any]) -> type[Any]:
-    """The subclass of a module class that shows every output to the `_RECORDER`."""
+    """The subclass of a module class that passes every output to the `_RECORDER`."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = cls.__call__(self, *args, **kwargs)
@@ -95,7 +95,7 @@ def _recording_class(cls: type[Any]) -> type[Any]:
 
 
 def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """By an abstract run: each module's output width, and the layer axes it is stacked on."""
+    """Runs a model abstractly; gives each module's output width and layer axes."""
     seen: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def record(path: str, outside: tuple[int, ...], module: nnx.Module, y: Any) -> None:
@@ -116,7 +116,7 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
             nnx.eval_shape(lambda m: m(*filled(args)), probe)
     finally:
         _RECORDER.reset(token)
-    for path in bare & seen.keys():  # nothing of its own is stacked: it is as what it stands in
+    for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p][1] for p in above if p in seen and p not in bare), ())
@@ -125,7 +125,7 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
 
 
 def _first_shape(module: nnx.Module) -> tuple[int, ...]:
-    """The shape of some Variable of a module, other than of its random streams; empty without."""
+    """The shape of a module's first Variable that is no random stream; empty without one."""
     leaves = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngState)))
     return leaves[0].shape if leaves else ()
 
@@ -133,27 +133,27 @@ def _first_shape(module: nnx.Module) -> tuple[int, ...]:
 def points_of(
     model: nnx.Module, examples: tuple[Any, ...] | None
 ) -> dict[str, tuple[AttachmentPoint, tuple[int, ...]]]:
-    """What methods need to know of each module, with the layer axes its weights are stacked on."""
+    """The attachment point of each module, with the layer axes that its weights are stacked on."""
     traced = _trace(model, examples) if examples is not None else {}
     points = {}
     for path, module in modules_of(model).items():
         point = point_of(module, path, known_width(module))
         layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
         names = attention.names_of(module)
-        weighty = getattr(module, names.key) if names and point.attention else module
+        layer = getattr(module, names.key) if names and point.attention else module
         if point.attention or point.contraction:
-            layers = layers_of(weighty)
+            layers = layers_of(layer)
         width, layers = traced.get(path, (point.width, layers))
         points[path] = dataclasses.replace(point, width=width), layers
     return points
 
 
-# Layers without a weight to contract that say how wide they are, and how often they are stacked.
+# Layers without a contraction whose scale shows their width and their layer axes.
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
 def known_width(module: Any) -> int:
-    """The width of a plain layer's output, read off the layer; 0 where it does not say."""
+    """The width of a plain layer's output, read off the layer; 0 where it is unknown."""
     layer = linear.find(module, "__call__")
     if layer:
         return getattr(getattr(module, layer.weight, None), "shape", (0,))[-1]

@@ -14,7 +14,7 @@ from adapters_jax.weights.quantized import Quantized, is_quantized, once, opened
 
 
 class QuantizedParam(nnx.Param):
-    """A frozen weight in few bits; whoever reads it gets floats."""
+    """A frozen weight in few bits; reading it gives floats."""
 
     quantized_from: ClassVar[type[nnx.Param]] = nnx.Param
 
@@ -25,18 +25,18 @@ class QuantizedParam(nnx.Param):
         return value if index is ... else value[index]
 
     def set_value(self, value: Any, *, index: Any = ...) -> None:
-        """Refuses: the weight is frozen."""
+        """Raises TypeError: the weight is frozen."""
         raise TypeError("a quantised weight is frozen; write to the model that aj.dequantize gives")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return self.get_raw_value().shape
 
 
 @functools.cache
 def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
-    """`QuantizedParam` for a parameter of some class, which it stays an instance of."""
+    """The `QuantizedParam` that is also an instance of a parameter's own class."""
     if cls is nnx.Param:
         return QuantizedParam
     about = {"quantized_from": cls, "__module__": cls.__module__}
@@ -45,7 +45,7 @@ def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
 
 @functools.cache
 def quantized_layer(cls: type[Any]) -> type[Any]:
-    """The subclass of a layer's class whose calls read the weight for themselves alone."""
+    """The subclass of a layer's class whose calls have the weight in floats only meanwhile."""
 
     def frozen(name: str) -> Callable[..., Any]:
         call = getattr(cls, name)
@@ -62,7 +62,7 @@ def quantized_layer(cls: type[Any]) -> type[Any]:
 
 
 def _call(call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
-    """What a layer returns, computed by a stand-in that has the weight in floats."""
+    """Calls a stand-in for a layer that has the weight in floats."""
     own = {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
     weights = {name: x.get_raw_value() for name, x in own.items() if isinstance(x, QuantizedParam)}
     params = {name: x.get_raw_value() for name, x in own.items() if name not in weights}
@@ -76,7 +76,7 @@ def _call(call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
 
 
 def quantized_in_place(module: Any, name: str, value: Quantized) -> None:
-    """Puts a quantised weight into a layer of a model of one's own; its adapters stay."""
+    """Replaces a layer's weight, in place, by a quantised one; its adapters stay."""
     variable = getattr(module, name)
     variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
     variable.set_raw_value(value)
@@ -84,7 +84,7 @@ def quantized_in_place(module: Any, name: str, value: Quantized) -> None:
 
 
 def float_again(model: nnx.Module) -> None:
-    """Puts float weights into a model of one's own, and gives its layers their classes back."""
+    """Restores the float weights and the layers' classes of a model, in place."""
     for module in list(modules_of(model).values()):
         own = [x for x in vars(module).values() if isinstance(x, QuantizedParam)]
         for variable in own:
@@ -96,7 +96,7 @@ def float_again(model: nnx.Module) -> None:
 
 
 def _change_class(module: Any, change: Callable[[type[Any]], type[Any]]) -> None:
-    """Changes a layer's class, below that of its adapters."""
+    """Changes a layer's own class and keeps the class of its adapters around it."""
     adapted = getattr(type(module), "adapted_from", None)
     changed = change(adapted or type(module))
     module.__class__ = adapted_class(changed) if adapted else changed  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Training: what trains apart from what stays, and a jitted step that moves it.
+"""Training: a state that keeps trained leaves apart from frozen ones, and a jitted step.
 
-- `state`: what training carries from step to step.
+- `state`: the state that steps change.
 - `step`: the training step and the evaluation step.
 - `optimizers`: optimisers with groups, and LoRA+.
 """

@@ -18,7 +18,7 @@ def freeze_base(
     recipe: Recipe | Method,
     groups: Mapping[str, optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
-    """An optimiser that moves what the recipe trains and leaves the rest of the tree alone.
+    """An optimiser that updates what the recipe trains and nothing else of the tree.
 
     It is `optax.multi_transform` with labels by path: `tx` for trained leaves, zero updates and no
     state for frozen ones. It takes a whole parameter tree, the trained part alone, or an NNX state.
@@ -26,14 +26,14 @@ def freeze_base(
     Args:
         tx: the optimiser of trained leaves.
         recipe: says what trains.
-        groups: optimisers of their own for some trained leaves, by pattern of the parameter's path,
+        groups: other optimisers for some trained leaves, by pattern of the parameter's path; the
             first match wins: `{"**/lora/b": optax.adamw(2e-3)}`.
 
     Returns:
         A gradient transformation.
 
     Raises:
-        TargetError: at `init`, where a group's pattern matches no trained leaf.
+        TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,8 +88,8 @@ def lora_plus(
         `freeze_base` with a group for B.
 
     Raises:
-        ValueError: the ratio is not a positive number.
-        TargetError: at `init`, where there is no B.
+        UserError: the ratio is not a positive number.
+        TargetError: `init` of the result raises it where no B trains.
 
     Example:
         >>> import jax.numpy as jnp

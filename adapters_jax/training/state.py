@@ -1,4 +1,4 @@
-"""What training carries from step to step: what trains, apart from the base."""
+"""The state of a training: trained leaves, apart from the frozen base."""
 
 from typing import Any
 
@@ -20,20 +20,20 @@ from adapters_jax.weights.quantized import is_quantized
 
 @struct.dataclass
 class TrainState:
-    """What training carries from step to step, for a linen or an NNX model.
+    """The state of a training, which every step changes, for a linen or an NNX model.
 
     Attributes:
-        step: how many steps were made, int32.
-        adapters: what trains: a nested dictionary (linen) or an `nnx.State` of `AdapterParam`.
-            Half-precision leaves are kept in float32, so that small updates are not lost.
-        base: what does not, of the same kind; never donated, never returned by a step.
+        step: the number of steps made, int32.
+        adapters: the trained leaves, in a nested dictionary (linen) or an `nnx.State` of
+            `AdapterParam`; float32 instead of half precision, so that small updates are not lost.
+        base: the frozen leaves, of the same kind; never donated, never returned by a step.
         opt_state: the optimiser's state, as large as the adapters make it.
         key: seeds the steps; step i uses `fold_in(key, i)`.
         other: NNX: state that is not parameters, such as dropout counters; None in linen.
         tx: the optimiser of the trained part.
         recipe: says what trains.
         graphdef: NNX: the model's structure.
-        dtypes: in which the model has the leaves of `adapters`, in their order.
+        dtypes: the model's own dtypes of the leaves of `adapters`, in their order.
         layout: the shardings of the leaves of `moving`, which steps keep; None on one device.
     """
 
@@ -63,14 +63,14 @@ class TrainState:
         Args:
             model: an adapted model.
             params: linen only: its parameters, as `init_adapters` gives them.
-            tx: the optimiser; it only ever meets the trained part, so that plain optax does, also
-                with clipping or accumulation around it. `freeze_base` is for groups.
+            tx: the optimiser; it sees only the trained part, so plain optax is enough, also with
+                clipping or accumulation around it. `freeze_base` is for groups.
             key: seeds the steps' randomness.
 
         Returns:
             A state whose trained leaves are copies, since steps donate them, and float32 where
-            they were of half precision. Frozen leaves are the very arrays given, put on the device
-            once where they were numpy's.
+            they had half precision. Frozen leaves are the given arrays themselves; numpy arrays
+            are put on the device once.
 
         Raises:
             TypeError: the model has no adapters, or params are missing or given to an NNX model.
@@ -119,13 +119,13 @@ class TrainState:
 
     @property
     def moving(self) -> dict[str, Any]:
-        """All that a step changes, or needs beside the base: what a checkpoint keeps."""
+        """All that a step changes or needs beside the base; a checkpoint keeps it."""
         names = ("step", "adapters", "opt_state", "key", "other")
         return {name: getattr(self, name) for name in names}
 
     @property
     def trained(self) -> Tree:
-        """What trains, in the dtypes in which the model has it."""
+        """The trained leaves in the model's own dtypes."""
         leaves, structure = jax.tree.flatten(self.adapters)
         cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
         return jax.tree.unflatten(structure, cast)
@@ -146,9 +146,9 @@ class TrainState:
 
 
 def in_full(x: Any) -> Any:
-    """An array, or an abstract one, that is kept for training: float32 instead of half precision.
+    """An array, concrete or abstract, as training keeps it: float32 instead of half precision.
 
-    A bfloat16 number near 1 does not move by less than 1/256.
+    A change of a bfloat16 number near 1 by less than 1/256 would be lost.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jax.ShapeDtypeStruct(x.shape, dtype) if is_abstract(x) else x.astype(dtype)

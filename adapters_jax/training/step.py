@@ -1,4 +1,4 @@
-"""Training: a jitted step that moves the adapters only.
+"""Training: a jitted step that updates only the adapters.
 
 The step differentiates the trained part alone, donates it and the optimiser's state, and never
 returns the base: its arrays stay the same buffers for the whole of training.
@@ -30,25 +30,26 @@ _OWN_METRICS = {"loss", "grad_norm", "finite"}
 def make_train_step(
     loss_fn: LossFn, *, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted training step that moves what the recipe trains.
+    """Makes a jitted training step that updates what the recipe trains.
 
     Args:
         loss_fn: `loss_fn(params, batch, key)` in linen, `loss_fn(model, batch, key)` in NNX. It
             returns the loss, a float scalar, or `(loss, metrics)` with a dictionary of float
             scalars. The key differs from step to step; NNX models have their own streams and may
-            leave it alone.
-        accumulate: split the batch's leading axis into so many parts, one after the other, and
-            average their gradients, losses and metrics with equal weight; memory is that of one.
+            ignore it.
+        accumulate: the number of parts into which the batch's leading axis is split. They run one
+            after the other in the memory of one; their gradients, losses and metrics are averaged
+            with equal weight.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. The metrics are those of the loss function,
         "loss", "grad_norm" (global, before the optimiser), and "finite": 0.0 where loss or gradient
-        was not finite; then nothing moved but the step's number: adapters, optimiser state, and an
-        NNX model's statistics and dropout counters are those before the step.
-        The state that was passed in is used up: its adapters and optimiser state are donated.
+        was not finite; then only the step's number changes: adapters, optimiser state, and an NNX
+        model's statistics and dropout counters are those before the step.
+        The given state cannot be used again: its adapters and optimiser state are donated.
 
     Raises:
-        ValueError: `accumulate` is not a positive whole number, or does not divide the batch; a
+        UserError: `accumulate` is not a positive whole number, or does not divide the batch; or a
             metric of the loss function has a name that the step itself uses.
 
     Example:
@@ -103,7 +104,7 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         adapters, opt_state, other = jax.lax.cond(
             finite,
-            lambda: (*_moved(state.tx, grads, state.adapters, state.opt_state), other),
+            lambda: (*_updated(state.tx, grads, state.adapters, state.opt_state), other),
             lambda: (state.adapters, state.opt_state, state.other),
         )
         state = replace(
@@ -113,14 +114,14 @@ def make_train_step(
         return state, {**metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        moved, metrics = update(replace(state, base=None), state.base, batch)
-        return replace(moved, base=state.base), metrics
+        updated, metrics = update(replace(state, base=None), state.base, batch)
+        return replace(updated, base=state.base), metrics
 
     step.jitted = update  # type: ignore[attr-defined]
     return step
 
 
-def _moved(
+def _updated(
     tx: optax.GradientTransformation, grads: Tree, adapters: Tree, opt_state: optax.OptState
 ) -> tuple[Tree, optax.OptState]:
     """Adapters and optimiser state after an update."""
@@ -129,7 +130,7 @@ def _moved(
 
 
 def _laid_out(state: TrainState) -> TrainState:
-    """A state whose leaves stay where its layout says: the next step is the same program."""
+    """A state whose leaves keep the shardings of its layout, so that nothing is compiled again."""
     if state.layout is None:
         return state
     leaves, structure = jax.tree.flatten(state.moving)
@@ -138,12 +139,12 @@ def _laid_out(state: TrainState) -> TrainState:
 
 
 def _other(model: nnx.Module) -> Any:
-    """What an NNX model holds beside parameters."""
+    """The state of an NNX model that is not parameters."""
     return nnx.state(model, nnx.Not(nnx.Param))
 
 
 def _split(parts: int, x: Array) -> Array:
-    """The leading axis in so many parts."""
+    """Splits the leading axis into parts."""
     if jnp.ndim(x) == 0 or x.shape[0] % parts:
         given = f"of {x.shape[0]}" if jnp.ndim(x) else "with a leaf without axes"
         raise UserError(
@@ -154,15 +155,15 @@ def _split(parts: int, x: Array) -> Array:
 
 
 def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Batch], Any]:
-    """A jitted function of a state and a batch, without gradients.
+    """Makes a jitted function of a state and a batch, without gradients.
 
     Args:
         fn: `fn(params, batch)` in linen, `fn(model, batch)` in NNX. An NNX model comes in
-            evaluation mode (`model.eval()`), so that dropout is off; a linen model is told by its
-            own arguments.
+            evaluation mode (`model.eval()`), so that dropout is off; to a linen model, `fn` passes
+            arguments such as `deterministic=True`.
 
     Returns:
-        `evaluate(state, batch)`, with what `fn` returns. The state is not changed.
+        `evaluate(state, batch)`, which returns what `fn` returns. The state is not changed.
     """
 
     @jax.jit

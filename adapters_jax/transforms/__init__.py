@@ -3,5 +3,6 @@
 - `merge`: low-rank adapters folded into the base, and taken out again.
 - `combine`: weighted sums of low-rank adapters.
 - `quantize`: a frozen base in few bits.
-- `stacking`: unrolled layers as scanned ones, and back; `remap`: a recipe for leaves that moved.
+- `stacking`: unrolled layers as scanned ones, and back.
+- `remap`: a recipe for leaves that have other paths now.
 """

@@ -1,7 +1,7 @@
 """Several low-rank adapters as one: weighted sums of their products, never of their factors.
 
-A factor pair is not unique (A and B may turn against each other), so that the sum of factors means
-nothing: what is summed is scale * A B, the change of the weight.
+A factor pair is not unique (for any invertible M, A M and M^-1 B have the same product), so a sum
+of factors means nothing. The sum is of scale * A B, the changes of the weight.
 """
 
 import math
@@ -32,8 +32,8 @@ class Combined:
     Attributes:
         recipe: says where it attaches and at which ranks; every scale is 1.
         adapters: its factors, a tree as `partition` gives it.
-        error: the part of the change that the rank could not hold, by the Frobenius norm
-            over all weights: 0 where nothing was lost.
+        error: the part of the change that the rank cannot hold, by the Frobenius norm over all
+            weights; 0 where nothing is lost.
     """
 
     recipe: Recipe
@@ -56,30 +56,30 @@ def combine(
     Let D_i = scale_i A_i B_i be the change that adapter i makes to a weight, and w_i its weight.
 
     - "linear": sum of w_i D_i, exactly: the ranks add up.
-    - "svd": the same sum at a rank of your choice, the nearest there is.
+    - "svd": the nearest approximation of the same sum at rank `rank`.
     - "ties": of each D_i the largest entries (a part `density` of them) are kept; each entry takes
       the sign of the sum of w_i D_i, and is the mean of those w_i D_i that have it.
     - "dare": of each D_i a random part `density` of the entries is kept and divided by `density`;
       then the sum of w_i D_i.
 
-    The last three give changes of full rank, of which the best of rank `rank` is kept; `error`
-    says what that loses.
+    The last three give changes of full rank, of which the best approximation of rank `rank` is
+    kept; `error` is the part that is lost.
 
     Args:
         base: the base's parameter tree, or the NNX model; only shapes of weights are read.
         adapters: each a recipe with its trained tree, as `read_adapter` returns them.
-        weights: one for each adapter; also negative ones.
+        weights: one for each adapter; they may be negative.
         how: "linear", "svd", "ties" or "dare".
-        rank: of the result, but for "linear".
+        rank: of the result; required for all but "linear", which has the sum of the ranks.
         density: the part of the entries that is kept, for "ties" and "dare".
-        key: for "dare".
+        key: seeds the random choice of "dare".
 
     Returns:
-        A recipe, its factors, and what was lost.
+        A recipe, its factors, and the part that was lost.
 
     Raises:
         RecipeError: a recipe trains anything but LoRA, or an adapter does not fit the base.
-        ValueError: an argument out of its range, or not one weight for each adapter.
+        UserError: an argument is out of its range, or there is not one weight for each adapter.
 
     Example:
         >>> import adapters_jax as aj, numpy as np
@@ -125,7 +125,7 @@ def _check(
     density: float,
     key: PRNGKeyArray | None,
 ) -> None:
-    """Raises ValueError for an argument out of its range."""
+    """Raises UserError for an argument out of its range."""
     if not adapters or len(adapters) != len(weights):
         raise UserError(
             f"combine: {len(adapters)} adapters and {len(weights)} weights; give one weight each"
@@ -134,8 +134,8 @@ def _check(
     for weight in weights:
         check_number("combine", "a weight", weight, low=-math.inf)
     if (how == "linear") != (rank is None):
-        says = "has the sum of all ranks; leave rank out" if how == "linear" else "needs a rank"
-        raise UserError(f"combine: how={how!r} {says}")
+        fix = "has the sum of all ranks; leave rank out" if how == "linear" else "needs a rank"
+        raise UserError(f"combine: how={how!r} {fix}")
     if rank is not None:
         check_size("combine", "rank", rank)
     if density != 1.0:
@@ -174,7 +174,7 @@ def _changes(
         owner = recipe.owner(path)
         if owner is None:
             raise RecipeError(
-                f"combine: expected recipes that train LoRA alone, and one trains the base's {path}"
+                f"combine: a recipe trains the base's {path}, expected LoRA alone in each recipe"
             )
         module, method = owner
         if module in found:
@@ -212,7 +212,7 @@ def _at_rank(
     density: float,
     key: PRNGKeyArray | None,
 ) -> tuple[tuple[Array, Array], float, float]:
-    """The factors nearest to a combined change, and the squares of what is lost and of all."""
+    """The factors nearest to a combined change; the squared norms of the lost part and of all."""
     like = parts[0][0]
     layers = like.a.ndim - 2
     if rank > min(like.a.shape[-2], like.b.shape[-1]):

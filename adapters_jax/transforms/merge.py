@@ -16,7 +16,8 @@ from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, recipe_of
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
-# What takes the place of a module's parameters: from the method, its leaves and where they are.
+# New values of a module's parameters, from the method, its leaves, its attachment point and the
+# module's parameters.
 _Change = Callable[[Method, Leaves, AttachmentPoint, Mapping[str, Array]], dict[str, Array]]
 
 
@@ -29,8 +30,8 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Args:
         model: an adapted model.
         params: linen only: its whole parameter tree.
-        *args: linen only: example inputs, of which only shapes matter; they tell how each weight
-            meets its input.
+        *args: linen only: example inputs, of which only shapes matter; they show how each weight
+            is contracted with its input.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -54,20 +55,20 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
 def unmerge(
     model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any
 ) -> tuple[Any, float]:
-    """The base before a merge, where only the merged weights were kept.
+    """Restores the base from merged weights, for those who kept only these.
 
-    It is not exact: a merged weight was rounded, and so is what is left. Keep the base where you
-    can, and merge the next adapter with that.
+    The result is not exact, since the merged weights were rounded. If you can, keep the base, and
+    merge the next adapter with it.
 
-    Args: as in `merge`: the model, or the tree, has the merged weights with the adapters beside.
-        `load_adapter` onto the merged model gives just that.
+    Args: as in `merge`, but the model or the tree has merged weights, with the adapters beside
+        them, as `load_adapter` onto the merged model gives it.
 
     Returns:
-        What `merge` returns, with the change taken out; and a bound: no entry of a weight is
-        further from the original than this number.
+        The base, in the form in which `merge` returns it; and a bound on the error: no entry of a
+        weight differs from the original by more.
 
     Raises:
-        RecipeError: the change of a method cannot be taken back: DoRA's, or (IA)^3 with a zero.
+        RecipeError: a method's change has no inverse: DoRA's, or (IA)^3's where a factor is zero.
         MismatchError: `params` is not the tree of this model; every difference is listed.
 
     Example:
@@ -93,7 +94,7 @@ def unmerge(
 
 
 def _rounding(merged: Array, left: Array) -> float:
-    """How far the roundings of a change and of its inverse may move an entry together."""
+    """The largest error of an entry by the roundings of a change and of its inverse together."""
     units = jnp.finfo(merged.dtype).eps + 2 * jnp.finfo(jnp.float32).eps
     both = (jnp.abs(x.astype(jnp.float32)).max() for x in (merged, left))
     return float(units * jnp.maximum(*both))
@@ -107,14 +108,14 @@ def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -
 
 
 def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
-    """Raises RecipeError for a change of a weight that cannot be written into it."""
+    """Raises RecipeError where a method cannot be merged, or the weight is quantised."""
     if type(method).merged is Method.merged:
         method.merged({}, point, {})  # raises, with the reason of the method
     packed = [name for name, leaf in own.items() if is_quantized(leaf)]
     if packed:
         raise RecipeError(
-            f"merge: {join(point.path, packed[0])} is quantised, and the change in so few bits "
-            f"would lose much of the adapter; keep it beside, or write {line} for a float base"
+            f"merge: {join(point.path, packed[0])} is quantised, and in so few bits much of the "
+            f"adapter would be lost; keep them apart, or write {line} for a float base"
         )
 
 

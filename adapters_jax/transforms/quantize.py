@@ -1,7 +1,7 @@
 """A frozen base in few bits: its weights as qwix's quantised arrays, with adapters on top.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314. Only
-weights are quantised: layers get them in floats, one at a time, and compute as ever.
+weights are quantised: layers get them in floats, one at a time, and compute as before.
 """
 
 import functools
@@ -26,7 +26,7 @@ from adapters_jax.weights import linear
 from adapters_jax.weights.contraction import Contraction
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
 
-# What qwix calls them, and the block that is used where none is given.
+# By our name: the name in qwix, and the default block.
 DTYPES: dict[str, tuple[Any, int | None]] = {
     "int8": (jnp.int8, None),
     "int4": (jnp.int4, 64),
@@ -46,31 +46,31 @@ def quantize(
 ) -> Any:
     """Quantises the weights of linear layers and embeddings; all else stays as it is.
 
-    `adapt` and all that follows take the result as any other base, and an adapter's file fits both.
-    A model by `adapt` (an empty recipe will do), and an NNX model, have a weight in floats for the
-    time of one layer's call, and again for its gradient. `audit` says how much is quantised.
+    The result is a base like any other, and an adapter's file fits the quantised and the float
+    base. A model by `adapt` (an empty recipe will do) and an NNX model hold a weight in floats only
+    during one layer's call, and again for its gradient. `audit` reports how much is quantised.
 
     Args:
         model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
         params: linen only: the parameter tree; arrays or abstract.
-        *args: linen only: example inputs, of which only shapes matter; they tell how each weight
-            meets its input.
-        dtype: "int8", "int4", or "nf4" (the 4-bit numbers of QLoRA, even in a normal's quantiles).
-        block: how many numbers along a weight's inputs, or along an embedding's row, share a scale.
-            By default all of them in int8, and 64 in four bits.
+        *args: linen only: example inputs, of which only shapes matter; they show how each weight
+            is contracted with its input.
+        dtype: "int8", "int4", or "nf4" (QLoRA's 4-bit numbers, the quantiles of a normal).
+        block: the number of entries along a weight's inputs, or along an embedding's row, that
+            share a scale; by default all of them in int8, and 64 in four bits.
         targets: patterns of the modules whose weights are quantised.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
-        linen: the tree, with `Quantized` leaves at the same paths, which the same model takes. NNX:
-        a model with `QuantizedParam` weights at the same paths. Layers get floats of the dtype that
-        the weight had.
+        linen: the tree for the same model, with `Quantized` leaves at the same paths. NNX: a model
+        with `QuantizedParam` weights at the same paths. Layers get floats of the weight's dtype.
 
     Raises:
-        ValueError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
-        TargetError: a pattern meets no module with a weight.
+        UserError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
+        TargetError: a pattern matches no module with a weight.
+        TypeError: `model` is no linen or NNX module, or its parameters are missing or misplaced.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        ImportError: qwix is not installed.
+        MissingPackageError: qwix is not installed.
 
     Example:
         >>> import adapters_jax as aj
@@ -93,17 +93,17 @@ def quantize(
         if params is not None or args or kwargs:
             raise TypeError("quantize: an NNX model holds its parameters; pass the model alone")
         return _nnx(model, plan)
-    raise TypeError(f"quantize wants a linen or NNX module, got {type(model).__name__}")
+    raise TypeError(f"quantize: expected a linen or NNX module, got {type(model).__name__}")
 
 
 def dequantize(subject: Any) -> Any:
-    """The float base that a quantised one stands for.
+    """A quantised base in floats again.
 
     Args:
         subject: a linen parameter tree or an NNX model, adapted or not.
 
     Returns:
-        The same with float weights, each of the dtype that it had before; a new one.
+        A new tree or model with float weights, each of the dtype that it had before.
 
     Example:
         >>> import adapters_jax as aj
@@ -122,7 +122,7 @@ def dequantize(subject: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How weights are quantised; all are checked before any is."""
+    """How weights are quantised; all of them are checked before the first is."""
 
     qtype: Any
     block: int | None
@@ -131,10 +131,10 @@ class _Plan:
     def chosen(
         self, layers: Mapping[str, Contraction | str], weight_at: Callable[[str], Any]
     ) -> dict[str, Contraction]:
-        """How the weights that are quantised are contracted, by their paths.
+        """The contractions of the weights to quantise, by the weights' paths.
 
         Args:
-            layers: every module by path; where it has no weight to quantise, why.
+            layers: the contraction of every module by path, or why it has no weight to quantise.
             weight_at: the weight at a path.
         """
         known = {path: layer for path, layer in layers.items() if isinstance(layer, Contraction)}
@@ -145,25 +145,25 @@ class _Plan:
             for path, layer in known.items()
             if selects(self.targets, path)
         }
-        self._check({place: (layer, weight_at(place)) for place, layer in chosen.items()})
+        self._check({path: (layer, weight_at(path)) for path, layer in chosen.items()})
         return chosen
 
     def _check(self, weights: Mapping[str, tuple[Contraction, Any]]) -> None:
-        """Raises ValueError for weights that are no floats, or that the blocks do not divide."""
-        for place, (_, weight) in weights.items():
+        """Raises UserError for weights that are no floats, or that the blocks do not divide."""
+        for path, (_, weight) in weights.items():
             if is_quantized(weight) or not jnp.issubdtype(weight.dtype, jnp.inexact):
                 kind = "quantised already" if is_quantized(weight) else f"of {weight.dtype}"
                 raise UserError(
-                    f"quantize: {place} is {kind}, expected floats; leave it out of targets"
+                    f"quantize: {path} is {kind}, expected floats; leave it out of targets"
                 )
         shared = {p: _shared(layer, weight.shape) for p, (layer, weight) in weights.items()}
         block = self.block or 1
-        bad = [place for place, sizes in shared.items() if _tiles(sizes, block) is None]
+        bad = [path for path, sizes in shared.items() if _tiles(sizes, block) is None]
         if bad:
             raise UserError(_unfit(bad, weights[bad[0]][1].shape, shared, block))
 
     def apply(self, layer: Contraction, box: Any) -> Quantized:
-        """A weight, quantised."""
+        """Quantises a weight."""
         spec = box.get_partition_spec() if isinstance(box, nn.Partitioned) else None
         weight = unboxed(box)
         shared = _shared(layer, weight.shape)
@@ -177,14 +177,14 @@ class _Plan:
 
 
 def _shared(layer: Contraction, shape: tuple[int, ...]) -> dict[int, int]:
-    """The axes along which scales are shared, by size: a weight's inputs, a table's row."""
+    """The sizes of the axes along which scales are shared: a weight's inputs, a table's row."""
     stacked = len(shape) - layer.ndim
     axes = set(range(layer.ndim)) - set(layer.inputs) if layer.lookup else layer.inputs
     return {stacked + i: shape[stacked + i] for i in sorted(axes)}
 
 
 def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
-    """How long a block of n numbers is along each axis, the last one first; None: it cannot.
+    """The length of a block along each axis, from the last one; None where blocks do not divide.
 
     Example:
         >>> _tiles({0: 12, 1: 32}, 64), _tiles({0: 12, 1: 32}, 16), _tiles({0: 12}, 64)
@@ -203,14 +203,14 @@ def _unfit(
     bad: Sequence[str], shape: tuple[int, ...], shared: Mapping[str, Mapping[int, int]], block: int
 ) -> str:
     """The message about weights that blocks do not divide."""
-    place, *others = bad
-    numbers = " x ".join(map(str, shared[place].values()))
+    path, *others = bad
+    numbers = " x ".join(map(str, shared[path].values()))
     fits = next(n for n in range(block, 0, -1) if all(_tiles(s, n) for s in shared.values()))
     more = f" (so do {len(others)} others, such as {others[0]})" if others else ""
     return (
-        f"quantize: {place} has the shape {list(shape)}, and blocks of {block} do not divide the "
+        f"quantize: {path} has the shape {list(shape)}, and blocks of {block} do not divide the "
         f"{numbers} numbers that share scales{more}; write block={fits}, which divides all, or "
-        f"leave it in float: targets=('**', '!{place.rpartition('/')[0]}')"
+        f"leave it in float: targets=('**', '!{path.rpartition('/')[0]}')"
     )
 
 
@@ -234,7 +234,7 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         for (path, _), (module, point) in interceptor.visited.items()
     }
     flat = flatten(params)
-    chosen = plan.chosen(layers, lambda place: unboxed(flat[place]))
+    chosen = plan.chosen(layers, lambda path: unboxed(flat[path]))
     return unflatten(flat | {p: plan.apply(layer, flat[p]) for p, layer in chosen.items()})
 
 
@@ -242,30 +242,30 @@ def _nnx(model: nnx.Module, plan: _Plan) -> nnx.Module:
     small = copy(model)
     modules = modules_of(small)
 
-    def parameter(place: str) -> Any:
-        path, _, name = place.rpartition("/")
-        return getattr(modules[path], name)
+    def parameter(path: str) -> Any:
+        module, _, name = path.rpartition("/")
+        return getattr(modules[module], name)
 
     layers = {
         path: _layer(
             module,
             path,
             linear.find(module, "__call__"),
-            lambda place: isinstance(parameter(place), AdapterParam),
+            lambda path: isinstance(parameter(path), AdapterParam),
         )
         for path, module in modules.items()
     }
-    chosen = plan.chosen(layers, lambda place: parameter(place).get_raw_value())
-    for place, layer in chosen.items():
-        value = plan.apply(layer, parameter(place).get_raw_value())
-        quantized_in_place(modules[place.rpartition("/")[0]], layer.weight, value)
+    chosen = plan.chosen(layers, lambda path: parameter(path).get_raw_value())
+    for path, layer in chosen.items():
+        value = plan.apply(layer, parameter(path).get_raw_value())
+        quantized_in_place(modules[path.rpartition("/")[0]], layer.weight, value)
     return small
 
 
 def _layer(
     module: Any, path: str, layer: Contraction | None, trained: Callable[[str], bool]
 ) -> Contraction | str:
-    """How a module contracts its weight; or why there is none to quantise."""
+    """How a module contracts its weight, or why it has none to quantise."""
     if layer is None:
         return linear.why_not(module)
     return f"its {layer.weight} is trained" if trained(join(path, layer.weight)) else layer

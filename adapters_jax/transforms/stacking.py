@@ -1,4 +1,4 @@
-"""Depth: trees of unrolled layers as trees of scanned ones and back, bit for bit.
+"""Layer stacking: trees of unrolled layers as trees of scanned ones and back, bit for bit.
 
 An unrolled model has a module for each layer, `layer_3/attention/query`; a scanned one has one for
 all of them, `layers/attention/query`, whose leaves have the layers on their first axis.
@@ -17,7 +17,7 @@ from flax import nnx
 from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
-from adapters_jax.transforms.remap import Moves, moved
+from adapters_jax.transforms.remap import PathPairs, remap
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -26,7 +26,7 @@ _Flat = dict[str, Any]
 
 
 class Stack(NamedTuple):
-    """How a model names its layers, wherever in its tree they are.
+    """How a model names its layers; they may be anywhere in its tree.
 
     Attributes:
         unrolled: one of them, with `{}` for its number: `"layer_{}"`, `"layers/{}"`.
@@ -42,13 +42,13 @@ class Stack(NamedTuple):
     scanned: str = "layers"
 
     def number(self, path: str) -> tuple[str, int] | None:
-        """The scanned path and the number of an unrolled layer's path; None for another's."""
+        """The scanned path and the layer's number; None where the path is of no unrolled layer."""
         before, after = map(re.escape, self.unrolled.split("{}"))
         match = re.fullmatch(rf"((?:.*?/)?){before}(\d+){after}((?:/.*)?)", path)
         return match and (f"{match[1]}{self.scanned}{match[3]}", int(match[2]))
 
     def layer(self, path: str, number: int) -> str | None:
-        """The path of one layer for that of scanned ones; None for another's."""
+        """The path in one unrolled layer; None where the path is not of scanned layers."""
         match = re.fullmatch(rf"((?:.*?/)?){re.escape(self.scanned)}((?:/.*)?)", path)
         if match is None or self.number(path):
             return None
@@ -60,11 +60,11 @@ class Stack(NamedTuple):
 
 
 class Names(Protocol):
-    """Whatever says how a model names its layers, as the `NAMES` beside a model does."""
+    """Anything that knows how a model names its layers, as the `NAMES` beside a model does."""
 
     @property
     def stack(self) -> Stack | None:
-        """The names; None for a model without such layers."""
+        """The names of the layers; None for a model without numbered layers."""
 
 
 def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _Flat:
@@ -84,15 +84,15 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
             where = ", ".join(map(str, numbers))
             problems.append(f"{path} is in layers {where}, expected all from 0 to {length - 1}")
         elif len(kinds) > 1:
-            said = " and ".join(f"{kind} in layer {i}" for kind, i in reversed(kinds.items()))
-            problems.append(f"{path} is {said}")
+            shapes = " and ".join(f"{kind} in layer {i}" for kind, i in reversed(kinds.items()))
+            problems.append(f"{path} is {shapes}")
     if problems:
         raise MismatchError(f"stack_layers: {_some(problems)}; {ADVICE}")
     return rest | {p: _stacked([each[i] for i in range(length)]) for p, each in found.items()}
 
 
 def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any]) -> _Flat:
-    """Leaves by path, of scanned ones `row(leaf, number)` for each layer; see `unstack_layers`."""
+    """Leaves by path, a scanned one as `row(leaf, number)` for each layer; see `unstack_layers`."""
     length, rows = count_layers(flat, stack), dict[str, Any]()
     for path, leaf in flat.items():
         if stack.holds(path):
@@ -103,10 +103,10 @@ def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any])
 
 
 def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
-    """How many layers are scanned, 0 where none is.
+    """The number of scanned layers; 0 where none is scanned.
 
     Raises:
-        MismatchError: leaves differ in that, or layers are unrolled already.
+        MismatchError: leaves differ in the number of layers, or layers are unrolled already.
     """
     problems = [f"{path} is of an unrolled layer" for path in flat if stack.number(path)]
     axes = {path: x.shape[:1] for path, x in flat.items() if stack.holds(path) and _has_axes(x)}
@@ -123,7 +123,7 @@ def _some(problems: Sequence[str], count: int = 6) -> str:
 
 
 def _has_axes(leaf: Any) -> bool:
-    """Whether a leaf is an array; an optimiser has other ones where nothing trains."""
+    """Whether a leaf is an array; an optimiser's state has other leaves where nothing trains."""
     return hasattr(leaf, "shape")
 
 
@@ -155,23 +155,23 @@ def _row(leaf: Any, number: int) -> Any:
 
 
 def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | None = None) -> Any:
-    """The leaves of a model's layers on one axis, as the scanned model has them.
+    """Stacks the leaves of a model's layers on one axis, as the scanned model has them.
 
     Args:
-        tree: a tree of parameters, linen's or an `nnx.State`, also an abstract one; of adapters
-            alone; or the state of an optimiser such as Adam, whose moments are such trees. Or an
+        tree: a tree of parameters or of adapters alone, linen's or an `nnx.State`, concrete or
+            abstract; or the state of an optimiser such as Adam, whose moments are such trees. Or an
             adapter: its recipe and its tree, as `read_adapter` returns them.
-        names: the `NAMES` that stands beside a model, or a `Stack`.
-        length: how many layers there are; by default as many as the highest number says.
+        names: the `NAMES` beside a model, or a `Stack`.
+        length: the number of layers; by default one more than the highest number of a layer.
 
     Returns:
-        The tree; the recipe and the tree where an adapter is given, for
-        `save_adapter`. Patterns that mean the same places stay as they are. What is outside of
-        layers is unchanged.
+        The tree; for an adapter its recipe and its tree, as `save_adapter` takes them. Patterns
+        that still match the same modules stay as they are. Leaves outside of layers are unchanged.
 
     Raises:
-        MismatchError: the layers are not alike: a leaf is not in all of them, or of several shapes.
-        RecipeError: the layers' methods are not alike: alphas, dropout.
+        MismatchError: a leaf is missing in some layer, or its shape or dtype differs.
+        RecipeError: the layers' methods differ, for example in alpha or dropout.
+        UserError: `names` has no names of layers.
 
     Example:
         >>> tree = {"layer_0": {"bias": np.zeros(3)}, "layer_1": {"bias": np.ones(3)}}
@@ -180,14 +180,14 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
     """
     stack = stack_of(names)
 
-    def moves(flat: _Flat) -> Moves:
+    def pairs(flat: _Flat) -> PathPairs:
         return [(path, numbered[0] if (numbered := stack.number(path)) else path) for path in flat]
 
-    return _converted(tree, lambda flat: join(flat, stack, length), moves)
+    return _converted(tree, lambda flat: join(flat, stack, length), pairs)
 
 
 def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
-    """The inverse of `stack_layers`: every layer by itself, as the unrolled model has them.
+    """The inverse of `stack_layers`: each layer has leaves of its own, as in the unrolled model.
 
     Args: as in `stack_layers`.
 
@@ -196,6 +196,7 @@ def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
     Raises:
         MismatchError: leaves of scanned layers differ in their first axis, or layers are unrolled
             already.
+        UserError: `names` has no names of layers.
 
     Example:
         >>> unstack_layers({"layers": {"bias": np.ones((2, 3))}}, Stack("layer_{}"))
@@ -203,29 +204,29 @@ def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
     """
     stack = stack_of(names)
 
-    def moves(flat: _Flat) -> Moves:
+    def pairs(flat: _Flat) -> PathPairs:
         numbers = range(count_layers(flat, stack) or 1)
-        pairs = ((path, stack.layer(path, i) or path) for path in flat for i in numbers)
-        return list(dict.fromkeys(pairs))
+        every = ((path, stack.layer(path, i) or path) for path in flat for i in numbers)
+        return list(dict.fromkeys(every))
 
-    return _converted(tree, lambda flat: split(flat, stack, _row), moves)
+    return _converted(tree, lambda flat: split(flat, stack, _row), pairs)
 
 
 def stack_of(names: Names | Stack) -> Stack:
-    """The names of a model's layers; raises ValueError for a table that does not have them."""
+    """The names of a model's layers; raises UserError where `names` does not have them."""
     stack = names if isinstance(names, Stack) else getattr(names, "stack", None)
     if stack is None:
         raise UserError(
-            "names says nothing of layers; give the NAMES that stands beside a model, or "
+            "names says nothing of layers; give the NAMES beside a model, or "
             "Stack('layer_{}', 'layers') with the names of one layer and of all as one"
         )
     return stack
 
 
 def _converted(
-    subject: Any, change: Callable[[_Flat], _Flat], moves: Callable[[_Flat], Moves]
+    subject: Any, change: Callable[[_Flat], _Flat], pairs: Callable[[_Flat], PathPairs]
 ) -> Any:
-    """A tree or an adapter with its trees changed."""
+    """A tree with every mapping in it changed; an adapter with its recipe remapped, too."""
     if isinstance(subject, str | Path):
         raise TypeError(
             f"stack_layers: got the path {str(subject)!r}; write aj.read_adapter({str(subject)!r})"
@@ -234,7 +235,7 @@ def _converted(
         return _mapped(subject, change)
     recipe, flat = adapter_leaves(subject, "stack_layers")
     made, problems = change(flat), list[str]()
-    recipe = moved(recipe, moves(flat), problems)
+    recipe = remap(recipe, pairs(flat), problems)
     if problems:
         raise RecipeError(f"stack_layers: {_some(problems)}; {ADVICE}")
     return recipe, unflatten(made)
@@ -262,5 +263,5 @@ def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
-    """The names of a path as NNX has them."""
+    """A path as NNX has it, numbers as integers."""
     return tuple(int(name) if name.isdecimal() else name for name in path.split("/"))

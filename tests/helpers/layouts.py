@@ -1,5 +1,5 @@
 """Trains contract subjects on layouts over many devices; a program of its own, since jax counts its
-devices once. Prints one JSON object a line: what was trained, and how it went."""
+devices once. Prints one JSON list a line: the subject with its layout, and the results."""
 
 import json
 import sys
@@ -12,15 +12,15 @@ import optax
 STEPS = 20
 
 
-def train(door, case, variant, layout, small=0):
-    """A subject's losses on a layout, None for one device; and what its devices exchange."""
+def train(api, case, variant, layout, small=0):
+    """A subject's losses on a layout, None for one device; and the bytes that devices exchange."""
     import adapters_jax as aj
     from adapters_jax.distributed.mesh import make_mesh, shard_batch
     from adapters_jax.distributed.sharding import shard
     from benchmarks.collectives import collective_bytes
-    from helpers.contract import CASES, DOORS, VARIANTS, ids
+    from helpers.contract import APIS, CASES, VARIANTS, ids
 
-    subject = DOORS[door](CASES[case], **VARIANTS[variant])
+    subject = APIS[api](CASES[case], **VARIANTS[variant])
     state, batch = subject.state(optax.adam(1e-2)), np.asarray(ids(shape=(8, 6)))
     if layout:
         mesh = make_mesh(layout)

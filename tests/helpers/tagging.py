@@ -1,6 +1,6 @@
 """A task that the library does not have: a tag for each word of a text, by a head on its tokens.
 
-It is what a task author writes: one module, and one line in the registry.
+A task's author writes no more than this: one module, and one line in the registry.
 """
 
 from dataclasses import dataclass

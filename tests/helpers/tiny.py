@@ -89,7 +89,7 @@ def write_llama(directory, seed=0, chat_template=CHAT, **settings):
 
 
 def write_meanings(path, rows=120):
-    """Prompts, whose completion is told by one word."""
+    """Prompts whose completion follows from one word."""
     lines = ["mr,ref"]
     for i in range(rows):
         food = FOODS[i % len(FOODS)]
@@ -99,7 +99,7 @@ def write_meanings(path, rows=120):
 
 
 def write_reviews(path, rows=480, seed=0):
-    """Rows whose label is told by one word: a review, a second text, a class and a number."""
+    """Rows whose label follows from one word: a review, a second text, a class and a number."""
     draw = random.Random(seed)
     lines = []
     for i in range(rows):
