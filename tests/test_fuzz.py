@@ -22,7 +22,7 @@ from adapters_jax.io.adapter import TENSORS, read_adapter
 from adapters_jax.io.manifest import CONFIG
 from adapters_jax.trees import flatten
 
-USUAL, MANY = 2000, 50_000
+USUAL, MANY = 1000, 50_000
 SHARE = 10  # one in SHARE files is loaded onto a model as well
 
 

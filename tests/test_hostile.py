@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import adapters_jax as aj
 from adapters_jax.errors import AdapterMismatchError, AdapterRecipeError
 from adapters_jax.io.adapter import TENSORS, read_adapter
-from adapters_jax.io.manifest import CONFIG
+from adapters_jax.io.manifest import CONFIG, Manifest
 from adapters_jax.io.tensors import open_tensors, read_tensors
 from adapters_jax.io.untrusted import read_json
 
@@ -197,6 +197,40 @@ def test_bad_json_is_an_error(adapter, number):
     fails(adapter, CONFIG, *BAD_JSON[RAW[number]])
 
 
+def test_limits_of_json_are_inclusive(tmp_path):
+    path = tmp_path / "a"
+    for depth, digits, spaces in ((32, 20, 0), (1, 1, 2**20 - len('{"a":9}'))):
+        text = '{"a":' * depth + "9" * digits + "}" * depth + " " * spaces
+        path.write_text(text)
+        assert read_json(path) == json.loads(text)
+    for text, datum in (('{"a":' * 33 + "9" + "}" * 33, 32), (f'{{"a":{"9" * 21}}}', "9" * 21)):
+        path.write_text(text)
+        with raises(aj.AdapterFileError, path, datum):
+            read_json(path)
+
+
+def test_limits_of_a_header_are_inclusive(tmp_path):
+    path = tmp_path / "a.safetensors"
+    shape = [2**30, 2**18, *[1] * 13, 0]  # 16 axes
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    path.write_bytes(put_together([("x" * 512, entry)], b""))
+    assert {n: list(x.shape) for n, x in read_tensors(path).items()} == {"x" * 512: shape}
+    path.write_bytes(put_together([("x" * 513, entry)], b""))
+    with raises(aj.AdapterFileError, path, "515 characters"):  # 513 and two quotes
+        read_tensors(path)
+    path.write_bytes(put_together([], b""))
+    assert read_tensors(path) == {}
+
+
+def test_a_message_names_at_most_twelve_tensors_with_bad_numbers(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for n, end in ((12, "x11"), (13, "x11 and 1 more"), (15, "x11 and 3 more")):
+        save_file({f"x{i:02}": np.full(1, np.nan, np.float32) for i in range(n)}, path)
+        with raises(aj.AdapterFileError, "x00, x01") as caught:
+            read_tensors(path)
+        assert str(caught.value).endswith(f", {end}")
+
+
 def test_text_that_looks_deep_is_not(tmp_path):
     text = '{"a": "' + "[" * 99 + '\\"{", "b": "\\u00e9\\ud83d\\ude00"}'
     (tmp_path / "a").write_text(text)
@@ -263,6 +297,17 @@ def test_bad_configurations_are_an_error(adapter, saved, kind):
     assert spoilt != saved[CONFIG]
     (adapter / CONFIG).write_bytes(spoilt)
     fails(adapter, CONFIG, *data)
+
+
+def test_limits_of_a_configuration_are_inclusive(adapter, saved):
+    texts = [f"x{i}" for i in range(4096 - 4)]  # beside methods, method, unfreeze and targets
+    values = json.loads(saved[CONFIG])
+    values["base"]["id"] = "x" * 512
+    values["recipe"] = {"methods": [{"method": "unfreeze", "targets": texts}]}
+    assert Manifest.of_values(values, adapter / CONFIG).recipe == aj.Recipe(aj.Unfreeze(texts))
+    texts.append("one more")
+    with raises(aj.AdapterFileError, adapter / CONFIG, 4096):
+        Manifest.of_values(values, adapter / CONFIG)
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

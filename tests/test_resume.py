@@ -71,7 +71,7 @@ def test_killed_at_random_instants_nothing_is_lost_and_no_bit_differs(
     straight, commands, place, slow
 ):
     run, seconds = straight
-    expected, left = 30 if slow else 3, []
+    expected, left = 30 if slow else 2, []
     for seed in range(1000):
         name = f"killed{seed}"
         kills = min(expected - len(left), 5)
