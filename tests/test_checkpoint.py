@@ -237,6 +237,26 @@ def test_a_save_without_room_on_the_disk_fails_and_the_others_are_intact(tmp_pat
         assert checkpoints.steps == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("x" * 239, "x" * 239),
+        ("y" + "x" * 238 + "z", f"y{'x' * 79} ... {'x' * 149}z;"),
+        ("  first\nsecond", " first;"),
+        ("", " ValueError;"),
+    ],
+)
+def test_an_error_of_a_save_is_shown_by_its_first_line(tmp_path, monkeypatch, message, shown):
+    def fail(root):
+        raise ValueError(message)
+
+    monkeypatch.setattr("adapters_jax.io.checkpoint.write_checksums", fail)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, new_state("linen"))
+    with raises(CheckpointError, "step 1", tmp_path, shown):
+        checkpoints.close()
+
+
 def test_the_remains_of_an_interrupted_save_are_removed(tmp_path):
     saved(tmp_path, [None])
     left = tmp_path / "2.orbax-checkpoint-tmp"

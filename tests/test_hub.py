@@ -191,17 +191,17 @@ def server(place, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def say(capfd):
+def command(capfd):
     """Runs a command: its status, its stdout, its stderr."""
 
-    def say(words):
+    def command(words):
         status = main(words.split())
         return status, *capfd.readouterr()
 
-    return say
+    return command
 
 
-def test_a_run_on_an_id_notes_the_commit(place, say, monkeypatch, cache):
+def test_a_run_on_an_id_notes_the_commit(place, command, monkeypatch, cache):
     monkeypatch.chdir(place)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
     config = Run(Path("runs/reviews")).read_config()
@@ -209,12 +209,12 @@ def test_a_run_on_an_id_notes_the_commit(place, say, monkeypatch, cache):
     manifest = json.loads(Path("runs/reviews/adapter/adapter_config.json").read_text())
     assert manifest["base"]["id"] == "them/base"
     (place / "cache/models--them--base/refs/v1").unlink()  # the branch is gone, the commit is not
-    assert say("predict runs/reviews good")[0] == 0
+    assert command("predict runs/reviews good")[0] == 0
     (place / "cache/models--them--base/refs/v1").write_text(OLD)
 
 
-def test_push_uploads_what_predicts_and_its_card(server, say):
-    status, out, _ = say("push runs/reviews me/reviews --license mit --json")
+def test_push_uploads_what_predicts_and_its_card(server, command):
+    status, out, _ = command("push runs/reviews me/reviews --license mit --json")
     assert status == 0
     files = server.files("me/reviews")
     assert sorted(files) == [
@@ -233,14 +233,14 @@ def test_push_uploads_what_predicts_and_its_card(server, say):
     uploaded = b"".join(files.values())
     assert str(Path.cwd()).encode() not in uploaded
     assert b"reviews.jsonl" not in uploaded
-    status, out, err = say("push runs/meanings me/meanings --private")
+    status, out, err = command("push runs/meanings me/meanings --private")
     assert status == 0, err
     assert server.repos["me/meanings"]["private"]
 
 
-def test_a_push_in_another_format_leaves_nothing_of_the_first(server, say):
-    assert say("push runs/reviews me/both")[0] == 0
-    status, out, err = say("push runs/reviews me/both --to peft --revision peft")
+def test_a_push_in_another_format_leaves_nothing_of_the_first(server, command):
+    assert command("push runs/reviews me/both")[0] == 0
+    status, out, err = command("push runs/reviews me/both --to peft --revision peft")
     assert status == 0, err
     assert "no, yes" in out  # the names of the classes, which PEFT's files cannot hold
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -260,9 +260,9 @@ def test_a_push_in_another_format_leaves_nothing_of_the_first(server, say):
         ("predict me/there@v9 text", ("'me/there'", "'v9'", "Revision Not Found")),
     ],
 )
-def test_mistakes_of_a_push_are_one_line(server, say, words, data):
+def test_mistakes_of_a_push_are_one_line(server, command, words, data):
     server.add("me/there")
-    status, _, err = say(words)
+    status, _, err = command(words)
     lines = [line for line in err.splitlines() if line.startswith("adapters-jax ")]
     assert (status, len(lines)) == (2, 1), err
     assert all(datum in lines[0] for datum in data), lines[0]
@@ -270,21 +270,21 @@ def test_mistakes_of_a_push_are_one_line(server, say, words, data):
     assert "me/x" not in server.repos
 
 
-def test_without_token_or_network_nothing_is_tried(server, say, monkeypatch, tmp_path):
+def test_without_token_or_network_nothing_is_tried(server, command, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    status, _, err = say("push runs/reviews me/x")
+    status, _, err = command("push runs/reviews me/x")
     assert status == 2
     assert "me/x" in err and "Invalid credentials in Authorization header" in err
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    status, out, err = say("push runs/reviews me/x")
+    status, out, err = command("push runs/reviews me/x")
     assert (status, out) == (2, "")
     assert err.startswith("adapters-jax push: ") and err.count("\n") == 1
     assert all(remedy in err for remedy in ("`hf auth login`", "HF_TOKEN", "--dry-run"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in say("push runs/reviews me/x")[2]
+    assert "HF_HUB_OFFLINE" in command("push runs/reviews me/x")[2]
     out = tmp_path / "out"
-    status, message, _ = say(f"push runs/reviews me/x --dry-run --out {out}")
+    status, message, _ = command(f"push runs/reviews me/x --dry-run --out {out}")
     assert status == 0
     assert "me/x" in message and str(out) in message
     assert sorted(path.name for path in out.iterdir()) == [
@@ -296,11 +296,11 @@ def test_without_token_or_network_nothing_is_tried(server, say, monkeypatch, tmp
     assert list(server.repos) == ["them/base"]
 
 
-def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, say, cache):
+def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, command, cache):
     monkeypatch.chdir(place)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
     shutil.rmtree("card", ignore_errors=True)
-    assert say("push runs/reviews me/card --dry-run --license apache-2.0")[0] == 0
+    assert command("push runs/reviews me/card --dry-run --license apache-2.0")[0] == 0
     card = hf.ModelCard.load("card/README.md")
     data, summary = card.data, Run(Path("runs/reviews")).read_config()["summary"]
     assert (data.base_model, data.license, data.library_name) == (
@@ -324,10 +324,10 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, say, 
     assert aj.read_adapter("card")[0] == aj.lora(2, head="head")
 
 
-def test_the_three_lines_of_the_card_run(server, say, monkeypatch):
+def test_the_three_lines_of_the_card_run(server, command, monkeypatch):
     found, printed = {}, io.StringIO()
     for run in ("reviews", "meanings"):
-        assert say(f"push runs/{run} me/{run}")[0] == 0
+        assert command(f"push runs/{run} me/{run}")[0] == 0
         card = server.files(f"me/{run}")["README.md"].decode()
         (code,) = re.findall(r"## How to load it\n\n```python\n(.*?)```", card, re.S)
         assert code.count("\n") == 3

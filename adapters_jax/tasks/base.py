@@ -350,7 +350,7 @@ class Problem(Protocol):
         """The training batch of a step; the mean of its weights is 1."""
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
-        """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
+        """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
 
 
 def in_row_order(
