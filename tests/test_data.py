@@ -1,4 +1,4 @@
-"""Reading files and splitting them: what comes out, and one sentence for each bad file."""
+"""Reading files and splitting them, and errors that name the file, the line and the datum."""
 
 import gzip
 import json
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.errors import raises
 
+import adapters_jax as aj
 from adapters_jax.data.datasets import Dataset, load_labelled, make_dataset, split
 from adapters_jax.data.glue import GLUE, load_glue, read_glue
 from adapters_jax.data.movie_reviews import load_movie_reviews, movie_reviews
@@ -20,7 +22,7 @@ real_glue = pytest.mark.skipif(not SHARED.exists(), reason="no GLUE files beside
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write a file into the working directory, so that messages name it shortly."""
+    """Writes a file into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(name, content):
@@ -29,12 +31,6 @@ def write(tmp_path, monkeypatch):
         return name
 
     return write
-
-
-def fails(call, *args, **options):
-    with pytest.raises(DataError) as error:
-        call(*args, **options)
-    return str(error.value)
 
 
 def lines_of(rows):
@@ -69,94 +65,69 @@ def test_jsonl_gz_with_numbers_and_other_keys(write):
 def test_texts_without_labels(write):
     write("a.csv", "text\nhello\n")
     assert read_rows("a.csv", label=None).labels is None
-    with pytest.raises(ValueError, match="^a.csv was read without labels; name its label column$"):
+    with raises(aj.UserError, "a.csv"):
         make_dataset(read_rows("a.csv", label=None))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "data"),
     [
-        ("a.csv", "", "a.csv: the file is empty"),
-        ("a.tsv", "\n \n", "a.tsv: the file is empty"),
-        ("a.csv", "text,label\n", "a.csv: no rows below the header"),
-        (
-            "a.txt",
-            "text\n",
-            "a.txt: unknown suffix '.txt'; use .csv, .tsv or .jsonl, or one of them with .gz",
-        ),
+        ("a.csv", "", ()),
+        ("a.tsv", "\n \n", ()),
+        ("a.csv", "text,label\n", ()),
+        ("a.txt", "text\n", ("'.txt'", ".csv, .tsv or .jsonl", ".gz")),
         (
             "a.csv",
             "txet,lable,id\na,b,1\n",
-            "a.csv: no column 'text' or 'label'; the columns are txet, lable, id; "
-            "did you mean 'txet' and 'lable'?",
+            ("'text' or 'label'", "txet, lable, id", "'txet' and 'lable'?"),
         ),
-        (
-            "a.csv",
-            "text,y\na,b\n",
-            "a.csv: no column 'label'; the columns are text, y",
-        ),
-        (
-            "a.jsonl",
-            lines_of([{"body": "a", "label": 1}]),
-            "a.jsonl: no column 'text'; the columns are body, label",
-        ),
+        ("a.csv", "text,y\na,b\n", ("'label'", "text, y")),
+        ("a.jsonl", lines_of([{"body": "a", "label": 1}]), ("'text'", "body, label")),
         (
             "a.csv",
             "text,label\na,1\nb, \n  ,1\n\nc,2\n",
-            "a.csv: 3 rows have no text or label: lines 3, 4, 5; fill them in or remove them",
+            ("3 rows", "text or label", "lines 3, 4, 5;"),
         ),
-        (
-            "a.csv",
-            "text,label\n" + "a,\n" * 12,
-            "a.csv: 12 rows have no text or label: lines 2, 3, 4, 5, 6 and 7 more; "
-            "fill them in or remove them",
-        ),
+        ("a.csv", "text,label\n" + "a,\n" * 12, ("12 rows", "lines 2, 3, 4, 5, 6 and 7 more")),
         (
             "a.jsonl",
             lines_of([{"text": "a", "label": 1}, {"text": ["b"], "label": 1}, {"text": "c"}]),
-            "a.jsonl: 2 rows have no text or label: lines 2, 3; fill them in or remove them",
+            ("2 rows", "lines 2, 3;"),
         ),
-        (
-            "a.csv",
-            b"text,label\nfine,1\ncaf\xe9,1\n",
-            "a.csv, line 3: byte 0xe9 at offset 21 of the file is not UTF-8; "
-            "save the file as UTF-8",
-        ),
-        (
-            "a.csv",
-            "text,label\na,b,c\nd,1\ne\n",
-            "a.csv: 2 rows have another number of fields than the 2 columns: line 2 has 3, "
-            "line 4 has 1; a CSV field with a comma in it needs quotes",
-        ),
-        (
-            "a.csv",
-            'text,label\na,1\n"open,1\nb,2\n',
-            "a.csv, line 3: unexpected end of data; check the quotes of this row",
-        ),
-        (
-            "a.jsonl",
-            '{"text": "a", "label": 1}\n{"text": "b"',
-            "a.jsonl, line 2: not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)",
-        ),
-        (
-            "a.jsonl",
-            '["a", 1]',
-            "a.jsonl, line 1: a JSON list; each line must be an object like "
-            '{"text": "...", "label": "..."}',
-        ),
+        ("a.csv", b"text,label\nfine,1\ncaf\xe9,1\n", ("line 3", "0xe9", "offset 21", "UTF-8")),
+        ("a.csv", "text,label\na,b,c\nd,1\ne\n", ("2 rows", 2, "line 2 has 3, line 4 has 1;")),
+        ("a.csv", 'text,label\na,1\n"open,1\nb,2\n', ("line 3",)),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"', ("line 2", "column 13")),
+        ("a.jsonl", '["a", 1]', ("line 1", "list", '{"text": "...", "label": "..."}')),
     ],
 )
-def test_bad_files(write, name, content, message):
+def test_bad_files(write, name, content, data):
     write(name, content)
-    assert fails(read_rows, name) == message
+    with raises(DataError, name, *data) as caught:
+        read_rows(name)
+    assert str(caught.value).startswith(name)
+
+
+def test_near_names_are_not_suggested_for_columns_that_are_far(write):
+    write("a.csv", "text,y\na,b\n")
+    with raises(DataError, "'label'") as caught:
+        read_rows("a.csv")
+    assert "?" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(write):
-    assert fails(read_rows, "none.csv") == "none.csv: no such file"
+    with raises(DataError, "none.csv"):
+        read_rows("none.csv")
     Path("b.csv.gz").write_bytes(b"not gzip")
-    assert fails(read_rows, "b.csv.gz").startswith("b.csv.gz: cannot be read: Not a gzipped file")
+    with raises(DataError, "b.csv.gz"):
+        read_rows("b.csv.gz")
+    write("d.csv.gz", "text,label\na,1\n")
+    Path("d.csv.gz").write_bytes(Path("d.csv.gz").read_bytes()[:-9])
+    with raises(DataError, "d.csv.gz"):
+        read_rows("d.csv.gz")
     write("c.jsonl", '{"text": "\\ud800", "label": 1}')
-    assert fails(read_rows, "c.jsonl").startswith("c.jsonl, line 1: not JSON: 'utf-8' codec")
+    with raises(DataError, "c.jsonl, line 1", "'utf-8'"):
+        read_rows("c.jsonl")
 
 
 # Labels
@@ -183,23 +154,18 @@ def test_regression_labels_are_float32():
 
 def test_bad_labels():
     train = make_dataset(table(["no", "yes"]))
-    assert fails(
-        make_dataset, table(["no", "maybe", "x"], "dev.csv"), label_names=train.label_names
-    ) == ("dev.csv: 2 rows have a label that train lacks (no, yes): 'maybe' (line 3), 'x' (line 4)")
-    assert fails(make_dataset, table(["7", "7"])) == (
-        "t.csv: every label is '7'; classification needs at least two classes"
-    )
-    assert fails(make_dataset, table(["1", "nan", "one", "inf"]), task="regression") == (
-        "t.csv: 3 rows have a label that is not a finite number: "
-        "'nan' (line 3), 'one' (line 4), 'inf' (line 5)"
-    )
+    with raises(DataError, "dev.csv", "2 rows", "no, yes", "'maybe' (line 3), 'x' (line 4)"):
+        make_dataset(table(["no", "maybe", "x"], "dev.csv"), label_names=train.label_names)
+    with raises(DataError, "t.csv", "'7'"):
+        make_dataset(table(["7", "7"]))
+    with raises(DataError, "t.csv", "'nan' (line 3), 'one' (line 4), 'inf' (line 5)"):
+        make_dataset(table(["1", "nan", "one", "inf"]), task="regression")
     decimals = [str(i / 10) for i in range(51)]
-    assert fails(make_dataset, table(decimals)) == (
-        "t.csv: 51 distinct decimal numbers as labels are no classes; ask for task='regression'"
-    )
+    with raises(DataError, "t.csv", 51, "task='regression'"):
+        make_dataset(table(decimals))
     assert len(make_dataset(table(decimals[:50])).label_names) == 50
     assert len(make_dataset(table([str(i) for i in range(77)])).label_names) == 77
-    with pytest.raises(ValueError, match="^task is 'rank'; it must be 'classification' or 'regr"):
+    with raises(aj.UserError, "'rank'", "'classification'", "'regression'"):
         make_dataset(table(["1", "2"]), task="rank")
 
 
@@ -250,11 +216,13 @@ def test_regression_is_split_as_one():
 
 
 def test_bad_splits():
-    assert fails(split, dataset(10), 0) == (
-        "10 rows are too few to hold out 0.1 of them for dev; give a dev file or more rows"
-    )
-    with pytest.raises(ValueError, match="^fractions dev=0.5 and test=0.5 must be >= 0 and sum"):
-        split(dataset(), 0, dev=0.5, test=0.5)
+    with raises(DataError, 10, 0.1, "dev"):
+        split(dataset(10), 0)
+    with raises(DataError, 10, 0.1, "test"):
+        split(dataset(10), 0, dev=0)
+    for dev, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, -0.1)):
+        with raises(aj.UserError, f"dev={dev}", f"test={test}"):
+            split(dataset(), 0, dev=dev, test=test)
 
 
 # Tasks
@@ -277,9 +245,8 @@ def test_load_labelled_holds_out_only_what_is_missing(write):
     ]
     assert load_labelled("train.csv", task="regression").metrics == ("pearson", "spearman")
     write("dev.csv", "text,label\nnew,2\n")
-    assert fails(load_labelled, "train.csv", "dev.csv") == (
-        "dev.csv: 1 row has a label that train lacks (0, 1): '2' (line 2)"
-    )
+    with raises(DataError, "dev.csv", "0, 1", "'2' (line 2)"):
+        load_labelled("train.csv", "dev.csv")
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -321,14 +288,13 @@ def test_broken_rows_of_qqp_are_left_out_with_a_warning(write):
     good = "1\t2\t3\tWhy?\tHow?\t0\n1\t2\t3\tWhy?\tWhy so?\t1\n"
     write("train.tsv", header + good + "4\t5\t6\tcut off\n7\t8\t9\tWho?\t\t1\n")
     write("dev.tsv", header + good)
-    with pytest.warns(UserWarning, match="^train.tsv: left out 2 of 4 rows that lack a field$"):
+    with pytest.warns(UserWarning, match="^train.tsv: .* 2 of 4 rows"):
         assert len(read_glue("qqp", ".")["train"]) == 2
 
 
 def test_unknown_glue_task():
-    assert fails(read_glue, "boolq", ".") == (
-        "no GLUE task 'boolq'; there are: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
-    )
+    with raises(DataError, "'boolq'", ", ".join(GLUE)):
+        read_glue("boolq", ".")
 
 
 @real_glue
@@ -358,10 +324,8 @@ def test_movie_reviews_of_another_size(write):
         "movieReviewSnippets_GroundTruth.txt",
         "id\tsentiment\ttext\r\n1\t0.0\tMeh\r\n2\t-5\tBad\r\n",
     )
-    assert fails(movie_reviews, ".") == (
-        "movieReviewSnippets_GroundTruth.txt: 2 rows with valences from -5.0 to 0.0, expected "
-        "10605 from -4 to 4; delete its directory and fetch it again"
-    )
+    with raises(DataError, "movieReviewSnippets_GroundTruth.txt", 2, -5.0, 0.0, 10605):
+        movie_reviews(".")
 
 
 def test_movie_reviews():

@@ -1,6 +1,6 @@
-"""Hostile adapter files: nothing but our own errors, in little time and memory, and no effect.
+"""Hostile adapter files raise only our own errors, in little time and memory, and change nothing.
 
-The same 2,000 each time; with `--slow` 50,000, drawn anew.
+Each run draws the same examples; with `--slow` it draws many more, and new ones.
 """
 
 import json
@@ -22,8 +22,8 @@ from adapters_jax.io.adapter import TENSORS, read_adapter
 from adapters_jax.io.manifest import CONFIG
 from adapters_jax.trees import flatten
 
-USUAL, MANY = 2000, 50_000
-SHARE = 10  # for so many files one is loaded onto a model as well
+USUAL, MANY = 1000, 50_000
+SHARE = 10  # one in SHARE files is loaded onto a model as well
 
 
 def fuzzed(slow, share=1):
@@ -38,24 +38,24 @@ def fuzzed(slow, share=1):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
 @pytest.fixture(scope="module")
-def adapters(place):
-    """The files of valid adapters, by door and method."""
+def adapters(folder):
+    """The files of valid adapters, by API and method."""
     return {
-        f"{door}-{name}": {file: (directory / file).read_bytes() for file in (TENSORS, CONFIG)}
-        for door in ("linen", "nnx")
+        f"{api}-{name}": {file: (directory / file).read_bytes() for file in (TENSORS, CONFIG)}
+        for api in ("linen", "nnx")
         for name in RECIPES
-        for directory in [save(place, door, name)]
+        for directory in [save(folder, api, name)]
     }
 
 
-def written(place, files, whole):
-    """A directory with these files, or what stands in their place, where a link may lead out."""
-    directory = place / "hostile"
+def written(folder, files, whole):
+    """A directory with these files; a text is a key of `NODES` and makes that node."""
+    directory = folder / "hostile"
     for old in directory.iterdir() if directory.exists() else ():
         old.rmdir() if old.is_dir() and not old.is_symlink() else old.unlink()
     directory.mkdir(exist_ok=True)
@@ -63,13 +63,13 @@ def written(place, files, whole):
         if isinstance(content, bytes):
             (directory / name).write_bytes(content)
         else:
-            (place / "elsewhere").write_bytes(whole[name])
+            (folder / "elsewhere").write_bytes(whole[name])
             NODES[content](directory, directory / name)
     return directory
 
 
 def state_of(directory):
-    """What is there, down to sizes and times."""
+    """The entries of a directory and its parent, with sizes and times."""
     seen = []
     for parent in (directory.parent, directory):
         with os.scandir(parent) as entries:
@@ -79,8 +79,8 @@ def state_of(directory):
     return sorted(seen)
 
 
-def said_elsewhere(files):
-    """The recipe and the tensors, read by others' code; fails for what no reader may accept."""
+def read_independently(files):
+    """The recipe and the tensors, read by other code; fails for files that no reader may accept."""
     header, _ = taken_apart(files[TENSORS])
     names = [name for name, _ in header]
     assert len(set(names)) == len(names)
@@ -101,8 +101,8 @@ def raw(tensors):
 
 
 def outcome(function, *args):
-    """What a function returns, and what it says in an error of ours; it has a second for that."""
-    for _ in range(3):  # a collection of garbage may have fallen into it
+    """What a function returns within a second, and else the message of our error."""
+    for _ in range(3):  # a garbage collection may have fallen into it
         began = time.thread_time()
         try:
             found = function(*args), ""
@@ -117,14 +117,14 @@ def size_of(files):
     return sum(len(content) for content in files.values() if isinstance(content, bytes))
 
 
-def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters, slow):
+def test_a_spoilt_file_raises_our_error_or_reads_as_other_readers_read_it(folder, adapters, slow):
     outcomes = {True: 0, False: 0}
 
     @fuzzed(slow)
     @given(spoilt(adapters))
     def run(case):
         whole, files = adapters[case.adapter], case.files
-        directory = written(place, files, whole)
+        directory = written(folder, files, whole)
         before = state_of(directory)
         tracemalloc.start()
         got, message = outcome(read_adapter, directory)
@@ -136,38 +136,38 @@ def test_a_spoilt_file_is_refused_or_says_what_is_in_it(place, adapters, slow):
         assert used + arrays < 2 * size_of(files) + 2**20
         if got:
             recipe, tensors = got
-            assert (recipe, raw(tensors)) == said_elsewhere(files)
-        if case.says_the_same:
+            assert (recipe, raw(tensors)) == read_independently(files)
+        if case.is_equal:
             assert got, message
-            assert said_elsewhere(whole) == said_elsewhere(files)
+            assert read_independently(whole) == read_independently(files)
         outcomes[got is not None] += 1
 
     run()
     assert min(outcomes.values()) > USUAL // 50, outcomes
 
 
-@pytest.mark.parametrize("door", ["linen", "nnx"])
-def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(place, adapters, door, slow):
-    base = linen_base() if door == "linen" else (nnx_base(), None)
-    tree = (lambda: base[1]) if door == "linen" else (lambda: nnx.state(base[0]))
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(folder, adapters, api, slow):
+    base = linen_base() if api == "linen" else (nnx_base(), None)
+    tree = (lambda: base[1]) if api == "linen" else (lambda: nnx.state(base[0]))
     before = [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())]
-    of_door = {key: files for key, files in adapters.items() if key.startswith(door)}
+    of_api = {key: files for key, files in adapters.items() if key.startswith(api)}
     loaded = 0
 
     @fuzzed(slow, 2 * SHARE)
-    @given(spoilt(of_door))
+    @given(spoilt(of_api))
     def run(case):
         nonlocal loaded
         files = case.files
-        directory = written(place, files, adapters[case.adapter])
+        directory = written(folder, files, adapters[case.adapter])
         seen = state_of(directory)
         model, message = outcome(aj.load_adapter, directory, *base, X)
         assert model or (str(directory) in message and len(message) < 9000)
-        assert model or not case.says_the_same, message
+        assert model or not case.is_equal, message
         if model:
             loaded += 1
-            whole = flatten(model[1]) if door == "linen" else flatten(nnx.state(model, nnx.Param))
-            for name, (shape, data) in said_elsewhere(files)[1].items():
+            whole = flatten(model[1]) if api == "linen" else flatten(nnx.state(model, nnx.Param))
+            for name, (shape, data) in read_independently(files)[1].items():
                 assert (whole[name].shape, np.asarray(whole[name]).tobytes()) == (shape, data)
         assert state_of(directory) == seen
         assert [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())] == before

@@ -47,7 +47,7 @@ def encode(
         One row for each text, and the number of texts that were truncated.
 
     Raises:
-        ValueError: `max_length` is below 8.
+        UserError: `max_length` is below 8.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -88,7 +88,7 @@ def choose_buckets(
         The widths in ascending order. All are multiples of 8, except `max_length`.
 
     Raises:
-        ValueError: there are no rows, or one is longer than `max_length`.
+        UserError: there are no rows, or one is longer than `max_length`.
 
     Example:
         >>> rows = [Row(np.ones(n, np.int32), np.zeros(n, np.int32)) for n in [5, 6, 7, 30] * 50]
@@ -133,8 +133,8 @@ class Batches:
         pad_id: the token id of padding.
 
     Raises:
-        ValueError: there are no rows, the number of labels is not that of the rows, a row is longer
-            than the last bucket, or the batch size, the seed or the buckets are out of range.
+        UserError: there are no rows, the numbers of labels and rows differ, a row is longer than
+            the last bucket, or the batch size, the seed or the buckets are out of range.
 
     Example:
         >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (3, 5, 4)]
@@ -202,7 +202,7 @@ class Batches:
             The batches.
 
         Raises:
-            ValueError: as for `Batches`.
+            UserError: as for `Batches`.
 
         Example:
             >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (9, 5, 4)]
@@ -249,7 +249,7 @@ def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
 
     Grain's `shuffle` and `batch` derive the epoch from the index, so each epoch has its own order.
     """
-    import grain  # importing it takes most of a second
+    import grain  # its import takes most of a second
 
     def shuffled(dataset):
         return dataset if seed is None else dataset.seed(seed).shuffle()

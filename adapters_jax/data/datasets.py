@@ -1,4 +1,4 @@
-"""Datasets: a table's texts with class ids or numbers, and their split into train, dev and test."""
+"""Datasets: texts with class ids or numbers as labels, split into train, dev and test."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Dataset:
     """Texts with their labels.
 
     Args:
-        texts: `(text, second text or None)` of each row.
+        texts: `(text, second text or None)` for each row.
         labels: int32 class ids or float32 numbers, `(rows,)`.
-        label_names: of the classes, in the order of their ids; empty for regression.
+        label_names: the names of the classes, in the order of their ids; empty for regression.
     """
 
     texts: Texts
@@ -35,11 +35,11 @@ class Dataset:
 
     @property
     def is_regression(self) -> bool:
-        """Whether the labels are numbers to predict, not classes."""
+        """Whether the labels are numbers, not classes."""
         return not self.label_names
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Dataset:
-        """The rows of these numbers, in their order."""
+        """The rows with these indices, in the given order."""
         rows = np.asarray(rows, np.int64)
         return Dataset([self.texts[i] for i in rows], self.labels[rows], self.label_names)
 
@@ -47,13 +47,13 @@ class Dataset:
 def make_dataset(
     table: Table, task: str = "classification", label_names: Sequence[str] | None = None
 ) -> Dataset:
-    """A table's labels as class ids or numbers.
+    """Makes a dataset from a table: its labels become class ids or numbers.
 
     Args:
-        table: with labels.
-        task: "classification" or "regression"; never guessed.
+        table: a table with labels.
+        task: "classification" or "regression"; it is never guessed.
         label_names: the classes of the training table, for its dev and test tables; None takes
-            the table's own labels, sorted, as numbers when all of them are numbers.
+            the table's own labels, sorted, as numbers if all of them are numbers.
 
     Returns:
         The dataset.
@@ -61,7 +61,7 @@ def make_dataset(
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
             finite number, or more than 50 distinct decimal numbers, which cannot be classes.
-        ValueError: another `task`, or a table without labels.
+        UserError: another `task`, or a table without labels.
 
     Example:
         >>> table = Table("stars.csv", [("a", None), ("b", None)], ["10", "9"], [2, 3])
@@ -87,7 +87,7 @@ def make_dataset(
 
 
 def class_names(table: Table) -> tuple[str, ...]:
-    """A table's labels as the names of classes, sorted, as numbers when all of them are numbers."""
+    """The distinct labels of a table, sorted; as numbers if all of them are numbers."""
     names = sorted(set(table.labels or ()))
     values = {name: _number(name) for name in names}
     if all(map(math.isfinite, values.values())):
@@ -128,24 +128,24 @@ def _reject(table: Table, bad: list[bool], what: str) -> None:
 def split(
     dataset: Dataset, seed: int, dev: float = 0.1, test: float = 0.1
 ) -> tuple[Dataset, Dataset, Dataset]:
-    """Hold rows out of a dataset for dev and test.
+    """Holds rows out of a dataset for dev and test.
 
     The split depends on the seed and the texts alone. Rows of the same text (but for case and
     spacing) stay together in one split, and none is dropped. Each class is split in the same
     proportions, rounded down; a class too small to share stays in train.
 
     Args:
-        dataset: to split.
-        seed: of the choice.
-        dev: fraction of the rows.
-        test: fraction of the rows.
+        dataset: the dataset to split.
+        seed: the seed of the choice.
+        dev: the fraction of rows for dev.
+        test: the fraction of rows for test.
 
     Returns:
         Train, dev and test, each in the dataset's order.
 
     Raises:
-        DataError: a split that was asked for would be empty.
-        ValueError: the fractions are negative, or leave nothing to train on.
+        DataError: dev or test would be empty, but its fraction is above 0.
+        UserError: the fractions are negative, or leave nothing to train on.
 
     Example:
         >>> data = Dataset([(str(i), None) for i in range(40)], np.arange(40) % 2, ("no", "yes"))
@@ -160,11 +160,11 @@ def split(
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a run trains on, selects on and reports.
+    """The rows that a run trains on, selects on and reports.
 
     Args:
-        name: for reports.
-        train: the rows to train on: a `Dataset`, of a decoder a `Table`.
+        name: the name of the data, for reports.
+        train: the rows to train on: a `Dataset`, or for a decoder a `Table`.
         dev: the rows to select on.
         test: the rows to report on.
         metrics: names for `metrics.compute`; the first is the one selected on.
@@ -189,21 +189,22 @@ def load_labelled(
     metrics: Sequence[str] | None = None,
     split_seed: int = SPLIT_SEED,
 ) -> TaskData:
-    """A task from one to three files of the same columns.
+    """Loads texts and labels from one to three files with the same columns.
 
     Args:
         train: the file to train on.
         dev: the file to select on; None holds out a tenth of `train`.
         test: the file to report on; None holds out a tenth of `train`.
-        text: as for `read_rows`, like `text_pair` and `label`.
+        text: the text column.
         text_pair: the second text column, for pairs.
         label: the label column.
         task: as for `make_dataset`.
-        metrics: names, the one selected on first; None is accuracy and F1, or Pearson and Spearman.
-        split_seed: of the rows held out.
+        metrics: their names, the one to select on first; None is accuracy and F1, or for regression
+            Pearson and Spearman.
+        split_seed: the seed that chooses the rows held out.
 
     Returns:
-        The task, named after the training file.
+        The rows, named after the training file.
 
     Raises:
         DataError: as for `read_rows`, `make_dataset` and `split`.
@@ -230,7 +231,7 @@ def load_labelled(
 
 
 def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:
-    """Each part as a dataset with the classes of "train"."""
+    """Makes each table a dataset; all of them have the classes of "train"."""
     names = class_names(tables["train"]) if task == "classification" else None
     return {part: make_dataset(table, task, names) for part, table in tables.items()}
 
@@ -238,7 +239,7 @@ def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:
 def hold_out(
     name: str, parts: Mapping[str, Dataset], metrics: Sequence[str], seed: int
 ) -> TaskData:
-    """A task from its parts; one that is absent, "dev" or "test", is held out of "train"."""
+    """Completes the parts of a task: an absent "dev" or "test" is held out of "train"."""
     fractions = {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
     train, dev, test = split(parts["train"], seed, **fractions)
     return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))

@@ -1,4 +1,4 @@
-"""GLUE in its own layouts."""
+"""GLUE, read from its official files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from adapters_jax.data.tables import complete_rows, make_table
 
 @dataclass(frozen=True)
 class Glue:
-    """One GLUE task: the columns of its files, and its metrics, the one selected on first.
+    """One GLUE task: the columns of its files, and its metrics.
 
     Args:
         text: the text column.
         text_pair: the second text column, if any.
         label: the label column.
-        metrics: names for `metrics.compute`.
+        metrics: names for `metrics.compute`, the one to select on first.
         task: "classification" or "regression".
-        header: the columns where the files have no header line.
+        header: the columns, if the files have no header line.
         dev: the name of the dev file.
-        skips_incomplete: whether the official files have broken rows, to be left out.
+        skips_incomplete: leave out broken rows, which the official files have.
     """
 
     text: str
@@ -54,16 +54,16 @@ GLUE = {
 
 
 def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
-    """The labelled files of a GLUE task, in the official layout.
+    """Reads the labelled files of a GLUE task, in the official layout.
 
     Broken rows of QQP's official files are left out, with a warning that counts them.
 
     Args:
         name: a key of `GLUE`, in any case, with or without a hyphen.
-        directory: with `train.tsv` and `dev.tsv` (MNLI: `dev_matched.tsv`).
+        directory: the directory with `train.tsv` and `dev.tsv` (MNLI: `dev_matched.tsv`).
 
     Returns:
-        "train" and "dev".
+        The datasets "train" and "dev".
 
     Raises:
         DataError: an unknown task, or as for `read_rows` and `make_dataset`.
@@ -87,17 +87,17 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
 
 
 def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
-    """A GLUE task: its official dev file to select on, and a tenth of train held out as test.
+    """Loads a GLUE task: the official dev file as dev, and a tenth of train held out as test.
 
     GLUE's own test files have no labels. Published dev figures compare with `dev`.
 
     Args:
         name: as for `read_glue`.
         directory: as for `read_glue`.
-        split_seed: of the rows held out.
+        split_seed: the seed that chooses the rows held out.
 
     Returns:
-        The task, with GLUE's metrics.
+        The rows, with GLUE's metrics.
 
     Raises:
         DataError: as for `read_glue` and `split`.
@@ -113,7 +113,7 @@ cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
 
 
 def glue_name(name: str) -> str:
-    """The key of `GLUE` that a name means; raises DataError for none."""
+    """The key of `GLUE` for a name in any spelling; raises DataError if there is none."""
     key = name.lower().replace("-", "")
     if key not in GLUE:
         raise DataError(f"no GLUE task {name!r}; there are: {', '.join(GLUE)}")

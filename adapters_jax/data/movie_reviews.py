@@ -1,4 +1,4 @@
-"""The demo's rows: movie review sentences, positive or negative."""
+"""The demo's data: sentences from movie reviews, positive or negative."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from adapters_jax.data.tables import make_table
 
 
 def movie_reviews(directory: FilePath) -> Dataset:
-    """The 10,605 movie review sentences of Hutto and Gilbert, positive if their valence is above 0.
+    """Reads the 10,605 sentences of Hutto and Gilbert, positive if their valence is above 0.
 
     Args:
-        directory: of the unpacked asset "movie-reviews".
+        directory: the directory of the unpacked asset "movie-reviews".
 
     Returns:
         Sentences with the classes "negative" and "positive"; a valence of 0 counts as negative.
 
     Raises:
-        DataError: the file is absent or is not the 10,605 rows it should be.
+        DataError: the file is absent, or does not have these 10,605 rows.
 
     Example:
         >>> movie_reviews(".")
@@ -49,14 +49,14 @@ def movie_reviews(directory: FilePath) -> Dataset:
 
 
 def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
-    """The demo's task: movie review sentences, a tenth each for dev and test.
+    """Loads the demo's data: sentences from movie reviews, a tenth each held out for dev and test.
 
     Args:
         directory: as for `movie_reviews`.
-        split_seed: of the rows held out.
+        split_seed: the seed that chooses the rows held out.
 
     Returns:
-        The task, selected on accuracy.
+        The rows; accuracy is the metric to select on.
 
     Raises:
         DataError: as for `movie_reviews`.

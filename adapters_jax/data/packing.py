@@ -1,4 +1,4 @@
-"""Packs short examples into sequences of one length, so that few tokens are padding.
+"""Packs short examples into sequences of one length, so that little padding is left.
 
 The examples of a sequence are its segments. A segment attends only to itself and counts its
 positions from 0, so its loss is the loss that it has in a sequence of its own.
@@ -17,13 +17,13 @@ OPEN = 64  # only the last sequences are searched for room, so packing takes lin
 
 
 class Packed(NamedTuple):
-    """One sequence: int32 arrays `(length,)`.
+    """One packed sequence: int32 arrays `(length,)`.
 
     Attributes:
         input_ids: the token ids of its examples, one after the other.
-        segments: the number of the example, from 1; padding is 0.
-        positions: the position of a token in its example, from 0.
-        labels: the next token if it has a loss, otherwise -1.
+        segments: the number of each token's example, from 1; padding has 0.
+        positions: the position of each token in its example, from 0.
+        labels: the next token if the loss counts it, otherwise -1.
     """
 
     input_ids: np.ndarray
@@ -66,7 +66,7 @@ def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[lis
 
 
 def sequence(examples: Sequence[Example]) -> Packed:
-    """Joins examples to one sequence.
+    """Joins examples into one sequence.
 
     Args:
         examples: the examples, in order.

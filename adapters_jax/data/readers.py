@@ -1,8 +1,8 @@
-"""Files as rows of fields: a registry of formats by suffix.
+"""Reads files as rows of fields; a registry has the formats by suffix.
 
-A format is one function and one line of `READERS`. The function gets the file's bytes, unpacked
-where `.gz` follows the suffix, and returns `Rows`. Whatever is wrong with a file is one `DataError`
-that names the file, the line and the remedy.
+A format is one function and one line of `READERS`. The function gets the file's bytes, unpacked if
+`.gz` follows the suffix, and returns `Rows`. Anything wrong with a file raises a `DataError` that
+names the file, the line and the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from adapters_jax.errors import UserError
 
 FilePath = str | os.PathLike[str]
-Record = tuple[int, list[str]]  # the line it starts on, its fields
+Record = tuple[int, list[str]]  # the line that it starts on, its fields
 Rows = tuple[list[str], list[Record]]  # column names, records
 Reader = Callable[[Path, bytes], Rows]
 
@@ -29,16 +29,16 @@ class DataError(UserError):
 
 
 def read_file(path: FilePath) -> Rows:
-    """The rows of a file, read as its suffix says.
+    """Reads the rows of a file, in the format of its suffix.
 
     Args:
-        path: of the file; `.gz` may follow the suffix.
+        path: the path of the file; `.gz` may follow the suffix.
 
     Returns:
         The names of the columns, and each record with the line that it starts on.
 
     Raises:
-        DataError: no file, a suffix that `READERS` lacks, or a file that does not parse.
+        DataError: there is no such file, `READERS` lacks its suffix, or it does not parse.
 
     Example:
         >>> import tempfile
@@ -59,7 +59,7 @@ def read_file(path: FilePath) -> Rows:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked where it ends in `.gz`; raises DataError where there are none."""
+    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
@@ -70,7 +70,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def text_of(path: Path, raw: bytes) -> str:
-    """A file's bytes as text, without a byte order mark and blank lines at the end."""
+    """Decodes UTF-8, without a byte order mark and final line ends; `path` is for messages."""
     name = path.as_posix()
     try:
         text = raw.decode().removeprefix("\ufeff")
@@ -86,7 +86,7 @@ def text_of(path: Path, raw: bytes) -> str:
 
 
 def read_csv(path: Path, raw: bytes) -> Rows:
-    """A CSV file's rows, quoted as usual."""
+    """Reads the rows of a CSV file, in which quotes enclose fields."""
     reader = csv.reader(io.StringIO(text_of(path, raw), newline=""), strict=True)
     records, line = [], 1
     try:
@@ -101,14 +101,14 @@ def read_csv(path: Path, raw: bytes) -> Rows:
 
 
 def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Rows:
-    """A TSV file's rows, in which a quote is a quote; with a header where the file has none."""
+    """Reads the rows of a TSV file; quotes are plain text. `header` is for files without one."""
     lines = text_of(path, raw).split("\n")
     records = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)]
     return _headed(path, records, header)
 
 
 def read_jsonl(path: Path, raw: bytes) -> Rows:
-    """The rows of a file of one JSON object a line; a key of any line is a column."""
+    """Reads the rows of a file with one JSON object a line; each key of a line is a column."""
     rows = []
     for number, line in enumerate(text_of(path, raw).split("\n"), 1):
         try:
@@ -131,14 +131,14 @@ def read_jsonl(path: Path, raw: bytes) -> Rows:
 
 
 def _cell(value: object) -> str:
-    """A JSON value as text; null, lists and objects are neither text nor label."""
+    """A JSON value as text; null, lists and objects become an empty field."""
     if isinstance(value, str):
         return value
     return json.dumps(value) if isinstance(value, int | float) else ""
 
 
 def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Rows:
-    """Column names and rows; a blank line becomes a row of blank fields."""
+    """Splits the header from the records; a blank line becomes a record of blank fields."""
     if header is None:
         header, records = records[0][1], records[1:]
     if not records:

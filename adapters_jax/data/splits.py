@@ -1,4 +1,4 @@
-"""Which rows are held out: groups stay together, and classes keep their proportions."""
+"""Chooses the rows to hold out: groups stay together, and classes keep their proportions."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Iterable, Sequence
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 
-SPLIT_SEED = 0  # of held-out rows; not the training seed, so that runs with other seeds compare
+SPLIT_SEED = 0  # not the training seed, so that runs with different seeds can be compared
 
 
 def split_rows(
     keys: Sequence[str], strata: Sequence[int], seed: int, dev: float, test: float
 ) -> tuple[list[int], list[int], list[int]]:
-    """The numbers of the rows of train, dev and test.
+    """Splits rows into train, dev and test.
 
     The choice depends on the seed and the keys alone. Each stratum is split in the same
-    proportions, rounded down; one too small to share stays in train.
+    proportions, rounded down; a stratum too small to split stays in train.
 
     Args:
-        keys: rows of one key stay together; see `key_of`.
-        strata: rows of each are split in the same proportions; a group is of its first row's.
-        seed: of the choice.
-        dev: fraction of the rows.
-        test: fraction of the rows.
+        keys: the key of each row; rows with the same key stay together; see `key_of`.
+        strata: the stratum of each row; a group of rows belongs to the stratum of its first row.
+        seed: the seed of the choice.
+        dev: the fraction of rows for dev.
+        test: the fraction of rows for test.
 
     Returns:
-        Three ascending lists.
+        The indices of the rows of train, dev and test, each in ascending order.
 
     Raises:
-        DataError: a part that was asked for would be empty.
-        ValueError: the fractions are negative, or leave nothing to train on.
+        DataError: dev or test would be empty, but its fraction is above 0.
+        UserError: the fractions are negative, or leave nothing to train on.
 
     Example:
         >>> train, dev, test = split_rows(["a", "b", "b", "a"], [0] * 4, seed=0, dev=0.5, test=0)
@@ -59,7 +59,7 @@ def split_rows(
 
 
 def key_of(*texts: str | None) -> str:
-    """What texts that differ in case and spacing alone have in common.
+    """A key that is the same for texts that differ only in case and spacing.
 
     Example:
         >>> key_of("A  film", None)
@@ -69,7 +69,7 @@ def key_of(*texts: str | None) -> str:
 
 
 def spread(count: int, n: int | None) -> list[int]:
-    """The numbers of at most n rows, evenly spread: files are often sorted.
+    """The indices of at most n of `count` rows, evenly spread, since files are often sorted.
 
     Example:
         >>> spread(10, 4), spread(3, 4), spread(2, None)
@@ -80,12 +80,12 @@ def spread(count: int, n: int | None) -> list[int]:
 
 
 def _groups(keys: Sequence[str], strata: Sequence[int], seed: int) -> Iterable[list[list[int]]]:
-    """For each stratum, its groups of rows of one text, in an order drawn by the seed."""
+    """For each stratum its groups of rows with the same key, in an order drawn by the seed."""
     groups: dict[str, list[int]] = defaultdict(list)
     for row, key in enumerate(keys):
         groups[key].append(row)
     chosen: dict[int, list[list[int]]] = defaultdict(list)
-    # A hash, not a random generator: the split outlives changes of numpy and of the rows' order.
+    # A hash, not a random generator: the split does not change with numpy or the order of rows.
     for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
         chosen[strata[groups[key][0]]].append(groups[key])
     return chosen.values()

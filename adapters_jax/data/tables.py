@@ -1,4 +1,4 @@
-"""Rows of text: chosen columns of a file, of whatever format, become a `Table`."""
+"""Tables: the chosen columns of a file of any format, as text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Table:
     """The chosen columns of one file, as text.
 
     Args:
-        path: of the file, for messages.
-        texts: `(text, second text or None)` of each row.
-        labels: of each row, or None if no label column was asked for.
-        lines: the line each row starts on, from 1.
+        path: the path of the file, for messages.
+        texts: `(text, second text or None)` for each row.
+        labels: the label of each row; None if no label column was chosen.
+        lines: the line that each row starts on, from 1.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Table:
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> Table:
-        """The rows of these numbers, in their order."""
+        """The rows with these indices, in the given order."""
         texts, lines = [self.texts[i] for i in rows], [self.lines[i] for i in rows]
         labels = None if self.labels is None else [self.labels[i] for i in rows]
         return Table(self.path, texts, labels, lines)
@@ -44,20 +44,21 @@ class Table:
 def read_rows(
     path: FilePath, text: str = "text", text_pair: str | None = None, label: str | None = "label"
 ) -> Table:
-    """Named columns of a file that `readers.READERS` has a format for; `.gz` may follow.
+    """Reads chosen columns of a file.
 
     Args:
-        path: of the file, UTF-8.
+        path: the path of a UTF-8 file; `readers.READERS` has the formats by suffix.
         text: the text column.
         text_pair: the second text column, for pairs.
         label: the label column; None for texts without labels.
 
     Returns:
-        The table, every text and label of which has something in it.
+        The table; no text or label in it is empty.
 
     Raises:
-        DataError: no file, an unknown suffix, bytes that are not UTF-8, rows that do not parse or
-            have another number of fields, no rows, a missing column, an empty text or label.
+        DataError: there is no such file, its suffix is unknown, it is not UTF-8, a row does not
+            parse or has another number of fields, it has no rows, a column is missing, or a text or
+            label is empty.
 
     Example:
         >>> import tempfile
@@ -74,7 +75,7 @@ def read_rows(
 def make_table(
     path: Path, rows: Rows, text: str, text_pair: str | None, label: str | None
 ) -> Table:
-    """Named columns of rows that were read; see `read_rows`."""
+    """Makes a table of chosen columns; see `read_rows`. `path` is for messages."""
     names = [c for c in (text, text_pair, label) if c is not None]
     cells, lines = choose_columns(path, rows, names)
     texts = [(row[0], None if text_pair is None else row[1]) for row in cells]
@@ -85,25 +86,25 @@ def make_table(
 def choose_columns(
     path: Path, rows: Rows, names: Sequence[str]
 ) -> tuple[list[list[str]], list[int]]:
-    """Cells of named columns, for a task whose rows are no `Table`.
+    """Chooses columns by name, for a task whose rows are not a `Table`.
 
     Args:
-        path: of the file, for messages.
-        rows: as `readers.read_file` returns them.
-        names: of the columns.
+        path: the path of the file, for messages.
+        rows: the rows, as `readers.read_file` returns them.
+        names: the names of the columns.
 
     Returns:
-        A list a row with a cell a name, none of them blank; and the line each row starts on.
+        The cells of each row, one for each name and none blank; and the line of each row.
 
     Raises:
-        DataError: a missing column, a blank cell, or rows of another number of fields.
+        DataError: a column is missing, a cell is blank, or a row has another number of fields.
 
     Example:
         >>> choose_columns(Path("a.csv"), (["q", "r", "s"], [(2, ["x", "y", "z"])]), ["s", "q"])
         ([['z', 'x']], [2])
     """
     header, records = rows
-    places = _places(path, header, names)
+    columns = _columns(path, header, names)
     uneven = [
         f"line {line} has {len(fields)}" for line, fields in records if len(fields) != len(header)
     ]
@@ -113,16 +114,17 @@ def choose_columns(
             f"{len(header)} columns: {first_few(uneven)}; "
             "a CSV field with a comma in it needs quotes"
         )
-    blank = [str(line) for line, fields in records if not all(fields[i].strip() for i in places)]
+    blank = [str(line) for line, fields in records if not all(fields[i].strip() for i in columns)]
     if blank:
         raise DataError(
             f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: "
             f"line{'s' * (len(blank) > 1)} {first_few(blank)}; fill them in or remove them"
         )
-    return [[fields[i] for i in places] for _, fields in records], [line for line, _ in records]
+    return [[fields[i] for i in columns] for _, fields in records], [line for line, _ in records]
 
 
-def _places(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
+def _columns(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
+    """The indices of columns by name; raises DataError if one is missing."""
     missing = [name for name in names if name not in header]
     if not missing:
         return [header.index(name) for name in names]
@@ -134,7 +136,7 @@ def _places(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
 
 
 def complete_rows(path: Path, rows: Rows) -> Rows:
-    """The rows that have every field, with a warning that counts the others."""
+    """Leaves out rows that lack a field, with a warning that counts them."""
     header, records = rows
     kept = [r for r in records if len(r[1]) == len(header) and all(f.strip() for f in r[1])]
     if len(kept) < len(records):
@@ -147,10 +149,10 @@ def complete_rows(path: Path, rows: Rows) -> Rows:
 
 
 def count_rows(items: Sequence[str]) -> str:
-    """Their number with its verb, to begin a sentence."""
+    """The number of rows with its verb, to begin a message."""
     return "1 row has" if len(items) == 1 else f"{len(items)} rows have"
 
 
 def first_few(items: Sequence[str]) -> str:
-    """The first five, and how many more there are."""
+    """The first five items and the number of the others, for a message."""
     return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)

@@ -1,4 +1,4 @@
-"""Finished runs, ready to use: `load_predictor` for labels of texts, `load_generator` for text."""
+"""Loads finished runs: `load_predictor` to label texts, `load_generator` to generate texts."""
 
 from adapters_jax.inference.finished import load_generator, load_predictor
 from adapters_jax.tasks.base import Prediction, Predictor

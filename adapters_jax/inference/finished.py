@@ -1,4 +1,4 @@
-"""Loads finished runs; what comes back is the task's own, such as a predictor."""
+"""Loads finished runs; the task of a run makes the object, such as a predictor."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from adapters_jax.tasks.completion import Generator
 def load_predictor(
     path: str | Path, *, revision: str | None = None, model: str | None = None
 ) -> Predictor:
-    """Loads a run whose task predicts: its base again, and its adapter onto it.
+    """Loads a finished run that predicts: its base, with its adapter on it.
 
     Args:
-        path: of the run's directory, or the id of an exported run on the Hugging Face Hub.
-        revision: a branch, tag or commit there.
-        model: where the base is, if it is not where it was in training; it must be the same one.
+        path: the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit on the Hub.
+        model: the directory or id of the base, if it has changed since training.
 
     Returns:
-        The predictor; `predictor.predict([(text, None)])` has a `Prediction` for each text.
+        The predictor; `predictor.predict([(text, None)])` returns a `Prediction` for each text.
 
     Raises:
-        ValueError: no run, a damaged one, one whose task generates, or a base that is not the one
-            it was trained on (`RunError`, `AdapterFileError`).
+        RunError: the run is absent or damaged, its task generates, or the base has other weights.
+        AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
     """
     return _open("predict", path, revision, model)
@@ -35,19 +35,19 @@ def load_predictor(
 def load_generator(
     path: str | Path, *, revision: str | None = None, model: str | None = None
 ) -> Generator:
-    """Loads a run whose task generates: its base again, and its adapter onto it.
+    """Loads a finished run that generates: its base, with its adapter on it.
 
     Args:
-        path: of the run's directory, or the id of an exported run on the Hugging Face Hub.
-        revision: a branch, tag or commit there.
-        model: where the base is, if it is not where it was in training; it must be the same one.
+        path: the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit on the Hub.
+        model: the directory or id of the base, if it has changed since training.
 
     Returns:
-        The generator; `generator.generate([prompt])` gives a text for each prompt.
+        The generator; `generator.generate([prompt])` yields a text for each prompt.
 
     Raises:
-        ValueError: no run, a damaged one, one whose task predicts, or a base that is not the one it
-            was trained on (`RunError`, `AdapterFileError`).
+        RunError: the run is absent or damaged, its task predicts, or the base has other weights.
+        AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
     """
     return _open("generate", path, revision, model)

@@ -1,8 +1,8 @@
-"""The adapter file: what was trained as safetensors, beside the recipe that it was trained by.
+"""The adapter file: the trained tensors as safetensors, beside the recipe that trained them.
 
 A directory holds `adapter.safetensors`, its tensors named by their slash paths, and
-`adapter_config.json` with the recipe, the base's identity, versions and counts; docs/format.md says
-it all. A file may come from anyone: see `untrusted`.
+`adapter_config.json` with the recipe, the base's identity, versions and counts; docs/format.md
+specifies both. A file may come from anyone: see `untrusted`.
 """
 
 import contextlib
@@ -49,36 +49,35 @@ def save_adapter(
     base: BaseIdentity | None = None,
     beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes an adapter: its recipe and what it trained, never the frozen base.
+    """Writes an adapter: its recipe and its trained tensors, never the frozen base.
 
-    The directory appears whole or not at all, and takes the place of an adapter that was there. Of
-    several processes all call it, and the first one writes.
+    The directory appears whole or not at all, and replaces an adapter of that name. If there are
+    several processes, all of them must call this; the first one writes.
 
     Args:
-        directory: where; its parents are made.
+        directory: the directory to write; its parents are created.
         adapters: a `TrainState`; or, together with its recipe, the trained part of a model: a tree
             as `partition` gives, or an NNX state of `AdapterParam`.
-        recipe: says what trains; not wanted with a `TrainState`.
-        base: which base it was trained on, as `base_identity` says; of a `TrainState` the tree is
-            known without.
-        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
+        recipe: what trains; leave it out with a `TrainState`, which has one.
+        base: the base that it was trained on, from `base_identity`; a `TrainState` adds the hash of
+            its parameter tree.
+        beside: further text files by name, such as `{"README.md": aj.model_card(...)}`.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: there is something else at that path, a leaf that the recipe does not train or a
-            file cannot hold, numbers that are not finite, or a base of another tree than the
-            state's.
+        UserError: the path holds something else, the recipe does not train a leaf, the file format
+            cannot hold a leaf, a number is not finite, or `base` has another tree than the state.
         TypeError: the recipe is missing, or `adapters` is not a tree.
-        OSError: the disk is full or cannot be written; what was there is as it was.
+        FileSystemError: the disk is full or cannot be written; the old directory is unchanged.
 
     Example:
         >>> import tempfile
         >>> from adapters_jax import LoRA
         >>> leaves = {"query": {"lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}}
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     saved = save_adapter(f"{place}/a", leaves, LoRA("query", rank=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapter(f"{folder}/a", leaves, LoRA("query", rank=1))
         ...     recipe, tensors = read_adapter(saved)
         >>> recipe, tensors["query/lora/a"].shape
         (Recipe(
@@ -91,7 +90,8 @@ def save_adapter(
         adapters, recipe = adapters.trained, adapters.recipe
     if recipe is None:
         raise TypeError(
-            "save_adapter(directory, adapters, recipe) wants the recipe, or a TrainState"
+            "save_adapter: the recipe is missing; write save_adapter(directory, adapters, recipe), "
+            "or give a TrainState"
         )
     if not isinstance(adapters, Mapping):
         raise TypeError(
@@ -99,8 +99,8 @@ def save_adapter(
             "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
         )
     recipe, directory = Recipe(recipe), Path(directory)
-    there = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
-    if there and not (directory / CONFIG).is_file():
+    taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if taken and not (directory / CONFIG).is_file():
         raise UserError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     _check_savable(flat, recipe)
@@ -109,32 +109,32 @@ def save_adapter(
     def write_tensors(path: Path) -> None:
         try:
             safetensors.numpy.save_file(flat, path)
-        except safetensors.SafetensorError as error:  # with the system's number in its text
+        except safetensors.SafetensorError as error:  # its text ends with the system's error number
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-        path.chmod(0o644)  # safetensors writes it for its owner alone
+        path.chmod(0o644)  # safetensors makes it readable by its owner alone
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         check_header(length, path.stat().st_size, directory / TENSORS)
 
     files: dict[str, Content] = {**texts(beside), TENSORS: write_tensors, CONFIG: config}
     if jax.process_index() == 0:
-        write_directory(directory.resolve(), files)  # of a link, what it points to is replaced
+        write_directory(directory.resolve(), files)  # a link is kept: its target is replaced
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
 
 
 def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
-    """Texts as the files of a directory; raises ValueError where a name is no plain one."""
+    """Encodes texts by file name; raises UserError if a name has a directory in it."""
     for name in beside or {}:
         if Path(name).name != name:
-            raise UserError(f"{name!r} is no name of a file in the adapter's directory")
+            raise UserError(f"beside: {name!r} is not a file name; give one without a directory")
     return {name: text.encode("utf-8") for name, text in (beside or {}).items()}
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as an array that lies in order, of a dtype that jax would give it."""
+    """A leaf as a C-contiguous numpy array, in the dtype that jax would give it."""
     leaf = nn.meta.unbox(leaf)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
@@ -143,7 +143,7 @@ def _plain(leaf: Any) -> np.ndarray:
 
 
 def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
-    """Raises ValueError for what no adapter file holds."""
+    """Raises UserError for leaves that an adapter file cannot hold."""
     frozen = [path for path in flat if not recipe.trains(path)]
     if frozen:
         raise UserError(
@@ -152,7 +152,7 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
         )
     problems = [problem for path in flat if (problem := name_problem(path))]
     problems += [
-        f"{path} is of {array.dtype}, which no adapter file holds; train floats"
+        f"{path} has the dtype {array.dtype}, which an adapter file cannot hold; train floats"
         for path, array in flat.items()
         if array.dtype not in DTYPES.values() or not _kept(array.dtype)
     ]
@@ -161,14 +161,14 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
     wrong = not_finite(flat)
     if wrong:
         raise UserError(
-            f"save_adapter: numbers that are not finite in {wrong}; save a state from before "
+            f"save_adapter: {wrong} has numbers that are not finite; save a state from before "
             "training diverged"
         )
 
 
 @contextlib.contextmanager
 def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
-    """What an adapter says of itself, and its tensors, which are not read yet."""
+    """The manifest of an adapter, and its tensor file, opened but not read."""
     for name in (CONFIG, TENSORS):
         if not os.path.lexists(directory / name):
             raise AdapterFileError(
@@ -180,7 +180,7 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
 
 
 def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
-    """The tensors by path; raises AdapterFileError where they are not what the manifest says."""
+    """The tensors by path; raises AdapterFileError if they contradict the manifest."""
     for path, leaf in file.shapes.items():
         if not _kept(leaf.dtype):
             raise AdapterFileError(
@@ -192,13 +192,13 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
 
 
 def _kept(dtype: Any) -> bool:
-    """Whether a dtype is one of floats, and jax has arrays of it."""
+    """Whether a dtype is a float (or complex) that jax keeps as it is."""
     floats = jnp.issubdtype(dtype, jnp.inexact)
     return floats and jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def find_adapter(directory: str | Path, revision: str | None = None) -> Path:
-    """A directory, or the two files of an id on the Hub; raises AdapterFileError for neither."""
+    """A directory, or the snapshot of an id on the Hub; raises AdapterFileError if neither."""
     return hub.find(directory, revision, (CONFIG, TENSORS))
 
 
@@ -215,8 +215,8 @@ def read_adapter(
         The recipe, and the trained arrays by path.
 
     Raises:
-        AdapterFileError: the directory is no adapter of this library, or is damaged; or there is
-            none, here or on the Hub.
+        AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
+            adapter of this library, or it is damaged.
     """
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
         return manifest.recipe, read_arrays(file, manifest)

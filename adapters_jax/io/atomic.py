@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all, whatever fails meanwhile."""
+"""Writes directories and files that appear whole or not at all, even if writing fails."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from adapters_jax.errors import file_errors
 Content = bytes | Callable[[Path], None]
 
 
-def write_directory(place: Path, files: Mapping[str, Content]) -> None:
-    """Writes a directory beside its place, through to the disk, and renames it there.
+def write_directory(target: Path, files: Mapping[str, Content]) -> None:
+    """Writes a directory under a temporary name, syncs it to disk and renames it to `target`.
 
     Args:
-        place: of the directory; what was there is replaced.
-        files: contents by name; or what writes a file to a path.
+        target: the path of the directory; an old one is replaced.
+        files: contents by name: bytes, or a function that writes a file to a path.
 
     Raises:
-        FileSystemError: the disk is full or cannot be written. What was there is as it was, and
-            nothing else is left.
+        FileSystemError: the disk is full or cannot be written. An old directory is unchanged, and
+            no temporary one is left.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as parent:
@@ -28,29 +28,29 @@ def write_directory(place: Path, files: Mapping[str, Content]) -> None:
         ...     Path(parent, "a", "x").read_bytes()
         b'1'
     """
-    with file_errors(place, "written"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    with file_errors(target, "written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             beside.chmod(0o755)
             for name, data in files.items():
                 _write(beside / name, data)
             _sync(beside)
-            _put(beside, place)
-            _sync(place.parent)
+            _replace(beside, target)
+            _sync(target.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_file(place: Path, content: Content) -> None:
-    """Writes a file beside its place, through to the disk, and renames it there.
+def write_file(target: Path, content: Content) -> None:
+    """Writes a file under a temporary name, syncs it to disk and renames it to `target`.
 
     Args:
-        place: of the file; what was there is replaced.
-        content: its bytes; or what writes it to a path.
+        target: the path of the file; an old one is replaced.
+        content: its bytes, or a function that writes it to a path.
 
     Raises:
-        OSError: the disk is full or cannot be written; what was there is as it was.
+        FileSystemError: the disk is full or cannot be written; an old file is unchanged.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as parent:
@@ -58,17 +58,17 @@ def write_file(place: Path, content: Content) -> None:
         ...     os.listdir(parent)
         ['a']
     """
-    beside = place.with_name(f".{place.name}.part")
-    with file_errors(place, "written"):
+    beside = target.with_name(f".{target.name}.part")
+    with file_errors(target, "written"):
         try:
             _write(beside, content)
-            os.replace(beside, place)
+            os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def _put(beside: Path, directory: Path) -> None:
-    """Renames a finished directory into its place; what was there stays until then, or returns."""
+def _replace(beside: Path, directory: Path) -> None:
+    """Renames a finished directory to its final name; if that fails, the old one is put back."""
     if not directory.exists():
         os.replace(beside, directory)
         return
@@ -84,7 +84,7 @@ def _put(beside: Path, directory: Path) -> None:
 
 
 def _write(path: Path, content: Content) -> None:
-    """Writes a file through to the disk."""
+    """Writes a file and syncs it to disk."""
     if callable(content):
         content(path)
     with open(path, "ab" if callable(content) else "wb") as file:
@@ -95,7 +95,7 @@ def _write(path: Path, content: Content) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Writes the names in a directory through to the disk, where the system can do that."""
+    """Syncs the names in a directory to disk, if the system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(directory, os.O_DIRECTORY)
         try:

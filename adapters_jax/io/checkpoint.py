@@ -1,8 +1,8 @@
-"""Training checkpoints: what trains and all that moves it, so that a training goes on exactly.
+"""Training checkpoints: the trained part, the optimiser and the keys, for an exact resume.
 
-orbax writes them; the base is never among them. A save copies the trained part on its device, which
-is all that a step waits for, and writes the copy in a thread. Beside what orbax wrote lie the
-SHA-256 sums of its files, so that a damaged checkpoint is noticed and the one before it taken.
+orbax writes them; the base is never saved. A save copies the trained part on its device, which is
+all that a step waits for, and writes the copy in a thread. A file beside what orbax wrote has the
+SHA-256 checksums of its files, so that a damaged checkpoint is detected and the one before it used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees
-from adapters_jax.io.checksums import damage, write_sums
+from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, path_of
@@ -34,17 +34,17 @@ _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that could not be written, or none that can be read."""
+    """A checkpoint cannot be written, or there is none to restore."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training as it was.
+    """A training run as it was saved.
 
     Attributes:
-        state: with the base of the state that it was restored into.
-        best: the best adapters so far, a tree like `state.adapters`; None where none were saved.
-        progress: what was saved as it.
+        state: the saved state, with the base of the state that it was restored into.
+        best: the best adapters so far, a tree like `state.adapters`; None if none were saved.
+        progress: the `progress` that was given to `save`.
     """
 
     state: TrainState
@@ -53,24 +53,24 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """How many steps were made."""
+        """The number of steps made."""
         return int(self.state.step)
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a directory of their own.
+    """The checkpoints of one training run, in a directory of their own.
 
-    A save returns at once and is written in a thread, one at a time. Kept are the last `keep` and
-    the one with the highest score. What is not whole is put aside when the directory is opened.
-    Where the batch is a function of the step's number, as with grain's `MapDataset`, a resumed
-    training is the uninterrupted one to the last bit.
+    A save returns at once; a thread writes one save at a time. The last `keep` checkpoints and the
+    one with the highest score are kept. Opening the directory renames damaged checkpoints to
+    `damaged-<step>`. If the batch is a function of the step's number, as with grain's `MapDataset`,
+    a resumed run equals the uninterrupted one bit for bit.
 
     Args:
-        directory: made if it is absent. What is left in it of a save that was cut off is removed.
-        keep: how many of the last to keep, at least 2: while one is written, one is whole.
+        directory: created if it is absent. The remains of an interrupted save are removed.
+        keep: the number of latest checkpoints to keep, at least 2, so that one is always whole.
 
     Raises:
-        ValueError: `keep` is below 2.
+        UserError: `keep` is not a whole number of at least 2.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax, tempfile
@@ -80,7 +80,7 @@ class Checkpoints:
         >>> state = aj.TrainState.create(model, tx=optax.adam(0.1), key=jax.random.key(0))
         >>> step = aj.make_train_step(lambda model, batch, key: jnp.mean(model(batch)))
         >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
-        ...     if checkpoints.steps:  # go on where a training was cut off
+        ...     if checkpoints.steps:  # resume an interrupted run
         ...         state = checkpoints.restore(state).state
         ...     for i in range(int(state.step), 3):
         ...         state, metrics = step(state, jnp.ones((4, 2)))
@@ -90,22 +90,19 @@ class Checkpoints:
         ([2, 3], 3)
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        *,
-        keep: int = 2,
-    ) -> None:
+    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
         import orbax.checkpoint as ocp  # takes a second
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         check_size("Checkpoints", "keep", keep)
         if keep < 2:
-            raise UserError("Checkpoints: keep is 1; give at least 2, so that one is always whole")
+            raise UserError(
+                f"Checkpoints: keep={keep}, expected at least 2, so that one is always whole"
+            )
         self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
             self._clean()
-            self._put_damaged_aside()
+            self._rename_damaged()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
         kept = [
@@ -115,7 +112,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=_score,
-            enable_async_checkpointing=False,  # it blocks for 0.1 s; the thread is ours
+            enable_async_checkpointing=False,  # it blocks for 0.1 s, so save has its own thread
         )
         self._args = ocp.args
         handlers = {
@@ -131,7 +128,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """After how many steps there are checkpoints, ascending; those still being written not."""
+        """The steps of the finished checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     @property
@@ -149,23 +146,23 @@ class Checkpoints:
         score: float | None = None,
         progress: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves a training after a step, in a thread.
+        """Saves a state after a step, in a thread.
 
         Args:
-            step: how many steps were made; told, since asking the state would wait for the device.
-            state: what to save: all of it but the base. The next step may use it up at once.
+            step: the number of steps made; reading it from the state would wait for the device.
+            state: the state to save, without its base. The next step may donate it at once.
             best: the best adapters so far, like `state.adapters`.
-            score: how good this state is, higher is better; the best one's checkpoint is kept.
-            progress: whatever else is needed to go on, as JSON has it; arrays without axes in it
-                become numbers. It is read by the thread, so leave it as it is.
+            score: the score of this state, higher is better; the best checkpoint is kept.
+            progress: whatever else is needed to resume, as JSON; scalar arrays in it become
+                numbers. The thread reads it, so do not change it afterwards.
 
         Raises:
-            CheckpointError: this or the save before it could not be written; those before are
-                intact.
+            CheckpointError: the save before this one failed; earlier checkpoints are intact. A
+                failure of this save is raised by the next `save`, `wait`, `restore` or `close`.
         """
         self.wait()
         leaves, structure = jax.tree.flatten(_moving(state, best))
-        # One program copies all; names and files are for the thread. What is the host's stays.
+        # One program copies all device arrays; the thread does the rest. numpy arrays stay.
         on_device = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
             leaves[i] = copied
@@ -174,17 +171,17 @@ class Checkpoints:
         self._pending = self._thread.submit(self._write, step, moving, score, progress)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until the last save is written.
 
         Raises:
-            CheckpointError: what was being written could not be; earlier checkpoints are intact.
+            CheckpointError: it failed; earlier checkpoints are intact.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def _write(self, step: int, moving: dict[str, Any], score: float | None, progress: Any) -> None:
-        """Writes what `save` copied; this is what the thread does."""
+        """Writes what `save` copied; runs in the thread."""
         about = {
             **(self._identity or {}),
             "best": moving["best"] is not None,
@@ -201,7 +198,7 @@ class Checkpoints:
                 metrics={"score": -math.inf if score is None else float(score)},
             )
             if saved and jax.process_index() == 0:
-                write_sums(self.directory / str(step))
+                write_checksums(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore's is a ValueError
             self._clean()
             raise CheckpointError(
@@ -210,55 +207,57 @@ class Checkpoints:
             ) from error
         if not saved:
             raise CheckpointError(
-                f"step {step} is not saved: {self.directory} has one of step {max(self.steps)}; "
-                "restore that one, or give another directory"
+                f"step {step} is not saved: {self.directory} has a checkpoint of step "
+                f"{max(self.steps)}; restore that one, or give another directory"
             )
 
     def _intact(self) -> str:
         steps = ", ".join(map(str, self.steps))
-        return f"earlier ones are intact (step {steps})" if steps else "there is no earlier one"
+        return f"the earlier ones are intact: {steps}" if steps else "there is no earlier one"
 
     def restore(self, state: TrainState, step: int | None = None) -> Checkpoint:
-        """A training as it was saved.
+        """Restores a checkpoint.
 
         Args:
-            state: of the same training, before its first step: it gives the base, the shapes and
-                the layout over devices, which may be another one than when it was saved.
-            step: of another checkpoint than the newest.
+            state: a state of the same training run, before its first step. It gives the base, the
+                shapes and the layout over devices, which may differ from the layout at saving.
+            step: the step of the checkpoint; None is the newest.
 
         Raises:
-            CheckpointError: there is none, or its recipe or base is another one.
-            MismatchError: arrays of other shapes or dtypes; all are named.
+            CheckpointError: there is no such checkpoint, or it has another recipe or base.
+            MismatchError: arrays differ in shape or dtype; the message names all of them.
         """
         self.wait()
-        there = self.steps
-        if not there or step not in (None, *there):
-            which = "" if step is None else f" of step {step}; there are {there}"
+        steps = self.steps
+        if not steps or step not in (None, *steps):
+            which = "" if step is None else f" of step {step}; its steps are {steps}"
             raise CheckpointError(f"{self.directory} has no checkpoint{which}")
-        step = there[-1] if step is None else step
+        step = steps[-1] if step is None else step
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._read(step, about=self._args.JsonRestore())["about"]
         for name, own in _identity(state).items():
             if about[name] != own:
                 raise CheckpointError(
-                    f"{where} is of another {name}: {json.dumps(about[name])}, and the state's is "
+                    f"{where} has the {name} {json.dumps(about[name])}, and the state has "
                     f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
                     "it was trained with"
                 )
-        wanted = _arrays(_moving(state, state.adapters if about["best"] else None))
+        expected = _arrays(_moving(state, state.adapters if about["best"] else None))
         saved = dict(self._manager.item_metadata(step)["arrays"].items())
-        fix = "Restore it into a state of the model, the recipe and the optimiser of its training."
-        compare_trees(where, saved, wanted, fix, dtypes=True)
+        fix = (
+            "Restore it into a state with the model, recipe and optimiser that it was trained with."
+        )
+        compare_trees(where, saved, expected, fix, dtypes=True)
         abstract = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for path, x in wanted.items()
+            for path, x in expected.items()
         }
         arrays = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
         moving, best = _rebuilt(state, arrays, about["best"])
         return Checkpoint(replace(state, **moving), best, about["progress"])
 
     def close(self) -> None:
-        """Waits for what is being written; afterwards nothing can be saved."""
+        """Waits for the last save and closes the directory; nothing can be saved afterwards."""
         try:
             self.wait()
         finally:
@@ -275,22 +274,22 @@ class Checkpoints:
         return self._manager.restore(step, args=self._args.Composite(**items))
 
     def _clean(self) -> None:
-        """Removes what a save left that was cut off."""
+        """Removes the remains of interrupted saves."""
         for path in self.directory.glob(_TEMPORARY):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _put_damaged_aside(self) -> None:
-        """Renames what is not whole, and says so; orbax then finds only what is."""
+    def _rename_damaged(self) -> None:
+        """Renames damaged checkpoints, with a warning, so that orbax finds only whole ones."""
         steps = {int(p.name): p for p in self.directory.glob("*") if p.name.isdecimal()}
         damaged = {n: why for n in sorted(steps) if (why := damage(steps[n]))}
-        there = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
+        whole = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
         for number, why in damaged.items():
             aside = self.directory / f"damaged-{number}"
             shutil.rmtree(aside, ignore_errors=True)
             steps[number].replace(aside)
-            others = f"is that of step {there}" if there else "is no other"
+            others = f"the whole ones are of step {whole}" if whole else "there is no other"
             _LOG.warning(
-                "the checkpoint of step %d is damaged: %s; it is now %s, and there %s",
+                "the checkpoint of step %d is damaged: %s; it was renamed to %s; %s",
                 number,
                 why,
                 aside,
@@ -299,13 +298,13 @@ class Checkpoints:
 
 
 def _identity(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint is of: the recipe, and the paths and shapes of the base."""
+    """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
     tree = tree_sha256((state.adapters, state.base), state.recipe)
     return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
 
 
 def _short(error: Exception) -> str:
-    """An error's first line; of a long one the beginning, and the end, where the reason is."""
+    """An error's first line; a long one is cut in the middle, since its reason is at the end."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) < 240 else f"{line[:80]} ... {line[-150:]}"
 
@@ -315,12 +314,12 @@ def _score(metrics: Mapping[str, float]) -> float:
 
 
 def _moving(state: TrainState, best: Tree | None) -> dict[str, Any]:
-    """What a checkpoint has of a state."""
+    """What a checkpoint keeps of a state."""
     return {**state.moving, "best": best}
 
 
 def _arrays(moving: dict[str, Any]) -> dict[str, jax.Array]:
-    """The same as plain arrays by path; orbax takes no empty ones."""
+    """The same as plain arrays by path; orbax cannot save empty ones."""
     leaves = jax.tree_util.tree_leaves_with_path(moving)
     return {path_of(p): _plain(x) for p, x in leaves if jnp.size(x)}
 
@@ -343,11 +342,11 @@ def _rebuilt(
 
 
 def _number(x: Any) -> Any:
-    """An array without axes as Python's number; JSON asks for what it does not know."""
+    """A scalar array as a Python number, for `json.dumps`."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         return x.item()
     raise TypeError(
-        f"Checkpoints.save: progress holds {type(x).__name__}, which JSON does not have"
+        f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
     )
 
 
@@ -356,7 +355,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _plain(x: Any) -> Any:
-    """A key's words; any other array as it is."""
+    """The integers of a key; any other array as it is."""
     return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
 
 

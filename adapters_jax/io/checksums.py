@@ -1,4 +1,4 @@
-"""The SHA-256 sums of a directory's files, written last: what has none, or others, is not whole."""
+"""SHA-256 checksums of the files of a directory, written last: without them it is not whole."""
 
 import hashlib
 import json
@@ -6,43 +6,43 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-SUMS = "sha256.json"
+CHECKSUMS = "sha256.json"
 
 
-def write_sums(root: Path) -> None:
-    """Writes down what the files of a directory are, once they are all there.
+def write_checksums(root: Path) -> None:
+    """Writes the checksums of all files of a finished directory into it.
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     root = Path(place)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = Path(folder)
         ...     _ = (root / "a").write_text("1")
-        ...     write_sums(root)
+        ...     write_checksums(root)
         ...     whole = damage(root)
         ...     _ = (root / "a").write_text("12")
         ...     whole, damage(root)
-        (None, 'a has 2 bytes and had 1')
+        (None, 'a has 2 bytes, expected 1')
     """
-    sums = {path: [*_sum(root / path)] for path in _files(root)}
-    beside = root / f"{SUMS}.part"
-    beside.write_text(json.dumps(sums), encoding="utf-8")
-    os.replace(beside, root / SUMS)
+    checksums = {path: [*_checksum(root / path)] for path in _files(root)}
+    beside = root / f"{CHECKSUMS}.part"
+    beside.write_text(json.dumps(checksums), encoding="utf-8")
+    os.replace(beside, root / CHECKSUMS)
 
 
 def damage(root: Path) -> str | None:
-    """What is wrong with a directory; None if it is what was written."""
+    """What is damaged in a directory, for a message; None if its files have their checksums."""
     try:
-        sums = json.loads((root / SUMS).read_text(encoding="utf-8"))
-        for path, (size, digest) in sums.items():
-            found = _sum(root / path)
+        checksums = json.loads((root / CHECKSUMS).read_text(encoding="utf-8"))
+        for path, (size, digest) in checksums.items():
+            found = _checksum(root / path)
             if found[0] != size:
-                return f"{path} has {found[0]} bytes and had {size}"
+                return f"{path} has {found[0]} bytes, expected {size}"
             if found[1] != digest:
-                return f"{path} is not what was written"
+                return f"{path} has another checksum than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(root)} is missing"
     except (ValueError, TypeError, AttributeError):
-        return f"{SUMS} is not what was written"
+        return f"{CHECKSUMS} does not hold checksums"
     return None
 
 
@@ -51,7 +51,7 @@ def _files(root: Path) -> Iterator[str]:
     return (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.is_file())
 
 
-def _sum(path: Path) -> tuple[int, str]:
+def _checksum(path: Path) -> tuple[int, str]:
     """A file's size and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: a repository's files by its id, from its cache or fetched into it.
+"""The Hugging Face Hub: finds the files of a repository by its id, in the cache or online.
 
-Only files that a caller names are fetched: JSON, texts and safetensors, never a pickle.
+Only the files that a caller names are fetched: JSON, texts and safetensors, never a pickle.
 """
 
 import re
@@ -14,7 +14,7 @@ _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """An id and the revision behind its `@`, if there is one.
+    """Splits an id from the revision after its `@`, if there is one.
 
     Example:
         >>> split("openai-community/gpt2@v1"), split("gpt2")
@@ -25,7 +25,7 @@ def split(name: str) -> tuple[str, str | None]:
 
 
 def is_id(name: str | Path) -> bool:
-    """Whether a text may be a repository's id, with a revision or without.
+    """Whether a name may be a repository's id, with or without a revision.
 
     Example:
         >>> is_id("openai-community/gpt2@main"), is_id("../gpt2"), is_id("runs/a/adapter")
@@ -35,9 +35,9 @@ def is_id(name: str | Path) -> bool:
 
 
 def is_adapter_id(name: str | Path) -> bool:
-    """Whether a text is the id of an adapter, which has a user's name, and no path.
+    """Whether a name is the id of an adapter: `user/name`, where `user` is not a local directory.
 
-    What stands in a directory that is here, as `runs/mine` does, is a path that is mistaken.
+    If `runs` is a local directory, `runs/mine` is a misspelt path, not an id.
 
     Example:
         >>> is_adapter_id("user/name"), is_adapter_id("name")
@@ -54,23 +54,24 @@ def find(
     error: type[UserError] = AdapterFileError,
     is_id: Callable[[str | Path], bool] = is_adapter_id,
 ) -> Path:
-    """Finds a directory: one that is here as it is, a text that is none on the Hub.
+    """Finds a local directory, or else the repository of that id on the Hub.
 
     Args:
         name_or_path: a directory, or an id such as `"user/name"` or `"user/name@revision"`. A
             `Path` is always a directory.
-        revision: a branch, a tag or a commit of the Hub's repository.
-        files: patterns of the files to fetch, at the top of the repository.
-        what: is wanted, for messages.
-        error: what to raise.
-        is_id: which texts are ids.
+        revision: a branch, tag or commit of the repository.
+        files: patterns of the files to fetch from the top folder of the repository.
+        what: what is looked for, for messages.
+        error: the class of the error to raise.
+        is_id: tells which names are ids.
 
     Returns:
-        The directory, or the snapshot in the Hub's cache, whose name is the commit.
+        The directory; of an id, the snapshot in the Hub's cache, whose name is the commit.
 
     Raises:
-        AdapterFileError: (or `error`) it is neither; the Hub has no such revision; or it cannot be
-            reached and its cache, which is all that is asked with `HF_HUB_OFFLINE=1`, has no copy.
+        AdapterFileError: (or `error`) neither exists, the repository has no such revision, or the
+            Hub cannot be reached and the cache has no copy. With `HF_HUB_OFFLINE=1` only the cache
+            is searched.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
@@ -81,20 +82,20 @@ def find(
     if Path(name_or_path).is_dir():
         if revision is not None:
             raise error(
-                f"{str(name_or_path)!r} is a directory here, which has no revision {revision!r}; "
+                f"{str(name_or_path)!r} is a local directory, which has no revision {revision!r}; "
                 "leave the revision out"
             )
         return Path(name_or_path)
     if not is_id(name_or_path):
         raise error(
             f"{str(name_or_path)!r} is neither a directory here nor {what} on the Hugging Face "
-            "Hub, whose ids are like user/name"
+            "Hub; expected a directory or an id like user/name"
         )
     name, pinned = split(str(name_or_path))
     if revision and pinned and revision != pinned:
         raise error(
-            f"{str(name_or_path)!r} names the revision {pinned!r}, and revision={revision!r} "
-            "another one; leave one of them out"
+            f"{str(name_or_path)!r} names the revision {pinned!r}, but revision={revision!r} is "
+            "given; leave one of them out"
         )
     return _fetch(name, revision or pinned, files, what, error)
 
@@ -102,7 +103,7 @@ def find(
 def _fetch(
     name: str, revision: str | None, files: Sequence[str], what: str, error: type[UserError]
 ) -> Path:
-    """The snapshot of a repository, with these files."""
+    """Fetches these files of a repository; returns its snapshot in the cache."""
     try:
         import huggingface_hub
     except ImportError as problem:
@@ -117,7 +118,7 @@ def _fetch(
                 name,
                 revision=revision,
                 allow_patterns=list(files),
-                ignore_patterns=["*/*"],  # some repositories keep exports for others in folders
+                ignore_patterns=["*/*"],  # folders may hold exports for other libraries
             )
         )
     except problems() as problem:
@@ -126,34 +127,34 @@ def _fetch(
 
 
 def _why(revision: str | None, problem: Exception) -> str:
-    """What the Hub said, in one sentence."""
+    """Why a repository was not found, for a message."""
     from huggingface_hub import constants
 
     at = f"at revision {revision or 'main'!r}"
     if constants.HF_HUB_OFFLINE:
         return (
             f"in the Hugging Face Hub's cache {constants.HF_HUB_CACHE} {at}, and HF_HUB_OFFLINE "
-            "keeps from fetching it; unset that once, or give a directory"
+            "forbids fetching it; unset HF_HUB_OFFLINE once, or give a directory"
         )
-    return f"that the Hugging Face Hub gives {at}: {said(problem)}"
+    return f"that the Hugging Face Hub gives {at}: {reason(problem)}"
 
 
-def said(problem: Exception) -> str:
-    """What an error of the Hub says, in one line.
+def reason(problem: Exception) -> str:
+    """The reason in an error of `huggingface_hub`, in one line.
 
     Example:
-        >>> said(OSError("404 Client Error. (Request ID: 1)\\n\\nRepository Not Found for url: u."))
-        'Repository Not Found for url: u.'
+        >>> reason(OSError("404 Client Error. (Request ID: 1)\\n\\nRepository Not Found for url"))
+        'Repository Not Found for url'
     """
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    telling = [line for line in lines if not re.match(r"\d+ Client Error", line)]
-    line = next(iter(telling or lines), type(problem).__name__)
+    reasons = [line for line in lines if not re.match(r"\d+ Client Error", line)]
+    line = next(iter(reasons or lines), type(problem).__name__)
     more = getattr(problem, "server_message", None) or ""
     return line if more in line else f"{line} {more}"
 
 
 def problems() -> tuple[type[Exception], ...]:
-    """What `huggingface_hub` raises: no such id, no permission, no network."""
+    """The errors that `huggingface_hub` raises: no such id, no permission, no network."""
     from huggingface_hub import errors
 
     names = ("RevisionResolutionError", "CachedRepoTreeNotFoundError", "HTTPError")
@@ -162,7 +163,7 @@ def problems() -> tuple[type[Exception], ...]:
 
 
 def commit_of(directory: Path) -> str | None:
-    """The commit of a snapshot in the Hub's cache; None of any other directory.
+    """The commit of a snapshot in the Hub's cache; None for any other directory.
 
     Example:
         >>> commit_of(Path("hub/models--user--name/snapshots/1f2e")), commit_of(Path("snapshots/a"))

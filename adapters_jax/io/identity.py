@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: what is cheap to know and hard to mistake."""
+"""The identity of the base that an adapter was trained on: a name, and hashes cheap to compute."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,12 @@ from adapters_jax.weights.quantized import unboxed
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What tells one base from another, None where it is not known; `base_identity` makes it.
+    """What tells one base from another; `base_identity` makes it. Unknown fields are None.
 
     Attributes:
-        id: what it is called, such as its name on the Hugging Face Hub.
-        config_sha256: of its configuration.
-        tree_sha256: of the paths and shapes of its parameters, without their values and dtypes.
+        id: the name of the base, such as its id on the Hugging Face Hub.
+        config_sha256: the hash of its configuration.
+        tree_sha256: the hash of the paths and shapes of its parameters, not of values and dtypes.
     """
 
     id: str | None = None
@@ -32,7 +32,7 @@ class BaseIdentity:
     tree_sha256: str | None = None
 
     def differences(self, other: "BaseIdentity") -> str:
-        """What is known of both and differs, for a message; empty where nothing does.
+        """The fields that both know and that differ, for a message; empty if there are none.
 
         Example:
             >>> BaseIdentity("gpt2", tree_sha256="00").differences(BaseIdentity("bert"))
@@ -53,21 +53,21 @@ def base_identity(
     id: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> BaseIdentity:
-    """Makes the identity of a base, adapted or not: what its adapters added is not counted.
+    """Makes the identity of a base; leaves that adapters added to it are not counted.
 
     Args:
-        base: its parameter tree, also an abstract one, or the NNX model. Not needed for a
-            `TrainState` and for `load_adapter`, which know it.
-        recipe: by which the tree has adapters; an adapted NNX model knows that itself.
-        id: what it is called, such as `"google-bert/bert-base-uncased"`; no path of a directory,
-            which has another one elsewhere.
-        config: its configuration, such as `config.json` has it: anything that JSON can hold.
+        base: the parameter tree, also an abstract one, or the NNX model. `load_adapter`, and
+            `save_adapter` of a `TrainState`, add its hash themselves.
+        recipe: the recipe of the adapters in the tree; an adapted NNX model knows its own.
+        id: the name, such as `"google-bert/bert-base-uncased"`; not the path of a directory, which
+            differs between machines.
+        config: the configuration, as in `config.json`: anything that JSON can hold.
 
     Returns:
         The identity, for `save_adapter` and `load_adapter`.
 
     Raises:
-        TypeError: the configuration holds what JSON cannot.
+        TypeError: JSON cannot hold the configuration.
 
     Example:
         >>> from adapters_jax import LoRA
@@ -90,11 +90,11 @@ def base_identity(
 
 
 def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
-    """The sha256 of a base's paths and shapes, one `layer_0/query/kernel 768,768` a line.
+    """The SHA-256 of a base's paths and shapes, in lines like `layer_0/query/kernel 8,8`.
 
     Args:
         parts: trees that make up the parameters together.
-        recipe: says which of them adapters added; these are left out.
+        recipe: the recipe of the adapters, whose leaves are left out.
     """
     lines = [
         f"{path} {','.join(map(str, np.shape(unboxed(leaf))))}\n"
@@ -106,11 +106,11 @@ def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
 
 
 def with_tree(base: BaseIdentity | None, tree: str, caller: str) -> BaseIdentity:
-    """What is said of a base whose tree is known; raises ValueError where it is of another tree."""
+    """Adds the tree's hash to an identity; raises UserError if it has another one."""
     base = base or BaseIdentity()
     if base.tree_sha256 not in (None, tree):
         raise UserError(
             f"{caller}: base has the tree_sha256 {base.tree_sha256}, and the model {tree}; make it "
-            "of this very model: aj.base_identity(params_or_model, recipe)"
+            "from this model: aj.base_identity(params_or_model, recipe)"
         )
     return dataclasses.replace(base, tree_sha256=tree)

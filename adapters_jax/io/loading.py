@@ -1,4 +1,4 @@
-"""An adapter file put onto a model: everything is checked before anything is made."""
+"""Loads an adapter file onto a model; everything is checked before any array is made."""
 
 import contextlib
 import functools
@@ -44,8 +44,8 @@ class _Adapter(NamedTuple):
 
 
 _Read = Callable[[], Mapping[str, Any]]
-# What a model raises whose adapters do not fit it: jax, flax and its own checks.
-_OF_A_RUN = (
+# What jax, flax and the model's own checks raise if adapters do not fit the model.
+_MISFITS = (
     ValueError,
     TypeError,
     LookupError,
@@ -67,21 +67,20 @@ def load_adapter(
     names: Names | Stack | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Puts a saved adapter onto a base; the recipe comes from the file, with every rank and alpha.
+    """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
 
     Everything is checked on shapes alone, before an array is read or made.
 
     Args:
-        directory: as written by `save_adapter`, or an id on the Hugging Face Hub, of which the two
-            files of an adapter are fetched.
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
         model: the base, a linen or NNX module without adapters.
         params: linen only: the base's parameter tree.
-        *args: example inputs, of which only shapes matter; NNX needs them where `adapt` does.
-        base: what is known of the base, as `base_identity` says; its tree is known without.
-        any_base: whether a base other than the one in the file will do, if the tensors fit it.
+        *args: example inputs, of which only shapes matter; NNX needs them if `adapt` does.
+        base: the base's identity, from `base_identity`; the hash of its tree is added.
+        any_base: accept a base other than the one in the file, if the tensors fit it.
         revision: a branch, tag or commit on the Hub.
-        names: the `NAMES` that stands beside a model, or a `Stack`: the adapter may be of its
-            unrolled layers where the model's are scanned, and the other way round.
+        names: the `NAMES` of the model's module, or a `Stack`; with it, an adapter of scanned
+            layers loads onto unrolled ones, and the other way round.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -89,20 +88,19 @@ def load_adapter(
 
     Raises:
         OtherBaseError: the adapter was trained on another base.
-        AdapterMismatchError: its tensors do not fit this base; every difference is named.
+        AdapterMismatchError: its tensors do not fit this base; the message names every difference.
         AdapterRecipeError: its recipe does not fit this base.
-        AdapterFileError: the directory is no adapter, or is damaged; or there is none, here or on
-            the Hub. The other three are of its
-            kind; the second is a `MismatchError` too, the third a `TargetError`.
-        MismatchError, ValueError, TypeError: params or example inputs are not this model's.
+        AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
+            adapter, or it is damaged. The three errors above are subclasses of this one.
+        MismatchError, ValueError, TypeError: params or example inputs do not fit the model itself.
 
     Example:
         >>> import tempfile, adapters_jax as aj
         >>> base = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
         >>> model = aj.adapt(base, aj.LoRA("**", rank=1), rngs=nnx.Rngs(1))
-        >>> with tempfile.TemporaryDirectory() as place:
+        >>> with tempfile.TemporaryDirectory() as folder:
         ...     adapters = nnx.state(model, aj.nnx.AdapterParam)
-        ...     saved = aj.save_adapter(f"{place}/a", adapters, aj.LoRA("**", rank=1))
+        ...     saved = aj.save_adapter(f"{folder}/a", adapters, aj.LoRA("**", rank=1))
         ...     aj.load_adapter(saved, base).lora["a"].shape
         (3, 1)
     """
@@ -134,7 +132,7 @@ def load_adapter(
 def _as_in_model(
     adapter: _Adapter, read: _Read, tree: Tree, stack: Stack
 ) -> tuple[_Adapter, _Read]:
-    """The adapter with its layers stacked where the model's are, and unrolled where those are."""
+    """The adapter with its layers stacked if the model's are, and unrolled otherwise."""
     scanned, paths = any(map(stack.holds, flatten(tree))), adapter.shapes
     convert = stack_layers if scanned else unstack_layers
     if not any(map(stack.number if scanned else stack.holds, paths)):
@@ -151,7 +149,7 @@ def _as_in_model(
 
 
 def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
-    """The shapes of a base, unrolled where its layers are scanned, and the other way round."""
+    """The shapes of a base, unrolled if its layers are scanned, and stacked otherwise."""
     shapes = {
         path: jax.ShapeDtypeStruct(np.shape(leaf), np.float32)
         for path, leaf in flatten(nn.meta.unbox(tree)).items()
@@ -162,7 +160,7 @@ def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
 
 
 def _recipe_of(model: Any) -> Recipe:
-    """The recipe by which a model has adapters already."""
+    """The recipe of the adapters that a model has already."""
     name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
     return getattr(model, name, Recipe())
 
@@ -175,15 +173,15 @@ def _check_base(
     base: BaseIdentity | None,
     stack: Stack | None,
 ) -> None:
-    """Raises OtherBaseError where what is known of both bases differs, but for unrolled layers."""
+    """Raises OtherBaseError if the bases are known to differ, other than by layer stacking."""
     if manifest.base is None:
         return
-    tree, wanted = tree_sha256([model], recipe), manifest.base
-    if stack and wanted.tree_sha256 != tree:
+    tree, expected = tree_sha256([model], recipe), manifest.base
+    if stack and expected.tree_sha256 != tree:
         other = tree_sha256([_other_form(model, recipe, stack)], Recipe())
-        own = tree if wanted.tree_sha256 == other else wanted.tree_sha256
-        wanted = replace(wanted, tree_sha256=own)
-    differences = wanted.differences(with_tree(base, tree, "load_adapter"))
+        own = tree if expected.tree_sha256 == other else expected.tree_sha256
+        expected = replace(expected, tree_sha256=own)
+    differences = expected.differences(with_tree(base, tree, "load_adapter"))
     if differences:
         raise OtherBaseError(
             f"the adapter in {file.path.parent} was trained on another base: {differences}; load "
@@ -204,7 +202,7 @@ def _load_linen(
         whole = grown(recipe, shapes)
     _check_fit(adapter, flatten(partition(whole, recipe)[0]))
     tensors = read()
-    if any(method.from_weight for method in recipe.attached):  # PiSSA changes the weights too
+    if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
         params = grown(recipe, params)
     return adapt(model, recipe), merge_trees(partition(params, recipe)[1], unflatten(tensors))
 
@@ -231,10 +229,10 @@ def _load_nnx(
 
 @contextlib.contextmanager
 def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]:
-    """Says of a failing abstract run that the recipe is at fault, unless the base fails alone."""
+    """Blames the recipe for a failing abstract run, unless the base alone fails as well."""
     try:
         yield
-    except _OF_A_RUN as error:
+    except _MISFITS as error:
         if not isinstance(error, RecipeError):
             base_alone()
         raise AdapterRecipeError(
@@ -242,20 +240,20 @@ def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]
         ) from error
 
 
-def _check_fit(adapter: _Adapter, wanted: Mapping[str, Any]) -> None:
-    """Raises AdapterMismatchError unless the tensors are just those that the recipe trains."""
+def _check_fit(adapter: _Adapter, expected: Mapping[str, Any]) -> None:
+    """Raises AdapterMismatchError unless the tensors are exactly those that the recipe trains."""
     compare_trees(
         f"the adapter in {adapter.directory}",
         adapter.shapes,
-        wanted,
-        f"Load it onto the base it was trained on{_advice(adapter.shapes, wanted)}.",
+        expected,
+        f"Load it onto the base it was trained on{_advice(adapter.shapes, expected)}.",
         dtypes=True,
         error=AdapterMismatchError,
     )
 
 
 def _advice(adapter: Iterable[str], base: Iterable[str]) -> str:
-    """What to do where one of the two has scanned layers and the other has not."""
+    """A hint for a message, if only one of the two has scanned layers."""
     scanned = re.compile(r"(.*/)?layers/(?!\d)")
     if any(map(scanned.match, adapter)) == any(map(scanned.match, base)):
         return ""

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what an adapter says of itself; docs/format.md has its rules."""
+"""`adapter_config.json`, the manifest of an adapter; docs/format.md specifies it."""
 
 import functools
 import json
@@ -19,19 +19,19 @@ from adapters_jax.targets import MOST, weight
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
-MOST_TEXTS = 4096  # patterns and other texts of a recipe, of which each is held against each path
+MOST_TEXTS = 4096  # patterns and other texts of a recipe; each is matched against each path
 _KEYS = ("format", "adapters_jax", "base", "parameters", "tensors", "recipe")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an adapter says of itself.
+    """The manifest of an adapter.
 
     Attributes:
         recipe: what trains.
-        base: the base it was trained on; None where it is not known.
-        parameters: how many numbers its tensors hold.
-        tensors: how many tensors there are.
+        base: the base it was trained on; None if it is not known.
+        parameters: the number of parameters in its tensors.
+        tensors: the number of tensors.
     """
 
     recipe: Recipe
@@ -41,11 +41,11 @@ class Manifest:
 
     @classmethod
     def of(cls, recipe: Recipe, base: BaseIdentity | None, arrays: Mapping[str, Any]) -> "Manifest":
-        """Of tensors by path, also abstract ones."""
+        """The manifest of tensors by path, which may be abstract."""
         return cls(recipe, base, *_counts(arrays))
 
     def to_bytes(self, path: Path) -> bytes:
-        """The content of the file at a path; raises AdapterFileError where `read` would."""
+        """The content of the file at a path; raises AdapterFileError if `read` would."""
         values = {
             "format": FORMAT,
             "adapters_jax": _version(),
@@ -61,18 +61,18 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Reads the file; raises AdapterFileError where it is not of this format."""
+        """Reads the file; raises AdapterFileError if it is not of this format."""
         return cls.of_values(read_json(path), path)
 
     @classmethod
     def of_values(cls, values: dict[str, Any], path: Path) -> "Manifest":
-        """Of the JSON in the file at a path; raises AdapterFileError where it does not do."""
+        """The manifest in a JSON object; raises AdapterFileError, naming `path`, if it is wrong."""
         if type(values.get("format")) is not int or values["format"] != FORMAT:
             raise AdapterFileError(
-                f"{path} is not of format {FORMAT}, it says format="
-                f"{_told(values.get('format'))}; it needs another adapters_jax"
+                f"{path} has format={_shown(values.get('format'))}, expected {FORMAT}; "
+                "it needs another version of adapters_jax"
             )
-        wrong = [f"unknown key {_told(key)}" for key in values if key not in _KEYS][:5]
+        wrong = [f"unknown key {_shown(key)}" for key in values if key not in _KEYS][:5]
         wrong += [f"{key!r} is missing" for key in _KEYS if key not in values and key != "base"]
         wrong += _of_wrong_type(values)
         if wrong:
@@ -81,23 +81,23 @@ class Manifest:
         try:
             recipe = _recipe(values["recipe"])
         except (ValueError, TypeError) as error:
-            told = shortened(str(error), 600)
-            raise AdapterFileError(f"{path} holds no usable recipe: {told}") from error
+            problem = shortened(str(error), 600)
+            raise AdapterFileError(f"{path} holds no usable recipe: {problem}") from error
         return cls(recipe, base, values["parameters"], values["tensors"])
 
     def check_counts(self, arrays: Mapping[str, Any], path: Path) -> None:
-        """Raises AdapterFileError unless tensors by path are as many as this says."""
+        """Raises AdapterFileError unless tensors by path have the counts of this manifest."""
         found = _counts(arrays)
         if found != (self.parameters, self.tensors):
             raise AdapterFileError(
-                f"{path} holds {found[0]} parameters in {found[1]} tensors, and {CONFIG} says "
-                f"{self.parameters} in {self.tensors}; they are not of one adapter"
+                f"{path} holds {found[0]} parameters in {found[1]} tensors, and {CONFIG} has "
+                f"{self.parameters} in {self.tensors}; the two files are of different adapters"
             )
 
 
 @functools.cache
 def _version() -> str:
-    """This library's version; to ask for it takes milliseconds."""
+    """This library's version; looking it up takes milliseconds."""
     return version("adapters-jax")
 
 
@@ -106,17 +106,17 @@ def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
-    """What of a configuration is not of its type."""
+    """The values of a configuration that have the wrong type, for a message."""
     wrong = [
-        f"{key}={_told(values[key])}, expected a number"
+        f"{key}={_shown(values[key])}, expected a number"
         for key in ("parameters", "tensors")
         if key in values and (type(values[key]) is not int or values[key] < 0)
     ]
     if not isinstance(values.get("adapters_jax", ""), str):
-        wrong.append(f"adapters_jax={_told(values['adapters_jax'])}, expected a version")
+        wrong.append(f"adapters_jax={_shown(values['adapters_jax'])}, expected a version")
     base = values.get("base")
     if base is not None and not _is_base(base):
-        wrong.append(f"base={_told(base)}, expected null or an object of a base's identity")
+        wrong.append(f"base={_shown(base)}, expected null or an object of a base's identity")
     return wrong
 
 
@@ -124,19 +124,19 @@ def _is_base(base: Any) -> bool:
     """Whether a JSON value is the identity of a base."""
     if not isinstance(base, dict) or base.keys() != set(BaseIdentity.__dataclass_fields__):
         return False
-    said = {key: value for key, value in base.items() if value is not None}
-    name = said.pop("id", "")
-    hashes = (isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in said.values())
+    known = {key: value for key, value in base.items() if value is not None}
+    name = known.pop("id", "")
+    hashes = (isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in known.values())
     return isinstance(name, str) and len(name) <= LONGEST_NAME and all(hashes)
 
 
 def _recipe(values: Any) -> Recipe:
-    """The recipe, if to match its patterns is not too much work."""
+    """The recipe; raises UserError if its patterns are too much work to match."""
     texts = list(_texts(values))
     if len(texts) > MOST_TEXTS or sum(map(weight, texts)) > MOST:
         raise UserError(
-            f"its patterns are too many, over {MOST_TEXTS}, or stand for over {MOST} characters of "
-            "plain patterns; write * or ** instead of some of their braces"
+            f"it has over {MOST_TEXTS} patterns, or their braces expand to over {MOST} characters; "
+            "write * or ** instead of some braces"
         )
     return Recipe.from_json(values)
 
@@ -153,5 +153,5 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return shortened(repr(value), 80)

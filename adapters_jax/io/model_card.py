@@ -1,4 +1,4 @@
-"""The model card of an adapter: a README.md that people read and the Hugging Face Hub understands.
+"""The model card of an adapter: a README.md for people, with metadata for the Hugging Face Hub.
 
 Reference: https://huggingface.co/docs/hub/model-cards
 """
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from adapters_jax.audit import HEADERS, Audit
+from adapters_jax.errors import MissingPackageError
 from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.methods import Method
@@ -32,24 +33,24 @@ def model_card(
     """Writes the card, for `save_adapter(..., beside={"README.md": card})`.
 
     Args:
-        title: of the page.
+        title: the title of the page.
         recipe: what was trained.
-        load: Python that loads it, in few lines.
-        about: what it does, in words.
-        base: what it was trained on; an id on the Hub becomes the card's `base_model`.
-        counts: what `aj.audit` says of the model.
-        metrics: on held-out data, by name; with task and dataset the Hub shows them.
-        task: of the Hub's, such as "text-classification".
-        dataset: what the metrics are of.
+        load: a few lines of Python that load the adapter.
+        about: what the adapter does, in words.
+        base: the base it was trained on; an id on the Hub becomes the card's `base_model`.
+        counts: the `aj.audit` of the adapted model.
+        metrics: metrics on held-out data, by name; the Hub shows them if it has task and dataset.
+        task: a task of the Hub, such as "text-classification".
+        dataset: the data set of the metrics.
         sections: further parts in Markdown, by heading.
-        license: of the adapter, as the Hub names it; nothing is said where it is not known.
-        library: that loads it.
+        license: the adapter's license, by its name on the Hub; None leaves it out.
+        library: the library that loads the adapter.
 
     Returns:
-        Markdown, with the settings that the Hub reads in front.
+        Markdown, with the metadata that the Hub reads in front.
 
     Raises:
-        ImportError: `huggingface_hub` is not installed.
+        MissingPackageError: `huggingface_hub` is not installed.
 
     Example:
         >>> from adapters_jax import LoRA
@@ -106,15 +107,12 @@ def _hub_library() -> Any:
     try:
         import huggingface_hub
     except ImportError as problem:
-        raise ImportError(
-            "a model card is written with huggingface_hub, which is not installed: "
-            "pip install 'adapters-jax[finetune]'"
-        ) from problem
+        raise MissingPackageError("a model card", "huggingface_hub") from problem
     return huggingface_hub
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; nothing where it has no rows.
+    """A table in Markdown; empty if it has no rows.
 
     Example:
         >>> print(table(["a", "b"], [[1, "x|y"]]))
@@ -137,7 +135,7 @@ def _results(
     task: str | None,
     dataset: str | None,
 ) -> dict[str, Any]:
-    """The metrics as the Hub has them; nothing where it would not know what they are of."""
+    """The metrics as the Hub stores them; empty without a task and a data set, which it needs."""
     if not (metrics and task and dataset):
         return {}
     of = {"task_type": task, "dataset_type": dataset, "dataset_name": dataset}
@@ -150,13 +148,13 @@ def _results(
 
 
 def _base(base: BaseIdentity | None) -> str:
-    """What is known of the base."""
+    """The known fields of the base's identity, as a table."""
     known = {key: value for key, value in vars(base).items() if value} if base else {}
     return table(["what", "value"], [[key, f"`{value}`"] for key, value in known.items()])
 
 
 def _counts(counts: Audit | None) -> str:
-    """The audit: every adapter against its closed form."""
+    """The audit as a table: the parameters of each adapter, counted and by its closed form."""
     if counts is None:
         return ""
     totals = "\n\n".join(line.capitalize() for line in counts.totals()[:1])

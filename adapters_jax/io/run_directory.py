@@ -1,4 +1,4 @@
-"""The directory of a run: what is written into it, and how it is read again."""
+"""The directory of a run of the command line: its files, written and read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NEEDED: dict[str, type] = {
 
 
 class RunError(UserError):
-    """A run's directory is there when it must not be, is absent, or is damaged."""
+    """A run's directory exists but must not, is absent, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Run:
     """One run's directory.
 
     Args:
-        path: of the directory.
+        path: the path of the directory.
 
     Example:
         >>> Run(Path("runs/demo")).adapter.as_posix()
@@ -51,44 +51,44 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """What `aj.save_adapter` wrote; an exported run has it beside its configuration."""
+        """The adapter's directory; an exported run has its files beside the configuration."""
         return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
 
     @property
     def config(self) -> Path:
-        """Everything that `predict` needs beside the adapter, and all that was asked for."""
+        """The configuration: the run's options, and what `predict` needs beside the adapter."""
         return self.path / "config.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: losses by step, and evaluations."""
+        """The losses by step, and evaluations: one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def curves(self) -> Path:
-        """The loss and the dev metric, drawn."""
+        """A plot of the loss and the dev metric."""
         return self.path / "curves.png"
 
     @property
     def report(self) -> Path:
-        """The page that shows all of it."""
+        """The page that reports the run."""
         return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:
-        """What training needs to go on where it was cut off; removed when it is finished."""
+        """The checkpoints to resume from; removed when the run is finished."""
         return self.path / "checkpoints"
 
     def refuse_existing(self) -> None:
-        """Raises RunError where something has the run's name: nothing is ever overwritten."""
+        """Raises RunError if the path exists: a run is never overwritten."""
         if self.path.exists():
             raise RunError(
-                f"{self.path} exists already; give this run another --name, remove that one, or go "
-                f"on with it, if it was cut off: adapters-jax finetune --resume {self.path}"
+                f"{self.path} exists already; give this run another --name, remove that one, or "
+                f"resume it if it was interrupted: adapters-jax finetune --resume {self.path}"
             )
 
     def create(self, config: dict[str, Any]) -> None:
-        """Makes the directory, which is there with its configuration or not at all."""
+        """Creates the directory, which appears with its configuration or not at all."""
         self.refuse_existing()
         with file_errors(self.path, "made"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +104,13 @@ class Run:
             raise
 
     def lock(self) -> FileLock:
-        """Takes the run for this process, until it ends or `unlock`.
+        """Locks the run for this process, until the process ends or calls `unlock`.
 
-        The lock is the system's, which gives it back where a process is killed. Beside it stands
-        who has it, for the message of the others.
+        The operating system releases the lock of a process that is killed. `lock.pid` has the
+        number of the process, for the message to others.
 
         Raises:
-            RunError: another process has it.
+            RunError: another process has locked it.
             FileSystemError: the directory cannot be written.
         """
         lock, holder = FileLock(self.path / "lock", blocking=False), self.path / "lock.pid"
@@ -125,31 +125,32 @@ class Run:
         return lock
 
     def unlock(self, lock: FileLock) -> None:
-        """Gives the run back."""
+        """Releases the lock."""
         (self.path / "lock.pid").unlink(missing_ok=True)
-        (self.path / "lock").unlink(missing_ok=True)  # while it is held, so that nobody else has it
+        (self.path / "lock").unlink(missing_ok=True)  # while locked: nobody else can hold it
         lock.release()
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes the configuration, or writes it again."""
+        """Writes the configuration; an old one is replaced."""
         text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
         write_file(self.config, f"{text}\n".encode())
 
     def write_log(self, records: Iterable[dict[str, Any]]) -> None:
-        """Writes the metrics anew."""
+        """Writes all metrics; an old file is replaced."""
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_file(self.metrics, lines.encode())
 
     def log(self, record: dict[str, Any]) -> None:
-        """Adds one record to the metrics; the file is whole after every line."""
+        """Appends one record to the metrics; the file is valid after every line."""
         line = json.dumps(record) + "\n"
         with file_errors(self.metrics, "written"), self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def read_config(self, kind: str | None = None) -> dict[str, Any]:
-        """The configuration of a run on a base of a kind: "encoder", "decoder", or None for any.
+        """Reads the configuration; `adapters_jax.tasks.read_run` also checks what its task needs.
 
-        What its task needs of it is checked by `adapters_jax.tasks.read_run`.
+        Args:
+            kind: the expected kind of base, "encoder" or "decoder"; None accepts any.
 
         Raises:
             RunError: it is absent or damaged, or the base is of another kind.
@@ -165,12 +166,12 @@ class Run:
         check_keys(self, config, _NEEDED)
         found = config.get("kind", "encoder")
         if kind not in (None, found):
-            raise RunError(f"{self.path} is a run on a base of another kind, {found}, not {kind}")
+            raise RunError(f"{self.path} is a run on a base of kind {found}, expected {kind}")
         return config
 
 
 def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) -> None:
-    """Raises RunError where a configuration lacks a key, or has another type or format there."""
+    """Raises RunError if a configuration has another format, or lacks a key of some type."""
     wrong = [key for key, expected in needed.items() if type(config.get(key)) is not expected]
     if wrong or config["format"] != FORMAT:
         raise RunError(
@@ -180,7 +181,7 @@ def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) 
 
 
 def _process(holder: Path) -> str:
-    """Who has a run, of the file that says it."""
+    """The process in a file `lock.pid`, for a message."""
     try:
         return f"process {holder.read_text()}"
     except FileNotFoundError:
@@ -188,14 +189,14 @@ def _process(holder: Path) -> str:
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Run:
-    """A run's directory, or an exported one by its id on the Hugging Face Hub.
+    """Finds a run: its directory, or an exported run by its id on the Hugging Face Hub.
 
     Args:
         name: a directory, or an id such as `"user/name"` or `"user/name@revision"`.
         revision: a branch, tag or commit on the Hub.
 
     Raises:
-        RunError: the Hub does not give it.
+        RunError: the Hub has no such run.
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))
@@ -203,7 +204,7 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
 
 
 def check_finished(run: Run, config: dict[str, Any]) -> None:
-    """Raises RunError where a run's adapter is not its last."""
+    """Raises RunError if a run is not finished."""
     if not {"summary", "combined"} & config.keys():
         raise RunError(
             f"{run.path} is not finished; go on with: adapters-jax finetune --resume {run.path}"
@@ -211,17 +212,17 @@ def check_finished(run: Run, config: dict[str, Any]) -> None:
 
 
 def check_base(run: Run, config: dict[str, Any], sha256: str) -> None:
-    """Raises RunError where a base's weights are not those that a run was trained on."""
+    """Raises RunError if a base's weights are not those that a run was trained on."""
     if sha256 != config["base_sha256"]:
         raise RunError(
             f"the weights of {config['model']} are not those that {run.path} was trained on: their "
-            f"sha256 is {sha256[:12]}..., was {config['base_sha256'][:12]}...; put those back, or "
-            "train anew"
+            f"sha256 is {sha256[:12]}..., expected {config['base_sha256'][:12]}...; restore those "
+            "weights, or train again"
         )
 
 
 def run_name(*parts: str) -> str:
-    """A directory's name of what the run is about.
+    """Makes the name of a run's directory from its model, data and method.
 
     Example:
         >>> run_name("google-bert/bert-base-uncased", "SST 2", "lora")

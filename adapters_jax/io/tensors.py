@@ -1,12 +1,12 @@
-"""Safetensors files that others wrote, read with distrust.
+"""Reads safetensors files of unknown origin.
 
-The header is checked whole before a tensor is read, and nothing is allocated before its size is
-known to fit the file. Everything that is wrong with a file is an `AdapterFileError` that names it.
+The whole header is checked before a tensor is read, and nothing is allocated before its size is
+known to fit the file. Anything wrong with a file raises an `AdapterFileError` that names it.
 
-The package safetensors checks dtypes, offsets and sizes as well, but accepts a name that is there
-twice, further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps
-the file, so that a process ends by a signal where the file becomes shorter. So one reader checks
-and reads it all.
+The package safetensors checks dtypes, offsets and sizes as well, but accepts duplicate names,
+further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps the
+file, so a signal ends the process if the file becomes shorter. This module therefore has a reader
+of its own.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -38,12 +38,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{kind.upper()}{n}": np.dtype(f"{kind}{n // 8}") for kind in "iu" for n in (8, 16, 32, 64)},
     "BOOL": np.dtype(np.bool_),
 }
-_CHUNK = 2**16  # numbers that are checked at a time, so that the check takes no memory
+_CHUNK = 2**16  # numbers checked at a time, so that the check needs little memory
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor is in a file, and what it is."""
+    """The dtype, the shape and the byte range of a tensor in a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -53,34 +53,34 @@ class _Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open safetensors file whose header is known to be right; `open_tensors` makes it."""
+    """An open safetensors file with a checked header; `open_tensors` makes it."""
 
     path: Path
     file: BufferedReader
-    places: dict[str, _Entry]
+    entries: dict[str, _Entry]
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every tensor by name, as its shape and dtype."""
-        return {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in self.places.items()}
+        """The shape and dtype of each tensor by name."""
+        return {n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in self.entries.items()}
 
     def read(self) -> dict[str, np.ndarray]:
-        """Every tensor by name.
+        """Reads all tensors by name.
 
         Raises:
-            AdapterFileError: the file became shorter, or some number is not finite; all tensors
-                that have such numbers are named.
+            AdapterFileError: the file became shorter, or a number is not finite; the message names
+                the tensors that have such numbers.
         """
-        arrays = {name: self._tensor(place) for name, place in self.places.items()}
+        arrays = {name: self._tensor(entry) for name, entry in self.entries.items()}
         wrong = not_finite(arrays)
         if wrong:
             raise AdapterFileError(f"{self.path} has numbers that are not finite in {wrong}")
         return arrays
 
-    def _tensor(self, place: _Entry) -> np.ndarray:
-        array = np.empty(place.shape, place.dtype)
+    def _tensor(self, entry: _Entry) -> np.ndarray:
+        array = np.empty(entry.shape, entry.dtype)
         with file_errors(self.path, error=AdapterFileError):
-            self.file.seek(place.begin)
+            self.file.seek(entry.begin)
             count = self.file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
         if count != array.nbytes:
             raise AdapterFileError(f"{self.path} became shorter while it was read; read it again")
@@ -88,7 +88,7 @@ class TensorFile:
 
 
 def not_finite(arrays: Mapping[str, np.ndarray]) -> str:
-    """The names of arrays that hold NaN or infinity, for a message; empty where none does.
+    """The names of the arrays that hold NaN or infinity, for a message; empty if there are none.
 
     Example:
         >>> not_finite({"a": np.ones(2), "b": np.array([0.0, np.nan])})
@@ -102,15 +102,15 @@ def _finite(array: np.ndarray) -> bool:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return True
     flat = array.reshape(-1)
-    with np.errstate(invalid="ignore"):  # a signalling NaN is one of those we look for
+    with np.errstate(invalid="ignore"):  # a signalling NaN would warn
         return all(np.isfinite(flat[i : i + _CHUNK]).all() for i in range(0, flat.size, _CHUNK))
 
 
 def check_header(length: int, size: int, path: Path) -> None:
-    """Raises AdapterFileError where a header is too long for a safetensors file of a size."""
+    """Raises AdapterFileError if a header is too long for a safetensors file of this size."""
     if not 0 < length <= size - 8:
         raise AdapterFileError(
-            f"{path} is damaged: it has {size} bytes and says that {length} of them are its header"
+            f"{path} is damaged: it has {size} bytes, but its header is to have {length} of them"
         )
     most = max(MOST_JSON, size // 32)
     if length > most:
@@ -119,35 +119,39 @@ def check_header(length: int, size: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Opens a safetensors file and checks its header, whole, before any tensor is read.
+    """Opens a safetensors file and checks its whole header before any tensor is read.
+
+    The header must be JSON of at most 1 MiB (or a 32nd of the file), each name a plain path and
+    each dtype known, and the tensors must fill the file to its end, without overlap or hole.
 
     Raises:
-        AdapterFileError: it is no ordinary file, or not as the format says: the header is JSON of
-            at most 1 MiB (or a 32nd of the file), each name is a plain path, each dtype is known,
-            and the tensors fill the file from the header to its end, without overlap or hole.
+        AdapterFileError: it is not an ordinary file, or breaks one of these rules.
     """
     with opened(path) as (file, size):
         length = int.from_bytes(read_bytes(file, min(size, 8), path), "little")
         check_header(length, size, path)
         header = read_bytes(file, length, path)
         if not header.startswith(b"{"):
-            raise AdapterFileError(f"{path} is damaged: its header is no JSON object")
-        entries = parse(header, path)
+            raise AdapterFileError(f"{path} is damaged: its header is not a JSON object")
+        values = parse(header, path)
         try:
-            places = _places(entries, 8 + length, size)
-        except ValueError as error:
+            entries = _entries(values, 8 + length, size)
+        except UserError as error:
             raise AdapterFileError(f"{path} is damaged: {error}") from error
-        yield TensorFile(path, file, places)
+        yield TensorFile(path, file, entries)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of a safetensors file by name; raises as `open_tensors` and `read` do.
+    """Reads all tensors of a safetensors file by name.
+
+    Raises:
+        AdapterFileError: as for `open_tensors` and `TensorFile.read`.
 
     Example:
         >>> import pathlib, tempfile
         >>> from safetensors.numpy import save_file
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     path = pathlib.Path(place, "a.safetensors")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "a.safetensors")
         ...     save_file({"x": np.ones(2, np.float32)}, path)
         ...     read_tensors(path)
         {'x': array([1., 1.], dtype=float32)}
@@ -156,66 +160,67 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return file.read()
 
 
-def _places(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
-    """Every tensor's place; raises ValueError where the header is not as the format says."""
+def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
+    """The entries of a header by name; raises UserError if it breaks a rule of the format."""
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise UserError("its __metadata__ is no mapping from text to text")
-    places = {name: _place(name, entry, start) for name, entry in header.items()}
+        raise UserError("its __metadata__ is not a mapping from text to text")
+    entries = {name: _entry(name, value, start) for name, value in header.items()}
     position = start
-    for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if place.begin != position:
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
             what = (
-                "overlaps another tensor" if place.begin < position else "leaves a hole before it"
+                "overlaps another tensor" if entry.begin < position else "leaves a hole before it"
             )
-            raise UserError(f"{name} {what}: it begins at {place.begin}, expected {position}")
-        position = place.end
+            raise UserError(f"{name} {what}: it begins at {entry.begin}, expected {position}")
+        position = entry.end
     if position != size:
         raise UserError(f"its tensors end at byte {position}, and the file has {size}")
-    return places
+    return entries
 
 
-def _place(name: str, entry: Any, start: int) -> _Entry:
-    """One tensor's place, from its entry in the header."""
+def _entry(name: str, value: Any, start: int) -> _Entry:
+    """One tensor's entry, from its value in the header."""
     problem = name_problem(name)
     if problem:
         raise UserError(problem)
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{name} has no entry of dtype, shape and data_offsets alone")
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{name} must have exactly the keys dtype, shape and data_offsets")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{name} has the dtype {_told(kind)}, expected one of {', '.join(DTYPES)}")
+        raise UserError(f"{name} has the dtype {_shown(kind)}, expected one of {', '.join(DTYPES)}")
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
-        raise UserError(f"{name} has the shape {_told(shape)}, expected a list of sizes")
+        raise UserError(f"{name} has the shape {_shown(shape)}, expected a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:
-        raise UserError(f"{name} has the data_offsets {_told(offsets)}, expected two numbers")
+        raise UserError(f"{name} has the data_offsets {_shown(offsets)}, expected two numbers")
     dtype, (begin, end) = DTYPES[kind], offsets
     extent = math.prod(shape) * dtype.itemsize
     if end - begin != extent:
         raise UserError(
-            f"{name} is {kind}{_told(shape)}, {extent} bytes, and has the place of {end - begin}"
+            f"{name} is {kind}{_shown(shape)}, {extent} bytes, but its data_offsets span "
+            f"{end - begin}"
         )
     return _Entry(dtype, tuple(shape), start + begin, start + end)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return shortened(repr(value), 80)
 
 
 def _sizes(value: Any, most: int) -> bool:
-    """Whether a value is a list of whole numbers from 0 to below `most`."""
+    """Whether a value is a list of whole numbers, each at least 0 and below `most`."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < most for n in value)
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with a tensor's name; empty where it is a plain path.
+    """What is wrong with a tensor's name, for a message; empty if it is a plain path.
 
     Example:
         >>> name_problem("layer_0/query/lora/a"), name_problem("../a")
-        ('', "the name '../a' is no plain path")
+        ('', "the name '../a' is not a plain path")
     """
     parts = name.split("/")
     plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(name) > LONGEST_NAME or not plain:
-        return f"the name {shortened(repr(name), 80)} is no plain path"
+        return f"the name {shortened(repr(name), 80)} is not a plain path"
     return ""

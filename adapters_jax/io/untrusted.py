@@ -1,6 +1,6 @@
-"""Files that others wrote, opened with distrust, and JSON of them.
+"""Opens files of unknown origin, and reads their JSON.
 
-Everything that is wrong with a file is an `AdapterFileError` that names it.
+Anything wrong with a file raises an `AdapterFileError` that names it.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
 
-MOST_JSON = 2**20  # bytes: four thousand patterns of 200 characters, and a parse within 0.3 s
-DEEPEST = 32  # lists and objects in one another
+MOST_JSON = 2**20  # bytes; enough for 4000 patterns of 200 characters, and parsed within 0.3 s
+DEEPEST = 32  # nested lists and objects
 _TOKEN = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
@@ -25,13 +25,13 @@ _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """An ordinary file, open for reading, and its size.
+    """Opens an ordinary file for reading, and gives its size.
 
-    A link may lead to a file in the same directory, and from a snapshot in a cache of the Hugging
-    Face Hub, whose files are links, to that cache's blobs.
+    A link may point into its own directory; a link in a snapshot of the Hugging Face Hub's cache
+    may point to the blobs of that cache.
 
     Raises:
-        AdapterFileError: it is not there, is no ordinary file, or is a link to somewhere else.
+        AdapterFileError: it does not exist, is not an ordinary file, or is a link out of these.
     """
     with file_errors(path, error=AdapterFileError):
         real = os.path.realpath(path, strict=True)
@@ -39,15 +39,15 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
             raise AdapterFileError(
                 f"{path} is a link to {real}, out of its directory; put the file itself there"
             )
-        if not stat.S_ISREG(os.stat(real).st_mode):  # to open a pipe would be to wait for it
-            raise AdapterFileError(f"{path} is no ordinary file; put the file itself there")
+        if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would block
+            raise AdapterFileError(f"{path} is not an ordinary file; put the file itself there")
         file = open(real, "rb")  # noqa: SIM115
     with file:
         yield file, os.fstat(file.fileno()).st_size
 
 
 def _belongs(real: str, directory: str) -> bool:
-    """Whether a file may be read as one of a directory, both without links."""
+    """Whether a file may be read as part of a directory; both paths are free of links."""
     if Path(real).is_relative_to(directory):
         return True
     found = _SNAPSHOT.fullmatch(directory.replace(os.sep, "/"))
@@ -59,17 +59,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        AdapterFileError: it is no file, longer than 1 MiB, not UTF-8, no JSON object, nested more
-            than 32 deep, has a key twice, or a number that is not finite or of over 20 digits.
+        AdapterFileError: it is not a file, longer than 1 MiB, not UTF-8, not a JSON object, nested
+            more than 32 deep, or has a duplicate key, a number that is not finite or an integer of
+            over 20 digits.
 
     Example:
         >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     path = pathlib.Path(place, "config.json")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "config.json")
         ...     _ = path.write_text('{"r": 4, "r": 8}')
         ...     read_json(path)
         Traceback (most recent call last):
-        adapters_jax.errors.AdapterFileError: .../config.json is damaged: the key 'r' is there twice
+        adapters_jax.errors.AdapterFileError: .../config.json is damaged: duplicate key 'r'
     """
     with opened(path) as (file, size):
         check_size(size, path)
@@ -77,13 +78,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_size(size: int, path: Path) -> None:
-    """Raises AdapterFileError where a JSON file of so many bytes is too large."""
+    """Raises AdapterFileError if `size`, in bytes, is too large for a JSON file."""
     if size > MOST_JSON:
         raise AdapterFileError(f"{path} has {size} bytes, expected at most {MOST_JSON} of JSON")
 
 
 def read_bytes(file: BufferedReader, size: int, path: Path) -> bytes:
-    """So many bytes of a file, or an AdapterFileError."""
+    """Reads `size` bytes; raises AdapterFileError if the file has fewer."""
     with file_errors(path, error=AdapterFileError):
         data = file.read(size)
     if len(data) != size:
@@ -92,7 +93,7 @@ def read_bytes(file: BufferedReader, size: int, path: Path) -> bytes:
 
 
 def parse(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object out of its bytes."""
+    """Parses a JSON object; raises AdapterFileError, naming `path`, for anything else."""
     try:
         text = data.decode("utf-8")
         _check_depth(text)
@@ -103,9 +104,9 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
             parse_float=_float,
             parse_constant=_no_number,
         )
-        if "\\u" in text:  # a lone half of a surrogate pair is no text
+        if "\\u" in text:  # a lone surrogate is valid JSON, but not text
             json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except ValueError as error:  # also of the decoders
+    except ValueError as error:  # of the checks here and of the decoders
         raise AdapterFileError(f"{path} is damaged: {shortened(str(error))}") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -113,7 +114,7 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_depth(text: str) -> None:
-    """Raises ValueError where lists and objects are too deep in one another, texts aside."""
+    """Raises UserError if lists and objects are nested too deep; brackets in texts do not count."""
     depth = 0
     for found in _TOKEN.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
@@ -125,7 +126,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise UserError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+        raise UserError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
     return values
 
 
@@ -139,4 +140,4 @@ def _float(text: str) -> float:
 
 
 def _no_number(text: str) -> Any:
-    raise UserError(f"{shortened(text, 30)} is no number that such a file may hold")
+    raise UserError(f"{shortened(text, 30)} is not a finite number of at most 20 digits")

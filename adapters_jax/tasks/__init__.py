@@ -1,9 +1,9 @@
-"""What is learnt from rows: a registry of tasks.
+"""Tasks: what a model learns from rows; a registry has them by name.
 
-- `base`: what a task is, and what its author provides.
-- `classification`, `regression`: labels of texts; `labelled` and `labelled_problem` are what they
-  share, `readout` is what differs, `head` the baseline.
-- `completion`: prompts and what follows them; `completion_problem`, `completion_rows`, `prompts`.
+- `base`: the interface of a task, and what its author provides.
+- `classification`, `regression`: labels of texts; `labelled` and `labelled_problem` have what both
+  share, `readout` what differs, `head` the baseline.
+- `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match.
 """
 
@@ -28,7 +28,7 @@ TASKS: dict[str, Task] = {
 
 
 def tasks_on(kind: str) -> list[Task]:
-    """The tasks on a kind of base, "encoder" or "decoder"; the first is the one by default.
+    """The tasks on a kind of base, "encoder" or "decoder"; the first is the default.
 
     Example:
         >>> [task.name for task in tasks_on("encoder")]
@@ -38,10 +38,11 @@ def tasks_on(kind: str) -> list[Task]:
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
-    """The task of a run by its configuration.
+    """Finds the task of a run by its configuration.
 
     Raises:
-        KeyError: the registry has no such task; the key is its name.
+        KeyError: the registry has no task of that name.
+        TypeError: the name is not a text.
 
     Example:
         >>> task_of({"task_type": "regression"}).name
@@ -53,29 +54,29 @@ def task_of(config: Mapping[str, Any]) -> Task:
         return TASKS[config["task_type"]]
     if config.get("kind") == "decoder":
         return TASKS["completion"]
-    # Runs without a task_type have a target, of classes by their names or of numbers.
+    # Old runs have no task_type, but a target: the names of classes, or the scale of numbers.
     target = config.get("target")
     named = isinstance(target, dict) and target.get("names")
     return TASKS["classification" if named else "regression"]
 
 
 def read_run(run: Run, command: str | None = None) -> tuple[Task, dict[str, Any]]:
-    """The task and the configuration of a run.
+    """Reads the task and the configuration of a run.
 
     Args:
-        run: where.
-        command: "predict" or "generate", if the run is to be used so; None for any run.
+        run: the run.
+        command: the command that uses the run, "predict" or "generate"; None is any command.
 
     Raises:
-        RunError: it is absent or damaged, of a task that is not registered, or is used by another
-            command.
+        RunError: the run is absent or damaged, its task is not registered, or another command uses
+            it.
     """
     config = run.read_config()
     try:
         task = task_of(config)
     except (KeyError, TypeError):
         raise RunError(
-            f"{run.path} is of the task {config['task_type']!r}; registered are {', '.join(TASKS)}"
+            f"{run.path} has the task {config['task_type']!r}, expected one of {', '.join(TASKS)}"
         ) from None
     if command not in (None, task.command):
         raise RunError(

@@ -1,26 +1,25 @@
-"""What a task is: all that differs from one to another, in one object of a registry.
+"""The interface of a task: everything that differs between tasks, in one object of a registry.
 
 A task author provides one module with a `Task` and adds one line to `adapters_jax.tasks.TASKS`;
-`adapters-jax finetune --task NAME` then trains it, `--resume` goes on with it, and `load_predictor`
-opens its runs. The `Task` says what it is called, on which kind of base it works, and which columns
-and flags it reads, so that any other flag raises an error. Its three methods do the work:
+`adapters-jax finetune --task NAME` then trains it, `--resume` resumes it, and `load_predictor`
+opens its runs. The `Task` names itself, its kind of base, and the columns and flags that it reads;
+any other flag raises an error. Its three methods do the work:
 
-1. `load` reads one to three files into a `TaskData`. Its parts are sequences of rows with `texts`
-   and `labels`, of strings, numbers, lists or arrays, which the run's configuration has a hash of;
-   and with `take`. `data.tables.choose_columns` reads columns that `data.tables.Table` has no
-   field for.
+1. `load` reads one to three files into a `TaskData`. Each part has a method `take`, and `texts` and
+   `labels` made of strings, numbers, lists or arrays; the run's configuration has a hash of them.
+   `data.tables.choose_columns` reads columns that `data.tables.Table` has no field for.
 2. `prepare` loads the base, encodes the rows and returns a `Prepared`: the `Problem` that training
-   needs (model, batches, loss, score), what the run's configuration keeps, and baselines.
-3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object with
-   which the run is used. What it reads of the configuration it names in `needed`.
+   needs (model, batches, loss, score), the task's part of the run's configuration, and baselines.
+3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
+   uses the run. `needed` names the keys of the configuration that it reads.
 
 How three further tasks fit:
 
 - Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
   `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
-  and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is such a task, whole.
+  and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is a complete example.
 - Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
-  windows a row and keeps which row each is of; `score` joins the windows of a row again.
+  windows a row and keeps the row of each; `score` joins the windows of a row again.
 - Preferences: `load` reads `prompt`, `chosen` and `rejected`, two completions a row; a batch has
   both, and the loss compares their likelihoods.
 """
@@ -53,23 +52,23 @@ Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 
 @dataclass(frozen=True)
 class Setup:
-    """What a task prepares its problem with, beside the rows.
+    """The settings that a task prepares its problem with.
 
     Attributes:
         model: the base, as `load_encoder` and `load_decoder` take it.
-        recipe: makes the recipe that trains; takes the base's number of layers.
-        batch_size: rows a batch.
-        seed: of the head, the adapters and the order of rows.
+        recipe: makes the recipe that trains, from the base's number of layers.
+        batch_size: the number of rows in a batch.
+        seed: the seed of the head, the adapters and the order of rows.
         columns: the columns that the user named, by role.
-        pooling: of an encoder.
-        dropout: of an encoder; None is the checkpoint's own.
-        dtype: what the base computes in.
-        quantize: what its weights are kept in; None keeps them as they are.
-        max_length: in tokens; None is the task's own.
-        prompts: how a decoder is given a prompt.
-        pack: whether short rows share sequences.
-        exact_match: rows of a held-out part to generate for.
-        mesh: of the devices to train on; None is one.
+        pooling: the pooling of an encoder.
+        dropout: the dropout of an encoder; None is that of the checkpoint.
+        dtype: the dtype that the base computes in.
+        quantize: the quantised type of the base's weights; None keeps them as they are.
+        max_length: the largest number of tokens in a row; None is the task's default.
+        prompts: how a prompt is formatted for a decoder.
+        pack: whether short rows are packed into one sequence.
+        exact_match: the number of rows, of a held-out part, to generate completions for.
+        mesh: the mesh of devices to train on; None is one device.
         say: called with messages for the user.
     """
 
@@ -95,15 +94,15 @@ class Task(ABC):
 
     Attributes:
         name: the value of `--task`.
-        kind: of the base.
+        kind: the kind of its base.
         pipeline: the tag of the task on the Hugging Face Hub.
-        command: of adapters-jax, that uses a finished run. "predict" reads `text` and `pairs` of
-            the run's configuration, and `text_pair` where there are pairs.
-        metrics: that the user can choose from with `--metrics`.
+        command: the command of adapters-jax that uses a finished run. "predict" reads `text` and
+            `pairs` of the run's configuration, and `text_pair` if it has pairs.
+        metrics: the metrics that the user can choose with `--metrics`.
         columns: the roles of the columns it reads, each with its default name; None is optional.
-        flags: fields of the command line's options that not every task reads, and this one does.
-        needed: what `open` reads of a run's configuration, with its type.
-        example: how its rows are given on the command line.
+        flags: the flags of this task that not every task has, as fields of the options.
+        needed: the keys of a run's configuration that `open` reads, with their types.
+        example: the flags that give its rows on the command line.
     """
 
     name: ClassVar[str]
@@ -120,42 +119,44 @@ class Task(ABC):
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
-        """The rows to train on, to select on and to report on.
+        """Loads the rows to train on, to select on and to report on.
 
         Args:
-            files: "train", and maybe "dev" and "test", which are otherwise held out of it.
-            columns: that the user named, by role.
-            metrics: that the user chose, the one selected on first; empty for the task's own.
+            files: "train", and maybe "dev" and "test", which are otherwise held out of "train".
+            columns: the columns that the user named, by role.
+            metrics: the metrics that the user chose, the one to select on first; if empty, the
+                task's defaults.
 
         Raises:
-            DataError: files or rows that cannot be used.
+            DataError: files or rows cannot be used.
         """
 
     @abstractmethod
     def prepare(self, data: TaskData, setup: Setup) -> Prepared:
-        """The problem of some rows on a base, with its baselines; nothing is trained yet.
+        """Prepares the problem and its baselines from rows and a base; trains nothing.
 
         Raises:
-            ValueError: rows or a base that cannot be used.
+            UserError: the rows or the base cannot be used.
             AssetError: the pinned model could not be fetched.
         """
 
     @abstractmethod
     def open(self, run: Run, config: Mapping[str, Any]) -> Any:
-        """A finished run, ready to use.
+        """Opens a finished run for use.
 
         Args:
-            run: where its adapter is.
-            config: of the run, with all that is `needed`.
+            run: the run.
+            config: its configuration, with every key in `needed`.
 
         Raises:
-            ValueError: a damaged run, or a base that is not the one it was trained on.
+            RunError: the run is damaged, or the base has other weights.
+            AdapterFileError: the adapter is damaged, or was trained on another base.
             AssetError: the pinned model could not be fetched.
         """
 
     @abstractmethod
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """How a finished run is used, for its page and its model card.
+        """Examples that use a finished run, for its page and its model card.
 
         Args:
             run: its directory, or its id on the Hugging Face Hub.
@@ -164,15 +165,15 @@ class Task(ABC):
         """
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
-        """The columns of all roles: the user's, and the defaults of the others."""
+        """The columns of all roles: those that the user named, and the defaults of the others."""
         return {**self.columns, **columns}
 
 
 class Usage(NamedTuple):
-    """Lines to paste that use a finished run.
+    """Examples that use a finished run, to copy and paste.
 
     Attributes:
-        shell: a command.
+        shell: a shell command.
         python: a few lines of Python.
     """
 
@@ -181,14 +182,14 @@ class Usage(NamedTuple):
 
     @classmethod
     def of(cls, shell: Sequence[str], load: str, run: str, model: str | None, call: str) -> Usage:
-        """The lines of a task.
+        """Makes the examples of a task.
 
         Args:
-            shell: the words of the command.
+            shell: the words of the shell command.
             load: the function of `adapters_jax.inference` that loads the run.
             run: its directory, or its id on the Hugging Face Hub.
-            model: the base model's directory or id; None leaves it to the run.
-            call: what is printed of the loaded run.
+            model: the base model's directory or id; None is the one in the run.
+            call: the method call whose results are printed.
 
         Example:
             >>> words = ["adapters-jax", "predict", "my run"]
@@ -211,13 +212,13 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared(ABC):
-    """A problem that is ready to be trained, with what a run keeps and compares it with.
+    """A problem that is ready to be trained, with its configuration and baselines.
 
     Attributes:
         problem: what is learnt.
-        base_sha256: of the base's files.
-        tokens: of an epoch, for the speed that is shown; 0 where it means nothing.
-        config: what the run's configuration says of the task.
+        base_sha256: the hash of the base's files.
+        tokens: the tokens in an epoch, to show the speed; 0 if the speed would mean nothing.
+        config: the task's part of the run's configuration.
     """
 
     problem: Problem
@@ -228,21 +229,21 @@ class Prepared(ABC):
     @property
     @abstractmethod
     def identity(self) -> BaseIdentity:
-        """What an adapter's file says of the base."""
+        """The identity of the base, for the adapter's file."""
 
     @property
     def trained(self) -> Problem:
-        """What is trained, where the method makes that simpler than `problem`."""
+        """The problem to train: `problem`, or an equivalent that costs less."""
         return self.problem
 
     @abstractmethod
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
-        """What a run is compared with, the simplest first."""
+        """The baselines that a run is compared with, the simplest first."""
 
     def samples(self) -> list[dict[str, str]]:
         """A few outputs of the last scoring on test, for the report: prompt, completion, generated.
 
-        Empty where outputs are no texts.
+        Empty if the outputs are not texts.
         """
         return []
 
@@ -252,7 +253,7 @@ class Untrained:
     """A baseline that needs no training.
 
     Attributes:
-        title: of its row.
+        title: the name of its row in tables.
         score: computes its metrics.
     """
 
@@ -265,7 +266,7 @@ class TrainedHead:
     """A baseline that trains the head alone.
 
     Attributes:
-        problem: makes what it learns.
+        problem: makes the problem of the head.
     """
 
     problem: Callable[[], Problem]
@@ -273,42 +274,42 @@ class TrainedHead:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run says of one text; tasks add fields.
+    """A prediction for one text; tasks add fields.
 
     Attributes:
         text: the text.
-        text_pair: the second text, of a pair.
+        text_pair: the second text of a pair; None for a single text.
     """
 
     text: str
     text_pair: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, without a second text where there is none."""
+        """The fields by name, without those that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def cells(self) -> dict[str, str]:
-        """The result as named cells of a table, without the texts."""
+        """The fields as cells of a table by name, without the texts."""
         texts = ("text", "text_pair")
         return {name: str(value) for name, value in vars(self).items() if name not in texts}
 
 
 class Predictor(Protocol):
-    """What `Task.open` returns where the task's command is "predict"."""
+    """What `Task.open` returns if the task's command is "predict"."""
 
     @property
     def max_length(self) -> int:
-        """In tokens."""
+        """The largest number of tokens; longer texts are cut."""
 
     def count_cut(self, texts: Texts) -> int:
-        """How many texts are longer than that."""
+        """The number of texts longer than `max_length`."""
 
     def predict(self, texts: Texts) -> Sequence[Prediction]:
-        """What the run says of each text."""
+        """Predicts each text."""
 
 
 class BatchSource(Protocol):
-    """Batches by step, `len(source)` of which are an epoch, such as `data.batches.Batches`."""
+    """Batches by step, such as `data.batches.Batches`; an epoch has `len(source)` steps."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, step: int) -> Batch: ...
@@ -320,15 +321,15 @@ class Problem(Protocol):
 
     @property
     def model(self) -> Any:
-        """Adapted."""
+        """The adapted model."""
 
     @property
     def params(self) -> Any:
-        """linen: its whole tree; None in NNX."""
+        """linen: the whole parameter tree; None in NNX."""
 
     @property
     def recipe(self) -> Recipe:
-        """What trains."""
+        """The recipe: what trains."""
 
     @property
     def train(self) -> BatchSource:
@@ -336,26 +337,26 @@ class Problem(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names, the one selected on first."""
+        """The names of the metrics, the one to select on first."""
 
     @property
     def mesh(self) -> Mesh | None:
-        """Of the devices to train on; None is one."""
+        """The mesh of devices to train on; None is one device."""
 
     def loss(self, subject: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch under parameters (linen) or a model (NNX)."""
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step, its weights of mean 1, also where parts accumulate."""
+        """The training batch of a step; the mean of its weights is 1."""
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
-        """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
+        """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
 
 
 def in_row_order(
     run: Callable[[Batch], Any], batches: BatchSource
 ) -> Float[np.ndarray, "rows width"]:
-    """What a function gives for batches in order, each row's at the row's place."""
+    """Runs a function on batches and puts its outputs into the order of the rows."""
     index, pending = [], []
     for batch in batches:
         index.append(batch["index"])
@@ -370,7 +371,7 @@ class NotFiniteError(ArithmeticError):
     """A loss, gradient or prediction was not finite.
 
     Attributes:
-        step: where, counted from 1.
+        step: the step, counted from 1.
     """
 
     def __init__(self, step: int, what: str):

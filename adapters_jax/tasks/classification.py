@@ -22,7 +22,7 @@ class ClassPrediction(Prediction):
 
     Attributes:
         label: the most probable class.
-        probabilities: of every class.
+        probabilities: the probability of every class.
     """
 
     label: str
@@ -36,10 +36,10 @@ class ClassPrediction(Prediction):
 
 @dataclass(frozen=True)
 class Classes:
-    """A head's outputs as logits of classes; a `Readout`.
+    """A `Readout` of classes: the head's outputs are logits.
 
     Args:
-        names: of the classes, in the order of their ids.
+        names: the names of the classes, in the order of their ids.
 
     Example:
         >>> classes = Classes(("no", "yes"))
@@ -59,23 +59,23 @@ class Classes:
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Classes:
-        """As `to_config` wrote it; raises ValueError for anything else."""
+        """Reads what `to_config` wrote; raises KeyError, TypeError or UserError if it cannot."""
         names = tuple(values["names"])
         if len(names) < 2 or not all(isinstance(name, str) for name in names):
-            raise UserError(f"names of at least two classes are expected, not {names}")
+            raise UserError(f"names={names}, expected the names of at least two classes")
         return cls(names)
 
     def to_config(self) -> dict[str, Any]:
-        """For a run's configuration; in the form that regression has, too."""
+        """The values for a run's configuration, with the same keys as regression."""
         return {"names": self.names, "mean": 0.0, "std": 1.0}
 
     @property
     def width(self) -> int:
-        """Outputs of the head."""
+        """The number of outputs of the head."""
         return len(self.names)
 
     def encode(self, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
-        """Labels as the loss takes them: as they are."""
+        """The labels for the loss: unchanged."""
         return labels
 
     def losses(
@@ -85,17 +85,17 @@ class Classes:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
     def decode(self, outputs: Float[np.ndarray, "rows width"]) -> Int[np.ndarray, " rows"]:
-        """Outputs as class ids."""
+        """The class ids of outputs."""
         return outputs.argmax(axis=1)
 
     def constant(self, train: Dataset, rows: int) -> Int[np.ndarray, " rows"]:
-        """The best constant prediction for n rows: the most frequent class of the training rows."""
+        """The best constant prediction for `rows` rows: the most frequent class in training."""
         return np.full(rows, np.bincount(train.labels).argmax())
 
     def predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
     ) -> ClassPrediction:
-        """The prediction that a row of outputs stands for."""
+        """The prediction of one row of outputs."""
         odds = np.exp((outputs - outputs.max()).astype(np.float64))
         shares = (odds / odds.sum()).tolist()
         label = self.names[int(outputs.argmax())]
@@ -104,7 +104,7 @@ class Classes:
 
 
 class Classification(LabelledTexts):
-    """Labels of texts as classes."""
+    """Classes of texts."""
 
     name = "classification"
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")  # of ordered classes, too

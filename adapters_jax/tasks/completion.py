@@ -1,4 +1,4 @@
-"""Completion: a decoder learns what follows prompts, or texts alone."""
+"""Completion: a decoder learns the completions of prompts, or plain texts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
 from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
-BATCH_SIZE = 16  # of prompts that are completed
+BATCH_SIZE = 16  # prompts completed at a time
 SAMPLES = 3  # generated texts that a report shows
 
 
 class Completion(Task):
-    """Prompts with what follows them, whose loss alone counts; or texts alone, of `--text`."""
+    """Prompts with completions, whose tokens alone count in the loss; or plain texts (`--text`)."""
 
     name = "completion"
     kind = "decoder"
@@ -53,7 +53,7 @@ class Completion(Task):
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
-        """Rows of one prompt are held out together; see `Task.load`.
+        """Loads rows; those with the same prompt are held out together. See `Task.load`.
 
         Example:
             >>> import tempfile
@@ -80,7 +80,7 @@ class Completion(Task):
         )
 
     def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
-        """The columns of the prompt and of the completion; of texts alone, theirs and None."""
+        """The columns of the prompt and the completion; for plain texts, theirs and None."""
         if "text" not in columns:
             named: Any = self.of_columns(columns)
             return named["prompt"], named["completion"]
@@ -90,7 +90,7 @@ class Completion(Task):
         return columns["text"], None
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
-        """The rows packed for a decoder, compared with the base; see `Task.prepare`."""
+        """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
         decoder = load_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
@@ -127,7 +127,7 @@ class Completion(Task):
         return PreparedCompletions(problem, decoder.sha256, rows.tokens, config)
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
-        """A run as a generator; see `Task.open`."""
+        """Opens a run as a generator; see `Task.open`."""
         try:
             prompts = Prompts(**config["prompts"])
         except (TypeError, ValueError) as error:
@@ -154,39 +154,39 @@ def _adapted(setup: Setup, decoder: Decoder) -> nnx.Module:
 
 
 def _prompts(setup: Setup, decoder: Decoder, alone: bool) -> Prompts:
-    """How prompts are put: as they are where the texts are alone or the model does not chat."""
+    """The format of prompts: without a chat template for plain texts, or if the model has none."""
     if alone:
         if setup.prompts != Prompts():
-            raise UserError("--text is of texts alone, which have no --template and no chat")
+            raise UserError("--text is of texts alone; leave out --template and --chat")
         return Prompts(chat=False)
     if setup.prompts.chat and decoder.chat_template is None:
-        setup.say(f"{setup.model} has no chat template: prompts are given as they are")
+        setup.say(f"{setup.model} has no chat template; prompts stay as they are")
         return dataclasses.replace(setup.prompts, chat=False)
     return setup.prompts
 
 
 @dataclass(frozen=True)
 class PreparedCompletions(Prepared):
-    """A decoder and its rows, compared with the decoder as it was."""
+    """A decoder and its rows; the baseline is the decoder without adapters."""
 
     problem: CompletionProblem
 
     @property
     def identity(self) -> BaseIdentity:
-        """The decoder's."""
+        """The identity of the decoder."""
         return self.problem.decoder.identity
 
     def baselines(self) -> Sequence[Untrained]:
-        """The base as it was."""
+        """The base without adapters."""
         return [Untrained("base", self._base)]
 
     def _base(self) -> Scores:
-        self.problem.say("the base as it was:")
+        self.problem.say("the base without adapters:")
         model = self.problem.decoder.model
         return {part: self.problem.score_model(model, part) for part in HELD_OUT}
 
     def samples(self) -> list[dict[str, str]]:
-        """A few of the texts that were generated last, on test."""
+        """A few of the texts generated last on test."""
         rows, texts = self.problem.held_out["test"], self.problem.generated.get("test", [])
         triples = list(zip(rows.prompts, rows.references, texts, strict=bool(texts)))[:SAMPLES]
         return [{"prompt": p, "completion": r[0], "generated": text} for p, r, text in triples]
@@ -198,8 +198,8 @@ class Generator:
 
     Attributes:
         decoder: the base.
-        model: adapted.
-        prompts: how a prompt was put in training, and is put here.
+        model: the adapted model.
+        prompts: the format of prompts in training, which is used here, too.
     """
 
     decoder: Decoder
@@ -214,17 +214,17 @@ class Generator:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """The completion of each prompt, batch by batch.
+        """Generates the completion of each prompt, batch by batch.
 
         Args:
-            prompts: as in the column it was trained on.
-            max_new_tokens: how many tokens to generate at most.
+            prompts: the prompts, as in the column that the run was trained on.
+            max_new_tokens: the largest number of tokens to generate.
             temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-            top_p: sample among the likeliest tokens that have this probability together.
-            seed: of sampling.
+            top_p: sample among the likeliest tokens whose probabilities add up to this.
+            seed: the seed of sampling.
 
         Raises:
-            ValueError: an argument is out of range.
+            UserError: an argument is out of range.
         """
         for first in range(0, len(prompts), BATCH_SIZE):
             some = prompts[first : first + BATCH_SIZE]

@@ -1,4 +1,4 @@
-"""Completions as a problem: the loss of a completion's tokens, perplexity and exact match."""
+"""The problem of completions: the loss on their tokens, perplexity and exact match."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class HeldOut:
     """Rows to score on.
 
     Attributes:
-        batches: all of them, packed, in order.
-        tokens: of their completions.
-        prompts: of some rows; what is generated from them is compared.
-        prompt_ids: the same as token ids.
-        references: for each of these, the completions that are right.
-        new_tokens: how many to generate at most.
+        batches: the batches of all rows, in order.
+        tokens: the number of tokens in their completions.
+        prompts: the prompts to generate completions for.
+        prompt_ids: their token ids.
+        references: for each of these prompts, its right completions.
+        new_tokens: the largest number of tokens to generate.
     """
 
     batches: BatchSource
@@ -51,16 +51,16 @@ class CompletionProblem:
     """A decoder and the completions it learns; a `Problem`.
 
     Attributes:
-        model: adapted.
+        model: the adapted model.
         decoder: its base, with the tokenizer.
         train: training batches of packed sequences.
-        held_out: "dev" and "test".
-        most: tokens to learn in any sequence; only their logits are computed.
-        metrics: names, the one selected on first.
-        say: called with messages about what takes a while.
-        generated: the last texts of each part.
-        mesh: of the devices that batches are split over; None is one.
-        params: None, since an NNX model holds its own.
+        held_out: the rows of "dev" and "test".
+        most: the largest number of tokens to learn in a sequence; only these get logits.
+        metrics: the names of the metrics, the one to select on first.
+        say: called with messages about slow work.
+        generated: the texts generated last for each part.
+        mesh: the mesh of devices that batches are split over; None is one device.
+        params: None, since an NNX model holds its parameters.
     """
 
     model: Any
@@ -76,29 +76,29 @@ class CompletionProblem:
 
     @property
     def recipe(self) -> Recipe:
-        """What trains."""
+        """The recipe: what trains."""
         return recipe_of(self.model)
 
     def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray) -> Any:
-        """The mean loss of a batch's tokens that are to be learnt."""
+        """The mean loss of the tokens to learn in a batch."""
         return jnp.mean(batch["weight"] * token_losses(model, batch, self.most))
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step, weighed so that `loss` is the mean over tokens."""
+        """The training batch of a step, weighted so that `loss` is the mean over tokens."""
         batch = self.train[step]
         tokens = (batch["labels"] != NOTHING).sum(1)
         scale = len(tokens) / max((batch["weight"] * tokens).sum(), 1)
         return {**batch, "weight": batch["weight"] * np.float32(scale)}
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
-        """Metrics on "dev" or "test"; raises NotFiniteError where a loss is not finite."""
+        """The metrics on "dev" or "test"; raises NotFiniteError if a loss is not finite."""
         found = self.score_model(state.model, part)
         if not np.isfinite(found["perplexity"]):
             raise NotFiniteError(int(state.step), f"the loss on {part}")
         return found
 
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
-        """Metrics of any decoder of this shape, also of the base itself."""
+        """The metrics of a model, which may be the base without adapters."""
         rows, (graphdef, state) = self.held_out[part], nnx.split(model)
         self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
 
@@ -116,15 +116,15 @@ class CompletionProblem:
 
 
 def token_losses(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
-    """The loss of each sequence, summed over its tokens that are to be learnt."""
+    """The loss of each sequence, summed over its tokens to learn."""
     hidden = model.hidden(
         batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
     )
     # The vocabulary is wide: prompts and padding get no logits.
     labels = jnp.asarray(batch["labels"])
-    places = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
-    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-    labels = jnp.take_along_axis(labels, places, axis=1)
+    learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
+    hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
+    labels = jnp.take_along_axis(labels, learnt, axis=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         model.logits(hidden), jnp.maximum(labels, 0)
     )

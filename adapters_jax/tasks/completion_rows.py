@@ -1,4 +1,4 @@
-"""Tables of prompts and completions as the batches that a decoder learns from and is scored on."""
+"""Makes batches for a decoder from tables of prompts and completions."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ HELD_OUT = ("dev", "test")
 
 @dataclass(frozen=True)
 class RowBuilder:
-    """How rows become batches.
+    """Makes batches from rows.
 
     Attributes:
-        decoder: whose tokenizer.
-        prompts: how a prompt is put.
-        max_length: of a sequence, in tokens.
-        packs: whether examples share sequences.
-        batch_size: sequences a batch.
-        seed: of the order.
-        matched: rows of a held-out part to generate for.
+        decoder: the decoder whose tokenizer encodes the rows.
+        prompts: the format of prompts.
+        max_length: the largest number of tokens in a sequence.
+        packs: whether examples are packed into sequences.
+        batch_size: the number of sequences in a batch.
+        seed: the seed of the order.
+        matched: the number of prompts of a held-out part to generate completions for.
     """
 
     decoder: Decoder
@@ -43,7 +43,7 @@ class RowBuilder:
     matched: int
 
     def build(self, task: TaskData, say: Callable[[str], None]) -> BuiltRows:
-        """The batches of a task; a message counts the rows that are cut.
+        """Makes the batches of a task; a message counts the rows that are cut.
 
         Raises:
             DataError: a prompt leaves no room for a completion.
@@ -80,7 +80,7 @@ class RowBuilder:
     def _held_out(
         self, table: Table, examples: list[Example], rows: list[Packed], buckets: tuple[int, ...]
     ) -> HeldOut:
-        """The rows to score on, and prompts to generate from, each once, with all that is right."""
+        """The rows to score on, and distinct prompts, each with all its right completions."""
         right: dict[str, list[str]] = defaultdict(list)
         for prompt, completion in table.texts if self.matched else ():
             if completion is not None:
@@ -98,13 +98,13 @@ class RowBuilder:
 
 @dataclass(frozen=True)
 class BuiltRows:
-    """What `RowBuilder.build` makes.
+    """The batches that `RowBuilder.build` makes.
 
     Attributes:
         train: training batches.
-        held_out: "dev" and "test".
-        most: tokens to learn in any sequence, rounded up.
-        tokens: of the training rows.
+        held_out: the rows of "dev" and "test".
+        most: the largest number of tokens to learn in a sequence, rounded up.
+        tokens: the number of tokens in the training rows.
     """
 
     train: Batches
@@ -114,5 +114,5 @@ class BuiltRows:
 
 
 def most_learnt(rows: Iterable[Packed]) -> int:
-    """The most tokens to learn that any sequence has, rounded up."""
+    """The largest number of tokens to learn in a sequence, rounded up."""
     return rounded(max(int(np.count_nonzero(row.labels != NOTHING)) for row in rows))

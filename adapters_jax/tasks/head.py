@@ -1,7 +1,7 @@
-"""The frozen base with a trained head, trained on features that are computed once.
+"""The baseline of a trained head on a frozen base, trained on cached features.
 
-A frozen base gives a row the same pooled features in every epoch. So they are computed in one pass,
-and the head learns from them in seconds: the baseline costs little and can afford many epochs.
+A frozen base gives a row the same pooled features in every epoch. They are computed once, and the
+head then learns from them in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
 class Head(nn.Module):
-    """The head alone, its parameters under the paths they have in `BertClassifier`."""
+    """The head alone; its parameters have the paths that they have in `BertClassifier`."""
 
     num_labels: int
 
@@ -33,19 +33,19 @@ class Head(nn.Module):
     def __call__(
         self, features: Float[Array, "batch d"], deterministic: bool = True
     ) -> Float[Array, "batch labels"]:
-        """Outputs of pooled features."""
+        """The outputs of pooled features."""
         return nn.Dense(self.num_labels, name="head")(features)
 
 
 @dataclass(frozen=True)
 class FeatureBatches:
-    """Batches of cached features; as in `Batches` of texts, they follow from the seed and the step.
+    """Batches of cached features; a batch is a pure function of the seed and the step.
 
     Args:
-        features: (rows, d).
-        labels: (rows,); None where they are not needed.
-        batch_size: rows a batch.
-        seed: of the order; None keeps it.
+        features: the features, `(rows, d)`.
+        labels: the labels, `(rows,)`; None for batches without labels.
+        batch_size: the number of rows in a batch.
+        seed: the seed of the order; None keeps the order of the rows.
     """
 
     features: np.ndarray
@@ -60,24 +60,24 @@ class FeatureBatches:
         return (self[step] for step in range(len(self)))
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, place = divmod(step, len(self))
+        epoch, batch = divmod(step, len(self))
         rows = np.arange(len(self.features))
         if self.seed is not None:
             rows = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
-        rows = rows[place * self.batch_size :][: self.batch_size]
+        rows = rows[batch * self.batch_size :][: self.batch_size]
         index = np.full(self.batch_size, -1, np.int32)
         index[: len(rows)] = rows
         weight = (index >= 0).astype(np.float32)
-        batch = {"features": self.features[index], "weight": weight, "index": index}
-        return batch if self.labels is None else {**batch, "labels": self.labels[index]}
+        arrays = {"features": self.features[index], "weight": weight, "index": index}
+        return arrays if self.labels is None else {**arrays, "labels": self.labels[index]}
 
 
 def feature_reader(
     encoder: Encoder, inputs: tuple[str, ...]
 ) -> Callable[[BatchSource], np.ndarray]:
-    """A function from batches in order to the pooled features of every row, `(rows, d)`."""
+    """Makes a function that computes the pooled features `(rows, d)` of batches in order."""
     width = encoder.config.hidden_size
-    # Under a head that is the identity, the classifier gives its features.
+    # With the identity as its head, the classifier returns its features.
     model = encoder.classifier(width)
     identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
     params = encoder.under(identity)
@@ -90,13 +90,13 @@ def feature_reader(
 def head_problem(
     problem: LabelledProblem, encoder: Encoder, train: Batches, seed: int
 ) -> LabelledProblem:
-    """A problem's frozen base with a trained head, as a problem of its own on cached features.
+    """Makes the problem of training the head alone, on cached features of the frozen base.
 
     Args:
-        problem: on texts.
+        problem: the problem on texts.
         encoder: its base.
-        train: its training rows in order.
-        seed: of the order that the head sees them in.
+        train: its training rows, in order.
+        seed: the seed of the order in training.
     """
     features, size = feature_reader(encoder, problem.inputs), train.batch_size
     return dataclasses.replace(

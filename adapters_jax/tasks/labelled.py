@@ -1,6 +1,6 @@
-"""Texts with one label each, learnt by an encoder under a head: what such tasks share.
+"""What tasks on texts with one label share: an encoder with a head learns the labels.
 
-What the label is, a class or a number, is in the task's `Readout`.
+The task's `Readout` has what a label is: a class or a number.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.readout import Readout
 
 MAX_LENGTH = 128
-BATCH_SIZE = 32  # of predictions
+BATCH_SIZE = 32  # texts predicted at a time
 
 
 class LabelledTexts(Task):
     """A task on texts with one label each.
 
     Attributes:
-        defaults: the metrics where the user chooses none.
-        readout: the class of what the head's outputs mean.
+        defaults: the metrics if the user chooses none.
+        readout: the class of its `Readout`.
     """
 
     kind = "encoder"
@@ -75,7 +75,7 @@ class LabelledTexts(Task):
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
-        """Texts, maybe in pairs, and their labels; see `Task.load`."""
+        """Loads texts or pairs of texts, and their labels; see `Task.load`."""
         named: Any = self.of_columns(columns)
         return load_labelled(
             files["train"],
@@ -87,7 +87,7 @@ class LabelledTexts(Task):
         )
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
-        """The rows under an encoder's head; see `Task.prepare`."""
+        """Prepares an encoder with a head for the rows; see `Task.prepare`."""
         encoder = load_encoder(setup.model, setup.pooling, setup.dtype, setup.quantize)
         length = setup.max_length or MAX_LENGTH
         rows = {
@@ -151,7 +151,7 @@ class LabelledTexts(Task):
         )
 
     def open(self, run: Run, config: Mapping[str, Any]) -> TextPredictor:
-        """A run as a predictor; see `Task.open`."""
+        """Opens a run as a predictor; see `Task.open`."""
         try:
             readout = self.readout.from_config(config["target"])
         except (KeyError, TypeError, ValueError) as error:
@@ -172,7 +172,7 @@ class LabelledTexts(Task):
         )
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """The texts of pairs are given two by two; see `Task.usage`."""
+        """Examples with two texts, or with one pair of texts; see `Task.usage`."""
         first, second = "A text of your own.", "Another one."
         row = (first, second if config.get("pairs") else None)
         words = ["adapters-jax", "predict", run, first, second]
@@ -188,13 +188,13 @@ def _encode(encoder: Encoder, texts: Texts, part: str, max_length: int, setup: S
 
 @dataclass(frozen=True)
 class PreparedTexts(Prepared):
-    """Texts under an encoder's head, compared with a constant and with a trained head alone.
+    """Texts prepared for an encoder with a head.
 
     Attributes:
         data: the rows as text.
-        setup: what they were prepared with.
+        setup: the settings that they were prepared with.
         encoder: the base.
-        in_order: the training rows in order.
+        in_order: the training rows, in order.
     """
 
     problem: LabelledProblem
@@ -205,7 +205,7 @@ class PreparedTexts(Prepared):
 
     @cached_property
     def identity(self) -> BaseIdentity:
-        """The encoder's, with the head on it, also where the head alone is trained."""
+        """The identity of the encoder with its head, even if the head alone is trained."""
         whole = base_identity(self.problem.params, self.problem.recipe)
         return replace(self.encoder.identity, tree_sha256=whole.tree_sha256)
 
@@ -215,11 +215,11 @@ class PreparedTexts(Prepared):
 
     @property
     def trained(self) -> Problem:
-        """Where the head alone trains, it trains on features that are computed once."""
+        """The problem; a head that trains alone trains on cached features."""
         return self._head_problem() if self._head_alone else self.problem
 
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
-        """The best constant, and the frozen base under a trained head."""
+        """The best constant prediction, and a trained head on the frozen base."""
         constant = Untrained(self.problem.readout.constant_title, self._constant)
         return [constant] if self._head_alone else [constant, TrainedHead(self._head_problem)]
 
@@ -243,11 +243,11 @@ class TextPredictor:
 
     Attributes:
         encoder: the base.
-        model: adapted.
-        params: its whole tree.
-        readout: what the outputs mean.
-        max_length: in tokens.
-        pairs: whether it takes two texts.
+        model: the adapted model.
+        params: its whole parameter tree.
+        readout: maps the outputs to predictions.
+        max_length: the largest number of tokens; longer texts are cut.
+        pairs: whether it takes pairs of texts.
     """
 
     encoder: Encoder
@@ -258,17 +258,17 @@ class TextPredictor:
     pairs: bool
 
     def count_cut(self, texts: Texts) -> int:
-        """How many texts are longer than `max_length` tokens, which are cut there."""
+        """The number of texts longer than `max_length` tokens."""
         return self.encoder.encode(texts, self.max_length)[1]
 
     def predict(self, texts: Texts) -> list[Prediction]:
-        """What the run says of each text.
+        """Predicts each text.
 
         Args:
             texts: `(text, None)`, or `(text, second text)` for a run on pairs.
 
         Raises:
-            DataError: pairs where the run takes single texts, or the other way round.
+            DataError: pairs for a run on single texts, or the other way round.
         """
         if any((pair is not None) != self.pairs for _, pair in texts):
             expected = "pairs of texts" if self.pairs else "single texts"

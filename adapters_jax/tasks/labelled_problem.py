@@ -1,4 +1,4 @@
-"""Labels as a problem: the outputs of a head, their loss, and metrics of what they mean."""
+"""The problem of labels: the outputs of a head, their loss and their metrics."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class LabelledProblem:
     """A model with a head, its parameters and the rows it learns from; a `Problem`.
 
     Attributes:
-        model: adapted; its recipe says what trains.
-        params: its whole tree.
-        inputs: the batch's arrays that the model is called with, by name and in order.
-        readout: what the outputs mean.
+        model: the adapted model; its recipe has what trains.
+        params: its whole parameter tree.
+        inputs: the names of the batch's arrays that the model is called with, in order.
+        readout: maps the outputs to labels.
         train: training batches.
-        held_out: batches in order, "dev" and "test".
-        labels: of the held-out rows.
-        metrics: names, the one selected on first.
-        mesh: of the devices that batches are split over; None is one.
+        held_out: the batches of "dev" and "test", in order.
+        labels: the labels of the held-out rows.
+        metrics: the names of the metrics, the one to select on first.
+        mesh: the mesh of devices that batches are split over; None is one device.
     """
 
     model: Adapted
@@ -50,12 +50,12 @@ class LabelledProblem:
 
     @property
     def recipe(self) -> Recipe:
-        """What trains."""
+        """The recipe: what trains."""
         return self.model.recipe
 
     @cached_property
     def _evaluate(self) -> Callable[[TrainState, Batch], Any]:
-        """Compiles once a shape."""
+        """The jitted evaluation, which compiles once for each shape."""
         return make_eval_step(self.outputs)
 
     def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
@@ -70,12 +70,12 @@ class LabelledProblem:
         return jnp.mean(batch["weight"] * losses)
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step, its weights of mean 1, also where parts accumulate."""
+        """The training batch of a step; the mean of its weights is 1."""
         batch = self.train[step]
         return {**batch, "weight": batch["weight"] / batch["weight"].mean()}
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
-        """Metrics on "dev" or "test"; raises NotFiniteError where an output is not finite."""
+        """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
 
         def run(batch: Batch) -> Any:
             inputs = {name: batch[name] for name in self.inputs}

@@ -1,6 +1,6 @@
-"""Metrics: of classes and numbers that were predicted, and of text that was generated.
+"""Metrics of predicted classes and numbers, and of generated text.
 
-Every metric is defined for constant predictions: a correlation, and Matthews' too, is then 0.0.
+Every metric is defined for constant predictions; correlations are then 0.0.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ def perplexity(nll: float, tokens: int) -> float:
     """The exponential of the mean negative log-likelihood of a token.
 
     Args:
-        nll: summed over the tokens, in nats.
-        tokens: how many.
+        nll: the negative log-likelihood, summed over the tokens, in nats.
+        tokens: the number of tokens.
 
     Returns:
-        At least 1, and infinity where it is too large for a number.
+        The perplexity, at least 1; infinity if `nll` is not finite.
 
     Example:
         >>> round(perplexity(nll=2 * np.log(5.0), tokens=2), 3)
@@ -137,11 +137,11 @@ def perplexity(nll: float, tokens: int) -> float:
 
 
 def exact_match(generated: Sequence[str], references: Sequence[Collection[str]]) -> float:
-    """The fraction of texts that equal one of their references, but for spacing.
+    """The fraction of texts that equal one of their references, apart from spacing.
 
     Args:
-        generated: a text a row.
-        references: a row's texts that are right.
+        generated: the generated text of each row.
+        references: the right texts of each row.
 
     Returns:
         A number in [0, 1].
@@ -162,7 +162,7 @@ LOWER_IS_BETTER = ("perplexity",)
 
 
 def better(name: str, new: float, old: float) -> bool:
-    """Whether a value of a metric is better than another one.
+    """Whether a new value of a metric is better than an old one.
 
     Example:
         >>> better("accuracy", 0.9, 0.8), better("perplexity", 9.0, 8.0)
@@ -175,7 +175,7 @@ METRICS = {function.__name__: function for function in (accuracy, f1, matthews, 
 
 
 def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Several metrics of the same predictions.
+    """Computes several metrics of the same predictions.
 
     Args:
         names: keys of `METRICS`.
@@ -186,7 +186,8 @@ def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> 
         Each name with its value, in the order of `names`.
 
     Raises:
-        ValueError: an unknown name, arrays of other shapes, no rows, or a non-finite number.
+        UserError: a name is unknown, a shape is not `(rows,)` or differs, there are no rows, or a
+            number is not finite.
 
     Example:
         >>> compute(["accuracy", "matthews"], [1, 1], [0, 1])
@@ -209,6 +210,6 @@ def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> 
 
 
 def _constant(values: ArrayLike) -> bool:
-    # Also equal up to rounding: a correlation of rounding errors would be noise, and scipy warns.
+    # Values equal up to rounding count as constant: a correlation of rounding errors is noise.
     found = np.asarray(values)
     return bool(np.ptp(found) <= 1e-12 * np.abs(found).max())

@@ -1,4 +1,4 @@
-"""Rows of prompt and completion as token ids: what is read, and what is to be learnt."""
+"""Encodes prompts and completions as token ids."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PROMPT = "{prompt}"
 
 @dataclass(frozen=True)
 class Prompts:
-    r"""How a prompt is put before a decoder; saved with a run, so that it generates alike.
+    r"""The format of a decoder's prompts; saved with a run, so that generation uses it, too.
 
     Args:
         template: text with the field `{prompt}`; a `\n` in it is a new line.
-        chat: whether that text is a user's message in the model's chat template.
+        chat: whether that text becomes a user's message in the model's chat template.
 
     Raises:
-        ValueError: the template has another field, or not this one.
+        UserError: the template has another field, or lacks this one.
 
     Example:
         >>> Prompts("Say it: {prompt}\\n", chat=False).text("hello", decoder=None)
@@ -49,12 +49,12 @@ class Prompts:
             raise UserError(f"--template {self.template!r}: it lacks the field {PROMPT}")
 
     def text(self, prompt: str, decoder: Decoder) -> str:
-        """The text that a completion follows."""
+        """The formatted prompt."""
         filled = self.template.replace(r"\n", "\n").format(prompt=prompt)
         return decoder.chat(filled) if self.chat else filled
 
     def encode(self, prompt: str, decoder: Decoder) -> list[int]:
-        """Its token ids; a chat template spells its special tokens out."""
+        """The token ids of the formatted prompt; a chat template writes special tokens itself."""
         text = self.text(prompt, decoder)
         return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
@@ -62,18 +62,18 @@ class Prompts:
 def encode_table(
     table: Table, prompts: Prompts, decoder: Decoder, max_length: int
 ) -> tuple[list[Example], int]:
-    """A table's rows as token ids, cut at `max_length`.
+    """Encodes the rows of a table as token ids, cut at `max_length`.
 
-    A text alone is a completion of its first token, which nothing predicts.
+    A plain text is encoded as the completion of its first token, which nothing predicts.
 
     Args:
-        table: of prompts and completions, or of texts alone.
-        prompts: how a prompt is put.
-        decoder: whose tokenizer.
-        max_length: in tokens.
+        table: a table of prompts and completions, or of plain texts.
+        prompts: the format of prompts.
+        decoder: the decoder whose tokenizer encodes the rows.
+        max_length: the largest number of tokens of a row.
 
     Returns:
-        One example a row, and how many of them were cut.
+        One example for each row, and the number of rows that were cut.
 
     Raises:
         DataError: a prompt leaves no room for a completion.
@@ -97,12 +97,12 @@ def _example(prompt: str, completion: str | None, prompts: Prompts, decoder: Dec
     if completion is None:
         first, *rest = decoder.tokenizer.encode(prompt).ids
         return Example([first], [*rest, decoder.end])
-    # By itself, so that a completion's tokens are the same behind whatever prompt.
+    # Encoded by itself, so that a completion has the same tokens after any prompt.
     ids = decoder.tokenizer.encode(completion, add_special_tokens=False).ids
     return Example(prompts.encode(prompt, decoder), [*ids, decoder.end])
 
 
 def count_tokens(examples: Sequence[Example]) -> tuple[int, int]:
-    """All tokens, and those of completions."""
+    """The number of all tokens, and of the tokens in completions."""
     learnt = sum(len(completion) for _, completion in examples)
     return learnt + sum(len(prompt) for prompt, _ in examples), learnt

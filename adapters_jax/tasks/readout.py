@@ -1,4 +1,4 @@
-"""What the outputs of a head mean: the one thing that differs between labels of texts."""
+"""The interface that maps the outputs of a head to labels, and back."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from adapters_jax.tasks.base import Prediction
 
 
 class Readout(Protocol):
-    """What a head's outputs mean, such as `classification.Classes`.
+    """Maps a head's outputs to labels, such as `classification.Classes`.
 
     Attributes:
-        constant_title: what the best constant prediction is called.
+        constant_title: the name of the best constant prediction in tables.
     """
 
     constant_title: str
 
     @classmethod
     def of(cls, train: Dataset) -> Self:
-        """Of the labels of a training set; raises DataError where there is nothing to learn."""
+        """Makes it from a training set; raises DataError if there is nothing to learn."""
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
-        """As `to_config` wrote it; raises KeyError, TypeError or ValueError for anything else."""
+        """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
 
     def to_config(self) -> dict[str, Any]:
-        """For a run's configuration."""
+        """The values for a run's configuration."""
 
     @property
     def width(self) -> int:
-        """Outputs of the head."""
+        """The number of outputs of the head."""
 
     def encode(self, labels: Any) -> Any:
-        """Labels `(rows,)` as the loss takes them."""
+        """The labels `(rows,)` for the loss."""
 
     def losses(self, outputs: Any, labels: Any) -> Any:
-        """The loss of each row, `(rows,)`, of outputs `(rows, width)` and encoded labels."""
+        """The loss of each row, `(rows,)`, from outputs `(rows, width)` and encoded labels."""
 
     def decode(self, outputs: Any) -> Any:
-        """Outputs `(rows, width)` as metrics take them, `(rows,)`."""
+        """The predictions `(rows,)` for metrics, from outputs `(rows, width)`."""
 
     def constant(self, train: Dataset, rows: int) -> Any:
-        """The best constant prediction for n rows."""
+        """The best constant prediction for `rows` rows."""
 
     def predict(self, text: str, text_pair: str | None, outputs: Any) -> Prediction:
-        """The prediction that a row of outputs, `(width,)`, stands for."""
+        """The prediction of one row of outputs, `(width,)`."""

@@ -35,13 +35,13 @@ class NumberPrediction(Prediction):
 
 @dataclass(frozen=True)
 class Numbers:
-    """A head's output as a standardised number; a `Readout`.
+    """A `Readout` of numbers: the head's output is a standardised number.
 
-    A number is learnt standardised by the training labels' mean and deviation, so that one learning
-    rate suits every scale; predictions are on the labels' own scale.
+    The labels are standardised by their mean and standard deviation in training, so that one
+    learning rate suits every scale; predictions are on the scale of the labels.
 
     Args:
-        mean: of the training labels.
+        mean: the mean of the training labels.
         std: their standard deviation.
 
     Example:
@@ -56,7 +56,7 @@ class Numbers:
 
     @classmethod
     def of(cls, train: Dataset) -> Numbers:
-        """The scale of a training set; raises DataError where its labels are all one number."""
+        """The scale of a training set; raises DataError if all its labels are equal."""
         labels = train.labels.astype(np.float64)
         if not labels.std():
             raise DataError(f"every training label is {labels[0]:g}; there is nothing to learn")
@@ -64,23 +64,23 @@ class Numbers:
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Numbers:
-        """As `to_config` wrote it; raises ValueError for anything else."""
+        """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
         found = cls(float(values["mean"]), float(values["std"]))
         if values["names"] or not (math.isfinite(found.mean) and 0 < found.std < math.inf):
-            raise UserError("a mean, a positive deviation and no names are expected")
+            raise UserError("expected a finite mean, a positive finite std and no names")
         return found
 
     def to_config(self) -> dict[str, Any]:
-        """For a run's configuration; in the form that classification has, too."""
+        """The values for a run's configuration, with the same keys as classification."""
         return {"names": (), "mean": self.mean, "std": self.std}
 
     @property
     def width(self) -> int:
-        """Outputs of the head."""
+        """The number of outputs of the head."""
         return 1
 
     def encode(self, labels: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-        """Labels as the loss takes them: standardised."""
+        """The labels for the loss: standardised."""
         return ((labels - self.mean) / self.std).astype(np.float32)
 
     def losses(
@@ -90,22 +90,22 @@ class Numbers:
         return jnp.square(outputs[:, 0] - labels)
 
     def decode(self, outputs: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, " rows"]:
-        """Outputs as numbers on the labels' scale."""
+        """The numbers of outputs, on the scale of the labels."""
         return outputs[:, 0] * self.std + self.mean
 
     def constant(self, train: Dataset, rows: int) -> Float[np.ndarray, " rows"]:
-        """The best constant prediction for n rows: the mean of the training rows."""
+        """The best constant prediction for `rows` rows: the mean of the training rows."""
         return np.full(rows, self.mean)
 
     def predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
     ) -> NumberPrediction:
-        """The prediction that a row of outputs stands for."""
+        """The prediction of one row of outputs."""
         return NumberPrediction(text, text_pair, float(self.decode(outputs[None])[0]))
 
 
 class Regression(LabelledTexts):
-    """Labels of texts as numbers."""
+    """Numbers of texts."""
 
     name = "regression"
     metrics = ("pearson", "spearman")

@@ -60,10 +60,10 @@ def nnx_base():
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, drawn_like(params)), other)
 
 
-def save(place, door, name):
-    """Saves the adapter of a recipe on the base of a door, drawn; gives the directory."""
+def save(folder, api, name):
+    """Saves a drawn adapter of a recipe on the base of an API; returns the directory."""
     recipe = RECIPES[name]
-    if door == "linen":
+    if api == "linen":
         model, params = linen_base()
         shapes = jax.eval_shape(lambda x: x, params)
         whole = aj.init_adapters(aj.adapt(model, recipe), shapes, jax.random.key(0), X)
@@ -74,11 +74,11 @@ def save(place, door, name):
         model = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
         model = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(X,))
         adapters, base = nnx.state(model, AdapterParam), aj.base_identity(model, id="tiny")
-    return aj.save_adapter(place / f"{door}-{name}", drawn_like(adapters, 1), recipe, base=base)
+    return aj.save_adapter(folder / f"{api}-{name}", drawn_like(adapters, 1), recipe, base=base)
 
 
 class Entries(list):
-    """The pairs of a JSON object, also such as have the same key."""
+    """The pairs of a JSON object, duplicate keys included."""
 
 
 def as_plain(value):
@@ -93,7 +93,7 @@ def taken_apart(data):
 
 
 def put_together(entries, body, length=None, spaces=0):
-    """The inverse of `taken_apart`, where a key may stand twice; the header's length may lie."""
+    """The inverse of `taken_apart`; keys may be duplicate, and the length may be wrong."""
     pairs = ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in entries)
     header = ("{" + pairs + "}" + " " * spaces).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + body
@@ -151,23 +151,23 @@ def at_random(draw, value, change):
 def flipped(draw, data):
     """Bytes with up to eight bits flipped."""
     data = bytearray(data)
-    for place in draw(st.lists(st.integers(0, 8 * len(data) - 1), min_size=1, max_size=8)):
-        data[place // 8] ^= 1 << place % 8
+    for bit in draw(st.lists(st.integers(0, 8 * len(data) - 1), min_size=1, max_size=8)):
+        data[bit // 8] ^= 1 << bit % 8
     return bytes(data)
 
 
 def spliced(draw, data):
-    """Bytes with a part taken out, said twice, or replaced by others."""
+    """Bytes with a part removed, repeated or replaced."""
     start, stop = sorted(draw(st.tuples(*[st.integers(0, len(data))] * 2)))
     new = draw(st.one_of(st.just(b""), st.just(data[start:stop] * 2), st.binary(max_size=40)))
     return data[:start] + new + data[stop:]
 
 
 def bad_entry(draw, tensors):
-    """A header in which one tensor lies."""
+    """A header in which one entry is wrong."""
     entries, body = taken_apart(tensors)
-    place = draw(st.integers(0, len(entries) - 1))
-    name, entry = entries[place]
+    index = draw(st.integers(0, len(entries) - 1))
+    name, entry = entries[index]
     entry = dict(entry)
     what = draw(
         st.sampled_from(
@@ -177,7 +177,7 @@ def bad_entry(draw, tensors):
     if what == "name":
         name = draw(st.sampled_from(NAMES))
     elif what == "twice":
-        entries.append(entries[place - 1])
+        entries.append(entries[index - 1])
     elif what == "dtype":
         entry["dtype"] = draw(st.sampled_from(DTYPES))
     elif what == "shape":
@@ -194,7 +194,7 @@ def bad_entry(draw, tensors):
         del entry[draw(st.sampled_from(sorted(entry)))]
     else:
         entry = draw(st.sampled_from(JUNK))
-    entries[place] = (name, entry)
+    entries[index] = (name, entry)
     return put_together(entries, body)
 
 
@@ -206,14 +206,12 @@ def bad_numbers(draw, tensors):
     size, first = {"F32": (4, 0x7F800000), "BF16": (2, 0x7F80)}[entry["dtype"]]
     bits = first + draw(st.sampled_from((0, 1, 2**6, first // 0x7F80 * 2**6)))
     bits += draw(st.booleans()) << (8 * size - 1)
-    place = start + size * draw(st.integers(0, (stop - start) // size - 1))
-    return put_together(
-        entries, body[:place] + bits.to_bytes(size, "little") + body[place + size :]
-    )
+    at = start + size * draw(st.integers(0, (stop - start) // size - 1))
+    return put_together(entries, body[:at] + bits.to_bytes(size, "little") + body[at + size :])
 
 
 def equal_tensors(draw, tensors):
-    """Other bytes that say the same."""
+    """Other bytes with the same content."""
     entries, body = taken_apart(tensors)
     entries = draw(st.permutations(entries))
     if draw(st.booleans()):
@@ -222,7 +220,7 @@ def equal_tensors(draw, tensors):
 
 
 def bad_config(draw, config):
-    """A configuration in which something is other, new, gone or not JSON."""
+    """A configuration in which something is changed, new, missing or not JSON."""
     values = json.loads(config)
     what = draw(st.sampled_from(("raw", "junk", "junk", "junk", "gone", "new", "deep")))
     if what == "raw":
@@ -242,7 +240,7 @@ def bad_config(draw, config):
 
 
 def bad_recipe(draw, config):
-    """A configuration whose recipe is JSON and something other."""
+    """A configuration whose recipe is valid JSON, changed somewhere."""
     values = json.loads(config)
     news = st.sampled_from((*JUNK, 1, 2, 3, 10**6, "attention", "attention/*", "out", "**/bias"))
     values["recipe"] = at_random(draw, values["recipe"], lambda _: draw(news))
@@ -254,7 +252,7 @@ def bad_recipe(draw, config):
 
 
 def equal_config(draw, config):
-    """Other bytes that say the same."""
+    """Other bytes with the same content."""
     values = json.loads(config)
     order = draw(st.permutations(list(values)))
     indent = draw(st.sampled_from((None, 0, 4)))
@@ -278,12 +276,12 @@ NODES = {
 
 
 class Spoilt(NamedTuple):
-    """The files of an adapter by name, or what of `NODES` is there instead, spoilt in some way."""
+    """The files of an adapter by name, spoilt in some way; a text is a key of `NODES`."""
 
     adapter: str
     way: str
     files: dict
-    says_the_same: bool
+    is_equal: bool
 
     def __repr__(self):
         files = {name: (len(content), content[:80]) for name, content in self.files.items()}

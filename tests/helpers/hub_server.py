@@ -51,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *words):
-        """Nothing is said."""
+    def log_message(self, *args):
+        """Logs nothing."""
 
     def answer(self, status, value=None, data=None, **headers):
         body = json.dumps(value).encode() if data is None else data

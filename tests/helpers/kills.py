@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-SUMS = "sha256.json"  # written last
+CHECKSUMS = "sha256.json"  # written last
 
 
 class Commands:
@@ -39,7 +39,7 @@ class Commands:
         self.process.stdout.close()
 
     def start(self, log, *arguments):
-        """Starts a command; its words go to a file."""
+        """Starts a command; its output goes to a file."""
         line = json.dumps({"log": str(log), "arguments": [*map(str, arguments)]})
         print(line, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
@@ -56,7 +56,7 @@ class Commands:
 
 def whole(run):
     """The steps of a run's checkpoints that are finished."""
-    return sorted(int(p.parent.name) for p in (run / "checkpoints").glob(f"*/{SUMS}"))
+    return sorted(int(p.parent.name) for p in (run / "checkpoints").glob(f"*/{CHECKSUMS}"))
 
 
 def kill_and_resume(commands, run, first, seed, kills, seconds):
@@ -64,7 +64,7 @@ def kill_and_resume(commands, run, first, seed, kills, seconds):
 
     Returns:
         For each kill the finished checkpoints, whether a save was cut off, and the step that the
-        next process said it went on from; None if it was killed before it said so.
+        next process resumed from; None if it was killed before its message.
     """
     chance = random.Random(seed)
     log, found = run.with_suffix(".log"), []
@@ -73,19 +73,19 @@ def kill_and_resume(commands, run, first, seed, kills, seconds):
         return ("finetune", "--resume", run) if run.exists() else first
 
     def note():
-        said = re.search(r"going on after step (\d+)", log.read_text())
+        message = re.search(r"going on after step (\d+)", log.read_text())
         if found:
-            found[-1]["from"] = int(said[1]) if said else None
+            found[-1]["from"] = int(message[1]) if message else None
 
     def finished():
         return run.exists() and "summary" in json.loads((run / "config.json").read_text())
 
     for _ in range(kills):
-        if finished():  # it was killed after its last word
+        if finished():  # it was killed after it wrote its result
             return found
         pid = commands.start(log, *resumed())
         time.sleep(chance.uniform(0.0, seconds))
-        with contextlib.suppress(ProcessLookupError):  # it was faster
+        with contextlib.suppress(ProcessLookupError):  # it ended before
             os.kill(pid, signal.SIGKILL)
         status = commands.wait()
         note()

@@ -122,12 +122,8 @@ class TagPredictor:
     def predict(self, texts):
         rows, _ = self.encoder.encode(texts, self.max_length)
         batches = self.encoder.in_order(rows, None, 4, (self.max_length,))
-        found = in_row_order(
-            lambda batch: jnp.argmax(
-                self.model.apply({"params": self.params}, *(batch[name] for name in INPUTS)), -1
-            ),
-            batches,
-        )
+        tag = jax.jit(lambda *arrays: self.model.apply({"params": self.params}, *arrays).argmax(-1))
+        found = in_row_order(lambda batch: tag(*(batch[name] for name in INPUTS)), batches)
         ends = [len(row.input_ids) - 1 for row in rows]
         return [
             TagPrediction(*pair, [self.tags[i] for i in ids[1:end]])
@@ -206,5 +202,6 @@ def _whole(labels):
 
 
 def _params(tagger, encoder, seed):
-    head = tagger.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]["head"]
+    init = jax.jit(tagger.init)
+    head = init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]["head"]
     return {"bert": encoder.params, "head": head}

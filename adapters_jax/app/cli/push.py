@@ -121,7 +121,7 @@ class Push:
             raise
         except hub.problems() as error:
             raise StoppedError(
-                f"{repository} was not uploaded: {hub.said(error)}; see whether the token may "
+                f"{repository} was not uploaded: {hub.reason(error)}; see whether the token may "
                 "write there: hf auth whoami"
             ) from error
         output.say(f"uploaded: {commit.commit_url}")
