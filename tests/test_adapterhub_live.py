@@ -9,8 +9,8 @@ from helpers.finished import encoder_run
 from helpers.trained import trained
 from test_adapterhub import (
     BASES,
+    FIXTURE_NAMES,
     FIXTURES,
-    HAVE,
     base_of,
     loaded,
     logits_of,
@@ -133,7 +133,7 @@ def test_a_head_on_the_first_token_goes_over(tmp_path):
     np.testing.assert_allclose(theirs("bert", saved), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("fixture", HAVE)
+@pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_what_came_from_adapterhub_goes_back(fixture, tmp_path):
     of, base = of_fixture(fixture), fixture.split("_")[0]
     recipe, adapters = loaded(fixture)
