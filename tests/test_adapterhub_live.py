@@ -1,4 +1,4 @@
-"""What is trained here computes the same in AdapterHub, and back; needs extra `interop-test`."""
+"""Adapters trained here compute the same in AdapterHub, both ways; needs `interop-test`."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -82,7 +82,7 @@ CONFIGS = {
 
 
 def model_of(base, flexible):
-    """A base there, with heads by name or with the head of its class."""
+    """A base in AdapterHub, with named heads or with the head of its class."""
     classes = {
         "bert": transformers.BertForSequenceClassification,
         "roberta": transformers.RobertaForSequenceClassification,
@@ -105,7 +105,7 @@ def logits_there(model, base):
 
 
 def theirs(base, directory):
-    """The logits of a saved adapter in AdapterHub, which must miss no tensor and know them all."""
+    """The logits of a saved adapter in AdapterHub, which must load every tensor."""
     model, info = model_of(base, (directory / "head_config.json").exists()), {}
     options = {"use_safetensors": True, "set_active": True, "loading_info": info}
     model.load_adapter(str(directory), **options)

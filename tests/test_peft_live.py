@@ -1,4 +1,4 @@
-"""What is trained here computes the same in PEFT itself; needs the extra `interop-test`."""
+"""Adapters trained here compute the same in PEFT; needs the extra `interop-test`."""
 
 import warnings
 from pathlib import Path
@@ -61,7 +61,7 @@ def theirs(base, directory):
 
 
 def seen(base, logits):
-    """Without what padding computes."""
+    """The logits without those of padding."""
     return np.asarray(logits)[base_of(base)[3]["attention_mask"] == 1] if base != "bert" else logits
 
 

@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *words):
-        """Nothing is said."""
+        """Logs nothing."""
 
     def answer(self, status, value=None, data=None, **headers):
         body = json.dumps(value).encode() if data is None else data
