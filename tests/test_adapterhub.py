@@ -378,6 +378,13 @@ def test_unsupported_heads_raise_an_error_that_names_the_settings(tmp_path, chan
     assert load_adapterhub(directory, names, params, with_head=False)[0].unfrozen == ()
 
 
+def test_a_head_without_settings_raises(tmp_path):
+    directory = with_head(tmp_path, "bert_double")
+    whole = config_of(directory, HEAD_CONFIG) | {"config": "pfeiffer"}
+    (directory / HEAD_CONFIG).write_text(json.dumps(whole))
+    loading(directory, "config='pfeiffer'")
+
+
 def test_a_head_and_the_base_must_read_the_same(tmp_path):
     loading(FIXTURES / "bert_gelu", "pooling='cls'", fixture="bert_gelu")
     pooled = FIXTURES / "bert_seq"

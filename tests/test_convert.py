@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.formats import FORMATS, format_of
+from adapters_jax.interop.formats import FORMATS, Head, changes, format_of
 from adapters_jax.interop.formats.native import Native
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.trees import unflatten
@@ -262,6 +262,57 @@ def test_a_directory_of_two_formats_raises(convert, tmp_path):
         format_of(both)
     assert "AdapterHub" not in str(caught.value)
     assert str(path) in convert(both, "peft", "--model", "tiny", status=2)
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "expected"),
+    [
+        ("peft", {"base_model_name_or_path": "me/x"}, "me/x"),
+        ("peft", {"base_model_name_or_path": "me/x", "revision": "v1"}, "me/x@v1"),
+        ("peft", {"base_model_name_or_path": "./tiny", "revision": "v1"}, "./tiny"),
+        ("peft", {"base_model_name_or_path": ""}, None),
+        ("peft", {"base_model_name_or_path": 3}, None),
+        ("adapterhub", {"model_name": "me/x"}, "me/x"),
+        ("adapterhub", {"model_name": ""}, None),
+        ("adapterhub", {"model_name": 3}, None),
+    ],
+)
+def test_the_base_in_an_adapters_files(tmp_path, form, values, expected):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert FORMATS[form].base_name(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "fixture", "expected"),
+    [
+        ("peft", "bert_head", Head(3, "pooler")),
+        ("peft", "gpt2", None),
+        ("adapterhub", "bert_double", Head(3, "pooler")),
+        ("adapterhub", "bert_gelu", Head(3, "cls")),
+        ("adapterhub", "gpt2_seq", None),
+    ],
+)
+def test_the_head_in_an_adapters_files(form, fixture, expected):
+    assert FORMATS[form].head(FIXTURES / form / fixture, "bert") == expected
+
+
+def test_changes_name_tensors_and_fields():
+    def leaves(value, *names):
+        return {f"q/lora/{name}": np.full((2, 2), value) for name in names}
+
+    lora = aj.LoRA("q", 2, dropout=0.1)
+    one, same = (lora, leaves(1.0, "a", "b")), (aj.LoRA(("q",), 4, dropout=0.1), leaves(1.0, "b"))
+    assert changes((aj.Recipe(lora), one[1]), (aj.Recipe(lora), one[1])) == []
+    (missing,) = changes((aj.Recipe(lora), one[1]), (aj.Recipe(same[0]), same[1]))
+    assert missing.startswith("1 ") and missing.endswith(" q/lora/a")
+    (new,) = changes((aj.Recipe(same[0]), same[1]), (aj.Recipe(lora), one[1]))
+    assert new.startswith("1 ") and new.endswith(" q/lora/a") and new != missing
+    two = aj.Recipe(aj.LoRA("q", 2, dropout=0.2)), leaves(2.0, "a", "b")
+    values, dropout = changes((aj.Recipe(lora), one[1]), two)
+    assert values.startswith("2 ") and values.endswith(" q/lora/a")
+    assert [word for word in dropout.split() if "." in word] == ["LoRA.dropout", "0.1", "0.2"]
+    (kind,) = changes((aj.Recipe(lora), one[1]), (aj.Recipe(aj.DoRA("q", 2)), one[1]))
+    assert [word for word in kind.split() if word.endswith("RA")] == ["LoRA", "DoRA"]
 
 
 class Elsewhere(Native):

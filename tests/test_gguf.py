@@ -287,6 +287,12 @@ def test_a_file_cut_short_or_of_another_kind_is_damaged(file):
         read_gguf(file)
 
 
+def test_a_field_that_is_not_utf8_is_damage(file):
+    file.write_bytes(file.read_bytes().replace(b"smollm", b"sm\xffllm"))
+    with raises(UserError, file, "utf-8"):
+        read_gguf(file)
+
+
 def test_weights_that_are_no_floats_are_named(tmp_path, tensors):
     integers = tensors | {"output_norm.weight": np.ones(16, np.int32)}
     with raises(UserError, "output_norm.weight", "I32"):
@@ -299,6 +305,9 @@ def test_an_absent_file_and_an_absent_package(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with raises(MissingPackageError, file.name, "gguf", "adapters-jax[finetune]"):
         read_gguf(file)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with raises(MissingPackageError, "jinja2", "adapters-jax[finetune]"):
+        chat.render(TEMPLATE, [{"role": "user", "content": "a"}])
 
 
 @pytest.mark.usefixtures("optimized")

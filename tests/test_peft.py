@@ -17,11 +17,14 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.interop.names import NameTable, Rule, to_tensors
 from adapters_jax.interop.peft import CONFIG, PICKLE, TENSORS, load_peft, save_peft
 from adapters_jax.interop.peft.config import is_target
+from adapters_jax.interop.peft.ia3 import scales_input
 from adapters_jax.models import bert, gpt2, llama
 from adapters_jax.models.bert import classifier
 from adapters_jax.models.llama import Llama
+from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 
 BASES = Path(__file__).parent / "fixtures"
@@ -285,6 +288,103 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
     assert len(problems) == len(expected)
     for data in expected:
         assert any(all(str(datum) in problem for datum in data) for problem in problems), data
+
+
+@pytest.mark.parametrize(
+    ("tensors", "data"),
+    [
+        ({"h.0.q.lora_A.weight": drawn(2)}, ["h.0.q", "A [2]"]),
+        ({"h.0.q.lora_B.weight": drawn(4, 3)}, ["h.0.q", "B [4, 3]"]),
+        ({"h.0.q.lora_B.weight": drawn(4, 2, 2)}, ["h.0.q", "B [4, 2, 2]"]),
+        ({"h.0.q.ia3_l": drawn(4, 1)}, ["h.0.q.ia3_l"]),
+        ({"h.0.q.lora_A.weight": None, "h.0.q.lora_B.weight": None}, ["LoRA"]),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, tensors, data):
+    with raises(AdapterFileError, tmp_path / "a", *data):
+        load_peft(hand_made(tmp_path / "a", tensors), NAMES, PARAMS)
+
+
+def test_a_magnitude_that_does_not_fit_is_named(tmp_path):
+    source = hand_made(tmp_path / "a", {"h.0.q.lora_magnitude_vector": drawn(5)}, use_dora=True)
+    with raises(AdapterFileError, "h.0.q", "magnitude [5]", [6, 4]):
+        load_peft(source, NAMES, PARAMS)
+
+
+def test_a_tensor_outside_of_the_model_is_named(tmp_path):
+    source = hand_made(tmp_path / "a")
+    tensors = tensors_of(source) | {"h.1.q.lora_A.weight": drawn(2, 6)}
+    safetensors.numpy.save_file(tensors, source / TENSORS)
+    with raises(AdapterFileError, "h.1.q.lora_A.weight", "base_model.model."):
+        load_peft(source, NAMES, PARAMS)
+
+
+def test_old_buffers_and_originals_are_ignored(tmp_path):
+    more = {"h.0.attn.bias": drawn(3), "h.0.attn.masked_bias": drawn(1)}
+    more["ln.original_module.weight"] = drawn(9)
+    recipe, _ = load_peft(hand_made(tmp_path / "a", more), NAMES, PARAMS)
+    assert recipe == aj.Recipe(aj.LoRA("block_0/q", 2, 4, a_init="uniform"))
+
+
+@pytest.mark.parametrize(
+    ("modules", "module", "expected"),
+    [
+        (["mlp.q"], "h.0.mlp.q", True),
+        (["q"], "h.0.mlp.sq", True),
+        (["mlp"], "h.0.mlp.q", False),
+        (r".*\.q", "h.0.q", True),
+        ("q", "h.0.q", False),
+        (None, "h.0.q", False),
+    ],
+)
+def test_feed_forward_modules_are_those_of_peft(modules, module, expected):
+    assert scales_input({"feedforward_modules": modules}, module) is expected
+
+
+def test_ia3_on_a_fused_module(tmp_path):
+    fused = {"h.qk": ("block_0/q", "block_1/q")}
+    recipe = aj.IA3(("block_0/q", "block_1/q"), feed_forward=("block_0/q", "block_1/q"))
+    scales = {f"block_{i}/q/ia3/scale": drawn(6) for i in (0, 1)}
+    source = save_peft(tmp_path / "a", recipe, unflatten(scales), fused, PARAMS)
+    (vector,) = tensors_of(source).values()
+    np.testing.assert_array_equal(vector, drawn(6)[None])
+    equal(flatten(load_peft(source, fused, PARAMS)[1]), scales)
+    unlike = scales | {"block_1/q/ia3/scale": drawn(6, seed=1)}
+    first = dict(list(scales.items())[:1])
+    for wrong in (unlike, dict.fromkeys(scales, drawn(5)), first):
+        with raises(UserError, "h.qk"):
+            save_peft(tmp_path / "b", recipe, unflatten(wrong), fused, PARAMS)
+    odd = {"base_model.model.h.qk.ia3_l": drawn(7, 1)}
+    safetensors.numpy.save_file(odd, source / TENSORS)
+    config = json.loads((source / CONFIG).read_text())
+    (source / CONFIG).write_text(json.dumps(config | {"feedforward_modules": []}))
+    with raises(AdapterFileError, "h.qk", [7, 1], "block_0/q", "block_1/q"):
+        load_peft(source, fused, PARAMS)
+
+
+def test_a_fused_tensor_is_not_written_in_parts():
+    with raises(UserError, "h.0.attn.c_attn.weight"):
+        to_tensors({"layer_0": {"attention": {"query": {"kernel": drawn(6, 4)}}}}, gpt2.NAMES)
+
+
+def test_a_module_of_scanned_layers_is_saved_whole(tmp_path):
+    table = NameTable((Rule(r"layer_(\d+)/(\w+)", r"h.\1.\2"),), stack=Stack("layer_{}"))
+    norm = {"scale": drawn(2, 4, seed=1), "bias": drawn(2, 4, seed=2)}
+    base = {"layers": {"q": {"kernel": drawn(2, 6, 4)}, "norm": norm}}
+    recipe = aj.Recipe(aj.LoRA("layers/q", 2), aj.Unfreeze("layers/norm/scale"))
+    own = {"layers/q/lora/a": drawn(2, 6, 2), "layers/q/lora/b": drawn(2, 2, 4)}
+    own["layers/norm/scale"] = drawn(2, 4, seed=3)
+    source = save_peft(tmp_path / "a", recipe, unflatten(own), table, base)
+    for i in (0, 1):
+        for kind, rows in (("weight", own["layers/norm/scale"]), ("bias", norm["bias"])):
+            found = tensors_of(source)[f"base_model.model.h.{i}.norm.{kind}"]
+            np.testing.assert_array_equal(found, rows[i])
+    shapes = jax.eval_shape(lambda: base)
+    for one in (base, shapes):
+        found = flatten(load_peft(source, table, one)[1])
+        equal(found, own | {"layers/norm/bias": norm["bias"]})
+    with raises(UserError, "layer_0/norm/bias", "layer_1/norm/bias"):
+        save_peft(tmp_path / "b", recipe, unflatten(own), table, shapes)
 
 
 def test_dora_on_an_embedding_raises(tmp_path):
@@ -556,6 +656,13 @@ def test_prompts_by_a_mapping_of_ones_own(tmp_path):
     equal(flatten(leaves), flatten(adapters))
     directory = save_peft(tmp_path / "a", recipe, leaves, own, model)
     equal(tensors_of(directory), tensors_of(FIXTURES / "llama_prompt"))
+
+
+def test_a_prompt_of_an_unknown_module_is_named():
+    _, _, model, _ = base_of("llama")
+    names = {"model.layers.0.self_attn": "layers/0/attention"}
+    with raises(AdapterFileError, "model.layers.1.self_attn"):
+        load_peft(FIXTURES / "llama_prompt", names, model)
 
 
 def test_a_fused_layer_by_a_mapping_of_ones_own():

@@ -125,9 +125,8 @@ def _leaves(
     problems: list[str],
 ) -> dict[str, Array]:
     """Our leaves of one bottleneck; adds a problem if the tensors do not fit the settings."""
-    for kind in (
-        ("weight", "bias") if method.norm_before else ()
-    ):  # AdapterHub stores the norm under two names
+    # AdapterHub stores the norm before a bottleneck under two names.
+    for kind in ("weight", "bias") if method.norm_before else ():
         twin = got.pop(f"adapter_down.0.{kind}", None)
         if twin is None:
             continue

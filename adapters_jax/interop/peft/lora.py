@@ -94,9 +94,10 @@ def _misfit(
 
 def _shape_problem(module: str, found: Mapping[str, Array], reference: ModuleReference) -> str:
     """A sentence that names the shapes of factors and weight."""
-    a, b = (list(found[name].shape) for name in ("a", "b"))
-    shape = list(reference.shape)
-    return f"{module} has A {a} and B {b}, which do not fit {reference.path} of {shape}"
+    names = {"a": "A", "b": "B", "magnitude": "magnitude"}
+    shapes = ", ".join(f"{names[name]} {list(x.shape)}" for name, x in found.items())
+    path, shape = reference.path, list(reference.shape)
+    return f"{module} has {shapes}, which do not fit {path} of {shape}"
 
 
 def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
