@@ -210,6 +210,14 @@ def test_a_template_that_cannot_render_raises_an_error_with_the_cause(template, 
         chat.render(template, [{"role": "user", "content": "a"}])
 
 
+def test_templates_are_rendered_as_in_transformers():
+    """Blocks leave no blank line and no indentation, and loops may break."""
+    lines = ["{% for m in messages %}", "  {% if loop.index == 3 %}", "    {% break %}"]
+    lines += ["  {% endif %}", "<{{ m.role }}> {{ m.content }}", "{% endfor %}", "end"]
+    messages = [{"role": "user", "content": text} for text in "abc"]
+    assert chat.render("\n".join(lines), messages) == "<user> a\n<user> b\nend"
+
+
 def test_a_chat_needs_a_message():
     with raises(UserError, "[{'role': 'user', 'content': '...'}]"):
         chat.render(TEMPLATE, [])

@@ -589,12 +589,17 @@ def test_a_directory_is_written_only_where_none_or_an_empty_one_is(tmp_path):
     recipe, adapters = load_peft(hand_made(tmp_path / "a"), NAMES, PARAMS)
     with raises(UserError, tmp_path / "a"):
         save_peft(tmp_path / "a", recipe, adapters, NAMES, PARAMS)
+    (tmp_path / "file").touch()
+    with raises(UserError, tmp_path / "file"):
+        save_peft(tmp_path / "file", recipe, adapters, NAMES, PARAMS)
     with raises(TypeError, "save_peft", "list", "aj.partition(params, recipe)"):
         save_peft(tmp_path / "b", recipe, [], NAMES, PARAMS)
     more = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
     save_peft(tmp_path / "x" / "b", recipe, adapters, NAMES, PARAMS, **more)
     config = json.loads((tmp_path / "x" / "b" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "org/base" and config["inference_mode"]
+    with safetensors.safe_open(tmp_path / "x" / "b" / TENSORS, "np") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers reads no other
 
 
 def test_the_prefix_is_the_callers(tmp_path):
