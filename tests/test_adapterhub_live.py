@@ -1,4 +1,4 @@
-"""What is trained here computes the same in AdapterHub, and back; needs extra `interop-test`."""
+"""Adapters trained here compute the same in AdapterHub, both ways; needs `interop-test`."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -9,8 +9,8 @@ from helpers.finished import encoder_run
 from helpers.trained import trained
 from test_adapterhub import (
     BASES,
+    FIXTURE_NAMES,
     FIXTURES,
-    HAVE,
     base_of,
     loaded,
     logits_of,
@@ -82,7 +82,7 @@ CONFIGS = {
 
 
 def model_of(base, flexible):
-    """A base there, with heads by name or with the head of its class."""
+    """A base in AdapterHub, with named heads or with the head of its class."""
     classes = {
         "bert": transformers.BertForSequenceClassification,
         "roberta": transformers.RobertaForSequenceClassification,
@@ -105,7 +105,7 @@ def logits_there(model, base):
 
 
 def theirs(base, directory):
-    """The logits of a saved adapter in AdapterHub, which must miss no tensor and know them all."""
+    """The logits of a saved adapter in AdapterHub, which must load every tensor."""
     model, info = model_of(base, (directory / "head_config.json").exists()), {}
     options = {"use_safetensors": True, "set_active": True, "loading_info": info}
     model.load_adapter(str(directory), **options)
@@ -133,7 +133,7 @@ def test_a_head_on_the_first_token_goes_over(tmp_path):
     np.testing.assert_allclose(theirs("bert", saved), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("fixture", HAVE)
+@pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_what_came_from_adapterhub_goes_back(fixture, tmp_path):
     of, base = of_fixture(fixture), fixture.split("_")[0]
     recipe, adapters = loaded(fixture)

@@ -17,7 +17,7 @@ import adapters_jax as aj
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.shapes import count_parameters
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.interop.peft.config import means, number_at
+from adapters_jax.interop.peft.config import is_target, number_at
 from adapters_jax.trees import flatten, unflatten
 
 X = drawn((5, 4), 1)
@@ -308,4 +308,6 @@ def test_patterns_match_whole_names_from_the_start():
     }
     found = {name: number_at(config, "r", "rank_pattern", name) for name in ranks}
     assert found == ranks
-    assert means({"target_modules": ["q"]}, "a.q") and not means({"target_modules": ["q"]}, "a.bq")
+    assert is_target({"target_modules": ["q"]}, "a.q") and not is_target(
+        {"target_modules": ["q"]}, "a.bq"
+    )

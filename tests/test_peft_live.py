@@ -1,4 +1,4 @@
-"""What is trained here computes the same in PEFT itself; needs the extra `interop-test`."""
+"""Adapters trained here compute the same in PEFT; needs the extra `interop-test`."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.finished import decoder_run, encoder_run
 from helpers.trained import trained
-from test_peft import BASES, FIXTURES, HAVE, base_of
+from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
@@ -61,7 +61,7 @@ def theirs(base, directory):
 
 
 def seen(base, logits):
-    """Without what padding computes."""
+    """The logits without those of padding."""
     return np.asarray(logits)[base_of(base)[3]["attention_mask"] == 1] if base != "bert" else logits
 
 
@@ -78,7 +78,7 @@ def test_what_is_trained_here_has_the_same_logits_in_peft(base, index, tmp_path)
     assert np.abs(seen(base, plain) - seen(base, logits)).max() > 1e-2
 
 
-@pytest.mark.parametrize("fixture", [name for name in HAVE if not name.startswith("net")])
+@pytest.mark.parametrize("fixture", [name for name in FIXTURE_NAMES if not name.startswith("net")])
 def test_what_came_from_peft_goes_back(fixture, tmp_path):
     base = fixture.split("_")[0]
     names, _, params, _ = base_of(fixture)

@@ -1,4 +1,4 @@
-"""A base model as files of other libraries need it."""
+"""The description of a base model that reading and writing adapter formats needs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from adapters_jax.trees import flatten
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, as other libraries' files need it.
+    """A base model, described for adapter formats.
 
     Attributes:
-        name: as the user, the run or the file gave it.
-        kind: "encoder", or "decoder", which continues texts.
-        names: its modules in PyTorch.
-        prefix: what stands before them in PyTorch's class where that has a head as well.
-        params: a tree, or an NNX model.
-        identity: what an adapter's file says of it.
-        sha256: of the weights' files.
-        classifies: whether it is under a head for labels.
-        pooling: what that head reads; None where there is none, or it is not known.
-        one_layer: whether the classifier of its architecture in transformers has such a head.
+        name: a directory or id, as the user, the run or the file names it.
+        kind: "encoder", or "decoder" for a model that continues texts.
+        names: maps its modules to PyTorch's names.
+        prefix: begins PyTorch's module names in the class that has a head as well.
+        params: a tree of parameters, or an NNX model.
+        identity: identifies the base in an adapter's files.
+        sha256: the checksum of the weights' files.
+        classifies: whether a head for labels is on top of it.
+        pooling: what that head reads; None if there is no head or its pooling is unknown.
+        one_layer: whether its architecture's classifier in transformers also has one layer.
     """
 
     name: str
@@ -44,12 +44,12 @@ class BaseModel:
 
     @property
     def public(self) -> str | None:
-        """Its id on the Hub, without revision."""
-        there = self.identity.id
-        return there if there and "/" in there and hub.is_id(there) else None
+        """Its id on the Hub, without a revision; None for a base that is not of the Hub."""
+        found = self.identity.id
+        return found if found and "/" in found and hub.is_id(found) else None
 
     def flat(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """All parameters by path, with an adapter's leaves among them."""
+        """All parameters by path; an adapter's leaves are added or replace the base's."""
         state = self.params
         state = nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state
         return {**flatten(state), **leaves}

@@ -10,20 +10,20 @@ from adapters_jax.errors import MissingPackageError, UserError
 def render(
     template: str, messages: Iterable[Mapping[str, str]], *, reply: bool = True, **tokens: str
 ) -> str:
-    """Renders a Hugging Face chat template, in jinja's sandbox since the file is not ours.
+    """Renders a Hugging Face chat template in jinja's sandbox, since the template is untrusted.
 
     Args:
         template: jinja source.
         messages: each with a `role` (system, user or assistant) and a `content`.
-        reply: whether to end where the assistant's answer begins.
-        **tokens: what the template may name: `bos_token`, `eos_token`, ...
+        reply: whether to end the text where the assistant's answer begins.
+        **tokens: the special tokens that the template may use: `bos_token`, `eos_token`, ...
 
     Returns:
-        The text, special tokens spelt out: tokenize it without adding any.
+        The text with its special tokens; tokenize it without adding others.
 
     Raises:
-        ValueError: there is no message, or the template is broken or refuses the messages.
-        ImportError: jinja2 is not installed.
+        UserError: there is no message, or the template is broken or rejects the messages.
+        MissingPackageError: jinja2 is not installed.
 
     Example:
         >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -36,7 +36,7 @@ def render(
     values: dict[str, Any] = {
         "messages": messages,
         "add_generation_prompt": reply,
-        "raise_exception": _refuse,
+        "raise_exception": _raise,
         **tokens,
     }
     jinja2 = _jinja2()
@@ -57,13 +57,13 @@ def _jinja2() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    """The template, ready to render; a data set renders the same one for every row."""
+    """The compiled template, cached because a data set renders the same one for every row."""
     environment = _jinja2().sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     return environment.from_string(template)
 
 
-def _refuse(reason: str) -> NoReturn:
-    """What templates call where roles are out of order; jinja lets the ValueError through."""
+def _raise(reason: str) -> NoReturn:
+    """Templates call this to reject messages; jinja does not catch the error."""
     raise UserError(f"the chat template cannot render these messages: {reason}")

@@ -1,4 +1,4 @@
-"""Adapter directories of other libraries: settings in JSON, tensors in safetensors.
+"""Reads and writes adapter directories of other libraries: JSON settings, safetensors tensors.
 
 A pickled file is never opened, because unpickling runs whatever code the file holds.
 """
@@ -25,21 +25,22 @@ from adapters_jax.trees import Tree, flatten
 def read_pair(
     directory: Path, config: str, tensors: str, pickle: str, advice: str
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The settings and the tensors of a directory.
+    """Reads the settings and the tensors of a directory.
 
     Args:
-        directory: where the files are.
-        config, tensors: their names.
-        pickle: the name of the file that may be there instead of the tensors.
-        advice: how to convert that one.
+        directory: the directory with both files.
+        config, tensors: the files' names.
+        pickle: the name of a pickled file that the directory may have instead of `tensors`.
+        advice: how to convert the pickled file, for the message.
 
     Raises:
-        AdapterFileError: a file is absent, pickled or damaged, or holds what ours may not.
+        AdapterFileError: a file is absent, pickled or damaged, or exceeds a limit of ours.
     """
     lacking = [name for name in (config, tensors) if not (directory / name).is_file()]
     if lacking:
-        may_be = (directory / pickle).exists() or hub.commit_of(directory)  # it is not fetched
-        pickled = f"; {advice}" if may_be else ""
+        # A pickled file is never fetched from the Hub, so it may exist there.
+        possible = (directory / pickle).exists() or hub.commit_of(directory)
+        pickled = f"; {advice}" if possible else ""
         raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
     return read_json(directory / config), read_tensors(directory / tensors)
 
@@ -47,20 +48,20 @@ def read_pair(
 def pair(
     config: tuple[str, Mapping[str, Any]], tensors: tuple[str, Mapping[str, Array]]
 ) -> dict[str, bytes]:
-    """The contents of the files of settings and tensors, each given with its file's name."""
+    """Returns the bytes of both files by name; each argument is a file's name and its content."""
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors[1].items()}
     text = json.dumps(config[1], indent=2, sort_keys=True) + "\n"
     return {config[0]: text.encode(), tensors[0]: save(whole, {"format": "pt"})}
 
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:
-    """Writes a directory, which appears whole or not at all, and further texts by name with it."""
+    """Writes files and further texts, by name, as a directory that appears whole or not at all."""
     write_directory(directory.resolve(), {**texts(beside), **files})
     return directory
 
 
 def empty_directory(directory: str | Path) -> Path:
-    """A directory to write; raises ValueError where there is something already."""
+    """Returns the path of a new or empty directory; raises `UserError` for any other."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not empty; give another directory")
@@ -68,7 +69,7 @@ def empty_directory(directory: str | Path) -> Path:
 
 
 def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
-    """The trained leaves of a tree by path; raises TypeError where it is no tree."""
+    """Returns a tree's leaves by path; raises `TypeError` for anything but a tree."""
     if not isinstance(adapters, Mapping):
         raise TypeError(
             f"{owner}: {type(adapters).__name__} is not a tree of adapters; write "
@@ -81,21 +82,22 @@ def field_problems(
     config: Mapping[str, Any],
     supported: Collection[str],
     idle: Collection[str],
-    wanted: Callable[[str, Any], list[str]],
+    expected: Callable[[str, Any], list[str]],
 ) -> list[str]:
-    """What of some settings is not supported, each as `field=value` with the reason.
+    """Lists the unsupported settings, each as `field=value` with the reason.
 
     Args:
         config: the settings.
-        supported: the fields that are; `wanted(field, value)` says what is wrong with a value.
-        idle: those that do nothing. Others must be null, false or empty.
+        supported: the supported fields.
+        idle: fields without effect. All others must be null, false or empty.
+        expected: returns the problems of a supported field's value, given both.
     """
     problems = []
     for field, found in config.items():
         if field in idle or found is None:
             continue
         if field in supported:
-            problems += [f"{field}={found!r}, {reason}" for reason in wanted(field, found)]
+            problems += [f"{field}={found!r}, {reason}" for reason in expected(field, found)]
         elif found is not False and found not in ({}, [], ""):
             problems.append(f"{field}={found!r} is not supported")
     return problems

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: find the files, read the configuration and the tensors.
+"""Finds Hugging Face checkpoints, and reads their configuration and tensors.
 
 Only `config.json` and safetensors are read. A pickled `pytorch_model.bin` is never opened, because
 unpickling runs whatever code the file holds.
@@ -18,7 +18,7 @@ from adapters_jax.errors import UserError, file_errors
 from adapters_jax.interop.names import Stored
 from adapters_jax.io import hub
 
-WANTED_FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
+FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"
 PICKLE_ADVICE = (
     "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
@@ -27,19 +27,19 @@ PICKLE_ADVICE = (
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Finds a checkpoint: a directory as it is, anything else as an id on the Hugging Face Hub.
+    """Finds a checkpoint in a directory or, by its id, on the Hugging Face Hub.
 
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id such as
-            `"google-bert/bert-base-uncased"`, also with `@` and a revision behind.
+            `"google-bert/bert-base-uncased"`, optionally followed by `@` and a revision.
         revision: a branch, tag or commit of the Hub's repository.
 
     Returns:
         The directory that holds the files.
 
     Raises:
-        ValueError: if the directory lacks a file, or the Hub cannot be reached or has no such id.
-        ImportError: if an id is given and `huggingface_hub` is not installed.
+        UserError: the directory lacks a file, or the Hub cannot be reached or has no such id.
+        MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         Traceback (most recent call last):
         adapters_jax.errors.UserError: '...' lacks config.json and model.safetensors (or ...
     """
-    directory = hub.find(name_or_path, revision, WANTED_FILES, "a model", UserError, hub.is_id)
+    directory = hub.find(name_or_path, revision, FILES, "a model", UserError, hub.is_id)
     _check_files(directory)
     return directory
 
@@ -58,7 +58,7 @@ def _check_files(directory: Path) -> None:
     if not any((directory / name).is_file() for name in ("model.safetensors", INDEX)):
         lacking.append(f"model.safetensors (or {INDEX})")
     if lacking:
-        # A download never fetches the pickle, so its absence here says nothing about the Hub.
+        # A download never fetches the pickle, so the Hub may have one that the directory lacks.
         raise UserError(
             f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
             f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
@@ -67,17 +67,16 @@ def _check_files(directory: Path) -> None:
 
 
 def read_tensors(directory: str | Path) -> dict[str, Stored]:
-    """The tensors of `model.safetensors`, or of the shards its index names; none is read yet.
+    """Lists the tensors of `model.safetensors`, or of its shards; reads each only when it is used.
 
     Args:
-        directory: where the files are.
+        directory: the checkpoint's directory.
 
     Returns:
-        The tensors by their names in the files; each is read when its array is asked for, in the
-        dtype stored (bfloat16 included).
+        The tensors by their names in the files, in the dtype stored (bfloat16 included).
 
     Raises:
-        ValueError: if a shard is absent or a file is damaged; all of them are named.
+        UserError: shards are absent, all of which the message names, or a file is damaged.
     """
     directory = Path(directory)
     shards = ["model.safetensors"]
@@ -93,7 +92,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
 
 
 def read_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, or raises a `ValueError` that names it."""
+    """Lists the tensors of one safetensors file; raises a `UserError` that names a damaged one."""
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()  # a file is no mapping: it cannot be iterated over itself
@@ -109,7 +108,7 @@ def _read(path: Path, name: str) -> np.ndarray:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object, or raises a `ValueError` that names the file."""
+    """Reads a JSON object; raises a `UserError` that names the file if it holds none."""
     try:
         with file_errors(Path(path)):
             text = Path(path).read_text(encoding="utf-8")
@@ -125,8 +124,8 @@ class CheckpointConfig:
     """A frozen dataclass whose fields have the names that `config.json` uses.
 
     A subclass lists in `supported` the settings that change the arithmetic, with the values it
-    implements; any other value raises. The remaining keys of a `config.json` (bookkeeping of the
-    library that wrote it) have no bearing on the model and are passed over.
+    implements; any other value raises a `UserError`. All other keys of a `config.json` are
+    bookkeeping of the library that wrote it, and are ignored.
     """
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -134,7 +133,7 @@ class CheckpointConfig:
 
     @property
     def num_layers(self) -> int:
-        """The number of layers; a `config.json` that counts them by another name overrides it."""
+        """The number of layers; a subclass overrides it if its `config.json` has another name."""
         return self.num_hidden_layers
 
     def __post_init__(self) -> None:
@@ -152,7 +151,7 @@ class CheckpointConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes the fields from a parsed `config.json`, refusing settings not implemented."""
+        """Takes the fields from a parsed `config.json`; raises `UserError` for unsupported ones."""
         cls._check(values)
         names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         return cls(**{key: value for key, value in values.items() if key in names})
@@ -164,7 +163,7 @@ class CheckpointConfig:
 
 
 def _shortened(names: Iterable[str], limit: int = 8) -> str:
-    """The names in a row, the rest of a long list as a count."""
+    """The first names, and the number of the others."""
     names = list(names)
     more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "nothing"

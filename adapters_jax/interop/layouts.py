@@ -1,7 +1,7 @@
-"""How the arrays of PyTorch's adapters are laid out, and ours.
+"""Converts arrays between the layouts of PyTorch's adapters ("theirs") and ours.
 
-Theirs keep the output axis first: A `(r, in)`, B `(out, r)`, a convolution's A `(r, in, window)`
-and B `(out, r, 1)`. Ours keep it last: `(in, r)` and `(r, out)`, `(window, in, r)` and `(r, out)`.
+Theirs have the output axis first: A `(r, in)`, B `(out, r)`, a convolution's A `(r, in, window)`
+and B `(out, r, 1)`. Ours have it last: `(in, r)` and `(r, out)`, `(window, in, r)` and `(r, out)`.
 """
 
 import math
@@ -19,12 +19,12 @@ Array = Shaped[np.ndarray, "..."]
 
 @dataclass(frozen=True)
 class ModuleReference:
-    """One of our modules.
+    """A module of our model, as the counterpart of a PyTorch module or of a part of one.
 
     Attributes:
-        path: where it is in our model.
+        path: its path in our model.
         leaves: the base's arrays in it, by name; only their shapes are needed.
-        part: `(index, count)` where their module is `count` of ours, fused along the outputs.
+        part: `(index, count)` if their module fuses `count` of ours along the outputs.
     """
 
     path: str
@@ -43,14 +43,14 @@ class ModuleReference:
 
     @property
     def width(self) -> int:
-        """How many outputs it has."""
+        """The number of its outputs."""
         return self.shape[-1]
 
 
 def our_factors(
     reference: ModuleReference, a: Array, b: Array, magnitude: Array | None = None
 ) -> dict[str, Array] | None:
-    """Our leaves of one module out of their factors; None where they do not fit its weight.
+    """Converts their factors to our leaves of one module; returns None if they do not fit.
 
     Example:
         >>> reference = ModuleReference("query", {"kernel": np.zeros((6, 4))})
@@ -82,9 +82,9 @@ def our_factors(
 def their_factors(
     reference: ModuleReference, leaves: Mapping[str, Array], slices: Iterable[tuple[int, int]] = ()
 ) -> tuple[Array, Array]:
-    """Their A and B out of our leaves; a kernel with more than one input axis is a convolution's.
+    """Converts our leaves to their A and B; outputs outside the slices get zeros.
 
-    Outputs beside the slices get zeros.
+    A kernel with more than one input axis counts as a convolution's.
     """
     a, b = leaves["a"], leaves["b"]
     if slices:
@@ -99,7 +99,7 @@ def their_factors(
 def our_leaf(
     reference: ModuleReference, name: str, tensor: Array, fan_in_fan_out: bool
 ) -> Array | None:
-    """Our array of the base out of theirs; None where it does not fit."""
+    """Converts a tensor of theirs to our base's leaf; returns None if it does not fit."""
     shape = tuple(reference.leaves[name].shape)
     if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
         tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
@@ -107,13 +107,13 @@ def our_leaf(
     if tensor.size != math.prod(shape) * count or (tensor.ndim and tensor.shape[-1] % count):
         return None
     tensor = np.split(tensor, count, axis=-1)[index] if reference.part else tensor
-    # A layer of heads has more axes than their matrix.
+    # A kernel with an axis for heads has more axes than their matrix.
     split = 0 < tensor.ndim < len(shape) and tensor.shape[0] in accumulate(shape, mul)
     return tensor.reshape(shape) if split or tensor.shape == shape else None
 
 
 def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array:
-    """Their tensor out of our arrays, one for each part."""
+    """Converts our arrays, one for each part, to their tensor."""
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     n = whole.ndim
     if name != "kernel" or n < 2 or (fan_in_fan_out and n == 2):
@@ -122,6 +122,6 @@ def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array
 
 
 def rounded(number: float) -> float:
-    """Without the last digits, which a root and its square leave behind; whole where it is."""
+    """Rounds to 12 digits, which hides the error of a squared root; makes whole numbers ints."""
     number = float(f"{number:.12g}")
     return int(number) if number == int(number) else number

@@ -1,4 +1,4 @@
-"""Where a model's modules are in files of other libraries."""
+"""The module map: a model's modules by the names that files of other libraries have for them."""
 
 import difflib
 import re
@@ -29,17 +29,17 @@ HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """A model's modules by the names that PyTorch has for them.
+    """A model's modules by their names in PyTorch ("theirs").
 
     Attributes:
-        modules: our modules by their name, without prefix; several where theirs is fused.
-        attention: paths of our attention modules, likewise.
+        modules: our modules by their name without prefix; several where theirs fuses ours.
+        attention: paths of our attention modules by their name without prefix.
         base: the base's arrays by path.
-        prefixes: leading words that their names may have.
+        prefixes: prefixes that their names may have.
         fan_in_fan_out: whether their linear weights are `(in, out)`.
         tied: whether the word embeddings are also the output layer.
-        scanned: how many layers the base has as one module, 0 where they are unrolled. Paths are
-            those of unrolled layers in any case.
+        scanned: the number of layers that the base scans, 0 if it unrolls them. Paths are always
+            those of unrolled layers.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -51,36 +51,36 @@ class ModuleMap:
     scanned: int = 0
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
-        """Our modules for one of theirs, in the order of the parts; none where it is not known."""
+        """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
         return self.modules.get(self.bare(name), ())
 
     def bare(self, name: str) -> str:
-        """A name of theirs without prefix."""
+        """Their name without prefix."""
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
         return name
 
     def full(self, name: str, prefix: str | None) -> str:
-        """A bare name as the model has it: with the prefix given, or the first of the table's."""
+        """A bare name with `prefix`, by default the table's first; heads have none."""
         prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
         return name if name.split(".")[0] in HEADS else prefix + name
 
     @property
     def paths(self) -> list[str]:
-        """Our modules that have parameters."""
+        """The paths of our modules that have parameters."""
         return sorted({path.rpartition("/")[0] for path in self.base})
 
 
 def find_modules(names: Names, base: Any) -> ModuleMap:
-    """Goes through a model and asks what its modules are called in PyTorch.
+    """Builds the module map of a model.
 
     Args:
-        names: a model's table, or a mapping from their module names to our paths; to a tuple of
-            paths where theirs is fused, to an attention module's path for prompts.
-        base: the parameters as a tree of arrays, also abstract ones, or an NNX module.
+        names: the model's table, or a mapping from their module names to our paths: a tuple of
+            paths where theirs fuses ours, an attention module's path for prompts.
+        base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
 
     Raises:
-        ValueError: nothing is found, or a mapping names paths that the base does not have.
+        UserError: no module is found, or the mapping has paths that the base does not have.
     """
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
@@ -106,14 +106,14 @@ def _by_table(
         try:
             source = names.module(path)
         except ValueError:
-            continue  # a module that no file of theirs has, such as another head
+            continue  # a module without counterpart, such as another head
         modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules:
         raise UserError(
-            f"names knows none of the base's modules {', '.join(list(by_path)[:3])}; give the "
-            "NAMES that stands beside the model, and the parameters of that model"
+            f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
+            "of the model's package, and the parameters of that model"
         )
     ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
     tied = r"lm_head\.weight" in names.ignored and "lm_head" not in modules
@@ -144,13 +144,13 @@ def _by_mapping(
             near = difflib.get_close_matches(paths[0], by_path, 3) or list(by_path)[:3]
             problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
     if problems:
-        raise UserError(f"names maps to what the base does not have: {'; '.join(problems)}")
+        raise UserError(f"names maps to paths that the base does not have: {'; '.join(problems)}")
     return ModuleMap(modules, attention, base)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One layer of a stacked array, read off it when its numbers are asked for."""
+    """One layer of a stacked array, sliced only when its values are used."""
 
     stacked: Any
     number: int
@@ -168,7 +168,7 @@ class _Row:
 
 
 def _row(stacked: Any, number: int) -> Any:
-    """One layer of a stacked array, abstract where that is."""
+    """One layer of a stacked array; abstract if the array is."""
     if hasattr(stacked, "__array__"):
         return _Row(stacked, number)
     return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
@@ -177,10 +177,10 @@ def _row(stacked: Any, number: int) -> Any:
 def as_in_model(
     methods: Sequence[Method], leaves: Leaves, names: Names, module_map: ModuleMap
 ) -> tuple[Recipe, Tree]:
-    """What was read of unrolled layers as the base has it.
+    """Returns recipe and tree for the base, stacking unrolled layers if the base scans them.
 
     Raises:
-        ValueError: its layers are scanned, and those that were read are not alike.
+        UserError: the base scans its layers, but the adapter differs between layers.
     """
     recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
     if not module_map.scanned or not isinstance(names, NameTable):
@@ -191,7 +191,7 @@ def as_in_model(
 def as_in_file(
     recipe: Recipe | Method, leaves: Leaves, names: Names, module_map: ModuleMap
 ) -> tuple[Recipe, Leaves]:
-    """What a base trained, of unrolled layers."""
+    """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base."""
     if not module_map.scanned or not isinstance(names, NameTable):
         return Recipe(recipe), leaves
     unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
@@ -201,7 +201,7 @@ def as_in_file(
 def by_module(
     recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
 ) -> tuple[Added, Leaves]:
-    """The leaves that methods added, by module, and the base's own that train."""
+    """Splits leaves into those that methods add, by module, and the base's own that train."""
     added: Added = {}
     trained: Leaves = {}
     for path, leaf in leaves.items():
@@ -225,22 +225,24 @@ def by_module(
 def trained_value(
     path: str, trained: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
 ) -> Array:
-    """A trained leaf, or the base's where its module is saved whole."""
+    """The trained leaf at a path, or the base's own, since its module is saved whole."""
     own = module_map.base[path]
     if path not in trained and not hasattr(own, "__array__"):
-        problems.append(f"{path} goes with what trains: give a base with its values, not shapes")
+        problems.append(
+            f"{path} is saved with its module: give a base with values, not only shapes"
+        )
         return np.zeros(own.shape, np.float32)
     return np.asarray(trained.get(path, own))
 
 
 def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:
-    """Whether these are the base's own values, which some files repeat."""
+    """Whether leaves equal the base's, which some files repeat."""
     both: Iterable[tuple[Array, Any]] = [(x, module_map.base[path]) for path, x in leaves.items()]
     return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)
 
 
-def shortest(wanted: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
-    """Patterns that mean these paths and no others: by the last names, or the paths themselves.
+def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that match these paths and no others: by their last names, or the paths themselves.
 
     Example:
         >>> shortest(["layer_0/query", "layer_1/query"], ["layer_0/query", "layer_1/query", "norm"])
@@ -248,16 +250,16 @@ def shortest(wanted: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
         >>> shortest(["layer_0/query"], ["layer_0/query", "layer_1/query"])
         ('layer_0/query',)
     """
-    wanted, among = set(wanted), list(among)
-    for depth in (1, 2):
-        tails = {"/".join(path.split("/")[-depth:]) for path in wanted}
+    chosen, among = set(paths), list(among)
+    for length in (1, 2):
+        tails = {"/".join(path.split("/")[-length:]) for path in chosen}
         patterns = tuple(sorted(join("**", tail) for tail in tails))
-        fewer = len(patterns) < len(wanted)
-        if fewer and {path for path in among if selects(patterns, path)} == wanted:
+        fewer = len(patterns) < len(chosen)
+        if fewer and {path for path in among if selects(patterns, path)} == chosen:
             return patterns
-    return tuple(sorted(wanted, key=in_order))
+    return tuple(sorted(chosen, key=in_order))
 
 
 def in_order(path: str) -> list[tuple[int, str]]:
-    """A key that sorts paths with their numbers as numbers."""
+    """A sort key that compares the numbers in paths as numbers."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]

@@ -1,6 +1,6 @@
-"""The names of tensors in checkpoints, and arrays moved between theirs and our parameter paths.
+"""Converts parameters between checkpoints of PyTorch ("theirs") and our trees.
 
-Each model's names stand beside that model, as a `NameTable`; what every model shares is here.
+Each model's package has its own `NameTable`; this module has the code that all models share.
 """
 
 import re
@@ -21,9 +21,9 @@ from adapters_jax.transforms.stacking import Stack
 
 
 class Rule(NamedTuple):
-    """One line of a `NameTable`: a pattern over our module paths, their module name, a part.
+    """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
-    `part` is `(index, count)` where their module fuses `count` of ours along its output axis.
+    `part` is `(index, count)` if their module fuses `count` of ours along its output axis.
     """
 
     ours: str
@@ -32,20 +32,20 @@ class Rule(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where one of our arrays comes from: a tensor's name and how its axes differ from ours."""
+    """The tensor that one of our arrays comes from, and how its axes differ from ours."""
 
     name: str
     transposed: bool = False
     part: tuple[int, int] | None = None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape their tensor has when ours has `shape`."""
+        """The shape of their tensor if ours has `shape`."""
         if self.part:
             shape = (*shape[:-1], shape[-1] * self.part[1])
         return shape[::-1] if self.transposed else shape
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
-        """Our array, out of their tensor."""
+        """Takes our array out of their tensor."""
         tensor = tensor.T if self.transposed else tensor
         if self.part:
             index, count = self.part
@@ -55,11 +55,11 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, read whenever its array is asked for; `numpy.asarray` does.
+    """A tensor in a file, which `numpy.asarray` reads anew each time.
 
     Args:
-        shape: known without reading it.
-        read: gives the array.
+        shape: its shape, known without reading it.
+        read: reads the array.
 
     Example:
         >>> np.asarray(Stored((2,), lambda: np.ones(2)))
@@ -78,15 +78,15 @@ Tensor = np.ndarray | Stored
 
 @dataclass(frozen=True)
 class NameTable:
-    r"""How one model's parameter paths correspond to a checkpoint's tensor names.
+    r"""The correspondence of one model's parameter paths to a checkpoint's tensor names.
 
     Args:
-        rules: the modules, as regular expressions over our paths and templates of their names.
-        prefixes: leading words that a checkpoint may have or lack (`"bert."`).
-        ignored: patterns of tensors that may be left over: buffers, and heads not asked for.
-        fan_in_fan_out: whether linear weights are stored `(in, out)` as ours, not `(out, in)`.
-        stack: how the model names its layers unrolled and scanned; None where it cannot be scanned.
-            The rules are of unrolled layers.
+        rules: one or more for each module: a regular expression over our paths, and a template of
+            their name. The paths are those of unrolled layers.
+        prefixes: prefixes that a checkpoint's names may have (`"bert."`).
+        ignored: patterns of tensors that may remain unused, such as buffers and other heads.
+        fan_in_fan_out: whether linear weights are stored `(in, out)` like ours, not `(out, in)`.
+        stack: the model's names of unrolled and of scanned layers; None if it cannot scan them.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -106,7 +106,7 @@ class NameTable:
             match = re.fullmatch(rule.ours, path)
             if match:
                 return Source(match.expand(rule.theirs), part=rule.part)
-        raise UserError(f"no rule gives {path!r} a name in a checkpoint; add one to the table.")
+        raise UserError(f"no rule gives {path!r} a name in a checkpoint; add one to the NameTable.")
 
     def source(self, path: str) -> Source:
         """Their tensor for our parameter at `path`."""
@@ -116,9 +116,9 @@ class NameTable:
         return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
 
     def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
-        """Their tensors for our parameter at `path`, by our path of each; whether it is stacked.
+        """Their tensors for our parameter at `path`, by our path; and whether it is stacked.
 
-        The path of a leaf of scanned layers stands for that of every layer.
+        A leaf of scanned layers has one tensor for each layer.
         """
         if self.stack and self.stack.holds(path):
             each = (str(self.stack.layer(path, i)) for i in range(shape[0]))
@@ -126,12 +126,12 @@ class NameTable:
         return {path: self.source(path)}, False
 
     def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors by names without prefix, with the oldest files' gamma and beta renamed."""
+        """The tensors by their names without prefix; gamma and beta of old files are renamed."""
         theirs: dict[str, str] = {}
         for name in tensors:
             clash = theirs.setdefault(self._canonical_name(name), name)
             if clash != name:
-                raise UserError(f"{clash} and {name} name one tensor; keep one of them.")
+                raise UserError(f"{clash} and {name} name the same tensor; keep one of them.")
         return {name: tensors[original] for name, original in theirs.items()}
 
     def _canonical_name(self, name: str) -> str:
@@ -142,25 +142,25 @@ class NameTable:
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name may be left over."""
+        """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
 def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
-    """Puts a checkpoint's tensors where a model's parameters are.
+    """Converts a checkpoint's tensors to a model's parameters.
 
     Args:
-        tensors: the checkpoint's, by name; see `read_tensors`. They are read one by one.
+        tensors: the checkpoint's tensors by name; see `read_tensors`. They are read one by one.
         names: the model's table.
-        like: the model's parameters, arrays or abstract; their dtypes and shardings are what comes
-            back.
+        like: the model's parameters, which may be abstract; they set the structure, dtypes and
+            shardings of the result.
 
     Returns:
-        A tree of `like`'s structure, shapes and dtypes.
+        A tree of arrays.
 
     Raises:
-        MismatchError: naming every tensor that is missing, unexpected or of another shape (as the
-            checkpoint stores it), ours by path and theirs by name.
+        MismatchError: tensors are missing, unexpected or of another shape; the message names all of
+            them by path and by name, with the shapes that a checkpoint has.
 
     Example:
         >>> like = {"query": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
@@ -170,32 +170,32 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     """
     found = names.canonical(tensors)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    # An array of ours goes by both names in an error; what is left over has only theirs.
-    wanted: dict[str, Any] = {}
+    # In the error, our arrays have both names, and unused tensors have only theirs.
+    expected: dict[str, Any] = {}
     got: dict[str, Any] = {}
-    used, places = set(), []
+    used, reads = set(), []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         sources, stacked = names.sources(path, leaf.shape)
-        places.append((tuple(sources.values()), stacked, leaf))
+        reads.append((tuple(sources.values()), stacked, leaf))
         for own, source in sources.items():
             label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
-            wanted[label] = jax.ShapeDtypeStruct(source.shape(shape), leaf.dtype)
+            expected[label] = jax.ShapeDtypeStruct(source.shape(shape), leaf.dtype)
             used.add(source.name)
             if source.name in found:
                 got[label] = found[source.name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
-    compare_trees("the checkpoint", got, wanted, "Is it of this architecture and size?")
+    compare_trees("the checkpoint", got, expected, "Is it of this architecture and size?")
 
     def read(sources: Sequence[Source], stacked: bool, leaf: Any) -> jax.Array:
         arrays = (source.take(np.asarray(found[source.name])) for source in sources)
         return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
 
-    return jax.tree_util.tree_unflatten(structure, [read(*each) for each in places])
+    return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
 
 
 def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
-    """Layers on a first axis, put there one by one: there is never more than one of them twice."""
+    """Stacks layers along a first axis one by one, so that memory holds at most one twice."""
     where = row = getattr(like, "sharding", None)
     if isinstance(where, NamedSharding):
         row = NamedSharding(where.mesh, P(*where.spec[1:]))
@@ -208,13 +208,13 @@ def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _put(whole: jax.Array, layer: jax.Array, i: int, where: Any) -> jax.Array:
-    """An array with one row replaced, in its place."""
+    """Replaces one row of an array in place."""
     whole = whole.at[i].set(layer)
     return whole if where is None else jax.lax.with_sharding_constraint(whole, where)
 
 
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
-    """An array with another one's dtype, where that one is."""
+    """Converts an array to the dtype and sharding of another."""
     sharding = getattr(like, "sharding", None)
     if sharding is None:
         return jnp.asarray(array, like.dtype)
@@ -222,15 +222,15 @@ def _placed(array: np.ndarray, like: Any) -> jax.Array:
 
 
 def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
-    """A model's parameters as a checkpoint's tensors; the inverse of `from_tensors`.
+    """Converts a model's parameters to a checkpoint's tensors; the inverse of `from_tensors`.
 
     Args:
-        tree: parameters, also of scanned layers; each is a tensor of its own there, none is fused
-            with others.
-        names: the model's table; its first prefix is put before every name but the head's.
+        tree: the parameters, also of scanned layers.
+        names: the model's table, which must not fuse modules; its first prefix begins every name
+            but the head's.
 
     Raises:
-        ValueError: one of their tensors fuses several of ours.
+        UserError: one of their tensors fuses several of ours.
 
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
@@ -244,7 +244,9 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         sources, stacked = names.sources(path, array.shape)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
             if source.part:
-                raise UserError(f"{source.name} fuses parts, which cannot be written one by one.")
+                raise UserError(
+                    f"{source.name} fuses several of our arrays, which to_tensors does not support."
+                )
             prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
             turned = own.T if source.transposed else own
             tensors[prefix + source.name] = np.ascontiguousarray(turned)

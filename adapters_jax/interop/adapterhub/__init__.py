@@ -1,7 +1,8 @@
 """Adapters and heads of AdapterHub, both ways.
 
-- `reading`, `writing`: their tensors; `config`: their settings; `heads`: classification heads.
-- `blocks`: where AdapterHub puts bottlenecks and LoRA in a model.
+- `files` reads and writes the directory; `config` checks and interprets its settings.
+- `reading` and `writing` convert bottlenecks and LoRA, `heads` converts classification heads.
+- `blocks` finds the modules to which AdapterHub attaches bottlenecks and LoRA.
 """
 
 from adapters_jax.interop.adapterhub.files import (

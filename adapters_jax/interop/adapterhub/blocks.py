@@ -1,4 +1,4 @@
-"""Where AdapterHub puts bottlenecks and LoRA in a model, and where that is in ours."""
+"""The modules to which AdapterHub attaches bottlenecks and LoRA, and their counterparts of ours."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from adapters_jax.trees import join
 
 
 class Layer(NamedTuple):
-    """A bottleneck layer of a block: its name, the projection before it, the sublayer's norm."""
+    """The names of a block's bottleneck layer, of the projection before it and of its norm."""
 
     bottleneck: str
     dense: str
@@ -21,7 +21,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The names of one architecture, and whether its norms stand behind the sums."""
+    """The names of one architecture, and whether its norms follow the residual sums."""
 
     model_type: str
     block: str
@@ -38,7 +38,7 @@ def _architecture(
     feed_forward: tuple[str, str],
     post_norm: bool = False,
 ) -> Architecture:
-    """An architecture; `feed_forward` has what the settings call intermediate and output."""
+    """Builds an architecture; `feed_forward` are `intermediate_lora` and `output_lora`."""
     loras = {"selfattn_lora": dict(zip("qkv", matrices, strict=True))}
     for location, module in zip(("intermediate_lora", "output_lora"), feed_forward, strict=True):
         loras[location] = {"": module}
@@ -76,7 +76,7 @@ ARCHITECTURES = (
             Layer("output_adapters", "mlp.down_proj", "post_attention_layernorm"),
         ),
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.down_proj", "mlp.up_proj"),  # as the library has it
+        ("mlp.down_proj", "mlp.up_proj"),  # in AdapterHub's order
     ),
 )
 
@@ -90,7 +90,7 @@ class Blocks:
         module_map: the modules that have parameters.
         sums: our modules that add a sublayer to the residual stream, by their bottleneck layer.
         layers: the blocks' numbers.
-        ours: whether the model is one of ours, whose sublayers stand around their outputs.
+        ours: whether this is one of our models, where a sublayer's module contains its output.
     """
 
     architecture: Architecture
@@ -100,11 +100,11 @@ class Blocks:
     ours: bool
 
     def name(self, layer: int, rest: str) -> str:
-        """A module's name, without prefix."""
+        """The name of a module in a block, without prefix."""
         return f"{self.architecture.block}.{layer}.{rest}"
 
-    def spot(self, layer: int, location: str, role: str) -> str | None:
-        """Our module for a role that `Placement` names; None where there is none."""
+    def path(self, layer: int, location: str, role: str) -> str | None:
+        """The path of our module for a `role` of `Placement`; None if there is none."""
         bottleneck, dense, norm = self.architecture.bottlenecks[location]
         if role == "sum":
             return self.sums.get(self.name(layer, bottleneck))
@@ -113,7 +113,7 @@ class Blocks:
         return there[0].path.removesuffix("/dense") if there else None
 
     def width(self, layer: int, location: str) -> int:
-        """The width of the residual stream; 0 where names does not say, as of LoRA alone."""
+        """The width of the residual stream; 0 if names has neither module, as for LoRA alone."""
         _, *modules = self.architecture.bottlenecks[location]
         there = [
             reference
@@ -122,13 +122,13 @@ class Blocks:
         ]
         return there[0].width if there else 0
 
-    def spots(self) -> dict[str, tuple[int, str, str]]:
-        """Layer, location and role of our modules; a whole sublayer of our models is "sublayer"."""
+    def roles(self) -> dict[str, tuple[int, str, str]]:
+        """Layer, location and role by path; our models' sublayers have the role "sublayer"."""
         found = {}
         for layer in self.layers:
             for location in self.architecture.bottlenecks:
                 for role in ("output", "sum", "norm"):
-                    path = self.spot(layer, location, role)
+                    path = self.path(layer, location, role)
                     if path is not None:
                         found[path] = (layer, location, role)
                         if role == "output" and self.ours:
@@ -137,7 +137,7 @@ class Blocks:
 
     @property
     def paths(self) -> set[str]:
-        """Every module of ours that is known of, for patterns to mean or not."""
+        """The paths of all our modules, against which patterns are tested."""
         found = {*self.sums.values()}
         for path in self.module_map.paths:
             names = path.split("/")
@@ -146,16 +146,17 @@ class Blocks:
 
 
 def find_blocks(names: Names, base: Any) -> Blocks:
-    """Goes through a model and asks what AdapterHub calls its blocks.
+    """Finds the blocks of a model by AdapterHub's names.
 
     Args:
-        names: a model's table, or a mapping from PyTorch's module names to our paths; there, the
-            name of AdapterHub's bottleneck layer (BERT's `...output`, `...output_adapters` of
-            others) goes to the module that adds the sublayer's output to the residual stream.
-        base: the parameters as a tree of arrays, also abstract ones, or an NNX module.
+        names: the model's table, or a mapping from PyTorch's module names to our paths. A mapping
+            needs the name of AdapterHub's bottleneck layer (BERT's `...output`, for others
+            `...output_adapters`) with the path of the module that adds the sublayer's output to
+            the residual stream.
+        base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
 
     Raises:
-        ValueError: there are no blocks of a known architecture, or names do not fit the base.
+        UserError: there are no blocks of a known architecture, or names do not fit the base.
     """
     sums: dict[str, str] = {}
     if not isinstance(names, NameTable):
@@ -170,7 +171,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
     else:
         known = ", ".join(each.model_type for each in ARCHITECTURES)
         raise UserError(
-            f"names has no blocks that AdapterHub adapts here; expected those of {known}"
+            f"names has no blocks of an architecture that is supported; expected one of {known}"
         )
     if not ours:
         prefix = found[0][1]
@@ -182,7 +183,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
 
 
 def _is_bottleneck(name: str) -> bool:
-    """Whether this is the name of a bottleneck layer."""
+    """Whether a name is that of a bottleneck layer."""
     return any(
         re.fullmatch(
             rf"(.*\.)?{re.escape(architecture.block)}\.\d+\.{re.escape(layer.bottleneck)}", name
@@ -193,11 +194,11 @@ def _is_bottleneck(name: str) -> bool:
 
 
 def _sums(blocks: Blocks) -> dict[str, str]:
-    """The sums of our models, which stand beside the norms."""
+    """The residual sums of our models; each is beside its norm, `mlp_sum` beside `mlp_norm`."""
     sums = {}
     for layer in blocks.layers:
         for location, (bottleneck, _, _) in blocks.architecture.bottlenecks.items():
-            norm = blocks.spot(layer, location, "norm")
+            norm = blocks.path(layer, location, "norm")
             if norm is not None:
                 parent, _, name = norm.rpartition("/")
                 sums[blocks.name(layer, bottleneck)] = join(parent, name.replace("norm", "sum"))

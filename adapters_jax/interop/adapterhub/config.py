@@ -1,4 +1,4 @@
-"""AdapterHub's `adapter_config.json`: the fields that we honour, and the arithmetic that they mean.
+"""AdapterHub's `adapter_config.json`: which fields we support, and which arithmetic they select.
 
 Reference: https://docs.adapterhub.ml/methods.html
 """
@@ -17,7 +17,7 @@ LOCATIONS: dict[str | None, tuple[str, ...]] = {
     "lora": ("selfattn_lora", "intermediate_lora", "output_lora"),
 }
 
-# What the library takes where a file says nothing; older files do not say everything.
+# AdapterHub's defaults; older files lack some fields.
 DEFAULTS: dict[str | None, dict[str, Any]] = {
     None: {
         **dict.fromkeys(("original_ln_before", "ln_before", "ln_after", "is_parallel"), False),
@@ -35,7 +35,7 @@ REQUIRED: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
     "lora": (),
 }
-# How an adapter starts, and what acts only beside a field that is not supported.
+# Initialisation, and fields that act only beside a field that is not supported.
 IDLE = {
     *("architecture", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor"),
     *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm"),
@@ -51,17 +51,17 @@ ACTIVATIONS = {
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
 _ONLY = {"stochastic_depth": 0.0, "composition_mode": "add", "dtype": "float32"}
 _DROPOUT = (
-    "expected 0.0: theirs acts behind the up-projection, ours between the projections; set it to "
-    "0.0 in the file, which changes no prediction"
+    "expected 0.0: AdapterHub applies it after the up-projection, we between the projections; set "
+    "it to 0.0 in the file, which changes no prediction"
 )
 _WORDS: dict[type, str] = {bool: "True or False", str: "a name", int: "a whole number"}
 
 
 class Placement(NamedTuple):
-    """Where a sequential bottleneck acts, by the settings that say so.
+    """The input of a sequential bottleneck, and the settings that select it.
 
-    With h the output of a sublayer, x the residual and LN the block's norm behind their sum: role
-    "output" is h, "sum" is h + x, "norm" is LN(h + x); see `Bottleneck` for `placement`.
+    If h is a sublayer's output, x the residual and LN the norm after their sum, then the role
+    "output" is h, "sum" is h + x and "norm" is LN(h + x). See `Bottleneck` for `placement`.
     """
 
     role: str
@@ -80,7 +80,7 @@ POST_NORM = (
     Placement("norm", "norm", True, True, True),
     Placement("norm", "sequential", True, False, False),
 )
-# There AdapterHub leaves the norm out, and either row is h + x + the branch of h + x.
+# Here AdapterHub omits the norm, so both rows of "sum" are h + x + branch(h + x).
 PRE_NORM = (
     *_OUTPUT,
     Placement("sum", "sequential", True, True, True),
@@ -89,14 +89,14 @@ PRE_NORM = (
 
 
 def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
-    """The configurations of a file, with defaults put in, and what of them is not supported.
+    """The configurations of a file with defaults filled in, and their unsupported settings.
 
     Args:
         whole: the parsed file.
 
     Returns:
-        One for each method that a union puts together, else a single one; a sentence for each
-        problem. Fields that are not known are no problem where they are null, false or empty.
+        The configurations, several if the file is a union; and one sentence for each problem. An
+        unknown field is no problem if it is null, false or empty.
 
     Example:
         >>> whole = {"version": VERSION, "config": {"architecture": "lora", "r": 4, "new": None}}
@@ -119,20 +119,20 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         given = _modern(whole, each)
         problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
-        problems += field_problems(given, _supported(kind), IDLE, _wanted(kind))
+        problems += field_problems(given, _supported(kind), IDLE, _expected(kind))
         found.append(DEFAULTS[kind] | {k: v for k, v in given.items() if v is not None})
     return found, problems
 
 
 def _modern(whole: Config, config: Config) -> dict[str, Any]:
-    """Settings of older versions as the library reads them today."""
+    """Converts settings of older versions to those of today."""
     config = {"architecture": None, **config}
     version = whole.get("version")
     if version is None and isinstance(config.get("non_linearity"), str):
         config["non_linearity"] = _OLD_ACTIVATIONS.get(
             config["non_linearity"], config["non_linearity"]
         )
-    if whole.get("type") == "text_task":  # they name an invertible adapter and have none
+    if whole.get("type") == "text_task":  # these files name an invertible adapter but have none
         config = {k: v for k, v in config.items() if k not in ("inv_adapter", "invertible_adapter")}
     old = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
     top = whole["config"].get("architecture") == "lora"
@@ -142,14 +142,14 @@ def _modern(whole: Config, config: Config) -> dict[str, Any]:
 
 
 def _supported(kind: str | None) -> set[str]:
-    """The fields that are looked at."""
+    """The supported fields of a kind of adapter."""
     return {*DEFAULTS[kind], *REQUIRED[kind], *_ONLY, "dropout"}
 
 
-def _wanted(kind: str | None) -> Any:
-    """What a field of a kind of adapter wants instead of a value; nothing where that is good."""
+def _expected(kind: str | None) -> Any:
+    """Returns a function of a field and its value that states what is expected, if invalid."""
 
-    def wanted(field: str, found: Any) -> list[str]:
+    def expected(field: str, found: Any) -> list[str]:
         number = isinstance(found, int | float) and not isinstance(found, bool)
         if field in _ONLY:
             return [] if found == _ONLY[field] else [f"expected {_ONLY[field]!r}"]
@@ -164,7 +164,7 @@ def _wanted(kind: str | None) -> Any:
             return [] if good else [f"expected one of {', '.join(ACTIVATIONS)}"]
         if field == "leave_out":
             good = isinstance(found, list) and all(type(n) is int for n in found)
-            return [] if good else ["expected a list of layers' numbers"]
+            return [] if good else ["expected a list of layer numbers"]
         if field == "attn_matrices":
             good = isinstance(found, list) and {"q"} <= {"q", *map(str, found)} <= set("qkv")
             return [] if good else ["expected a list of q, k and v"]
@@ -175,22 +175,22 @@ def _wanted(kind: str | None) -> Any:
         kinds = int if field == "r" else bool
         return [] if type(found) is kinds else [f"expected {_WORDS[kinds]}"]
 
-    return wanted
+    return expected
 
 
 def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
-    """The role and the placement of a bottleneck, or why it cannot be had.
+    """The role and the placement of a bottleneck, or the problem of its settings.
 
     Args:
-        config: one of `children`.
-        post_norm: whether the model's blocks have their norm behind the sum with the residual.
+        config: a configuration from `children`.
+        post_norm: whether the norms of the model's blocks follow the residual sum.
 
     Example:
         >>> placement({**DEFAULTS[None], "original_ln_before": True}, post_norm=True)
         ('norm', 'norm')
     """
     if config["is_parallel"] and config["original_ln_after"]:
-        return "sum", "parallel"  # it reads x
+        return "sum", "parallel"  # its input is x
     if config["ln_after"] and config["adapter_residual_before_ln"] and not config["is_parallel"]:
         return "ln_after with adapter_residual_before_ln=True is not supported"
     settings = {name: config[name] for name in Placement._fields[2:]}
@@ -198,11 +198,11 @@ def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
         if row[2:] == tuple(settings.values()):
             return row[:2]
     together = ", ".join(f"{name}={found}" for name, found in settings.items())
-    return f"{together}, is_parallel={config['is_parallel']} together are not supported"
+    return f"{together}, is_parallel={config['is_parallel']} are not supported together"
 
 
 def tensor_names(method: Bottleneck) -> dict[str, str]:
-    """AdapterHub's names of a bottleneck's leaves; the norm before it is the down-path's first."""
+    """AdapterHub's names of a bottleneck's leaves; a norm before it is `adapter_down.0` as well."""
     first = "adapter_down.1" if method.norm_before else "adapter_down.0"
     names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
     names |= {f"up/{k}": f"adapter_up.{t}" for k, t in (("kernel", "weight"), ("bias", "bias"))}

@@ -1,9 +1,9 @@
-"""Adapters of AdapterHub, read and written: bottlenecks, LoRA and classification heads.
+"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and classification heads.
 
-A directory of theirs holds `adapter_config.json` and `adapter.safetensors`, and where a head was
-saved `head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A
-pickled `.bin`, which the library writes by default, is never opened, because unpickling runs
-whatever code the file holds.
+A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
+`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A pickled
+`.bin`, which AdapterHub writes by default, is never opened, because unpickling runs whatever code
+the file holds.
 
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
@@ -44,31 +44,31 @@ def load_adapterhub(
     pooling: str | None = None,
     revision: str | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Reads an adapter, and the head beside it, that AdapterHub wrote.
+    """Reads an adapter that AdapterHub wrote, and its head.
 
     Args:
-        directory: with `adapter_config.json` and `adapter.safetensors`, or an id on the Hugging
-            Face Hub, of which these and a head's two are fetched.
-        names: the `NAMES` that stands beside a model, or a mapping from the names of PyTorch's
-            modules (as the file has them) to our module paths. There, AdapterHub's bottleneck layer
-            (`encoder.layer.0.output`, `h.0.output_adapters`) goes to the module that adds the
-            sublayer's output to the residual stream, which it takes first.
-        base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module.
-        with_head: whether to read a head where there is one.
-        pooling: what the model's head reads, "pooler" or "cls"; needed for a head on the first
-            token, since parameters do not tell it from a mean.
+        directory: has `adapter_config.json` and `adapter.safetensors`; or an id on the Hugging Face
+            Hub, from which these and a head's two files are fetched.
+        names: the model's `NAMES`, or a mapping from the names of PyTorch's modules (as the file
+            has them) to our module paths. A mapping needs AdapterHub's bottleneck layer
+            (`encoder.layer.0.output`, `h.0.output_adapters`) with the path of the module that adds
+            the sublayer's output, its first input, to the residual stream.
+        base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+        with_head: whether to read a head, if there is one.
+        pooling: what the model's head reads, "pooler" or "cls"; required for a head on the first
+            token, because the parameters of one on the mean are the same.
         revision: a branch, tag or commit on the Hub.
 
     Returns:
-        The recipe, and the trained leaves as a tree: for `merge_trees(adapters, params)` after
-        taking out the base's leaves that train too (`partition(params, recipe)`), or for
-        `save_adapter`, whose directory `load_adapter` puts onto linen and NNX models alike.
+        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned.
+        For a linen model write `merge_trees(adapters, partition(params, recipe)[1])`; for either
+        API pass both to `save_adapter` and load that directory with `load_adapter`.
 
     Raises:
-        AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base, whose layers are all alike where they are scanned;
-            everything is named at once.
-        ValueError: `names` does not fit the base, or has no blocks that AdapterHub knows.
+        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
+            do not fit the base, or layers differ that the base scans as one; the message names
+            every problem.
+        UserError: `names` does not fit the base, or has no blocks of a known architecture.
 
     Example:
         >>> import tempfile
@@ -103,9 +103,11 @@ def load_adapterhub(
             return as_in_model(methods, leaves, names, blocks.module_map)
     except AdapterFileError:
         raise
-    except ValueError as error:  # a method refuses a number, layers are not alike
+    except ValueError as error:  # a method rejects a number, or layers differ
         problems = [str(error)]
-    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
+    raise AdapterFileError(
+        f"{directory} cannot be converted from AdapterHub: {'; '.join(problems)}"
+    )
 
 
 def save_adapterhub(
@@ -122,37 +124,35 @@ def save_adapterhub(
     beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
-    """Writes an adapter, and a head where it trains, that AdapterHub loads.
+    """Writes an adapter, and its head if that trains, that AdapterHub loads.
 
-    The directory appears whole or not at all.
-
-    Bottlenecks on a sublayer's output are its double_seq_bn; with `placement="norm"` on BERT's
-    `**/mlp_norm`, and on the `**/mlp_sum` of GPT-2 and Llama, its seq_bn; with
-    `placement="parallel"` on a `**/mlp_sum` its par_bn. What no one configuration says becomes a
-    union of several. The library reads it by
+    Bottlenecks on a sublayer's output become AdapterHub's double_seq_bn; those with
+    `placement="norm"` on BERT's `**/mlp_norm`, and those on the `**/mlp_sum` of GPT-2 and Llama,
+    become seq_bn; those with `placement="parallel"` on a `**/mlp_sum` become par_bn. A recipe that
+    needs several configurations becomes a union. AdapterHub loads the directory with
     `model.load_adapter(directory, use_safetensors=True, set_active=True)`.
 
     Args:
-        directory: a new or empty one; its parents are made.
-        recipe: Bottleneck and LoRA, and Unfreeze of the head alone; with the pooler's, it becomes a
+        directory: a new or empty one, which appears whole or not at all; its parents are made.
+        recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
             head of two layers.
-        adapters: the trained part of a model, as `partition` gives, or an NNX state.
+        adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_adapterhub`.
-        name: the adapter's name, and its head's.
-        prefix: what stands before the names of all modules but heads in the PyTorch model, such as
-            "roberta."; by default the first prefix of the table.
+        name: the name of the adapter and of its head.
+        prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
+            by default the first prefix of the table.
         pooling: as in `load_adapterhub`.
         labels: the names of a head's classes.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
-        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`. A head is
-            for the class `model_class`: BertAdapterModel, or RobertaAdapterModel by the prefix.
+        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; the prefix
+            "roberta." sets `model_class` to RobertaAdapterModel.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: AdapterHub has no such thing as the recipe says, a leaf has no name, or the
-            directory holds something; everything is named at once.
+        UserError: AdapterHub does not support the recipe, `names` lacks a module, or the directory
+            is not empty; the message names every problem.
         TypeError: `adapters` is not a tree.
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
@@ -176,7 +176,7 @@ def save_adapterhub(
 
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
-    """What a file says of the model it is for."""
+    """The fields that describe the adapter's model."""
     model_type = "roberta" if prefix == "roberta." else blocks.architecture.model_type
     classes = {"bert": "BertAdapterModel", "gpt2": "GPT2AdapterModel", "llama": "LlamaAdapterModel"}
     return {
@@ -193,18 +193,18 @@ _LOCATIONS = ("mh_adapter", "output_adapter")
 
 
 def _has_head(directory: Path) -> bool:
-    """Whether there is a head, in whatever form."""
+    """Whether a directory has any file of a head."""
     return any((directory / name).exists() for name in (HEAD_TENSORS, HEAD_PICKLE, HEAD_CONFIG))
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The configuration and the tensors of a directory."""
+    """Reads the configuration and the tensors of a directory."""
     advice = PICKLE_ADVICE.format(PICKLE)
     whole, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, advice)
     lacking = [field for field in ("config", "name") if field not in whole]
     if lacking:
         raise AdapterFileError(
             f"{directory / CONFIG} has no {' and no '.join(lacking)}, so AdapterHub did not write "
-            "it; what save_adapter wrote is for load_adapter, PEFT's for load_peft"
+            "it; use load_adapter for what save_adapter wrote, load_peft for PEFT's files"
         )
     return whole, tensors

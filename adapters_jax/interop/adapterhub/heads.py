@@ -1,7 +1,7 @@
-"""AdapterHub's classification heads as the leaves of ours, and back.
+"""Converts AdapterHub's classification heads to our leaves, and back.
 
-Theirs read the pooler or the first token. A head of two layers is ours of one on a pooler that is
-trained with it: `tanh(dense(first token))` is what a pooler computes.
+AdapterHub's heads read the pooler or the first token. A head of two layers corresponds to ours of
+one layer on a pooler that trains with it, since a pooler computes `tanh(dense(first token))`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ HEAD, POOLER = "classifier", "pooler.dense"
 POOLINGS = ("pooler", "cls")
 _FIELDS = {"head_type", "num_labels", "layers", "activation_function", "use_pooler", "bias"}
 _STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD}  # RoBERTa's
-_ADVICE = "load_adapterhub(..., with_head=False) leaves the head alone"
+_ADVICE = "load_adapterhub(..., with_head=False) omits the head"
 _WORDS_DIFFER = (
-    "lm_head.weight is not the base's, and here it is the word embeddings as well, which adapters "
-    "leave alone"
+    "lm_head.weight differs from the base's, which is tied to the word embeddings, and adapters do "
+    "not change those"
 )
 
 
 def read(
     whole: Config, tensors: Mapping[str, Array], blocks: Blocks, pooling: str | None
 ) -> tuple[Leaves, list[str]]:
-    """The trained leaves of a head, by path, and every problem."""
+    """Returns the trained leaves of a head by path, and a sentence for each problem."""
     module_map, config = blocks.module_map, whole.get("config")
     problems: list[str] = []
     if config is None:
@@ -43,7 +43,7 @@ def read(
         fits = reference is not None and leaf in reference.leaves
         array = our_leaf(reference, leaf, tensor, False) if reference and fits else None
         if reference is None:
-            problems.append(f"the base has no {module} that names knows; {_ADVICE}")
+            problems.append(f"names has no path for {module} of the head; {_ADVICE}")
         elif array is None:
             problems.append(
                 f"the head's {module}.{kind} is {list(tensor.shape)}, which does not fit "
@@ -55,18 +55,18 @@ def read(
     known = pooling or ("pooler" if module_map.at(POOLER) else None)
     if needed and leaves and known != needed:
         problems.append(
-            f"its head reads {needed!r}: build BertClassifier(..., pooling={needed!r}), with its "
-            f"parameters as base, and say pooling={needed!r}"
+            f"its head reads {needed!r}: give pooling={needed!r}, and as base the parameters of "
+            f"BertClassifier(..., pooling={needed!r})"
         )
     if not needed and as_in_base(leaves, module_map):
-        return {}, problems  # an output layer that is only repeated
+        return {}, problems  # an output layer that the file only repeats
     return leaves, problems
 
 
 def _static(
     tensors: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[tuple[str, str], Array], str | None]:
-    """The tensors of a model class's own head by module and kind, and what it pools with."""
+    """The tensors of a model class's own head by module and kind, and the pooling it reads."""
     by_module = {}
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
@@ -82,23 +82,23 @@ def _static(
 def _flexible(
     whole: Config, config: Any, tensors: Mapping[str, Array], problems: list[str]
 ) -> tuple[dict[tuple[str, str], Array], str]:
-    """The tensors of a head by name by module and kind, and what it pools with."""
+    """The tensors of a named head by module and kind, and the pooling it reads."""
     if not isinstance(config, Mapping):
         problems.append(f"the head's config={config!r}, expected an object with the settings")
         return {}, "cls"
     idle = {"label2id", "id2label"}
     layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
-    wanted: dict[str, tuple[Any, ...]] = {
+    expected: dict[str, tuple[Any, ...]] = {
         "head_type": ("classification", "multilabel_classification"),
         "layers": (1,) if pooled else (1, 2),
         "use_pooler": (True, False),
         "bias": (True,),
     }
     if layers == 2:
-        wanted["activation_function"] = ("tanh",)
+        expected["activation_function"] = ("tanh",)
 
     def reasons(field: str, found: Any) -> list[str]:
-        allowed = wanted.get(field, (found,))
+        allowed = expected.get(field, (found,))
         return [] if found in allowed else [f"expected {' or '.join(map(repr, allowed))}"]
 
     found = field_problems(config, _FIELDS, idle, reasons)
@@ -116,14 +116,14 @@ def _flexible(
 
 
 def pooling_of(whole: Config) -> str:
-    """What a head reads by its settings: "pooler" or "cls".
+    """The pooling that a head's settings select: "pooler" or "cls".
 
     Example:
         >>> pooling_of({"config": {"layers": 1, "use_pooler": False}}), pooling_of({})
         ('cls', 'pooler')
     """
     config = whole.get("config")
-    if not isinstance(config, Mapping):  # the own head of a model's class
+    if not isinstance(config, Mapping):  # a model class's own head
         return "pooler"
     return "pooler" if config.get("use_pooler") or config.get("layers", 2) == 2 else "cls"
 
@@ -136,7 +136,7 @@ def write(
     labels: Sequence[str],
     problems: list[str],
 ) -> tuple[dict[str, Any], Leaves]:
-    """The settings and tensors of a head; nothing where none trains."""
+    """Returns the settings and tensors of a head; empty if none trains."""
     module_map = blocks.module_map
     modules = {
         path: m
@@ -145,8 +145,8 @@ def write(
         for path in _own(reference)
     }
     problems += [
-        f"{path} trains as well; AdapterHub's files hold adapters and a classification head, not "
-        "the base's own parameters (houlsby(..., layer_norms=None) leaves the norms alone)"
+        f"{path} trains as well, but AdapterHub's files support no base parameters besides a "
+        "classification head (houlsby(..., layer_norms=None) freezes the norms)"
         for path in trained
         if path not in modules
     ]
@@ -157,8 +157,8 @@ def write(
     known = pooling or ("pooler" if pooled else None)
     if known not in POOLINGS or not module_map.at(HEAD) or (known == "pooler") != pooled:
         problems.append(
-            "AdapterHub's heads read the pooler or the first token, and this base's parameters do "
-            'not show that its head does; if it does, say pooling="cls"'
+            "AdapterHub's heads read the pooler or the first token, but this base's parameters do "
+            'not show that its head does; if it reads the first token, give pooling="cls"'
         )
         return {}, {}
     order = (POOLER, HEAD) if POOLER in mine else (HEAD,)

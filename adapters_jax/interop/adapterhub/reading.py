@@ -1,4 +1,4 @@
-"""AdapterHub's tensors and configuration as methods and leaves of ours."""
+"""Converts AdapterHub's configuration and tensors to our methods and leaves."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,23 +26,25 @@ _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("t
 def read(
     whole: Config, tensors: Mapping[str, Array], blocks: Blocks
 ) -> tuple[list[Method], dict[str, Array], list[str]]:
-    """The methods, their leaves by path, and every problem."""
+    """Returns the methods, their leaves by path, and a sentence for each problem."""
     configs, problems = children(whole)
     if problems:
         return [], {}, problems
     found = _sorted(tensors, str(whole["name"]), blocks, problems)
     methods: list[Method] = []
     leaves: dict[str, Array] = {}
-    # Theirs adds factors to a linear layer's output and then runs the bottleneck.
+    # AdapterHub applies LoRA before the bottleneck, so LoRA comes first in the recipe.
     for config in sorted(configs, key=lambda config: config["architecture"] is None):
         add = _bottlenecks if config["architecture"] is None else _loras
         methods += add(config, found, blocks, leaves, problems)
-    problems += [f"{module} has tensors that the configuration does not place" for module in found]
+    problems += [
+        f"{module} has tensors, but the configuration does not adapt it" for module in found
+    ]
     return methods, leaves, problems
 
 
 def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: list[str]) -> Added:
-    """The tensors of an adapter by their module, with `adapters` or `loras` behind, and name."""
+    """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name."""
     found: Added = {}
     for key, tensor in tensors.items():
         modern = key
@@ -54,7 +56,7 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
                 found.setdefault(f"{blocks.module_map.bare(module)}.{kind}", {})[rest] = tensor
                 break
         else:
-            problems.append(f"{key} is no bottleneck's or LoRA's tensor of an adapter {name!r}")
+            problems.append(f"{key} belongs to no bottleneck or LoRA of the adapter {name!r}")
     return found
 
 
@@ -67,12 +69,12 @@ def _locations(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
 def _bottlenecks(
     config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
 ) -> list[Method]:
-    """One Bottleneck for each reduction factor."""
-    there = {
+    """Returns one Bottleneck for each reduction factor, and adds its leaves."""
+    modules = {
         point: blocks.name(point[0], blocks.architecture.bottlenecks[point[1]].bottleneck)
         for point in _locations(config, blocks)
     }
-    mine = {point: found.pop(f"{module}.adapters", {}) for point, module in there.items()}
+    mine = {point: found.pop(f"{module}.adapters", {}) for point, module in modules.items()}
     kind = placement(config, blocks.architecture.post_norm)
     if isinstance(kind, str):
         problems.append(kind)
@@ -87,13 +89,14 @@ def _bottlenecks(
         "norm_after": config["ln_after"],
     }
     for (layer, location), got in mine.items():
-        module, width = there[layer, location], blocks.width(layer, location)
-        path, factor = blocks.spot(layer, location, role), _factor(config, layer)
+        module, width = modules[layer, location], blocks.width(layer, location)
+        path, factor = blocks.path(layer, location, role), _factor(config, layer)
         if factor is None:
             problems.append(f"reduction_factor has neither layer {layer} nor a default")
         elif path is None or not width:
-            what = f"the {role} of {module}, or for the projection before it"
-            problems.append(f"names has no path for {what}")
+            problems.append(
+                f"names has no path for the {role} of {module}, or for the projection before it"
+            )
         else:
             method = Bottleneck(path, reduction_factor=factor, **fields)
             new = _leaves(method, path, width, got, module, problems)
@@ -121,21 +124,22 @@ def _leaves(
     module: str,
     problems: list[str],
 ) -> dict[str, Array]:
-    """Our leaves of one bottleneck; a sentence where theirs are not what the settings say."""
-    for kind in ("weight", "bias") if method.norm_before else ():  # the norm has two names
+    """Our leaves of one bottleneck; adds a problem if the tensors do not fit the settings."""
+    # AdapterHub stores the norm before a bottleneck under two names.
+    for kind in ("weight", "bias") if method.norm_before else ():
         twin = got.pop(f"adapter_down.0.{kind}", None)
         if twin is None:
             continue
         if not np.array_equal(got.setdefault(f"adapter_norm_before.{kind}", twin), twin):
             problems.append(f"{module}: adapter_down.0 and adapter_norm_before differ")
     names = tensor_names(method)
-    wanted = {
+    expected = {
         names[leaf]: list(spec.shape[::-1])
         for leaf, spec in method.leaves(AttachmentPoint(path, "__call__", width)).items()
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
-    if shapes != wanted:
-        problems.append(f"{module} has {shapes or 'no tensors'}, expected {wanted}")
+    if shapes != expected:
+        problems.append(f"{module} has {shapes or 'no tensors'}, expected {expected}")
         return {}
     return {leaf: got[name].T.astype(np.float32) for leaf, name in names.items()}
 
@@ -143,7 +147,7 @@ def _leaves(
 def _loras(
     config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
 ) -> list[Method]:
-    """One LoRA; the matrices of a fused layer have factors of their own, one below the other."""
+    """Returns one LoRA, and adds its leaves; a fused layer has stacked factors of each matrix."""
     rank, paths = config["r"], []
     for layer, location in _locations(config, blocks):
         modules: dict[str, list[str]] = {}
@@ -157,7 +161,7 @@ def _loras(
                 there = tuple(replace(there["qkv".index(m)], part=None) for m in matrices)
             if not there or got.keys() != {"lora_A", "lora_B"}:
                 what = f"the tensors {sorted(got)}" if there else "no path in names"
-                problems.append(f"{module} has {what}, expected lora_A and lora_B of a known layer")
+                problems.append(f"{module} has {what}, expected a path and lora_A, lora_B")
                 continue
             a, b = got["lora_A"], got["lora_B"]
             for i, reference in enumerate(there):

@@ -1,4 +1,4 @@
-"""Our methods and leaves as AdapterHub's tensors and configuration."""
+"""Converts our methods and leaves to AdapterHub's configuration and tensors."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,26 +19,26 @@ from adapters_jax.interop.module_map import Added, Leaves
 from adapters_jax.methods import Bottleneck
 from adapters_jax.recipe import Recipe
 
-# What one attachment point says: its settings, and its matrices where it is an attention.
-Said = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
+# By layer and location: the settings, and for an attention which of its matrices have factors.
+Settings = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def write(
     recipe: Recipe, added: Added, blocks: Blocks, name: str, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
-    """The settings and the tensors, by names without prefix; problems are added to the list."""
+    """Returns the settings and the tensors by names without prefix, and adds the problems."""
     tensors: Leaves = {}
     configs = _configs(None, _bottlenecks(recipe, added, blocks, name, tensors, problems), blocks)
     configs += _configs("lora", _loras(recipe, added, blocks, name, tensors, problems), blocks)
     others = {type(m).__name__ for m in recipe.attached if m.name not in ("bottleneck", "lora")}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
-        problems.append(f"it adds {what}; bottlenecks and LoRA are what can be written")
+        problems.append(f"the recipe adds {what}; AdapterHub's files support Bottleneck and LoRA")
     if sum("architecture" in config for config in configs) > 1:
         problems.append(
-            "AdapterHub has one LoRA in an adapter: of one rank, alpha and dropout, on the same "
-            "projections of every layer that has any"
+            "AdapterHub supports one LoRA in an adapter, with one rank, alpha and dropout, on the "
+            "same projections of each layer"
         )
     union = {"architecture": "union", "configs": configs}
     return configs[0] if len(configs) == 1 else union, tensors
@@ -51,44 +51,44 @@ def _bottlenecks(
     name: str,
     tensors: Leaves,
     problems: list[str],
-) -> Said:
-    """What the bottlenecks say, by layer and location."""
-    said: Said = {}
-    spots = blocks.spots()
+) -> Settings:
+    """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
+    settings: Settings = {}
+    roles = blocks.roles()
     for path, leaves in _of("bottleneck", recipe, added):
         method: Any = next(m for m in recipe.at(path) if m.name == "bottleneck")
-        layer, location, role = spots.get(path, (0, "", ""))
-        settings = _settings(method, role, blocks)
-        if isinstance(settings, str):
-            problems.append(f"{path}: {settings}")
+        layer, location, role = roles.get(path, (0, "", ""))
+        fields = _fields(method, role, blocks)
+        if isinstance(fields, str):
+            problems.append(f"{path}: {fields}")
             continue
-        if (layer, location) in said:
-            problems.append(f"{path}: AdapterHub has one bottleneck a sublayer")
+        if (layer, location) in settings:
+            problems.append(f"{path}: AdapterHub supports one bottleneck in each sublayer")
         width, m = leaves["down/kernel"].shape[-2:]
         if leaves["down/kernel"].ndim != 2 or width != blocks.width(layer, location):
-            problems.append(f"{path}: its leaves are not of one layer of this base")
+            problems.append(f"{path}: its leaves do not fit one layer of this base")
             continue
-        said[layer, location] = settings | {"reduction_factor": _factor(method, width, m)}, ()
+        settings[layer, location] = fields | {"reduction_factor": _factor(method, width, m)}, ()
         bottleneck = blocks.architecture.bottlenecks[location].bottleneck
         module = f"{blocks.name(layer, bottleneck)}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
-        if method.norm_before:  # there it has two names
+        if method.norm_before:  # AdapterHub stores the norm under two names
             for leaf, kind in (("scale", "weight"), ("bias", "bias")):
                 tensors[f"{module}.adapter_down.0.{kind}"] = leaves[f"norm_before/{leaf}"]
-    return said
+    return settings
 
 
-def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | str:
-    """A bottleneck's fields without its width, or why AdapterHub has no such bottleneck."""
+def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | str:
+    """A bottleneck's fields without its width, or why AdapterHub does not support it."""
     if method.dropout:
         return (
-            f"dropout={method.dropout} acts between the projections, AdapterHub's behind them; "
+            f"dropout={method.dropout} acts between the projections, AdapterHub's after them; "
             "write the recipe with dropout=0.0, which changes no prediction"
         )
     if method.activation not in _NAMES:
-        return f"activation={method.activation!r}, AdapterHub has {', '.join(_NAMES)}"
-    if role == "sublayer":  # behind it as at its output, beside it as beside the sum
+        return f"activation={method.activation!r}, AdapterHub supports {', '.join(_NAMES)}"
+    if role == "sublayer":  # sequential acts at its output, parallel at the sum
         parallel = method.placement == "parallel" and blocks.architecture.post_norm
         role = "output" if method.placement == "sequential" else "sum" if parallel else role
     fields = {
@@ -104,13 +104,13 @@ def _settings(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] |
             return fields | row._asdict() | {"role": None, "placement": None}
     norm = "norm's, with placement='norm'" if blocks.architecture.post_norm else "sum"
     return (
-        f"AdapterHub has no {method.placement} bottleneck there: target a sublayer's output, its "
-        f"{norm}, or its sum with placement='parallel'"
+        f"AdapterHub supports no {method.placement} bottleneck here: target a sublayer's output, "
+        f"its {norm}, or its sum with placement='parallel'"
     )
 
 
 def _factor(method: Bottleneck, width: int, m: int) -> float:
-    """A reduction factor that gives a bottleneck its width."""
+    """A reduction factor from which AdapterHub computes the width `m` again."""
     if method.reduction_factor is not None:
         return method.reduction_factor
     exact = rounded(width / m)
@@ -124,9 +124,9 @@ def _loras(
     name: str,
     tensors: Leaves,
     problems: list[str],
-) -> Said:
-    """What the low-rank factors say, by layer and location."""
-    said: Said = {}
+) -> Settings:
+    """Returns LoRA's settings by layer and location, and adds its tensors."""
+    settings: Settings = {}
     left = dict(_of("lora", recipe, added))
     for layer in blocks.layers:
         for location, modules in blocks.architecture.loras.items():
@@ -143,12 +143,12 @@ def _loras(
                 lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
                 a, b = their_factors(reference, leaves, lora.slices)
                 if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
-                    problems.append(f"{reference.path}: its factors are not of its weight")
+                    problems.append(f"{reference.path}: its factors do not fit its weight")
                     continue
                 if lora.a_init == "pissa":
                     problems.append(
-                        f"{reference.path}: a_init='pissa' took its factors out of the base, which "
-                        "AdapterHub has whole"
+                        f"{reference.path}: a_init='pissa' changed the base's weights, but "
+                        "AdapterHub adapts the original base"
                     )
                 alpha = rounded(lora.scale_at(reference.path) * len(a))
                 fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
@@ -156,39 +156,39 @@ def _loras(
                 made.setdefault(blocks.name(layer, module), []).append((a, b))
             if any(each != fields[0] for each in fields):
                 problems.append(
-                    f"layer {layer}: AdapterHub has one rank, alpha and dropout for the "
+                    f"layer {layer}: AdapterHub supports one rank, alpha and dropout for the "
                     f"{', '.join(matrices)} of an attention"
                 )
             if fields:
-                said[layer, location] = fields[0], tuple(filter(None, matrices))
+                settings[layer, location] = fields[0], tuple(filter(None, matrices))
             for module, pairs in made.items():
                 for i, factor in enumerate(("lora_A", "lora_B")):
                     both = np.concatenate([pair[i] for pair in pairs])
                     tensors[f"{module}.loras.{name}.{factor}"] = both
-    problems += [f"{path}: AdapterHub has no LoRA there" for path in sorted(left)]
-    return said
+    problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
+    return settings
 
 
 def _of(kind: str, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The modules that a method of some name adapts, with its own leaves."""
+    """The modules that the method named `kind` adapts, each with that method's leaves."""
     for path, leaves in added.items():
         for method in recipe.at(path):
             if method.name == kind:
                 yield path, {name: leaves[name] for name in method.leaf_names}
 
 
-def _configs(kind: str | None, said: Said, blocks: Blocks) -> list[dict[str, Any]]:
-    """As few configurations as say it all: each has some locations, in some of the layers."""
+def _configs(kind: str | None, settings: Settings, blocks: Blocks) -> list[dict[str, Any]]:
+    """Groups settings into few configurations, each of some locations in some layers."""
     groups: dict[str, tuple[dict[str, Any], list[str], tuple[str, ...], dict[int, Any]]] = {}
     for layer in blocks.layers:
         mine: dict[str, list[Any]] = {}
         for location in LOCATIONS[kind]:
-            if (layer, location) in said:
-                fields, matrices = said[layer, location]
+            if (layer, location) in settings:
+                fields, matrices = settings[layer, location]
                 each = mine.setdefault(repr(sorted(fields.items())), [fields, [], ()])
                 each[1].append(location)
                 each[2] += matrices
-        even = len(mine) > 1  # else a map from layers to factors does
+        even = len(mine) > 1  # otherwise one configuration maps layers to factors
         for fields, locations, matrices in mine.values():
             factor = fields.get("reduction_factor")
             kept = fields if even else {k: v for k, v in fields.items() if k != "reduction_factor"}
@@ -206,7 +206,7 @@ def _config(
     factors: Mapping[int, Any],
     blocks: Blocks,
 ) -> dict[str, Any]:
-    """One configuration with every field that has a default."""
+    """One configuration, with all fields that have a default."""
     fields = {**DEFAULTS[kind], **fields, "architecture": kind}
     fields |= {location: location in locations for location in LOCATIONS[kind]}
     fields["leave_out"] = [n for n in blocks.layers if n not in factors]

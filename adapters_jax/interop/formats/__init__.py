@@ -1,8 +1,8 @@
-"""Formats of adapters: recognised, read and written.
+"""Recognises, reads and writes adapter formats.
 
-- `base`: the protocol `AdapterFormat`; one module a format: `native`, `peft`, `adapterhub`.
-- `registry`: `FORMATS`, and which of them a directory is of.
-- `changes`: what an adapter lost on its way.
+- `base`: the protocol `AdapterFormat`; `native`, `peft` and `adapterhub` implement it.
+- `registry`: `FORMATS`, and the format of a directory.
+- `changes`: how an adapter differs after it was written and read again.
 """
 
 from adapters_jax.interop.formats.base import CONFIG, HEAD, Adapter, AdapterFormat, Head

@@ -1,4 +1,4 @@
-"""The files of AdapterHub."""
+"""The adapter format of AdapterHub."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _HEADS = re.compile(r"(?:.*\.)?(?:classifier|heads\.[^.]+\.[14])\.weight")
 
 
 class AdapterHub:
-    """AdapterHub's format."""
+    """The format of AdapterHub."""
 
     name, owner, library = "adapterhub", "AdapterHub", "adapter-transformers"
     files: tuple[str, ...] = adapterhub.FILES
     names_classes = True
 
     def detects(self, values: Mapping[str, Any]) -> bool:
-        """By the adapter's name and settings."""
+        """Tests for the keys of the adapter's name and settings."""
         return {"config", "name"} <= values.keys()
 
     def base_name(self, directory: Path) -> str | None:
-        """The base's name."""
+        """The value of `model_name`."""
         name = read_json(directory / adapterhub.CONFIG).get("model_name")
         return name if isinstance(name, str) and name else None
 
     def head(self, directory: Path, inside: str) -> Head | None:
-        """The head in the files beside the adapter's."""
+        """The head in `model_head.safetensors`, if there is one."""
         shape = shape_in(directory / adapterhub.HEAD_TENSORS, _HEADS)
         if shape is None:
             return None
@@ -66,11 +66,11 @@ class AdapterHub:
         )
 
     def head_problem(self, base: BaseModel) -> str:
-        """Heads there read the pooler or the first token."""
+        """AdapterHub's heads read the pooler or the first token."""
         return pooling_problem(base, self.owner, heads.POOLINGS)
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
-        """By the class that has heads of every kind."""
+        """Loads with `AutoAdapterModel`, which supports all kinds of heads."""
         return (
             "from adapters import AutoAdapterModel\n"
             f"model = AutoAdapterModel.from_pretrained({shown!r})\n"

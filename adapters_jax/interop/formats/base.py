@@ -1,4 +1,4 @@
-"""What a format of adapters is: the protocol that each of them has a class for."""
+"""The protocol of adapter formats, and what their implementations share."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io.tensors import open_tensors
 from adapters_jax.recipe import Recipe
 
-CONFIG = "adapter_config.json"  # the one name that all formats have
-HEAD = "head/"  # what the paths of a head's leaves begin with
+CONFIG = "adapter_config.json"  # all formats have a file of this name
+HEAD = "head/"  # the paths of a head's leaves begin with it
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head that an adapter has with it.
+    """The classification head in an adapter's files.
 
     Attributes:
-        width: its outputs.
-        pooling: what it reads; None where the files do not say.
+        width: the number of its outputs.
+        pooling: what it reads: "pooler", "cls" or "mean"; None if the files do not tell.
     """
 
     width: int
@@ -30,12 +30,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read, to be written.
+    """An adapter to be written.
 
     Attributes:
-        recipe: what trains.
-        leaves: what was trained, by path.
-        name: of the adapter, where a format has a place for it.
+        recipe: its recipe.
+        leaves: the trained leaves by path.
+        name: the adapter's name, for formats that store one.
         labels: the names of its head's classes.
         beside: further texts by file name, such as the model card.
     """
@@ -48,13 +48,13 @@ class Adapter:
 
 
 class AdapterFormat(Protocol):
-    """One library's files of adapters.
+    """The adapter files of one library.
 
     Attributes:
-        name: as commands have it.
-        owner: the library, for people.
-        library: the library, as the Hub names it in a card.
-        files: every file that the format has.
+        name: the format's name in commands.
+        owner: the library's name in messages.
+        library: the library's name on the Hub, for model cards.
+        files: the names of all files that the format may have.
         names_classes: whether its files name the classes of a head.
     """
 
@@ -65,45 +65,49 @@ class AdapterFormat(Protocol):
     names_classes: bool
 
     def detects(self, values: Mapping[str, Any]) -> bool:
-        """Whether a directory is of this format, by what its `adapter_config.json` holds."""
+        """Whether a directory has this format, given the values of its `adapter_config.json`."""
 
     def base_name(self, directory: Path) -> str | None:
-        """What an adapter's own files call its base; None where they do not say."""
+        """The base's name or id in an adapter's files; None if they have none."""
 
     def head(self, directory: Path, inside: str) -> Head | None:
-        """The head that is with an adapter; `inside` is the module that has a classifier's base."""
+        """The head in an adapter's files; `inside` is the module that a classifier's base is in."""
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe, and the trained leaves by path; raises AdapterFileError for bad files."""
+        """Returns the recipe and the trained leaves by path.
+
+        Raises:
+            AdapterFileError: the files are damaged, unsupported, or not for this base.
+        """
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes a directory, which appears whole or not at all.
 
         Raises:
-            ValueError: the format has no such thing, or the directory holds something.
+            UserError: the format does not support the adapter, or the directory is not empty.
         """
 
     def head_problem(self, base: BaseModel) -> str:
-        """Why a head would read something else in this library; empty where it would not."""
+        """Why this library has no head like the base's; empty if it has one."""
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
-        """Python that loads an adapter, in three lines.
+        """Returns three lines of Python that load an adapter.
 
         Args:
-            base: its base.
-            leaves: what was trained.
-            shown: the base's name, for people who do not have this machine's directories.
+            base: the adapter's base.
+            leaves: the trained leaves by path.
+            shown: the base's name without directories of this machine.
             name: the adapter's directory or id.
         """
 
 
 def has_head(leaves: Mapping[str, Any]) -> bool:
-    """Whether an encoder's head is among trained leaves."""
+    """Whether the trained leaves have an encoder's head."""
     return any(path.startswith(HEAD) for path in leaves)
 
 
 def shape_in(path: Path, pattern: Any) -> tuple[int, ...] | None:
-    """The shape of the last tensor of a file whose name a regular expression means, if any."""
+    """The shape of the last tensor whose name matches a regular expression, if the file has one."""
     if not path.exists():
         return None
     with open_tensors(path) as file:
@@ -112,9 +116,9 @@ def shape_in(path: Path, pattern: Any) -> tuple[int, ...] | None:
 
 
 def pooling_problem(base: BaseModel, owner: str, poolings: Sequence[str]) -> str:
-    """Why a head that reads what this one reads is none of a library's; empty where it is."""
+    """Why a library has no head with the base's pooling; empty if it has one."""
     if base.pooling is None:
-        return "nothing says what its head reads: add --pooling pooler, cls or mean"
+        return "the pooling of its head is unknown: add --pooling pooler, cls or mean"
     if base.pooling not in poolings:
-        return f"its head reads {base.pooling}, and {owner}'s {' or '.join(poolings)}"
+        return f"its head reads {base.pooling}, but {owner}'s heads read {' or '.join(poolings)}"
     return ""

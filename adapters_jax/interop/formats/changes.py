@@ -1,4 +1,4 @@
-"""What an adapter lost or got on its way into a format and back."""
+"""Compares an adapter with what another format returns after it was written and read again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SIZES = ("bottleneck_dim", "reduction_factor")
 def changes(
     before: tuple[Recipe, Mapping[str, Any]], after: tuple[Recipe, Mapping[str, Any]]
 ) -> list[str]:
-    """What an adapter that was written and read again is not as it was, each in words."""
+    """Describes each difference between an adapter and what was read back, one sentence each."""
     (old, ours), (new, theirs) = before, after
     found = [
         f"{len(paths)} tensors {word}, such as {paths[0]}"
         for word, paths in (
-            ("are gone", sorted(ours.keys() - theirs.keys())),
+            ("are missing", sorted(ours.keys() - theirs.keys())),
             ("are new", sorted(theirs.keys() - ours.keys())),
-            ("are others", _unequal(ours, theirs)),
+            ("are different", _unequal(ours, theirs)),
         )
         if paths
     ]
@@ -42,7 +42,7 @@ def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 
 def _fields(old: Any, new: Any) -> list[str]:
-    """The fields of a method that became others; sizes are seen by the tensors."""
+    """Describes the fields of a method that differ; the tensors already show its sizes."""
     kind = type(old).__name__
     if type(new) is not type(old):
         return [f"{kind} is read as {type(new).__name__}"]

@@ -1,4 +1,4 @@
-"""The files of `save_adapter`."""
+"""The adapter format of `save_adapter`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from adapters_jax.trees import unflatten
 
 
 class Native:
-    """This library's own format."""
+    """The format of this library."""
 
     name, owner, library = "native", "adapters_jax", "adapters_jax"
     files: tuple[str, ...] = (CONFIG, TENSORS)
-    names_classes = True  # a run's configuration beside it does
+    names_classes = True  # in the run's configuration, which is saved with it
 
     def detects(self, values: Mapping[str, Any]) -> bool:
-        """By the number of the format."""
+        """Tests for the key `format`, the format's number."""
         return "format" in values
 
     def base_name(self, directory: Path) -> str | None:
-        """The id of the base's identity."""
+        """The id in the base's identity."""
         base = Manifest.read(directory / CONFIG).base
         return base.id if base else None
 
     def head(self, directory: Path, inside: str) -> Head | None:
-        """An adapter on a classifier has a head even where it does not train, of whatever width."""
+        """The trained head; of width 1 if a classifier's head does not train."""
         with open_tensors(directory / TENSORS) as file:
             head = file.shapes.get(f"{HEAD}kernel")
             under = any(path.startswith(f"{inside}/") for path in file.shapes)
@@ -44,15 +44,15 @@ class Native:
         return Head(head.shape[-1])
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe and the leaves, where the base is the one that it was trained on."""
+        """See `read_adapter`; raises an `OtherBaseError` if the adapter has another base."""
         found = Manifest.read(directory / CONFIG).base or BaseIdentity()
-        if base.classifies:  # how wide its head was may not be known
+        if base.classifies:  # the width of its head may be unknown
             found = dataclasses.replace(found, tree_sha256=None)
         differences = found.differences(base.identity)
         if differences:
             raise OtherBaseError(
                 f"the adapter in {directory} was trained on another base than {base.name!r}: "
-                f"{differences}; name the one that it was trained on"
+                f"{differences}; give the base that it was trained on"
             )
         return read_adapter(directory)
 
@@ -63,11 +63,11 @@ class Native:
         save_adapter(directory, tree, adapter.recipe, base=identity, beside=beside)
 
     def head_problem(self, base: BaseModel) -> str:
-        """None: every head is one of ours."""
+        """Empty: this format supports every head."""
         return ""
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
-        """Onto a model of either API."""
+        """Loads onto an NNX or a linen model."""
         return (
             "import adapters_jax as aj\n"
             f"# NNX: aj.load_adapter({name!r}, model); linen, with the base's parameters:\n"

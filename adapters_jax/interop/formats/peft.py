@@ -1,4 +1,4 @@
-"""The files of Hugging Face PEFT."""
+"""The adapter format of Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenc
 
 
 class Peft:
-    """PEFT's format."""
+    """The format of PEFT."""
 
     name, owner, library = "peft", "PEFT", "peft"
     files: tuple[str, ...] = (peft.CONFIG, peft.TENSORS)
     names_classes = False
 
     def detects(self, values: Mapping[str, Any]) -> bool:
-        """By the type of the adapter."""
+        """Tests for the key `peft_type`."""
         return "peft_type" in values
 
     def base_name(self, directory: Path) -> str | None:
-        """The base's name, with its revision where it is an id."""
+        """The value of `base_model_name_or_path`, with its revision if it is an id."""
         values = read_json(directory / peft.CONFIG)
         name, revision = values.get("base_model_name_or_path"), values.get("revision")
         if not isinstance(name, str) or not name:
@@ -46,7 +46,7 @@ class Peft:
         return f"{name}@{revision}" if isinstance(revision, str) and hub.is_id(name) else name
 
     def head(self, directory: Path, inside: str) -> Head | None:
-        """A classifier that is saved whole; PEFT's reads the pooler."""
+        """The classifier that is saved whole, if there is one; it reads the pooler."""
         shape = shape_in(directory / peft.TENSORS, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
 
@@ -56,7 +56,7 @@ class Peft:
         return recipe, flatten(leaves)
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
-        """See `save_peft`; its modules are those of the class that its task makes of a base."""
+        """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
         task = _task(base, adapter.leaves)
         peft.save_peft(
             directory,
@@ -72,13 +72,13 @@ class Peft:
         )
 
     def head_problem(self, base: BaseModel) -> str:
-        """A head of one layer on the pooler is what some architectures have there."""
+        """PEFT has our head, one layer on the pooler, for some architectures only."""
         if not base.one_layer:
-            return "the head of this architecture has two layers in PEFT, and this one has one"
+            return "this architecture's head has two layers in PEFT, but this one has one"
         return pooling_problem(base, self.owner, ("pooler",))
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
-        """By the class of the task."""
+        """Loads with the model class of the task."""
         kind = _CLASSES.get(_task(base, leaves), "AutoModel")
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         return (
@@ -88,7 +88,7 @@ class Peft:
 
 
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str:
-    """PEFT's name of the task, which says the class of the model."""
+    """PEFT's name of the task, which decides the class of the model."""
     if base.kind == "decoder":
         return "CAUSAL_LM"
     return "SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION"

@@ -1,4 +1,4 @@
-"""Every format that there is: a new one is a module beside the others, and a line here."""
+"""The registry of formats: a new format is a module beside the others, and a line here."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ FORMATS: dict[str, AdapterFormat] = {
 if TYPE_CHECKING:
     Format = str
 else:
-    Format = Literal[tuple(FORMATS)]  # what commands offer
+    Format = Literal[tuple(FORMATS)]  # the choices of a flag
 
 
 def every_file() -> set[str]:
-    """The files of all formats."""
+    """The names of all formats' files."""
     return {name for each in FORMATS.values() for name in each.files}
 
 
 def format_of(directory: Path) -> AdapterFormat:
-    """Which library wrote an adapter's directory.
+    """Returns the format of an adapter's directory.
 
     Raises:
-        AdapterFileError: no format claims it, or several do; these are named.
+        AdapterFileError: the directory has no format or several, which the message names.
     """
     values = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
     found = [each for each in FORMATS.values() if each.detects(values)]
@@ -48,7 +48,7 @@ def format_of(directory: Path) -> AdapterFormat:
     if found:
         raise AdapterFileError(
             f"{directory / CONFIG} has the keys of {' and '.join(owners)}; expected those of one "
-            "of them; take the others out"
+            "of them; remove the others"
         )
     raise AdapterFileError(
         f"{directory} is not an adapter: it has no {CONFIG} of {', '.join(owners[:-1])} or "
@@ -57,10 +57,10 @@ def format_of(directory: Path) -> AdapterFormat:
 
 
 def check_head(form: AdapterFormat, base: BaseModel, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a head would read something else in the other library."""
+    """Raises a `UserError` if leaves have a head that the format's library does not support."""
     problem = form.head_problem(base) if has_head(leaves) else ""
     if problem:
         raise UserError(
-            f"the head cannot go to {form.owner}: {problem}; --no-head leaves it out, and the "
-            "adapter needs another one there"
+            f"{form.owner} does not support the head: {problem}; --no-head writes the adapter "
+            "without it"
         )

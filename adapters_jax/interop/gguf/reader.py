@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp's) of Llamas: configuration, weights, tokenizer and chat template.
+"""Reads GGUF files (llama.cpp's) of Llamas: configuration, weights, tokenizer and chat template.
 
-What comes out has the names and layouts of a Hugging Face checkpoint, so that the rest of the
-library knows one kind of checkpoint. Quantised weights become float32.
+The result has the names and layouts of a Hugging Face checkpoint, so that the rest of the library
+handles one kind of checkpoint. Quantised weights become float32.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -22,7 +22,7 @@ from adapters_jax.interop.names import Stored
 if TYPE_CHECKING:
     import tokenizers
 
-# `config.json`'s names for a file's fields; those with a None may be absent.
+# `config.json`'s names for a file's fields; the optional ones may be absent.
 _CONFIG = {
     "vocab_size": "llama.vocab_size",
     "hidden_size": "llama.embedding_length",
@@ -39,7 +39,7 @@ _OPTIONAL = {
 }
 _TOKENIZER = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 
-# What is implemented of the fields that change the arithmetic or the tokens, where present.
+# The supported values of fields that change the arithmetic or the tokens, if a file has them.
 _MODEL_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "general.architecture": ("llama",),
     "llama.rope.scaling.type": ("none",),
@@ -51,7 +51,7 @@ _TOKENIZER_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tokenizer.ggml.add_bos_token": (False,),
     "tokenizer.ggml.add_eos_token": (False,),
 }
-_CONTROL = 3  # the type of tokens such as <|im_end|>, which no text is split into
+_CONTROL = 3  # the type of special tokens such as <|im_end|>
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class GGUF:
     """One open file.
 
     Attributes:
-        path: where it is.
+        path: the file's path.
         fields: its metadata by name.
-        stored: its tensors as the package `gguf` gives them, quantised and not yet read.
+        stored: its tensors from the package `gguf`, quantised and not yet read.
     """
 
     path: Path
@@ -70,10 +70,10 @@ class GGUF:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` would say.
+        """The settings as in a `config.json`.
 
         Raises:
-            ValueError: fields are absent; all are named.
+            UserError: fields are absent; the message names all of them.
         """
         self.require(*_CONFIG.values())
         optional = {ours: name for ours, name in _OPTIONAL.items() if name in self.fields}
@@ -88,22 +88,22 @@ class GGUF:
         """The weights as Hugging Face stores them, in float32.
 
         Raises:
-            ValueError: fields are absent, or weights do not divide into the heads.
+            UserError: fields are absent; or, when a weight is read, it does not divide into heads.
         """
         heads = self.config["num_attention_heads"]
         return read_tensors(self.stored, heads, self.config.get("num_key_value_heads", heads))
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Ids by role: `bos`, `eos`, `unknown`, `padding`, those that the file names."""
+        """The file's ids of special tokens by role: `bos`, `eos`, `unknown`, `padding`."""
         found = ((re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", k), k) for k in self.fields)
         return {match[1]: self.fields[name] for match, name in found if match}
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The byte-level BPE in the file, which cuts numbers into digits first.
+        """The file's byte-level BPE, which splits numbers into digits first.
 
         Raises:
-            ValueError: the file has none, or one of another kind.
+            UserError: the file has no tokenizer, a broken one or one of another kind.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -129,17 +129,17 @@ class GGUF:
         return tokenizer
 
     def chat(self, messages: Iterable[Mapping[str, str]], reply: bool = True) -> str:
-        """A conversation as the model was trained to read it; see `chat.render`.
+        """Renders a conversation with the file's chat template; see `chat.render`.
 
         Args:
             messages: each with a `role` (system, user or assistant) and a `content`.
-            reply: whether to end where the assistant's answer begins.
+            reply: whether to end the text where the assistant's answer begins.
 
         Returns:
-            The text, special tokens spelt out.
+            The text with its special tokens.
 
         Raises:
-            ValueError: the file has no chat template, or the template refuses the messages.
+            UserError: the file has no chat template, or the template rejects the messages.
         """
         self.require("tokenizer.chat_template", "tokenizer.ggml.tokens")
         tokens = self.fields["tokenizer.ggml.tokens"]
@@ -148,13 +148,13 @@ class GGUF:
         return chat.render(template, messages, reply=reply, **special)
 
     def require(self, *names: str) -> None:
-        """Raises unless the file has all these fields."""
+        """Raises a `UserError` that names the fields that the file lacks, if any."""
         lacking = [name for name in names if name not in self.fields]
         if lacking:
             raise UserError(f"{str(self.path)!r} lacks the fields {', '.join(lacking)}.")
 
     def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raises where a field has a value that is not implemented."""
+        """Raises a `UserError` that names the fields with unsupported values, if any."""
         wrong = [
             f"{name}={self.fields[name]!r} (supported: {', '.join(map(repr, allowed))})"
             for name, allowed in supported.items()
@@ -165,7 +165,12 @@ class GGUF:
 
 
 def find_gguf(path: str | Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one of a directory without config.json.
+    """Finds the GGUF file of a path: the path itself, or the only one of a directory.
+
+    A directory with a `config.json` is another kind of checkpoint, so the result is None.
+
+    Raises:
+        UserError: the directory has several GGUF files.
 
     Example:
         >>> find_gguf("model.gguf").name, find_gguf("org/model")
@@ -188,11 +193,11 @@ def read_gguf(path: str | Path) -> GGUF:
         path: the file, or a directory with one GGUF file.
 
     Returns:
-        The file, which gives its configuration, weights, tokenizer and chat template.
+        The open file, with configuration, weights, tokenizer and chat template.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it is of another architecture.
-        ImportError: the package `gguf` is not installed.
+        UserError: there is no such file, it is damaged, or it is of another architecture.
+        MissingPackageError: the package `gguf` is not installed.
 
     Example:
         >>> read_gguf("absent.gguf")
@@ -220,7 +225,7 @@ def _open(file: Path) -> Any:
         raise MissingPackageError(f"reading {file.name!r}", "gguf") from error
     try:
         return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError) as error:  # whatever its parsing stumbles over
+    except (ValueError, IndexError, KeyError) as error:  # damaged files make its parser raise these
         raise _damaged(file, error) from error
 
 

@@ -1,4 +1,4 @@
-"""The weights of a Llama in GGUF, under the names and in the layout of Hugging Face."""
+"""Converts the weights of a Llama in GGUF to the names and layout of Hugging Face."""
 
 import re
 from collections.abc import Iterable
@@ -27,19 +27,16 @@ _MODULES = {
 
 
 def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str, Stored]:
-    """The tensors of a `gguf.GGUFReader`; each is dequantised when its array is asked for.
+    """Lists the tensors of a `gguf.GGUFReader`; dequantises each only when it is used.
 
     Args:
-        tensors: the reader's.
-        heads: of the queries.
-        kv_heads: of the keys and values.
+        tensors: the reader's tensors.
+        heads: the number of query heads.
+        kv_heads: the number of key and value heads.
 
     Returns:
-        Each in float32 and as `(out, in)`, by its Hugging Face name.
-
-    Raises:
-        ValueError: in reading: a q or k weight does not divide into the heads, or a quantisation is
-            unknown.
+        The tensors in float32, laid out `(out, in)`, by their Hugging Face names. Reading one
+        raises a `UserError` if it does not divide into heads or its quantisation is unknown.
     """
     found = {}
     for tensor in tensors:
@@ -65,7 +62,7 @@ def _dequantised(tensor: Any) -> np.ndarray:
 
 
 def tensor_name(theirs: str) -> str:
-    """A tensor's Hugging Face name; one that is not known stays, to be reported as unexpected.
+    """A tensor's Hugging Face name; an unknown name is kept, so that an error reports it.
 
     Example:
         >>> tensor_name("blk.3.attn_q.weight"), tensor_name("rope_freqs.weight")
@@ -79,10 +76,10 @@ def tensor_name(theirs: str) -> str:
 
 
 def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.ndarray:
-    """Reorders the rows of a q or k weight, whose pairs are turned by rotary positions.
+    """Reorders the rows of a q or k weight for rotary positions, which rotate pairs of features.
 
-    llama.cpp turns neighbours, (0, 1), (2, 3), ... of each head; Hugging Face and we turn a
-    feature of the first half with the same one of the second.
+    llama.cpp pairs neighbours, (0, 1), (2, 3), ... of each head; Hugging Face and we pair each
+    feature of the first half with its counterpart in the second.
 
     Example:
         >>> half_split(np.array([["a0"], ["b0"], ["a1"], ["b1"]]), heads=1).ravel().tolist()
@@ -90,5 +87,7 @@ def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.n
     """
     rows, *width = weight.shape
     if rows % (2 * heads):
-        raise UserError(f"{name} has {rows} rows, expected an even number a head of {heads} heads.")
+        raise UserError(
+            f"{name} has {rows} rows, expected an even number for each of {heads} heads."
+        )
     return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)

@@ -1,7 +1,8 @@
 """Adapters of Hugging Face PEFT, both ways.
 
-`lora`, `prompts` and `ia3` are one `peft_type` each, `kinds` the registry of them; `trained` is the
-base's own parameters beside them, `config` the settings, and `files` the directory.
+`lora`, `prompts` and `ia3` convert one `peft_type` each, and `kinds` is their registry. `trained`
+converts the base's own parameters that train beside them, `config` checks the settings, and `files`
+reads and writes the directory.
 """
 
 from adapters_jax.interop.peft.files import CONFIG, PICKLE, TENSORS, load_peft, save_peft

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: the supported fields, and the modules and ranks that they give.
+"""PEFT's `adapter_config.json`: which fields we support, and which modules and ranks they select.
 
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
@@ -12,8 +12,8 @@ from adapters_jax.interop.directories import field_problems
 Config = Mapping[str, Any]
 ROOT = "base_model.model."
 TIED = (
-    "{}: PEFT adapts the word embeddings alone, and here they are the output layer as well, which "
-    "the same factors would reach; leave them out, or use a model with tie_word_embeddings=False"
+    "{}: PEFT adapts word embeddings alone, but this base ties its output layer to them, so the "
+    "factors would change both; leave them out, or use a model with tie_word_embeddings=False"
 )
 
 SUPPORTED = {
@@ -28,14 +28,14 @@ SUPPORTED = {
         *("modules_to_save", "init_ia3_weights"),
     },
 }
-# What the writer notes for itself, and what acts only beside a field that is not supported.
+# Bookkeeping, and fields that act only beside a field that is not supported.
 IDLE = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
 }
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
 
-# Laws of the start that leave the base as it is, and ours that comes nearest.
+# PEFT's initialisations that do not change the base, with our `a_init` that is nearest to each.
 STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
 STARTS |= dict.fromkeys(("orthogonal", "eva"), "uniform")
 
@@ -44,7 +44,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
 }
 _ADVICE = (
-    " (a start that changes the base: PEFT's save_pretrained converts it, given "
+    " (this initialisation changes the base; to convert it, call PEFT's save_pretrained with "
     "path_initial_model_for_weight_conversion)"
 )
 _NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
@@ -74,8 +74,7 @@ def config_problems(config: Config) -> list[str]:
         config: the parsed file.
 
     Returns:
-        A sentence each; none where all are supported. Fields that are not known are no problem
-        where they are null, false or empty.
+        One sentence for each problem. An unknown field is no problem if it is null, false or empty.
 
     Example:
         >>> config_problems({"peft_type": "LORA", "r": 4, "lora_bias": True, "new_field": None})
@@ -90,7 +89,7 @@ def config_problems(config: Config) -> list[str]:
 
 
 def _expected(field: str, found: Any) -> list[str]:
-    """What a field wants instead of the value found; nothing where that is good."""
+    """What is expected of a field instead of the value found; empty if that is valid."""
     if field in _CHOICES:
         allowed = _CHOICES[field]
         good = isinstance(found, bool | str) and found in allowed
@@ -110,18 +109,18 @@ def _expected(field: str, found: Any) -> list[str]:
 
 
 def _broken(patterns: Iterable[str]) -> list[str]:
-    """Regular expressions that are none; `patterns` is one, or a mapping from several."""
+    """The invalid regular expressions; `patterns` is one, or a mapping whose keys are several."""
     problems = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"and {pattern!r} is no regular expression: {error}")
+            problems.append(f"but {pattern!r} is not a regular expression: {error}")
     return problems
 
 
 def number_at(config: Config, field: str, patterns: str, module: str) -> Any:
-    """The rank or alpha of one module: that of the first pattern that means it, or the field's.
+    """The rank or alpha of one module: by the first pattern that matches it, else by the field.
 
     Example:
         >>> config = {"r": 8, "rank_pattern": {"q_proj": 4}}
@@ -134,12 +133,12 @@ def number_at(config: Config, field: str, patterns: str, module: str) -> Any:
     return value(config, field)
 
 
-def means(config: Config, module: str) -> bool:
-    """Whether PEFT would adapt a module, by its name in the model.
+def is_target(config: Config, module: str) -> bool:
+    """Whether PEFT adapts the module of this name.
 
     Example:
         >>> config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
-        >>> means(config, "model.layers.0.q_proj"), means(config, "model.layers.1.q_proj")
+        >>> is_target(config, "model.layers.0.q_proj"), is_target(config, "model.layers.1.q_proj")
         (False, True)
     """
     saved = config.get("modules_to_save") or ()
@@ -149,13 +148,13 @@ def means(config: Config, module: str) -> bool:
     if excluded and _listed(excluded, module):
         return False
     if targets is None or targets == "all-linear":
-        return True  # PEFT's own choice for the architecture; what it chose is in the file
+        return True  # PEFT chose the modules; the file's tensors show which
     exact = not isinstance(targets, str) and module in targets
     return exact or (_listed(targets, module) and _in_layers(config, module))
 
 
 def _listed(names: str | list[str], module: str) -> bool:
-    """A text is a regular expression of the whole name; a list has names or their last words."""
+    """Whether a name matches: a string is a regular expression, a list has names or their ends."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

@@ -1,6 +1,6 @@
-"""Adapters of Hugging Face PEFT, read and written: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
+"""Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
 
-A directory of theirs holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
+A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
 PEFT is needed. A pickled `adapter_model.bin` is never opened, because unpickling runs whatever code
 the file holds.
 
@@ -36,29 +36,28 @@ def load_peft(
     """Reads an adapter that PEFT wrote.
 
     Args:
-        directory: with `adapter_config.json` and `adapter_model.safetensors`, or an id on the
-            Hugging Face Hub, of which these two are fetched.
-        names: the `NAMES` that stands beside a model (`models.bert`, `models.bert.classifier`,
-            `models.gpt2`, `models.llama`), or a mapping from PEFT's module names to our
-            module paths: `{"encoder.q_proj": "encoder/query"}`, with a tuple of paths where their
-            module is several of ours, fused along its outputs, and an attention module's path for
-            prompts. Only a `NameTable` can say that weights are `(in, out)` in PyTorch as well,
-            which matters where such a weight is saved whole.
-        base: the model's parameters as a tree of arrays, also abstract ones, or an NNX module;
-            their shapes say which layer is of which kind.
+        directory: has `adapter_config.json` and `adapter_model.safetensors`; or an id on the
+            Hugging Face Hub, from which these two files are fetched.
+        names: the model's `NAMES` (of `models.bert`, `models.bert.classifier`, `models.gpt2`,
+            `models.llama`), or a mapping from PEFT's module names to our module paths:
+            `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a module of PEFT's
+            that fuses several of ours along its outputs; prompts need the attention module's path.
+            Only a `NameTable` can state that PyTorch stores weights as `(in, out)`, which matters
+            for weights that the file holds whole.
+        base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module;
+            their shapes tell the kinds of layers apart.
         revision: a branch, tag or commit on the Hub.
 
     Returns:
-        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned:
-        for `merge_trees(adapters, params)` after taking out the base's leaves that train too
-        (`partition(params, recipe)`), or for `save_adapter`, whose directory `load_adapter` puts
-        onto linen and NNX models alike.
+        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned.
+        For a linen model write `merge_trees(adapters, partition(params, recipe)[1])`; for either
+        API pass both to `save_adapter` and load that directory with `load_adapter`.
 
     Raises:
-        AdapterFileError: files are absent, damaged or pickled, a setting is not supported, or
-            tensors do not fit the base, whose layers are all alike where they are scanned;
-            everything is named at once.
-        ValueError: `names` does not fit the base.
+        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
+            do not fit the base, or layers differ that the base scans as one; the message names
+            every problem.
+        UserError: `names` does not fit the base.
 
     Example:
         >>> import tempfile
@@ -79,16 +78,16 @@ def load_peft(
     """
     directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
-    places = find_modules(names, base)
+    module_map = find_modules(names, base)
     problems = config_problems(config)
     if not problems:
         try:
-            methods, leaves, problems = kinds.read(config, tensors, places)
+            methods, leaves, problems = kinds.read(config, tensors, module_map)
             if not problems:
-                return as_in_model(methods, leaves, names, places)
-        except (ValueError, re.error) as error:  # a method refuses a number, layers are not alike
+                return as_in_model(methods, leaves, names, module_map)
+        except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    raise AdapterFileError(f"{directory} cannot be read as it is meant: {'; '.join(problems)}")
+    raise AdapterFileError(f"{directory} cannot be converted from PEFT: {'; '.join(problems)}")
 
 
 def save_peft(
@@ -104,18 +103,17 @@ def save_peft(
 ) -> Path:
     """Writes an adapter that PEFT loads; the directory appears whole or not at all.
 
-    Where PEFT's module is several of ours (GPT-2's `c_attn`), those without an A in common get one
-    each, side by side in a pair of factors of a higher rank, with the same product. A pattern's
-    ranks and alphas are written for every module by its whole name.
+    Where PEFT's module fuses several of ours (GPT-2's `c_attn`) that do not share one A, their
+    factors are written side by side, as one pair of a higher rank with the same product. Ranks and
+    alphas that a pattern sets are written for every module by its whole name.
 
     Args:
         directory: a new or empty one; its parents are made.
-        recipe: LoRA, DoRA, LlamaAdapter or IA3, and Unfreeze beside all but LlamaAdapter.
-        adapters: the trained part of a model, as `partition` gives, or an NNX state.
-        names, base: as in `load_peft`. A kernel with several input axes is taken for a
-            convolution's.
-        prefix: what stands before the names of all modules but heads in the PyTorch model, such as
-            "roberta."; by default the first prefix of the table.
+        recipe: LoRA, DoRA, LlamaAdapter or IA3; all but LlamaAdapter may have Unfreeze beside them.
+        adapters: the trained part of a model, as `partition` returns it, or an NNX state.
+        names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
+        prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
+            by default the first prefix of the table.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json`, such as `base_model_name_or_path` and `task_type`.
 
@@ -123,15 +121,15 @@ def save_peft(
         The directory.
 
     Raises:
-        ValueError: PEFT has no such thing as the recipe says, a leaf has no name, or the directory
-            holds something; everything is named at once.
+        UserError: PEFT does not support the recipe, `names` lacks a module, or the directory is
+            not empty; the message names every problem.
         TypeError: `adapters` is not a tree.
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
-    places = find_modules(names, base)
-    unrolled = as_in_file(recipe, flat, names, places)
-    config, tensors, problems = kinds.write(*unrolled, places, prefix)
+    module_map = find_modules(names, base)
+    unrolled = as_in_file(recipe, flat, names, module_map)
+    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
@@ -140,11 +138,11 @@ def save_peft(
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The configuration and the tensors of a directory."""
+    """Returns the configuration and the tensors of a directory."""
     config, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, PICKLE_ADVICE)
     if "peft_type" not in config:
         raise AdapterFileError(
-            f"{directory / CONFIG} has no peft_type, so PEFT did not write it; what "
-            "save_adapter wrote is for load_adapter"
+            f"{directory / CONFIG} has no peft_type, so PEFT did not write it; use "
+            "load_adapter for what save_adapter wrote"
         )
     return config, tensors

@@ -1,4 +1,4 @@
-"""The kinds of adapter that PEFT and we have in common: one module each, and what they share."""
+"""The registry of the `peft_type`s that we support, and the code that all of them share."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,11 +19,12 @@ class Kind:
     """One `peft_type`.
 
     Attributes:
-        methods: names of the methods that it holds, one in each file.
-        leaves: our leaf for each of their tensors' names.
-        read: from configuration, added tensors and module map: the methods, and leaves by path.
-        write: from the recipe, leaves by module, module map and prefix: fields and tensors.
-        trains: what of the base may train beside it: "nothing", "modules", or also "biases".
+        methods: the names of the methods that it stores; a file has one of them.
+        leaves: our leaf's name for each of PEFT's tensor names.
+        read: returns methods and leaves by path, given configuration, added tensors and module map.
+        write: returns fields and tensors, given recipe, leaves by module, module map and prefix.
+        trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
+            as well as modules.
     """
 
     methods: tuple[str, ...]
@@ -46,23 +47,23 @@ _MASK = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # a buffer of old GPT-2s, sa
 
 
 def read(
-    config: Config, tensors: Mapping[str, Array], places: ModuleMap
+    config: Config, tensors: Mapping[str, Array], module_map: ModuleMap
 ) -> tuple[list[Method], dict[str, Array], list[str]]:
-    """The methods, their leaves by path, and every problem."""
+    """Returns the methods, their leaves by path, and a sentence for each problem."""
     problems: list[str] = []
     kind = KINDS[config["peft_type"]]
     added, plain = _sorted(tensors, kind, problems)
-    methods, leaves = kind.read(config, added, places, problems)
-    trained = read_trained(plain, places, problems)
+    methods, leaves = kind.read(config, added, module_map, problems)
+    trained = read_trained(plain, module_map, problems)
     if trained:
-        methods.append(Unfreeze(shortest(trained, places.base)))
+        methods.append(Unfreeze(shortest(trained, module_map.base)))
     return methods, leaves | trained, problems
 
 
 def _sorted(
     tensors: Mapping[str, Array], kind: Kind, problems: list[str]
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """Added tensors by module and our leaf's name, and those that the base has as well."""
+    """Splits tensors into the added ones, by module and our leaf's name, and the base's own."""
     added: dict[str, dict[str, Array]] = {}
     plain: dict[str, Array] = {}
     for key, tensor in tensors.items():
@@ -81,9 +82,9 @@ def _sorted(
 
 
 def write(
-    recipe: Recipe, leaves: Mapping[str, Array], places: ModuleMap, prefix: str | None
+    recipe: Recipe, leaves: Mapping[str, Array], module_map: ModuleMap, prefix: str | None
 ) -> tuple[dict[str, Any], Tensors, list[str]]:
-    """The configuration, the tensors, and every problem."""
+    """Returns the configuration, the tensors, and a sentence for each problem."""
     problems: list[str] = []
     added, trained = by_module(recipe, leaves, problems)
     names = {method.name for method in recipe.attached}
@@ -91,15 +92,19 @@ def write(
     if kind is None:
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
-            f"it adds {others}; PEFT has LoRA alone, DoRA alone, LlamaAdapter alone or IA3 alone"
+            f"the recipe adds {others}; PEFT stores LoRA alone, DoRA alone, LlamaAdapter alone or "
+            "IA3 alone"
         )
         return {}, {}, problems
-    fields, tensors = kind.write(recipe, added, places, prefix, problems)
+    fields, tensors = kind.write(recipe, added, module_map, prefix, problems)
     if kind.trains == "nothing":
-        problems += [f"{path}: PEFT's prompts go with no other trained leaf" for path in trained]
+        problems += [
+            f"{path}: PEFT's prompts do not support other trained leaves beside them"
+            for path in trained
+        ]
         return fields, tensors, problems
-    more, trains = write_trained(trained, added, places, prefix, problems)
+    more, trains = write_trained(trained, added, module_map, prefix, problems)
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
-        problems.append(f"{paths}: PEFT's IA3 trains no biases beside it")
+        problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
     return fields | trains, tensors | more, problems

@@ -20,19 +20,19 @@ LEAVES = {"adaption_prompt": "embedding", "adaption_gate": "gate"}
 def read(
     config: Config,
     added: Mapping[str, Mapping[str, Array]],
-    places: ModuleMap,
+    module_map: ModuleMap,
     problems: list[str],
 ) -> tuple[list[Method], dict[str, Array]]:
-    """One LlamaAdapter, with PEFT's single gate a layer."""
+    """Returns one LlamaAdapter with one gate for each layer, and its leaves by path."""
     leaves: dict[str, Array] = {}
     modules = []
     length, count = config.get("adapter_len"), config.get("adapter_layers")
     for module, found in added.items():
-        ours = places.attention.get(places.bare(module))
+        ours = module_map.attention.get(module_map.bare(module))
         shapes = {name: list(x.shape) for name, x in found.items()}
         width = shapes.get("embedding", [0])[-1:]
         if ours is None:
-            problems.append(f"{module} is no attention module of the base that names knows")
+            problems.append(f"names maps {module} to no attention module of the base")
         elif shapes != {"embedding": [1, length, *width], "gate": [1]}:
             problems.append(
                 f"{module} has {shapes}, expected a prompt [1, {length}, d] and a gate [1]"
@@ -42,35 +42,37 @@ def read(
             both = {"embedding": found["embedding"][0], "gate": found["gate"]}
             leaves |= {f"{ours}/prompt/{name}": x.astype(np.float32) for name, x in both.items()}
     if len(added) != count:
-        problems.append(f"it has prompts of {len(added)} layers, and says adapter_layers={count}")
+        problems.append(f"adapter_layers={count}, but the file has prompts of {len(added)} layers")
     if not modules:
         return [], leaves
-    targets = shortest(modules, places.attention.values())
+    targets = shortest(modules, module_map.attention.values())
     return [LlamaAdapter(targets, length or 1, "layer", "identity")], leaves
 
 
 def write(
-    recipe: Recipe, added: Added, places: ModuleMap, prefix: str | None, problems: list[str]
+    recipe: Recipe, added: Added, module_map: ModuleMap, prefix: str | None, problems: list[str]
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The fields, prompts and gates; PEFT adapts the last layers, with one gate for each."""
-    names = {ours: bare for bare, ours in places.attention.items()}
+    """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
+    names = {ours: bare for bare, ours in module_map.attention.items()}
     last = sorted(names, key=in_order)[-len(added) :]
     unlike = sorted(added.keys() ^ set(last), key=in_order)
     if unlike:
-        problems.append(f"PEFT's prompts are in the last layers; {', '.join(unlike)} differ")
+        problems.append(f"PEFT adapts the last layers only; {', '.join(unlike)} differ")
     tensors, lengths = {}, set()
     for ours in sorted(added.keys() & names.keys(), key=in_order):
         method: Any = next(m for m in recipe.at(ours) if m.slot == "prompt")
         prompt, gate = added[ours]["embedding"], added[ours]["gate"]
         if len(gate) != 1:
-            problems.append(f'{ours} has {len(gate)} gates; PEFT has one a layer: gate="layer"')
+            problems.append(
+                f'{ours} has {len(gate)} gates; PEFT has one in each layer: use gate="layer"'
+            )
         lengths.add(len(prompt))
-        root = f"{ROOT}{places.full(names[ours], prefix)}"
+        root = f"{ROOT}{module_map.full(names[ours], prefix)}"
         tensors[f"{root}.adaption_prompt"] = prompt[None]
-        opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT has no tanh
+        opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT applies no tanh
         tensors[f"{root}.adaption_gate"] = opened
     if len(lengths) != 1:
-        problems.append(f"prompts are of one length in PEFT, here of {sorted(lengths)}")
+        problems.append(f"PEFT expects prompts of one length; these have {sorted(lengths)}")
     words = {names[ours].rpartition(".")[2] for ours in added if ours in names}
     fields = {
         "peft_type": "ADAPTION_PROMPT",
