@@ -79,13 +79,13 @@ def test_norms_have_their_derivative(centred):
         ends = (normalized(x + e * to_x, scale + e * to_scale, centred) for e in (step, -step))
         return (next(ends) - next(ends)) / (2 * step)
 
-    wanted = difference(to_x, to_scale)
+    expected = difference(to_x, to_scale)
     _, pushed = jax.jvp(ours, single[:2], single[2:4])
-    np.testing.assert_allclose(pushed, wanted, atol=1e-5)
+    np.testing.assert_allclose(pushed, expected, atol=1e-5)
     found = jax.vjp(ours, *single[:2])[1](single[4])
     np.testing.assert_allclose(
         sum(float(jnp.vdot(a, b)) for a, b in zip(found, single[2:4], strict=True)),
-        np.vdot(back, wanted),
+        np.vdot(back, expected),
         rtol=1e-5,
     )
     # One of the two alone, as where the other is frozen.
@@ -130,9 +130,9 @@ def test_norms_are_flax_s(dtype, given):
     for norm in rms:
         norm.scale.set_value(params["scale"])
     for pair in (pairs, [(norm, (x,)) for norm in rms]):
-        found, wanted = (jax.jit(call)(*given) for call, given in pair)
-        assert found.dtype == wanted.dtype
-        np.testing.assert_array_equal(found, wanted)
+        found, expected = (jax.jit(call)(*given) for call, given in pair)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
 
     def slopes(apply):
         def loss(params, x):
@@ -140,11 +140,11 @@ def test_norms_are_flax_s(dtype, given):
 
         return jax.tree.leaves(jax.grad(loss, (0, 1))(params, x))
 
-    for found, wanted in zip(*(slopes(apply) for apply, _ in pairs), strict=True):
-        assert found.dtype == wanted.dtype == given
-        found, wanted = (np.asarray(value, np.float32) for value in (found, wanted))
+    for found, expected in zip(*(slopes(apply) for apply, _ in pairs), strict=True):
+        assert found.dtype == expected.dtype == given
+        found, expected = (np.asarray(value, np.float32) for value in (found, expected))
         close = 1e-5 if given == jnp.float32 else 2**-7
-        np.testing.assert_allclose(found, wanted, rtol=close, atol=close)
+        np.testing.assert_allclose(found, expected, rtol=close, atol=close)
 
 
 def test_a_gate_has_its_derivative():
@@ -175,10 +175,10 @@ def test_softmax_has_its_derivative():
     np.testing.assert_array_equal(functions.softmax(x), jax.nn.softmax(x))
     p = np.exp(np.asarray(x, np.float64))
     p /= p.sum(-1, keepdims=True)
-    wanted = np.einsum("bi,ij->bij", p, np.eye(7)) - np.einsum("bi,bj->bij", p, p)
+    expected = np.einsum("bi,ij->bij", p, np.eye(7)) - np.einsum("bi,bj->bij", p, p)
     found = jax.vmap(jax.jacrev(functions.softmax))(x)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(jax.jacfwd(functions.softmax))(x), wanted, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.jacfwd(functions.softmax))(x), expected, atol=1e-6)
 
 
 def drawn(kv_heads, dtype=jnp.float32):
@@ -199,12 +199,12 @@ def test_attention_is_flax_s(kv_heads):
 
         return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
 
-    for found, wanted in zip(
+    for found, expected in zip(
         jax.tree.leaves(weighed(functions.dot_product_attention)),
         jax.tree.leaves(weighed(nnx.dot_product_attention)),
         strict=True,
     ):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_attention_drops_as_flax_does():
