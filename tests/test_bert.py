@@ -203,6 +203,27 @@ def test_dropout_acts_only_when_asked(rate):
     assert np.abs(quiet - dropped).max() > 0.1
 
 
+def test_both_sublayers_and_the_embeddings_drop():
+    config = replace(TINY, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    apply = partial(
+        Bert(config).apply,
+        deterministic=False,
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+    )
+    _, seen = jax.jit(apply)(tiny_bert(), IDS, rngs={"dropout": jax.random.key(1)})
+    outputs = {"/".join(path): out for path, (out,) in flatten_dict(seen["intermediates"]).items()}
+    names = ("embeddings", "layer_0/attention/output", "layer_0/mlp/output")
+    assert outputs.keys() == {f"{name}/Dropout_0/__call__" for name in names}
+    assert all(0.3 < (out == 0).mean() < 0.7 for out in outputs.values())
+
+
+def test_a_classifiers_dropout_is_its_own_or_that_of_hidden_states():
+    for own, rate in ((None, 0.25), (0.0, 0.0), (0.5, 0.5)):
+        config = replace(TINY, hidden_dropout_prob=0.25, classifier_dropout=own)
+        model = BertClassifier(config, 2).bind(tiny_variables())
+        assert model.dropout.rate == rate
+
+
 def test_attention_fn_is_called_as_flax_calls_it():
     calls = []
 

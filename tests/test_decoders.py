@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.commands import command_raises
-from helpers.tiny import FOODS, write_llama, write_meanings
+from helpers.errors import raises
+from helpers.tiny import CHAT, FOODS, write_llama, write_meanings
 from test_generate import shaken
 from test_gguf import tensors_of, write
 from test_llama import TINY, build
@@ -230,7 +231,8 @@ def test_a_combined_run_generates_from_the_sum(command):
 
 def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     model = build(replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5))
-    path = write(tmp_path / "tiny.gguf", tensors_of(model), **{"llama.context_length": 99})
+    fields = {"llama.context_length": 99, "tokenizer.ggml.bos_token_id": 1}
+    path = write(tmp_path / "tiny.gguf", tensors_of(model), **fields)
     decoder = load_decoder(str(path))
     write_checkpoint(tmp_path / "merged", decoder, decoder.model)
     again = load_decoder(str(tmp_path / "merged"))
@@ -239,9 +241,34 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     assert again.tokenizer.encode("ab 12.").ids == decoder.tokenizer.encode("ab 12.").ids
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (99, 0)
+    assert config["bos_token_id"] == 1
+    assert (
+        again.special_tokens
+        == decoder.special_tokens
+        == {"bos_token": "<|user|>"} | {"eos_token": "<|end|>"}
+    )
     ids = jnp.array([[3, 4, 5]])
     logits = full_pass(again.model, ids)
     np.testing.assert_allclose(logits, full_pass(decoder.model, ids), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("template", "jinja", "expected"),
+    [
+        ([{"name": "tools", "template": "no"}, {"name": "default", "template": CHAT}], None, CHAT),
+        ([{"name": "tools", "template": "no"}], None, None),
+        ("no", CHAT, CHAT),
+    ],
+)
+def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jinja, expected):
+    tiny = write_llama(tmp_path / "tiny", chat_template=template, num_hidden_layers=1)
+    if jinja is not None:
+        (tiny / "chat_template.jinja").write_text(jinja)
+    decoder = load_decoder(str(tiny))
+    assert decoder.chat_template == expected
+    if expected is None:
+        with raises(UserError, tiny, "--no-chat"):
+            decoder.chat("food Thai")
 
 
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):

@@ -10,8 +10,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.arrays import read_arrays
 from helpers.errors import raises
-from helpers.tiny import write_llama, write_meanings
+from helpers.tiny import write_llama, write_meanings, write_model
+from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
@@ -21,7 +23,7 @@ from adapters_jax.interop.names import from_tensors
 from adapters_jax.models import FAMILIES, KNOWN, family_of, llama
 from adapters_jax.pretrained.base_model import load_base_model
 from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.pretrained.locate import find_family, is_decoder
+from adapters_jax.pretrained.locate import find_family, is_decoder, sha256_of
 from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -129,6 +131,40 @@ def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys
     assert not (tmp_path / "runs").exists()
     plan = run("plan --model ./gpt2 --method lora --length 8 --batch-size 1 --no-full")
     assert plan["plans"]["lora"]["trainable_parameters"] > 0
+
+
+def test_an_encoder_encodes_up_to_its_last_position_and_drops_at_the_rate_given(tmp_path):
+    settings = {"model_type": "roberta", "pad_token_id": 1, "hidden_dropout_prob": 0.25}
+    write_model(tmp_path / "tiny", **settings)
+    encoder = load_encoder(str(tmp_path / "tiny"))
+    rows, truncated = encoder.encode([("good film " * 9, None)], 14)
+    assert (len(rows[0].input_ids), truncated) == (14, 1)
+    with raises(aj.UserError, "--max-length 15", 14):
+        encoder.encode([("good", None)], 15)
+    assert encoder.classifier(2).config.hidden_dropout_prob == 0.25
+    config = encoder.classifier(2, dropout=0.5).config
+    rates = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+    assert (*rates, config.classifier_dropout) == (0.5, 0.5, 0.5)
+
+
+def test_a_base_is_known_by_its_weights_and_an_id_not_by_its_path(tmp_path):
+    write_model(tmp_path / "one")
+    one = load_base_model(str(tmp_path / "one"), 2, "pooler")
+    assert one.identity.id is None
+    two = shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert one.sha256 == sha256_of(two)
+    tensors = read_arrays(two)
+    tensors["embeddings.LayerNorm.bias"][0] += 1
+    save_file(tensors, two / "model.safetensors", {"format": "pt"})
+    assert one.sha256 != sha256_of(two)
+    assert (one.kind, one.prefix, one.classifies, one.one_layer) == ("encoder", "bert.", True, True)
+    head = one.params["head"]
+    assert head["kernel"].shape == (32, 2) and not head["kernel"].any()
+    assert not one.params["bert"]["pooler"]["dense"]["kernel"].any()  # the file has none
+    config = json.loads((two / "config.json").read_text()) | {"model_type": "roberta"}
+    (two / "config.json").write_text(json.dumps(config))
+    roberta = load_base_model(str(two))
+    assert (roberta.prefix, roberta.classifies, roberta.one_layer) == ("roberta.", False, False)
 
 
 def test_a_family_without_a_classifier_is_no_encoder():

@@ -15,6 +15,7 @@ from test_llama import TINY, build
 import adapters_jax as aj
 from adapters_jax.models import generation as module
 from adapters_jax.models.generation import generate, nucleus
+from adapters_jax.models.parts.cache import Cache
 from adapters_jax.nnx import AdapterParam
 
 CONFIG = replace(TINY, num_hidden_layers=2)
@@ -103,6 +104,34 @@ def test_a_row_draws_the_same_whatever_the_others(model):
     assert batch[0].tolist() == alone[0].tolist()
     assert batch.tolist() == draw(*LEFT, key=jax.random.key(1)).ids.tolist()
     assert batch.tolist() != draw(*LEFT, key=jax.random.key(2)).ids.tolist()
+
+
+def test_every_row_and_step_draws_from_a_key_of_its_own():
+    key = jax.random.key(5)
+    sampling = module._Sampling(jnp.float32(0.5), jnp.float32(1.0), key, jnp.zeros(0, jnp.int32))
+    logits = jnp.arange(20.0).reshape(2, 10) / 20
+    choose = jax.jit(module._choose)
+    got = [choose(logits, step, sampling).tolist() for step in range(8)]
+
+    @jax.jit
+    def draw(row, step):
+        key_of_row = jax.random.fold_in(key, row)
+        return jax.random.categorical(jax.random.fold_in(key_of_row, step), logits[row] / 0.5)
+
+    expected = [[int(draw(row, step)) for row in range(2)] for step in range(8)]
+    assert got == expected
+    assert len(set(map(tuple, expected))) > 4
+
+
+def test_a_cache_may_be_filled_to_its_last_slot():
+    cache = Cache.empty(1, batch=2, slots=3, kv_heads=1, head_dim=4, dtype="float32")
+    cache, positions, mask = cache.reserve(jnp.array([[0, 1, 1], [1, 1, 1]]))
+    assert positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
+    assert mask.astype(int).tolist() == [
+        [[[0, 0, 0], [0, 1, 0], [0, 1, 1]]],
+        [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]],
+    ]
+    assert int(cache.used) == 3
 
 
 def test_sampled_tokens_have_the_probabilities_of_temperature_and_top_p(model):

@@ -1,8 +1,10 @@
 """GPT-2: values of the reference implementation, paths, counts, dtypes, errors."""
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,22 @@ def test_remat_changes_neither_values_nor_gradients():
         jax.jit(recomputed)(tiny_variables()),
     )
     assert str(jax.make_jaxpr(recomputed)(tiny_variables())).count("remat") >= TINY.n_layer
+
+
+def test_sublayers_and_embeddings_have_rates_of_their_own():
+    config = replace(TINY, embd_pdrop=0.0, resid_pdrop=0.5, attn_pdrop=0.0)
+    apply = partial(
+        GPT2(config).apply,
+        deterministic=False,
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+    )
+    _, seen = jax.jit(apply)(tiny_variables(), IDS, rngs={"dropout": jax.random.key(1)})
+    outputs = {"/".join(path): out for path, (out,) in flatten_dict(seen["intermediates"]).items()}
+    embeddings = outputs.pop("embeddings/dropout/__call__")
+    assert not (embeddings == 0).any()
+    names = ("layer_0/attention/output", "layer_0/mlp/output")
+    assert outputs.keys() == {f"{name}/Dropout_0/__call__" for name in names}
+    assert all(0.3 < (out == 0).mean() < 0.7 for out in outputs.values())
 
 
 @pytest.mark.parametrize(

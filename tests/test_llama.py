@@ -111,6 +111,8 @@ def test_rotation_keeps_lengths_and_depends_on_differences():
     np.testing.assert_allclose(score(7, 3), score(14, 10), rtol=1e-4)
     np.testing.assert_allclose(score(5, 5), np.vdot(query, key), rtol=1e-4)
     assert abs(score(7, 3) - score(3, 7)) > 1e-3
+    angles = rotary_angles(np.array([[5]]), 8, 100.0)
+    assert (rotate(jnp.bfloat16(query), angles).dtype, angles.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_tied_embeddings_are_the_head():

@@ -1,11 +1,11 @@
-"""Attention, activations and norms with derivatives that store one array each.
+"""Attention, activations and norms with derivatives that store few arrays.
 
 When the weights around them are frozen, the backward pass needs neither the output of an activation
 nor the input of a softmax. Differentiated automatically, each function stores more: BERT's GELU
 stores two arrays beside its input, its softmax two beside its output, its norms three in all. The
-derivatives here store one. Each is written in another form than its function, so that XLA finds no
-common subexpression to store. Sums inside a derivative are written as products with a vector,
-because XLA's CPU compiler stores the operands of a separate sum.
+derivatives here store one (`gated` its two inputs). Each is written in another form than its
+function, so that XLA finds no common subexpression to store. Sums inside a derivative are written
+as products with a vector, because XLA's CPU compiler stores the operands of a separate sum.
 """
 
 import math
