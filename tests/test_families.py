@@ -10,7 +10,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.tiny import write_llama, write_meanings
+from helpers.arrays import read_arrays
+from helpers.errors import raises
+from helpers.tiny import write_llama, write_meanings, write_model
+from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
@@ -20,7 +23,7 @@ from adapters_jax.interop.names import from_tensors
 from adapters_jax.models import FAMILIES, KNOWN, family_of, llama
 from adapters_jax.pretrained.base_model import load_base_model
 from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.pretrained.locate import find_family, is_decoder
+from adapters_jax.pretrained.locate import find_family, is_decoder, sha256_of
 from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -56,7 +59,7 @@ OTHER = dataclasses.replace(
 def other(monkeypatch, tmp_path):
     """A directory with a checkpoint of a family that only this test registers."""
     monkeypatch.chdir(tmp_path)
-    write_llama(tmp_path / "base")
+    write_llama(tmp_path / "base", num_hidden_layers=1)
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "other"}))
     assert main(["audit", "--model", "base"]) == 2  # nothing reads it yet
@@ -65,25 +68,25 @@ def other(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def said(capsys):
-    """Runs a command that has to work, and gives the JSON that it prints."""
+def run(capsys):
+    """Runs a command that has to work, and returns the JSON that it prints."""
 
-    def said(words):
+    def run(words):
         assert main([*words.split(), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    return said
+    return run
 
 
-def test_a_record_is_enough_for_every_command(other, said, capsys):
+def test_a_record_is_enough_for_every_command(other, run, capsys):
     capsys.readouterr()
     assert find_family("base") is OTHER
     assert is_decoder("base")
     lora = "--method lora --rank 2"
-    counts = said(f"audit --model base {lora}")
-    assert counts["adapter_parameters"] == 3 * (2 * (32 + 32) + 2 * (32 + 16))
-    assert said(f"audit --model other-tiny {lora}")["adapter_parameters"] == 2 * 2 * 2 * (16 + 16)
-    plan = said(f"plan --model base {lora} --length 8 --batch-size 1 --no-full")
+    counts = run(f"audit --model base {lora}")
+    assert counts["adapter_parameters"] == 2 * (32 + 32) + 2 * (32 + 16)
+    assert run(f"audit --model other-tiny {lora}")["adapter_parameters"] == 2 * 2 * 2 * (16 + 16)
+    plan = run(f"plan --model base {lora} --length 8 --batch-size 1 --no-full")
     assert plan["plans"]["lora"]["trainable_parameters"] == counts["adapter_parameters"]
     base = load_base_model("base")
     assert (base.kind, base.prefix, base.classifies) == ("decoder", "model.", False)
@@ -94,29 +97,29 @@ def test_a_record_is_enough_for_every_command(other, said, capsys):
     recipe = aj.LoRA("layers/0/attention/query", 2)
     aj.save_adapter("mine", unflatten(leaves), recipe, base=base.identity)
     for to in ("peft", "adapterhub"):
-        assert said(f"convert mine there-{to} --to {to} --model base")["notes"] == [
+        assert run(f"convert mine there-{to} --to {to} --model base")["notes"] == [
             "LoRA.a_init 'gaussian' is read as 'uniform'"
         ] * (recipe.a_init != "uniform")
-        said(f"convert there-{to} back-{to} --to native --model base")
+        run(f"convert there-{to} back-{to} --to native --model base")
         _, back = aj.read_adapter(f"back-{to}")
         assert back.keys() == leaves.keys()
         for path, leaf in leaves.items():
             np.testing.assert_array_equal(back[path], leaf)
 
 
-def test_a_record_is_enough_to_train_generate_and_merge(other, said, capsys):
+def test_a_record_is_enough_to_train_generate_and_merge(other, run, capsys):
     capsys.readouterr()
     write_meanings(other.parent / "rows.csv", rows=40)
-    said(
+    run(
         "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 32 "
-        "--method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --name mine"
+        "--method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --limit 8 --name mine"
     )
     assert main(["generate", "runs/mine", "--prompt", "food", "--max-new-tokens", "2"]) == 0
     capsys.readouterr()
-    assert "model.safetensors" in said("merge runs/mine --out merged")["files"]
+    assert "model.safetensors" in run("merge runs/mine --out merged")["files"]
 
 
-def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys, said):
+def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys, run):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FIXTURES / "gpt2", "gpt2")
     write_meanings(tmp_path / "rows.csv", rows=40)
@@ -126,12 +129,46 @@ def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys
     error = capsys.readouterr().err
     assert all(datum in error for datum in ("'./gpt2'", "family gpt2", "llama")), error
     assert not (tmp_path / "runs").exists()
-    plan = said("plan --model ./gpt2 --method lora --length 8 --batch-size 1 --no-full")
+    plan = run("plan --model ./gpt2 --method lora --length 8 --batch-size 1 --no-full")
     assert plan["plans"]["lora"]["trainable_parameters"] > 0
 
 
-def test_encoders_name_what_has_a_classifier(tmp_path):
-    with pytest.raises(ValueError, match="gpt2.*bert"):
+def test_an_encoder_encodes_up_to_its_last_position_and_drops_at_the_rate_given(tmp_path):
+    settings = {"model_type": "roberta", "pad_token_id": 1, "hidden_dropout_prob": 0.25}
+    write_model(tmp_path / "tiny", **settings)
+    encoder = load_encoder(str(tmp_path / "tiny"))
+    rows, truncated = encoder.encode([("good film " * 9, None)], 14)
+    assert (len(rows[0].input_ids), truncated) == (14, 1)
+    with raises(aj.UserError, "--max-length 15", 14):
+        encoder.encode([("good", None)], 15)
+    assert encoder.classifier(2).config.hidden_dropout_prob == 0.25
+    config = encoder.classifier(2, dropout=0.5).config
+    rates = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+    assert (*rates, config.classifier_dropout) == (0.5, 0.5, 0.5)
+
+
+def test_a_base_is_known_by_its_weights_and_an_id_not_by_its_path(tmp_path):
+    write_model(tmp_path / "one")
+    one = load_base_model(str(tmp_path / "one"), 2, "pooler")
+    assert one.identity.id is None
+    two = shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert one.sha256 == sha256_of(two)
+    tensors = read_arrays(two)
+    tensors["embeddings.LayerNorm.bias"][0] += 1
+    save_file(tensors, two / "model.safetensors", {"format": "pt"})
+    assert one.sha256 != sha256_of(two)
+    assert (one.kind, one.prefix, one.classifies, one.one_layer) == ("encoder", "bert.", True, True)
+    head = one.params["head"]
+    assert head["kernel"].shape == (32, 2) and not head["kernel"].any()
+    assert not one.params["bert"]["pooler"]["dense"]["kernel"].any()  # the file has none
+    config = json.loads((two / "config.json").read_text()) | {"model_type": "roberta"}
+    (two / "config.json").write_text(json.dumps(config))
+    roberta = load_base_model(str(two))
+    assert (roberta.prefix, roberta.classifies, roberta.one_layer) == ("roberta.", False, False)
+
+
+def test_a_family_without_a_classifier_is_no_encoder():
+    with raises(aj.UserError, "family gpt2", "bert"):
         load_encoder(str(FIXTURES / "gpt2"))
 
 
@@ -153,7 +190,6 @@ def test_each_record_is_whole():
 
 @pytest.mark.parametrize("found", [None, "t5", 3, ["bert"]])
 def test_an_unknown_model_type_is_named(found):
-    with pytest.raises(ValueError, match="'mine'") as caught:
+    families = ("bert", "camembert", "gpt2", "llama")
+    with raises(aj.UserError, "'mine'", f"model_type={found!r}", *families):
         family_of({"model_type": found}, "mine")
-    assert repr(found) in str(caught.value)
-    assert all(each in str(caught.value) for each in ("bert", "camembert", "gpt2", "llama"))

@@ -1,15 +1,19 @@
 """GPT-2: values of the reference implementation, paths, counts, dtypes, errors."""
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from helpers.arrays import read_arrays
+from helpers.errors import raises
 
+import adapters_jax as aj
 from adapters_jax.models import KNOWN
 from adapters_jax.models.gpt2 import GPT2, GPT2Config, load_gpt2
 from adapters_jax.models.parts.functions import causal_mask
@@ -126,21 +130,37 @@ def test_remat_changes_neither_values_nor_gradients():
     assert str(jax.make_jaxpr(recomputed)(tiny_variables())).count("remat") >= TINY.n_layer
 
 
+def test_sublayers_and_embeddings_have_rates_of_their_own():
+    config = replace(TINY, embd_pdrop=0.0, resid_pdrop=0.5, attn_pdrop=0.0)
+    apply = partial(
+        GPT2(config).apply,
+        deterministic=False,
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+    )
+    _, seen = jax.jit(apply)(tiny_variables(), IDS, rngs={"dropout": jax.random.key(1)})
+    outputs = {"/".join(path): out for path, (out,) in flatten_dict(seen["intermediates"]).items()}
+    embeddings = outputs.pop("embeddings/dropout/__call__")
+    assert not (embeddings == 0).any()
+    names = ("layer_0/attention/output", "layer_0/mlp/output")
+    assert outputs.keys() == {f"{name}/Dropout_0/__call__" for name in names}
+    assert all(0.3 < (out == 0).mean() < 0.7 for out in outputs.values())
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "data"),
     [
-        ({"activation_function": "mish"}, "activation_function='mish' .supported: 'gelu'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ({"model_type": "bert"}, "model_type='bert' .supported: 'gpt2'"),
-        ({"n_embd": 10, "n_head": 4}, "width of 10 does not divide into 4"),
+        ({"activation_function": "mish"}, ["activation_function='mish'", "'gelu'"]),
+        ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
+        ({"tie_word_embeddings": False}, ["tie_word_embeddings=False"]),
+        ({"model_type": "bert"}, ["model_type='bert'", "'gpt2'"]),
+        ({"n_embd": 10, "n_head": 4}, [10, 4]),
     ],
 )
-def test_settings_not_implemented_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_settings_raise_an_error_that_names_them(settings, data):
+    with raises(aj.UserError, *data):
         GPT2Config.from_dict(settings)
 
 
-def test_a_sequence_too_long_is_refused():
-    with pytest.raises(ValueError, match="length 11, the model has 10 positions: truncate"):
+def test_a_sequence_too_long_raises():
+    with raises(aj.UserError, "input_ids", 11, 10):
         jax.eval_shape(GPT2(TINY).init, jax.random.key(0), jnp.ones((2, 11), int))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.arrays import read_arrays
+from helpers.errors import raises
 from safetensors.numpy import save_file
 
-from adapters_jax.errors import MismatchError
+from adapters_jax.errors import MismatchError, MissingPackageError, UserError
 from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
@@ -48,9 +49,9 @@ def rewrite(directory, change):
     save_file(tensors, directory / "model.safetensors")
 
 
-def assert_same_tree(got, wanted):
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+def assert_same_tree(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_tensors_are_transposed_and_take_the_models_dtype():
@@ -68,25 +69,23 @@ def test_prefixes_old_names_and_listed_leftovers_are_accepted():
     np.testing.assert_array_equal(from_tensors(tensors, TABLE, LIKE)["norm"]["scale"], [2, 2, 2])
 
 
-def test_everything_wrong_is_said_at_once_by_both_names():
+def test_one_error_lists_every_difference_by_both_names():
     tensors = {"fused.weight": KERNEL.T, "strange.weight": KERNEL, "buffer.ids": KERNEL}
-    with pytest.raises(MismatchError) as caught:
+    different = "part_0/kernel (fused.weight) is [2, 3], expected [3, 2]"
+    with raises(
+        MismatchError, "norm/scale (LayerNorm.weight)", "strange.weight", different
+    ) as caught:
         from_tensors(tensors, TABLE, LIKE)
-    message = str(caught.value)
-    assert "1 missing: norm/scale (LayerNorm.weight)" in message
-    assert "1 unexpected: strange.weight" in message
-    assert "1 different: part_0/kernel (fused.weight) is [2, 3], expected [3, 2]" in message
-    assert "buffer" not in message
-    assert "Is it of this architecture and size?" in message
+    assert "buffer" not in str(caught.value)
 
 
-def test_a_clash_of_names_is_refused():
-    with pytest.raises(ValueError, match=r"model\.fused\.weight and fused\.weight"):
+def test_two_names_of_one_tensor_raise():
+    with raises(UserError, "model.fused.weight", " fused.weight"):
         from_tensors({"model.fused.weight": KERNEL, **GOOD}, TABLE, LIKE)
 
 
 def test_a_path_without_a_rule_is_named():
-    with pytest.raises(ValueError, match="no rule gives 'other'"):
+    with raises(UserError, "'other'"):
         from_tensors(GOOD, TABLE, {"other": {"kernel": LIKE["norm"]["scale"]}})
 
 
@@ -139,7 +138,7 @@ def test_a_sharded_llama_is_the_whole_one(tmp_path):
 def test_an_absent_shard_is_named(tiny):
     shard(tiny)
     (tiny / "part-1.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks part-1\.safetensors"):
+    with raises(UserError, tiny, "part-1.safetensors"):
         load_bert(tiny)
 
 
@@ -151,9 +150,9 @@ def test_names_of_the_oldest_files_load_alike(tiny):
         tensors["cls.predictions.bias"] = np.zeros(60, np.float32)
         tensors["bert.embeddings.position_ids"] = np.arange(16)[None]
 
-    _, wanted = load_bert(tiny)
+    _, expected = load_bert(tiny)
     rewrite(tiny, age)
-    assert_same_tree(load_bert(tiny)[1], wanted)
+    assert_same_tree(load_bert(tiny)[1], expected)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_named(tiny):
@@ -163,43 +162,40 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(tiny):
         tensors["bert.encoder.layer.0.intermediate.dense.weight"] = np.zeros((40, 32), np.float32)
 
     rewrite(tiny, damage)
-    with pytest.raises(MismatchError) as caught:
+    with raises(
+        MismatchError,
+        "layer_1/attention/query/bias (encoder.layer.1.attention.self.query.bias)",
+        "1 unexpected: encoder.layer.1.extra.weight",
+        "(encoder.layer.0.intermediate.dense.weight) is [40, 32], expected [48, 32]",
+    ):
         load_bert(tiny)
-    message = str(caught.value)
-    assert "layer_1/attention/query/bias (encoder.layer.1.attention.self.query.bias)" in message
-    assert "1 unexpected: encoder.layer.1.extra.weight" in message
-    assert "(encoder.layer.0.intermediate.dense.weight) is [40, 32], expected [48, 32]" in message
 
 
 def test_a_pooler_that_is_asked_for_must_be_there():
     load_bert(FIXTURES / "roberta")
-    with pytest.raises(MismatchError, match=r"2 missing: pooler/dense/bias \(pooler.dense.bias\)"):
+    with raises(MismatchError, "2 missing", "pooler/dense/bias (pooler.dense.bias)"):
         load_bert(FIXTURES / "roberta", pooler=True)
 
 
 @pytest.mark.parametrize(
-    ("load", "name", "message"),
+    ("load", "name", "config"),
     [
-        (load_bert, "gpt2", "BertConfig does not implement model_type='gpt2'"),
-        (load_gpt2, "llama", "GPT2Config does not implement model_type='llama'"),
-        (load_llama, "bert", "LlamaConfig does not implement .*model_type='bert'"),
+        (load_bert, "gpt2", "BertConfig"),
+        (load_gpt2, "llama", "GPT2Config"),
+        (load_llama, "bert", "LlamaConfig"),
     ],
 )
-def test_another_architecture_is_recognised_by_its_config(load, name, message):
-    with pytest.raises(ValueError, match=message):
+def test_another_architecture_is_recognised_by_its_config(load, name, config):
+    with raises(UserError, config, f"model_type={name!r}"):
         load(FIXTURES / name)
 
 
 def test_weights_of_another_architecture_give_short_lists():
     config, _ = load_bert(FIXTURES / "bert")
     like = jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.ones((1, 1), int))["params"]
-    with pytest.raises(MismatchError) as caught:
+    with raises(MismatchError, "37 missing", "28 unexpected", "25 more") as caught:
         from_tensors(read_arrays(FIXTURES / "gpt2"), NAMES, like)
-    message = str(caught.value)
-    assert "37 missing" in message
-    assert "unexpected" in message
-    assert "more" in message
-    assert len(message) < 3000
+    assert len(str(caught.value)) < 3000
 
 
 def test_a_directory_is_taken_as_it_is():
@@ -208,57 +204,52 @@ def test_a_directory_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("file", "data"),
     [
-        ("config.json", r"lacks config\.json, which a checkpoint needs; it holds expected\.npz"),
-        ("model.safetensors", r"lacks model\.safetensors \(or model\.safetensors\.index\.json\)"),
+        ("config.json", ["config.json", "expected.npz"]),
+        ("model.safetensors", ["model.safetensors", "model.safetensors.index.json"]),
     ],
 )
-def test_an_incomplete_directory_says_what_it_lacks(tiny, file, message):
+def test_what_an_incomplete_directory_lacks_is_named(tiny, file, data):
     (tiny / file).unlink()
-    with pytest.raises(ValueError, match=message):
+    with raises(UserError, tiny, *data):
         resolve(tiny)
 
 
 def test_a_pickle_is_never_opened(tiny):
     (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"lacks model\.safetensors") as caught:
+    with raises(UserError, "model.safetensors", "pytorch_model.bin", "save_pretrained"):
         load_bert(tiny)
-    message = str(caught.value)
-    assert "pytorch_model.bin is never opened" in message
-    assert "save_pretrained" in message
 
 
 def test_a_damaged_file_is_named(tiny):
     weights = tiny / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is not a whole safetensors file"):
+    with raises(UserError, weights):
         load_bert(tiny)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [(b"{", "is not JSON in UTF-8"), (b"[]", "holds a list"), (b'"\xff"', "is not JSON in UTF-8")],
+    ("text", "datum"), [(b"{", "column 2"), (b"[]", "list"), (b'"\xff"', "0xff")]
 )
-def test_a_damaged_config_is_named(tiny, text, message):
+def test_a_damaged_config_is_named(tiny, text, datum):
     (tiny / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match=f"config.json' {message}"):
+    with raises(UserError, tiny / "config.json", datum):
         load_bert(tiny)
 
 
-def test_the_hub_is_asked_for_safe_files_only(monkeypatch):
+def test_only_safe_files_are_requested_from_the_hub(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    asked = {}
+    request = {}
 
     def snapshot_download(name, **options):
-        asked.update(name=name, **options)
+        request.update(name=name, **options)
         return str(FIXTURES / "bert")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert resolve("owner/model", "v1") == FIXTURES / "bert"
-    assert asked["name"] == "owner/model"
-    assert asked["revision"] == "v1"
-    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    assert (request["name"], request["revision"]) == ("owner/model", "v1")
+    assert not any("bin" in pattern for pattern in request["allow_patterns"])
 
 
 @pytest.mark.parametrize("name", ["owner/absent", "../absent/directory/here"])
@@ -266,11 +257,11 @@ def test_an_unreachable_id_is_one_clear_error(name, monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{name!r} is neither a directory here nor a model"):
+    with raises(UserError, repr(name)):
         resolve(name)
 
 
-def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
+def test_without_huggingface_hub_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'adapters-jax\[finetune\]'"):
+    with raises(MissingPackageError, "huggingface_hub", "pip install 'adapters-jax[finetune]'"):
         resolve("owner/model")

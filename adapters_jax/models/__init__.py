@@ -1,15 +1,16 @@
 """Small, exact models that load Hugging Face checkpoints.
 
-- one folder a family: `bert` (linen; BERT and RoBERTa encoders and classifiers), `gpt2` (linen;
-  also GPT-3 as a shape), `llama` (NNX; also from GGUF). In each, `config` has its shape and the
-  published ones, `model` its arithmetic, `checkpoint` its tensors' names, loading and saving, and
-  `FAMILY` the record by which everything else knows it.
-- `family`: the record's class; `registry`: `FAMILIES`, and `KNOWN`, published shapes by name.
-- `parts`: what families share; blocks are scanned or unrolled, recomputed or stored in all.
-- `generation`: text from a decoder.
+- One folder per family: `bert` (linen; BERT and RoBERTa encoders and classifiers), `gpt2` (linen;
+  GPT-3 has the same architecture), `llama` (NNX; also loads GGUF). In each, `config` describes the
+  shape and lists the published ones, `model` is the arithmetic, `checkpoint` names, loads and saves
+  the tensors, and `FAMILY` is the record through which the rest of the package uses the family.
+- `family`: the record's class. `registry`: all records, `FAMILIES`, and published shapes, `KNOWN`.
+- `parts`: the layers and functions that families share. Every model can scan its blocks and
+  recompute them in the backward pass.
+- `generation`: generates text with a decoder.
 
 Attention children are `attention/{query,key,value,output}` and the feed-forward's last is
-`mlp/output` in all of them, so one target pattern fits every model.
+`mlp/output` in every family, so one target pattern fits every model.
 """
 
 from adapters_jax.models.registry import FAMILIES, KNOWN, family_of

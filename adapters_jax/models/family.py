@@ -1,4 +1,4 @@
-"""What the rest of the package knows of an architecture: its `Family` record."""
+"""The record that describes an architecture to the rest of the package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from adapters_jax.interop.names import NameTable
 
 @dataclass(frozen=True)
 class Classifier:
-    """The model of a family that gives labels: its base in one module, a `head` beside it.
+    """The classification model of a family: the base in one module and a `head` beside it.
 
     Attributes:
         base: the name of the module that holds the base.
-        names: the table of the whole.
-        build: `build(config, width, pooling, **options)` gives the model.
-        load: `load(directory, pooling, absent=False)` gives the configuration and the parameters of
-            the base; with `absent`, a pooler that the files lack is zeros.
-        one_layer: the model types whose own classifier in transformers has the same head: one
-            layer on the pooler.
+        names: the name table of the whole model.
+        build: `build(config, width, pooling, **options)` returns the model.
+        load: `load(directory, pooling, absent=False)` returns the configuration and the parameters
+            of the base. With `absent=True`, a pooler that the files lack is filled with zeros.
+        one_layer: the model types for which the classifier in transformers has the same head, one
+            dense layer on the pooler.
     """
 
     base: str
@@ -34,23 +34,24 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: everything that commands, formats and errors need to know of it.
+    """An architecture, with everything that commands, file formats and messages need about it.
 
     Attributes:
-        name: of the family, also of its folder.
+        name: the family's name, and that of its folder.
         kind: "encoder", whose hidden states a head reads, or "decoder", which predicts next tokens.
-        config: the class of its configuration; `num_layers` counts its layers.
-        build: `build(config, **options)` gives a model; in NNX an abstract one.
-        load: `load(files, **options)` gives the configuration, and the parameters or NNX model.
-        names: the table of its tensors' names.
-        prefixes: by each `model_type` of `config.json` that it reads, what stands before the names
-            of the base's modules where PyTorch's model has a head as well.
+        config: the configuration class; its `num_layers` is the number of layers.
+        build: `build(config, **options)` returns a model; an NNX model is abstract.
+        load: `load(files, **options)` returns the configuration and the parameters or NNX model.
+        names: the name table of the checkpoint's tensors.
+        prefixes: the keys are the values of `model_type` in `config.json` that the family reads.
+            Each value is the prefix of the base's modules in a PyTorch model with a head, such as
+            `bert.`.
         known: configurations of published models by name.
         layer: the pattern of one layer, with `{}` for its number.
-        save: `save(directory, config, model, **more)` writes a checkpoint; None where it cannot be
-            written.
-        generates: whether it continues texts with a cache, which the decoder's tasks need.
-        classifier: its model for labels; None where it has none.
+        save: `save(directory, config, model, **more)` writes a checkpoint; None if the family
+            cannot write one.
+        generates: whether the model generates text with a cache, which a decoder's tasks need.
+        classifier: the classification model; None if there is none.
     """
 
     name: str
@@ -67,5 +68,5 @@ class Family:
     classifier: Classifier | None = None
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
-        """A model without arrays, and example inputs."""
+        """Returns a model without arrays, and example inputs."""
         return self.build(config, **options), (np.zeros((1, 8), np.int32),)

@@ -1,4 +1,6 @@
-"""Text from a decoder: the prompts in one pass, then a token at a time from a cache, in one jit.
+"""Generation with a decoder: one pass over the prompts, then one pass a token with a cache.
+
+The whole of it is one jitted function.
 
 Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
 https://arxiv.org/abs/1904.09751
@@ -19,25 +21,25 @@ from adapters_jax.models.parts.layers import check_tokens
 
 
 class Decoder(Protocol):
-    """What `generate` asks of an `nnx.Module`; the cache is any pytree."""
+    """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree."""
 
     def empty_cache(self, batch: int, slots: int) -> Any:
-        """A cache for a number of rows and of tokens a row, padding included."""
+        """A cache for `batch` rows of at most `slots` tokens, padding included."""
 
     def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
-        """Hidden states `(batch, length, d)` of further tokens, and the cache with them in it."""
+        """Hidden states `(batch, length, d)` of further tokens, and the cache extended by them."""
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits `(batch, vocab)` of hidden states `(batch, d)`."""
 
 
 class Generated(NamedTuple):
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-        ids: the new tokens; beyond a row's length, zeros.
-        lengths: how many new tokens each row has, a stop token not counted. It is `max_new_tokens`
-            where none came.
+        ids: the new tokens, with zeros after the end of a row.
+        lengths: the number of new tokens of each row, without the stop token. A row without a stop
+            token has `max_new_tokens`.
     """
 
     ids: Int[Array, "batch new"]
@@ -45,7 +47,7 @@ class Generated(NamedTuple):
 
 
 class _Sampling(NamedTuple):
-    """How to choose tokens; arrays, so that other values do not compile anew."""
+    """How to choose tokens. The values are arrays, so that new ones compile nothing."""
 
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
@@ -72,28 +74,30 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop: Sequence[int] = (),
 ) -> Generated:
-    """Continues each prompt of a batch as if it were alone.
+    """Continues each prompt of a batch, independently of the others.
 
-    It compiles once for a model's structure, the shape of the prompts, `max_new_tokens` and the
-    number of stop tokens. The model runs in evaluation mode, without dropout, and is not changed.
+    It compiles once for each combination of model structure, shape of the prompts, `max_new_tokens`
+    and number of stop tokens. The model runs in evaluation mode, without dropout, and stays as it
+    was.
 
     Args:
         model: a decoder such as `Llama`, adapted or not; see `Decoder`.
         input_ids: the prompts, padded on either side.
         attention_mask: 1 for tokens and 0 for padding; by default there is no padding.
-        max_new_tokens: how many tokens to generate at most.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-        top_p: sample among the likeliest tokens, as few as have this probability together.
-        key: for sampling; row i draws from `jax.random.fold_in(key, i)`, whatever the other rows.
-        stop: tokens at which a row ends.
+        max_new_tokens: the largest number of tokens to generate for a row.
+        temperature: 0 takes the likeliest token; any other value divides the logits.
+        top_p: sample among the fewest tokens that have this probability together.
+        key: the random key for sampling; row i draws from `jax.random.fold_in(key, i)`, whatever
+            the other rows are.
+        stop: tokens that end a row.
 
     Returns:
-        The new tokens, and how many each row has.
+        The new tokens, and their number in each row.
 
     Raises:
-        ValueError: an argument is out of range, a prompt is empty or a key is missing; all that is
-            wrong is named.
-        TypeError: the model is no decoder.
+        UserError: an argument is out of range, a prompt is empty or the key is missing; the message
+            lists everything that is wrong.
+        TypeError: the model is not a decoder.
 
     Example:
         >>> from adapters_jax.models.llama import Llama, LlamaConfig
@@ -123,18 +127,18 @@ def _check_model(model: Any) -> None:
     lacking = [name for name in ("empty_cache", "extend", "logits") if not hasattr(model, name)]
     if lacking or not isinstance(model, nnx.Module):
         raise TypeError(
-            f"generate: {type(model).__name__} is no decoder; expected an nnx module that has the "
+            f"generate: {type(model).__name__} is not a decoder; expected an nnx module with the "
             "methods of adapters_jax.models.generation.Decoder, such as Llama."
         )
 
 
 def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, key: Any) -> None:
-    """Raises for everything that is wrong with the arguments."""
+    """Raises one `UserError` that lists everything wrong with the arguments."""
     empty = np.flatnonzero(~(np.asarray(mask) != 0).any(1)).tolist()
     wrong = []
     if mask.shape[0] == 0 or empty:
-        rows = f"row {', '.join(map(str, empty[:8]))}" if empty else "a batch of no rows"
-        wrong.append(f"a prompt needs a token, got none in {rows}: begin it with the bos token")
+        rows = f"row {', '.join(map(str, empty[:8]))}" if empty else "a batch without rows"
+        wrong.append(f"a prompt needs a token, but {rows} has none; begin it with the bos token")
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens <= 0:
         wrong.append(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -157,7 +161,7 @@ def _generate(
     new: int,
 ) -> Generated:
     def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
-        """Logits after the last token of each row, from a model of this very trace."""
+        """The cache extended by tokens, and the logits after the last token of each row."""
         model = _model(graphdef, state)
         hidden, cache = model.extend(ids, mask, cache)
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
@@ -186,7 +190,7 @@ def _model(graphdef: Any, state: Any) -> Any:
 
 
 def _record(loop: _Loop, logits: Float[Array, "batch vocab"], sampling: _Sampling) -> _Loop:
-    """The loop after a token for every row; rows that are done get none."""
+    """Chooses a token for every row and records it; rows that are done get none."""
     token = _choose(logits, loop.step, sampling)
     done = loop.done | (token[:, None] == sampling.stop[None]).any(1)
     ids = loop.made.ids.at[:, loop.step].set(jnp.where(done, 0, token))
@@ -197,7 +201,7 @@ def _record(loop: _Loop, logits: Float[Array, "batch vocab"], sampling: _Samplin
 def _choose(
     logits: Float[Array, "batch vocab"], step: Int[Array, ""], sampling: _Sampling
 ) -> Int[Array, " batch"]:
-    """A token for every row."""
+    """Chooses a token for every row."""
 
     def sample() -> Array:
         scaled = logits / sampling.temperature
@@ -219,9 +223,9 @@ def _choose(
 def nucleus(
     logits: Float[Array, "*batch vocab"], top_p: float | Float[Array, ""]
 ) -> Float[Array, "*batch vocab"]:
-    """The logits, minus infinity outside the fewest tokens that have probability `top_p` together.
+    """Keeps the logits of the fewest tokens that have probability `top_p` together.
 
-    Tokens as likely as the last one kept are kept too.
+    The others become minus infinity. Tokens as likely as the least likely one kept are kept too.
 
     Example:
         >>> nucleus(jnp.array([1.0, 3.0, 2.0]), 0.9).tolist()

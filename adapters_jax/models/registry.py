@@ -1,4 +1,4 @@
-"""Every family that there is: a new one is a folder beside the others, and a line here."""
+"""The registry of families. A new family is a folder beside the others and a line here."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ KNOWN: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     for family in FAMILIES.values()
     for name, config in family.known.items()
 }
-"""Published shapes: each call gives a model, with options of its class, and example inputs.
+"""Published shapes by name: each value, called with options of the model's class, returns a model
+and example inputs.
 
-No parameters are allocated. Those of a linen model are `jax.eval_shape(model.init, key, *inputs)`;
-an NNX model is abstract itself, every Variable a `jax.ShapeDtypeStruct`.
+No parameters are allocated. The shapes of a linen model's parameters are
+`jax.eval_shape(model.init, key, *inputs)`; an NNX model is abstract: every Variable holds a
+`jax.ShapeDtypeStruct`.
 """
 
 
 def family_of(values: Mapping[str, Any], name: str) -> Family:
-    """The family of a checkpoint.
+    """Returns the family that reads a checkpoint.
 
     Args:
-        values: what its `config.json` holds.
-        name: of the checkpoint, for the error.
+        values: the contents of the checkpoint's `config.json`.
+        name: the checkpoint's name, for the error message.
 
     Raises:
-        UserError: no family reads its `model_type`.
+        UserError: no family reads this `model_type`.
 
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name

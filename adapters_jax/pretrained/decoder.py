@@ -1,4 +1,4 @@
-"""The base of a run that generates: a decoder with its tokenizer and chat template."""
+"""A pretrained decoder with its tokenizer and chat template, ready to adapt and to generate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adapters_jax.pretrained.locate import (
     read_tokenizer,
     sha256_of,
 )
-from adapters_jax.transforms.quantize import quantize as in_few_bits
+from adapters_jax.transforms.quantize import quantize as quantize_model
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -39,15 +39,15 @@ class Decoder:
     """A pretrained decoder.
 
     Attributes:
-        family: what is known of its architecture.
+        family: the record of its architecture.
         files: its GGUF file or its directory.
-        config: its shape.
-        model: its weights in it.
-        tokenizer: its own.
-        special_tokens: by role, such as `eos_token`, which ends a completion.
-        chat_template: jinja source; None where the model has none.
-        sha256: of the weights' files.
-        identity: what an adapter's file says of it.
+        config: its configuration.
+        model: the model with its weights.
+        tokenizer: its tokenizer.
+        special_tokens: its special tokens by role, such as `eos_token`, which ends a completion.
+        chat_template: its chat template in jinja; None if it has none.
+        sha256: the checksum of the weights' files.
+        identity: its identity, as an adapter's manifest stores it.
     """
 
     family: Family
@@ -66,7 +66,7 @@ class Decoder:
         return self.tokenizer.token_to_id(self.special_tokens["eos_token"]) or 0
 
     def chat(self, content: str) -> str:
-        """A user's message as the model was trained to read it, up to where its answer begins."""
+        """Renders a user's message by the chat template, up to where the answer begins."""
         if self.chat_template is None:
             raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
         return chat.render(
@@ -74,15 +74,15 @@ class Decoder:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What `config.json` says of it."""
+        """The values of its `config.json`."""
         if self.files.is_dir():
             return huggingface.read_json(self.files / "config.json")
-        words = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
-        ids = {f"{r}_id": self.tokenizer.token_to_id(word) for r, word in words.items() if word}
+        tokens = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
+        ids = {f"{r}_id": self.tokenizer.token_to_id(token) for r, token in tokens.items() if token}
         return read_gguf(self.files).config | ids
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """What `tokenizer_config.json` says of it."""
+        """The values of its `tokenizer_config.json`."""
         values = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
         return (
             values if self.chat_template is None else values | {"chat_template": self.chat_template}
@@ -95,64 +95,66 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
     Args:
         name: "smollm2-135m" for the pinned asset, a GGUF file, a directory, or an id on the Hugging
             Face Hub.
-        dtype: what its weights are in, float32 or bfloat16.
-        quantize: what they are kept in: int8, int4 or nf4; None keeps them as they are.
+        dtype: the dtype of the weights, float32 or bfloat16.
+        quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of a family that does not generate, or
-            of widths that do not fit the blocks of its quantisation.
+        UserError: files are absent, the checkpoint's family does not generate, or the blocks of
+            the quantisation do not divide a weight.
         AssetError: the pinned asset could not be fetched.
-        ImportError: qwix is not installed, and wanted.
+        MissingPackageError: quantising needs qwix, which is not installed.
     """
     family = find_family(name)
     if not family.generates:
         able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
         raise UserError(
-            f"{name!r} is of the family {family.name}, which has no cache to generate with yet, so "
-            f"that no task trains it; expected one of {able}; audit, plan and convert take it"
+            f"{name!r} is of the family {family.name}, which has no generation cache, so no task "
+            f"trains it; expected one of {able}, or use audit, plan or convert"
         )
     files = locate(name)
     opened = read_gguf(files) if files.suffix == ".gguf" else None
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
-    special, template = _words_of_gguf(opened) if opened else _words_of_directory(files)
+    special, template = (
+        _special_tokens_of_gguf(opened) if opened else _special_tokens_of_directory(files)
+    )
     if tokenizer.token_to_id(special.get("eos_token", "")) is None:
         raise UserError(
-            f"{str(files)!r} names no eos_token that its tokenizer has, so that nothing would end "
-            f"a completion; write it into {TOKENIZER_CONFIG}"
+            f"{str(files)!r} has no eos_token that its tokenizer knows, so no completion would "
+            f"end; write eos_token into {TOKENIZER_CONFIG}"
         )
     config, model = family.load(opened or files, param_dtype=dtype)
     identity = identity_of(name, config, model)
     if quantize:
-        model = in_few_bits(model, dtype=quantize)
+        model = quantize_model(model, dtype=quantize)
     sha256 = sha256_of(files)
     return Decoder(family, files, config, model, tokenizer, special, template, sha256, identity)
 
 
-def _words_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
-    """Special tokens by role, and the chat template."""
+def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
+    """Reads the special tokens by role, and the chat template, from a GGUF file."""
     tokens = file.fields.get("tokenizer.ggml.tokens", [])
     ids = file.special_tokens.items()
     special = {_OF_GGUF[role]: tokens[i] for role, i in ids if role in _OF_GGUF}
     return special, file.fields.get("tokenizer.chat_template")
 
 
-def _words_of_directory(directory: Path) -> tuple[dict[str, str], str | None]:
-    """The same of `tokenizer_config.json` and `chat_template.jinja`."""
+def _special_tokens_of_directory(directory: Path) -> tuple[dict[str, str], str | None]:
+    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`."""
     path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
     values = huggingface.read_json(path) if path.is_file() else {}
-    words = {role: values.get(role) for role in _ROLES}
-    special = {r: w["content"] if isinstance(w, dict) else w for r, w in words.items() if w}
+    tokens = {role: values[role] for role in _ROLES if values.get(role)}
+    special = {r: t["content"] if isinstance(t, dict) else t for r, t in tokens.items()}
     template = values.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return special, jinja.read_text(encoding="utf-8") if jinja.is_file() else template
 
 
-STEP = 16  # widths are multiples of it, so that few are compiled
+STEP = 16  # Prompts are padded to multiples of it, so that few lengths are compiled.
 
 
 def rounded(length: int) -> int:
-    """The next multiple of `STEP`."""
+    """Rounds a length up to a multiple of `STEP`."""
     return -(-length // STEP) * STEP
 
 
@@ -163,14 +165,17 @@ def complete(
     new_tokens: int,
     **sampling: Any,
 ) -> list[str]:
-    """What a model says after each prompt.
+    """Generates a completion for each prompt.
 
     Args:
-        model: a decoder, adapted or not.
-        decoder: its tokenizer and its end.
-        prompts: token ids.
-        new_tokens: how many to generate at most.
+        model: a decoder's model, adapted or not.
+        decoder: the decoder, for its tokenizer and the token that ends a completion.
+        prompts: the token ids of each prompt.
+        new_tokens: the largest number of tokens to generate.
         **sampling: `temperature`, `top_p` and `key` of `generate`.
+
+    Returns:
+        The texts of the completions, without the prompts.
     """
     width = rounded(max(map(len, prompts)))
     ids, mask = np.zeros((2, len(prompts), width), np.int32)

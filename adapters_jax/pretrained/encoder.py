@@ -1,4 +1,4 @@
-"""The base of a run: a pretrained encoder with its tokenizer, ready to be adapted."""
+"""A pretrained encoder with its tokenizer, ready to adapt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adapters_jax.pretrained.locate import (
     sha256_of,
 )
 from adapters_jax.recipe import Recipe
-from adapters_jax.transforms.quantize import quantize as in_few_bits
+from adapters_jax.transforms.quantize import quantize as quantize_params
 from adapters_jax.trees import merge_trees, partition
 from adapters_jax.weights.quantized import is_quantized
 
@@ -41,14 +41,14 @@ class Encoder:
     """A pretrained encoder.
 
     Attributes:
-        architecture: what its family says of classifiers.
-        config: its shape.
-        params: of the encoder alone, float32 or quantised.
-        tokenizer: its own.
-        pooling: how token states become one vector: mean, cls or pooler.
-        dtype: what it computes in.
-        sha256: of the weights' files, so that an adapter never meets another base unnoticed.
-        identity: what an adapter's file says of it.
+        architecture: the record of its family's classification model.
+        config: its configuration.
+        params: its parameters without a head, float32 or quantised.
+        tokenizer: its tokenizer.
+        pooling: how the hidden states become one vector: mean, cls or pooler.
+        dtype: the computation dtype.
+        sha256: the checksum of the weights' files; it shows an adapter loaded onto another base.
+        identity: its identity, as an adapter's manifest stores it.
     """
 
     architecture: Classifier
@@ -61,7 +61,7 @@ class Encoder:
     identity: BaseIdentity
 
     def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
-        """The encoder under a head of `width` outputs; dropout None is the checkpoint's own."""
+        """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
         config = self.config
         if dropout is not None:
             rates: Any = dict.fromkeys(_DROPOUTS, dropout)
@@ -69,32 +69,34 @@ class Encoder:
         return self.architecture.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:
-        """Parameters of `classifier(width)`: the encoder's own, and a head that starts random."""
+        """Parameters of `classifier(width)`: the encoder's and a randomly initialised head's."""
         model, ids = self.classifier(width), jnp.zeros((1, 1), jnp.int32)
-        # Jitted, XLA drops the encoder's random numbers, which nothing reads.
+        # Under jit, XLA drops the encoder's random initial values, which nothing reads.
         head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
         return self.under(head)
 
     def under(self, head: Any) -> Any:
-        """Its parameters with those of a head, as the classifier has them."""
+        """The parameters of the classifier: the encoder's and the head's."""
         return {self.architecture.base: self.params, HEAD: head}
 
     def quantized(self, dtype: str) -> Encoder:
-        """The same with its weights in few bits; see `adapters_jax.transforms.quantize`."""
+        """The same encoder with quantised weights; see `adapters_jax.transforms.quantize`."""
         params, ids = self.init(1, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
         targets = ("**", f"!{HEAD}")
-        params = in_few_bits(self.classifier(1), params, ids, dtype=dtype, targets=targets)
+        params = quantize_params(self.classifier(1), params, ids, dtype=dtype, targets=targets)
         return dataclasses.replace(self, params=params[self.architecture.base])
 
     def in_order(self, rows: Sequence[Row], labels: Any, size: int, buckets: Any) -> Batches:
-        """Batches in order, padded as this model wants; see `Batches.in_order`."""
+        """Batches in order, padded with the model's padding id; see `Batches.in_order`."""
         return Batches.in_order(rows, labels, size, buckets, self.config.pad_token_id)
 
     def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
-        """Rows of token ids, and how many texts were truncated; see `batches.encode`."""
+        """Encodes texts to rows of token ids, and counts those truncated; see `batches.encode`."""
         room = self.config.max_position_embeddings - self.config.first_position
         if max_length > room:
-            raise UserError(f"--max-length {max_length}: the model has {room} positions")
+            raise UserError(
+                f"--max-length {max_length}: expected at most {room}, the positions of the model"
+            )
         return encode(self.tokenizer, texts, max_length)
 
 
@@ -106,13 +108,13 @@ def load_encoder(
     Args:
         name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
         pooling: mean, cls or pooler.
-        dtype: what it computes in, float32 or bfloat16.
-        quantize: what its weights are kept in: int8, int4 or nf4; None keeps floats.
+        dtype: the computation dtype, float32 or bfloat16.
+        quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
 
     Raises:
-        ValueError: files are absent, or the checkpoint is of a family without a classifier, or of
-            widths that do not fit the blocks of its quantisation.
-        ImportError: qwix is not installed, and wanted.
+        UserError: files are absent, the checkpoint's family has no classifier, or the blocks of
+            the quantisation do not divide a weight.
+        MissingPackageError: quantising needs qwix, which is not installed.
         AssetError: the pinned asset could not be fetched.
     """
     family = find_family(name)
@@ -133,7 +135,7 @@ def load_encoder(
 
 
 def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:
-    """The tree with its frozen leaves in a dtype; what trains stays float32."""
+    """Casts the frozen leaves of a tree to a dtype; the trained ones stay float32."""
     trained, frozen = partition(params, recipe)
     cast = jax.tree.map(lambda x: x.astype(dtype), frozen, is_leaf=is_quantized)
     return merge_trees(trained, cast)

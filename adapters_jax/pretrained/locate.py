@@ -1,4 +1,4 @@
-"""The files of a base: where its name leads, its architecture, its tokenizer, its hash."""
+"""Finds a base by its name: its files, configuration, family, tokenizer, checksum and identity."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from adapters_jax.pretrained import assets
 
 
 def locate(name: str) -> Path:
-    """A base's files: a GGUF file, or a directory of a Hugging Face checkpoint.
+    """Finds the files of a base, and downloads them if needed.
 
     Args:
         name: a pinned asset, a directory, a GGUF file, or an id on the Hugging Face Hub.
 
+    Returns:
+        A GGUF file, or the directory of a Hugging Face checkpoint.
+
     Raises:
-        ValueError: files are absent, or the Hub has no such id.
+        UserError: files are absent, or the Hub has no such id.
         AssetError: the pinned asset could not be fetched.
     """
     path = assets.fetch(name) if name in assets.ASSETS else Path(name)
@@ -34,10 +37,10 @@ def locate(name: str) -> Path:
 
 
 def find_family(name: str) -> Family:
-    """The family of a base; reads its configuration alone, and of a pinned one nothing.
+    """Returns the family of a base; reads only its configuration, and no file of a pinned asset.
 
     Raises:
-        ValueError: no family reads it, or it has no configuration.
+        UserError: no family reads the base, or it has no configuration.
 
     Example:
         >>> find_family("minilm").kind, find_family("smollm2-135m").kind
@@ -54,13 +57,13 @@ def is_decoder(name: str) -> bool:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """A base's configuration, without its weights; a GGUF file's as `config.json` would have it."""
+    """Reads a base's configuration in terms of `config.json`, without reading its weights."""
     path = find_gguf(assets.fetch(name) if name in assets.ASSETS else name)
     return read_gguf(path).config if path else huggingface.read_json(_config_file(name))
 
 
 def _config_file(name: str) -> Path:
-    """A base's `config.json`: in its directory, or alone from the Hub."""
+    """The path of a base's `config.json`, in its directory or downloaded from the Hub by itself."""
     directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
     if (directory / "config.json").is_file():
         return directory / "config.json"
@@ -69,13 +72,13 @@ def _config_file(name: str) -> Path:
     try:
         found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
         return found / "config.json"
-    except ValueError as error:
+    except UserError as error:
         pinned = [asset.name for asset in assets.ASSETS.values() if asset.model_type]
         raise UserError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
 
 
 def pinned(name: str) -> str:
-    """A base's name that will mean the same weights tomorrow: an id gets its commit.
+    """Pins a base's name to its present weights: an id on the Hub gets its commit.
 
     Example:
         >>> pinned("minilm")
@@ -88,7 +91,11 @@ def pinned(name: str) -> str:
 
 
 def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    """The `tokenizer.json` of a checkpoint."""
+    """Reads the `tokenizer.json` of a checkpoint.
+
+    Raises:
+        UserError: the file is absent or is not a tokenizer.
+    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(
@@ -102,7 +109,7 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
 
 
 def sha256_of(files: Path) -> str:
-    """One hash of all the weights' files, so that an adapter never meets another base unnoticed."""
+    """One checksum of all the weights' files; it shows an adapter loaded onto another base."""
     digest = hashlib.sha256()
     for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
         with path.open("rb") as stream:
@@ -111,12 +118,13 @@ def sha256_of(files: Path) -> str:
 
 
 def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
-    """What an adapter's file says of a base: a directory is not known by its path.
+    """Returns a base's identity, which an adapter's manifest stores.
 
     Args:
-        name: as the user gave it.
-        config: its shape, a dataclass.
-        model: the NNX model, where there is one.
+        name: the name by which the user called the base. An id on the Hub becomes part of the
+            identity; a path does not.
+        config: the base's configuration, a dataclass.
+        model: the NNX model; None for a linen one.
     """
     public = None if Path(name).exists() else hub.split(name)[0]
     return base_identity(model, id=public, config=dataclasses.asdict(config))

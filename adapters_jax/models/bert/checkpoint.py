@@ -1,4 +1,4 @@
-"""BERT and RoBERTa encoders from Hugging Face checkpoints, and the names of their tensors."""
+"""Loads BERT and RoBERTa encoders from Hugging Face checkpoints; the names of their tensors."""
 
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ NAMES = NameTable(
         Rule(r"pooler/dense", r"pooler.dense"),
     ),
     prefixes=("bert.", "roberta."),
-    # Buffers, the pooler where it is not asked for, and the heads of pre-training and of tasks.
+    # Buffers, the pooler if it is not loaded, and the heads of pre-training and of tasks.
     ignored=(
         r"embeddings\.(position_ids|token_type_ids)",
         r"(pooler|cls|lm_head|classifier|qa_outputs)\..*",
@@ -54,19 +54,20 @@ def load_bert(
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
-        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
-            the default device.
-        rules: partition specs by pattern of the parameter's path, likewise.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
         pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
-        param_dtype: dtype of the parameters returned.
-        scan: whether they are for a model of scanned blocks.
+        param_dtype: the dtype of the parameters returned.
+        scan: whether they are for a model with scanned blocks.
 
     Returns:
-        The configuration and the parameters of `Bert(config, scan=scan)`; a `BertClassifier` has
-        them under `bert`.
+        The configuration, and the parameters of `Bert(config, scan=scan)`, which a
+        `BertClassifier` has under `bert`.
 
     Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = BertConfig.from_json(directory / "config.json")

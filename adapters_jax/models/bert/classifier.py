@@ -1,4 +1,4 @@
-"""A BERT encoder with a pooled head: labels for sentences."""
+"""A BERT encoder with a pooled head, for the classification of texts and for regression."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from adapters_jax.models.bert.model import Bert
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import Typed
 
-# With pooling="pooler" it is Hugging Face's BertForSequenceClassification.
+# With pooling="pooler" the model is Hugging Face's BertForSequenceClassification.
 NAMES = NameTable(
     rules=(
         *(rule._replace(ours=f"bert/{rule.ours}") for rule in checkpoint.NAMES.rules),
@@ -31,7 +31,7 @@ NAMES = NameTable(
 def mean_pool(
     hidden: Float[Array, "batch length d"], attention_mask: Num[Array, "batch length"] | None = None
 ) -> Float[Array, "batch d"]:
-    """The mean over the tokens, in float32, leaving the padding out.
+    """The mean over the tokens without the padding, in float32.
 
     Example:
         >>> hidden = jnp.array([[[1.0], [3.0], [9.0]]])
@@ -46,12 +46,13 @@ def mean_pool(
 
 
 class BertClassifier(Typed):
-    """A BERT under `bert`, pooled, with dropout and a dense `head`; one label for regression.
+    """A BERT under `bert`; its pooled output goes through dropout and a dense `head`.
 
     Args:
         config: the encoder's shape.
-        num_labels: the width of the head.
-        pooling: "mean" over the tokens, "cls" for the first, or "pooler" for the pre-trained one.
+        num_labels: the width of the head; 1 for regression.
+        pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the pre-trained
+            pooler.
         dtype, param_dtype, attention_fn, remat, scan: as in `Bert`.
 
     Example:
@@ -72,7 +73,7 @@ class BertClassifier(Typed):
     scan: bool = False
 
     def setup(self) -> None:
-        """Checks the settings and names the parts."""
+        """Checks the settings and creates the submodules."""
         if self.pooling not in ("mean", "cls", "pooler"):
             raise UserError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
         if self.num_labels < 1:
@@ -97,7 +98,7 @@ class BertClassifier(Typed):
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch labels"]:
-        """Float32 logits; the arguments are those of `Bert`."""
+        """Computes float32 logits; the arguments are those of `Bert`."""
         hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
         if self.pooling == "mean":
             pooled = mean_pool(hidden, attention_mask)
@@ -109,20 +110,24 @@ class BertClassifier(Typed):
 def load_pooled(
     directory: Path, pooling: str | None, *, absent: bool = False
 ) -> tuple[BertConfig, dict[str, Any]]:
-    """Loads what is under `bert` in a classifier.
+    """Loads the parameters that a classifier has under `bert`.
 
     Args:
-        directory: of the checkpoint.
-        pooling: of the classifier; "pooler" takes the pooler along.
-        absent: whether the files may lack it; it is zeros then, for an adapter that trains it.
+        directory: the checkpoint's directory.
+        pooling: the classifier's; with "pooler" the pooler is loaded too.
+        absent: whether the files may lack the pooler. It is filled with zeros then, for an adapter
+            that trains it.
+
+    Returns:
+        The configuration and the parameters.
 
     Raises:
-        ValueError: as for `load_bert`.
+        UserError: as for `load_bert`.
     """
     pooler = pooling == "pooler"
-    there = not absent or any("pooler." in name for name in huggingface.read_tensors(directory))
-    config, params = checkpoint.load_bert(directory, pooler=pooler and there)
-    if pooler and not there:
+    stored = not absent or any("pooler." in name for name in huggingface.read_tensors(directory))
+    config, params = checkpoint.load_bert(directory, pooler=pooler and stored)
+    if pooler and not stored:
         d = config.hidden_size
         params["pooler"] = {"dense": {"kernel": jnp.zeros((d, d)), "bias": jnp.zeros(d)}}
     return config, params

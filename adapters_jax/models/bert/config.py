@@ -1,4 +1,4 @@
-"""The shape of a BERT or RoBERTa encoder, and those that were published."""
+"""The configuration of a BERT or RoBERTa encoder, and the published ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ position_embedding_type='relative_key' (supported: 'absolute').
 
     @property
     def first_position(self) -> int:
-        """The position of the first token: RoBERTa leaves those up to the padding's unused."""
+        """The position of the first token; RoBERTa leaves positions up to `pad_token_id` unused."""
         return self.pad_token_id + 1 if self.model_type in ROBERTA_TYPES else 0
 
 

@@ -2,8 +2,8 @@
 
 Each block is post-norm: `norm(x + output(attention(x)))`, then the same around the feed-forward.
 `output` is a projection with its dropout, so a Houlsby adapter on `**/attention/output` and
-`**/mlp/output` sits between that dropout and the residual sum, as in its paper. The sums are
-modules as well, `attention_sum` and `mlp_sum`.
+`**/mlp/output` sits between that dropout and the residual sum, as in its paper. The residual sums
+are modules as well, `attention_sum` and `mlp_sum`.
 
 Reference:
     Devlin et al., BERT (2018), https://arxiv.org/abs/1810.04805
@@ -45,7 +45,7 @@ class BertEmbeddings(Typed):
         position_ids: Int[Array, "#batch length"] | None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states that enter the first block."""
+        """Computes the hidden states before the first block."""
         config = self.config
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
@@ -64,7 +64,7 @@ class BertEmbeddings(Typed):
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
     def _positions(self, input_ids: Array) -> Array:
-        """0, 1, 2, ...; in RoBERTa only tokens count, and padding keeps its own id as position."""
+        """0, 1, 2, ...; RoBERTa counts only tokens, and padding has the position `pad_token_id`."""
         if not self.config.first_position:
             return jnp.arange(input_ids.shape[1])[None]
         token = (input_ids != self.config.pad_token_id).astype(jnp.int32)
@@ -84,7 +84,7 @@ class BertLayer(Typed):
         mask: Bool[Array, "batch 1 1 length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states that leave the block."""
+        """Computes the hidden states after the block."""
         config = self.config
         inits = {"kernel_init": nn.initializers.normal(config.initializer_range), **self.types}
         norm = partial(LayerNorm, epsilon=config.layer_norm_eps, **self.types)
@@ -112,18 +112,18 @@ class Bert(Typed):
     """The encoder, without a head.
 
     Args:
-        config: its shape.
-        dtype: computation dtype; None means that of inputs and parameters together.
-        param_dtype: dtype of the parameters.
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
         attention_fn: called as flax's attention modules call theirs, with query, key and value of
             shape `(batch, length, heads, head_dim)`.
-        remat: whether to recompute each block in the backward pass instead of storing it, or the
-            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
-        scan: whether the blocks are one module `layers`, its leaves stacked on their first axis,
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
             instead of `layer_0`, `layer_1`, ...
 
     Raises:
-        ValueError: at the first call, where `remat` is no policy.
+        UserError: `remat` is not a policy. It is raised at the first call.
 
     Example:
         >>> import jax
@@ -141,7 +141,7 @@ class Bert(Typed):
     scan: bool = False
 
     def setup(self) -> None:
-        """Names the parts; the pooler has parameters only where `pool` is called."""
+        """Creates the submodules; the pooler has parameters only if `pool` is called."""
         block = partial(BertLayer, self.config, attention_fn=self.attention_fn, **self.types)
         self.embeddings = BertEmbeddings(self.config, **self.types)
         if self.scan:
@@ -159,14 +159,14 @@ class Bert(Typed):
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states of the last block.
+        """Computes the hidden states after the last block.
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
             token_type_ids: the segment of each token, 0 by default.
-            position_ids: by default 0, 1, 2, ...; in RoBERTa counted from the padding id on.
-            deterministic: no dropout; if False, an rng named `dropout` is needed.
+            position_ids: by default 0, 1, 2, ...; RoBERTa counts from `pad_token_id + 1` on.
+            deterministic: True turns dropout off; False needs an rng named `dropout`.
         """
         longest = self.config.max_position_embeddings - self.config.first_position
         check_tokens(input_ids, attention_mask, longest)
@@ -177,5 +177,5 @@ class Bert(Typed):
         return x
 
     def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:
-        """The pre-trained pooler; its parameters exist where a model calls it during `init`."""
+        """Applies the pre-trained pooler; its parameters exist if `init` calls it."""
         return jnp.tanh(self.pooler(hidden[:, 0]))

@@ -1,4 +1,4 @@
-"""GPT-2 (linen), and GPT-3 as a shape."""
+"""GPT-2 (linen), and the shape of GPT-3."""
 
 from adapters_jax.models.family import Family
 from adapters_jax.models.gpt2.checkpoint import NAMES, load_gpt2

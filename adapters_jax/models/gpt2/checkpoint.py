@@ -1,4 +1,4 @@
-"""GPT-2 from Hugging Face checkpoints, and the names of their tensors."""
+"""Loads GPT-2 from Hugging Face checkpoints; the names of their tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,18 @@ def load_gpt2(
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
-        mesh: where the parameters go, each as it is read; see `adapters_jax.layout`. By default
-            the default device.
-        rules: partition specs by pattern of the parameter's path, likewise.
-        param_dtype: dtype of the parameters returned.
-        scan: whether they are for a model of scanned blocks.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        param_dtype: the dtype of the parameters returned.
+        scan: whether they are for a model with scanned blocks.
 
     Returns:
         The configuration and the parameters of `GPT2(config, scan=scan)`.
 
     Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = GPT2Config.from_json(directory / "config.json")

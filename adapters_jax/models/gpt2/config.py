@@ -1,4 +1,4 @@
-"""The shape of a GPT-2, and those that were published; GPT-3 is the same shape, larger."""
+"""The configuration of a GPT-2, and the published ones; GPT-3 is a larger GPT-2."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""GPT-2 (flax.linen), exact to the published checkpoints; GPT-3 is the same shape, larger.
+"""GPT-2 (flax.linen), exact to the published checkpoints; GPT-3 is a larger GPT-2.
 
 Each block is pre-norm: `x + output(attention(norm(x)))`, then the same around the feed-forward.
-The attention and feed-forward modules are BERT's. A checkpoint's fused `c_attn` becomes our
-separate query, key and value.
+The attention and feed-forward modules are those of BERT. A checkpoint's fused `c_attn` is split
+into query, key and value.
 
 Reference:
     Radford et al., Language Models are Unsupervised Multitask Learners (2019)
@@ -35,7 +35,7 @@ class GPT2Embeddings(Typed):
     config: GPT2Config
 
     def setup(self) -> None:
-        """Names the parts, `word` being used at both ends of the model."""
+        """Creates the submodules; the model reads `word` at both ends."""
         config = self.config
         inits = {"embedding_init": nn.initializers.normal(config.initializer_range), **self.types}
         self.word = nn.Embed(config.vocab_size, config.n_embd, **inits)
@@ -48,14 +48,14 @@ class GPT2Embeddings(Typed):
         position_ids: Int[Array, "#batch length"] | None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states that enter the first block."""
+        """Computes the hidden states before the first block."""
         if position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
         x = self.word(input_ids) + self.position(position_ids)
         return self.dropout(x, deterministic=deterministic)
 
     def attend(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch length vocab"]:
-        """Float32 logits: each hidden state against each word."""
+        """Computes float32 logits, the product of each hidden state with each word embedding."""
         return self.word.attend(hidden).astype(jnp.float32)
 
 
@@ -72,7 +72,7 @@ class GPT2Layer(Typed):
         mask: Bool[Array, "batch 1 length length"],
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states that leave the block."""
+        """Computes the hidden states after the block."""
         config = self.config
         inits = {"kernel_init": nn.initializers.normal(config.initializer_range), **self.types}
         norm = partial(LayerNorm, epsilon=config.layer_norm_epsilon, **self.types)
@@ -100,18 +100,18 @@ class GPT2(Typed):
     """The language model, its output tied to the word embeddings.
 
     Args:
-        config: its shape.
-        dtype: computation dtype; None means that of inputs and parameters together.
-        param_dtype: dtype of the parameters.
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
         attention_fn: called as flax's attention modules call theirs, with query, key and value of
             shape `(batch, length, heads, head_dim)`.
-        remat: whether to recompute each block in the backward pass instead of storing it, or the
-            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
-        scan: whether the blocks are one module `layers`, its leaves stacked on their first axis,
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
             instead of `layer_0`, `layer_1`, ...
 
     Raises:
-        ValueError: at the first call, where `remat` is no policy.
+        UserError: `remat` is not a policy. It is raised at the first call.
 
     Example:
         >>> import jax
@@ -129,7 +129,7 @@ class GPT2(Typed):
     scan: bool = False
 
     def setup(self) -> None:
-        """Names the parts."""
+        """Creates the submodules."""
         block = partial(GPT2Layer, self.config, attention_fn=self.attention_fn, **self.types)
         self.embeddings = GPT2Embeddings(self.config, **self.types)
         if self.scan:
@@ -145,7 +145,7 @@ class GPT2(Typed):
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of the next token; the arguments are those of `hidden`."""
+        """Computes float32 logits of the next token; the arguments are those of `hidden`."""
         hidden = self.hidden(input_ids, attention_mask, position_ids, deterministic)
         return self.embeddings.attend(hidden)
 
@@ -156,13 +156,13 @@ class GPT2(Typed):
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states after the last norm.
+        """Computes the hidden states after the last norm.
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
-            position_ids: by default 0, 1, 2, ...; give them where padding comes first.
-            deterministic: no dropout; if False, an rng named `dropout` is needed.
+            position_ids: by default 0, 1, 2, ...; needed if padding comes first.
+            deterministic: True turns dropout off; False needs an rng named `dropout`.
         """
         check_tokens(input_ids, attention_mask, self.config.n_positions)
         x = self.embeddings(input_ids, position_ids, deterministic)

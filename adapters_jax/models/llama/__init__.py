@@ -1,4 +1,4 @@
-"""Llama (NNX), from and to Hugging Face checkpoints, and from GGUF."""
+"""Llama (NNX): the model, loading from Hugging Face checkpoints and GGUF, and saving."""
 
 from adapters_jax.models.family import Family
 from adapters_jax.models.llama.checkpoint import NAMES, load_llama, save_llama

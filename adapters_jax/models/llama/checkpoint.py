@@ -1,4 +1,4 @@
-"""Llamas from and to files: Hugging Face's layout, and GGUF to read."""
+"""Loads Llamas from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ NAMES = NameTable(
         Rule(r"head", r"lm_head"),
     ),
     prefixes=("model.",),
-    # Rotary tables of older files; a head that repeats tied embeddings.
+    # Rotary tables of older files; a head that is a copy of tied embeddings.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     stack=Stack("layers/{}", "layers"),
 )
@@ -52,18 +52,19 @@ def load_llama(
 
     Args:
         name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
-            directory with one, or what `read_gguf` gave), or an id on the Hub.
+            directory with one, or the result of `read_gguf`), or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
-        mesh: where its parameters go, each as it is read; see `adapters_jax.layout`. By default
-            the default device.
-        rules: partition specs by pattern of the parameter's path, likewise.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
         options: `dtype`, `param_dtype`, `attention_fn`, `remat` and `scan` of `Llama`.
 
     Returns:
-        The configuration and the model, its parameters those of the checkpoint.
+        The configuration, and the model with the parameters of the checkpoint.
 
     Raises:
-        ValueError: if files are absent, a setting is not implemented, or tensors do not fit.
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
     """
     config, tensors = _read(name_or_path, revision)
     model = abstract_llama(config, **options)
@@ -76,10 +77,11 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
     """Writes a checkpoint in the layout of Hugging Face, which `load_llama` reads as well.
 
     Args:
-        directory: an empty one.
-        config: the model's.
-        model: without adapters; see `adapters_jax.transforms.merge`.
-        **more: of `config.json`, such as `eos_token_id`; what the model decides comes from it.
+        directory: an empty directory.
+        config: the model's configuration.
+        model: a model without adapters; see `adapters_jax.transforms.merge`.
+        **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
+            model take precedence.
     """
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), NAMES)
     dtype = str(next(iter(tensors.values())).dtype)
@@ -96,13 +98,13 @@ def save_llama(directory: str | Path, config: LlamaConfig, model: Llama, **more:
     Path(directory, "config.json").write_text(text, encoding="utf-8")
     path = Path(directory, "model.safetensors")
     save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors writes it for its owner alone
+    path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
 
 def _read(
     name_or_path: str | Path | GGUF, revision: str | None
 ) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
-    """The configuration, checked before any weight is used, and the tensors."""
+    """Reads the configuration, which is checked before any weight is used, and the tensors."""
     if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
         name_or_path = read_gguf(name_or_path)
     if isinstance(name_or_path, GGUF):

@@ -1,4 +1,4 @@
-"""The shape of a Llama, and the one that was published first."""
+"""The configuration of a Llama, and that of LLaMA-7B."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +52,12 @@ class LlamaConfig(huggingface.CheckpointConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes the fields from a parsed `config.json`, refusing settings not implemented."""
-        # Newer files keep rope_theta and rope_type in an object of their own.
+        """Takes the fields from a parsed `config.json`.
+
+        Raises:
+            UserError: a setting is unsupported; the message names it.
+        """
+        # Newer files have rope_theta and rope_type in the object rope_parameters.
         return super().from_dict({**values, **(values.get("rope_parameters") or {})})
 
     @property

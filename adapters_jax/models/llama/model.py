@@ -1,4 +1,4 @@
-"""Llama (flax.nnx): rotary positions, grouped-query attention, SwiGLU, RMS norms before each part.
+"""Llama (flax.nnx): rotary positions, grouped-query attention, SwiGLU, pre-norm with RMS norms.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971
 """
@@ -30,9 +30,9 @@ from adapters_jax.weights.attention import register_attention
 class LlamaAttention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key and a value head.
 
-    `attention_fn` is called as flax's attention modules call theirs: query and key are rotated, and
-    key and value are of shape `(batch, length, kv_heads, head_dim)`, not repeated. With a cache,
-    their length is its number of slots.
+    `attention_fn` is called as flax's attention modules call theirs. Query and key are rotated
+    already. Key and value are not repeated: their shape is `(batch, length, kv_heads, head_dim)`,
+    and with a cache their length is its number of slots.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LlamaAttention(nnx.Module):
         angles: Float[Array, "#batch length half"],
         cache: LayerCache | None = None,
     ) -> Float[Array, "batch length d"]:
-        """Mixes the positions that `mask` lets each one see."""
+        """Mixes, for each position, the values of the positions that `mask` lets it see."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (
             child(x).reshape(heads) for child in (self.query, self.key, self.value)
@@ -98,7 +98,7 @@ class LlamaMLP(nnx.Module):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """RMS normalisation over the last axis, as flax's, with the derivative of `normalize`."""
+    """RMS normalisation over the last axis, as in flax, with the derivative of `normalize`."""
 
     def __init__(
         self,
@@ -113,19 +113,22 @@ class RMSNorm(nnx.RMSNorm):
         super().__init__(features, epsilon=epsilon, rngs=rngs, **types)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:  # type: ignore[override]
-        """Each row of `x` over its root mean square, scaled; flax's has a mask besides."""
+        """Divides each row of `x` by its root mean square and scales it; takes no mask."""
         scale: Any = self.scale
         x, scale = self.promote_dtype((x, scale[...]), dtype=self.dtype)
         return normalize(x, scale, self.epsilon, False).astype(x.dtype)
 
 
 class LlamaSum(nnx.Module):
-    """The residual stream behind a sublayer; a module, so that adapters can stand here."""
+    """The residual sum: the input of a sublayer plus its output.
+
+    It is a module so that it can be an attachment point of adapters.
+    """
 
     def __call__(
         self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
     ) -> Float[Array, "batch length d"]:
-        """What went into the sublayer plus what came out."""
+        """Adds the input `x` and the output `y` of a sublayer."""
         return x + y
 
 
@@ -154,7 +157,7 @@ class LlamaLayer(nnx.Module):
         angles: Float[Array, "#batch length half"],
         cache: LayerCache | None = None,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states that leave the block."""
+        """Computes the hidden states after the block."""
         x = self.attention_sum(x, self.attention(self.attention_norm(x), mask, angles, cache))
         return self.mlp_sum(x, self.mlp(self.mlp_norm(x)))
 
@@ -163,18 +166,18 @@ class Llama(nnx.Module):
     """The language model.
 
     Args:
-        config: its shape.
-        dtype: computation dtype; None means that of inputs and parameters together.
-        param_dtype: dtype of the parameters.
-        attention_fn: given to each attention; see `LlamaAttention`.
-        remat: whether to recompute each block in the backward pass instead of storing it, or the
-            name of one of `jax.checkpoint_policies`; see `blocks.POLICIES`.
-        scan: whether `layers` is one block, its leaves stacked on their first axis, instead of a
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
+        attention_fn: the attention function of every layer; see `LlamaAttention`.
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether `layers` is one block, with leaves stacked on their first axis, instead of a
             list of blocks.
-        rngs: for the initial parameters.
+        rngs: the random numbers of the initial parameters.
 
     Raises:
-        ValueError: `remat` is no policy.
+        UserError: `remat` is not a policy.
 
     Example:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
@@ -230,11 +233,11 @@ class Llama(nnx.Module):
         positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of the next token; the arguments are those of `hidden`."""
+        """Computes float32 logits of the next token; the arguments are those of `hidden`."""
         return self.logits(self.hidden(input_ids, attention_mask, positions, segments))
 
     def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
-        """Float32 logits of hidden states."""
+        """Computes float32 logits of hidden states."""
         tied = self.config.tie_word_embeddings
         logits = self.embeddings.attend(hidden) if tied else self.head(hidden)
         return logits.astype(jnp.float32)
@@ -246,13 +249,14 @@ class Llama(nnx.Module):
         positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length d"]:
-        """The hidden states after the last norm.
+        """Computes the hidden states after the last norm.
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
             positions: by default 0, 1, 2, ...; only their differences matter.
-            segments: of several texts in one row, each token's text; texts do not see each other.
+            segments: the number of each token's text, if a row holds several texts; a token sees
+                only its own text.
         """
         check_tokens(input_ids, attention_mask)
         if positions is None:
@@ -265,7 +269,7 @@ class Llama(nnx.Module):
         return self.norm(run_nnx(self.layers, x, mask, angles, remat=self.remat))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache for a number of rows and of tokens a row, padding included; see `extend`."""
+        """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
         config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
         sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
         return Cache.empty(*sizes, dtype, stacked=self.scan)
@@ -276,13 +280,16 @@ class Llama(nnx.Module):
         attention_mask: Num[Array, "batch length"],
         cache: Cache,
     ) -> tuple[Float[Array, "batch length d"], Cache]:
-        """The hidden states of further tokens, and the cache with them in it.
+        """Computes the hidden states of further tokens, and extends the cache by them.
 
         Args:
-            input_ids: token ids; those before are in the cache.
+            input_ids: token ids; the earlier ones are in the cache.
             attention_mask: 1 for tokens and 0 for padding.
-            cache: from `empty_cache` or an earlier call; it must have room, which only the first
-                call can check.
+            cache: from `empty_cache` or an earlier call. It must have room for the tokens; only the
+                first call can check that.
+
+        Returns:
+            The hidden states after the last norm, and the extended cache.
         """
         check_tokens(input_ids, attention_mask)
         start = cache.used
@@ -301,5 +308,5 @@ class Llama(nnx.Module):
 
 
 def abstract_llama(config: LlamaConfig, **options: Any) -> Llama:
-    """A Llama without arrays; options are those of `Llama`."""
+    """Returns a Llama without arrays; the options are those of `Llama`."""
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))

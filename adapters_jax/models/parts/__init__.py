@@ -1,1 +1,1 @@
-"""What the models share: layers, blocks, functions, rotary positions and the decoder's cache."""
+"""The parts that models share: layers, blocks, functions, rotary positions, decoder cache."""

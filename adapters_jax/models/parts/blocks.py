@@ -1,7 +1,7 @@
-"""A model's blocks one after the other: unrolled or scanned, their activations stored or not.
+"""Runs a model's blocks one after the other: unrolled or scanned, with or without recomputation.
 
 Scanned blocks are one module whose leaves have the layers on their first axis. It is traced and
-compiled once, so that compile time does not grow with depth.
+compiled once, so compile time does not grow with the number of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,28 +24,28 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def check_remat(remat: bool | str) -> dict[str, Any]:
-    """What the option `remat` of a model says, as an argument of flax's `remat`.
+    """Turns a model's option `remat` into the keyword arguments of flax's `remat`.
 
     Args:
-        remat: whether to recompute each block in the backward pass instead of storing it, or what
-            of it may be stored: the name of one of `jax.checkpoint_policies`.
+        remat: True recomputes each block in the backward pass instead of storing its activations.
+            The name of one of `jax.checkpoint_policies` decides which of them are stored.
 
     Raises:
-        ValueError: it is no policy that is known.
+        UserError: `remat` is not one of `POLICIES`.
 
     Example:
         >>> check_remat("dots")
         Traceback (most recent call last):
-        adapters_jax.errors.UserError: remat='dots' is no policy; it wants False, True (as \
-'nothing_saveable'), or one of 'nothing_saveable', 'dots_with_no_batch_dims_saveable', \
+        adapters_jax.errors.UserError: remat='dots' is not a policy; expected False, True (the \
+same as 'nothing_saveable') or one of 'nothing_saveable', 'dots_with_no_batch_dims_saveable', \
 'dots_saveable', 'everything_saveable'.
     """
     if isinstance(remat, bool):
         return {"policy": None}
     if remat not in POLICIES:
         raise UserError(
-            f"remat={remat!r} is no policy; it wants False, True (as 'nothing_saveable'), or one "
-            f"of {', '.join(map(repr, POLICIES))}."
+            f"remat={remat!r} is not a policy; expected False, True (the same as "
+            f"'nothing_saveable') or one of {', '.join(map(repr, POLICIES))}."
         )
     return {"policy": getattr(jax.checkpoint_policies, remat)}
 
@@ -56,14 +56,14 @@ def run_linen(
     """Runs linen blocks.
 
     Args:
-        layers: one module for each, or one for all of them, which is scanned.
-        x: what enters the first.
-        args: what each is called with besides.
-        length: how many there are.
+        layers: a sequence of modules, one for each block, or one module to scan.
+        x: the input of the first block.
+        args: further arguments, the same for every block.
+        length: the number of blocks.
         remat: see `check_remat`.
 
     Returns:
-        What leaves the last.
+        The output of the last block.
     """
     scanned = isinstance(layers, nn.Module)
 
@@ -90,12 +90,12 @@ def run_linen(
 
 
 def stack_nnx(make: Callable[[nnx.Rngs], Module], length: int, rngs: nnx.Rngs) -> Module:
-    """NNX blocks as one module to scan, each from random numbers of its own."""
+    """Makes one module to scan from NNX blocks, each initialised from random numbers of its own."""
     return nnx.split_rngs(splits=length)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
 def run_nnx(layers: nnx.Module, x: Array, *args: Any, remat: bool | str) -> Array:
-    """Runs NNX blocks, an `nnx.List` of them or one from `stack_nnx`; see `run_linen`."""
+    """Runs NNX blocks, an `nnx.List` of them or a module from `stack_nnx`; see `run_linen`."""
     scanned = not isinstance(layers, nnx.List)
 
     def block(layer: Any, x: Array) -> Array:
@@ -114,10 +114,17 @@ def run_nnx(layers: nnx.Module, x: Array, *args: Any, remat: bool | str) -> Arra
 def extend_nnx(
     step: Callable[..., Any], layers: Any, x: Array, keys: Any, values: Any
 ) -> tuple[Array, Any, Any]:
-    """Runs blocks that have a cache: `step(x, layer, key, value)` for each, which returns the like.
+    """Runs NNX blocks with a cache.
+
+    Args:
+        step: called for each block as `step(x, layer, key, value)`, returns `x, key, value`.
+        layers: an `nnx.List` of blocks, or a module from `stack_nnx`.
+        x: the input of the first block.
+        keys: those in the cache, a tuple or an array with the layers on its first axis.
+        values: likewise.
 
     Returns:
-        What leaves the last; the keys and the values, tuples or stacked as they were.
+        The output of the last block, the keys and the values, in the form in which they came.
     """
     if not isinstance(layers, nnx.List):
         scan = nnx.scan(step, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0, 0))

@@ -1,7 +1,7 @@
-"""The key-value cache of a decoder: a pytree that goes in and comes out, no state of the model.
+"""The key-value cache of a decoder: a pytree that a call takes and returns, not model state.
 
-Rows of a batch share the slots and differ in which of them hold tokens, so prompts of unequal
-length may be padded on either side.
+All rows of a batch use the same slots and differ in which of them hold tokens, so prompts of
+unequal length may be padded on either side.
 """
 
 from typing import NamedTuple, Self
@@ -18,12 +18,12 @@ Stacked = Shaped[Array, "layers batch slots kv_heads head_dim"]
 
 
 class LayerCache:
-    """Keys and values of one layer while a call runs; the layer's attention extends them.
+    """Keys and values of one layer during a call; the layer's attention extends them.
 
     Args:
-        key: of every slot.
-        value: of every slot.
-        start: the first slot that is free.
+        key: the keys of all slots.
+        value: the values of all slots.
+        start: the first free slot.
     """
 
     def __init__(self, key: Slots, value: Slots, start: Int[Array, ""]):
@@ -34,7 +34,7 @@ class LayerCache:
         key: Shaped[Array, "batch length kv_heads head_dim"],
         value: Shaped[Array, "batch length kv_heads head_dim"],
     ) -> tuple[Slots, Slots]:
-        """Keys and values of every slot, the new ones put in."""
+        """Stores new keys and values from `start` on, and returns those of all slots."""
         self.key, self.value = self._put(self.key, key), self._put(self.value, value)
         return self.key, self.value
 
@@ -43,13 +43,13 @@ class LayerCache:
 
 
 class Cache(NamedTuple):
-    """What a decoder keeps of the tokens it has read.
+    """The keys and values of the tokens that a decoder has read.
 
     Attributes:
-        keys: of each layer; an array of all of them where layers are scanned.
+        keys: one array for each layer, or one array for all layers if they are scanned.
         values: likewise.
-        held: which slots hold a token, not padding and not nothing.
-        used: how many slots are taken, in every row.
+        held: True for slots that hold a token; False for padding and for free slots.
+        used: the number of slots taken, the same in every row.
     """
 
     keys: tuple[Slots, ...] | Stacked
@@ -68,7 +68,7 @@ class Cache(NamedTuple):
         dtype: Dtype,
         stacked: bool = False,
     ) -> Self:
-        """A cache with nothing in it.
+        """Returns a cache without tokens.
 
         Example:
             >>> cache = Cache.empty(1, batch=2, slots=5, kv_heads=1, head_dim=4, dtype="float32")
@@ -86,17 +86,17 @@ class Cache(NamedTuple):
     def reserve(
         self, attention_mask: Num[Array, "batch length"]
     ) -> tuple[Self, Int[Array, "batch length"], Bool[Array, "batch 1 length slots"]]:
-        """Takes the next slots for tokens, whose keys and values are still to come.
+        """Takes the next slots for new tokens, before their keys and values are computed.
 
         Args:
             attention_mask: 1 for tokens and 0 for padding.
 
         Returns:
             The cache with these slots taken; the positions of the tokens, counted without padding;
-            and the mask of their attention: each sees itself and the tokens before.
+            and the attention mask, by which each token sees itself and the tokens before it.
 
         Raises:
-            ValueError: there are more tokens than slots.
+            UserError: there are more tokens than slots.
 
         Example:
             >>> cache = Cache.empty(1, batch=1, slots=4, kv_heads=1, head_dim=4, dtype="float32")
@@ -107,7 +107,9 @@ class Cache(NamedTuple):
         """
         tokens, length, slots = attention_mask != 0, attention_mask.shape[1], self.held.shape[1]
         if length > slots:
-            raise UserError(f"{length} tokens do not fit a cache of {slots} slots.")
+            raise UserError(
+                f"{length} tokens do not fit into a cache of {slots} slots; make it larger."
+            )
         before = self.held.sum(1, keepdims=True, dtype=jnp.int32)
         positions = before + jnp.cumsum(tokens, axis=1, dtype=jnp.int32) - 1
         held = jax.lax.dynamic_update_slice_in_dim(self.held, tokens, self.used, 1)

@@ -1,11 +1,11 @@
-"""What our transformers are made of: attention, activations, norms whose derivatives keep little.
+"""Attention, activations and norms with derivatives that store few arrays.
 
-Over a frozen weight, a backward pass needs neither what came out of an activation nor what led to
-a softmax. Differentiated as they stand, XLA keeps several arrays for each: BERT's GELU two beside
-its input, its softmax two beside its result, its norms three in place of one. These keep one. A
-derivative is written in another form than the function, so that XLA does not take their common
-parts for something to keep; its sums are products with a vector, since XLA's CPU compiler keeps
-whatever goes into a sum of its own.
+When the weights around them are frozen, the backward pass needs neither the output of an activation
+nor the input of a softmax. Differentiated automatically, each function stores more: BERT's GELU
+stores two arrays beside its input, its softmax two beside its output, its norms three in all. The
+derivatives here store one (`gated` its two inputs). Each is written in another form than its
+function, so that XLA finds no common subexpression to store. Sums inside a derivative are written
+as products with a vector, because XLA's CPU compiler stores the operands of a separate sum.
 """
 
 import math
@@ -24,7 +24,7 @@ Activation = Callable[[Array], Array]
 
 
 def _with(derivative: Activation, function: Activation) -> Activation:
-    """The function with this derivative, which sees float32 or more."""
+    """Returns the function with this derivative, which is computed in float32 at least."""
     found = jax.custom_jvp(function)
 
     def tangent(change: Array, y: Array, x: Array) -> Array:
@@ -42,19 +42,19 @@ def _gelu_slope(x: Array) -> Array:
 
 def _gelu_tanh_slope(x: Array) -> Array:
     c, k = math.sqrt(2 / math.pi), 0.044715
-    below = jax.nn.sigmoid(2 * c * (x + k * x**3))  # (1 + tanh(u)) / 2, of another form
+    below = jax.nn.sigmoid(2 * c * (x + k * x**3))  # (1 + tanh(u)) / 2 in another form
     return below + x * below * (1 - below) * 2 * c * (1 + 3 * k * jnp.square(x))
 
 
 def _silu_slope(x: Array) -> Array:
-    below = 0.5 * (1.0 + jnp.tanh(0.5 * x))  # the sigmoid, of another form
+    below = 0.5 * (1.0 + jnp.tanh(0.5 * x))  # the sigmoid in another form
     return below * (1 + x * (1 - below))
 
 
 gelu = _with(_gelu_slope, lambda x: jax.nn.gelu(x, approximate=False))
 gelu_tanh = _with(_gelu_tanh_slope, lambda x: jax.nn.gelu(x, approximate=True))
 silu = _with(_silu_slope, jax.nn.silu)
-# The function itself in a third form, for where its derivative and it are both wanted backwards.
+# A third form of the function, for a backward pass that needs both it and its derivative.
 _AGAIN: dict[Activation, Activation] = {silu: lambda x: x * (1.0 - jax.nn.sigmoid(-x))}
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -71,7 +71,7 @@ ACTIVATIONS: dict[str, Activation] = {
 def gated(
     activation: Activation, gate: Float[Array, "*batch d"], x: Float[Array, "*batch d"]
 ) -> Float[Array, "*batch d"]:
-    """`activation(gate) * x`; its derivative keeps `gate` and `x` alone."""
+    """Computes `activation(gate) * x`; its derivative stores only `gate` and `x`."""
     return activation(gate) * x
 
 
@@ -88,7 +88,7 @@ def _gated_jvp(
 
 @jax.custom_jvp
 def softmax(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """Along the last axis; its derivative keeps the result alone."""
+    """Softmax over the last axis; its derivative stores only the result."""
     return jax.nn.softmax(x)
 
 
@@ -102,23 +102,23 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 def normalize(
     x: Float[Array, "*batch d"], scale: Float[Array, " d"], epsilon: float, centred: bool
 ) -> Float[Array, "*batch d"]:
-    """What flax's layer norm (centred) and RMS norm compute, before a bias.
+    """Normalises as flax's layer norm (centred) or RMS norm does, without a bias.
 
     Args:
-        x: each row is normalised.
-        scale: of the result.
+        x: the rows to normalise.
+        scale: factors of the result.
         epsilon: added to the variance.
-        centred: whether the mean is subtracted.
+        centred: whether to subtract the mean.
 
     Returns:
-        Float32 at least.
+        The normalised rows, in float32 at least.
     """
     rest, inverse = _standardized(x, epsilon, centred)
     return rest * (inverse * scale)
 
 
 def _standardized(x: Array, epsilon: float, centred: bool) -> tuple[Array, Array]:
-    """What is left of `x` without its mean, if that goes, and one over the deviation of a row."""
+    """Returns `x`, less its mean if centred, and one over the standard deviation of each row."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     variance, mean = jnp.square(x).mean(-1, keepdims=True), jnp.zeros(())
     if centred:
@@ -136,7 +136,7 @@ def _normalize_jvp(
     y = rest * (inverse * scale)
 
     def along(row: Array, scale: Array) -> Array:
-        """`row * scale` of `(..., 1)` and `(d,)`, as a product that is a product backwards too."""
+        """Computes `row * scale` of `(..., 1)` and `(d,)` as a product, also when transposed."""
         return jnp.matmul(row, scale[None].astype(row.dtype), precision="highest")
 
     moved = jnp.zeros_like(y)
@@ -163,19 +163,23 @@ def dot_product_attention(
     deterministic: bool = True,
     dtype: Dtype | None = None,
 ) -> Float[Array, "*batch length heads width"]:
-    """Attention as flax's attention functions compute it, called as flax's modules call theirs.
+    """Computes what flax's `dot_product_attention` computes, with the same arguments.
 
     Args:
-        query: its heads are in groups, one for each head of the keys.
-        key: what they are compared with.
-        value: what is mixed.
+        query: the queries; consecutive heads form groups of equal size, one group for each key
+            head.
+        key: the keys.
+        value: the values, with as many heads as the keys.
         mask: True where a query sees a key.
-        dropout_rng: seeds dropout.
-        dropout_rate: of the weights.
-        broadcast_dropout: whether all heads and sequences drop the same.
-        deterministic: no dropout.
-        dtype: of the computation; None is that of the inputs together. The softmax is in float32
-            at least.
+        dropout_rng: the random key of the dropout.
+        dropout_rate: the dropout rate of the attention weights.
+        broadcast_dropout: whether all heads and sequences drop the same weights.
+        deterministic: True turns dropout off.
+        dtype: the computation dtype; None means that of the inputs together. The softmax is
+            computed in float32 at least.
+
+    Returns:
+        The mixed values, one vector for each query.
     """
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     *batch, length, heads, width = query.shape
@@ -198,7 +202,7 @@ def dot_product_attention(
 def causal_mask(
     input_ids: Int[Array, "batch length"], attention_mask: Num[Array, "batch length"] | None = None
 ) -> Bool[Array, "#batch 1 length length"]:
-    """Which keys (last axis) each query may see: itself and those before, without the padding.
+    """The keys (last axis) that each query sees: itself and those before it, without padding.
 
     Example:
         >>> causal_mask(jnp.array([[5, 6]]), jnp.array([[0, 1]])).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""What the linen transformers share: a block's sublayers and sums, and checks of their inputs."""
+"""Layers that the linen transformers share, and checks of a transformer's inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from adapters_jax.weights.attention import register_attention
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Raises unless the width divides into the heads."""
+    """Raises `UserError` unless the width divides into the heads."""
     if width % heads:
         raise UserError(f"a width of {width} does not divide into {heads} attention heads.")
 
@@ -25,7 +25,7 @@ def check_tokens(
     attention_mask: Num[Array, "batch length"] | None = None,
     longest: int | None = None,
 ) -> None:
-    """Raises unless these are token ids, with a mask of their shape, no longer than `longest`."""
+    """Raises `UserError` unless these are at most `longest` token ids and a mask of their shape."""
     wrong = []
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         wrong.append(
@@ -34,7 +34,7 @@ def check_tokens(
         )
     elif longest is not None and input_ids.shape[1] > longest:
         wrong.append(
-            f"input_ids have length {input_ids.shape[1]}, the model has {longest} positions: "
+            f"input_ids have length {input_ids.shape[1]}, but the model has {longest} positions; "
             "truncate them"
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -47,19 +47,22 @@ def check_tokens(
 
 
 class Typed(nn.Module, kw_only=True):  # type: ignore[call-arg]
-    """A module with a computation dtype (None: that of inputs and parameters) and a stored one."""
+    """The base class of modules with a computation dtype and a parameter dtype.
+
+    With `dtype=None` the computation dtype is that of the inputs and parameters together.
+    """
 
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
     @property
     def types(self) -> dict[str, Any]:
-        """Both, as keyword arguments for the modules inside."""
+        """Both dtypes, as keyword arguments for submodules."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 class Output(Typed):
-    """The projection back to the width of the residual stream, then its dropout."""
+    """The projection back to the width of the residual stream, with dropout after it."""
 
     features: int
     dropout_rate: float = 0.0
@@ -67,29 +70,32 @@ class Output(Typed):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"], deterministic: bool = True) -> Array:
-        """The projection of `x`, with dropout unless deterministic."""
+        """Projects `x`, and applies dropout unless deterministic."""
         dense = nn.Dense(self.features, kernel_init=self.kernel_init, name="dense", **self.types)
         return nn.Dropout(self.dropout_rate)(dense(x), deterministic=deterministic)
 
 
 class Sum(nn.Module):
-    """The residual stream behind a sublayer: what went into it plus what came out."""
+    """The residual sum: the input of a sublayer plus its output.
+
+    It is a module so that it can be an attachment point of adapters.
+    """
 
     def __call__(
         self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
     ) -> Float[Array, "batch length d"]:
-        """Their sum; a module, so that adapters can stand here, or beside the sublayer."""
+        """Adds the input `x` and the output `y` of a sublayer."""
         return x + y
 
 
 class LayerNorm(Typed):
-    """Layer normalisation over the last axis, as flax's, with the derivative of `normalize`."""
+    """Layer normalisation over the last axis, as in flax, with the derivative of `normalize`."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Each row of `x` normalised, scaled and shifted."""
+        """Normalises, scales and shifts each row of `x`."""
         scale, bias = (
             self.param(name, init, x.shape[-1:], self.param_dtype)
             for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
@@ -99,7 +105,7 @@ class LayerNorm(Typed):
 
 
 class SelfAttention(Typed):
-    """Multi-head self-attention with separate `query`, `key`, `value` and an `output`."""
+    """Multi-head self-attention with separate projections `query`, `key`, `value` and `output`."""
 
     num_heads: int
     dropout_rate: float = 0.0
@@ -114,7 +120,7 @@ class SelfAttention(Typed):
         mask: Bool[Array, "batch 1 #length length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """Mixes the positions that `mask` lets each one see."""
+        """Mixes, for each position, the values of the positions that `mask` lets it see."""
         width, inits = x.shape[-1], {"kernel_init": self.kernel_init, **self.types}
         query, key, value = (
             nn.Dense(width, name=name, **inits)(x).reshape(*x.shape[:-1], self.num_heads, -1)
@@ -140,7 +146,7 @@ register_attention(SelfAttention)
 
 
 class FeedForward(Typed):
-    """Two dense layers with an activation between them: `intermediate`, then `output`."""
+    """Two dense layers, `intermediate` and `output`, with an activation between them."""
 
     width: int
     activation: str

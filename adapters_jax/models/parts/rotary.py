@@ -1,4 +1,4 @@
-"""Rotary positions: features of queries and keys in pairs, each turned by its position.
+"""Rotary positions: each pair of features of a query or key is rotated by its position's angle.
 
 Reference: Su et al., RoFormer (2021), https://arxiv.org/abs/2104.09864
 """
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 def rotary_angles(
     positions: Int[Array, "batch length"], head_dim: int, theta: float
 ) -> Float[Array, "batch length half"]:
-    """The angle by which each position turns each pair of a head's features, in float32."""
+    """The angle by which each position rotates each pair of a head's features, in float32."""
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return positions[:, :, None] * frequencies
 
@@ -18,7 +18,7 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "#batch length half"]
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs (feature i of the first half, feature i of the second half).
+    """Rotates the pairs (feature i of the first half, feature i of the second half).
 
     Example:
         >>> quarter = jnp.full((1, 1, 1), jnp.pi / 2)
