@@ -216,15 +216,18 @@ def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
         )
     number = kind.__args__[1]
     patterns, numbers = tokens[::2], tokens[1::2]
-    return {p.value: _number(n, number) for p, n in zip(patterns, numbers, strict=True)}
+    return {
+        p.value: _number(n, number, f"{n.keyword}: ")
+        for p, n in zip(patterns, numbers, strict=True)
+    }
 
 
-def _number(token: Any, kind: type) -> Any:
+def _number(token: Any, kind: type, flag: str = "") -> Any:
     try:
         return kind(token.value)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"expected {what}, got {token.value!r}") from None
+        raise UsageError(f"{flag}expected {what}, got {token.value!r}") from None
 
 
 def _build(owner: Any, values: Mapping[tuple[str, ...], Any]) -> Any:

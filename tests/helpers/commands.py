@@ -1,0 +1,29 @@
+"""Errors of commands, expected by their type and by the data in their line, not by its English."""
+
+import contextlib
+import sys
+
+import pytest
+
+from adapters_jax.app.cli import main
+
+
+@contextlib.contextmanager
+def command_raises(kind, *data):
+    """Expects that a command ends with a user error of exactly this type, which names every datum.
+
+    `main` turns the error into a line on stderr, so its type is taken from there.
+    """
+    errors, say = [], main._say
+
+    def record(*arguments):
+        errors.append(sys.exception())
+        return say(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "_say", record)
+        yield
+    (error,) = errors
+    assert type(error) is kind, f"{type(error).__name__}: {error}"
+    missing = [datum for datum in map(str, data) if datum not in str(error)]
+    assert not missing, f"the message lacks {missing}: {error}"
