@@ -230,8 +230,7 @@ def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatc
 def test_an_interrupted_comparison_continues_to_the_same_result(
     whole, copy, directory, monkeypatch
 ):
-    for path in (copy / "cells").glob("layer-norms-*"):
-        shutil.rmtree(path)
+    shutil.rmtree(copy / "cells" / "layer-norms-lr-0.002-seed-1")
     batch, seen = LabelledProblem.batch, []
 
     def interrupted(self, step):
@@ -247,7 +246,7 @@ def test_an_interrupted_comparison_continues_to_the_same_result(
     assert "SIGTERM" in last
     assert last.endswith(f"--out={copy}")
     page = (copy / "comparison.html").read_text()
-    assert "layer-norms (2)." in page
+    assert "layer-norms (1)." in page
     monkeypatch.setattr(LabelledProblem, "batch", batch)
     status, summary, _ = compare(directory, "copy")
     assert status == 0
@@ -299,20 +298,20 @@ def test_one_process_at_a_time(copy, directory):
 
 
 def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypatch):
-    recipes, only = (f"{NORMS} --learning-rates 1e30 2e-3",), {"seeds": (0,)}
+    recipes, only = ("head-only --learning-rates 3e38 1e-2",), {"seeds": (0,)}
     status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert status == 0, last
-    (norms,) = summary["recipes"]
-    assert (norms["learning_rate"], norms["seeds"], norms["missing"]) == (2e-3, [0], 0)
-    recipes = (f"{NORMS} --learning-rates 1e30", "houlsby --bottleneck-dim 2")
+    (head,) = summary["recipes"]
+    assert (head["learning_rate"], head["seeds"], head["missing"]) == (1e-2, [0], 0)
+    recipes = ("head-only --learning-rates 3e38", NORMS)
     status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert status == 0, last
-    norms, houlsby = summary["recipes"]
-    assert (norms["diverged"], norms["seeds"], norms["missing"]) == (1, [], 0)
-    assert "test" not in norms
-    assert houlsby["seeds"] == [0]
+    head, norms = summary["recipes"]
+    assert (head["diverged"], head["seeds"], head["missing"]) == (1, [], 0)
+    assert "test" not in head
+    assert norms["seeds"] == [0]
     rows = {row[0]: row for row in comparison_table(summary)[1]}
-    assert rows[NORMS][-2:] == ["0, 1 diverged", ""]
+    assert rows["head-only"][-2:] == ["0, 1 diverged", ""]
     assert "diverged" in (directory / "diverged" / "comparison.html").read_text()
     monkeypatch.setattr(job, "train", never)
     again = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)

@@ -1,4 +1,4 @@
-"""Everything the README shows runs as pasted."""
+"""The code blocks of the README run as they are."""
 
 import contextlib
 import io
@@ -28,8 +28,8 @@ def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(PYTHON[number], f"README block {number}", "exec"), {})
-    for line, wanted in re.findall(r"print\((.*?)\)  # (.*)", PYTHON[number]):
-        assert wanted in printed.getvalue(), line
+    for line, expected in re.findall(r"print\((.*?)\)  # (.*)", PYTHON[number]):
+        assert expected in printed.getvalue(), line
 
 
 @pytest.mark.slow
