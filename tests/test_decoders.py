@@ -291,7 +291,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ("finetune --model tiny --train rows.csv --text mr --no-chat", "texts alone, which have"),
         ("predict runs/full x", "a run of the task completion; use adapters-jax generate"),
         ("generate runs/none --prompt x", "no run at runs/none: it has no config.json; there are"),
-        ("generate runs/full", "expected --prompt TEXT..., or --prompt - for stdin, or --fi"),
+        ("generate runs/full", "generate wants --prompt TEXT..., or --prompt - for stdin, or --fi"),
         ("generate runs/full --prompt x --column mr", "--column names a column; it goes with --f"),
         ("generate runs/full --prompt x --top-p 0", "--top-p 0: expected a number above 0 and at"),
         ("generate runs/full --prompt x --seed -1", "--seed -1: expected a number from 0 to 2**32"),

@@ -80,8 +80,8 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     called = model or (config["model"] if config else form.base_name(run.adapter))
     if called is None:
         raise AdapterFileError(
-            f"{name!r} does not say what it was trained on; add --model with a pinned model, a "
-            "directory, or an id on the Hugging Face Hub"
+            f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
+            "or an id on the Hugging Face Hub"
         )
     classifier = find_family(called).classifier
     head = form.head(run.adapter, classifier.base) if classifier else None
@@ -153,7 +153,7 @@ def _notes(source: Source, to: AdapterFormat, head: bool) -> list[str]:
         notes.append("the head is left out")
     elif source.labels and not to.names_classes:
         notes.append(
-            f"{to.owner}'s files do not name classes: 0 to n are {', '.join(source.labels)}"
+            f"{to.owner}'s files do not name the classes: from 0 on, {', '.join(source.labels)}"
         )
     elif target and not source.labels:
         mean, std = target["mean"], target["std"]

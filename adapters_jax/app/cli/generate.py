@@ -80,7 +80,7 @@ class Generate:
                 raise DataError("--file: the run was trained without a prompt column; add --column")
             return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
         if self.column is not None:
-            raise DataError("--column names a column; it goes with --file")
+            raise DataError("--column names a column of a file; add --file")
         prompts = list(self.prompt)
         if prompts == ["-"]:
             prompts = sys.stdin.read().splitlines()

@@ -72,8 +72,8 @@ class Merge:
         quantized = Run(self.run).read_config("decoder").get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
-                f"{self.run} has its base in {quantized}, and a sum in so few bits would lose much "
-                "of the adapter; add --dequantize to fold it into floats"
+                f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
+                "adapter; add --dequantize to merge it into floats"
             )
         model = merge(dequantize(generator.model) if quantized else generator.model)
 

@@ -67,7 +67,9 @@ class Push:
         """
         user, _, name = self.repository.partition("/")
         if not user or not name or "@" in name or not hub.is_id(self.repository):
-            raise UserError(f"{self.repository!r} is no repository's id; expected user/name")
+            raise UserError(
+                f"{self.repository!r} is not the id of a repository; expected user/name"
+            )
         Run(self.run).read_config(None)
         if not self.dry_run:
             _check_token()
@@ -106,8 +108,8 @@ class Push:
             api.create_repo(repository, private=self.private or None, exist_ok=True)
             if self.private and not api.model_info(repository).private:
                 raise StoppedError(
-                    f"{repository} was not uploaded: it is there already and is public; make it "
-                    "private on the Hub, or leave --private out"
+                    f"{repository} was not uploaded: it exists and is public; make it private on "
+                    "the Hub, or leave --private out"
                 )
             if self.revision:
                 api.create_branch(repository, branch=self.revision, exist_ok=True)
@@ -135,7 +137,7 @@ def _check_token() -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
+        raise UserError("HF_HUB_OFFLINE forbids uploading; unset it, or add --dry-run")
     if not get_token():
         raise UserError(
             "there is no token of the Hugging Face Hub: log in with `hf auth login`, set HF_TOKEN, "

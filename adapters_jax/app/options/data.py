@@ -146,7 +146,7 @@ class DataOptions:
         if (self.glue is None) != (self.data is None):
             raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
         if self.train is None and "glue" not in task.flags:
-            raise UserError(f"a {task.kind} learns from a file: add {task.example}")
+            raise UserError(f"--task {task.name} needs a file of rows: add {task.example}")
         stray = [] if self.train is not None else [n for n in given(self) if n in _ONLY_WITH_FILES]
         if stray:
             raise UserError(f"{', '.join(map(flag, stray))}: allowed only with --train FILE")

@@ -23,7 +23,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     """Reads and checks everything; see `prepare.prepare_run`."""
     kind = "decoder" if is_decoder(options.model) else "encoder"
     if kind == "decoder" and options.method.method == HEAD_ONLY:
-        raise UserError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
+        raise UserError(f"--method {HEAD_ONLY} is for encoders; a decoder has no head for a task")
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
@@ -92,9 +92,9 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
     if stray:
         others = sorted({other for name in stray for other in readers[name]})
         raise UserError(
-            f"{', '.join(map(flag, stray))}: of --task {' and '.join(others)}, and "
-            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}; tasks of that "
-            f"kind are {', '.join(other.name for other in tasks_on(task.kind))}"
+            f"{', '.join(map(flag, stray))}: allowed only with --task {' or '.join(others)}; "
+            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}, and can learn "
+            f"{' or '.join(other.name for other in tasks_on(task.kind))}"
         )
 
 
