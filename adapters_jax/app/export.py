@@ -67,6 +67,7 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
             base model is not known.
         RunError: the run is not finished or damaged.
         OtherBaseError: the adapter was trained on another base model.
+        UserError: the base model cannot be used.
         AssetError: the pinned model could not be fetched.
     """
     every = {RUN_CONFIG, *formats.every_file()}

@@ -58,6 +58,7 @@ class Combine:
 
         Raises:
             RunError: a run cannot be used, runs have different base models, or --out exists.
+            UserError: the weights, --how or --rank are not valid.
             RecipeError: a run has a method other than LoRA.
             AssetError: the pinned model could not be fetched.
         """

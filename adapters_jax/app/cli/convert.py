@@ -53,7 +53,8 @@ class Convert:
 
         Raises:
             AdapterFileError: the source cannot be used.
-            UserError: the format does not support the source, or the destination is not empty.
+            UserError: the base model cannot be used, the format does not support the source, or the
+                destination is not empty.
             AssetError: the pinned model could not be fetched.
         """
         source = open_source(self.source, self.model, self.pooling)
