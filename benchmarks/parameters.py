@@ -13,7 +13,7 @@ import numpy as np
 
 import adapters_jax as aj
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape, count_parameters
+from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.models.gpt2 import NAMES
 from adapters_jax.trees import flatten, unflatten
 from benchmarks.report import Report
@@ -93,7 +93,7 @@ def stored(directory: Path, recipe: aj.Recipe, factors: dict[str, np.ndarray]) -
     again = flatten(aj.read_adapter(saved)[1])
     same = (np.asarray(again[path]).tobytes() == x.tobytes() for path, x in factors.items())
     if again.keys() != factors.keys() or not all(same):
-        raise ValueError("the adapter read back is not the one that was written")
+        raise ValueError(f"the adapter in {directory} is not the one that was written")
     return sum(path.stat().st_size for path in saved.iterdir())
 
 
@@ -135,7 +135,8 @@ def _files(report: Report, model: int) -> None:
 
 def _houlsby(report: Report) -> None:
     """Counts BERT-large with adapters of width 64 and trained layer norms, without a head."""
-    found = count_parameters("bert-large", MethodOptions("houlsby", bottleneck_dim=64))
+    houlsby = MethodOptions("houlsby", bottleneck_dim=64)
+    found = aj.audit(*adapted_shape("bert-large", houlsby, scan=True))
     _count(report, "BERT-large, Houlsby m=64", found)
     base = found.trainable_parameters + found.frozen_parameters - found.adapter_parameters
     share = found.trainable_parameters / base

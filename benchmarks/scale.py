@@ -29,17 +29,17 @@ SLACK = 1.3
 class Deep:
     """A model with a given number of layers, as shapes without arrays."""
 
-    door: str
+    api: str
     layers: int
     scan: bool
 
     def __str__(self) -> str:
-        return f"{self.door}, {self.layers} {'scanned' if self.scan else 'unrolled'} layers"
+        return f"{self.api}, {self.layers} {'scanned' if self.scan else 'unrolled'} layers"
 
     @property
     def base(self) -> Any:
         """The model without adapters."""
-        if self.door == "linen":
+        if self.api == "linen":
             config = GPT2Config(VOCAB, LENGTH, WIDTH, self.layers, HEADS)
             return GPT2(config, scan=self.scan)
         size = LlamaConfig(VOCAB, WIDTH, 3 * WIDTH, self.layers, HEADS)
@@ -47,7 +47,7 @@ class Deep:
 
     def state(self) -> aj.TrainState:
         """The training state of the adapted model."""
-        if self.door == "linen":
+        if self.api == "linen":
             model = aj.adapt(self.base, RECIPE)
             params = jax.eval_shape(self.base.init, jax.random.key(0), IDS)["params"]
             params = aj.init_adapters(model, params, jax.random.key(1), IDS)
@@ -57,7 +57,7 @@ class Deep:
 
     def lower(self, state: aj.TrainState) -> Any:
         """Traces and lowers a new step."""
-        model = aj.adapt(self.base, RECIPE) if self.door == "linen" else None
+        model = aj.adapt(self.base, RECIPE) if self.api == "linen" else None
 
         def loss(subject: Any, ids: jax.Array, key: Any) -> jax.Array:
             logits = model.apply({"params": subject}, ids) if model else subject(ids)
@@ -81,19 +81,19 @@ def _timed(deep: Deep, state: aj.TrainState, parts: dict[Deep, list[tuple[float,
 
 def run_compile(report: Report, depths: tuple[int, ...], shallow: tuple[int, ...], rounds: int):
     """Times the compilation of a training step against the number of layers."""
-    for door in ("linen", "NNX"):
-        models = [Deep(door, layers, True) for layers in depths]
-        models += [Deep(door, layers, False) for layers in shallow]
+    for api in ("linen", "NNX"):
+        models = [Deep(api, layers, True) for layers in depths]
+        models += [Deep(api, layers, False) for layers in shallow]
         parts: dict[Deep, list[tuple[float, float]]] = {}
         contenders = {deep: partial(_timed, deep, deep.state(), parts) for deep in models}
         seconds = interleave(contenders, rounds)
-        report.samples(f"compile {door}", {str(deep): taken for deep, taken in seconds.items()})
+        report.samples(f"compile {api}", {str(deep): taken for deep, taken in seconds.items()})
         first = models[0]
         for deep in models:
             lower, compiled = zip(*parts[deep][-rounds:], strict=True)
             report.add(
                 "Compiling a training step",
-                door=door,
+                api=api,
                 layers=deep.layers,
                 form="scanned" if deep.scan else "unrolled",
                 **{
@@ -104,7 +104,7 @@ def run_compile(report: Report, depths: tuple[int, ...], shallow: tuple[int, ...
                 },
             )
         last = models[len(depths) - 1]
-        what = f"time to compile, {door}, {last.layers} / {first.layers} scanned layers"
+        what = f"time to compile, {api}, {last.layers} / {first.layers} scanned layers"
         report.claim(what, ratio(seconds, last, first), SLACK)
 
 

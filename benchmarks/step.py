@@ -213,13 +213,13 @@ def run_steps(report: Report, sizes: Sizes, rounds: int, matmul: int) -> None:
         seconds = interleave(contenders, rounds)
         report.samples(case.name, {str(k): v for k, v in seconds.items()})
         rate = 2 * matmul**3 / 1e9 / Spread.of(seconds["matmul"]).median
-        for (door, who), side in found.items():
-            took = Spread.of(seconds[door, who])
+        for (api, who), side in found.items():
+            took = Spread.of(seconds[api, who])
             achieved = side.flops / 1e9 / took.median
             report.add(
                 "Step",
                 case=case.name,
-                door=door,
+                api=api,
                 step=who,
                 trainable=side.trainable,
                 **{
@@ -231,11 +231,11 @@ def run_steps(report: Report, sizes: Sizes, rounds: int, matmul: int) -> None:
                     "temporary MiB": side.temporary_bytes / 2**20,
                 },
             )
-        for door in ("linen", "NNX"):
-            what = f"{case.name}, {door}, ours / by hand"
-            took = ratio(seconds, (door, "ours"), (door, "by hand"))
+        for api in ("linen", "NNX"):
+            what = f"{case.name}, {api}, ours / by hand"
+            took = ratio(seconds, (api, "ours"), (api, "by hand"))
             report.claim(f"time of a step, {what}", took, SLACK)
-            flops = found[door, "ours"].flops / found[door, "by hand"].flops
+            flops = found[api, "ours"].flops / found[api, "by hand"].flops
             report.claim(f"FLOPs of a step, {what}", flops, 1.001)
 
 

@@ -1,4 +1,4 @@
-"""Quick compilation: most of the suite's time is XLA's, on programs that are tiny."""
+"""Settings for quick compilation, since most of the suite's time is XLA's."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
 
 
 def pytest_addoption(parser):
-    help = "also the tests marked slow, and more rounds of those that draw lots: some ten minutes"
+    help = "also run the tests marked slow, and more rounds of random tests: some ten minutes"
     parser.addoption("--slow", action="store_true", help=help)
 
 
@@ -31,14 +31,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def slow(request):
-    """Whether there is time."""
+    """Whether --slow is given."""
     return request.config.getoption("--slow")
 
 
 def pytest_configure(config):
-    """Workers, and the commands that tests run, share what is compiled; a next run starts anew.
+    """Workers, and the commands that tests run, share a compilation cache of this run.
 
-    One may meet an entry that another is still writing: then it compiles that program itself.
+    A process that meets an entry which another one is still writing compiles the program itself.
     """
     config.addinivalue_line("markers", "slow: only with --slow")
     config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
@@ -56,7 +56,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """For tests of what XLA makes of a program, and for tests that compute much."""
+    """XLA's optimisations, for tests of compiled programs and tests that compute much."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

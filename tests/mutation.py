@@ -1,11 +1,12 @@
 """Mutation tests: break one line of the package at a time, and see whether a test fails.
 
-    python -m tests.mutation record                 # once: which test runs which line
+    python -m tests.mutation record                 # once: records which test runs which line
     python -m tests.mutation run methods transforms training io interop --sample 40
 
-cosmic-ray makes the mutants. Each runs in a child of a process that has imported jax already, which
-loads the mutated module from memory: no file changes. Only the tests that run the mutated line are
-run, the quickest first, up to the first that fails. What survives is printed with its diff.
+cosmic-ray makes the mutants. Each mutant is tested in a child of a process that has imported jax.
+The child loads the mutated module from memory, so no file changes. It runs only the tests that run
+the mutated line, the quickest first, up to the first that fails. A surviving mutant is printed with
+its diff.
 """
 
 import argparse
@@ -30,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "adapters_jax"
 RECORD = ROOT / ".mutation"  # ignored by git
 OUTCOMES = ("killed", "timeout", "survived", "not loaded", "no test")
-MOST_TESTS = 40  # of a line that many tests run
-LEFT_ALONE = 99  # the exit status of a child whose tests did not import the module
-SECONDS = 120.0  # after which a mutant counts as killed: it does not end
-# The mutants that a person might write by mistake; others, such as `+` for `<<`, hardly survive.
+MOST_TESTS = 40  # the most tests to run for a mutant
+NOT_LOADED = 99  # the exit status of a child whose tests did not import the module
+SECONDS = 120.0  # the time limit of a mutant, which counts as killed after it
+# Mutants that resemble human mistakes; others, such as `+` for `<<`, hardly survive.
 OPERATORS = (
     r"ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mod|Mod_FloorDiv|Pow_Mul)",
     r"ReplaceBinaryOperator_(BitOr_BitAnd|BitAnd_BitOr)",
@@ -46,7 +47,7 @@ OPERATORS = (
 
 
 def record(tests):
-    """Runs the suite once, noting which test runs which line of the package, and how long."""
+    """Runs the suite once, and records which test runs which line and how long it takes."""
     import pytest
 
     RECORD.mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ def record(tests):
 
 
 class Record:
-    """What `record` noted."""
+    """The files that `record` wrote."""
 
     def __init__(self):
         import coverage
@@ -69,7 +70,7 @@ class Record:
             self.seconds[case.get("classname"), case.get("name")] = float(case.get("time"))
 
     def tests_of(self, path, lines):
-        """The tests that run one of the lines; of a line that runs at import, of the module."""
+        """The tests that run one of the lines; all of the module for a line that runs at import."""
         by_line = self.data.contexts_by_lineno(str(path))
         found = {t for n in lines for t in by_line.get(n, ())} - {""}
         found = found or {t for tests in by_line.values() for t in tests} - {""}
@@ -83,10 +84,10 @@ class Record:
 
 
 def mutants(path):
-    """Every mutation of a file: operator, occurrence and place; none of annotations and texts."""
+    """Yields every plausible mutation of a file, except those of annotations."""
     from cosmic_ray.commands.init import _all_work_items
 
-    skipped = set(_quiet_lines(ast.parse(path.read_text())))
+    skipped = set(_annotations(ast.parse(path.read_text())))
     for item in _all_work_items([path], {}):
         (spec,) = item.mutations
         operator = spec.operator_name.rpartition("/")[2]
@@ -95,8 +96,8 @@ def mutants(path):
             yield spec
 
 
-def _quiet_lines(tree):
-    """Places whose mutants say nothing: annotations, decorators' arguments, docstrings."""
+def _annotations(tree):
+    """Yields the lines and columns of annotations, whose mutants change nothing."""
     for node in ast.walk(tree):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         for part in filter(None, parts):
@@ -107,24 +108,24 @@ def _quiet_lines(tree):
 
 
 class _Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Loads one module from a text, instead of its file."""
+    """Loads one module from a mutated text instead of its file."""
 
     def __init__(self, name, path, text):
         super().__init__(name, str(path))
         self._text, self.loaded = text.encode(), False
 
     def pytest_sessionstart(self):
-        """Comes before pytest's own loader, which takes modules whose doctests are run."""
+        """Puts this loader before pytest's, which loads modules whose doctests are run."""
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name, path=None, target=None):
-        """Of the one module."""
+        """Returns a spec only for the mutated module."""
         if name != self.name:
             return None
         return importlib.util.spec_from_file_location(name, self.path, loader=self)
 
     def get_data(self, path):
-        """The text; there is no cached form of it."""
+        """Returns the mutated text; there is no cached bytecode."""
         if not path.endswith(".py"):
             raise OSError(path)
         self.loaded = True
@@ -137,22 +138,22 @@ def _module_name(path):
 
 
 def _run_child(path, text, tests, log):
-    """In a child: the tests against a mutated module; exits as pytest does."""
+    """Runs the tests of a mutated module in a child; exits with the status of pytest."""
     import pytest
 
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setpgid(0, 0)
-    sys.dont_write_bytecode = True  # a cached form would be taken for that of the file
+    sys.dont_write_bytecode = True  # cached bytecode would be used for the file
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
     mutated = _Mutated(_module_name(path), path, text)
     status = int(pytest.main([*options, *tests], plugins=[mutated]))
-    os._exit(status if mutated.loaded else LEFT_ALONE)
+    os._exit(status if mutated.loaded else NOT_LOADED)
 
 
 class _Child:
-    """A mutant whose tests are running."""
+    """A child process that runs the tests of a mutant."""
 
     def __init__(self, path, text, tests, log):
         self.end = time.monotonic() + SECONDS
@@ -161,11 +162,11 @@ class _Child:
             _run_child(path, text, tests, log)
 
     def outcome(self):
-        """Whether it was "killed", "survived" or met its "timeout"; None while it runs."""
+        """The outcome, "killed", "survived", "not loaded" or "timeout"; None while it runs."""
         done, status = os.waitpid(self.pid, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            return {0: "survived", LEFT_ALONE: "not loaded"}.get(code, "killed")
+            return {0: "survived", NOT_LOADED: "not loaded"}.get(code, "killed")
         if time.monotonic() < self.end:
             return None
         with contextlib.suppress(ProcessLookupError):
@@ -175,7 +176,7 @@ class _Child:
 
 
 def run(rooms, sample, seed, jobs):
-    """Runs a sample of each room's mutants, and prints what survives."""
+    """Runs a sample of each room's mutants, and prints the survivors."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -185,8 +186,8 @@ def run(rooms, sample, seed, jobs):
         importlib.import_module(name)
     known, chosen = Record(), []
     for room in rooms:
-        place = PACKAGE / room
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        path = PACKAGE / room
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
         every = [(file, spec) for file in files for spec in mutants(file)]
         some = random.Random(seed).sample(every, min(sample, len(every)))
         chosen += [(room, *each) for each in some]
@@ -215,7 +216,7 @@ def run(rooms, sample, seed, jobs):
 
 
 def _check_unbroken(file, known):
-    """Exits unless the tests of a file pass while it is not broken."""
+    """Exits with an error unless the tests of a file pass without a mutation."""
     every = range(1, 1 + len(file.read_text().splitlines()))
     tests, log = known.tests_of(file, every)[:5], tempfile.mktemp(prefix="mutant-")
     if not tests:
@@ -224,11 +225,11 @@ def _check_unbroken(file, known):
     while (what := child.outcome()) is None:
         time.sleep(0.05)
     if what != "survived":
-        raise SystemExit(f"{file}: {what} without a mutation; see {log}, or record anew")
+        raise SystemExit(f"{file}: {what} without a mutation; see {log}, or run record again")
 
 
 def _report(what, file, spec, text, mutated):
-    """A line for a mutant; its diff where no test failed."""
+    """Prints a line for a mutant, with its diff if no test failed."""
     lines = difflib.unified_diff(text.splitlines(), mutated.splitlines(), lineterm="", n=1)
     shown = "" if what in ("killed", "timeout") else "\n" + "\n".join(list(lines)[2:])
     operator = spec.operator_name.rpartition("/")[2]
@@ -238,8 +239,8 @@ def _report(what, file, spec, text, mutated):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("record", help="run the suite, noting which test runs which line")
-    options.add_argument("tests", nargs="*", help="of which files; by default all")
+    options = commands.add_parser("record", help="record which test runs which line")
+    options.add_argument("tests", nargs="*", help="files of tests; by default all")
     options = commands.add_parser("run", help="run mutants")
     options.add_argument("rooms", nargs="+", help="folders or files of adapters_jax, without .py")
     options.add_argument("--sample", type=int, default=40, help="mutants of each room")

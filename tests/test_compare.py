@@ -1,4 +1,4 @@
-"""`adapters-jax compare`: its order and choices, what it leaves, and that nothing trains twice."""
+"""`adapters-jax compare`: the order of cells, the choice of rates, and the files that it writes."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from helpers.commands import command_raises
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,11 +31,12 @@ from adapters_jax.app.compare.summary import comparison_table
 from adapters_jax.app.compare.tradeoff import draw_tradeoff
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import words
-from adapters_jax.app.options.parsing import parse
+from adapters_jax.app.options.parsing import UsageError, parse
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.runs import job
-from adapters_jax.io.run_directory import Run
+from adapters_jax.errors import UserError
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 NORMS = "layer-norms"
@@ -42,43 +44,52 @@ RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     """A directory with a model and a file of reviews."""
-    place = tmp_path_factory.mktemp("compare")
-    write_model(place / "tiny")
-    write_reviews(place / "reviews.jsonl", rows=100)
-    return place
+    directory = tmp_path_factory.mktemp("compare")
+    write_model(directory / "tiny")
+    write_reviews(directory / "reviews.jsonl", rows=100)
+    return directory
 
 
-def compare(place, out, *flags, recipes=RECIPES, seeds=(0, 1)):
+def compare(directory, out, *flags, recipes=RECIPES, seeds=(0, 1)):
     """A comparison's status, its summary on stdout, and its last line on stderr."""
-    files = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
+    files = [
+        "--model",
+        directory / "tiny",
+        "--train",
+        directory / "reviews.jsonl",
+        "--text",
+        "review",
+    ]
     rows = ["--max-length", 8, "--batch-size", 16, "--epochs", 1, "--limit", 32]
-    words = [*files, *rows, "--recipes", *recipes, "--out", place / out]
+    words = [*files, *rows, "--recipes", *recipes, "--out", directory / out]
     words += [] if "--seeds" in flags else ["--seeds", *seeds]
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         status = main(["compare", *map(str, words), "--json", *map(str, flags)])
-    said = stdout.getvalue()
-    assert said.count("\n") == (status == 0), said
+    printed = stdout.getvalue()
+    assert printed.count("\n") == (status == 0), printed
     last = (stderr.getvalue().splitlines() or [""])[-1]
-    return status, json.loads(said) if said else None, last
+    return status, json.loads(printed) if printed else None, last
 
 
-def mistake(place, *flags, **kinds):
-    """What a comparison says that refuses: a line, and nothing is there afterwards."""
-    status, _, last = compare(place, "refused", *flags, **kinds)
+def fails(directory, kind, *data, out="refused", flags=(), **options):
+    """Runs a comparison that ends with a user error; returns its line on stderr."""
+    with command_raises(kind, *data):
+        status, _, last = compare(directory, out, *flags, **options)
     assert status == 2
-    assert not (place / "refused").exists()
-    return last.removeprefix("adapters-jax compare: ")
+    assert last.startswith("adapters-jax compare: ")
+    assert not (directory / "refused").exists()
+    return last
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(directory):
     """A finished comparison: its summary and its directory."""
-    status, summary, last = compare(place, "whole")
+    status, summary, last = compare(directory, "whole")
     assert status == 0, last
-    return summary, place / "whole"
+    return summary, directory / "whole"
 
 
 def test_every_cell_is_a_finished_run_of_finetune(whole):
@@ -101,7 +112,7 @@ def test_every_cell_is_a_finished_run_of_finetune(whole):
     assert len(config["summary"]["results"]) == 1
 
 
-def test_the_rate_is_chosen_on_dev_and_test_is_what_is_told(whole):
+def test_the_rate_is_chosen_on_dev_and_test_is_reported(whole):
     summary, out = whole
     lines = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
     dev = {
@@ -126,17 +137,17 @@ def _key(row):
     return row["recipe"], row["learning_rate"]
 
 
-def test_trainable_parameters_have_the_head_and_are_told_of_the_base(whole, place):
+def test_trainable_parameters_have_the_head_and_a_percentage_of_the_base(whole, directory):
     summary, _ = whole
     houlsby, norms = summary["recipes"]
     head, layer_norms = 32 * 2 + 2, 3 * 2 * 32
     assert norms["trainable_parameters"] == layer_norms + head
     assert houlsby["trainable_parameters"] == 2 * aj.bottleneck_parameters(32, 2) + 192 + head
-    base = sum(x.size for x in load_file(place / "tiny" / "model.safetensors").values()) + head
+    base = sum(x.size for x in load_file(directory / "tiny" / "model.safetensors").values()) + head
     assert norms["percent"] == pytest.approx(100 * (layer_norms + head) / base)
 
 
-def test_the_page_needs_nothing_else_and_says_how_to_go_on(whole):
+def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     summary, out = whole
     page = (out / "comparison.html").read_text()
     found = Page(page)
@@ -185,40 +196,41 @@ def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     assert best["dev"]["accuracy"]["mean"] == max(means)
 
 
-def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, place):
+def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, directory):
     _, out = whole
     cell = out / "cells" / f"{NORMS}-lr-0.002-seed-1"
     sections = Page((cell / "report.html").read_text()).sections
     rows = dict(sections["Configuration"])
     assert (rows["model"], rows["text"], rows["seed"]) == ("tiny", "review", "1")
     assert not [name for name in rows if name.rpartition(".")[2] in ("prompt", "completion")]
-    assert not [value for value in rows.values() if place.as_posix() in value]
+    assert not [value for value in rows.values() if directory.as_posix() in value]
     (again,) = sections["The same again"]
     options = parse(Finetune, shlex.split(again)[2:])
     assert (options.seed, options.method.method, options.data.limit) == (1, NORMS, 32)
 
 
 @pytest.fixture
-def copy(whole, place):
+def copy(whole, directory):
     """A copy of the finished comparison."""
-    shutil.copytree(whole[1], place / "copy")
-    yield place / "copy"
-    shutil.rmtree(place / "copy")
+    shutil.copytree(whole[1], directory / "copy")
+    yield directory / "copy"
+    shutil.rmtree(directory / "copy")
 
 
 def never(*_, **__):
     raise AssertionError("something trains")
 
 
-def test_a_finished_comparison_trains_nothing_again(whole, place, monkeypatch):
+def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatch):
     monkeypatch.setattr(job, "train", never)
-    status, summary, last = compare(place, "whole")
+    status, summary, last = compare(directory, "whole")
     assert (status, summary) == (0, whole[0]), last
 
 
-def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkeypatch):
-    for path in (copy / "cells").glob("layer-norms-*"):
-        shutil.rmtree(path)
+def test_an_interrupted_comparison_continues_to_the_same_result(
+    whole, copy, directory, monkeypatch
+):
+    shutil.rmtree(copy / "cells" / "layer-norms-lr-0.002-seed-1")
     batch, seen = LabelledProblem.batch, []
 
     def interrupted(self, step):
@@ -228,14 +240,15 @@ def test_cut_off_within_a_cell_it_goes_on_to_the_same(whole, copy, place, monkey
         return batch(self, step)
 
     monkeypatch.setattr(LabelledProblem, "batch", interrupted)
-    status, _, last = compare(place, "copy")
+    status, _, last = compare(directory, "copy")
     assert (status, seen) == (143, [0, 1])
-    assert last.startswith("adapters-jax compare: interrupted by SIGTERM; go on with: adapters-jax")
+    assert last.startswith("adapters-jax compare: ")
+    assert "SIGTERM" in last
     assert last.endswith(f"--out={copy}")
     page = (copy / "comparison.html").read_text()
-    assert "2 runs are missing: layer-norms (2)." in page
+    assert "layer-norms (1)." in page
     monkeypatch.setattr(LabelledProblem, "batch", batch)
-    status, summary, _ = compare(place, "copy")
+    status, summary, _ = compare(directory, "copy")
     assert status == 0
     assert without_times(summary) == without_times(whole[0])
 
@@ -246,70 +259,62 @@ def without_times(summary):
 
 
 @pytest.mark.parametrize(
-    ("flags", "what"),
+    ("flags", "data"),
     [
-        (("--epochs", 2), "made with --epochs=1.0, and now it is --epochs=2.0"),
-        (("--clip", 2), "made with less, and now it is --clip=2.0"),
+        (("--epochs", 2), ["--epochs=1.0", "--epochs=2.0"]),
+        (("--clip", 2), ["--clip=2.0"]),
     ],
 )
-def test_cells_of_other_flags_are_refused_by_name(copy, place, monkeypatch, flags, what):
+def test_cells_of_other_flags_are_an_error(copy, directory, monkeypatch, flags, data):
     monkeypatch.setattr(job, "train", never)
-    status, _, last = compare(place, "copy", *flags)
-    assert status == 2
     cell = copy / "cells" / "houlsby-bottleneck-dim-2-lr-0.01-seed-0"
-    assert last == (
-        f"adapters-jax compare: {cell} was {what}; put that back, or compare in another --out"
-    )
+    fails(directory, RunError, cell, *data, "--out", out="copy", flags=flags)
 
 
-def test_cells_of_other_rows_are_refused(copy, place):
+def test_cells_of_other_rows_are_an_error(copy, directory):
     path = copy / "cells" / "layer-norms-lr-0.002-seed-1" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_sha256": "0"}))
-    status, _, last = compare(place, "copy")
-    assert status == 2
-    assert "layer-norms-lr-0.002-seed-1 was made with another data_sha256 than there is now" in last
+    fails(directory, RunError, path.parent, "data_sha256", "--out", out="copy")
 
 
-def test_cells_whose_options_are_words_as_they_once_were_are_the_same(copy, place, monkeypatch):
+def test_cells_of_older_versions_with_their_command_line_are_the_same(copy, directory, monkeypatch):
     for path in (copy / "cells").glob("*/config.json"):
         config = json.loads(path.read_text())
         command = words(from_plain(RunOptions, config.pop("options")))
         path.write_text(json.dumps({**config, "command": ["--runs=/else", *command[::-1]]}))
     monkeypatch.setattr(job, "train", never)
-    assert compare(place, "copy", "--checkpoint-every", 7)[0] == 0
+    assert compare(directory, "copy", "--checkpoint-every", 7)[0] == 0
 
 
-def test_one_process_at_a_time(copy, place):
+def test_one_process_at_a_time(copy, directory):
     cell = Run(copy / "cells" / "layer-norms-lr-0.002-seed-1")
     config = cell.read_config()
     del config["summary"]
     cell.write_config(config)
     for run in (cell, Run(copy)):
         handle = run.lock()
-        status, _, last = compare(place, "copy")
+        fails(directory, RunError, run.path, os.getpid(), out="copy")
         run.unlock(handle)
-        assert status == 2
-        assert f"{run.path} is being worked on by process {os.getpid()}" in last
 
 
-def test_a_cell_that_diverges_is_a_result_and_not_run_again(place, monkeypatch):
-    recipes, only = (f"{NORMS} --learning-rates 1e30 2e-3",), {"seeds": (0,)}
-    status, summary, last = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypatch):
+    recipes, only = ("head-only --learning-rates 3e38 1e-2",), {"seeds": (0,)}
+    status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert status == 0, last
-    (norms,) = summary["recipes"]
-    assert (norms["learning_rate"], norms["seeds"], norms["missing"]) == (2e-3, [0], 0)
-    recipes = (f"{NORMS} --learning-rates 1e30", "houlsby --bottleneck-dim 2")
-    status, summary, last = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+    (head,) = summary["recipes"]
+    assert (head["learning_rate"], head["seeds"], head["missing"]) == (1e-2, [0], 0)
+    recipes = ("head-only --learning-rates 3e38", NORMS)
+    status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert status == 0, last
-    norms, houlsby = summary["recipes"]
-    assert (norms["diverged"], norms["seeds"], norms["missing"]) == (1, [], 0)
-    assert "test" not in norms
-    assert houlsby["seeds"] == [0]
+    head, norms = summary["recipes"]
+    assert (head["diverged"], head["seeds"], head["missing"]) == (1, [], 0)
+    assert "test" not in head
+    assert norms["seeds"] == [0]
     rows = {row[0]: row for row in comparison_table(summary)[1]}
-    assert rows[NORMS][-2:] == ["0, 1 diverged", ""]
-    assert "diverged" in (place / "diverged" / "comparison.html").read_text()
+    assert rows["head-only"][-2:] == ["0, 1 diverged", ""]
+    assert "diverged" in (directory / "diverged" / "comparison.html").read_text()
     monkeypatch.setattr(job, "train", never)
-    again = compare(place, "diverged", "--clip", 0, recipes=recipes, **only)
+    again = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert again[:2] == (0, summary)
 
 
@@ -329,42 +334,40 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipes", "flags", "said"),
+    ("recipes", "flags", "kind", "data"),
     [
-        (("lora --rnk 4",), (), "--recipes 'lora --rnk 4': Unknown option: --rnk"),
-        (("loraa",), (), "--recipes 'loraa': Invalid value \"loraa\" for --method"),
-        (("lora --help",), (), "--recipes 'lora --help': expected a method and its flags"),
-        (("full --learning-rates",), (), "--learning-rates has no rates"),
-        (
-            ("full --learning-rates -1",),
-            (),
-            "'full': --learning-rates=-1.0, expected a finite",
-        ),
-        (("nix.json",), (), "nix.json"),
-        (("full", "full"), (), "would share the directory full-lr-5e-05-seed-0; leave one of them"),
-        (("full",), ("--learning-rates", 1e-3, 1e-3), "would share the directory full-lr-0.001"),
-        (("lora", "lora --rank 8"), (), "'lora' and 'lora --rank 8' are one recipe; leave one out"),
-        (("full",), ("--learning-rate", 1), "--learning-rate 1: write --learning-rates"),
-        (("full",), ("--seeds", 1, 1), "--seeds 1: given twice; once is enough"),
-        (("full",), ("--seeds", -1), "--seeds -1: expected numbers from 0 to 2**32 - 1"),
-        (("full",), ("--tuning-seeds", 3), "--tuning-seeds 3: more than the 2 --seeds"),
-        (("full",), ("--tuning-seeds", 0), "--tuning-seeds=0, expected a whole number >= 1"),
-        (("full",), ("--mesh", "data=3"), "data=3"),
+        (["lora --rnk 4"], [], UsageError, ["--recipes 'lora --rnk 4'", "--rnk"]),
+        (["loraa"], [], UsageError, ["--recipes 'loraa'", "--method"]),
+        (["lora --help"], [], UsageError, ["--recipes 'lora --help'"]),
+        (["full --learning-rates"], [], UsageError, ["--learning-rates"]),
+        (["full --learning-rates -1"], [], UserError, ["'full'", "--learning-rates=-1.0"]),
+        (["nix.json"], [], UserError, ["nix.json"]),
+        (["full", "full"], [], UserError, ["full-lr-5e-05-seed-0"]),
+        (["full"], ["--learning-rates", 1e-3, 1e-3], UserError, ["full-lr-0.001"]),
+        (["lora", "lora --rank 8"], [], UserError, ["'lora'", "'lora --rank 8'"]),
+        (["full"], ["--learning-rate", 1], UserError, ["--learning-rate 1", "--learning-rates"]),
+        (["full"], ["--seeds", 1, 1], UserError, ["--seeds 1:"]),
+        (["full"], ["--seeds", -1], UserError, ["--seeds -1", "2**32 - 1"]),
+        (["full"], ["--tuning-seeds", 3], UserError, ["--tuning-seeds 3", "2 --seeds"]),
+        (["full"], ["--tuning-seeds", 0], UserError, ["--tuning-seeds=0", ">= 1"]),
+        (["full"], ["--mesh", "data=3"], UserError, ["data=3"]),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_there(place, monkeypatch, recipes, flags, said):
+def test_errors_are_found_before_anything_is_written(
+    directory, monkeypatch, recipes, flags, kind, data
+):
     monkeypatch.setattr(job, "train", never)
-    assert said in mistake(place, *flags, recipes=recipes)
+    fails(directory, kind, *data, flags=flags, recipes=recipes)
 
 
-def test_mistakes_in_several_recipes_are_told_together_and_in_the_rows_once(place):
-    said = mistake(place, recipes=("lora --targets x", "bitfit", "houlsby --rank 3"))
-    assert said.count("--recipes ") == 2
-    assert "--recipes 'lora --targets x': LoRA: target 'x' matches nothing" in said
-    assert "--recipes 'houlsby --rank 3': --rank: no field of --method houlsby" in said
-    said = mistake(place, "--label", "nix", recipes=("bitfit", NORMS))
-    assert "--recipes" not in said
-    assert said.count("'nix'") == 1
+def test_errors_of_several_recipes_are_listed_and_one_of_the_rows_is_named_once(directory):
+    recipes = ("lora --targets x", "bitfit", "houlsby --rank 3")
+    data = ("--recipes 'lora --targets x'", "--recipes 'houlsby --rank 3'", "--method houlsby")
+    line = fails(directory, UserError, *data, recipes=recipes)
+    assert line.count("--recipes ") == 2
+    line = fails(directory, UserError, "'nix'", flags=("--label", "nix"), recipes=("bitfit", NORMS))
+    assert "--recipes" not in line
+    assert line.count("'nix'") == 1
 
 
 def grid(*texts, seeds=(0, 1, 2), tuning=1, metric="accuracy"):
@@ -473,20 +476,20 @@ def test_the_time_left_is_that_of_finished_cells():
     assert pace.left() == 2.0  # it takes longer than the one before
 
 
-def test_a_cell_among_many_says_a_line_once_and_shows_no_table(capsys):
-    told = []
-    output = CellConsole(Console(json=False), lambda part, note: told.append((part, note)))
+def test_cells_print_a_line_once_and_no_table(capsys):
+    reported = []
+    console = CellConsole(Console(json=False), lambda part, note: reported.append((part, note)))
     for _ in range(2):
-        output.say("3 texts are cut")
-        output.show("an audit")
-        output.finish(["a"], [["b"]], "finished", {})
-        with output.progress("lora", 8) as meter:
-            meter.update(2, "loss 0.5")
+        console.say("3 texts are cut")
+        console.show("an audit")
+        console.finish(["a"], [["b"]], "finished", {})
+        with console.progress("lora", 8) as progress:
+            progress.update(2, "loss 0.5")
     assert capsys.readouterr().out == "3 texts are cut\n"
-    assert told == [(0.25, "step 2 of 8  loss 0.5")] * 2
+    assert reported == [(0.25, "step 2 of 8  loss 0.5")] * 2
 
 
-def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where(tmp_path):
+def test_compiled_programs_are_cached_unless_jax_has_a_cache(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         work._configure({"jax_compilation_cache_dir": str(tmp_path / "theirs")})
@@ -501,7 +504,7 @@ def test_compiled_programs_are_kept_for_the_next_seed_unless_the_user_says_where
         work._configure({"jax_compilation_cache_dir": before})
 
 
-def test_labels_of_one_place_do_not_cover_each_other_nor_the_line():
+def test_labels_of_one_point_do_not_cover_each_other_or_the_line():
     figure = Figure(layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()

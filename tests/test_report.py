@@ -1,4 +1,4 @@
-"""The page and the picture of a run: valid, whole without anything else, and escaped."""
+"""The page and the picture of a run: valid HTML in one file, with every value escaped."""
 
 import ast
 import base64
@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.errors import raises
 from jinja2 import UndefinedError
 
 import adapters_jax as aj
@@ -55,7 +56,7 @@ RECORDS = [
 
 
 class Page(HTMLParser):
-    """Takes a page apart, and checks that its tags nest.
+    """Parses a page, and checks that its tags nest.
 
     Attributes:
         tags: in order.
@@ -114,7 +115,7 @@ def page(tmp_path):
     return write_page(tmp_path, CONFIG)
 
 
-def test_the_page_is_valid_and_needs_nothing_else(page):
+def test_the_page_is_valid_html_in_one_file(page):
     assert page.startswith("<!DOCTYPE html>")
     found = Page(page)
     assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
@@ -149,7 +150,7 @@ def test_the_page_shows_the_results_and_what_was_trained(page):
     assert any(word.startswith("trainable 6 ") for word in found.words)
 
 
-def test_the_configuration_is_of_this_task_and_of_no_machine(page):
+def test_the_configuration_has_only_this_task_and_no_paths(page):
     _, *rows = Page(page).sections["Configuration"]
     assert dict(rows) == {
         "model": "some/<b>base",
@@ -165,7 +166,7 @@ def test_the_configuration_is_of_this_task_and_of_no_machine(page):
     }
 
 
-def test_its_lines_paste_as_they_are(page, tmp_path):
+def test_its_commands_run_as_they_are(page, tmp_path):
     name = (tmp_path / "a run").as_posix()
     shell, program = Page(page).sections["How to use it"]
     command, path, *texts = shlex.split(shell)[1:]
@@ -204,7 +205,7 @@ def test_its_lines_paste_as_they_are(page, tmp_path):
         ),
     ],
 )
-def test_a_run_is_used_as_its_kind_is(config, command, loader, call):
+def test_usage_depends_on_the_kind_of_a_run(config, command, loader, call):
     usage = task_of(config).usage("a 'run'", config, model="base")
     assert shlex.split(usage.shell)[1:3] == [command, "a 'run'"]
     program = usage.python
@@ -217,7 +218,7 @@ def test_a_run_is_used_as_its_kind_is(config, command, loader, call):
     assert call in program
 
 
-def test_hostile_words_stay_words(tmp_path):
+def test_hostile_text_is_escaped(tmp_path):
     sample = {"prompt": HOSTILE, "completion": "two\n  lines", "generated": "<img src=x onerror=y>"}
     last = {**RESULTS[1], "method": HOSTILE, "samples": [sample]}
     config = {**CONFIG, "task": HOSTILE, "metrics": ["f1"], "kind": "decoder"}
@@ -226,7 +227,7 @@ def test_hostile_words_stay_words(tmp_path):
     found = Page(page)
     assert "script" not in found.tags
     assert found.tags.count("img") == 1
-    assert "{{ 1 + 1 }}" in page  # what comes in is no template
+    assert "{{ 1 + 1 }}" in page  # values are not templates
     assert found.sections["Results"][-1][0] == HOSTILE
     assert found.sections["Samples"] == [
         ["prompt", "reference", "generated"],
@@ -257,7 +258,7 @@ def test_attributes_are_escaped_too(tmp_path):
 
 
 def test_a_value_that_a_page_lacks_is_an_error():
-    with pytest.raises(UndefinedError, match="title"):
+    with raises(UndefinedError, "title"):
         pages.render("run")
 
 
@@ -286,11 +287,11 @@ def test_results_and_metrics_read_well():
     ]
 
 
-def test_json_has_stdout_to_itself(capsys):
-    output = Console(json=True)
-    output.say("words")
-    output.table(["a"], [["b"]])
-    output.result({"a": "é"})
+def test_only_json_goes_to_stdout(capsys):
+    console = Console(json=True)
+    console.say("words")
+    console.table(["a"], [["b"]])
+    console.result({"a": "é"})
     captured = capsys.readouterr()
     assert captured.out == '{"a": "é"}\n'
     assert "words" in captured.err
@@ -299,16 +300,16 @@ def test_json_has_stdout_to_itself(capsys):
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
-    with Console(json=False).progress("lora", 100) as meter:
+    with Console(json=False).progress("lora", 100) as progress:
         for step in range(1, 101):
-            meter.update(step, "loss 0.5", news=step in (50, 100))
+            progress.update(step, "loss 0.5", news=step in (50, 100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("lora  step 100 of 100  loss 0.5  ")
-    with Console(json=False).progress("lora", 3) as meter:
-        meter.began = meter.last = meter.last - 11
-        meter.update(1, "loss 0.5")
-        meter.update(2, "loss 0.4")
+    with Console(json=False).progress("lora", 3) as progress:
+        progress.began = progress.last = progress.last - 11
+        progress.update(1, "loss 0.5")
+        progress.update(2, "loss 0.4")
     assert capsys.readouterr().out == "lora  step 1 of 3  loss 0.5  22.0 s left\n"
 
 

@@ -1,7 +1,7 @@
 """The application `adapters-jax`.
 
 - `cli`: the commands; `options`: their flags; `console`: what they print.
-- `runs`: a training from its first step to its report; `report`: tables, pictures and pages.
-- `compare`: several recipes over seeds.
-- `export`: an adapter for other libraries; `shapes`: models without weights.
+- `runs`: trains one run, from its first step to its report; `report`: tables, pictures and pages.
+- `compare`: compares recipes over several seeds.
+- `export`: writes adapters for other libraries; `shapes`: models without weights.
 """

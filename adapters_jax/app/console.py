@@ -1,4 +1,4 @@
-"""Where a command's words go: people's to a console, machines' to stdout as JSON."""
+"""Prints the output of a command: text for people to a console, JSON for machines to stdout."""
 
 import contextlib
 import json
@@ -12,57 +12,57 @@ from rich import progress as bars
 from rich.table import Table
 from rich.text import Text
 
-QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
-NEWS_SECONDS = 2.0  # the same, where there is something new
+QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
+NEWS_SECONDS = 2.0  # the same, if there is news
 
 
 class Progress(Protocol):
-    """Shows how far something is."""
+    """Shows the progress of some steps."""
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        """`step` steps are done; `note` is worth knowing, and new where `news`."""
+        """Shows that `step` steps are done, with a note; `news` says that the note is new."""
 
 
 class Console:
-    """Prints for people, on stderr where stdout belongs to JSON.
+    """Prints text for people, to stderr if stdout is for JSON.
 
     Args:
-        json: whether stdout is for a machine.
+        json: whether stdout is for JSON.
     """
 
     def __init__(self, json: bool):
         self.json = json
-        self.console = rich.console.Console(
+        self.printer = rich.console.Console(
             file=sys.stderr if json else sys.stdout, highlight=False
         )
 
     def say(self, text: str = "") -> None:
-        """One line."""
-        self.console.print(Text(text), soft_wrap=True)
+        """Prints one line."""
+        self.printer.print(Text(text), soft_wrap=True)
 
     def show(self, thing: Any) -> None:
-        """Something with a rich form, on a terminal; its plain form elsewhere."""
-        if self.console.is_terminal:
-            self.console.print(thing)
+        """Prints an object: with colours on a terminal, as its `repr` elsewhere."""
+        if self.printer.is_terminal:
+            self.printer.print(thing)
         else:
             self.say(repr(thing))
 
     def table(self, header: list[str], rows: list[list[str]], words: int = 1) -> None:
-        """A table whose first columns are words and whose others are numbers."""
+        """Prints a table; the first `words` columns are words, and the others are numbers."""
         table = Table()
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i < words else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
-        self.console.print(table)
+        self.printer.print(table)
 
     def result(self, value: Any) -> None:
-        """What a machine gets: one JSON value on one line of stdout."""
+        """Prints one JSON value on one line of stdout, if stdout is for JSON."""
         if self.json:
             print(json.dumps(value, ensure_ascii=False), flush=True)
 
     def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
-        """The end of a command: its table, a sentence, and what a machine gets."""
+        """Prints the end of a command: a table, a sentence, and the JSON value."""
         self.table(header, rows)
         self.say(text)
         self.result(value)
@@ -75,16 +75,16 @@ class Console:
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
     ) -> Iterator[Progress]:
-        """A live bar on a terminal, a line now and then elsewhere.
+        """Shows progress: as a live bar on a terminal, as occasional lines elsewhere.
 
         Args:
-            title: of what is being done.
-            steps: how many there are.
-            unit: what one of them is called.
-            left: the seconds that are left, or None while nobody knows; by default an estimate
-                from the pace of the steps.
+            title: the name of the work.
+            steps: the number of steps.
+            unit: the name of a step.
+            left: returns the seconds that are left, or None if they are not known yet; by default
+                they are estimated from the pace of the steps.
         """
-        if not self.console.is_terminal:
+        if not self.printer.is_terminal:
             yield _Lines(self, title, steps, unit, left)
             return
         columns = (
@@ -94,15 +94,15 @@ class Console:
             bars.TextColumn("{task.fields[note]}"),
             bars.TextColumn("{task.fields[left]}") if left else bars.TimeRemainingColumn(),
         )
-        with bars.Progress(*columns, console=self.console) as bar:
+        with bars.Progress(*columns, console=self.printer) as bar:
             yield _Bar(bar, title, steps, left)
 
 
 class Speed:
-    """Tokens a second, from a step that is known to be done: compiling and scoring do not count.
+    """Measures tokens per second, without compiling and scoring.
 
     Args:
-        tokens: of a step, without padding; 0 where there are none to count.
+        tokens: the tokens of a step, without padding; 0 if tokens are not counted.
     """
 
     def __init__(self, tokens: float):
@@ -110,7 +110,7 @@ class Speed:
         self.first: tuple[int, float] | None = None
 
     def at(self, step: int) -> str:
-        """The mean speed up to a step, in words; empty before there is one."""
+        """The mean speed up to a step, as text; empty if it is not known yet."""
         now = time.monotonic()
         first, began = self.first = self.first or (step, now)
         if not self.tokens or step == first or now == began:
@@ -118,7 +118,7 @@ class Speed:
         return f"{self.tokens * (step - first) / (now - began):,.0f} tokens/s"
 
     def pause(self) -> None:
-        """Begins anew with the next step."""
+        """Restarts the measurement at the next step."""
         self.first = None
 
 
@@ -141,16 +141,16 @@ class _Lines:
 
     def __init__(
         self,
-        output: Console,
+        console: Console,
         title: str,
         steps: int,
         unit: str,
         left: Callable[[], float | None] | None,
     ):
-        self.output, self.title, self.steps, self.unit = output, title, steps, unit
+        self.console, self.title, self.steps, self.unit = console, title, steps, unit
         self.left = left or self._by_pace
         self.began = self.last = self.now = time.monotonic()
-        self.first: tuple[int, float] | None = None  # from there on nothing compiles
+        self.first: tuple[int, float] | None = None  # the first step compiles, later ones do not
         self.step = 0
 
     def update(self, step: int, note: str, news: bool = False) -> None:
@@ -162,10 +162,10 @@ class _Lines:
         self.last = self.now
         time_words = duration(self.now - self.began) if step == self.steps else _left(self.left())
         parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
-        self.output.say("  ".join(parts).rstrip())
+        self.console.say("  ".join(parts).rstrip())
 
     def _by_pace(self) -> float:
-        """Seconds left, if the steps to come are like those since the first."""
+        """The seconds left, if the steps to come take as long as those since the first."""
         first, since = self.first or (0, self.began)
         if self.step > first:
             pace = (self.now - since) / (self.step - first)
@@ -179,7 +179,7 @@ def _left(seconds: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Formats seconds for people.
 
     Example:
         >>> duration(7.44), duration(192.0)

@@ -1,4 +1,4 @@
-"""An adapter with its model card, written for others in the format of their library."""
+"""Reads an adapter of any format, and writes it in another format with a model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adapters_jax.pretrained.locate import find_family
 from adapters_jax.tasks import read_run, task_of
 
 CARD, RUN_CONFIG = "README.md", "config.json"
-# Of a run's configuration, what says nothing of the machine it ran on or of single rows.
+# The part of a run's configuration without private data: no paths of the machine and no rows.
 _PUBLIC: tuple[str, ...] = (
     "kind",
     "task_type",
@@ -40,12 +40,12 @@ _PUBLIC += ("rows", "seed", "quantize", "method", "optimizer", "data_sha256", "v
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and what that cost.
+    """The files that an export wrote, and what they lack.
 
     Attributes:
-        files: bytes by name.
-        parameters: of the source.
-        notes: what is not in the files as it was, in words; empty where nothing was lost.
+        files: the sizes in bytes, by file name.
+        parameters: the number of parameters of the source.
+        notes: sentences about what the files lack or changed; empty if nothing was lost.
     """
 
     files: Mapping[str, int]
@@ -54,23 +54,26 @@ class Written:
 
 
 def open_source(name: str, model: str | None = None, pooling: str | None = None) -> Source:
-    """Reads an adapter from wherever it is, and its base.
+    """Reads an adapter and its base model.
 
     Args:
-        name: a run's directory, an adapter's of adapters_jax, PEFT or AdapterHub, or an id on the
-            Hub of any of these, with `@` and a revision or without.
-        model: its base; by default the run's, or what the adapter's file calls it.
-        pooling: what an encoder's head reads; a run knows.
+        name: a directory of a run, or of an adapter of adapters_jax, PEFT or AdapterHub, or the id
+            of one on the Hub, optionally with `@` and a revision.
+        model: the base model; by default the run's, or the one that the adapter's file names.
+        pooling: what an encoder's head reads; a run has its own.
 
     Raises:
-        ValueError: there is none, it is damaged, or a setting is not supported; the base is
-            not known, or another one.
+        AdapterFileError: there is no adapter, it is damaged, a setting is not supported, or the
+            base model is not known.
+        RunError: the run is not finished or damaged.
+        OtherBaseError: the adapter was trained on another base model.
+        UserError: the base model cannot be used.
         AssetError: the pinned model could not be fetched.
     """
     every = {RUN_CONFIG, *formats.every_file()}
     run = Run(hub.find(name, None, sorted(every)))
     config = None
-    if run.config.is_file() and "base_sha256" in read_json(run.config):  # and no model's
+    if run.config.is_file() and "base_sha256" in read_json(run.config):  # a run, not a model
         _, config = read_run(run)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
@@ -78,13 +81,13 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     called = model or (config["model"] if config else form.base_name(run.adapter))
     if called is None:
         raise AdapterFileError(
-            f"{name!r} does not say what it was trained on; add --model with a pinned model, a "
-            "directory, or an id on the Hugging Face Hub"
+            f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
+            "or an id on the Hugging Face Hub"
         )
     classifier = find_family(called).classifier
     head = form.head(run.adapter, classifier.base) if classifier else None
-    width, said = (head.width, head.pooling) if head else (None, None)
-    base = load_base_model(called, width, said or pooling)
+    width, pooled = (head.width, head.pooling) if head else (None, None)
+    base = load_base_model(called, width, pooled or pooling)
     if config:
         check_base(run, {**config, "model": called}, base.sha256)
     recipe, leaves = form.read(run.adapter, base)
@@ -100,27 +103,28 @@ def export(
     head: bool = True,
     license: str | None = None,
 ) -> Written:
-    """Writes an adapter in a format, with its card; a run's goes with what prediction needs.
+    """Writes an adapter and its card in a format; a run also gets what prediction needs.
+
+    The written files are read again, to find what the format lost.
 
     Args:
         source: the adapter.
-        directory: a new or empty one; it appears whole or not at all.
+        directory: a new or empty directory; it appears whole or not at all.
         to: the name of the format.
-        name: by which the card loads it; by default the directory.
-        head: whether an encoder's head goes along.
-        license: for the card.
-
-    Returns:
-        What was written, read again to see what it cost.
+        name: the name by which the card loads the adapter; by default the directory.
+        head: whether to write an encoder's head.
+        license: the license in the card.
 
     Raises:
-        ValueError: the format has no such thing as the adapter; everything is named at once.
+        UserError: the format does not support the adapter; the message lists every problem.
     """
     empty_directory(directory)
     form, native = FORMATS[to], to == "native"
     if not head:
         if native:
-            raise UserError("--no-head: a native adapter holds all that its recipe trains")
+            raise UserError(
+                "--no-head: a native adapter holds all that its recipe trains; leave it out"
+            )
         source = source.without_head()
     formats.check_head(form, source.base, source.leaves)
     shown = name or directory.as_posix()
@@ -143,28 +147,28 @@ def export(
 
 
 def _notes(source: Source, to: AdapterFormat, head: bool) -> list[str]:
-    """What another library's files have no place for, and where it is said instead."""
+    """Sentences about what the files of another library cannot hold."""
     notes, config = [], source.config or {}
     target = config.get("target", {})
     if not head:
         notes.append("the head is left out")
     elif source.labels and not to.names_classes:
         notes.append(
-            f"{to.owner}'s files do not name classes: 0 to n are {', '.join(source.labels)}"
+            f"{to.owner}'s files do not name the classes: from 0 on, {', '.join(source.labels)}"
         )
     elif target and not source.labels:
         mean, std = target["mean"], target["std"]
-        notes.append(f"the head's output y means {mean:g} + {std:g} y, which no file but this says")
+        notes.append(f"the head's output y means {mean:g} + {std:g} y; only this card says so")
     if config.get("quantize"):
-        notes.append(f"it was trained on a base in {config['quantize']}, and suits that best")
+        notes.append(f"it was trained on a base in {config['quantize']}, and works best on that")
     if config.get("prompts"):
-        said = json.dumps(config["prompts"], ensure_ascii=False)
-        notes.append(f"how prompts were put is said here alone: {said}")
+        prompts = json.dumps(config["prompts"], ensure_ascii=False)
+        notes.append(f"only this card says how prompts were formatted: {prompts}")
     return notes
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What others may know of a run's configuration, which is what its predictions need."""
+    """The public part of a run's configuration, which is what its predictions need."""
     keys = (*_PUBLIC, *(key for key in task_of(config).needed if key not in _PUBLIC))
     kept = {key: config[key] for key in keys if key in config}
     summary = dict(config.get("summary", {}))
@@ -176,7 +180,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(written: Written, to: str, where: str) -> list[str]:
-    """What was written, and what it cost, for people."""
+    """Describes the written files, and what they lack, in lines for people."""
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
     lines = [f"{where} holds {written.parameters:,} parameters for {FORMATS[to].owner}: {sizes}"]
     lines += written.notes or ["read again, every tensor and setting is as it was"]

@@ -1,4 +1,4 @@
-"""Models that are only shapes: nothing is loaded, and nothing allocated."""
+"""Models as shapes: no weights are loaded, and no arrays are allocated."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from adapters_jax.pretrained.locate import read_config
 
 
 def count_parameters(name: str, method: MethodOptions) -> Audit:
-    """The audit of a model by name, without its weights.
+    """Audits a model by its name, without its weights.
 
     Args:
         name: a key of `KNOWN`, a pinned asset, a directory with `config.json`, a GGUF file, or an
             id on the Hub.
-        method: the recipe; encoders have no head here.
+        method: the recipe; an encoder is audited without a head.
 
     Raises:
-        ValueError: a model or a recipe that cannot be used.
+        UserError: the model or the recipe cannot be used.
         AssetError: the pinned model could not be fetched.
 
     Example:
@@ -37,12 +37,15 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
 
 
 def adapted_shape(name: str, method: MethodOptions, **options: Any) -> tuple[Any, Any]:
-    """An adapted model as a shape, and in linen its parameters likewise; None in NNX.
+    """Makes an adapted model without arrays, and in linen the shapes of its parameters.
 
     Args:
         name: as for `count_parameters`.
         method: the recipe.
-        **options: of the model's class, such as `param_dtype`.
+        **options: options of the model's class, such as `param_dtype`.
+
+    Returns:
+        The adapted model, and its parameters as shapes; None instead of them for an NNX model.
     """
     family, config = find_shape(name)
     model, inputs = family.shape(config, **options)
@@ -56,7 +59,7 @@ def adapted_shape(name: str, method: MethodOptions, **options: Any) -> tuple[Any
 
 
 def find_shape(name: str) -> tuple[Family, Any]:
-    """A family and a configuration, by the name of a published shape or of a checkpoint."""
+    """Finds the family and the configuration of a published shape or of a checkpoint."""
     for family in FAMILIES.values():
         if name in family.known:
             return family, family.known[name]

@@ -1,4 +1,4 @@
-"""Who is compared, and how they are started and timed: one that fails becomes a row."""
+"""Starts and times the contenders; a contender that fails becomes a row of the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,8 @@ from benchmarks.workers import HERE, PeerError, Worker, interpreter
 
 TORCH = "torch"
 FAILED = "Not done"
-# glibc returns each step's temporaries to the system, and asking anew costs page faults; so it
-# keeps them. Never set in the main comparison.
+# By default, glibc returns each step's temporaries to the system, and allocating them again costs
+# page faults. With these variables it keeps them. The main comparison does not set them.
 KEPT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -25,7 +25,7 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A side, the environment that it runs in, and variables of its process."""
+    """A side, the environment of its packages, and environment variables of its process."""
 
     side: str
     environment: str = HERE
@@ -46,14 +46,14 @@ MATMULS = {HERE: "matmul, jax", TORCH: "matmul, torch"}
 
 
 def matmuls() -> dict[str, Contender]:
-    """A product of matrices in each environment, by the name it has in `MATMULS`."""
+    """A matrix product in each environment, by its name in `MATMULS`."""
     sides = {HERE: "matmul_jax", TORCH: "matmul_torch"}
-    return {MATMULS[where]: Contender(side, where) for where, side in sides.items()}
+    return {MATMULS[name]: Contender(side, name) for name, side in sides.items()}
 
 
 @cache
 def unavailable(environment: str) -> str | None:
-    """Why an environment cannot be had; it is tried once in a run."""
+    """Why an environment cannot be installed, or None; it is tried once in a run."""
     try:
         interpreter(environment)
     except PeerError as error:
@@ -66,17 +66,17 @@ def kept(name: str) -> str:
 
 
 def with_malloc_kept(*names: str) -> dict[str, Contender]:
-    """The same contenders with memory that their allocator keeps."""
+    """The named contenders, with an allocator that keeps freed memory."""
     found = {kept(name): CONTENDERS[name] for name in names}
     return {name: Contender(c.side, c.environment, KEPT) for name, c in found.items()}
 
 
 class Group:
-    """Contenders of one job in processes of their own; use it in a `with`.
+    """The contenders of one job, each in its own process; to be used in a `with`.
 
     Attributes:
-        workers: those that are at work, by name.
-        environments: of all that were, likewise.
+        workers: the workers that have not failed, by name.
+        environments: the environments of all that were started, by name.
     """
 
     def __init__(self, report: Report, what: str):
@@ -92,12 +92,11 @@ class Group:
             worker.close()
 
     def start(self, contenders: Mapping[str, Contender], job: Job) -> None:
-        """Starts them, two at a time; those that cannot do the job become rows."""
-
-        absent = {c.environment: unavailable(c.environment) for c in contenders.values()}
+        """Starts contenders, two at a time; a contender that fails becomes a row."""
+        missing = {c.environment: unavailable(c.environment) for c in contenders.values()}
 
         def make(contender: Contender) -> Worker | PeerError:
-            if why := absent[contender.environment]:
+            if why := missing[contender.environment]:
                 return PeerError(why)
             side, settings = f"sides.{contender.side}", job.as_json()
             try:
@@ -115,14 +114,14 @@ class Group:
                 self._versions(name)
 
     def _versions(self, name: str) -> None:
-        """Adds a row of what a contender is made of, once in a report."""
+        """Adds a row with the versions of a contender, once in a report."""
         found = ", ".join(f"{k} {v}" for k, v in self.workers[name].about["versions"].items())
         row = {"table": "Versions", "side": name, "versions": found}
         if row not in self.report.rows:
             self.report.add(**row)
 
     def fail(self, name: str, error: PeerError) -> None:
-        """Adds a row that says why, and ends the contender if it is at work."""
+        """Adds a row with the error, and ends the contender's worker if there is one."""
         self.report.add(FAILED, job=self.what, contender=name, why=str(error))
         if name in self.workers:
             self.workers.pop(name).close()
@@ -130,7 +129,7 @@ class Group:
     def ask(
         self, what: str, names: Sequence[str] | None = None, /, **arguments: Any
     ) -> dict[str, Any]:
-        """Answers of all, or of those named, by name; who fails leaves the group."""
+        """Asks all contenders, or the named ones; returns the answers by name, without failures."""
         answers = {}
         for name in list(self.workers) if names is None else names:
             if name not in self.workers:
@@ -144,10 +143,10 @@ class Group:
     def time(
         self, runs: Mapping[Any, tuple[str, dict[str, Any]]], rounds: int, warmup: int = 1
     ) -> dict[Any, list[float]]:
-        """Seconds of each round.
+        """Times runs in turn; returns the seconds of each round, by key.
 
         Args:
-            runs: by key, who does it and what it is asked: `{}` is its `run`.
+            runs: by key, the name of a contender and the arguments of its `time`; `{}` for `run`.
             rounds, warmup: as in `interleave`.
         """
 

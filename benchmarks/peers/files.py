@@ -1,7 +1,7 @@
-"""One base and one adapter for all sides, each in the layout that its library reads.
+"""Writes one base and one adapter for all sides, in the layout of each library.
 
-The weights are random, of the real shapes; factors and bottlenecks are not zero, so that a wrong
-scale or a missed tensor shows in the first loss.
+The weights are random. Factors and bottlenecks are not zero, so that a wrong scale or a missing
+tensor changes the first loss.
 """
 
 import json
@@ -32,7 +32,7 @@ ADAPTERS = ("first", "second")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run; the real ones by default."""
+    """The sizes of a run; by default the published ones."""
 
     bert: BertConfig = BERT_BASE
     llama: LlamaConfig = llama.SMOLLM2
@@ -42,11 +42,11 @@ class Sizes:
     bottleneck: int = 64
     matmul: int = 2048
 
-    def job(self, task: str, place: Path, model: str = "bert", method: str = "lora") -> Job:
+    def job(self, task: str, directory: Path, model: str = "bert", method: str = "lora") -> Job:
         batch, length = self.bert_tokens if model == "bert" else self.llama_tokens
         vocab = (self.bert if model == "bert" else self.llama).vocab_size
         sizes = self.rank, self.bottleneck, self.matmul
-        return Job(task, str(place), model, method, batch, length, vocab, *sizes)
+        return Job(task, str(directory), model, method, batch, length, vocab, *sizes)
 
 
 TOY = Sizes(
@@ -60,18 +60,18 @@ TOY = Sizes(
 )
 
 
-def write(place: Path, sizes: Sizes) -> None:
-    """Writes the bases, and adapters of both methods."""
-    write_bert(place, sizes)
-    write_llama(place, sizes)
+def write(directory: Path, sizes: Sizes) -> None:
+    """Writes the base models, and adapters of both methods."""
+    write_bert(directory, sizes)
+    write_llama(directory, sizes)
 
 
-def write_bert(place: Path, sizes: Sizes) -> None:
-    """A classifier that reads the pooler, and for it LoRA and Houlsby's adapters."""
+def write_bert(directory: Path, sizes: Sizes) -> None:
+    """Writes a classifier that reads the pooler, and LoRA and Houlsby's adapters for it."""
     config = replace(sizes.bert, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, ids = BertClassifier(config, LABELS, pooling="pooler"), np.zeros((1, 4), np.int32)
     params = drawn(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
-    _write_bert_base(place / "bert", config, params)
+    _write_bert_base(directory / "bert", config, params)
     for method, recipe in (
         ("lora", aj.lora(sizes.rank, head="head")),
         ("houlsby", aj.houlsby(sizes.bottleneck, head="head")),
@@ -84,7 +84,7 @@ def write_bert(place: Path, sizes: Sizes) -> None:
         for seed, which in enumerate(ADAPTERS, 1):
             values = flatten(shaken(whole, seed)) | flatten(params)
             trained = aj.partition(unflatten(values), recipe)[0]
-            formats = Formats(place / f"bert-{method}", which, classifier.NAMES, params)
+            formats = Formats(directory / f"bert-{method}", which, classifier.NAMES, params)
             formats.write(recipe, trained, peft=method == "lora", task_type="SEQ_CLS")
 
 
@@ -99,20 +99,20 @@ def _write_bert_base(directory: Path, config: BertConfig, params: Any) -> None:
     (directory / "config.json").write_text(text)
 
 
-def write_llama(place: Path, sizes: Sizes) -> None:
-    """A decoder, and LoRA for it."""
+def write_llama(directory: Path, sizes: Sizes) -> None:
+    """Writes a decoder, and LoRA for it."""
     base, recipe = llama.Llama(sizes.llama, rngs=nnx.Rngs(0)), aj.lora(sizes.rank)
     adapters = nnx.state(aj.adapt(base, recipe, rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
-    (place / "llama").mkdir(parents=True)
-    save_llama(place / "llama", sizes.llama, base)
+    (directory / "llama").mkdir(parents=True)
+    save_llama(directory / "llama", sizes.llama, base)
     for seed, which in enumerate(ADAPTERS, 1):
-        formats = Formats(place / "llama-lora", which, LLAMA_NAMES, base)
+        formats = Formats(directory / "llama-lora", which, LLAMA_NAMES, base)
         formats.write(recipe, shaken(adapters, seed), peft=True, task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
 class Formats:
-    """Where an adapter goes, and for which base."""
+    """Writes an adapter of one base in several formats."""
 
     directory: Path
     which: str
@@ -120,18 +120,18 @@ class Formats:
     base: Any
 
     def write(self, recipe: aj.Recipe, trained: Any, peft: bool, task_type: str) -> None:
-        """Writes it in our layout, PEFT's and AdapterHub's, whose head and norms are the base's."""
+        """Writes our format, PEFT's and AdapterHub's, which takes head and norms from the base."""
         aj.save_adapter(self.directory / "ours" / self.which, trained, recipe)
         if peft:
-            place = self.directory / "peft" / self.which
-            save_peft(place, recipe, trained, self.names, self.base, task_type=task_type)
-        alone, place = aj.Recipe(*recipe.attached), self.directory / "adapterhub" / self.which
+            directory = self.directory / "peft" / self.which
+            save_peft(directory, recipe, trained, self.names, self.base, task_type=task_type)
+        alone, directory = aj.Recipe(*recipe.attached), self.directory / "adapterhub" / self.which
         tree = unflatten({path: x for path, x in flatten(trained).items() if alone.trains(path)})
-        save_adapterhub(place, alone, tree, self.names, self.base, name=self.which)
+        save_adapterhub(directory, alone, tree, self.names, self.base, name=self.which)
 
 
 def drawn(like: Any) -> Any:
-    """Noise in a base's shapes; around one where it is a norm's scale."""
+    """Random parameters of a base; the scale of a norm has mean 1."""
     rng = np.random.default_rng(0)
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -142,7 +142,7 @@ def drawn(like: Any) -> Any:
 
 
 def shaken(adapters: Any, seed: int) -> Any:
-    """Noise in the adapters' shapes that makes their outputs about as large as the base's."""
+    """Random adapters, whose outputs are about as large as the base's."""
     rng = np.random.default_rng(seed)
 
     def draw(x: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""A forward pass of one example: what LoRA, merged LoRA and Houlsby's adapters add to their base.
+"""Times what LoRA, merged LoRA and Houlsby's adapters add to a forward pass of one example.
 
-All variants of a library are in one process, so that nothing but the adapters differs, and each is
-timed right after an untimed pass of its own: what ran before it has left the caches full of its own
-arrays, and PyTorch's threads spin for a while.
+All variants of a library run in one process, so that only the adapters differ. Each is timed after
+an untimed pass of its own, since the caches hold the arrays of what ran before, and PyTorch's
+threads spin for a while.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,12 @@ LOGITS, APART = 2e-5, 1e-4
 
 
 def check_equal(logits: Mapping[tuple[str, str], Any]) -> None:
-    """Raises ValueError where a variant has other logits in another library, or those of its base.
+    """Checks that libraries agree in the logits of each variant, which differ from the base's.
 
-    A merged LoRA must have those of LoRA.
+    Merged LoRA must have the logits of LoRA.
+
+    Raises:
+        ValueError: logits differ between libraries, or equal those of the base.
     """
     problems = []
     for variant in ("base", "LoRA", "Houlsby"):
@@ -47,9 +50,9 @@ def check_equal(logits: Mapping[tuple[str, str], Any]) -> None:
         raise ValueError(f"the forward passes differ: {'; '.join(problems)}; {dict(logits)}")
 
 
-def run(report: Report, place: Path, sizes: Sizes, rounds: int) -> None:
+def run(report: Report, directory: Path, sizes: Sizes, rounds: int) -> None:
     """Times every variant of every library in turn."""
-    job = replace(sizes.job("forward", place), batch=1)
+    job = replace(sizes.job("forward", directory), batch=1)
     what = f"Forward, BERT-base, 1 x {job.length}"
     with Group(report, what) as group:
         group.start({name: CONTENDERS[name] for name in VARIANTS}, job)
@@ -70,12 +73,12 @@ def run(report: Report, place: Path, sizes: Sizes, rounds: int) -> None:
         took = Spread.of(1e3 * s for s in seconds[name, variant])
         added = ratio(seconds, (name, variant), (name, "base"))
         report.add(what, side=name, variant=variant, ms=took, **{"times its base": added})
-    wanted(report, seconds, abouts)
+    check_limits(report, seconds, abouts)
     bars = {f"{n}: {v}": Spread.of(1e3 * s for s in seconds[n, v]) for n, v in seconds}
     report.panel(what, "ms", bars, ours=[bar for bar in bars if bar.startswith(OURS)])
 
 
-def wanted(
+def check_limits(
     report: Report, seconds: Mapping[Any, Sequence[float]], abouts: Mapping[str, Any]
 ) -> None:
     if OURS not in abouts:

@@ -1,4 +1,4 @@
-"""A training step: its time, the memory that it needs, and how near it is to the machine's rate."""
+"""Measures a training step: its time, its memory, and its part of the machine's rate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from benchmarks.report import Report
 from benchmarks.sides.job import Job
 from benchmarks.workers import HERE
 
-# Adam takes a rounding of a gradient near zero for a sign, so that later losses drift by little.
+# Adam turns the rounding error of a gradient near zero into a full update, so later losses drift.
 FIRST_LOSS, LATER_LOSS = 1e-4, 1e-3
 PEER_SLACK, QWIX_SLACK, RATE_PART = 0.65, 1.0, 0.75
 CASES = {
@@ -39,7 +39,7 @@ MIB = 2**20
 
 
 def check_equal(losses: Mapping[str, Sequence[float]], trainable: Mapping[str, int]) -> None:
-    """Raises ValueError where the sides do not do the same work."""
+    """Raises ValueError if losses or trainable counts of the sides differ."""
     problems = [f"trainable parameters {trainable}"] if len(set(trainable.values())) > 1 else []
     for i, found in enumerate(zip(*losses.values(), strict=True)):
         if not np.ptp(found) <= (LATER_LOSS if i else FIRST_LOSS) * max(map(abs, found)):
@@ -48,18 +48,18 @@ def check_equal(losses: Mapping[str, Sequence[float]], trainable: Mapping[str, i
         raise ValueError(f"the sides do not do the same work: {'; '.join(problems)}")
 
 
-def run(report: Report, place: Path, sizes: Sizes, rounds: int) -> None:
+def run(report: Report, directory: Path, sizes: Sizes, rounds: int) -> None:
     """Times every case."""
     for case, (model, method) in CASES.items():
-        run_case(report, case, sizes.job("step", place, model, method), rounds)
+        run_case(report, case, sizes.job("step", directory, model, method), rounds)
 
 
 def run_case(report: Report, case: str, job: Job, rounds: int) -> None:
-    """Times all, then again those whose allocator is told to keep what is freed."""
+    """Times all contenders, then again some of them with an allocator that keeps freed memory."""
     found = measured(report, case, CONTENDERS, job, rounds)
     again = [name for name in (OURS, PEFT, HUB) if name in {one.name for one in found}]
-    wanted(report, case, found, job.matmul)
-    # Not beside the others: together they would leave each other too little memory.
+    check_limits(report, case, found, job.matmul)
+    # In a group of their own, since together with the others they would need too much memory.
     found += measured(report, case, with_malloc_kept(*again), job, rounds)
     by_hand = next((f.counted.get("flops") for f in found if f.name == HAND), None)
     for one in found:
@@ -73,7 +73,7 @@ def run_case(report: Report, case: str, job: Job, rounds: int) -> None:
 def measured(
     report: Report, case: str, contenders: Mapping[str, Contender], job: Job, rounds: int
 ) -> list["Found"]:
-    """Starts contenders, checks that they do equal work, times them in turn, reads their memory."""
+    """Starts contenders, checks for equal work, times them in turn, and reads their memory."""
     with Group(report, f"a step, {case}") as group:
         group.start(contenders, job)
         losses = group.ask("losses", steps=3)
@@ -90,7 +90,7 @@ def measured(
 
 
 def memory(group: Group, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Bytes: the process's peak since it began, that of further steps, and what XLA counts."""
+    """Bytes by contender: the peak of the process, the peak of two steps, and XLA's counts."""
     whole = group.ask("peak", names)
     group.ask("forget_peak", names)
     for _ in range(2):
@@ -105,7 +105,15 @@ def memory(group: Group, names: Sequence[str]) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a contender: everybody's seconds, what it counted, and its matmul."""
+    """A measured contender.
+
+    Attributes:
+        name: the name of the contender.
+        seconds: the seconds of all contenders, by name.
+        about: the side's description of itself.
+        counted: the bytes of its memory, and XLA's counts.
+        matmul: the name of the matrix product in its environment.
+    """
 
     name: str
     seconds: Mapping[str, Sequence[float]]
@@ -122,7 +130,7 @@ class Found:
         return Spread.of(part * step / product for step, product in pairs)
 
     def row(self, matmul: int, by_hand: float | None) -> dict[str, Any]:
-        """Where XLA did not count the step, its rate is of the operations of that by hand."""
+        """The row of the report; without XLA's count, the rate uses the FLOPs by hand."""
         took, flops = Spread.of(self.seconds[self.name]), self.counted.get("flops", by_hand)
         rate = self.of_rate(matmul, flops) if flops else None
         xla = {name: self.counted.get(name) for name in ("flops", "temporary", "live")}
@@ -141,8 +149,8 @@ class Found:
         }
 
 
-def wanted(report: Report, case: str, found: Sequence[Found], matmul: int) -> None:
-    """What was asked for; against a peer that is not there, nothing."""
+def check_limits(report: Report, case: str, found: Sequence[Found], matmul: int) -> None:
+    """Reports figures with their limits, for the peers that were measured."""
     by_name = {one.name: one for one in found}
     if OURS not in by_name:
         return

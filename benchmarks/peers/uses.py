@@ -1,4 +1,4 @@
-"""What is done around training: to adapt, save, load, switch; and to import the libraries."""
+"""Times adapting, saving, loading and switching, and the imports of the libraries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,14 +25,14 @@ from benchmarks.report import Report
 from benchmarks.workers import HERE, PeerError, interpreter
 
 SIDES = (OURS, PEFT, HUB, QWIX, NNX_LORA)
-WHOLE = (OURS, PEFT, HUB)  # with files and switches of their own
+WHOLE = (OURS, PEFT, HUB)  # libraries with files and switches
 USES = {
     "adapt": "new adapters on a loaded base",
     "save": "the adapter's file (ours waits for the disk)",
     "load": "the file onto a loaded base",
     "switch": "to another adapter under a warm model",
 }
-IMPORTS = {  # by library: where, what is imported, and what that stands on
+IMPORTS = {  # by library: its environment, its import, and the imports of its dependencies
     OURS: (HERE, "import adapters_jax", "import jax, flax.linen, flax.nnx"),
     QWIX: (HERE, "import qwix", "import jax, flax.linen, flax.nnx"),
     PEFT: (TORCH, "import peft", "import torch, transformers"),
@@ -40,16 +40,16 @@ IMPORTS = {  # by library: where, what is imported, and what that stands on
 }
 
 
-def run(report: Report, place: Path, sizes: Sizes, rounds: int, imports: int) -> None:
-    """Both methods, then the imports."""
+def run(report: Report, directory: Path, sizes: Sizes, rounds: int, imports: int) -> None:
+    """Times both methods, then the imports."""
     for method in ("lora", "houlsby"):
-        run_uses(report, place, sizes, method, rounds)
+        run_uses(report, directory, sizes, method, rounds)
     run_imports(report, imports)
 
 
-def run_uses(report: Report, place: Path, sizes: Sizes, method: str, rounds: int) -> None:
-    """Times what each library can do; the first time stands by itself."""
-    job = replace(sizes.job("uses", place, method=method), batch=1)
+def run_uses(report: Report, directory: Path, sizes: Sizes, method: str, rounds: int) -> None:
+    """Times the uses that each library has; the first time has its own column."""
+    job = replace(sizes.job("uses", directory, method=method), batch=1)
     with Group(report, f"adapt, save, load, switch, {method}") as group:
         group.start({name: CONTENDERS[name] for name in SIDES}, job)
         check_switch(group)
@@ -66,7 +66,7 @@ def run_uses(report: Report, place: Path, sizes: Sizes, method: str, rounds: int
 
 
 def check_switch(group: Group) -> None:
-    """Raises ValueError where switching there and back does not give each adapter's logits."""
+    """Raises ValueError if switching twice does not give the logits of each adapter."""
     able = [name for name in group.workers if name in WHOLE]
     logits = []
     for _ in range(3):
@@ -88,7 +88,7 @@ def _import_seconds(python: str, statement: str) -> float:
 
 
 def run_imports(report: Report, rounds: int) -> None:
-    """Times imports in fresh interpreters, beside what the library stands on."""
+    """Times imports in fresh interpreters, of each library and of its dependencies."""
     runs: dict[tuple[str, str], Callable[[], float]] = {}
     for name, (environment, *statements) in IMPORTS.items():
         try:
@@ -96,7 +96,7 @@ def run_imports(report: Report, rounds: int) -> None:
                 raise PeerError(why)
             python = interpreter(environment)
             for statement in statements:
-                _import_seconds(python, statement)  # and files are in the system's cache
+                _import_seconds(python, statement)  # puts the files into the system's cache
                 runs[name, statement] = partial(_import_seconds, python, statement)
         except (PeerError, RuntimeError) as error:
             why = str(error).strip().splitlines()[-1]

@@ -1,5 +1,5 @@
-"""Sides of `python -m benchmarks peers`, one module a library; see `benchmarks.workers`.
+"""The sides of `python -m benchmarks peers`, one module for each library; see `benchmarks.workers`.
 
-A side of another library runs where only that library is installed, so nothing here imports what
-the benchmark itself needs.
+The side of another library runs in an environment with only that library, so it imports nothing
+else that the benchmark needs.
 """

@@ -1,4 +1,4 @@
-"""What the sides on JAX share: loading the base, a step of a loss, and a product of matrices."""
+"""What the sides on JAX share: loading the base model, and compiling and counting a step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 class FlaxStep(Step):
-    """A compiled step with what it carries.
+    """A training step with its state.
 
     Args:
-        advance: `carry -> (carry, loss, trained)`.
-        carry: what it starts from.
+        advance: the step, `carry -> (carry, loss, trained)`.
+        carry: the first state.
         trained: the trained arrays.
-        lower: gives the step's lowered computation.
-        *packages: the libraries, for their versions.
+        lower: returns the lowered computation of the step.
+        *packages: the libraries whose versions are reported.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FlaxStep(Step):
         jax.block_until_ready((self.loss, trained))
 
     def analysis(self) -> dict[str, float]:
-        """XLA's own count of the step; it compiles anew, so ask when memory has been read."""
+        """XLA's counts of the step. It compiles again, so call it after memory was measured."""
         compiled = self.lower().compile()
         memory = compiled.memory_analysis()
         live = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -58,8 +58,8 @@ class FlaxStep(Step):
 
 
 def step_of(step: Any, adapters: Any, base: Any, batch: Any, *packages: str) -> FlaxStep:
-    """A step by hand: `step(adapters, opt_state, base, batch)` gives the first two and the loss."""
-    adapters = jax.tree.map(jnp.copy, adapters)  # donated, and some are the base's own
+    """Makes a side of `step(adapters, opt_state, base, batch) -> adapters, opt_state, loss`."""
+    adapters = jax.tree.map(jnp.copy, adapters)  # copies, since a step donates them
     opt_state = TX.init(adapters)
 
     def advance(carry: Any) -> Any:
@@ -77,7 +77,7 @@ def batch_of(job: Job) -> dict[str, jax.Array]:
 
 
 def load_classifier(base: Path) -> tuple[BertClassifier, Any]:
-    """The model of a checkpoint, which reads the pooler as Hugging Face's does, and its weights."""
+    """Loads a classifier that reads the pooler, as Hugging Face's does, and its weights."""
     model = BertClassifier(BertConfig.from_json(base / "config.json"), LABELS, pooling="pooler")
     ids = jnp.zeros((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -85,7 +85,7 @@ def load_classifier(base: Path) -> tuple[BertClassifier, Any]:
 
 
 def sizes_of(config: BertConfig, **more: Any) -> Sizes:
-    """Of the models written by hand."""
+    """The sizes of the models written by hand."""
     return Sizes(
         layers=config.num_hidden_layers,
         d=config.hidden_size,
@@ -100,13 +100,13 @@ def sizes_of(config: BertConfig, **more: Any) -> Sizes:
 
 
 def only(job: Job, library: str, *methods: str) -> None:
-    """Raises ValueError where a library has no such method."""
+    """Raises ValueError if a library does not have the method of a job."""
     if job.method not in methods:
-        raise ValueError(f"{library} has no {job.method}, only {', '.join(methods)}")
+        raise ValueError(f"{library} does not support {job.method}, only {', '.join(methods)}")
 
 
 def factors_of(job: Job) -> dict[str, jax.Array]:
-    """The arrays of our adapter file by path."""
+    """The arrays of our adapter file, by path."""
     return {
         path: jnp.asarray(x) for path, x in flatten(read_adapter(job.adapter("ours"))[1]).items()
     }

@@ -1,4 +1,4 @@
-"""The step in plain Flax and optax: the adapters are in the model's own code."""
+"""The step in plain Flax and optax, with adapters in the code of the model."""
 
 from typing import Any
 

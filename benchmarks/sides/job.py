@@ -1,4 +1,4 @@
-"""What every side is told, and the two kinds of what it makes; numpy is all that this needs."""
+"""The settings of a side, and the two kinds of objects that it makes; needs only numpy."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,22 +14,22 @@ RATE, DECAY, LABELS = 1e-3, 0.01, 2
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, on what.
+    """The settings of a side.
 
     Attributes:
         task: "step", "forward", "uses" (adapt, save, load, switch) or "matmul".
-        place: the directory that `benchmarks.peers.files` filled.
+        directory: the directory that `benchmarks.peers.files` filled.
         model: "bert" or "llama".
         method: "lora" or "houlsby".
-        batch, length: of the tokens.
-        vocab: how many tokens there are.
-        rank: of LoRA, its alpha as well.
+        batch, length: the shape of the tokens.
+        vocab: the size of the vocabulary.
+        rank: the rank and alpha of LoRA.
         bottleneck: the width of Houlsby's adapters.
         matmul: n of the n^3 product.
     """
 
     task: str
-    place: str
+    directory: str
     model: str = "bert"
     method: str = "lora"
     batch: int = 8
@@ -42,14 +42,14 @@ class Job:
     @property
     def base(self) -> Path:
         """A checkpoint in Hugging Face's layout."""
-        return Path(self.place, self.model)
+        return Path(self.directory, self.model)
 
     def adapter(self, layout: str, which: str = "first", method: str = "") -> Path:
         """An adapter in the layout of "ours", "peft" or "adapterhub"."""
-        return Path(self.place, f"{self.model}-{method or self.method}", layout, which)
+        return Path(self.directory, f"{self.model}-{method or self.method}", layout, which)
 
     def data(self) -> dict[str, np.ndarray]:
-        """Random tokens and labels; of several rows, a quarter of the last is padding."""
+        """Random tokens and labels; with several rows, a quarter of the last is padding."""
         rng = np.random.default_rng(0)
         mask = np.ones((self.batch, self.length), np.int32)
         if self.batch > 1:
@@ -66,20 +66,20 @@ class Job:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of the packages that are installed here."""
+    """The versions of packages that are installed."""
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return {name: installed[name] for name in packages if name in installed}
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long one call takes."""
+    """The seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 class Step:
-    """A training step; `run` makes one and keeps its loss."""
+    """A training step; `run` runs it once and keeps its loss."""
 
     loss: Any = None
 
@@ -96,13 +96,13 @@ class Step:
 
 
 class Works:
-    """Pieces of work by name; one that returns a float has timed itself."""
+    """Functions to time, by name; a returned float is taken as the seconds."""
 
     def __init__(self, library: str, works: Mapping[str, Callable[[], Any]], about: dict[str, Any]):
         self.library, self.works, self.about = library, works, about
 
     def time(self, what: str, warm: bool = False) -> float:
-        """The seconds of one piece; a warm one has just been done, so caches are its own."""
+        """The seconds of a function; if warm, it first runs untimed, to fill the caches."""
         work = self._find(what)
         if warm:
             work()
@@ -111,10 +111,12 @@ class Works:
         return own if isinstance(own, float) else time.perf_counter() - start
 
     def result(self, what: str) -> Any:
-        """What a piece returns, as JSON has it."""
+        """The result of a function, as JSON values."""
         return np.asarray(self._find(what)()).tolist()
 
     def _find(self, what: str) -> Callable[[], Any]:
         if what not in self.works:
-            raise ValueError(f"{self.library} has no function for this: {what}")
+            raise ValueError(
+                f"{self.library} does not support {what}, only {', '.join(self.works)}"
+            )
         return self.works[what]

@@ -1,4 +1,4 @@
-"""The machine's rate as XLA reaches it: a product of square matrices in float32."""
+"""The product of square float32 matrices in XLA, whose rate stands for the machine's."""
 
 from typing import Any
 

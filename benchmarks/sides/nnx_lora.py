@@ -1,4 +1,4 @@
-"""Flax's own `nnx.LoRA`: each Linear that gets factors is replaced by hand."""
+"""Flax's `nnx.LoRA`, which replaces each Linear that gets factors."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def replace_linears(model: nnx.Module, rank: int) -> None:
 
 
 def fill(model: nnx.Module, factors: dict[str, jax.Array]) -> None:
-    """Takes the factors of our file, whose scale is 1 as well."""
+    """Fills in the factors of our file; both scales are 1."""
     state = nnx.state(model, nnx.LoRAParam)
 
     def factor(path: Any, _: Any) -> jax.Array:
@@ -45,7 +45,7 @@ def fill(model: nnx.Module, factors: dict[str, jax.Array]) -> None:
 
 
 def bert(job: Job) -> Any:
-    """The model written by hand, with the checkpoint's weights."""
+    """The model written by hand, with the weights of the checkpoint."""
     base, params = common.load_classifier(job.base)
     weights = flatten(params)
     sizes = common.sizes_of(base.config)

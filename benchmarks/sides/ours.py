@@ -1,4 +1,4 @@
-"""adapters_jax: linen for BERT, NNX for Llama."""
+"""adapters_jax, with linen for BERT and NNX for Llama."""
 
 import tempfile
 from dataclasses import replace
@@ -57,7 +57,7 @@ def llama_step(job: Job) -> common.FlaxStep:
 
 
 def forward(job: Job) -> Works:
-    """The base, it with LoRA, with LoRA merged, and with Houlsby's adapters."""
+    """The passes of the base, of LoRA, of merged LoRA, and of Houlsby's adapters."""
     batch, (base, params) = common.batch_of(job), common.load_classifier(job.base)
     inputs = batch["ids"], batch["mask"]
 
@@ -89,9 +89,9 @@ def forward(job: Job) -> Works:
 
 
 def uses(job: Job) -> Works:
-    """To adapt, save, load and switch."""
+    """Adapting, saving, loading and switching."""
     batch, (base, params) = common.batch_of(job), common.load_classifier(job.base)
-    inputs, place = (batch["ids"], batch["mask"]), Path(tempfile.mkdtemp(dir=job.place))
+    inputs, directory = (batch["ids"], batch["mask"]), Path(tempfile.mkdtemp(dir=job.directory))
     lora = job.method == "lora"
     recipe = aj.lora(job.rank, head="head") if lora else aj.houlsby(job.bottleneck, head="head")
 
@@ -124,7 +124,7 @@ def uses(job: Job) -> Works:
 
     works = {
         "adapt": adapt,
-        "save": lambda: aj.save_adapter(place / "saved", states[0]),
+        "save": lambda: aj.save_adapter(directory / "saved", states[0]),
         "load": lambda: load("first"),
         "switch": switch,
         "forward": lambda: evaluate(warm[0], inputs),

@@ -1,4 +1,4 @@
-"""qwix: LoRA by intercepting a model's products; the base is frozen by differentiating the rest."""
+"""qwix, whose LoRA intercepts the products of a model; only its factors are differentiated."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def provider(job: Job) -> qwix.LoraProvider:
 
 
 def ours(path: str) -> str:
-    """A factor's path in our file: kernel_lora_a is lora/a."""
+    """The path of a factor in our file: kernel_lora_a becomes lora/a."""
     return path.replace("/kernel_lora_", "/lora/")
 
 
@@ -74,7 +74,7 @@ def llama_step(job: Job) -> common.FlaxStep:
 
 
 def uses(job: Job) -> Works:
-    """To adapt: `init` makes the base too, so the factors alone are drawn, as their rule says."""
+    """Adapting: draws only the factors, as their rule says, since `init` would draw the base."""
     batch, (base, params) = common.batch_of(job), common.load_classifier(job.base)
     inputs, rule = (batch["ids"], batch["mask"]), rule_of(job)
     loaded = traverse_util.flatten_dict(params, sep="/")

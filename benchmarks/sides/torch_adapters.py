@@ -17,19 +17,19 @@ def make(settings: dict[str, Any]) -> Any:
 
 
 def load(model: Any, job: Job, which: str = "first", method: str = "") -> Any:
-    """A model with an adapter of ours, and the head that it had."""
+    """Loads our adapter into a model, which keeps its head."""
     adapters.init(model)
-    place = str(job.adapter("adapterhub", which, method))
-    return add(model, place)
+    directory = str(job.adapter("adapterhub", which, method))
+    return add(model, directory)
 
 
-def add(model: Any, place: str) -> Any:
-    model.load_adapter(place, use_safetensors=True, with_head=False, set_active=True)
+def add(model: Any, directory: str) -> Any:
+    model.load_adapter(directory, use_safetensors=True, with_head=False, set_active=True)
     return model
 
 
 def step(job: Job) -> common.TorchStep:
-    """The head trains by itself; Houlsby's layer norms, which the library freezes, are let go."""
+    """The head is trained by default; Houlsby's layer norms, which the library freezes, as well."""
     model = load(common.load_base(job), job)
     model.train_adapter("first")
     for name, parameter in model.named_parameters():
@@ -65,8 +65,8 @@ def uses(job: Job) -> Works:
         model.add_adapter("new", config=config)
         model.train_adapter("new")
 
-    def save(place: Path) -> None:
-        warm.save_adapter(str(place), "first", with_head=False, use_safetensors=True)
+    def save(directory: Path) -> None:
+        warm.save_adapter(str(directory), "first", with_head=False, use_safetensors=True)
 
     return common.uses(
         NAME,

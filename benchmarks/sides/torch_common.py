@@ -1,4 +1,4 @@
-"""What the sides on PyTorch share: eager mode, both cores, transformers' own classes."""
+"""What the sides on PyTorch share; they use eager mode, both cores and transformers' classes."""
 
 import copy
 import os
@@ -22,7 +22,7 @@ CLASSES = {
 
 
 def about(model: Any, *packages: str) -> dict[str, Any]:
-    """What a model trains, how it attends, and the libraries."""
+    """Trainable parameters, implementation of attention, threads and versions."""
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "attention": model.config._attn_implementation,
@@ -36,7 +36,7 @@ def load_base(job: Job) -> Any:
 
 
 def inputs_of(job: Job, labels: bool = True) -> dict[str, Any]:
-    """What the model is called with."""
+    """The keyword arguments of the model."""
     tensors = {name: torch.from_numpy(x).long() for name, x in job.data().items()}
     if job.model == "llama":
         return {"input_ids": tensors["ids"], "labels": tensors["ids"], "use_cache": False}
@@ -45,7 +45,7 @@ def inputs_of(job: Job, labels: bool = True) -> dict[str, Any]:
 
 
 class TorchStep(Step):
-    """A step with the optimiser that transformers' Trainer has: AdamW, fused."""
+    """A step with the optimiser of transformers' Trainer, fused AdamW."""
 
     def __init__(self, model: Any, job: Job, *packages: str):
         self.model, self.inputs, self.about = model.train(), inputs_of(job), about(model, *packages)
@@ -61,7 +61,7 @@ class TorchStep(Step):
 
 
 def forwards(library: str, models: dict[str, Any], job: Job, *packages: str) -> Works:
-    """The logits of each model, in evaluation."""
+    """The passes of each model in evaluation mode; they return logits."""
     inputs = inputs_of(job, labels=False)
 
     def run(model: Any) -> Callable[[], Any]:
@@ -87,19 +87,19 @@ def uses(
     activate: Callable[[str], None],
     *packages: str,
 ) -> Works:
-    """To adapt, save, load and switch.
+    """Adapting, saving, loading and switching.
 
     Args:
-        library: its name.
-        job: what to do.
-        adapt: gives a base new adapters; each time it gets a base of its own.
-        load: likewise, those of a file.
+        library: the name of the library.
+        job: the settings.
+        adapt: adds new adapters to a copy of the base.
+        load: loads adapters from a file into a copy of the base.
         save: writes an adapter to a directory.
         warm: a model with the adapters "first" and "second".
-        activate: makes one of the two the model's.
-        *packages: for their versions.
+        activate: activates one of the two.
+        *packages: the libraries whose versions are reported.
     """
-    base, place = load_base(job), Path(tempfile.mkdtemp(dir=job.place))
+    base, directory = load_base(job), Path(tempfile.mkdtemp(dir=job.directory))
     inputs, order = inputs_of(job, labels=False), ["second", "first"]
 
     def onto_a_copy(work: Callable[[Any], Any]) -> Callable[[], float]:
@@ -119,7 +119,7 @@ def uses(
 
     works = {
         "adapt": onto_a_copy(adapt),
-        "save": lambda: save(place / "saved"),
+        "save": lambda: save(directory / "saved"),
         "load": onto_a_copy(load),
         "switch": switch,
         "forward": forward,

@@ -15,7 +15,7 @@ TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
 def make(settings: dict[str, Any]) -> Any:
     job = Job(**settings)
     if job.method != "lora":
-        raise ValueError(f"PEFT {peft.__version__} has no {job.method}: no bottlenecks")
+        raise ValueError(f"PEFT {peft.__version__} does not support {job.method}, only lora")
     return {"step": step, "forward": forward, "uses": uses}[job.task](job)
 
 
@@ -54,7 +54,7 @@ def uses(job: Job) -> Works:
         job,
         lambda model: peft.get_peft_model(model, config),
         lambda model: load(model, job),
-        lambda place: warm.save_pretrained(str(place), selected_adapters=["first"]),
+        lambda directory: warm.save_pretrained(str(directory), selected_adapters=["first"]),
         warm,
         warm.set_adapter,
         PACKAGE,

@@ -1,4 +1,4 @@
-"""Runs that are finished at once, with adapters drawn by lot, for tests of what becomes of them."""
+"""Finished runs with random adapters, made without training."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"
 MEANINGS = "--model llama --train rows.csv --prompt mr --completion ref --max-length 32"
 LORA = "--method lora --rank 2"
-# What a decoder's run knows of single rows, in its summary.
+# The part of a decoder's summary that has single rows.
 SAMPLE = {
     "prompt": "private prompt",
     "completion": "private reference",
@@ -26,7 +26,7 @@ SAMPLE = {
 
 
 def encoder_run(flags=LORA, name="reviews"):
-    """A run on a tiny BERT with a pooler, in the current directory; its path."""
+    """Makes a run on a tiny BERT with a pooler in the current directory; returns its path."""
     if not Path("tiny").exists():
         write_model(Path("tiny"), pooler=True)
         write_reviews(Path("reviews.jsonl"), rows=40)
@@ -34,7 +34,7 @@ def encoder_run(flags=LORA, name="reviews"):
 
 
 def decoder_run(flags=LORA, name="meanings"):
-    """A run on a tiny Llama, likewise."""
+    """Makes a run on a tiny Llama in the current directory; returns its path."""
     if not Path("llama").exists():
         write_llama(Path("llama"))
         write_meanings(Path("rows.csv"), rows=40)

@@ -1,4 +1,4 @@
-"""A few steps of training, for adapters that other libraries have to read."""
+"""Adapters after a few steps of training, for tests with other libraries."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from adapters_jax.models.llama import Llama
 
 
 def trained(base, recipe):
-    """Adapters after three steps, and the logits with them.
+    """Returns adapters after three steps of training, and the logits with them.
 
-    The base is its table, itself, its parameters and its inputs.
+    `base` is a tuple of the name table, the model, its parameters and its inputs.
     """
     _, model, params, inputs = base
     if isinstance(model, Llama):

@@ -1,1 +1,1 @@
-"""The command line, one file a command; `main` is their table."""
+"""The command line: one file for each command; `main` lists them."""

@@ -1,4 +1,4 @@
-"""The audit of a model that is only a shape: nothing is loaded, and nothing allocated."""
+"""`adapters-jax audit`: counts what a recipe adds to a model, without its weights."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class CountParameters:
     method: MethodOptions = field(default_factory=MethodOptions)
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Counts, which is all of the work.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Counts, and returns a function that reports the counts.
 
         Raises:
-            ValueError: a model or a recipe that cannot be used.
+            UserError: the model or the recipe cannot be used.
             AssetError: the pinned model could not be fetched.
         """
         counts = count_parameters(self.model, self.method)
 
         def report() -> None:
             if not self.json:
-                output.show(counts)
-            output.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
+                console.show(counts)
+            console.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
 
         return report

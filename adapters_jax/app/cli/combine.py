@@ -1,4 +1,4 @@
-"""`adapters-jax combine`: a weighted sum of the adapters of several runs, as a run of its own."""
+"""`adapters-jax combine`: writes the weighted sum of several runs' adapters as a new run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.pretrained.decoder import Decoder, load_decoder
 from adapters_jax.transforms.combine import combine
 
-_OF_A_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
+_ONLY_OF_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
 
 
 @dataclass(frozen=True)
 class Combine:
-    """Sums the LoRA of several runs on one decoder with weights, into a run that generates.
+    """Adds up the LoRA of several runs on one decoder, with weights, into a run that generates.
 
-    What is summed is the change of each weight, scale * A B. "linear" is exact, and its rank is the
-    sum of all ranks. The others are of full rank, of which the best of --rank is kept; what that
-    loses is printed. The first run says how a prompt is put.
+    The sum is that of the changes scale * A B of each weight. "linear" is exact, and its rank is
+    the sum of all ranks. The other ways give a sum of full rank, which is reduced to --rank; the
+    loss is printed. Prompts are formatted as in the first run.
 
     Args:
         runs: directories of the runs.
-        weights: one for each run; also negative ones.
+        weights: one weight for each run; a weight may be negative.
         out: directory of the new run, which must not exist.
-        how: linear: the sum. svd: the sum at a rank of your choice. ties: each trimmed to its
-            largest entries, then the mean of those that agree in sign. dare: entries dropped at
-            random, and the others enlarged.
-        rank: of the result, but for linear.
+        how: linear: the exact sum. svd: the sum at --rank. ties: the mean of the largest entries
+            that agree in sign. dare: the sum of randomly kept entries, which are scaled up.
+        rank: rank of the result; not for linear.
         density: part of the entries that ties and dare keep; 0.5 by default.
-        seed: of dare.
+        seed: seed of dare.
         json: print what was written as JSON.
     """
 
@@ -54,12 +53,13 @@ class Combine:
     seed: int = 0
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Reads the runs and sums them.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads the runs, and combines their adapters.
 
         Raises:
-            ValueError: a run that cannot be used, runs of different bases, methods other than LoRA,
-                or a directory that exists.
+            RunError: a run cannot be used, runs have different base models, or --out exists.
+            UserError: the weights, --how or --rank are not valid.
+            RecipeError: a run has a method other than LoRA.
             AssetError: the pinned model could not be fetched.
         """
         out = Run(self.out)
@@ -78,26 +78,26 @@ class Combine:
         )
         made = {**given(self), "runs": [run.path.as_posix() for run in runs]}
         made = {k: v for k, v in made.items() if k not in ("out", "json")}
-        kept = {k: v for k, v in configs[0].items() if k not in _OF_A_TRAINING}
+        kept = {k: v for k, v in configs[0].items() if k not in _ONLY_OF_TRAINING}
 
         def write() -> None:
             out.create({**kept, "combined": {**made, "error": combined.error}})
             adapters, recipe = combined.adapters, combined.recipe
             save_adapter(out.adapter, adapters, recipe, base=decoder.identity)
             lost = f"; the rank lost {combined.error:.2%} of the sum" if combined.error else ""
-            output.say(f"{out.path} holds the sum of {len(runs)} adapters{lost}")
-            output.result({"out": out.path.as_posix(), "error": combined.error})
+            console.say(f"{out.path} holds the sum of {len(runs)} adapters{lost}")
+            console.result({"out": out.path.as_posix(), "error": combined.error})
 
         return write
 
 
 def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Decoder:
-    """The one base of all runs; raises RunError where they have different ones."""
+    """Loads the base model of all runs; raises RunError if it is not the same."""
     for run, config in zip(runs, configs, strict=True):
         if config["base_sha256"] != configs[0]["base_sha256"]:
             raise RunError(
-                f"{run.path} was trained on {config['model']} and {runs[0].path} on "
-                f"{configs[0]['model']}, other weights; combine runs on one base"
+                f"{run.path} was trained on {config['model']}, and {runs[0].path} on other weights "
+                f"({configs[0]['model']}); combine runs on one base"
             )
     decoder = load_decoder(configs[0]["model"], configs[0]["dtype"])
     check_base(runs[0], configs[0], decoder.sha256)

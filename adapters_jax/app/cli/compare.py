@@ -1,4 +1,4 @@
-"""`adapters-jax compare`: recipes, learning rates and seeds on one task."""
+"""`adapters-jax compare`: compares recipes on one task, over learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from adapters_jax.io.run_directory import Run
 
 @dataclass(frozen=True)
 class Compare(CompareOptions):
-    """Compares recipes on one task: what each reaches, against the parameters that it trains.
+    """Compares recipes on one task: the score of each, and the parameters that it trains.
 
-    Every recipe is trained with every learning rate and seed; each such cell is a run of finetune,
-    in a directory of its own. The rate is chosen on dev, and what is reported is test: mean and
-    standard deviation over the seeds. The same command goes on with a comparison that was cut off,
-    and trains nothing twice.
+    Each recipe is trained with its learning rates and seeds. Each of these cells is a run of
+    finetune, in its own directory. The learning rate is chosen on dev. The report shows the mean
+    and standard deviation on test over the seeds. The same command continues a comparison that was
+    interrupted, and trains nothing twice.
 
     Args:
-        json: print JSON for machines on stdout; everything else goes to stderr.
+        json: print JSON on stdout; everything else goes to stderr.
     """
 
     examples: ClassVar[str] = """\
@@ -34,16 +34,17 @@ class Compare(CompareOptions):
 
     json: bool = False
 
-    def prepare(self, output: Console) -> Comparison:
-        """Reads and checks everything; the directory is made last.
+    def prepare(self, console: Console) -> Comparison:
+        """Reads and checks everything, then makes the directory.
 
         Raises:
-            ValueError: flags, files or rows that cannot be used, or cells of another comparison.
+            UserError: flags, files or rows cannot be used.
+            RunError: the directory holds cells of another comparison, or another process uses it.
             AssetError: the pinned model or the movie reviews could not be fetched.
             FileSystemError: the directory cannot be made.
         """
-        options, grid, cells, out = self.check(output)
+        options, grid, cells, out = self.check(console)
         with file_errors(out, "made"):
             out.mkdir(parents=True, exist_ok=True)
         lock = Run(out).lock()
-        return Comparison(options, grid, cells, out, output, lock)
+        return Comparison(options, grid, cells, out, console, lock)

@@ -1,4 +1,4 @@
-"""`adapters-jax convert`: an adapter from one library's format into another's."""
+"""`adapters-jax convert`: writes an adapter in the format of another library."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from adapters_jax.interop.formats import Format
 class Convert:
     """Writes an adapter in the format of adapters_jax, PEFT or AdapterHub, with a model card.
 
-    The source is recognised by its files. Settings that the other library does not support raise
-    an error that names them; what its files have no place for is printed, and is in the card. No
-    pickle is read or written.
+    The format of the source is recognised by its files. Settings that the other library does not
+    support raise an error that names them. What its files cannot hold is printed, and is in the
+    card. No pickle is read or written.
 
     Args:
-        source: a finished run, an adapter's directory in any of the formats, or the id of either on
-            the Hugging Face Hub, with @ and a revision or without.
+        source: a finished run, a directory of an adapter in any of the formats, or the id of either
+            on the Hugging Face Hub, optionally with @ and a revision.
         destination: directory to write, new or empty.
-        to: the format. A run goes to native with all that predict and generate need.
-        model: the base: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hub; by
-            default the run's, or what the source calls it.
-        pooling: what an encoder's head reads: mean, first token (cls) or pooler; a run knows.
-        head: take an encoder's head along.
-        license: of the adapter, for the card, such as apache-2.0.
+        to: the format. With native, a run also gets what predict and generate need.
+        model: the base model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hub;
+            by default the run's, or the one that the source names.
+        pooling: what an encoder's head reads: mean, first token (cls) or pooler; a run has its own.
+        head: also write an encoder's head.
+        license: license of the adapter in the card, such as apache-2.0.
         json: print what was written as JSON.
     """
 
@@ -48,12 +48,13 @@ class Convert:
     license: str | None = None
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Reads the source and writes the destination, which is all of the work.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads the source, writes the destination, and returns a function that reports it.
 
         Raises:
-            ValueError: a source that cannot be used or that the format does not support, or a
-                destination that holds something.
+            AdapterFileError: the source cannot be used.
+            UserError: the base model cannot be used, the format does not support the source, or the
+                destination is not empty.
             AssetError: the pinned model could not be fetched.
         """
         source = open_source(self.source, self.model, self.pooling)
@@ -62,7 +63,7 @@ class Convert:
 
         def report() -> None:
             for line in describe(written, self.to, where):
-                output.say(line)
-            output.result({"out": where, "from": source.form.name, "to": self.to, **vars(written)})
+                console.say(line)
+            console.result({"out": where, "from": source.form.name, "to": self.to, **vars(written)})
 
         return report

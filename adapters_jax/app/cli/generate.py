@@ -1,4 +1,4 @@
-"""`adapters-jax generate`: prompts of the command line, a file or stdin, completed by a run."""
+"""`adapters-jax generate`: completes prompts of the command line, a file or stdin with a run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from adapters_jax.tasks import read_run
 
 @dataclass(frozen=True)
 class Generate:
-    """Completes prompts with a finished run on a decoder: its base with its adapter.
+    """Completes prompts with a finished run on a decoder.
 
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
-        prompt: prompts, as in the column trained on; - reads a prompt a line from stdin.
+        prompt: prompts, as in the training column; - reads one prompt per line from stdin.
         file: CSV, TSV or JSON lines file of prompts; .gz may follow.
-        column: its column of the prompt; by default the one trained on.
-        max_new_tokens: tokens to generate at most, for each prompt.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
-        top_p: sample among the likeliest tokens that have this probability together.
-        seed: of sampling.
-        json: print one JSON object a prompt.
+        column: the file's column of the prompt; by default the training column.
+        max_new_tokens: largest number of tokens to generate for a prompt.
+        temperature: 0 takes the likeliest token; above 0, tokens are sampled.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: seed of sampling.
+        json: print one JSON object for each prompt.
     """
 
     examples: ClassVar[str] = """\
@@ -50,11 +50,13 @@ class Generate:
     seed: int = 0
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
+    def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the prompts and loads the run.
 
         Raises:
-            ValueError: a run, prompts or a setting that cannot be used.
+            UserError: a setting is out of its range.
+            RunError: the run cannot be used.
+            DataError: the prompts cannot be used.
             AssetError: the pinned model could not be fetched.
         """
         check_size("sampling", "--max-new-tokens", self.max_new_tokens)
@@ -66,30 +68,30 @@ class Generate:
         run = find_run(self.run)
         prompts = self._read(read_run(run, "generate")[1].get("prompt"))
         generator = load_generator(run.path)
-        return lambda: self._complete(generator, prompts, output)
+        return lambda: self._complete(generator, prompts, console)
 
     def _read(self, column: str | None) -> list[str]:
-        """The prompts, from one of the three places they can come from."""
+        """Reads the prompts of --prompt, stdin or --file."""
         if (self.file is None) == (not self.prompt):
-            raise DataError("generate wants --prompt TEXT..., or --prompt - for stdin, or --file F")
+            raise DataError("expected --prompt TEXT..., or --prompt - for stdin, or --file FILE")
         if self.file is not None:
             name = self.column or column
             if name is None:
-                raise DataError("--file: the run was trained on texts alone; name the --column")
+                raise DataError("--file: the run was trained without a prompt column; add --column")
             return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
         if self.column is not None:
-            raise DataError("--column names a column; it goes with --file")
+            raise DataError("--column names a column of a file; add --file")
         prompts = list(self.prompt)
         if prompts == ["-"]:
             prompts = sys.stdin.read().splitlines()
         if not all(prompt.strip() for prompt in prompts) or not prompts:
-            raise DataError("a prompt is empty; give each one something to go on from")
+            raise DataError("a prompt is empty; expected some text in each")
         return prompts
 
-    def _complete(self, generator: Generator, prompts: list[str], output: Console) -> None:
-        """Each text is printed when its batch is there."""
+    def _complete(self, generator: Generator, prompts: list[str], console: Console) -> None:
+        """Prints each completion as soon as its batch is generated."""
         sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
         for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):
-            output.result({"prompt": prompt, "completion": text})
+            console.result({"prompt": prompt, "completion": text})
             if not self.json:
-                output.say(text)
+                console.say(text)

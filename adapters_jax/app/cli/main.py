@@ -1,8 +1,8 @@
-"""The command line: a table of contents of the commands, and how each is called.
+"""The command line: lists the commands, and runs one of them.
 
-A command is a frozen dataclass whose fields are its flags. Its `prepare` reads and checks all that
-the user gave, and returns the work. A `UserError` is a mistake of the user's, and becomes one line;
-any other error is a bug, and keeps its traceback.
+A command is a frozen dataclass whose fields are its flags. Its method `prepare` reads and checks
+everything that the user gave, and returns a function that does the work. A `UserError` is printed
+as one line. Any other error is a bug, and is printed with its traceback.
 """
 
 import contextlib
@@ -43,15 +43,15 @@ Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
   finetune   train adapters on texts and labels, or prompts and completions; compare with baselines
-  compare    train several recipes over seeds: what each reaches against its trainable parameters
+  compare    train several recipes over seeds; compare scores with trainable parameters
   predict    label texts with a finished run
   generate   complete prompts with a finished run
-  merge      fold a finished run's LoRA into a Hugging Face checkpoint
-  combine    sum the LoRA of several runs with weights
+  merge      merge a finished run's LoRA into its base, as a Hugging Face checkpoint
+  combine    add up the LoRA of several runs, with weights
   convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
   push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
-  plan       what each device will hold in training, before there is any
+  plan       compute the memory of training on each device, without the devices
 
 examples:
   adapters-jax finetune
@@ -62,8 +62,8 @@ examples:
   adapters-jax convert runs/mine for-peft --to peft
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
-adapters-jax COMMAND --help shows a command's flags; adapters-jax --version the version.
---config FILE takes flags from a TOML or JSON file; --debug shows the traceback of a mistake.
+adapters-jax COMMAND --help shows a command's flags; adapters-jax --version shows the version.
+--config FILE reads flags from a TOML or JSON file; --debug shows the traceback of a user error.
 """
 
 
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its flags; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user's, which is one line on stderr; 130 after
-        Ctrl-C, 143 after SIGTERM; 1 for a bug, with its traceback.
+        The exit status: 0, or 2 for a user error, which is one line on stderr; 130 after Ctrl-C,
+        143 after SIGTERM; 1 for a bug, with its traceback.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
@@ -91,14 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"adapters-jax {version('adapters-jax')}")
         return 0
-    if arguments is None:  # the process is ours
+    if arguments is None:  # the process runs only this command
         keep_freed()
     with _logging(debug):
         return _run(name, flags, debug)
 
 
 def _run(name: str, flags: Sequence[str], debug: bool) -> int:
-    """One command; a mistake of the user's becomes its one line, all else keeps its traceback."""
+    """Runs a command; prints a user error as one line, and other errors with their traceback."""
 
     try:
         command = _parse(name, flags)
@@ -118,14 +118,14 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
 
 
 def _start(command: Any) -> None:
-    """Reads and checks everything, and then does the work."""
+    """Prepares a command, then does its work."""
     from adapters_jax.app.console import Console
 
     command.prepare(Console(command.json))()
 
 
 class _Lines(logging.Handler):
-    """One line for each message, on what stderr is at that time; a live bar replaces it."""
+    """Prints each message as one line on the current stderr, which a live bar may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -133,8 +133,8 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def _logging(debug: bool) -> Iterator[None]:
-    """What is no command's output, such as what is fetched, on stderr as well."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    """Within, the messages of the library, such as downloads, are printed on stderr."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides its retries
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not debug:
@@ -151,19 +151,19 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 def _say(name: str, message: str, status: int) -> int:
-    """One line on stderr; returns the exit status."""
+    """Prints one line on stderr; returns the exit status."""
     line = "; ".join(line.strip() for line in message.splitlines() if line.strip())
     print(f"adapters-jax {name}: {line}", file=sys.stderr)
     return status
 
 
 def _parse(name: str, flags: Sequence[str]) -> Any:
-    """The command with its flags; None where they ask for its help."""
+    """Makes the command from its flags; None if they ask for its help."""
     from adapters_jax.app.options.parsing import UsageError, parse
     from adapters_jax.errors import MissingPackageError
 
     if name not in COMMANDS:
-        raise UsageError(f"no such command; there are {', '.join(COMMANDS)}")
+        raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
         importlib.import_module("cyclopts")

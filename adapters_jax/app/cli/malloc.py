@@ -1,4 +1,4 @@
-"""Memory that a step gives back and the next one takes again, kept by the process in between."""
+"""Lets the process keep the memory that a step frees, for the next step."""
 
 import ctypes
 import os
@@ -9,14 +9,16 @@ SETTINGS = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 <<
 
 
 def keep_freed() -> bool:
-    """Has glibc keep what is freed, for whoever allocates next.
+    """Sets glibc to keep freed memory instead of returning it to the system.
 
-    XLA on a CPU allocates the temporaries of every step anew. By default glibc hands arrays of that
-    size back to the system each time, which maps and zeroes them again page by page. The process
-    then holds its peak until it ends. To be called before the first thread allocates.
+    XLA on a CPU allocates the temporaries of every step anew. By default, glibc returns arrays of
+    that size to the system each time, which maps and zeroes them again page by page. With this
+    setting, the process holds its peak memory until it ends. Call it before the first thread
+    allocates.
 
     Returns:
-        Whether it does now: not on other C libraries, and not where the environment sets malloc.
+        Whether glibc has the setting now; False with another C library, or if environment variables
+        configure malloc.
     """
     if sys.platform != "linux" or any(
         name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ

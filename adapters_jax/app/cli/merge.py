@@ -1,4 +1,4 @@
-"""`adapters-jax merge`: a run's base with its adapter folded in, as a Hugging Face checkpoint."""
+"""`adapters-jax merge`: merges a run's adapter into its base, as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Merge:
-    """Folds a run's LoRA into its base, and writes a checkpoint that needs no adapter.
+    """Merges a run's LoRA into its base, and writes a checkpoint that needs no adapter.
 
-    It is in the layout of Hugging Face, with the tokenizer. Methods that are no change of a weight,
-    such as bottlenecks and prompts, are refused.
+    The checkpoint has the layout of Hugging Face, with the tokenizer. Methods that do not change a
+    weight, such as bottlenecks and prompts, raise an error.
 
     Args:
         run: directory of the run.
         out: directory to write, which must not exist.
-        dequantize: of a run with --quantize: fold into the floats that its weights stand for.
+        dequantize: for a run with --quantize, merge into its weights as floats.
         json: print what was written as JSON.
     """
 
@@ -55,11 +55,13 @@ class Merge:
     dequantize: bool = False
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Loads the run and folds its adapter in.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Loads the run, and merges its adapter.
 
         Raises:
-            ValueError: a run that cannot be used or folded, or a directory that exists.
+            DataError: --out exists, or the base is quantized and --dequantize is missing.
+            RunError: the run cannot be used.
+            RecipeError: the adapter cannot be merged.
             AssetError: the pinned model could not be fetched.
         """
         if self.out.exists():
@@ -70,32 +72,33 @@ class Merge:
         quantized = Run(self.run).read_config("decoder").get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
-                f"{self.run} has its base in {quantized}, and a sum in so few bits would lose much "
-                "of the adapter; add --dequantize to fold it into floats"
+                f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
+                "adapter; add --dequantize to merge it into floats"
             )
         model = merge(dequantize(generator.model) if quantized else generator.model)
 
         def write() -> None:
             files = write_checkpoint(self.out, generator.decoder, model)
-            output.say(f"{self.out} holds {', '.join(files)}")
-            output.result({"out": self.out.as_posix(), "files": files})
+            console.say(f"{self.out} holds {', '.join(files)}")
+            console.result({"out": self.out.as_posix(), "files": files})
 
         return write
 
 
 def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> list[str]:
-    """Writes a whole checkpoint; the directory appears at once, or not at all.
+    """Writes a checkpoint; the directory appears whole or not at all.
 
     Args:
-        directory: which does not exist.
-        decoder: the base, for its configuration and tokenizer.
-        model: the weights.
+        directory: the directory to write, which does not exist.
+        decoder: the base model, for its configuration and tokenizer.
+        model: the model, for its weights.
 
     Returns:
-        The names of its files.
+        The names of the files.
 
     Raises:
-        ValueError: the family has no writer.
+        UserError: checkpoints of the model's family cannot be written.
+        FileSystemError: the system cannot write the directory.
     """
     save = decoder.family.save
     if save is None:
@@ -114,7 +117,7 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> li
 
 
 def _write_tokenizer(directory: Path, decoder: Decoder) -> None:
-    """The tokenizer: the base's own files where it has some."""
+    """Writes the tokenizer: copies the base's own files if it has them."""
     if decoder.files.is_dir():
         for name in TOKENIZER_FILES:
             if (decoder.files / name).is_file():

@@ -1,4 +1,4 @@
-"""`adapters-jax plan`: what a training will hold on each device, before there is any device."""
+"""`adapters-jax plan`: computes the memory of a training on each device, without the devices."""
 
 from __future__ import annotations
 
@@ -23,30 +23,34 @@ from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh,
 from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
 
 FULL = MethodOptions("full")
-BY_NUMBER = ("llama-adapter", "prefix-tuning", "last-layers")  # methods of some layers, by number
+BY_NUMBER = (
+    "llama-adapter",
+    "prefix-tuning",
+    "last-layers",
+)  # methods that address layers by number
 ROWS = ("base", "adapters", "optimizer", "gradients", "activations", "temporaries", "total")
 
 
 @dataclass(frozen=True)
 class PlanTraining:
-    """Plans what each device holds in training a recipe, and in full fine-tuning; needs no weights.
+    """Computes the memory of each device in training a recipe and in full fine-tuning.
 
-    The step is compiled for as many devices as the mesh has, which this machine only pretends to
-    have, and XLA's own memory analysis is read. XLA has no half precision on a CPU: there the
-    working memory is that of the float32 program, halved. What trains, its gradients and AdamW's
-    moments are float32. Layers are scanned, where a recipe does not number them, and recomputed in
-    the backward pass.
+    No weights are needed. The step is compiled for the devices of the mesh, which are simulated on
+    the CPU, and XLA's memory analysis of it is read. XLA has no half precision on a CPU, so with
+    bfloat16 the working memory is half that of the float32 program. Trained parameters, their
+    gradients and AdamW's moments are float32. Layers are scanned unless the recipe numbers them,
+    and recomputed in the backward pass.
 
     Args:
         model: a known shape such as llama-7b, a directory with config.json, a GGUF file, or an id
             on the Hugging Face Hub.
         method: the recipe.
         mesh: devices, as fsdp=8,model=8; by default one.
-        batch_size: sequences a step, over all devices.
-        length: tokens a sequence.
-        dtype: of the base and its arithmetic.
+        batch_size: sequences in a step, over all devices.
+        length: tokens in a sequence.
+        dtype: dtype of the base model and its arithmetic.
         remat: recompute each layer in the backward pass instead of storing it.
-        memory: of a device, in GB: also finds the largest batch that fits.
+        memory: memory of a device in GB; also finds the largest batch that fits.
         full: also plan full fine-tuning.
         json: print JSON.
     """
@@ -67,46 +71,47 @@ class PlanTraining:
     full: bool = True
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Checks the flags, and takes as many devices as the mesh has.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Checks the flags, and makes the mesh.
 
         Raises:
-            ValueError: a model, a recipe, a mesh or a batch that cannot be used.
+            UserError: the model or the recipe cannot be used.
+            ShardingError: the mesh is not valid, or the batch does not split over it.
             AssetError: the pinned model could not be fetched.
         """
         check_size("the plan", "--length", self.length)
         check_size("the plan", "--batch-size", self.batch_size)
         if self.memory is not None:
             check_number("the plan", "--memory", self.memory)
-        mesh = _pretended(self.mesh, self.batch_size)
+        mesh = _simulated(self.mesh, self.batch_size)
         methods = [self.method, *([FULL] if self.full and self.method != FULL else [])]
         shapes = [self._state(method) for method in methods]
 
         def work() -> None:
             plans = {
-                method.title: self._plans(method, shape, mesh, output)
+                method.title: self._plans(method, shape, mesh, console)
                 for method, shape in zip(methods, shapes, strict=True)
             }
-            self._show(plans, mesh, output)
+            self._show(plans, mesh, console)
 
         return work
 
     def _state(self, method: MethodOptions) -> tuple[Any, Any, Any]:
-        """The model, its parameters in linen, and a training's state; all of them shapes."""
+        """The shapes of the model, of its parameters in linen, and of the training state."""
         scan = method.recipe is None and method.method not in BY_NUMBER
         options = {"scan": scan, "remat": self.remat}
         model, params = adapted_shape(self.model, method, **options)
         return model, params, abstract_state(model, params, tx=optax.adamw(1e-4))
 
     def _plans(
-        self, method: MethodOptions, shape: Any, mesh: Mesh, output: Console
+        self, method: MethodOptions, shape: Any, mesh: Mesh, console: Console
     ) -> tuple[Plan, Plan | None]:
-        """The plan of the batch, and of the largest that fits."""
+        """The plan of the given batch, and of the largest batch that fits."""
         loss = _loss_of(shape[0], find_shape(self.model)[0].kind)
 
         @functools.cache
         def of(batch: int) -> Plan:
-            output.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
+            console.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
             ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
             return self._stored(plan(shape[2], loss, ids, mesh))
 
@@ -116,18 +121,18 @@ class PlanTraining:
         return asked, largest_batch(of, self.memory * 1e9, unit=batch_parts(mesh.shape))
 
     def _stored(self, found: Plan) -> Plan:
-        """A plan of a float32 program as one of a base in its dtype."""
+        """Converts the plan of a float32 program to the dtype of the base model."""
         if self.dtype == "float32":
             return found
         half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
         return replace(found, **half)
 
     def _show(
-        self, plans: dict[str, tuple[Plan, Plan | None]], mesh: Mesh, output: Console
+        self, plans: dict[str, tuple[Plan, Plan | None]], mesh: Mesh, console: Console
     ) -> None:
         devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
         what = f"{self.model}, {self.batch_size} x {self.length} tokens a step, {self.dtype}"
-        output.say(f"{what}, AdamW, {self.mesh}: bytes on each of {devices}")
+        console.say(f"{what}, AdamW, {self.mesh}: bytes on each of {devices}")
         rows = [[row, *(bytes_text(getattr(p, row)) for p, _ in plans.values())] for row in ROWS]
         rows.append(
             ["trainable parameters", *(f"{p.trainable_parameters:,}" for p, _ in plans.values())]
@@ -135,8 +140,8 @@ class PlanTraining:
         if self.memory is not None:
             fits = [f"{big.batch:,}" if big else "none" for _, big in plans.values()]
             rows.append([f"largest batch in {self.memory:g} GB", *fits])
-        output.table(["", *plans], rows)
-        output.result(
+        console.table(["", *plans], rows)
+        console.result(
             {
                 "model": self.model,
                 "mesh": dict(mesh.shape),
@@ -152,11 +157,11 @@ class PlanTraining:
         )
 
 
-def _pretended(text: str, batch_size: int) -> Mesh:
-    """A mesh of CPU devices, as many as it says, which a batch splits over; they hold nothing."""
+def _simulated(text: str, batch_size: int) -> Mesh:
+    """Makes a mesh of simulated CPU devices; raises ShardingError if a batch does not fit it."""
     sizes = mesh_sizes(text)
     if min(sizes.values()) < 1:
-        raise ShardingError(f"--mesh {text}: a plan wants every number, and none below 1")
+        raise ShardingError(f"--mesh {text}: expected a number of at least 1 for each axis")
     parts = batch_parts(sizes)
     if batch_size % parts:
         raise ShardingError(
@@ -174,7 +179,7 @@ def _pretended(text: str, batch_size: int) -> Mesh:
 
 
 def _loss_of(model: Any, kind: str) -> Callable[[Any, Any, Any], Any]:
-    """Next tokens of a decoder; of an encoder, whose heads are small, its hidden states."""
+    """The loss of a decoder's next tokens, or a loss of an encoder's hidden states."""
 
     def loss(subject: Any, ids: Any, key: Any) -> Any:
         if isinstance(model, nnx.Module):

@@ -1,4 +1,4 @@
-"""`adapters-jax predict`: texts of the command line, of a file or of stdin, judged by a run."""
+"""`adapters-jax predict`: labels texts of the command line, a file or stdin with a run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Predict:
 
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
-        texts: texts; two by two for a run on pairs; - reads a text a line from stdin.
+        texts: texts; two by two for a run on pairs; - reads one text per line from stdin.
         file: CSV, TSV or JSON lines file of texts; .gz may follow.
-        text: its column of the text; by default the one trained on.
-        text_pair: its column of the second text; likewise.
+        text: the file's column of the text; by default the training column.
+        text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist.
-        json: print one JSON object a text.
+        json: print one JSON object for each text.
     """
 
     examples: ClassVar[str] = """\
@@ -50,11 +50,12 @@ class Predict:
     out: Path | None = None
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
+    def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the texts and loads the run.
 
         Raises:
-            ValueError: a run, texts or a file that cannot be used.
+            RunError: the run cannot be used.
+            DataError: the texts or a file cannot be used.
             AssetError: the pinned model could not be fetched.
         """
         run = find_run(self.run)
@@ -67,19 +68,19 @@ class Predict:
             _LOG.warning(
                 "%d of %d texts are cut at %d tokens", cut, len(texts), predictor.max_length
             )
-        return lambda: self._write(predictor.predict(texts), output)
+        return lambda: self._write(predictor.predict(texts), console)
 
     def _read(self, config: dict[str, Any]) -> Texts:
-        """The texts, from one of the three places they can come from."""
+        """Reads the texts of the command line, stdin or --file."""
         if (self.file is None) == (not self.texts):
-            raise DataError("predict wants texts, or - for stdin, or --file FILE; one of them")
+            raise DataError("expected one of texts, - for stdin, and --file FILE")
         if self.file is not None:
             pair = self.text_pair or config.get("text_pair")
             if pair and not config["pairs"]:
                 raise DataError("--text-pair: the run was trained on single texts")
             return read_rows(self.file, self.text or config["text"], pair, label=None).texts
         if self.text or self.text_pair:
-            raise DataError("--text and --text-pair name columns; they go with --file")
+            raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
             lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
             parts = (
@@ -89,22 +90,22 @@ class Predict:
             parts = list(self.texts)
         return _paired(parts) if config["pairs"] else _single(parts)
 
-    def _write(self, predictions: Sequence[Prediction], output: Console) -> None:
-        """To the file, or to stdout as JSON lines or a table."""
+    def _write(self, predictions: Sequence[Prediction], console: Console) -> None:
+        """Writes predictions to --out, or prints them as JSON lines or a table."""
         rows = [prediction.to_dict() for prediction in predictions]
         if self.out is not None:
             _save(self.out, predictions)
-            output.say(f"{len(rows)} predictions in {self.out}")
+            console.say(f"{len(rows)} predictions in {self.out}")
         for row in rows if self.json else ():
-            output.result(row)
+            console.result(row)
         if self.out is None and not self.json:
             header, *body = _cells(predictions)
-            output.table(header, body, words=2 if predictions[0].text_pair else 1)
+            console.table(header, body, words=2 if predictions[0].text_pair else 1)
 
 
 def _single(parts: list[str]) -> Texts:
     if not parts or not all(part.strip() for part in parts):
-        raise DataError("a text is empty; give each one something to judge")
+        raise DataError("a text is empty; expected some words in each")
     return [(part, None) for part in parts]
 
 
@@ -112,21 +113,21 @@ def _paired(parts: list[str]) -> Texts:
     if len(parts) % 2:
         raise DataError(
             f"the run was trained on pairs of texts and got {len(parts)} texts; give them two by "
-            "two (on stdin: a pair a line, with a tab between)"
+            "two (on stdin: one pair per line, separated by a tab)"
         )
     single = [text for text, _ in _single(parts)]
     return list(zip(single[::2], single[1::2], strict=True))
 
 
 def _cells(predictions: Sequence[Prediction]) -> list[list[str]]:
-    """A header and a row a prediction: its texts, then its result as its task shows it."""
+    """A header, and a row for each prediction: its texts, then its result."""
     texts = ["text", "text_pair"] if predictions[0].text_pair is not None else ["text"]
     rows = [[*(str(getattr(p, name)) for name in texts), *p.cells().values()] for p in predictions]
     return [[*texts, *predictions[0].cells()], *rows]
 
 
 def _check_out(path: Path) -> None:
-    """Raises DataError for a file that exists, or of a kind that we do not write."""
+    """Raises DataError if the file exists or its suffix is unknown."""
     if path.suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError(f"--out {path}: unknown suffix {path.suffix!r}; use .csv, .tsv or .jsonl")
     if path.exists():
@@ -136,7 +137,7 @@ def _check_out(path: Path) -> None:
 
 
 def _save(path: Path, predictions: Sequence[Prediction]) -> None:
-    """The predictions as a file of its suffix's kind."""
+    """Writes predictions in the format of the file's suffix."""
     with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             for prediction in predictions:

@@ -1,4 +1,4 @@
-"""`adapters-jax push`: a finished run's adapter and its model card, to the Hugging Face Hub."""
+"""`adapters-jax push`: uploads a finished run's adapter to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from adapters_jax.io.run_directory import Run
 class Push:
     """Uploads a finished run's adapter with a model card to the Hugging Face Hub.
 
-    The repository is made where there is none; the token is where `hf auth login` or HF_TOKEN puts
-    it. Of the run go the adapter and what predict or generate needs: no rows and no paths.
+    The repository is created if it does not exist. The token comes from `hf auth login` or
+    HF_TOKEN. The upload has the adapter and what predict or generate needs, no rows and no paths.
 
     Args:
         run: directory of the run.
-        repository: its id on the Hub, user/name.
-        to: the format: native, or PEFT's or AdapterHub's.
+        repository: id of the repository on the Hub, user/name.
+        to: the format: native, peft or adapterhub.
         private: make the repository private.
-        revision: branch to upload to, made where there is none; by default main.
-        head: take an encoder's head along.
-        license: of the adapter, for the card, such as apache-2.0.
+        revision: branch to upload to, which is created if it does not exist; by default main.
+        head: also upload an encoder's head.
+        license: license of the adapter in the card, such as apache-2.0.
         dry_run: write what would be uploaded to --out, and upload nothing.
-        out: directory to keep what is uploaded in; with --dry-run by default the repository's name.
+        out: directory to keep the uploaded files in; with --dry-run by default the repository's
+            name.
         json: print what was uploaded as JSON.
     """
 
@@ -55,17 +56,20 @@ class Push:
     out: Path | None = None
     json: bool = False
 
-    def prepare(self, output: Console) -> Callable[[], None]:
-        """Writes the directory, and checks all that can be checked before uploading it.
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Writes the files, and checks everything that can be checked before the upload.
 
         Raises:
-            ValueError: a run that cannot be used or that the format does not support, an id that is
-                none, no token, or a directory that holds something.
+            UserError: the id is not valid, there is no token, the format does not support the run,
+                or --out is not empty.
+            RunError: the run cannot be used.
             AssetError: the pinned model could not be fetched.
         """
         user, _, name = self.repository.partition("/")
         if not user or not name or "@" in name or not hub.is_id(self.repository):
-            raise UserError(f"{self.repository!r} is no repository's id; expected user/name")
+            raise UserError(
+                f"{self.repository!r} is not the id of a repository; expected user/name"
+            )
         Run(self.run).read_config(None)
         if not self.dry_run:
             _check_token()
@@ -81,21 +85,21 @@ class Push:
 
         def work() -> None:
             for line in describe(written, self.to, kept.as_posix() if kept else "the upload"):
-                output.say(line)
+                console.say(line)
             found = {"repository": self.repository, "to": self.to, **vars(written)}
             try:
-                url = None if self.dry_run else self._upload(directory, output)
+                url = None if self.dry_run else self._upload(directory, console)
             finally:
                 _clear(directory, kept)
             if self.dry_run:
                 words = f"this would be uploaded to {self.repository}; nothing was"
-                output.say(f"{words}: see {directory.as_posix()}")
-            output.result({**found, "out": kept and kept.as_posix(), "url": url})
+                console.say(f"{words}: see {directory.as_posix()}")
+            console.result({**found, "out": kept and kept.as_posix(), "url": url})
 
         return work
 
-    def _upload(self, directory: Path, output: Console) -> str:
-        """The commit's address; raises StoppedError where the Hub refuses."""
+    def _upload(self, directory: Path, console: Console) -> str:
+        """Uploads a directory; returns the commit's URL, or raises StoppedError."""
         import huggingface_hub
 
         api, repository = huggingface_hub.HfApi(), self.repository
@@ -104,12 +108,12 @@ class Push:
             api.create_repo(repository, private=self.private or None, exist_ok=True)
             if self.private and not api.model_info(repository).private:
                 raise StoppedError(
-                    f"{repository} was not uploaded: it is there already and is public; make it "
-                    "private on the Hub, or leave --private out"
+                    f"{repository} was not uploaded: it exists and is public; make it private on "
+                    "the Hub, or leave --private out"
                 )
             if self.revision:
                 api.create_branch(repository, branch=self.revision, exist_ok=True)
-            output.say(f"uploading {size:,} bytes to {repository}")
+            console.say(f"uploading {size:,} bytes to {repository}")
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=directory,
@@ -124,16 +128,16 @@ class Push:
                 f"{repository} was not uploaded: {hub.reason(error)}; see whether the token may "
                 "write there: hf auth whoami"
             ) from error
-        output.say(f"uploaded: {commit.commit_url}")
+        console.say(f"uploaded: {commit.commit_url}")
         return str(commit.commit_url)
 
 
 def _check_token() -> None:
-    """Raises ValueError where nobody is logged in, or nothing may be sent."""
+    """Raises UserError if there is no token, or the Hub is set to be offline."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE keeps from uploading; unset it, or add --dry-run")
+        raise UserError("HF_HUB_OFFLINE forbids uploading; unset it, or add --dry-run")
     if not get_token():
         raise UserError(
             "there is no token of the Hugging Face Hub: log in with `hf auth login`, set HF_TOKEN, "
@@ -142,7 +146,7 @@ def _check_token() -> None:
 
 
 def _stale(directory: Path) -> list[str]:
-    """The files of an adapter in another format, which would contradict those in a directory."""
+    """Names of files of other formats, which would contradict the files in a directory."""
     every = {RUN_CONFIG, *every_file()}
     return sorted(every - {path.name for path in directory.iterdir()})
 

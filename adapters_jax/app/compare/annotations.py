@@ -1,4 +1,4 @@
-"""Puts labels into a picture, each beside what it names and where it covers the least."""
+"""Writes labels into a picture, each beside its point and where it covers the least."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
-_PLACES = [  # offset right and up, horizontal and vertical alignment; the best one first
+_SIDES = [  # offset right and up, horizontal and vertical alignment; the best side first
     (0, 1, "center", "bottom"),
     (1, 0, "left", "center"),
     (0, -1, "center", "top"),
@@ -28,14 +28,14 @@ class Label:
 
     Attributes:
         text: the text of the label.
-        places: points `(x, y)` in data units; the label stands beside the one with the most room.
+        points: points `(x, y)` in data units; the label is written beside the one with most room.
         color: color of the text.
         size: font size in points.
         weight: font weight, such as "bold".
     """
 
     text: str
-    places: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float, float]]
     color: str
     size: float = 9
     weight: str = "normal"
@@ -53,26 +53,26 @@ def place_labels(axes: Any, labels: Sequence[Label], lines: Sequence[np.ndarray]
     inside = axes.get_window_extent(renderer)
     frame = (inside.x0, inside.y0, inside.x1, inside.y1)
     drawn = [axes.transData.transform(_filled(axes, line)) for line in lines if len(line)]
-    points, taken = np.concatenate(drawn or [np.zeros((0, 2))]), list[Box]()
+    covered, taken = np.concatenate(drawn or [np.zeros((0, 2))]), list[Box]()
     for label in labels:
         tries = list[tuple[float, Any, Box]]()
-        for far, place, side in itertools.product((6, 14, 26), label.places, _PLACES):
-            words = _write(axes, label, place, side, far)
-            extent = words.get_window_extent(renderer)
+        for far, point, side in itertools.product((6, 14, 26), label.points, _SIDES):
+            text = _write(axes, label, point, side, far)
+            extent = text.get_window_extent(renderer)
             box = (extent.x0, extent.y0, extent.x1, extent.y1)
-            words.remove()
-            cost = _cost(box, frame, points, taken) + 0.2 * far + 0.5 * _PLACES.index(side)
-            tries.append((cost, (place, side, far), box))
+            text.remove()
+            cost = _cost(box, frame, covered, taken) + 0.2 * far + 0.5 * _SIDES.index(side)
+            tries.append((cost, (point, side, far), box))
         _, where, box = min(tries, key=lambda found: found[0])
         _write(axes, label, *where)
         taken.append(box)
 
 
-def _write(axes: Any, label: Label, place: Any, side: Any, far: float) -> Any:
+def _write(axes: Any, label: Label, point: Any, side: Any, far: float) -> Any:
     right, up, horizontal, vertical = side
     return axes.annotate(
         label.text,
-        place,
+        point,
         (far * right, far * up),
         textcoords="offset points",
         ha=horizontal,

@@ -1,4 +1,4 @@
-"""The cells of a comparison on disk: runs of finetune, whose words stay few."""
+"""The directories of a comparison's cells, and a console that prints little for each cell."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _OWN = (
     "command",
     "summary",
     "stopped",
-)  # differs from cell to cell
-_OWN_RATES = ("learning_rate", "head_learning_rate")  # and of the optimizer
+)  # settings that differ between cells
+_OWN_RATES = ("learning_rate", "head_learning_rate")  # settings of the optimizer that differ
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that was put onto the model.
+    """A recipe that was attached to the model.
 
     Attributes:
-        config: what a run of it would have as its configuration.
-        trainable_parameters: of it, a head's among them.
-        base_parameters: of the model it was put onto.
+        config: the configuration of a run with the recipe.
+        trainable_parameters: the number of trainable parameters, with a head's.
+        base_parameters: the number of parameters of the base model.
     """
 
     config: dict[str, Any]
@@ -43,27 +43,27 @@ class Checked:
 
 @dataclass(frozen=True)
 class Cells:
-    """The directory of the cells.
+    """The directories of the cells.
 
     Attributes:
-        directory: of their directories.
-        checked: what their configurations have to say, by recipe.
+        directory: the directory that holds them.
+        checked: the checked recipes by their text.
     """
 
     directory: Path
     checked: dict[str, Checked]
 
     def run(self, cell: Cell) -> Run:
-        """A cell's own directory."""
+        """The directory of a cell."""
         return Run(self.directory / cell.name)
 
     def check(
-        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], output: Console
+        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], console: Console
     ) -> None:
-        """Checks the cells that are there: they must be of this comparison, and nobody's.
+        """Checks that existing cells belong to this comparison, and that no process uses them.
 
         Raises:
-            RunError: one is of another comparison, or another process has it.
+            RunError: a cell belongs to another comparison, or another process uses it.
         """
         notes = set()
         for cell in cells:
@@ -78,10 +78,10 @@ class Cells:
             if not {"summary", "stopped"} & config.keys():
                 run.unlock(run.lock())
         for text in sorted(notes):
-            output.say(text)
+            console.say(text)
 
     def _check_same(self, cell: Cell, config: dict[str, Any], options: RunOptions) -> None:
-        was, now = _telling(read_options(self.run(cell), config)), _telling(options)
+        was, now = _flags_of_result(read_options(self.run(cell), config)), _flags_of_result(options)
         there, here = [w for w in was if w not in now], [w for w in now if w not in was]
         expected = _shared(self.checked[cell.recipe].config)
         differing = differences(_shared(config), expected)
@@ -98,12 +98,12 @@ class Cells:
             )
 
     def results(self, cells: Sequence[Cell]) -> dict[Cell, Result]:
-        """What the cells that are done found."""
+        """The results of the finished cells."""
         found = {cell: self.result(cell) for cell in cells if self.run(cell).path.exists()}
         return {cell: result for cell, result in found.items() if result is not None}
 
     def result(self, cell: Cell) -> Result | None:
-        """What a cell found; None while it is not done."""
+        """The result of a cell; None if it is not finished."""
         config = self.run(cell).read_config(None)
         found: Result = {
             "recipe": cell.recipe,
@@ -126,42 +126,42 @@ class Cells:
 
 
 def _shared(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that all cells of a recipe have."""
+    """The part of a configuration that all cells of a recipe share."""
     optimizer = {k: v for k, v in (config.get("optimizer") or {}).items() if k not in _OWN_RATES}
     kept = {k: v for k, v in config.items() if k not in (*_OWN, "versions")}
     return {**kept, "optimizer": optimizer}
 
 
-def _telling(options: RunOptions) -> list[str]:
-    """The flags that a run's result depends on, which is not how often it is saved."""
+def _flags_of_result(options: RunOptions) -> list[str]:
+    """The flags that a run's result depends on: all but --checkpoint-every."""
     return words(replace(options, checkpoint_every=RunOptions.checkpoint_every))
 
 
 class CellConsole(Console):
-    """The lines of a cell among many: each is printed once, and tables never.
+    """The console of a cell: prints each line once for all cells, and no tables.
 
     Args:
-        output: the comparison's.
-        tell: takes a cell's progress, as a fraction with a note.
+        console: the console of the comparison.
+        on_progress: called with the finished fraction of a cell and a note.
     """
 
     def __init__(
-        self, output: Console, tell: Callable[[float, str], None] = lambda part, note: None
+        self, console: Console, on_progress: Callable[[float, str], None] = lambda part, note: None
     ):
-        self.json, self.console = output.json, output.console
-        self._tell, self._printed = tell, set[str]()
+        self.json, self.printer = console.json, console.printer
+        self._on_progress, self._printed = on_progress, set[str]()
 
     def say(self, text: str = "") -> None:
-        """One line, the first time."""
+        """Prints a line if it was not printed before."""
         if text not in self._printed:
             self._printed.add(text)
             super().say(text)
 
     def show(self, thing: Any) -> None:
-        """Nothing."""
+        """Prints nothing."""
 
     def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
-        """Nothing."""
+        """Prints nothing."""
 
     @contextlib.contextmanager
     def progress(
@@ -171,16 +171,16 @@ class CellConsole(Console):
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
     ) -> Iterator[Progress]:
-        """What is done of the cell, for the whole's."""
-        yield _Part(steps, self._tell)
+        """Passes the progress of a cell on to the comparison."""
+        yield _CellProgress(steps, self._on_progress)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Progress of one cell."""
+class _CellProgress:
+    """The progress of one cell."""
 
     steps: int
-    tell: Callable[[float, str], None]
+    on_progress: Callable[[float, str], None]
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        self.tell(step / self.steps, f"step {step} of {self.steps}  {note}")
+        self.on_progress(step / self.steps, f"step {step} of {self.steps}  {note}")

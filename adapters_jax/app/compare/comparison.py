@@ -1,4 +1,4 @@
-"""The cells of a comparison, one after the other, and what is written after each."""
+"""Runs the cells of a comparison one by one, and writes the results after each."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ _CACHE = "jax_compilation_cache_dir"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that is ready to start, or to go on; `Compare.prepare` makes it.
+    """A comparison that is ready to start or to continue; `Compare.prepare` makes it.
 
     Attributes:
-        options: what was asked for.
-        grid: the cells.
-        cells: their directories.
-        out: directory of all of it.
-        output: where words go.
-        lock: by which this process has the directory.
+        options: the options of the command.
+        grid: the recipes, learning rates and seeds.
+        cells: the directories of the cells.
+        out: the directory of the comparison.
+        console: the console to print to.
+        lock: the lock of this process on the directory.
     """
 
     options: CompareOptions
     grid: Grid
     cells: Cells
     out: Path
-    output: Console
+    console: Console
     lock: FileLock
 
     def __call__(self) -> None:
-        """Trains what is left, and writes the comparison after every cell.
+        """Trains the remaining cells, and writes the comparison after each.
 
         Raises:
-            StoppedError: a signal came, the disk is full, or a cell cannot be had; the same command
-                goes on.
+            StoppedError: a signal arrived, the disk is full, or a cell failed; the same command
+                continues the comparison.
         """
         again = f"go on with: {self.options.command}"
         try:
@@ -76,33 +76,33 @@ class Comparison:
         results = self.cells.results(self.grid.possible())
         pace = _Pace(self.grid, results)
         if results:
-            self.output.say(f"{len(results)} cells are done already")
+            self.console.say(f"{len(results)} cells are done already")
             self._write(results)
-        with self.output.progress("compare", pace.total, "cell", pace.left) as meter:
-            output = CellConsole(self.output, lambda part, note: pace.tell(meter, part, note))
+        with self.console.progress("compare", pace.total, "cell", pace.left) as progress:
+            console = CellConsole(self.console, lambda part, note: pace.show(progress, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
-                results[cell] = self._train(cell, output)
+                results[cell] = self._train(cell, console)
                 interrupts.check()
                 self._write(results)
-                meter.update(pace.done, self._outcome(results[cell], cell), news=True)
+                progress.update(pace.done, self._outcome(results[cell], cell), news=True)
         summary = self._write(results)
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
         took = f"finished in {duration(time.perf_counter() - began)}: see {page}"
-        self.output.finish(*comparison_table(summary), took, summary)
+        self.console.finish(*comparison_table(summary), took, summary)
 
-    def _train(self, cell: Cell, output: Console) -> Result:
-        """Runs a cell, or goes on with it; one that diverges is a result, too."""
+    def _train(self, cell: Cell, console: Console) -> Result:
+        """Trains or continues a cell; a cell that diverges has a result, too."""
         jax.clear_caches()
         gc.collect()
         run = self.cells.run(cell)
         began = time.perf_counter()
         try:
             if run.path.exists():
-                job = resume_run(run, output, began)
+                job = resume_run(run, console, began)
             else:
-                job = open_run(prepare_run(self.options.run_options(cell), run, output, began))
+                job = open_run(prepare_run(self.options.run_options(cell), run, console, began))
         except UserError as error:
             raise StoppedError(str(error)) from error
         try:
@@ -129,14 +129,14 @@ class Comparison:
 
 @dataclass
 class _Pace:
-    """How far a comparison is, and how long it will take: what its finished cells took, on average.
+    """The progress of a comparison, and an estimate of its time from the finished cells.
 
     Attributes:
-        grid: all cells.
-        results: of those that are done.
-        total: how many there are.
-        cell: the one that is running.
-        began: when it was started.
+        grid: the recipes, learning rates and seeds.
+        results: the results of the finished cells.
+        total: the number of cells.
+        cell: the cell that is running.
+        began: the time at which it was started.
     """
 
     grid: Grid
@@ -154,20 +154,20 @@ class _Pace:
 
     @property
     def done(self) -> int:
-        """Cells that are done, or will not be needed."""
+        """The number of cells that are finished or not needed."""
         return self.total - self._missing
 
     def start(self, cell: Cell) -> None:
-        """Another cell runs."""
+        """Notes that another cell is running."""
         self.cell, self.began = cell, time.monotonic()
 
-    def tell(self, meter: Progress, part: float, note: str) -> None:
+    def show(self, progress: Progress, note: str) -> None:
         """Shows the running cell's progress."""
         if self.cell is not None:
-            meter.update(self.done, f"{self.cell.title}  {note}")
+            progress.update(self.done, f"{self.cell.title}  {note}")
 
     def left(self) -> float | None:
-        """Seconds; None while no cell is done."""
+        """The estimated seconds that are left; None if no cell is finished."""
         took = {cell: r["seconds"] for cell, r in self.results.items() if "seconds" in r}
         if not took:
             return None
@@ -187,9 +187,9 @@ class _Pace:
 
 @contextlib.contextmanager
 def compiled_in(directory: Path) -> Iterator[None]:
-    """Within, jax keeps what it compiles in a directory, so that the next seed need not.
+    """Within, jax caches compiled programs in a directory, which the next seed reads.
 
-    Where jax has a directory already, that one stays.
+    If jax is configured with a cache directory, it keeps that one.
     """
     if getattr(jax.config, _CACHE) is not None:
         yield

@@ -1,6 +1,7 @@
-"""Recipes x learning rates x seeds: which cells there are, in what order, and what they amount to.
+"""The grid of recipes, learning rates and seeds: orders its cells, and summarises their results.
 
-Rates are tried with the first seeds, and chosen on dev; the other seeds have the chosen rate alone.
+All learning rates are tried with the first seeds, and the best on dev is chosen. The other seeds
+use only the chosen rate.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ SIZES = {
     "prefix-tuning": "prompt_length",
     "last-layers": "layers",
 }
-Result = dict[str, Any]  # what a cell found: a line of cells.jsonl
+Result = dict[str, Any]  # the result of a cell, which is a line of cells.jsonl
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe to compare, and the rates to try.
+    """A recipe to compare, and the learning rates to try.
 
     Attributes:
-        text: as it was written, without its rates.
-        method: what it says.
-        learning_rates: at least one.
+        text: the recipe as it was written, without its learning rates.
+        method: the method and its fields.
+        learning_rates: the learning rates, at least one.
     """
 
     text: str
@@ -47,17 +48,17 @@ class Candidate:
 
     @property
     def size(self) -> int | None:
-        """The width, rank or number that recipes of one family differ in, where it is given."""
+        """The width, rank or number in which recipes of a family differ; None if not given."""
         return None if self.size_name is None else getattr(self.method, self.size_name)
 
     @property
     def size_name(self) -> str | None:
-        """The field that holds it."""
+        """The field that holds the size."""
         return None if self.method.recipe else SIZES.get(self.method.method)
 
     @property
     def family(self) -> str:
-        """What recipes that differ in their size alone have in common."""
+        """The text of the recipe without its size, equal for recipes that differ only in it."""
         if self.method.recipe is not None:
             return self.text
         open_size: dict[str, Any] = {self.size_name: None} if self.size_name else {}
@@ -67,22 +68,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Written:
-    """A recipe's text, as the command line reads it."""
+    """The flags in the text of a recipe."""
 
     method: MethodOptions
     learning_rates: tuple[float, ...] = ()
 
 
 def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate:
-    """A recipe of its text.
+    """Reads the text of a recipe.
 
     Args:
-        text: a method and its flags, or a recipe file whose name ends in .json; and
-            --learning-rates of its own.
-        learning_rates: where it has none of its own; by default its method's.
+        text: a method and its flags, or a recipe file whose name ends in .json; optionally with its
+            own --learning-rates.
+        learning_rates: the learning rates if the text has none; by default the method's.
 
     Raises:
-        ValueError: it is not written like that.
+        UsageError: the text does not have this form.
 
     Example:
         >>> read_candidate("lora --rank 4 --learning-rates 1e-3 2e-3").learning_rates
@@ -118,9 +119,9 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        recipe: the text of its recipe.
-        learning_rate: the highest one.
-        seed: of all that is drawn.
+        recipe: the text of the recipe.
+        learning_rate: the highest learning rate.
+        seed: the seed of the run.
     """
 
     recipe: str
@@ -129,7 +130,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its directory.
+        """The name of the cell's directory.
 
         Example:
             >>> Cell("lora --rank 4", 2e-3, 1).name
@@ -140,21 +141,21 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The name of the cell for people."""
         return f"{self.recipe}, learning rate {self.learning_rate:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells, and what becomes of their results, which are given by cell.
+    """All cells; its methods take the results so far, by cell.
 
-    A result has "dev" and "test", each a value by metric; or "stopped", of one that diverged.
+    A result has "dev" and "test", each a dictionary of metrics, or "stopped" if the cell diverged.
 
     Attributes:
         candidates: the recipes.
-        seeds: all of them.
-        tuning_seeds: how many of them try every rate.
-        metric: what is selected on.
+        seeds: the seeds.
+        tuning_seeds: the number of first seeds that try every learning rate.
+        metric: the metric that selects.
     """
 
     candidates: tuple[Candidate, ...]
@@ -172,10 +173,13 @@ class Grid:
         ]
 
     def next(self, results: Mapping[Cell, Result]) -> Cell | None:
-        """The first cell that has to run and has not; a seed of all recipes comes before the next.
+        """The next cell to run; all recipes run with one seed before the next seed.
 
         Args:
-            results: of the cells that are done.
+            results: the results of the finished cells.
+
+        Returns:
+            The cell; None if all are finished.
         """
         for i, seed in enumerate(self.seeds):
             for candidate in self.candidates:
@@ -194,10 +198,10 @@ class Grid:
         return [] if chosen is None else [chosen]
 
     def chosen(self, candidate: Candidate, results: Mapping[Cell, Result]) -> float | None:
-        """The rate with the best mean on dev, the first of equals.
+        """The learning rate with the best mean on dev; the first one if several are equal.
 
-        None while some are not tried yet, and where each diverged at some seed. A rate that has no
-        other to be compared with is chosen as it is.
+        None if some rates are not tried yet, or if each diverged with some seed. A single rate is
+        always chosen.
         """
         if len(candidate.learning_rates) == 1:
             return candidate.learning_rates[0]
@@ -214,20 +218,19 @@ class Grid:
         return None if best is None else best[1]
 
     def missing(self, candidate: Candidate, results: Mapping[Cell, Result]) -> int:
-        """How many cells of a recipe are still to run."""
+        """The number of cells of a recipe that have to run."""
         rates = candidate.learning_rates
         tried = [Cell(candidate.text, r, s) for r in rates for s in self.seeds[: self.tuning_seeds]]
         untried = sum(cell not in results for cell in tried)
         others, chosen = self.seeds[self.tuning_seeds :], self.chosen(candidate, results)
-        if chosen is None:  # each diverged, or it is not known yet
+        if chosen is None:  # all rates diverged, or some are not tried
             return untried + (len(others) if untried else 0)
         return untried + sum(Cell(candidate.text, chosen, s) not in results for s in others)
 
     def row(self, candidate: Candidate, results: Mapping[Cell, Result]) -> dict[str, Any]:
-        """A recipe's result: over the seeds of its rate, mean and deviation of every metric.
+        """Summarises a recipe: mean and deviation of every metric over the seeds of its rate.
 
-        "dev" and "test" are absent while its rate is not chosen or no seed is done, and where all
-        diverged.
+        "dev" and "test" are absent if the rate is not chosen yet, or if no seed has a score.
         """
         rate = self.chosen(candidate, results)
         tried = [cell for cell in results if cell.recipe == candidate.text]
@@ -252,7 +255,7 @@ class Grid:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean, and the standard deviation (n - 1), which one value has not.
+    """The mean, and the standard deviation (n - 1); None for a single value.
 
     Example:
         >>> spread([1.0, 2.0, 3.0]), spread([5.0])

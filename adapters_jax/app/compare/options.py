@@ -1,4 +1,4 @@
-"""What is compared, and how: checked before the first cell trains."""
+"""The options of a comparison, which are checked before the first cell trains."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CompareOptions(Settings):
-    """What a comparison is of.
+    """The recipes, learning rates and seeds of a comparison.
 
     Args:
-        recipes: each as one writes it for finetune, a method and its flags, as "lora --rank 4"; or
-            a recipe file, as recipe.json. Each may have --learning-rates of its own. By default
-            some of every kind.
-        learning_rates: to try, of recipes that have none of their own; by default each method's.
-        seeds: to train with.
-        tuning_seeds: how many seeds all rates are tried with; the others have the best alone.
-        out: directory of the comparison; by default comparisons/ and the model and the task.
+        recipes: each a method and its flags as for finetune, such as "lora --rank 4", or a recipe
+            file, such as recipe.json. Each may have its own --learning-rates. By default several
+            methods.
+        learning_rates: rates to try for recipes without their own; by default each method's.
+        seeds: seeds to train with.
+        tuning_seeds: number of seeds that try all learning rates; the others use the best one.
+        out: directory of the comparison; by default comparisons/ with the model and the task.
     """
 
     recipes: tuple[str, ...] = ()
@@ -62,15 +62,17 @@ class CompareOptions(Settings):
     tuning_seeds: int = 1
     out: Path | None = None
 
-    def check(self, output: Console) -> tuple[CompareOptions, Grid, Cells, Path]:
-        """Reads and checks everything: every recipe is put onto the model, and every cell that is
-        there already must be of this comparison. Nothing is written.
+    def check(self, console: Console) -> tuple[CompareOptions, Grid, Cells, Path]:
+        """Reads and checks everything, and writes nothing.
+
+        Every recipe is attached to the model, and existing cells must belong to this comparison.
 
         Returns:
             These options with the model pinned, the grid, its cells, and the directory.
 
         Raises:
-            ValueError: flags, files or rows that cannot be used, or cells of another comparison.
+            UserError: flags, files or rows cannot be used.
+            RunError: existing cells belong to another comparison.
             AssetError: the pinned model or the movie reviews could not be fetched.
         """
         path = Path(self.model)
@@ -78,21 +80,21 @@ class CompareOptions(Settings):
         options = replace(self, model=model)
         candidates = options._candidates()
         out = options._directory()
-        checked = options._check_recipes(candidates, out, output)
+        checked = options._check_recipes(candidates, out, console)
         first = checked[candidates[0].text].config
         grid = Grid(candidates, self.seeds, self.tuning_seeds, first["metrics"][0])
         cells = Cells(out / "cells", checked)
-        cells.check(grid.possible(), options.run_options, output)
+        cells.check(grid.possible(), options.run_options, console)
         return options, grid, cells, out
 
     @property
     def command(self) -> str:
-        """The command line that goes on with this comparison."""
+        """The command line that continues this comparison."""
         own = {field.name: getattr(self, field.name) for field in fields(CompareOptions)}
         return shlex.join(["adapters-jax", "compare", *words(CompareOptions(**own))])
 
     def run_options(self, cell: Cell) -> RunOptions:
-        """The options of the run that a cell is."""
+        """The options of a cell's run."""
         shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
         rate = replace(self.optimizer, learning_rate=cell.learning_rate)
         method = read_candidate(cell.recipe).method
@@ -101,7 +103,7 @@ class CompareOptions(Settings):
         )
 
     def _candidates(self) -> tuple[Candidate, ...]:
-        """The recipes of the flags; the flags are checked."""
+        """Checks the flags; returns the recipes."""
         if self.optimizer.learning_rate is not None:
             raise UserError(
                 f"--learning-rate {self.optimizer.learning_rate:g}: write --learning-rates"
@@ -126,7 +128,7 @@ class CompareOptions(Settings):
         return candidates
 
     def _directory(self) -> Path:
-        """Where the comparison goes."""
+        """The directory of the comparison."""
         out = self.out or Path("comparisons", run_name(self.model, self.data.title))
         for directory in (out, out / "cells"):
             if directory.exists() and not directory.is_dir():
@@ -136,24 +138,24 @@ class CompareOptions(Settings):
         return out
 
     def _check_recipes(
-        self, candidates: tuple[Candidate, ...], out: Path, output: Console
+        self, candidates: tuple[Candidate, ...], out: Path, console: Console
     ) -> dict[str, Checked]:
-        """What each recipe would train, by its text.
+        """Attaches each recipe to the model; returns what it trains, by its text.
 
         Raises:
-            ValueError: with all that is wrong; once, where it has nothing to do with the recipe.
+            UserError: the message has the problem of each recipe; a problem of all is named once.
         """
         found: dict[str, Checked] = {}
         wrong: dict[str, str] = {}
-        quiet = CellConsole(output)
-        with output.progress("checking", len(candidates), "recipe") as meter:
+        quiet = CellConsole(console)
+        with console.progress("checking", len(candidates), "recipe") as progress:
             for number, candidate in enumerate(candidates, 1):
                 cell = Cell(candidate.text, candidate.learning_rates[0], self.seeds[0])
                 try:
-                    found[candidate.text] = self._rehearse(cell, out / "cells", quiet)
+                    found[candidate.text] = self._check_cell(cell, out / "cells", quiet)
                 except UserError as error:
                     wrong[candidate.text] = str(error)
-                meter.update(number, candidate.text)
+                progress.update(number, candidate.text)
         if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
             raise UserError(wrong[candidates[0].text])
         if wrong:
@@ -161,10 +163,10 @@ class CompareOptions(Settings):
         _refuse_same(found)
         return found
 
-    def _rehearse(self, cell: Cell, directory: Path, output: Console) -> Checked:
-        """Reads and checks a cell as if it were to be trained now."""
+    def _check_cell(self, cell: Cell, directory: Path, console: Console) -> Checked:
+        """Reads and checks a cell as before its training."""
         run = Run(directory / cell.name)
-        job = prepare_run(self.run_options(cell), run, output, time.perf_counter())
+        job = prepare_run(self.run_options(cell), run, console, time.perf_counter())
         counts = audit(job.problem.model, job.problem.params)
         trainable = counts.trainable_parameters
         base = counts.frozen_parameters + trainable - counts.adapter_parameters
@@ -172,10 +174,10 @@ class CompareOptions(Settings):
 
 
 def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> None:
-    """Raises ValueError where two cells would be one."""
+    """Raises UserError if two cells have the same directory."""
     twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
     if twice:
-        raise UserError(f"--seeds {' '.join(twice)}: given twice; once is enough")
+        raise UserError(f"--seeds {' '.join(twice)}: expected each seed once")
     names = Counter(
         Cell(candidate.text, rate, 0).name[: -len("-seed-0")]
         for candidate in candidates
@@ -190,7 +192,7 @@ def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> 
 
 
 def _refuse_same(found: dict[str, Checked]) -> None:
-    """Raises ValueError where two texts mean one recipe, trained alike."""
+    """Raises UserError if two texts name the same recipe and training."""
     seen: dict[str, str] = {}
     for text, checked in found.items():
         optimizer = {**checked.config["optimizer"], "learning_rate": None}

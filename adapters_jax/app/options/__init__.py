@@ -1,1 +1,1 @@
-"""Flags as frozen dataclasses, shared by the commands."""
+"""The flags of the commands, as frozen dataclasses that commands share."""

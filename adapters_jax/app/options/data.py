@@ -1,4 +1,4 @@
-"""Which rows: the flags that name the task, and the files and columns of its rows."""
+"""The flags that name the task, and the files and columns of its rows."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
 from adapters_jax.tasks import TASKS, Task, tasks_on
 
-_OF_FILES = (
+_ONLY_WITH_FILES = (
     "dev",
     "test",
     "text",
@@ -28,22 +28,23 @@ _OF_FILES = (
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What to train on: --train FILE, or --glue NAME --data DIR, or else movie reviews.
+    """What to train on: --train FILE, or --glue NAME --data DIR, or by default movie reviews.
 
     Args:
         train: CSV, TSV or JSON lines file to train on; .gz may follow.
-        dev: file to select the best adapter on; by default a tenth of --train.
-        test: file to report on; by default a tenth of --train.
-        text: column of the text, "text" by default; of a decoder, column of texts alone.
+        dev: file to select the best adapter on; by default a tenth of the rows of --train.
+        test: file to report on; by default a tenth of the rows of --train.
+        text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
-        task: what is learnt: classification or regression of an encoder, completion of a decoder;
-            by default the first of these.
-        metrics: the first one selects; by default accuracy f1, or pearson spearman.
+        task: what is learnt: classification or regression by an encoder, completion by a decoder;
+            by default the first one of the model's kind.
+        metrics: metrics to report; the first one selects the best adapter; by default accuracy f1,
+            or pearson spearman.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.
-        prompt: of a decoder, column of the prompt.
-        completion: of a decoder, column of what is to follow; the loss is of it alone.
+        prompt: for a decoder, column of the prompt.
+        completion: for a decoder, column of the completion; only its tokens count in the loss.
         limit: train on at most n rows, spread evenly over the training rows.
         columns: further columns that a task reads, as role=column.
     """
@@ -65,25 +66,25 @@ class DataOptions:
 
     @property
     def is_demo(self) -> bool:
-        """Whether these are the movie reviews."""
+        """Whether the rows are the movie reviews."""
         return self.train is None and self.glue is None
 
     @property
     def title(self) -> str:
-        """A short name of the rows, known before anything is read."""
+        """A short name of the rows, which is known before they are read."""
         if self.train is not None:
             return self.train.name.partition(".")[0]
         return glue.glue_name(self.glue) if self.glue else "movie-reviews"
 
     def task_on(self, kind: str, model: str) -> Task:
-        """The task that a base learns from these rows.
+        """Returns the task that a base model learns from these rows.
 
         Args:
-            kind: of the base, "encoder" or "decoder".
-            model: its name, for messages.
+            kind: the kind of the base model, "encoder" or "decoder".
+            model: the model's name, for messages.
 
         Raises:
-            ValueError: no such task, or one on the other kind of base.
+            UserError: there is no such task, or it is for the other kind of model.
         """
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
         name = self.task or of_glue or tasks_on(kind)[0].name
@@ -92,16 +93,16 @@ class DataOptions:
         if TASKS[name].kind != kind:
             names = " or ".join(task.name for task in tasks_on(kind))
             raise UserError(
-                f"--task {name}: of {TASKS[name].kind}s, and {model!r} is a base of another kind, "
-                f"{kind}; it learns {names}"
+                f"--task {name} is for a model of the kind {TASKS[name].kind}, and {model!r} is of "
+                f"the kind {kind}; use --task {names}"
             )
         return TASKS[name]
 
     def columns_of(self, task: Task) -> dict[str, str]:
-        """The columns that are named here, by their roles in a task.
+        """Returns the columns that the flags name, by their roles in a task.
 
         Raises:
-            ValueError: a role that the task does not have, or that has a flag of its own.
+            UserError: the task does not have a role, or the role has its own flag.
         """
         if self.glue is not None:
             spec = glue.GLUE[glue.glue_name(self.glue)]
@@ -113,17 +114,18 @@ class DataOptions:
         if wrong or not all(named.values()):
             roles = ", ".join(role for role in task.columns if role not in flags) or "none"
             raise UserError(
-                f"--columns {' '.join(self.columns)}: role=column is expected; of --task "
-                f"{task.name} the roles without a flag of their own are: {roles}"
+                f"--columns {' '.join(self.columns)}: expected role=column; the roles of --task "
+                f"{task.name} without their own flag are: {roles}"
             )
         own = {role: value for role, value in given(self).items() if role in task.columns}
         return {**own, **named}
 
     def load(self, task: Task) -> TaskData:
-        """The rows.
+        """Reads the rows.
 
         Raises:
-            ValueError: flags that do not go together, or files that cannot be used (`DataError`).
+            UserError: the flags contradict each other.
+            DataError: a file cannot be used.
             AssetError: the movie reviews could not be fetched.
         """
         self._check(task)
@@ -138,16 +140,16 @@ class DataOptions:
         return replace(rows, train=rows.train.take(spread(len(rows.train), self.limit)))
 
     def _check(self, task: Task) -> None:
-        """Raises ValueError for flags that do not go together, rather than leaving one out."""
+        """Raises UserError if the flags contradict each other, instead of ignoring one."""
         if self.train is not None and (self.glue or self.data):
-            raise UserError("--train and --glue are two tasks; give one of them")
+            raise UserError("--train and --glue name two tasks; give one of them")
         if (self.glue is None) != (self.data is None):
             raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
         if self.train is None and "glue" not in task.flags:
-            raise UserError(f"a {task.kind} learns from a file: add {task.example}")
-        stray = [] if self.train is not None else [n for n in given(self) if n in _OF_FILES]
+            raise UserError(f"--task {task.name} needs a file of rows: add {task.example}")
+        stray = [] if self.train is not None else [n for n in given(self) if n in _ONLY_WITH_FILES]
         if stray:
-            raise UserError(f"{', '.join(map(flag, stray))}: only with --train FILE")
+            raise UserError(f"{', '.join(map(flag, stray))}: allowed only with --train FILE")
         unknown = [name for name in self.metrics if name not in task.metrics]
         if unknown:
             raise UserError(

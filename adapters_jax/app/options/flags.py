@@ -1,4 +1,4 @@
-"""Flags are the fields of frozen dataclasses; what all of those share."""
+"""Flags are the fields of frozen dataclasses; these functions convert one into the other."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 
 def given(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their default."""
+    """Returns the fields of a dataclass that differ from their defaults."""
     values = {f.name: (getattr(options, f.name), f.default) for f in dataclasses.fields(options)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def flag(field: str) -> str:
-    """A field's name as a flag, `learning_rate` as `--learning-rate`."""
+    """Returns a field's name as a flag: `learning_rate` becomes `--learning-rate`."""
     return "--" + field.replace("_", "-")
 
 
 def words(options: Any) -> list[str]:
-    """A command's flags as words of a command line, which `parse` reads again.
+    """Returns the flags of a command as words of a command line, which `parse` can read again.
 
-    Only what is not at its default is among them; paths are whole, so that they hold in whatever
-    directory the process is.
+    Fields at their default are left out. Paths are absolute, so that the line works in any
+    directory.
 
     Example:
         >>> from adapters_jax.app.options.optimizer import OptimizerOptions

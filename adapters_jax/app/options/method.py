@@ -1,4 +1,4 @@
-"""Which recipe: the flags of `--method`, shared by every command that takes one."""
+"""The flags that choose a recipe, for every command that takes one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ HEAD_ONLY = "head-only"
 
 @dataclass(frozen=True)
 class Preset:
-    """One `--method`: the recipe it makes, the flags it takes, and how it is best trained.
+    """A value of `--method`: the recipe it makes, its flags, and the defaults of its training.
 
     Attributes:
-        make: makes the recipe of the flags' values.
-        flags: fields of `MethodOptions`.
-        learning_rate: where none is given.
-        epochs: where none are given.
-        head_learning_rate: of the head, which starts from nothing; None is the other one.
-        dropout: of the base; None is the checkpoint's own. Over a frozen base few parameters learn,
-            in few epochs, and they learn more without.
+        make: makes the recipe from the values of the flags.
+        flags: the fields of `MethodOptions` that the method takes.
+        learning_rate: the default learning rate.
+        epochs: the default number of epochs.
+        head_learning_rate: the default learning rate of the head, which starts from random values;
+            None for the learning rate of the rest.
+        dropout: the default dropout of the base model; None for the checkpoint's own. Methods that
+            train few parameters for few epochs learn more without dropout.
     """
 
     make: Callable[..., Recipe]
@@ -45,14 +46,14 @@ def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
 
 
 def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
-    """In all but the lowest two layers, as in the paper."""
+    """Prompts in all layers but the lowest two, as in the paper."""
     last = max(num_layers - 2, 1) if last is None else last
     targets = f"{layer}/attention"
     return recipes.llama_adapter(last=last, num_layers=num_layers, targets=targets, **fields)
 
 
 def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
-    """In all layers, as in the paper."""
+    """Prompts in all layers, as in the paper."""
     fields["length"] = fields.pop("prompt_length", 20)
     last, targets = last or num_layers, f"{layer}/attention"
     return recipes.prefix_tuning(last=last, num_layers=num_layers, targets=targets, **fields)
@@ -100,32 +101,33 @@ class MethodOptions:
 
     Args:
         method: a published recipe; its fields are the flags below, with the paper's defaults.
-        recipe: a recipe as a JSON file, in place of --method and its fields.
+        recipe: a recipe as a JSON file, instead of --method and its fields.
         bottleneck_dim: width m of bottleneck adapters; 64 by default.
         reduction_factor: m as a fraction of the model's width, d / reduction_factor.
         activation: between the projections of a bottleneck: gelu, relu, silu, tanh, ...
-        init_std: standard deviation that bottleneck kernels start with, 0.01 by default, or that
-            prompts start with, 1 for llama-adapter and 0.02 for prefix-tuning.
-        scale: factor on a bottleneck's branch; 1, and 4 for parallel.
+        init_std: standard deviation of the initial bottleneck kernels, by default 0.01, or of the
+            initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
+        scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         rank: r of LoRA; 8 by default.
         alpha: LoRA scales by alpha / r; the rank by default.
-        a_init: how LoRA's A starts: gaussian, uniform or gaussian_rank; or both from the weight's
-            principal components: pissa.
-        rank_stabilized: LoRA scales by alpha / sqrt(r) instead.
+        a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa, which
+            takes A and B from the principal components of the weight.
+        rank_stabilized: LoRA scales by alpha / sqrt(r) instead of alpha / r.
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
-        alpha_pattern: other alphas for some targets, likewise.
+        alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
-        bias: biases that train beside LoRA: none, all, or lora_only; none by default.
-        adapter_dropout: of a bottleneck's inner activations, or of LoRA's input.
+        bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
+        adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
-        feed_forward: of ia3: patterns of the modules whose input is scaled, by default the
-            feed-forward's last projections.
-        layers: how many layers last-layers trains; 2 by default.
-        prompt_length: tokens of a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
-        last: how many layers have prompts, from the top; all, for llama-adapter all but two.
-        gate: of llama-adapter: one for every "head", or one for the "layer".
-        gate_activation: of llama-adapter: tanh or identity.
+        feed_forward: for ia3, patterns of the modules whose input is scaled; by default the last
+            projections of the feed-forward layers.
+        layers: number of layers that last-layers trains; 2 by default.
+        prompt_length: tokens in a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
+        last: number of layers with prompts, from the top; by default all, for llama-adapter all
+            but two.
+        gate: for llama-adapter, one gate for each "head" or one for the "layer".
+        gate_activation: for llama-adapter, tanh or identity.
     """
 
     method: MethodName = "houlsby"
@@ -155,22 +157,23 @@ class MethodOptions:
 
     @property
     def title(self) -> str:
-        """What a run of it is called."""
+        """The name of the method in tables and directories."""
         return self.method if self.recipe is None else self.recipe.stem
 
     def build(
         self, *, head: str | None = None, num_layers: int = 0, layer: str = "**/layer_{}"
     ) -> Recipe:
-        """The recipe.
+        """Builds the recipe.
 
         Args:
             head: path of the task's head, which always trains.
-            num_layers: of the model, for methods that count layers.
+            num_layers: number of layers of the model, for methods that count layers.
             layer: pattern of one layer of the model, with `{}` for its number.
 
         Raises:
-            ValueError: flags of another method, a field out of its range, or a recipe file that
-                is not one.
+            UserError: a flag belongs to another method, a field is out of its range, or the
+                recipe file is not valid.
+            FileSystemError: the recipe file cannot be read.
 
         Example:
             >>> MethodOptions("lora", rank=4).build()
@@ -196,12 +199,12 @@ class MethodOptions:
         return preset.make(**fields, head=head)
 
     def _from_file(self, path: Path, head: str | None) -> Recipe:
-        """The recipe of a file, and the head, which would stay random if it did not train."""
+        """Reads the recipe of a file, and adds the head, which would stay random untrained."""
         others = [flag(name) for name in given(self) if name != "recipe"]
         if others:
             raise UserError(
-                f"--recipe {path} says everything about the method; put "
-                f"{', '.join(others)} into that file instead"
+                f"--recipe {path} holds all settings of the method; put {', '.join(others)} into "
+                "that file instead"
             )
         try:
             with file_errors(path):

@@ -1,4 +1,4 @@
-"""How a run is optimised: the flags, the schedule and the optax chain they become."""
+"""The flags of the optimiser, and the schedule and optax chain that they become."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,20 +22,21 @@ class OptimizerOptions:
     """How to train: AdamW, with a linear warm-up and a linear decay to zero.
 
     Args:
-        learning_rate: the highest one; by default the method's own.
-        head_learning_rate: of an encoder's head, which starts from nothing; by default 0.01, of
-            full and last-layers 0.001, of head-only --learning-rate.
-        lora_plus: how many times the learning rate LoRA's B has (LoRA+); 16 in the paper's code, by
+        learning_rate: the highest learning rate; by default the method's own.
+        head_learning_rate: learning rate of an encoder's head, which starts from random values; by
+            default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
+        lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
             default 1.
-        epochs: passes over the training rows, also a fraction; by default 3, of head-only 20, on
+        epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, on
             the movie reviews 1.5.
-        dropout: of an encoder; by default none, and of full and last-layers the checkpoint's own.
-        batch_size: rows a step, of a decoder packed sequences; by default 32, of a decoder 4.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
-        weight_decay: on everything trained but biases and layer norms.
-        warmup: fraction of the steps that the learning rate rises over.
-        clip: largest global norm of a gradient; 0 never clips.
-        evaluations: how often an epoch the dev rows are scored.
+        dropout: dropout of an encoder; by default none, for full and last-layers the checkpoint's.
+        batch_size: rows in a step, or packed sequences of a decoder; by default 32, for a decoder
+            4.
+        accumulate: number of parts that a batch is computed in, one by one, to save memory.
+        weight_decay: weight decay of trained parameters other than biases and layer norms.
+        warmup: fraction of the steps in which the learning rate rises.
+        clip: largest global norm of a gradient; 0 for no clipping.
+        evaluations: number of times in an epoch that the dev rows are scored.
     """
 
     learning_rate: float | None = None
@@ -67,7 +68,7 @@ class OptimizerOptions:
             )
 
     def of(self, method: str) -> "OptimizerOptions":
-        """An encoder's training by a method: its own values where none are given."""
+        """Fills in a method's defaults for training an encoder."""
         preset = PRESETS[method]
         rate = self.learning_rate or preset.learning_rate
         return dataclasses.replace(
@@ -77,7 +78,7 @@ class OptimizerOptions:
         )
 
     def of_decoder(self, method: str, batch_size: int = 4) -> "OptimizerOptions":
-        """A decoder's training by a method, likewise; it has no head and no dropout."""
+        """Fills in a method's defaults for training a decoder, which has no head or dropout."""
         preset = PRESETS[method]
         return dataclasses.replace(
             self,
@@ -87,24 +88,24 @@ class OptimizerOptions:
         )
 
     def steps(self, epoch: int) -> int:
-        """The steps of a training, where an epoch has `epoch` of them."""
+        """The number of steps of a training, for epochs of `epoch` steps."""
         return max(1, round((self.epochs or 1) * epoch))
 
     def marks(self, epoch: int) -> set[int]:
-        """The steps after which dev is scored: evenly spread, the last one among them."""
+        """The steps after which dev is scored: evenly spread, with the last step."""
         steps = self.steps(epoch)
         count = max(1, round((self.epochs or 1) * self.evaluations))
         return {-(-steps * n // count) for n in range(1, count + 1)}
 
     def schedule(self, steps: int, peak: float) -> optax.Schedule:
-        """The learning rate of each step, for a training of `steps`."""
+        """The learning rate by step, for a training of `steps` steps."""
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
         return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
-        """The optimiser of a training of `steps` steps, of what the recipe trains."""
+        """Makes the optimiser of what a recipe trains, for a training of `steps` steps."""
 
         def adamw(peak: float | None) -> optax.GradientTransformation:
             schedule = self.schedule(steps, peak or 0.0)
@@ -119,7 +120,7 @@ class OptimizerOptions:
 
 
 def _decays(params: Any) -> Any:
-    """True where weight decay acts: everywhere but on biases and layer norms' scales."""
+    """True for each parameter that decays: all but biases and the scales of layer norms."""
     return jax.tree_util.tree_map_with_path(
         lambda key_path, _: path_of(key_path).rpartition("/")[2] not in ("bias", "scale"), params
     )

@@ -1,4 +1,4 @@
-"""A command line, or a file of flags, as a frozen dataclass; its docstrings are the help."""
+"""Reads a command line or a file of flags into a frozen dataclass, whose docstring is the help."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     import cyclopts
 
 CONFIG = "--config"
-_DASH = "\N{FIGURE DASH}"  # of a lone -, which names stdin and which cyclopts takes for an option
+_DASH = "\N{FIGURE DASH}"  # stands for a lone -, which cyclopts takes for an option
 
 
 class UsageError(UserError):
-    """Flags that a command does not have, or cannot read."""
+    """The command does not have a flag, or cannot read its value."""
 
 
 def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -> Any:
-    """A command of its flags, as the command line reads them.
+    """Makes a command from the words of a command line.
 
     Args:
-        command: a dataclass; the fields of dataclasses in it are flags as well, and those that its
-            attribute `positional` names are given without a flag.
-        flags: the words of the command line. After `--config` comes a TOML or JSON file of flags
-            by name; a flag of the line wins over the file's.
-        prog: what the command is called, for its help.
-        about: the text over its flags in the help.
+        command: a dataclass; the fields of nested dataclasses are flags as well. The fields that
+            its attribute `positional` names are given without a flag.
+        flags: the words of the command line. `--config` names a TOML or JSON file of flags; a flag
+            on the line overrides the file's.
+        prog: the name of the command in its help.
+        about: the text above the flags in the help.
 
     Returns:
-        The command; None where the flags ask for help, which is printed.
+        The command; None if the flags ask for help, which is printed.
 
     Raises:
-        UsageError: flags or a file that the command does not have, or cannot read.
+        UsageError: the command does not have a flag, or cannot read its value or the file.
 
     Example:
         >>> from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -65,14 +65,14 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
 
 
 class _Leaf(NamedTuple):
-    """One flag: a field of a command, or of a dataclass in it.
+    """One flag: a field of a command or of a nested dataclass.
 
     Attributes:
         path: the names of the fields that lead to it.
-        hint: its type.
-        default: its value without the flag; `inspect.Parameter.empty` where it must be given.
-        help: what its class's docstring says of it.
-        group: the heading in the help.
+        hint: the type of the field.
+        default: the value without the flag; `inspect.Parameter.empty` for a required flag.
+        help: the field's description in the docstring of its class.
+        group: the flag's heading in the help.
     """
 
     path: tuple[str, ...]
@@ -83,17 +83,17 @@ class _Leaf(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The flag's own field."""
+        """The name of the field."""
         return self.path[-1]
 
     @property
     def is_tuple(self) -> bool:
-        """Whether several words may follow it."""
+        """Whether several words may follow the flag."""
         return any(get_origin(member) is tuple for member in members(self.hint))
 
     @property
     def is_dict(self) -> bool:
-        """Whether it is given as pairs."""
+        """Whether the words after the flag are pairs."""
         return any(get_origin(member) is dict for member in members(self.hint))
 
 
@@ -118,7 +118,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _helps(owner: type) -> dict[str, str]:
-    """What the docstrings of a class and of those above it say of its fields, each in one line."""
+    """The descriptions of fields in the docstrings of a class and its bases, each in one line."""
     import docstring_parser
 
     parsed = [docstring_parser.parse(c.__doc__ or "") for c in reversed(owner.__mro__)]
@@ -127,14 +127,14 @@ def _helps(owner: type) -> dict[str, str]:
 
 
 def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclopts.App:
-    """The command as an application of cyclopts that raises what it cannot read."""
+    """Makes a cyclopts application of a command, which raises its errors."""
     import cyclopts
 
     positional = getattr(command, "positional", ())
     options = [_parameter(leaf, leaf.name in positional) for leaf in leaves]
     extras = [
-        _extra("config", Path | None, None, "TOML or JSON file of flags by name, as rank = 8."),
-        _extra("debug", bool, False, "show the traceback of a mistake as well."),
+        _extra("config", Path | None, None, "TOML or JSON file of flags, such as rank = 8."),
+        _extra("debug", bool, False, "show the traceback of a user error as well."),
     ]
 
     signature = inspect.Signature([*sorted(options, key=lambda p: p.kind), *extras])
@@ -169,7 +169,7 @@ def _parameter(leaf: _Leaf, positional: bool) -> inspect.Parameter:
         negative_none=(),
         show_default=leaf.default not in (None, (), False),
         consume_multiple=leaf.is_dict or leaf.is_tuple,
-        allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last one wins
+        allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last value counts
         **_reading(leaf),
     )
     hint: Any = Annotated[leaf.hint, about]  # type: ignore[name-defined]
@@ -177,7 +177,7 @@ def _parameter(leaf: _Leaf, positional: bool) -> inspect.Parameter:
 
 
 def _group(name: str) -> cyclopts.Group:
-    """A heading of the help: a command's own flags come first, and those of all last."""
+    """A heading of the help; a command's own flags come first, and shared ones last."""
     import cyclopts
 
     return cyclopts.Group(name, sort_key={"Options": 0, "Every command": 2}.get(name, 1))
@@ -192,7 +192,7 @@ def _extra(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
 
 
 def _reading(leaf: _Leaf) -> dict[str, Any]:
-    """How the words of a flag are read where cyclopts would read them otherwise."""
+    """Settings for flags that cyclopts would read in another way."""
     if leaf.is_dict:
         pairs = {"accepts_keys": False, "n_tokens": -1, "metavar": "PATTERN N..."}
         return {**pairs, "converter": _pairs}
@@ -202,33 +202,36 @@ def _reading(leaf: _Leaf) -> dict[str, Any]:
 
 
 def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
-    """Whole numbers alone, where cyclopts would round others."""
+    """Reads whole numbers; cyclopts would round other numbers."""
     numbers = tuple(_number(token, int) for token in tokens)
     return numbers if get_origin(kind) is tuple else numbers[0]
 
 
 def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
-    """`PATTERN NUMBER PATTERN NUMBER` as a dictionary."""
+    """Reads `PATTERN NUMBER PATTERN NUMBER` into a dictionary."""
     if len(tokens) % 2:
         words = " ".join(token.value for token in tokens)
         raise UsageError(
-            f"{tokens[0].keyword}: expected PATTERN NUMBER PATTERN NUMBER and so on, got {words}"
+            f"{tokens[0].keyword}: expected PATTERN NUMBER PATTERN NUMBER ..., got {words}"
         )
     number = kind.__args__[1]
     patterns, numbers = tokens[::2], tokens[1::2]
-    return {p.value: _number(n, number) for p, n in zip(patterns, numbers, strict=True)}
+    return {
+        p.value: _number(n, number, f"{n.keyword}: ")
+        for p, n in zip(patterns, numbers, strict=True)
+    }
 
 
-def _number(token: Any, kind: type) -> Any:
+def _number(token: Any, kind: type, flag: str = "") -> Any:
     try:
         return kind(token.value)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"expected {what}, got {token.value!r}") from None
+        raise UsageError(f"{flag}expected {what}, got {token.value!r}") from None
 
 
 def _build(owner: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
-    """A dataclass of its flags' values by their paths."""
+    """Makes a dataclass from the values of its flags, by path."""
     hints = get_type_hints(owner)
     made = {path[0]: _dashed(value) for path, value in values.items() if len(path) == 1}
     for name in {path[0] for path in values if len(path) > 1}:
@@ -238,14 +241,14 @@ def _build(owner: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
 
 
 def _dashed(value: Any) -> Any:
-    """A value with its lone dashes back."""
+    """A value whose figure dashes are lone dashes again."""
     if isinstance(value, tuple):
         return tuple(_dashed(x) for x in value)
     return type(value)("-") if str(value) == _DASH else value
 
 
 def _config_file(flags: Sequence[str]) -> Path | None:
-    """The file of `--config FILE` or `--config=FILE`."""
+    """The file in `--config FILE` or `--config=FILE`."""
     for word, following in zip(flags, [*flags[1:], ""], strict=False):
         if word == CONFIG and following:
             return Path(following)
@@ -255,10 +258,11 @@ def _config_file(flags: Sequence[str]) -> Path | None:
 
 
 def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
-    """The values of a file of flags, by field, for cyclopts.
+    """Reads a file of flags; returns the values by field, for cyclopts.
 
     Raises:
-        UsageError: it is neither TOML nor JSON, or has keys or values that the command has not.
+        UsageError: the file is neither TOML nor JSON, the command does not have a key, or a value
+            has the wrong type.
     """
     readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:

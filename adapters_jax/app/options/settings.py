@@ -1,4 +1,4 @@
-"""The flags of a training whatever its recipe is: the base, the rows, how long and on what."""
+"""The flags of a training that do not depend on its recipe."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from adapters_jax.tasks.prompts import Prompts
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run has, and what all runs of a comparison share.
+    """The settings of a run, which all runs of a comparison share.
 
     Args:
         model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub,
-            with @ and a revision or without; the run notes the commit, and uses that ever after.
+            optionally with @ and a revision; the run records the commit, and always uses that one.
         data: the rows.
         optimizer: the training.
         prompts: how a decoder is given a prompt.
         pack: put a decoder's short rows side by side in sequences of --max-length tokens.
-        held_out: score a decoder on at most this many rows of dev, and of test, evenly spread.
-        exact_match: generate for at most this many of these prompts, and compare; 0 does not.
-        max_length: in tokens; longer rows are cut; by default 128, of a decoder 256.
-        pooling: of an encoder: how token states become one vector: mean, first one (cls) or pooler.
-        dtype: what the model computes in; what trains stays float32.
+        held_out: score a decoder on at most this many rows of dev and of test, evenly spread.
+        exact_match: number of these prompts to generate for and compare; 0 for none.
+        max_length: length of a row in tokens; longer rows are cut; by default 128, for a decoder
+            256.
+        pooling: how an encoder's token states become one vector: mean, first token (cls) or pooler.
+        dtype: dtype of the model's arithmetic; trained parameters stay float32.
         quantize: keep the frozen weights in 8 or 4 bits, by qwix.
-        mesh: devices to train on, as data=4,model=2: batches are split over data and fsdp, the base
-            over fsdp and model; by default one device.
-        checkpoint_every: steps from one checkpoint to the next; dev's scoring makes one, too.
+        mesh: devices to train on, as data=4,model=2; batches are split over data and fsdp, the base
+            model over fsdp and model; by default one device.
+        checkpoint_every: number of steps between checkpoints; scoring dev also makes one.
     """
 
     model: str = "minilm"
@@ -51,7 +52,7 @@ class Settings:
     checkpoint_every: int = 100
 
     def make_mesh(self, batch_size: int | None) -> Mesh | None:
-        """The devices to train on; raises ShardingError where a batch does not split over them."""
+        """Makes the mesh to train on; raises ShardingError if a batch does not split over it."""
         if self.mesh is None:
             return None
         mesh = make_mesh(self.mesh)
@@ -61,13 +62,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunOptions(Settings):
-    """What one run is trained with.
+    """The options of one run.
 
     Args:
         method: the recipe.
-        seed: of the head, the adapters, the order of rows and dropout.
-        baselines: also report the majority class and the frozen base with a trained head; of a
-            decoder, the base.
+        seed: seed of the head, the adapters, the order of rows, and dropout.
+        baselines: also report the majority class and the frozen base with a trained head; for a
+            decoder, the base model.
     """
 
     method: MethodOptions = field(default_factory=MethodOptions)

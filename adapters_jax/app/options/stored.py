@@ -1,4 +1,4 @@
-"""Options as data: a frozen dataclass as JSON has it, and back, with every value's type checked."""
+"""Converts options to JSON values and back, with the type of every value checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapters_jax.errors import UserError
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as JSON would have it, its paths whole.
+    """Converts a dataclass to JSON values; its paths become absolute.
 
     Example:
         >>> from adapters_jax.app.options.data import DataOptions
@@ -30,11 +30,11 @@ def plain(value: Any) -> Any:
 
 
 def from_plain(cls: Any, values: Any) -> Any:
-    """The dataclass that `plain` wrote; what is absent has its default.
+    """Makes a dataclass from the values that `plain` returned; absent fields have their default.
 
     Args:
-        cls: a dataclass, whose fields may be dataclasses.
-        values: what JSON gave.
+        cls: the dataclass, whose fields may be dataclasses.
+        values: the JSON values.
 
     Raises:
         UserError: names every key that the dataclass does not have, and every value of another
@@ -56,7 +56,7 @@ def from_plain(cls: Any, values: Any) -> Any:
 
 
 def _read(hint: Any, value: Any, path: str, problems: list[str]) -> Callable[[], Any]:
-    """A function that makes the value of a type, once nothing is found to be wrong with any."""
+    """Checks a value; returns a function that makes it, to be called if there are no problems."""
     if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
         expected = misfit(value, hint)
         if expected:
@@ -69,7 +69,7 @@ def _read(hint: Any, value: Any, path: str, problems: list[str]) -> Callable[[],
 
 
 def misfit(value: Any, hint: Any) -> str | None:
-    """What a type expects that a value of JSON is not; None where it is."""
+    """What a type expects, if a JSON value does not fit it; None if it fits."""
     fits, expected = _fits(value, hint)
     return None if fits else expected
 
@@ -85,7 +85,7 @@ _SIMPLE: dict[Any, tuple[Any, str]] = {
 
 
 def _fits(value: Any, hint: Any) -> tuple[bool, str]:
-    """Whether a value of JSON is of a type, and the type in words."""
+    """Whether a JSON value fits a type, and the type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         found = [_fits(value, each) for each in inner]
@@ -106,7 +106,7 @@ def _fits(value: Any, hint: Any) -> tuple[bool, str]:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """A value of JSON that fits a type, as that type has it."""
+    """Converts a JSON value to a type that it fits."""
     if isinstance(value, list):
         inner = get_args(next(each for each in members(hint) if get_origin(each) is tuple))[0]
         return tuple(_typed(x, inner) for x in value)
@@ -117,5 +117,5 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; of another type, that alone."""
+    """The types of a union; for another type, that type alone."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

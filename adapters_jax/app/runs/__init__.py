@@ -1,6 +1,6 @@
-"""One run: prepared, trained, resumed and stopped.
+"""Prepares, trains, resumes and stops one run.
 
-- `prepare`: a command's options, checked; `build`: its job, by its task; `config`: its record.
-- `job`: trains, compares and reports; `loop`: the steps, and what they find; `log`: their metrics.
-- `stopping`: Ctrl-C and SIGTERM.
+- `prepare`: checks the options of a command; `build`: makes its job; `config`: stores it.
+- `job`: trains, compares and reports; `loop`: runs the steps; `log`: logs their metrics.
+- `stopping`: handles Ctrl-C and SIGTERM.
 """

@@ -1,4 +1,4 @@
-"""A job from the command line's options: the task prepares it, whatever the task is."""
+"""Makes a job from the options of the command line; its task prepares it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
 
 
-def build_job(options: RunOptions, run: Run, output: Console, began: float) -> Job:
+def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
     kind = "decoder" if is_decoder(options.model) else "encoder"
     if kind == "decoder" and options.method.method == HEAD_ONLY:
-        raise UserError(f"--method {HEAD_ONLY}: of encoders; a decoder has no head for a task")
+        raise UserError(f"--method {HEAD_ONLY} is for encoders; a decoder has no head for a task")
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
@@ -47,7 +47,7 @@ def build_job(options: RunOptions, run: Run, output: Console, began: float) -> J
         pack=options.pack,
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
-        say=output.say,
+        say=console.say,
     )
     prepared = task.prepare(data, setup)
     recipe = prepared.problem.recipe
@@ -64,14 +64,14 @@ def build_job(options: RunOptions, run: Run, output: Console, began: float) -> J
             **shared_config(options, prepared.base_sha256, data, recipe, training),
             **prepared.config,
         },
-        output=output,
+        console=console,
         began=began,
         every=options.checkpoint_every,
     )
 
 
 def _training(options: RunOptions, kind: str) -> OptimizerOptions:
-    """How to train, with nothing left open; the movie reviews need fewer epochs."""
+    """Fills in the defaults of the training; the movie reviews need fewer epochs."""
     chosen, method = options.optimizer, options.method.method
     if kind == "decoder":
         return chosen.of_decoder(method)
@@ -81,7 +81,7 @@ def _training(options: RunOptions, kind: str) -> OptimizerOptions:
 
 
 def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
-    """Raises ValueError for flags that other tasks read and this one does not."""
+    """Raises UserError for flags that other tasks read and this one does not."""
     nested = [f.name for f in fields(options) if is_dataclass(getattr(options, f.name))]
     found = [name for name in given(options) if name not in nested]
     found = [*(n for part in nested for n in given(getattr(options, part))), *found]
@@ -92,9 +92,9 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
     if stray:
         others = sorted({other for name in stray for other in readers[name]})
         raise UserError(
-            f"{', '.join(map(flag, stray))}: of --task {' and '.join(others)}, and "
-            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}; tasks of that "
-            f"kind are {', '.join(other.name for other in tasks_on(task.kind))}"
+            f"{', '.join(map(flag, stray))}: allowed only with --task {' or '.join(others)}; "
+            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}, and can learn "
+            f"{' or '.join(other.name for other in tasks_on(task.kind))}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run's `config.json` says, and whether two runs are the same one."""
+"""Writes and reads a run's `config.json`, and compares the settings of two runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from adapters_jax.io.run_directory import FORMAT, Run, RunError
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
 
-_ELSEWHERE = ("--runs=", "--name=")  # where the run is, which its options do not say
+_ELSEWHERE = ("--runs=", "--name=")  # the run's directory, which is not among its options
 
 
 def shared_config(
     options: RunOptions, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
 ) -> dict[str, Any]:
-    """What a run's `config.json` says whatever the base is."""
+    """The part of `config.json` that runs on encoders and decoders share."""
     if training.lora_plus != 1.0 and not any(m.slot == "lora" for m in recipe):
-        raise UserError(f"--lora-plus: a rate for LoRA's B, and {options.method.title} has none")
+        raise UserError(
+            f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
+        )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
     path = Path(options.model)
     model = str(path.resolve()) if path.exists() else options.model
@@ -55,12 +57,12 @@ def shared_config(
 
 
 def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
-    """The options that a run was started with.
+    """Reads the options that a run was started with.
 
-    Runs of before `options` have them as the words of a command line, in `command`.
+    Runs of older versions store them as the words of a command line, in `command`.
 
     Raises:
-        RunError: names what is unknown or of another type; or there are none.
+        RunError: an option is unknown or has the wrong type, or there are no options.
     """
     options, command = config.get("options"), config.get("command")
     try:
@@ -74,27 +76,27 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
 
 
 def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with its options as they are written today."""
+    """A configuration with its options in the current form, for a comparison."""
     others = {key: value for key, value in config.items() if key != "command"}
     return {**others, "options": plain(read_options(run, config))}
 
 
 def check_unfinished(run: Run, config: dict[str, Any]) -> None:
-    """Raises RunError where there is nothing to go on with."""
+    """Raises RunError if the run is finished, or would stop again."""
     if "summary" in config:
         raise RunError(f"{run.path} is finished: see {run.report}")
     if "stopped" in config:
         raise RunError(f"{run.path} would stop again: {config['stopped']}")
 
 
-def check_same(run: Run, config: dict[str, Any], output: Console) -> None:
-    """Raises RunError where a run would go on with something else than it was started with."""
+def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
+    """Raises RunError if a run would continue with other settings than it was started with."""
     before = run.read_config(None)
     check_unfinished(run, before)
     differing = differences(comparable(run, before), comparable(run, config))
     if "versions" in differing:
         differing.remove("versions")
-        output.say(changed_versions(before, config))
+        console.say(changed_versions(before, config))
     if differing:
         raise RunError(
             f"{run.path} was started with another {', '.join(differing)} than there is now; put "
@@ -103,10 +105,9 @@ def check_same(run: Run, config: dict[str, Any], output: Console) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings in which a run's configuration is not that of another one.
+    """The names of the settings in which two configurations of runs differ.
 
-    A data option at its default is no difference: there may be more of them than when a run was
-    started.
+    A data option at its default is no difference, since newer versions have more of them.
     """
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,21 +122,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What was installed when a run was started, and what is now, in a sentence."""
+    """A sentence on the versions that changed since a run was started."""
     was, are = before["versions"], now["versions"]
     changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
     return f"{changed}: what follows may differ in the last digits"
 
 
 def _sha256(task: TaskData) -> str:
-    """One hash of all texts and labels."""
+    """The SHA-256 of all texts and labels."""
     parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
     text = json.dumps(parts, default=lambda labels: labels.tolist())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
-    """What the figures of a run may depend on."""
+    """The versions and the device that the figures of a run may depend on."""
     packages = ("adapters-jax", "jax", "flax", "optax", "tokenizers")
     found = {name: version(name) for name in packages}
     return {**found, "python": platform.python_version(), "device": jax.devices()[0].device_kind}

@@ -1,4 +1,4 @@
-"""The main job: train a recipe, compare it with baselines, and write all of it down."""
+"""The job of a run: trains a recipe, compares it with baselines, and reports the results."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
 from adapters_jax.training.state import TrainState
 
-Result = dict[str, Any]  # a row of the results' table
+Result = dict[str, Any]  # a row of the table of results
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start, in its directory; `prepare_run` makes it.
+    """A run that is ready to start; `prepare_run` makes it.
 
     Attributes:
-        run: where it goes.
-        title: the method's name in tables.
-        prepared: what its task made ready.
-        optimizer: how, with a learning rate and epochs.
-        seed: of dropout and of the baseline's order.
-        baselines: whether to compare.
-        config: what `config.json` says.
-        output: where words go.
-        began: when, in seconds of `time.perf_counter`.
-        every: steps from one checkpoint to the next.
-        lock: by which this process has the run; None before `open_run`.
+        run: the directory of the run.
+        title: the name of the method in tables.
+        prepared: the problem and baselines that the task prepared.
+        optimizer: the settings of the training, with a learning rate and epochs.
+        seed: the seed of dropout and of the order of rows in baselines.
+        baselines: whether to compare with baselines.
+        config: the content of `config.json`.
+        console: the console to print to.
+        began: the time at which the command began, in seconds of `time.perf_counter`.
+        every: the number of steps between checkpoints.
+        lock: the lock of this process on the run; None before `open_run`.
     """
 
     run: Run
@@ -56,22 +56,22 @@ class Job:
     seed: int
     baselines: bool
     config: dict[str, Any]
-    output: Console
+    console: Console
     began: float
     every: int
     lock: FileLock | None = None
 
     @property
     def problem(self) -> Problem:
-        """What is learnt."""
+        """The problem to learn."""
         return self.prepared.problem
 
     def __call__(self) -> None:
         """Trains, compares, reports.
 
         Raises:
-            StoppedError: a loss was not finite, a signal came or the disk is full; what was trained
-                is on disk.
+            StoppedError: a loss was not finite, a signal arrived, or the disk is full; the trained
+                adapter is saved.
         """
         try:
             with Interrupts() as interrupts:
@@ -98,7 +98,7 @@ class Job:
         steps = self.optimizer.steps(len(self.problem.train))
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
-        self.output.show(counts)
+        self.console.show(counts)
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed)
             found, results = self.train_all(saving)
@@ -120,16 +120,16 @@ class Job:
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
         took = f"finished in {duration(summary['seconds'])}: see {self.run.report}"
-        self.output.finish(*table, took, summary)
+        self.console.finish(*table, took, summary)
 
     def _resumed(self, found: Trained, step: int) -> None:
-        """Puts the metrics' file back to where training goes on, and says where that is."""
+        """Rewrites the log of metrics up to the checkpoint, and prints the step."""
         self.run.write_log({"method": self.title, **record} for record in found.records)
         steps = self.optimizer.steps(len(self.problem.train))
-        self.output.say(f"going on after step {step} of {steps}")
+        self.console.say(f"going on after step {step} of {steps}")
 
     def _stopped(self, error: NotFiniteError) -> StoppedError:
-        """Notes in the run that it broke off, and says so."""
+        """Records in the run that the training stopped; returns the error to raise."""
         message = (
             f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; try a "
             f"--learning-rate below {self.optimizer.learning_rate:g}"
@@ -139,11 +139,11 @@ class Job:
 
     @property
     def identity(self) -> BaseIdentity:
-        """What an adapter's file says of the base."""
+        """The identity of the base model, for the adapter's file."""
         return self.prepared.identity
 
     def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
-        """The method and then its baselines: what it found, and the rows of the results' table."""
+        """Trains the method, then its baselines; returns the training and the table of results."""
         prepared = self.prepared
         found, row = self.train(
             self.title, prepared.trained, self.optimizer, prepared.tokens, saving
@@ -154,7 +154,7 @@ class Job:
         return found, [*map(self._compare, baselines), row]
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
-        """The row of a baseline, trained if it is to be."""
+        """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
             size = self.optimizer.batch_size
             optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
@@ -164,7 +164,7 @@ class Job:
         return {"method": baseline.title, "trainable_parameters": 0, **scores}
 
     def save(self, state: TrainState) -> None:
-        """Keeps a state's adapter as the run's."""
+        """Saves the adapter of a state as the adapter of the run."""
         save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
 
     def train(
@@ -175,22 +175,25 @@ class Job:
         tokens: int = 0,
         saving: Saving | None = None,
     ) -> tuple[Trained, Result]:
-        """One training, logged, and tested once with its best adapters.
+        """Trains and logs one problem, and tests its best adapters once.
 
         Args:
-            title: of its row.
-            problem: what is learnt.
-            optimizer: how.
-            tokens: of an epoch.
-            saving: of the run's own training, whose best adapters are kept; None of a baseline.
+            title: the title of the row.
+            problem: the problem to learn.
+            optimizer: the settings of the training.
+            tokens: the tokens of an epoch.
+            saving: how to save the run's own training; None for a baseline, which is not saved.
+
+        Returns:
+            The training, and its row of results.
         """
         on_best = self.save if saving else lambda state: None
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
-        with self.output.progress(title, optimizer.steps(len(problem.train))) as meter:
+        with self.console.progress(title, optimizer.steps(len(problem.train))) as progress:
             speed = Speed(tokens / len(problem.train))
-            log = self._logger(title, problem.metrics[0], meter, speed)
+            log = self._logger(title, problem.metrics[0], progress, speed)
             found = train(problem, optimizer, key, on_record=log, on_best=on_best, saving=saving)
         test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
@@ -199,9 +202,9 @@ class Job:
         return found, row
 
     def _logger(
-        self, title: str, metric: str, meter: Progress, speed: Speed
+        self, title: str, metric: str, progress: Progress, speed: Speed
     ) -> Callable[[Record], None]:
-        """Takes records to the run's metrics and to the progress that is shown."""
+        """Returns a function that writes records to the run's log and shows the progress."""
         notes = {"loss": "", "speed": "", "dev": ""}
 
         def log(record: Record) -> None:
@@ -213,6 +216,6 @@ class Job:
                 notes["loss"] = f"loss {record['loss']:.3f}"
                 notes["speed"] = speed.at(record["step"]) or notes["speed"]
             words = "  ".join(filter(None, notes.values()))
-            meter.update(record["step"], words, news="dev" in record)
+            progress.update(record["step"], words, news="dev" in record)
 
         return log

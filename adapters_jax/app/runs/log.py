@@ -1,4 +1,4 @@
-"""The log of a training: step metrics, read from the device late, so that nothing waits for it."""
+"""Logs the metrics of steps; they are read from the device late, so that no step waits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Record = dict[str, Any]
 
 
 class Log:
-    """Step metrics of one training, read from the device a window late, as records of means.
+    """Collects metrics of steps, and reads them one window late, as records of means.
 
     Attributes:
-        waiting: windows of `(step, metrics)` that are not read yet.
+        waiting: windows of `(step, metrics)` that are still on the device.
     """
 
     _NAMES = ("loss", "grad_norm", "finite")
@@ -27,7 +27,7 @@ class Log:
         self.waiting: list[list[tuple[int, Any]]] = [[]]
 
     def add(self, step: int, metrics: Any) -> list[Record]:
-        """Takes a step's metrics; returns the records that are due."""
+        """Adds the metrics of a step; returns the records that are due."""
         self.waiting[-1].append((step, {name: metrics[name] for name in self._NAMES}))
         if step % self.window:
             return []
@@ -35,14 +35,14 @@ class Log:
         return self._read(self.waiting.pop(0)) if len(self.waiting) > 2 else []
 
     def flush(self) -> list[Record]:
-        """Every record that is left."""
+        """Returns all remaining records."""
         waiting, self.waiting = self.waiting, [[]]
         return [record for window in waiting for record in self._read(window)]
 
     def _read(self, window: list[tuple[int, Any]]) -> list[Record]:
         if not window:
             return []
-        # As Python's numbers, which a checkpoint keeps to the last bit.
+        # Python floats, which a checkpoint stores exactly.
         values = [
             {name: float(x) for name, x in metrics.items()}
             for metrics in jax.device_get([metrics for _, metrics in window])

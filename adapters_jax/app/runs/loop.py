@@ -1,7 +1,7 @@
-"""Training: the steps of one recipe on one problem, scored on dev, the best adapter kept.
+"""Trains one recipe on one problem, scores it on dev, and keeps the best adapters.
 
-Nothing waits for the device without need: losses are read one window of steps late, when they are
-long finished, and a step that was not finite moved nothing, so that finding out late is harmless.
+Losses are read from the device one window of steps late, so that no step waits for them. A step
+that is not finite changes no parameter, so finding it late is harmless.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from adapters_jax.training.step import make_train_step
 
 @dataclass
 class Trained:
-    """What a training finds.
+    """The result of a training so far.
 
     Attributes:
-        metric: the best is judged by it.
+        metric: the metric that selects the best adapters.
         on_record: called with every record.
-        on_best: called with the state when it is the best so far.
-        step: when that was.
-        dev: its metrics on dev.
-        records: what was logged: losses by step, and evaluations.
-        seconds: what it took before this process went on with it.
-        adapters: the best ones, on the host, since steps donate; None before dev is scored.
-        best: the last state with the best adapters, once training is over.
+        on_best: called with a state that is the best so far.
+        step: the step of the best adapters.
+        dev: the dev metrics of the best adapters.
+        records: the logged records: losses by step, and evaluations.
+        seconds: the seconds that the training took in earlier processes.
+        adapters: the best adapters, in host memory, since steps donate; None before dev is scored.
+        best: the last state with the best adapters; None before the training is finished.
     """
 
     metric: str
@@ -54,13 +54,13 @@ class Trained:
     best: Any = None
 
     def note(self, records: list[Record]) -> None:
-        """Takes records down."""
+        """Adds records to the log."""
         for record in records:
             self.records.append(record)
             self.on_record(record)
 
     def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
-        """Keeps a state's adapters if they are the best so far."""
+        """Logs dev metrics, and keeps the state's adapters if they are the best so far."""
         self.note([{"step": step, "dev": dev}])
         if not self.dev or better(self.metric, dev[self.metric], self.dev[self.metric]):
             self.step, self.dev = step, dev
@@ -68,7 +68,7 @@ class Trained:
             self.on_best(state)
 
     def with_best(self, state: TrainState) -> TrainState:
-        """A state with the best adapters, if there are any yet."""
+        """Returns the state with the best adapters, or unchanged if dev was not scored yet."""
         if self.adapters is None:
             return state
         placed = jax.tree.map(
@@ -79,13 +79,13 @@ class Trained:
 
 @dataclass
 class Saving:
-    """How a training is saved, so that it can be cut off at any instant and go on exactly.
+    """How to save a training, so that it can be interrupted at any time and resumed exactly.
 
     Attributes:
-        checkpoints: where to.
-        every: steps from one to the next.
-        interrupts: signals to stop; training is saved before it does.
-        on_resume: called with what was found and with the step, where a checkpoint is restored.
+        checkpoints: the directory of the checkpoints.
+        every: the number of steps between checkpoints.
+        interrupts: the signals that stop the training, which is saved first.
+        on_resume: called with the training and its step after a checkpoint is restored.
     """
 
     checkpoints: Checkpoints
@@ -103,24 +103,24 @@ def train(
     on_best: Callable[[TrainState], None] = lambda state: None,
     saving: Saving | None = None,
 ) -> Trained:
-    """Trains what the recipe says, and keeps the adapters that are the best on dev.
+    """Trains the parameters of a recipe, and keeps the adapters that are best on dev.
 
     Args:
-        problem: what to learn.
-        options: how, with a learning rate and epochs.
-        key: seeds dropout.
+        problem: the problem to learn.
+        options: the settings of the training, with a learning rate and epochs.
+        key: the seed of dropout.
         on_record: called with every record of the log.
-        on_best: called with the first state, and after every evaluation that is the best so far.
-        saving: where to go on from, if anything is there, and how to save; None does neither.
+        on_best: called with the first state, and after each evaluation that is the best so far.
+        saving: how to save and resume the training; None does neither.
 
     Returns:
-        What was found; its state has the best adapters.
+        The finished training, with the best adapters in its state `best`.
 
     Raises:
-        NotFiniteError: training broke off; nothing has moved at that step, and the adapters before
-            it were scored, unless their outputs are not finite either.
-        InterruptedRunError: a signal broke it off; it is saved.
-        CheckpointError: it could not be saved, or what is there cannot be read.
+        NotFiniteError: a loss or gradient is not finite. That step changed no parameter, and the
+            adapters before it are scored, unless their outputs are not finite either.
+        InterruptedRunError: a signal stopped the training, which is saved.
+        CheckpointError: the training could not be saved, or a checkpoint cannot be read.
     """
     steps = options.steps(len(problem.train))
     tx = options.make(steps, problem.recipe)
@@ -147,19 +147,19 @@ def train(
 
 @dataclass
 class _Training:
-    """The loop, and all that it carries from step to step.
+    """The loop over steps, and its state.
 
     Attributes:
-        problem: what is learnt.
-        state: after `step` steps.
-        log: their metrics.
-        found: so far.
-        steps: to make.
-        marks: after which dev is scored.
-        step: how many are made.
-        due: whether dev is to be scored before the next one.
+        problem: the problem to learn.
+        state: the training state after `step` steps.
+        log: the metrics of the steps.
+        found: the result so far.
+        steps: the number of all steps.
+        marks: the steps after which dev is scored.
+        step: the number of steps so far.
+        due: whether dev must be scored before the next step.
         saved: the step of the last checkpoint.
-        began: when this process took over.
+        began: the time at which this process began the training.
     """
 
     problem: Problem
@@ -174,7 +174,7 @@ class _Training:
     began: float = field(default_factory=time.monotonic)
 
     def run(self, step: Callable[..., Any], saving: Saving | None) -> None:
-        """Makes the steps that are left."""
+        """Runs the remaining steps."""
         if saving is None:
             interrupts, every = Interrupts(), self.steps + 1
         else:
@@ -224,7 +224,7 @@ class _Training:
         saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)
 
     def resume(self, saving: Saving) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+        """Restores the newest checkpoint, if there is one."""
         if not saving.checkpoints.steps:
             return
         was = saving.checkpoints.restore(self.state)

@@ -1,4 +1,4 @@
-"""A run, read and checked before its first step, and its directory, made when all is well."""
+"""Reads and checks a run before its first step, then makes or locks its directory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.locate import pinned
 
 
-def prepare_run(options: RunOptions, run: Run, output: Console, began: float) -> Job:
-    """Reads and checks everything, so that a mistake is found before training.
+def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -> Job:
+    """Reads and checks everything, so that an error is found before training.
 
-    Nothing is written: `open_run` makes the directory.
+    Nothing is written; `open_run` makes the directory.
 
     Args:
-        options: what is trained, and how.
-        run: where it will be.
-        output: where words go.
-        began: when the command began, in seconds of `time.perf_counter`.
+        options: the options of the run.
+        run: the directory of the run.
+        console: the console to print to.
+        began: the time at which the command began, in seconds of `time.perf_counter`.
 
     Raises:
-        ValueError: flags, files, rows or a checkpoint that cannot be used.
+        UserError: flags, files, rows or a checkpoint cannot be used.
         AssetError: the pinned model or the movie reviews could not be fetched.
     """
     if int(os.environ.get(PROCESSES) or 1) > 1:
         raise UserError(
-            f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one host; several"
-            " take a script, such as examples/finetune_llama_sharded.py"
+            f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one process; for "
+            "several, write a script, such as examples/finetune_llama_sharded.py"
         )
     check_size("saving", "--checkpoint-every", options.checkpoint_every)
     if not 0 <= options.seed < 2**32:
@@ -44,18 +44,19 @@ def prepare_run(options: RunOptions, run: Run, output: Console, began: float) ->
     if options.exact_match < 0:
         raise UserError(f"--exact-match {options.exact_match}: expected a number of rows, or 0")
     options = replace(options, model=pinned(options.model))
-    return build_job(options, run, output, began)
+    return build_job(options, run, console, began)
 
 
 def open_run(job: Job) -> Job:
-    """Makes a run's directory, or checks that the one that is there is of the same run.
+    """Makes a run's directory, or checks that an existing directory has the same run.
 
     Returns:
         The job, with the run locked for this process.
 
     Raises:
-        RunError: another process has the run, or it was another one, or it is finished.
-        OSError: the directory cannot be made.
+        RunError: another process has locked the run, it was started with other settings, or it is
+            finished.
+        FileSystemError: the directory cannot be made.
     """
     run = job.run
     if not run.path.exists():
@@ -63,21 +64,21 @@ def open_run(job: Job) -> Job:
         return replace(job, lock=run.lock())
     lock = run.lock()
     try:
-        check_same(run, job.config, job.output)
+        check_same(run, job.config, job.console)
     except RunError:
         run.unlock(lock)
         raise
     return replace(job, lock=lock)
 
 
-def resume_run(run: Run, output: Console, began: float) -> Job:
-    """A run that was cut off, ready to go on with the options that it was started with.
+def resume_run(run: Run, console: Console, began: float) -> Job:
+    """Makes the job that continues an interrupted run, with the options it was started with.
 
     Raises:
-        RunError: there is no such run, or it is finished, or its files have changed.
-        ValueError: likewise, as for `prepare_run`.
+        RunError: there is no such run, it is finished, or its files have changed.
+        UserError: flags, files, rows or a checkpoint cannot be used.
     """
     config = run.read_config(None)
     options = read_options(run, config)
     check_unfinished(run, config)
-    return open_run(prepare_run(options, run, output, began))
+    return open_run(prepare_run(options, run, console, began))

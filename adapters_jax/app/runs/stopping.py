@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: training stops after the step it is in, so that what it has can be saved."""
+"""Handles Ctrl-C and SIGTERM: a training stops after the current step, and can be saved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptedRunError(BaseException):
-    """The process was asked to stop; like KeyboardInterrupt it is nothing to recover from.
+    """A signal asked the process to stop; like KeyboardInterrupt, this is not an `Exception`.
 
     Attributes:
-        status: the exit status that belongs to it: 130 after Ctrl-C, 143 after SIGTERM.
+        status: the exit status of the process: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self, number: int):
@@ -26,11 +26,11 @@ class InterruptedRunError(BaseException):
 
 
 class Interrupts:
-    """Takes note of signals to stop, within a `with`; only a process's main thread can.
+    """Handles signals to stop within a `with`, in the main thread of the process.
 
-    Every signal is noted in `pending`. Outside of `deferred` it also raises InterruptedRunError
-    wherever the process is; should that be in a callback, which Python lets raise nothing, the next
-    `check` raises it. Within, the first one waits, and a second one raises.
+    `pending` holds the last signal. Outside of `deferred`, a signal also raises InterruptedRunError
+    at once; in a callback, in which Python ignores errors, the next `check` raises it instead.
+    Within `deferred`, the first signal waits for `check`, and a second one raises at once.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within a `deferred`, something long that a signal may break off."""
+        """Within a `deferred`, signals raise at once again, for work that takes long."""
         self.check()
         before, self._deferring = self._deferring, False
         try:
@@ -67,7 +67,7 @@ class Interrupts:
             self._deferring = before
 
     def check(self) -> None:
-        """Raises InterruptedRunError if a signal is waiting."""
+        """Raises InterruptedRunError if a signal is pending."""
         if self.pending is not None:
             raise InterruptedRunError(self.pending)
 
@@ -78,10 +78,10 @@ class Interrupts:
 
 
 class StoppedError(UserError, RuntimeError):
-    """Training broke off; the message says where, and what was kept.
+    """The work stopped early; the message says why, and how to continue.
 
     Attributes:
-        status: the exit status that belongs to it.
+        status: the exit status of the process.
     """
 
     def __init__(self, message: str, status: int = 2):
