@@ -33,7 +33,7 @@ def run(report: Report, quick: bool) -> None:
     for rank, found in counts.items():
         _count(report, f"GPT-3 175B, LoRA r={rank} on q, v", found)
     report.verdict(
-        "LoRA trains so many times fewer parameters of GPT-3 175B",
+        "LoRA trains n times fewer parameters of GPT-3 175B",
         f"{FEWER:,} times",
         f"{fewer['r=4']:,.0f} times",
         f"audit, r=4; r=1 {fewer['r=1']:,.0f} times, r=8 {fewer['r=8']:,.0f} times",

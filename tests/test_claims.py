@@ -68,7 +68,7 @@ def test_counts_and_files_of_gpt3(report):
     assert counts["GPT-3 175B, LoRA r=4 on q, v"] == 18_874_368
     assert counts["GPT-3 175B, LoRA r=8 on q, v"] == 37_748_736
     ours = {claim: (row["ours"], row["verdict"]) for claim, row in report.verdicts().items()}
-    assert ours["LoRA trains so many times fewer parameters of GPT-3 175B"] == (
+    assert ours["LoRA trains n times fewer parameters of GPT-3 175B"] == (
         "9,251 times",
         "reproduced",
     )
