@@ -21,7 +21,6 @@ __all__ = [
     "shaken",
 ]
 
-DOORS = APIS
 R, M = 3, 4
 ADAPTER = 2 * M * D + D + M
 NEAR = {"away": 1e-3}
