@@ -11,7 +11,7 @@ SETTINGS = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 <<
 def keep_freed() -> bool:
     """Sets glibc to keep freed memory instead of returning it to the system.
 
-    XLA on a CPU allocates the temporaries of every step anew. By default, glibc returns arrays of
+    XLA on a CPU allocates the temporaries of every step again. By default, glibc returns arrays of
     that size to the system each time, which maps and zeroes them again page by page. With this
     setting, the process holds its peak memory until it ends. Call it before the first thread
     allocates.

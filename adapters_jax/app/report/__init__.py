@@ -1,4 +1,4 @@
-"""What a finished run or comparison shows: tables, pictures, one HTML page, and a model card.
+"""Reports a finished run or comparison as tables, pictures, an HTML page and a model card.
 
 - `run`: the table of results, the curves and the page of a run.
 - `pages`: renders a page from `templates/`.

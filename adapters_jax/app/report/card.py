@@ -1,4 +1,4 @@
-"""The model card of an adapter or a run."""
+"""Writes the model card of an adapter or a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from adapters_jax.trees import unflatten
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter, its base, and the run that it is of; `export.open_source` makes it.
+    """An adapter, its base model, and its run; `export.open_source` reads it.
 
     Attributes:
-        form: the format it is in.
-        base: its base model.
-        recipe: what trains.
-        leaves: what was trained, by path.
-        config: of the finished run; None of an adapter alone.
+        form: the format of the adapter.
+        base: the base model.
+        recipe: the recipe of the adapter.
+        leaves: the trained arrays, by path.
+        config: the configuration of the finished run; None for an adapter without a run.
     """
 
     form: AdapterFormat
@@ -38,11 +38,11 @@ class Source:
 
     @property
     def labels(self) -> Sequence[str]:
-        """The names of the classes, where they are known."""
+        """The names of the classes; empty if they are not known."""
         return (self.config or {}).get("target", {}).get("names", ())
 
     def without_head(self) -> Source:
-        """Without the task's head, which the recipe trains all the same."""
+        """Returns the adapter without the arrays of the task's head; its recipe is unchanged."""
         kept = {p: leaf for p, leaf in self.leaves.items() if not p.startswith(HEAD)}
         return dataclasses.replace(self, leaves=kept)
 
@@ -50,7 +50,18 @@ class Source:
 def card_of(
     source: Source, to: AdapterFormat, name: str, license: str | None, notes: list[str]
 ) -> str:
-    """The card of an adapter, or of a run with its training and results."""
+    """Writes the card of an adapter; a run's card also has its training and results.
+
+    Args:
+        source: the adapter.
+        to: the format that the adapter is written in.
+        name: the name by which the card loads the adapter.
+        license: the license of the adapter.
+        notes: sentences about what the files lack.
+
+    Returns:
+        The card as Markdown.
+    """
     base, config = source.base, source.config or {}
     counts = audit(source.recipe, unflatten(base.flat(source.leaves)))
     summary = config.get("summary") or {}
@@ -60,7 +71,9 @@ def card_of(
         sections["Training"] = _training(config, results)
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
-    alone = "text-generation" if base.kind == "decoder" else None  # what an encoder does, runs say
+    alone = (
+        "text-generation" if base.kind == "decoder" else None
+    )  # an encoder's task is known from its run
     pipeline = task_of(config).pipeline if config else alone
     about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
     return model_card(
@@ -80,7 +93,7 @@ def card_of(
 
 
 def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
-    """The results beside the baselines', the rows, and how it was trained."""
+    """The section on training: results with baselines, rows, settings and checksums."""
     rows, optimizer = config["rows"], config["optimizer"]
     header, cells = results_table(results, config["metrics"])
     dev = ", ".join(f"{k} {v:.4g}" for k, v in config["summary"]["dev"].items())
@@ -102,7 +115,7 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
 
 
 def _load(source: Source, to: AdapterFormat, name: str) -> str:
-    """Three lines that load it."""
+    """The lines of Python that load the adapter."""
     base, config = source.base, source.config
     shown = base.name if base.public else Path(base.name).name
     if to.name != "native" or config is None:

@@ -1,4 +1,4 @@
-"""What a finished run shows: its results as a table, its curves as a picture, and its page."""
+"""Reports a finished run: a table of results, a picture of curves, and an HTML page."""
 
 from __future__ import annotations
 
