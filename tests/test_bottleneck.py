@@ -245,6 +245,12 @@ def test_a_target_that_returns_a_tuple_is_refused_with_the_reason():
         jax.eval_shape(model.init, jax.random.key(0), drawn((1, 2, D)))
 
 
+def test_it_fits_float_outputs_of_any_width():
+    method = aj.Bottleneck("**", M)
+    assert [method.fits(AttachmentPoint("", "__call__", d)) for d in (0, 1, 2)] == [0, 1, 1]
+    assert not method.fits(AttachmentPoint("", "attend", D))
+
+
 def test_integer_outputs_are_refused():
     class Index(nn.Module):
         def __call__(self, x):
