@@ -122,11 +122,14 @@ class Recipe:
         """Reads a recipe from JSON text or from the object it decodes to.
 
         Raises:
-            UserError: an unknown method or key (the message has the nearest known one), a missing
-                key, or a value out of its range; a method that is not registered raises its
+            UserError: text that is not JSON, an unknown method or key (the message has the nearest
+                known one), a missing key, or a value out of its range; a method that is not registered raises its
                 subclass RecipeError.
         """
-        data = json.loads(text) if isinstance(text, str) else text
+        try:
+            data = json.loads(text) if isinstance(text, str) else text
+        except json.JSONDecodeError as error:
+            raise UserError(f"recipe JSON: {error}") from None
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
             raise UserError('recipe JSON: expected one key "methods" with a list of methods')

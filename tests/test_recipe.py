@@ -221,7 +221,7 @@ def test_of_many_unknown_keys_the_first_five_are_named():
 
 
 def test_text_that_is_not_json():
-    with raises(json.JSONDecodeError, "line 1 column 2"):
+    with raises(aj.UserError, "line 1 column 2"):
         Recipe.from_json("{")
 
 
