@@ -123,8 +123,8 @@ class Recipe:
 
         Raises:
             UserError: text that is not JSON, an unknown method or key (the message has the nearest
-                known one), a missing key, or a value out of its range; a method that is not registered raises its
-                subclass RecipeError.
+                known one), a missing key, or a value out of its range; a method that is not
+                registered raises its subclass RecipeError.
         """
         try:
             data = json.loads(text) if isinstance(text, str) else text
