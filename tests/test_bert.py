@@ -203,6 +203,14 @@ def test_dropout_acts_only_when_asked(rate):
     assert np.abs(quiet - dropped).max() > 0.1
 
 
+def test_scanned_blocks_start_from_random_numbers_of_their_own():
+    model = Bert(replace(TINY, num_hidden_layers=2), scan=True)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    one, two = params["layers"]["mlp"]["output"]["dense"]["kernel"]
+    assert one.shape == (12, 8)
+    assert not np.any(one == two)
+
+
 def test_both_sublayers_and_the_embeddings_drop():
     config = replace(TINY, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
     apply = partial(

@@ -1,6 +1,7 @@
 """Families: what a record is enough for, and what each of them is."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def test_an_encoder_encodes_up_to_its_last_position_and_drops_at_the_rate_given(
     settings = {"model_type": "roberta", "pad_token_id": 1, "hidden_dropout_prob": 0.25}
     write_model(tmp_path / "tiny", **settings)
     encoder = load_encoder(str(tmp_path / "tiny"))
+    assert encoder.identity.id is None
     rows, truncated = encoder.encode([("good film " * 9, None)], 14)
     assert (len(rows[0].input_ids), truncated) == (14, 1)
     with raises(aj.UserError, "--max-length 15", 14):
@@ -165,6 +167,19 @@ def test_a_base_is_known_by_its_weights_and_an_id_not_by_its_path(tmp_path):
     (two / "config.json").write_text(json.dumps(config))
     roberta = load_base_model(str(two))
     assert (roberta.prefix, roberta.classifies, roberta.one_layer) == ("roberta.", False, False)
+
+
+def test_the_checksum_of_shards_is_that_of_their_checksums_by_name(tmp_path):
+    digests = {}
+    for i in (3, 5, 0, 4, 1, 2):
+        content = f"shard {i}".encode()
+        (tmp_path / f"model-{i}.safetensors").write_bytes(content)
+        digests[i] = hashlib.sha256(content).digest()
+    (tmp_path / "config.json").write_text("{}")
+    in_order = b"".join(digests[i] for i in sorted(digests))
+    assert sha256_of(tmp_path) == hashlib.sha256(in_order).hexdigest()
+    single = hashlib.sha256(digests[3]).hexdigest()
+    assert sha256_of(tmp_path / "model-3.safetensors") == single
 
 
 def test_a_family_without_a_classifier_is_no_encoder():
