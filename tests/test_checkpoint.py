@@ -262,7 +262,7 @@ def test_the_remains_of_an_interrupted_save_are_removed(tmp_path):
     left = tmp_path / "2.orbax-checkpoint-tmp"
     left.mkdir()
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [1]
+        assert checkpoints.steps == [1] and checkpoints.best is None  # it has no score
     assert not left.exists()
 
 

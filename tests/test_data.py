@@ -213,6 +213,8 @@ def test_a_rare_class_stays_in_train():
 def test_regression_is_split_as_one():
     data = Dataset(dataset(100).texts, np.linspace(0, 5, 100, dtype=np.float32), ())
     assert [len(part) for part in split(data, 0)] == [80, 10, 10]
+    # 100 * 0.29 and 100 * 0.57 are a little below 29 and 57 as floats.
+    assert [len(part) for part in split(data, 0, 0.29, 0.57)] == [14, 29, 57]
 
 
 def test_bad_splits():

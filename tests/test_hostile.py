@@ -263,7 +263,7 @@ BAD_CONFIGS = {  # the edit, and the data in the message
     "a new key": (config_edit(lambda c: c.update(x=1)), "'x'"),
     "no counts": (config_edit(lambda c: c.pop("tensors")), "'tensors'"),
     "a count in words": (config_edit(lambda c: c.update(parameters="4")), "parameters='4'"),
-    "a negative count": (config_edit(lambda c: c.update(tensors=-4)), "tensors=-4"),
+    "a negative count": (config_edit(lambda c: c.update(tensors=-1)), "tensors=-1"),
     "a version of a number": (config_edit(lambda c: c.update(adapters_jax=1)), "adapters_jax=1"),
     "a base in words": (config_edit(lambda c: c.update(base="x")), "base='x'"),
     "a base with more": (config_edit(lambda c: c["base"].update(more=1)), "base={"),

@@ -5,7 +5,7 @@ import pytest
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.tasks.metrics import METRICS, compute
+from adapters_jax.tasks.metrics import METRICS, better, compute, perplexity
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])
@@ -64,6 +64,18 @@ def test_constant_up_to_rounding_and_a_single_row():
     labels = np.array([1.0, 2.0, 3.0, 4.0])
     assert compute(["pearson", "spearman"], nearly, labels) == {"pearson": 0.0, "spearman": 0.0}
     assert compute(list(METRICS), np.array([1]), np.array([1]))["pearson"] == 0.0
+
+
+def test_perplexity_is_a_number_if_the_loss_is_one():
+    assert perplexity(1400.0, 2) == pytest.approx(np.exp(700.0))
+    assert np.isfinite(perplexity(1e9, 1))
+    assert [perplexity(nll, 1) for nll in (float("inf"), float("nan"))] == [float("inf")] * 2
+
+
+def test_equal_values_are_not_better():
+    for name, worse, good in (("f1", 0.1, 0.2), ("perplexity", 9.0, 8.0)):
+        assert better(name, good, worse)
+        assert not better(name, worse, good) and not better(name, good, good)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.errors import raises
@@ -16,12 +18,14 @@ from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.runs.stopping import InterruptedRunError
+from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.datasets import load_labelled
 from adapters_jax.data.readers import READERS, read_csv
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks import TASKS, read_run, task_of
 from adapters_jax.tasks.classification import Classes
+from adapters_jax.tasks.completion_problem import token_losses
 from adapters_jax.tasks.regression import Numbers
 
 TAGS = {**dict.fromkeys(GOOD, "plus"), **dict.fromkeys(BAD, "minus")}
@@ -163,6 +167,29 @@ def test_the_constant_is_the_most_frequent_class_or_the_mean(place):
     )
     mean = np.mean(numbers.train.labels.astype(float))
     assert Numbers.of(numbers.train).constant(numbers.train, 2).tolist() == [mean, mean]
+
+
+class Bigrams:
+    """A model whose logits for the next token are a row of a table."""
+
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)), jnp.float32)
+
+    def hidden(self, ids, positions, segments):
+        return jax.nn.one_hot(ids, 5)
+
+    def logits(self, hidden):
+        return hidden @ self.table
+
+
+def test_the_loss_of_a_sequence_is_summed_over_its_labelled_tokens():
+    ids = np.array([[1, 2, 3, 4], [4, 3, 0, 1]])
+    labels = np.array([[NOTHING, 3, 0, NOTHING], [0, NOTHING, NOTHING, NOTHING]])
+    batch = {"input_ids": ids, "labels": labels, "positions": ids, "segments": ids}
+    losses = -jax.nn.log_softmax(Bigrams.table)
+    expected = [losses[2, 3] + losses[3, 0], losses[4, 0]]
+    for most in (2, 4):
+        found = token_losses(Bigrams(), batch, most)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_readout_is_restored_from_its_config():

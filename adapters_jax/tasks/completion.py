@@ -157,7 +157,7 @@ def _prompts(setup: Setup, decoder: Decoder, alone: bool) -> Prompts:
     """The format of prompts: without a chat template for plain texts, or if the model has none."""
     if alone:
         if setup.prompts != Prompts():
-            raise UserError("--text is of texts alone; leave out --template and --chat")
+            raise UserError("--text is of texts alone, which have no --template and no chat")
         return Prompts(chat=False)
     if setup.prompts.chat and decoder.chat_template is None:
         setup.say(f"{setup.model} has no chat template; prompts stay as they are")
