@@ -225,6 +225,13 @@ def test_a_layer_of_heads_is_their_linear_layer(tmp_path):
     )
 
 
+def test_a_layer_of_one_input(tmp_path):
+    own = factors("line", width=1, out=4)
+    params = {"line": {"kernel": jnp.ones((1, 4))}}
+    source = save_peft(tmp_path / "a", aj.LoRA("line", 2), unflatten(own), {"l": "line"}, params)
+    equal(flatten(load_peft(source, {"l": "line"}, params)[1]), own)
+
+
 def test_fields_at_their_default_do_no_harm(tmp_path):
     fields = {"new": None, "newer": False, "dict": {}, "list": [], "megatron_core": "megatron.core"}
     fields |= {"rank_pattern": None, "bias": None, "init_lora_weights": None, "lora_dropout": None}
