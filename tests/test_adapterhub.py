@@ -559,7 +559,10 @@ def test_a_width_becomes_a_reduction_factor_that_gives_it_back(m, tmp_path):
     )
     recipe, _ = load_adapterhub(directory, names, params)
     assert recipe.attached[0].width(32) == m
-    assert config_of(directory)["config"]["leave_out"] == [0]
+    config = config_of(directory)["config"]
+    assert config["leave_out"] == [0]
+    if 32 % m == 0:
+        assert config["reduction_factor"] == 32 / m
 
 
 def test_our_presets_become_a_union(tmp_path):
