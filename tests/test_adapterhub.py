@@ -339,6 +339,16 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         assert any(all(datum in problem for datum in data) for problem in problems), data
 
 
+def test_every_module_without_factors_is_named_at_once(tmp_path):
+    root = "bert.encoder.layer.0.attention.self"
+    lost = {f"{root}.{name}.loras.task.lora_A": None for name in ("query", "key")}
+    problems = loading(copied(tmp_path, "bert_lora", tensors=lost)).split("; ")
+    assert [sorted({"query", "key"} & set(p.replace(".", " ").split())) for p in problems] == [
+        *(["query"], ["key"])
+    ]
+    assert all("['lora_B']" in problem for problem in problems)
+
+
 def test_the_two_names_of_a_norm_must_agree(tmp_path):
     root = "bert.encoder.layer.0.output.adapters.task."
     names, _, params, _ = of_fixture("bert_norms")
@@ -549,7 +559,10 @@ def test_a_width_becomes_a_reduction_factor_that_gives_it_back(m, tmp_path):
     )
     recipe, _ = load_adapterhub(directory, names, params)
     assert recipe.attached[0].width(32) == m
-    assert config_of(directory)["config"]["leave_out"] == [0]
+    config = config_of(directory)["config"]
+    assert config["leave_out"] == [0]
+    if 32 % m == 0:
+        assert config["reduction_factor"] == 32 / m
 
 
 def test_our_presets_become_a_union(tmp_path):

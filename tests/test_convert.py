@@ -296,6 +296,17 @@ def test_the_head_in_an_adapters_files(form, fixture, expected):
     assert FORMATS[form].head(FIXTURES / form / fixture, "bert") == expected
 
 
+def test_the_head_in_our_own_files(tmp_path):
+    shapes = {"bert/query/lora/a": (4, 2), "bert/query/lora/b": (2, 4)}
+    lora, head = aj.LoRA("bert/query", 2), {"head/kernel": (4, 3), "head/bias": (3,)}
+    bare = drawn(lora, shapes, tmp_path / "bare")
+    headed = drawn(aj.Recipe(lora, aj.Unfreeze("head/*")), shapes | head, tmp_path / "headed")
+    find = FORMATS["native"].head
+    assert [find(bare, "bert"), find(bare, "other"), find(headed, "bert")] == [
+        *(Head(1), None, Head(3))
+    ]
+
+
 def test_changes_name_tensors_and_fields():
     def leaves(value, *names):
         return {f"q/lora/{name}": np.full((2, 2), value) for name in names}

@@ -225,6 +225,13 @@ def test_a_layer_of_heads_is_their_linear_layer(tmp_path):
     )
 
 
+def test_a_layer_of_one_input(tmp_path):
+    own = factors("line", width=1, out=4)
+    params = {"line": {"kernel": jnp.ones((1, 4))}}
+    source = save_peft(tmp_path / "a", aj.LoRA("line", 2), unflatten(own), {"l": "line"}, params)
+    equal(flatten(load_peft(source, {"l": "line"}, params)[1]), own)
+
+
 def test_fields_at_their_default_do_no_harm(tmp_path):
     fields = {"new": None, "newer": False, "dict": {}, "list": [], "megatron_core": "megatron.core"}
     fields |= {"rank_pattern": None, "bias": None, "init_lora_weights": None, "lora_dropout": None}
@@ -297,6 +304,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         ({"h.0.q.lora_B.weight": drawn(4, 3)}, ["h.0.q", "B [4, 3]"]),
         ({"h.0.q.lora_B.weight": drawn(4, 2, 2)}, ["h.0.q", "B [4, 2, 2]"]),
         ({"h.0.q.ia3_l": drawn(4, 1)}, ["h.0.q.ia3_l"]),
+        ({"h.1.q.weight": drawn(1, 24)}, ["h.1.q.weight", [1, 24]]),
         ({"h.0.q.lora_A.weight": None, "h.0.q.lora_B.weight": None}, ["LoRA"]),
     ],
 )
@@ -556,6 +564,10 @@ def test_unsupported_prompts_raise_an_error_that_names_them(tmp_path):
     saving(first, prompts([0]), "layers/0/attention, layers/1/attention")
     more = aj.Recipe(first, aj.LlamaAdapter("layers/1/attention", 2, "layer"))
     saving(more, prompts([0]) | prompts([1], length=2), [2, 3])
+    unnamed = {"model.norm": "norm"}
+    with raises(UserError, "names", "layers/0/attention") as caught:
+        save_peft(tmp_path / "a", first, unflatten(prompts([0])), unnamed, model)
+    assert "layers/1" not in str(caught.value)
     trained = aj.Recipe(aj.LlamaAdapter("layers/1/attention", 3, "layer"), aj.Unfreeze("norm/*"))
     saving(trained, prompts([1]) | {"norm/scale": drawn(32)}, "norm/scale")
 

@@ -105,7 +105,7 @@ def _by_table(
     for path, leaves in by_path.items():
         try:
             source = names.module(path)
-        except ValueError:
+        except UserError:
             continue  # a module without counterpart, such as another head
         modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
         if path.endswith("/query"):

@@ -54,12 +54,15 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
     names = {ours: bare for bare, ours in module_map.attention.items()}
-    last = sorted(names, key=in_order)[-len(added) :]
-    unlike = sorted(added.keys() ^ set(last), key=in_order)
+    known = added.keys() & names.keys()
+    for path in sorted(added.keys() - known, key=in_order):
+        problems.append(f"names has no module name for {path}; add it")
+    last = sorted(names, key=in_order)[len(names) - len(known) :]
+    unlike = sorted(known ^ set(last), key=in_order)
     if unlike:
         problems.append(f"PEFT adapts the last layers only; {', '.join(unlike)} differ")
     tensors, lengths = {}, set()
-    for ours in sorted(added.keys() & names.keys(), key=in_order):
+    for ours in sorted(known, key=in_order):
         method: Any = next(m for m in recipe.at(ours) if m.slot == "prompt")
         prompt, gate = added[ours]["embedding"], added[ours]["gate"]
         if len(gate) != 1:
@@ -71,7 +74,7 @@ def write(
         tensors[f"{root}.adaption_prompt"] = prompt[None]
         opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT applies no tanh
         tensors[f"{root}.adaption_gate"] = opened
-    if len(lengths) != 1:
+    if len(lengths) > 1:
         problems.append(f"PEFT expects prompts of one length; these have {sorted(lengths)}")
     words = {names[ours].rpartition(".")[2] for ours in added if ours in names}
     fields = {
