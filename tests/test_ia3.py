@@ -214,6 +214,26 @@ def test_what_is_written_for_peft_and_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kernel", "inner", "numbers", "shape"),
+    [
+        ((3, 5, 4), "conv", 5, (1, 5, 1)),
+        ((3, 5, 4), (), 4, (1, 4, 1)),
+        ((3, 3, 5, 4), (), 4, (1, 4, 1, 1)),
+    ],
+)
+def test_scales_of_convolutions_for_peft_and_back(tmp_path, kernel, inner, numbers, shape):
+    base = {"conv": {"kernel": np.ones(kernel)}}
+    recipe, own = aj.IA3("conv", feed_forward=inner), leaves(conv=drawn(numbers, 1))
+    directory = save_peft(tmp_path / "a", recipe, own, {"h.conv": "conv"}, base)
+    (tensor,) = load_file(directory / "adapter_model.safetensors").values()
+    assert tensor.shape == shape
+    again, adapters = load_peft(directory, {"h.conv": "conv"}, base)
+    (method,) = again
+    assert method.scales_input("conv") == bool(inner)
+    np.testing.assert_array_equal(flatten(adapters)["conv/ia3/scale"], drawn(numbers, 1))
+
+
+@pytest.mark.parametrize(
     ("recipe", "own", "named"),
     [
         (aj.IA3("word"), leaves(word=np.ones(6)), "word"),
