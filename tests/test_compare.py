@@ -297,6 +297,7 @@ def test_one_process_at_a_time(copy, directory):
         run.unlock(handle)
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypatch):
     recipes, only = ("head-only --learning-rates 3e38 1e-2",), {"seeds": (0,)}
     status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)

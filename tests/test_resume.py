@@ -67,11 +67,10 @@ def straight(commands, place):
     return place / "straight", 0.7 * (time.monotonic() - began)
 
 
-def test_killed_at_random_instants_nothing_is_lost_and_no_bit_differs(
-    straight, commands, place, slow
-):
+@pytest.mark.slow
+def test_killed_at_random_instants_nothing_is_lost_and_no_bit_differs(straight, commands, place):
     run, seconds = straight
-    expected, left = 30 if slow else 2, []
+    expected, left = 30, []
     for seed in range(1000):
         name = f"killed{seed}"
         kills = min(expected - len(left), 5)

@@ -393,6 +393,7 @@ def check_same(losses, place, alone):
         np.testing.assert_allclose(adapter[path], x, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_script_on_eight_devices_is_that_on_one(alone, tmp_path):
     losses = losses_of(example(tmp_path, 8, "--mesh", "data=2,fsdp=2,model=2"))
     assert len(losses) == 21
