@@ -308,6 +308,7 @@ print(len(jax.devices()))
 """
 
 
+@pytest.mark.slow
 def test_it_restores_onto_another_device_layout(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -14,12 +14,12 @@ def build(api, case, variant="plain", **options):
     return APIS[api](CASES[case], **VARIANTS[variant], **options)
 
 
-# Remat goes through the same code for every method; these have shapes or leaves of their own.
-REMAT = ("together", "dora", "prefix", "llama_adapter", "ia3_embed")
+# Remat and bf16 go through the same code for every method; these have shapes or leaves of their own.
+CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
 
 
 def named(api, case, variant):
-    slow = variant == "remat" and case not in REMAT
+    slow = variant in ("remat", "bf16") and case not in CHOSEN
     return pytest.param(f"{api}-{case}-{variant}", marks=[pytest.mark.slow] if slow else [])
 
 

@@ -133,6 +133,7 @@ def test_a_saved_run_predicts_what_it_was_evaluated_at(houlsby, directory):
     assert all(p.label == max(p.probabilities, key=p.probabilities.get) for p in found)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything(directory):
     flags = ("--epochs", 1, "--no-baselines", "--limit", 64)
     runs = [

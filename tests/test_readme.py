@@ -20,7 +20,14 @@ SHELL = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
+def blocks():
+    """The numbers of the blocks; the one that runs the contract tests is slow."""
+    for number, block in enumerate(PYTHON):
+        slow = "check_method(" in block  # tests/test_plugin.py is quicker
+        yield pytest.param(number, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("number", blocks())
 def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
     for asset in re.findall(r'fetch\("(.*?)"\)', PYTHON[number]):
         if cached(asset) is None:

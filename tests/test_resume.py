@@ -95,6 +95,7 @@ def error_of(capsys, *flags):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first_and_meanwhile_the_run_is_locked(straight, commands, place, capsys):
     run, log = place / "asked", place / "log"
     pid = commands.start(log, *finetune(place, run.name))
