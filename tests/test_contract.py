@@ -14,7 +14,7 @@ def build(api, case, variant="plain", **options):
     return APIS[api](CASES[case], **VARIANTS[variant], **options)
 
 
-# Remat and bf16 go through the same code for every method; these have shapes or leaves of their own.
+# Remat and bf16 go through the same code for every method; these have shapes of their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
 
 

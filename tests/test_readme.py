@@ -27,7 +27,7 @@ def blocks():
         yield pytest.param(number, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("number", blocks())
+@pytest.mark.parametrize("number", list(blocks()))
 def test_python_runs_as_pasted(number, tmp_path, monkeypatch):
     for asset in re.findall(r'fetch\("(.*?)"\)', PYTHON[number]):
         if cached(asset) is None:
