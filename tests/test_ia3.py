@@ -331,3 +331,10 @@ def test_patterns_match_whole_names_from_the_start():
     assert is_target({"target_modules": ["q"]}, "a.q") and not is_target(
         {"target_modules": ["q"]}, "a.bq"
     )
+
+
+def test_a_scale_of_other_layers_than_its_weight_is_not_counted():
+    count = aj.IA3("a").count("a", {"scale": (3, 4)}, (3, 5, 4))
+    assert (count.formula, count.parameters, count.copies) == ("4", 4, 3)
+    count = aj.IA3("a").count("a", {"scale": (3, 4)}, (2, 5, 4))
+    assert (count.formula, count.parameters) == ("an axis of [2, 5, 4]", 0)
