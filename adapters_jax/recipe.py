@@ -5,13 +5,29 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapters_jax.errors import RecipeError, UserError, shortened
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.targets import require_match, selects
+from adapters_jax.targets import join, require_match, selects, selects_inside
 
 _LONGEST_NAME = 200
+
+
+class Owner(NamedTuple):
+    """The adapter that a parameter belongs to.
+
+    Attributes:
+        path: path of the module that it adapts; of the weight, where several of the module's are.
+        method: the method.
+        prefix: path of the node that holds its parameters, `layer_0/query/lora`.
+        name: the name of this parameter there, `a`.
+    """
+
+    path: str
+    method: Any
+    prefix: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -77,35 +93,51 @@ class Recipe:
                 module's weight comes after one that changes it.
         """
         found = tuple(m for m in self.attached if selects(m.targets, path))
-        slots = [m.slot for m in found]
+        self.check(found, path)
+        return found
+
+    def check(self, methods: Sequence[Method], path: str) -> None:
+        """Checks that several methods can be together on a module or weight.
+
+        Raises:
+            RecipeError: two of them keep their leaves under one name, or a method that reads the
+                weight comes after one that changes it.
+        """
+        slots = [m.slot for m in methods]
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
                 f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
             )
-        changed = [type(m).merged is not Method.merged for m in found]
-        late = [m for i, m in enumerate(found) if m.from_weight and any(changed[:i])]
+        changed = [type(m).merged is not Method.merged for m in methods]
+        late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
         if late:
             raise RecipeError(
                 f"{type(late[0]).__name__} reads the weight of {path!r}, which a method before it "
                 "in the recipe changes; put it first, or give them disjoint targets"
             )
-        return found
 
-    def owner(self, path: str) -> tuple[str, Method] | None:
-        """The module and method that a parameter belongs to; None for a parameter of the base.
+    def owner(self, path: str) -> Owner | None:
+        """What a parameter belongs to; None for a parameter of the base.
 
         Example:
             >>> from adapters_jax import LoRA
-            >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a")[0]
+            >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a").path
             'layer_0/query'
         """
         names = path.split("/")
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
-                module, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
-                if leaf in method.leaf_names and selects(method.targets, module):
-                    return module, method
+                module, rest = "/".join(names[:i]), names[i + 1 :]
+                prefix, leaf = join(module, method.slot), "/".join(rest)
+                inside = method.acts_on == "leaf" and selects_inside(method.targets, module)
+                if leaf in method.leaf_names and (selects(method.targets, module) or inside):
+                    return Owner(module, method, prefix, leaf)
+                weight, leaf = rest[0] if rest else "", "/".join(rest[1:])
+                own = join(module, weight.partition(":")[0])
+                nested = method.acts_on == "leaf" and leaf in method.leaf_names
+                if nested and selects(method.targets, module, own):
+                    return Owner(own, method, join(prefix, weight), leaf)
         return None
 
     def trains(self, path: str) -> bool:

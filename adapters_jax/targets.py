@@ -85,6 +85,11 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
     return forms, made
 
 
+def join(*names: str) -> str:
+    """Parts of a path joined by slashes, without empty parts such as the path of a whole model."""
+    return "/".join(filter(None, names))
+
+
 def weight(pattern: str) -> int:
     """How many characters the braces of a pattern expand to: what compiling it costs.
 
@@ -114,16 +119,32 @@ def matches(pattern: str, path: str) -> bool:
     return bool(_compile(pattern)(f"/{path}" if path else ""))
 
 
-def selects(patterns: Sequence[str], path: str) -> bool:
-    """Whether several patterns together match a path.
+def selects(patterns: Sequence[str], *paths: str) -> bool:
+    """Whether several patterns together match something that has one path, or several.
 
     Example:
         >>> patterns = ("**/query", "!layer_0/**")
         >>> selects(patterns, "layer_1/query"), selects(patterns, "layer_0/query")
         (True, False)
     """
-    return any(matches(p, path) for p in patterns if p[0] != "!") and not any(
-        matches(p[1:], path) for p in patterns if p[0] == "!"
+    wanted = [p for p in patterns if p[0] != "!"]
+    excluded = [p[1:] for p in patterns if p[0] == "!"]
+    return any(matches(p, path) for p in wanted for path in paths) and not any(
+        matches(p, path) for p in excluded for path in paths
+    )
+
+
+def selects_inside(patterns: Sequence[str], module: str) -> bool:
+    """Whether some pattern may match a leaf of a module.
+
+    Example:
+        >>> selects_inside(["**/w_{up,down}"], "layers/0/experts"), selects_inside(["a/b"], "a/b")
+        (True, False)
+    """
+    forms = (form for p in patterns if p[0] != "!" for form in _expanded(p)[0])
+    return any(
+        matches(parent, module) if parent else not module
+        for parent in (form.rpartition("/")[0] for form in forms)
     )
 
 

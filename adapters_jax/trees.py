@@ -15,6 +15,7 @@ from flax import nnx, traverse_util
 from adapters_jax.errors import UserError, shortened
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join as join
 from adapters_jax.weights.quantized import is_quantized
 
 Tree = Any
@@ -95,11 +96,6 @@ def merge_trees(*trees: Tree) -> Tree:
             "pass trees without common paths"
         )
     return traverse_util.unflatten_dict(whole)
-
-
-def join(*names: str) -> str:
-    """Parts of a path joined by slashes, without empty parts such as the path of a whole model."""
-    return "/".join(filter(None, names))
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

@@ -1,0 +1,214 @@
+"""Where the adapters of a recipe are: from the shapes of a tree, or from how a model reads leaves.
+
+A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. A method
+that changes weights does so for a module with one adapted weight; where there are several, each has
+a node of its own, `layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
+shapes of the arrays; where other roles would fit them before, the node says them:
+`layer_0/out/lora/kernel:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join, selects
+from adapters_jax.weights.axes import Axes, from_reads, from_text
+from adapters_jax.weights.lazy import Tracked
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One method on one module or weight.
+
+    Attributes:
+        method: the method.
+        prefix: path of the node that holds its arrays.
+        point: where it is attached; `point.path` is the path of the target.
+        module: path of the module.
+    """
+
+    method: Any
+    prefix: str
+    point: AttachmentPoint
+    module: str
+
+    def leaves(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's arrays by name, out of a tree's leaves by path."""
+        return {name: flat[join(self.prefix, name)] for name in self.method.leaf_names}
+
+    def own(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The module's own leaves by name, out of a tree's leaves by path."""
+        paths = {name: join(self.module, name) for name in self.point.own}
+        return {name: flat[path] for name, path in paths.items() if path in flat}
+
+
+def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
+    """The shapes of each module's own leaves by name, out of the base's leaves by path."""
+    owned: dict[str, dict[str, Shape]] = {}
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        owned.setdefault(module, {})[name] = shape
+    return owned
+
+
+def in_tree(
+    recipe: Recipe, shapes: Shapes, prefixes: Container[str] | None = None
+) -> list[Attached]:
+    """The weights that a tree's adapters change.
+
+    Args:
+        recipe: the recipe of the adapters.
+        shapes: the shapes of all leaves by path, the base's and the adapters'.
+        prefixes: the adapters to look at, by the nodes that hold their arrays; by default all.
+
+    Raises:
+        MismatchError: an adapter lacks arrays, or fits no weight of its module.
+    """
+    groups: dict[str, tuple[Any, dict[str, Shape]]] = {}
+    base: dict[str, Shape] = {}
+    for path, shape in shapes.items():
+        owner = recipe.owner(path)
+        if owner is None:
+            base[path] = shape
+        elif isinstance(owner.method, LeafMethod):
+            groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
+    owned = own_leaves(base)
+    return [
+        _located(owner, parts, owned)
+        for prefix, (owner, parts) in groups.items()
+        if prefixes is None or prefix in prefixes
+    ]
+
+
+def _located(owner: Any, parts: Shapes, owned: Mapping[str, dict[str, Shape]]) -> Attached:
+    """The weight that one adapter changes."""
+    method = owner.method
+    lacking = sorted(set(method.leaf_names) - set(parts))
+    if lacking:
+        raise MismatchError(
+            f"the adapter {owner.prefix} ({type(method).__name__}) lacks {', '.join(lacking)}"
+        )
+    names = owner.prefix.split("/")
+    start = len(names) - 1 if names[-1] == method.slot else len(names) - 2
+    module, node = "/".join(names[:start]), "".join(names[start + 1 :])
+    own = owned.get(module, {})
+    found = _weight(method, owner.path, module, node, parts, own)
+    if found is None:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in parts.items())
+        weights = ", ".join(f"{name} {list(shape)}" for name, shape in own.items()) or "no leaves"
+        raise MismatchError(
+            f"the adapter {owner.prefix} ({type(method).__name__}) has {shapes}, which fits no "
+            f"weight of {module!r}: it has {weights}"
+        )
+    name, axes = found
+    return Attached(method, owner.prefix, AttachmentPoint(owner.path, 0, name, axes, own), module)
+
+
+def _weight(
+    method: Any, path: str, module: str, node: str, parts: Shapes, own: Shapes
+) -> tuple[str, Axes] | None:
+    """The name of the weight that arrays of these shapes change, and the roles of its axes."""
+    if node:
+        name, stated, text = node.partition(":")
+        if name not in own:
+            return None
+        axes = from_text(text) if stated else method.infer(parts, own[name], path)
+        return axes and (name, axes)
+    for name, shape in own.items():
+        if len(shape) > 1 and selects(method.targets, module, join(module, name)):
+            axes = method.infer(parts, shape, path)
+            if axes is not None:
+                return name, axes
+    return None
+
+
+def chosen(
+    recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes
+) -> dict[Method, list[Attached]]:
+    """The weights that each method of a recipe changes in a model.
+
+    Args:
+        recipe: the recipe.
+        reads: how the model reads each float leaf of two or more axes, by path.
+        shapes: the shapes of all of the base's leaves by path.
+
+    Raises:
+        RecipeError: two methods keep their arrays for one weight in one place, or a method that
+            reads the weight comes after one that changes it.
+    """
+    owned, found = own_leaves(shapes), dict[Method, list[Attached]]()
+    methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
+    taken = {m: [p for p, leaf in reads.items() if _changes(m, p, leaf)] for m in methods}
+    for method, paths in taken.items():
+        found[method] = []
+        for path in paths:
+            recipe.check([other for other in methods if path in taken[other]], path)
+            module, _, name = path.rpartition("/")
+            beside = [
+                other
+                for m, others in taken.items()
+                if m.slot == method.slot
+                for other in others
+                if other.rpartition("/")[0] == module
+            ]
+            own = owned[module]
+            axes = from_reads(reads[path].reads, len(own[name]))
+            point = AttachmentPoint(path if len(beside) > 1 else module, 0, name, axes, own)
+            found[method].append(_placed(method, point, module))
+    return found
+
+
+def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
+    """Whether a method changes a leaf: it is a target, and meets an input or is named."""
+    meets = any(read.inputs for read in leaf.reads)
+    selected = selects(method.targets, path.rpartition("/")[0], path)
+    return selected and (meets or _named(method.targets, path))
+
+
+def _named(targets: Sequence[str], path: str) -> bool:
+    """Whether a pattern names a leaf: its last name has no wildcard."""
+    return any(
+        selects((p,), path) and "*" not in p.rpartition("/")[2] for p in targets if p[0] != "!"
+    )
+
+
+def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached:
+    """A method at a point, with the node whose path and shapes tell all of the point."""
+    parts = {name: leaf.shape for name, leaf in method.leaves(point).items()}
+    usual = join(module, method.slot)
+    axes: Any = point.axes
+    roles = method.roles(axes, point.path)
+    nodes = [""] if point.path == module else []
+    for node in (*nodes, point.weight):
+        found = _weight(method, point.path, module, node, parts, point.own)
+        if found and found[0] == point.weight and method.roles(found[1], point.path) == roles:
+            return Attached(method, join(usual, node), point, module)
+    path = join(module, point.weight)
+    point = AttachmentPoint(path, 0, point.weight, axes, point.own, point.precision)
+    return Attached(method, join(usual, f"{point.weight}:{axes.text}"), point, module)
+
+
+def usable_paths(reads: Mapping[str, Tracked]) -> list[str]:
+    """What weight methods can target: modules whose weights meet an input, and leaves."""
+    meeting = {
+        p.rpartition("/")[0] for p, leaf in reads.items() if any(r.inputs for r in leaf.reads)
+    }
+    return sorted({*meeting, *reads})
+
+
+def refuse_taken(each: Attached, base: Mapping[str, Any]) -> None:
+    """Raises RecipeError where the base already uses the name of a method's arrays."""
+    start = join(each.module, each.method.slot)
+    if any(path == start or path.startswith(f"{start}/") for path in base):
+        raise RecipeError(
+            f"{type(each.method).__name__} keeps its parameters in {start}, but the base has "
+            "something of that name there; rename it or do not target it"
+        )
