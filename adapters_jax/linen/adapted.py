@@ -63,17 +63,20 @@ class Adapted(nn.Module):
         interceptor = inner.scope.flags.get(Interceptor.flag(inner))
         if interceptor is None or interceptor.recipe != self.recipe:
             interceptor = Interceptor(self.recipe, inner, init)
-        own = "__call__" if method is None else method
-        unbound = getattr(type(inner), own) if isinstance(own, str) else own
+        called = "__call__" if method is None else method
+        unbound = getattr(type(inner), called) if isinstance(called, str) else called
+        unbound = getattr(unbound, "__func__", unbound)
         with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
             with nn.intercept_methods(interceptor):
                 y = lowered(function(*args, **kwargs))
         if init and method is None:
+            own = flatten(inner.scope.variables().get("params", {}))
             given = Inputs(args, kwargs)
             found, _ = points_of(inner.clone(parent=None), self.recipe, given)
             for each in found:
-                if isinstance(each.method, LeafMethod):
-                    grow_in(inner.scope, each)
+                weight = join(each.module, each.point.weight)
+                if isinstance(each.method, LeafMethod) and weight in own:
+                    grow_in(inner.scope.rewound(), each)
         return Part(self, y) if isinstance(y, nn.Module) else y
 
     @contextlib.contextmanager
@@ -187,7 +190,8 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     if leaf_methods(recipe):
         with explained(base, inputs):
             reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
-        changed = chosen(recipe, reads, {path: tuple(x.shape) for path, x in own.items()})
+        shapes = {path: tuple(x.shape) for path, x in own.items()}
+        changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     _check(recipe, interceptor, changed, reads, params)
     found = [each for several in changed.values() for each in several]
     for each in found:
@@ -203,6 +207,16 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     return found, unflatten(params)
 
 
+def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many layer axes the leaves of each module are stacked on, by what its code saw."""
+    found = {}
+    for path, (_, point) in interceptor.visited.items():
+        for name, inside in point.own.items():
+            outside = shapes.get(join(path, name), inside)
+            found[path] = max(len(outside) - len(inside), 0)
+    return found
+
+
 def _check(
     recipe: Recipe,
     interceptor: Interceptor,
@@ -214,12 +228,13 @@ def _check(
     modules = {path: module for path, (module, _) in interceptor.visited.items()}
     for method in recipe.attached:
         if isinstance(method, LeafMethod):
-            usable = usable_paths(reads)
+            usable = usable_paths(method, reads)
         else:
             points = ((path, point) for path, (_, point) in interceptor.visited.items())
             usable = sorted(path for path, point in points if method.fits(point))
         unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-        require_points(method, usable, unusable)
+        targeted = [each.point.path for each in changed.get(method, ())]
+        require_points(method, usable, unusable, targeted or None)
     for patterns in recipe.unfrozen:
         require_match("Unfreeze", patterns, params)
 

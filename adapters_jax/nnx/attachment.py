@@ -78,7 +78,8 @@ def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
     own = {name: tuple(x.shape) for name, x in own_params(module).items()}
     precision = getattr(module, "precision", None)
     weight = held.weight or next((name for name, shape in own.items() if len(shape) > 1), "")
-    return AttachmentPoint(held.path, width, weight, held.axes, own, precision, held.attention)
+    axes = held.axes and held.axes.inside(held.axes.ndim - len(own[weight]))
+    return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
 
 
 class ChangedWeight:
