@@ -45,6 +45,14 @@ class Adapted(nn.Module):
         return self._call(None, args, kwargs)
 
     @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What the base's `setup` makes, and its private functions, of a bound model."""
+        if name.startswith("__") or self.__dict__.get("scope") is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._try_setup()
+        return getattr(Part(self, self.inner), name)
+
+    @nn.nowrap
     def apply(self, variables: Tree, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As in flax; a function given as `method` gets the base, which runs with its adapters."""
 
