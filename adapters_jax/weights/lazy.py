@@ -415,7 +415,7 @@ def _product(compute: Callable[..., Any]) -> Rule:
         if found is None:
             x.spent or x.record(primitive.name, "sum")
             return primitive.bind(*(formed(value) for value in values), **params)
-        x.record(primitive.name, "product", found.inputs, found.batch, found.window)
+        x.record(primitive.name, found.how, found.inputs, found.batch, found.window)
         return found.y
 
     return rule

@@ -31,12 +31,14 @@ class Product(NamedTuple):
         inputs: the axes of the weight that are contracted.
         batch: the axes that are batched.
         window: the contracted axes that run over positions of the input.
+        how: "product"; "sum" where the changed weight was formed.
     """
 
     y: Array
     inputs: Sequence[int]
     batch: Sequence[int] = ()
     window: Sequence[int] = ()
+    how: str = "product"
 
 
 Found = Product | None
@@ -165,11 +167,13 @@ def _ranged(
 def convolved(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
 ) -> Found:
-    """`conv_general_dilated` without groups: a convolution with A, then a product with B."""
+    """`conv_general_dilated`: a convolution with A, then a product with B; with groups the sum."""
     (x,) = others
     numbers = params["dimension_numbers"]
     kept, inner = numbers.rhs_spec[0], numbers.rhs_spec[1:]
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    if where == 1 and (params["feature_group_count"] != 1 or params["batch_group_count"] != 1):
+        y = primitive.bind(x, changed.formed(), **params)
+        return Product(y, inner, window=inner[1:], how="sum")
     whole = {*inner, RANK}, {kept, RANK}
     splits = [
         {frozenset(f.axes) for f in c.factors} == {frozenset(side) for side in whole}
@@ -177,7 +181,7 @@ def convolved(
         else set(c.by.axes) in ({kept}, {inner[0]}, set())
         for c in changed.changes
     ]
-    if where == 0 or grouped or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
+    if where == 0 or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     feature, channel = numbers.out_spec[1], numbers.lhs_spec[1]
 
