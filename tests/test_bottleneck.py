@@ -195,9 +195,7 @@ def test_it_starts_near_the_identity():
     method = aj.Bottleneck("**", 16)
     leaves = {
         name: leaf.init(jax.random.key(i), leaf.shape)
-        for i, (name, leaf) in enumerate(
-            method.leaves(AttachmentPoint("", 128)).items()
-        )
+        for i, (name, leaf) in enumerate(method.leaves(AttachmentPoint("", 128)).items())
     }
     change = double(method.forward(leaves, POINT, y, jnp.asarray(y))) - y
     assert 0 < np.abs(change).max() < 0.05
