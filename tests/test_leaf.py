@@ -193,10 +193,10 @@ def as_nnx(layer, params):
         return call
 
     base = nnx.eval_shape(lambda: layer.nnx(nnx.Rngs(0)))
-    if hasattr(layer.linen, "mask"):  # an array that is no parameter, which convolutions read
-        base.mask = layer.linen.mask
     inputs = (layer.x, *layer.args) if layer.args else None  # flax's own layers need no inputs
     adapted = aj.adapt(base, RECIPE, rngs=nnx.Rngs(1), example_inputs=inputs)
+    if isinstance(base, nnx.Conv):  # an array that is no parameter
+        base.mask = adapted.mask = layer.linen.mask
     return run(adapted), run(base)
 
 
