@@ -217,11 +217,9 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
 
 
-def refuse_taken(each: Attached, base: Mapping[str, Any]) -> None:
-    """Raises RecipeError where the base already uses the name of a method's arrays."""
-    start = join(each.module, each.method.slot)
-    if any(path == start or path.startswith(f"{start}/") for path in base):
-        raise RecipeError(
-            f"{type(each.method).__name__} keeps its parameters in {start}, but the base has "
-            "something of that name there; rename it or do not target it"
-        )
+def taken(module: str, method: Method) -> RecipeError:
+    """The error for a base that already uses the name of a method's arrays."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(module, method.slot)}, but the "
+        "base has something of that name there; rename it or do not target it"
+    )

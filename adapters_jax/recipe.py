@@ -19,12 +19,14 @@ class Owner(NamedTuple):
 
     Attributes:
         path: path of the module that it adapts; of the weight, where several of the module's are.
+        module: path of the module.
         method: the method.
         prefix: path of the node that holds its parameters, `layer_0/query/lora`.
         name: the name of this parameter there, `a`.
     """
 
     path: str
+    module: str
     method: Any
     prefix: str
     name: str
@@ -132,12 +134,12 @@ class Recipe:
                 prefix, leaf = join(module, method.slot), "/".join(rest)
                 inside = method.acts_on == "leaf" and selects_inside(method.targets, module)
                 if leaf in method.leaf_names and (selects(method.targets, module) or inside):
-                    return Owner(module, method, prefix, leaf)
+                    return Owner(module, module, method, prefix, leaf)
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
                 targeted = selects(method.targets, module, own) or (own == module and inside)
                 if method.acts_on == "leaf" and leaf in method.leaf_names and targeted:
-                    return Owner(own, method, join(prefix, node), leaf)
+                    return Owner(own, module, method, join(prefix, node), leaf)
         return None
 
     def trains(self, path: str) -> bool:

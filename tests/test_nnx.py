@@ -455,7 +455,7 @@ def test_errors_are_those_of_linen(method, kind, data):
         aj.init_adapters(aj.adapt(LinenNet(), recipe), params, jax.random.key(0), X)
 
 
-def test_a_registered_layer_without_its_weight_is_named():
+def test_a_raw_weight_needs_example_inputs():
     class Odd(nnx.Module):
         def __init__(self):
             self.w = nnx.Param(jnp.ones((D, D)))
@@ -463,14 +463,14 @@ def test_a_registered_layer_without_its_weight_is_named():
         def __call__(self, x):
             return x @ self.w[...]
 
-    aj.register_contraction(Odd, weight="v", equation="...d,df->...f")
-    with raises(aj.RecipeError, "Odd at ''", "'v'", "weight=... in aj.register_contraction"):
+    with raises(aj.TargetError, "'**'", "example_inputs"):
         adapt(Odd(), aj.LoRA("**", 2))
-    aj.register_contraction(Odd, weight="w", equation="...d,df->...f")
-    model = shake(adapt(Odd(), aj.LoRA("**", 2)))
     x = draw(5, D)
+    model = shake(aj.adapt(Odd(), aj.LoRA("**", 2), rngs=rngs(), example_inputs=(x,)))
     np.testing.assert_allclose(
-        model(x), array(x) @ array(model.w) + lora_term(model, array(x), 1.0), atol=1e-5
+        model(x),
+        array(x) @ array(vars(model)["w"]) + lora_term(model, array(x), 1.0),
+        atol=1e-5,
     )
 
 

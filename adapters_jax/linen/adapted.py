@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
-from adapters_jax.attached import Attached, chosen, refuse_taken, usable_paths
+from adapters_jax.attached import Attached, chosen, taken, usable_paths
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -43,6 +43,14 @@ class Adapted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""
         return self._call(None, args, kwargs)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What the base's `setup` makes, and its private functions, of a bound model."""
+        if name.startswith("__") or self.__dict__.get("scope") is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._try_setup()
+        return getattr(Part(self, self.inner), name)
 
     @nn.nowrap
     def apply(self, variables: Tree, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -184,7 +192,11 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     """Finds where a recipe's methods attach in a base; see `points`."""
     interceptor, variables = seen(base, recipe, inputs)
     params = flatten(variables.get("params", {}))
-    own = {path: x for path, x in params.items() if recipe.owner(path) is None}
+    owners = {path: owner for path in params if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in params.items() if path not in owners}
     changed: dict[Method, list[Attached]] = {}
     reads: dict[str, Tracked] = {}
     if leaf_methods(recipe):
@@ -195,7 +207,9 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     _check(recipe, interceptor, changed, reads, params)
     found = [each for several in changed.values() for each in several]
     for each in found:
-        refuse_taken(each, params)
+        start = join(each.module, each.method.slot)
+        if any(path == start or path.startswith(f"{start}/") for path in own):
+            raise taken(each.module, each.method)
         for name, leaf in each.method.leaves(each.point).items():
             params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     found += [

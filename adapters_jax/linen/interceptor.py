@@ -38,11 +38,14 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether a call is an evaluation, by its arguments or its module's fields; None: unknown."""
+    """Whether a call is an evaluation, by its arguments or its module's fields; None: unknown.
+
+    A field is read without `setup`, which would read the weights before their change.
+    """
     bound = _signature(function).bind_partial(module, *args, **kwargs)
     bound.apply_defaults()
     for name, evaluating in _EVALUATION_FLAGS.items():
-        for value in (bound.arguments.get(name), getattr(module, name, None)):
+        for value in (bound.arguments.get(name), inspect.getattr_static(module, name, None)):
             if isinstance(value, bool | np.bool_):
                 return bool(value) == evaluating
     return None

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import Attached, usable_paths
+from adapters_jax.attached import Attached, taken, usable_paths
 from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
@@ -17,7 +17,6 @@ from adapters_jax.nnx.attachment import (
     holds,
     point_of,
     refresh,
-    taken,
     trained_class,
 )
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
@@ -111,7 +110,7 @@ def _adapted(
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
-            raise taken(owner.path, owner.method)  # the recipe takes it for an adapter's leaf
+            raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
     refresh(adapted, root=True)
