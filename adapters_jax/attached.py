@@ -1,8 +1,8 @@
 """Where the adapters of a recipe are: from the shapes of a tree, or from how a model reads leaves.
 
-A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. A method
-that changes weights does so for a module with one adapted weight; where there are several, each has
-a node of its own, `layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
+A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. Weights that
+are targets by their own path, or of which a module has several, have a node each,
+`layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
 shapes of the arrays; where other roles would fit them before, the node says them:
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
@@ -118,7 +118,8 @@ def _weight(
 ) -> tuple[str, Axes] | None:
     """The name of the weight that arrays of these shapes change, and the roles of its axes."""
     weight, stated, text = node.partition(":")
-    for name, shape in own.items():
+    by_axes = sorted(own.items(), key=lambda item: -len(item[1]))  # biases last
+    for name, shape in by_axes:
         selected = selects(method.targets, module, join(module, name))
         if len(shape) < 2 or not selected or weight not in ("", name):
             continue
@@ -163,8 +164,8 @@ def chosen(
     for method, paths in taken.items():
         found[method] = []
         for path in paths:
-            recipe.check([other for other in methods if path in taken[other]], path)
             module, _, name = path.rpartition("/")
+            recipe.check([other for other in methods if path in taken[other]], module)
             beside = [
                 other
                 for m, others in taken.items()
@@ -174,7 +175,8 @@ def chosen(
             ]
             own = owned[module]
             axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
-            point = AttachmentPoint(path if len(beside) > 1 else module, 0, name, axes, own)
+            alone = len(beside) == 1 and selects(method.targets, module)
+            point = AttachmentPoint(module if alone else path, 0, name, axes, own)
             found[method].append(_placed(method, point, module))
     return found
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from adapters_jax.errors import RecipeError, UserError, shortened
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.targets import join, require_match, selects, selects_inside
+from adapters_jax.targets import join, require_match, selects
 
 _LONGEST_NAME = 200
 
@@ -132,13 +132,12 @@ class Recipe:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
                 module, rest = "/".join(names[:i]), names[i + 1 :]
                 prefix, leaf = join(module, method.slot), "/".join(rest)
-                inside = method.acts_on == "leaf" and selects_inside(method.targets, module)
-                if leaf in method.leaf_names and (selects(method.targets, module) or inside):
+                if leaf in method.leaf_names and selects(method.targets, module):
                     return Owner(module, module, method, prefix, leaf)
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                targeted = selects(method.targets, module, own) or (own == module and inside)
-                if method.acts_on == "leaf" and leaf in method.leaf_names and targeted:
+                nested = method.acts_on == "leaf" and leaf in method.leaf_names
+                if nested and selects(method.targets, module, own):
                     return Owner(own, module, method, join(prefix, node), leaf)
         return None
 

@@ -134,20 +134,6 @@ def selects(patterns: Sequence[str], *paths: str) -> bool:
     )
 
 
-def selects_inside(patterns: Sequence[str], module: str) -> bool:
-    """Whether some pattern may match a leaf of a module.
-
-    Example:
-        >>> selects_inside(["**/w_{up,down}"], "layers/0/experts"), selects_inside(["a/b"], "a/b")
-        (True, False)
-    """
-    forms = (form for p in patterns if p[0] != "!" for form in _expanded(p)[0])
-    return any(
-        matches(parent, module) if parent else not module
-        for parent in (form.rpartition("/")[0] for form in forms)
-    )
-
-
 def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
     """Targets as a tuple of patterns; raises TargetError where they are not patterns."""
     several = isinstance(targets, Iterable) and not isinstance(targets, str)

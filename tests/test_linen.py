@@ -304,7 +304,7 @@ def test_an_embedding_that_is_only_attended_to():
 
     model, params = grown(Scores(), lora("embed"))
     embed = jax.tree.map(double, params["embed"])
-    table = embed["embedding"] + embed["lora"]["a"] @ embed["lora"]["b"]
+    table = embed["embedding"] + (embed["lora"]["a"] @ embed["lora"]["b"]).T  # d is contracted
     close(model.apply({"params": params}, X), X @ table.T)
     close(aj.merge(model, params, X)["embed"]["embedding"], table)
 

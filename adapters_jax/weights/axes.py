@@ -8,7 +8,7 @@ outputs f: A is (e, d, r) and B is (e, r, f).
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ def from_factors(a: Shape, b: Shape, weight: Shape, widths: bool = True) -> Axes
     """
     n = len(a) + len(b) - 2 - len(weight)
     every = range(len(weight))
-    if n < 0 or len(a) - 1 < n or len(b) - 1 < n or a[:n] != b[:n] or a[-1] != b[n]:
+    if n < 0 or min(len(a), len(b)) < n + 2 or a[:n] != b[:n] or a[-1] != b[n]:
         return None
     for shared in itertools.combinations(every, n):
         if tuple(weight[i] for i in shared) != a[:n]:
