@@ -4,7 +4,7 @@ A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/
 that changes weights does so for a module with one adapted weight; where there are several, each has
 a node of its own, `layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
 shapes of the arrays; where other roles would fit them before, the node says them:
-`layer_0/out/lora/kernel:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
+`layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -18,6 +18,7 @@ from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join, selects
 from adapters_jax.weights.axes import Axes, from_reads, from_text
+from adapters_jax.weights.changes import RANK
 from adapters_jax.weights.lazy import Tracked
 
 Shape = tuple[int, ...]
@@ -116,22 +117,33 @@ def _weight(
     method: Any, path: str, module: str, node: str, parts: Shapes, own: Shapes
 ) -> tuple[str, Axes] | None:
     """The name of the weight that arrays of these shapes change, and the roles of its axes."""
-    if node:
-        name, stated, text = node.partition(":")
-        if name not in own:
-            return None
-        axes = from_text(text) if stated else method.infer(parts, own[name], path)
-        return axes and (name, axes)
+    weight, stated, text = node.partition(":")
     for name, shape in own.items():
-        if len(shape) > 1 and selects(method.targets, module, join(module, name)):
+        selected = selects(method.targets, module, join(module, name))
+        if len(shape) < 2 or not selected or weight not in ("", name):
+            continue
+        if not stated:
             axes = method.infer(parts, shape, path)
-            if axes is not None:
-                return name, axes
+        else:
+            axes = from_text(text)
+            own_axes = method.weight_axes(axes, path)
+            if any(not _fits(parts[part], shape, each) for part, each in own_axes.items()):
+                axes = None
+        if axes is not None:
+            return name, axes
     return None
 
 
+def _fits(part: Shape, weight: Shape, axes: Sequence[int]) -> bool:
+    """Whether an array has these axes of a weight; slices of an axis are shorter."""
+    return len(part) == len(axes) and all(
+        axis == RANK or (axis < len(weight) and size <= weight[axis])
+        for size, axis in zip(part, axes, strict=True)
+    )
+
+
 def chosen(
-    recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes
+    recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes, layers: Mapping[str, int]
 ) -> dict[Method, list[Attached]]:
     """The weights that each method of a recipe changes in a model.
 
@@ -139,6 +151,7 @@ def chosen(
         recipe: the recipe.
         reads: how the model reads each float leaf of two or more axes, by path.
         shapes: the shapes of all of the base's leaves by path.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
 
     Raises:
         RecipeError: two methods keep their arrays for one weight in one place, or a method that
@@ -160,7 +173,7 @@ def chosen(
                 if other.rpartition("/")[0] == module
             ]
             own = owned[module]
-            axes = from_reads(reads[path].reads, len(own[name]))
+            axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
             point = AttachmentPoint(path if len(beside) > 1 else module, 0, name, axes, own)
             found[method].append(_placed(method, point, module))
     return found
@@ -186,29 +199,27 @@ def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached
     usual = join(module, method.slot)
     axes: Any = point.axes
     roles = method.roles(axes, point.path)
-    nodes = [""] if point.path == module else []
+    stated = f":{axes.text}"
+    nodes = ["", stated] if point.path == module else []
     for node in (*nodes, point.weight):
         found = _weight(method, point.path, module, node, parts, point.own)
         if found and found[0] == point.weight and method.roles(found[1], point.path) == roles:
             return Attached(method, join(usual, node), point, module)
     path = join(module, point.weight)
     point = AttachmentPoint(path, 0, point.weight, axes, point.own, point.precision)
-    return Attached(method, join(usual, f"{point.weight}:{axes.text}"), point, module)
+    return Attached(method, join(usual, point.weight + stated), point, module)
 
 
-def usable_paths(reads: Mapping[str, Tracked]) -> list[str]:
-    """What weight methods can target: modules whose weights meet an input, and leaves."""
-    meeting = {
-        p.rpartition("/")[0] for p, leaf in reads.items() if any(r.inputs for r in leaf.reads)
-    }
-    return sorted({*meeting, *reads})
+def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
+    """What a method can target: weights that meet an input or are named, and their modules."""
+    meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
+    named = {path for path in reads if _named(method.targets, path)}
+    return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
 
 
-def refuse_taken(each: Attached, base: Mapping[str, Any]) -> None:
-    """Raises RecipeError where the base already uses the name of a method's arrays."""
-    start = join(each.module, each.method.slot)
-    if any(path == start or path.startswith(f"{start}/") for path in base):
-        raise RecipeError(
-            f"{type(each.method).__name__} keeps its parameters in {start}, but the base has "
-            "something of that name there; rename it or do not target it"
-        )
+def taken(module: str, method: Method) -> RecipeError:
+    """The error for a base that already uses the name of a method's arrays."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(module, method.slot)}, but the "
+        "base has something of that name there; rename it or do not target it"
+    )

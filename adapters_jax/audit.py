@@ -299,7 +299,10 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
 
 def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
-    owned = {owner.path for path in shapes if (owner := recipe.owner(path))}
+    owners = [owner for path in shapes if (owner := recipe.owner(path))]
+    weights = (f"{owner.module}/" for owner in owners if owner.method.acts_on == "leaf")
+    inside = {path for path in shapes if path.startswith(tuple(weights))}
+    owned = {path for owner in owners for path in (owner.path, owner.module)} | inside
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
     patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
     return tuple(

@@ -19,12 +19,14 @@ class Owner(NamedTuple):
 
     Attributes:
         path: path of the module that it adapts; of the weight, where several of the module's are.
+        module: path of the module.
         method: the method.
         prefix: path of the node that holds its parameters, `layer_0/query/lora`.
         name: the name of this parameter there, `a`.
     """
 
     path: str
+    module: str
     method: Any
     prefix: str
     name: str
@@ -132,12 +134,12 @@ class Recipe:
                 prefix, leaf = join(module, method.slot), "/".join(rest)
                 inside = method.acts_on == "leaf" and selects_inside(method.targets, module)
                 if leaf in method.leaf_names and (selects(method.targets, module) or inside):
-                    return Owner(module, method, prefix, leaf)
-                weight, leaf = rest[0] if rest else "", "/".join(rest[1:])
-                own = join(module, weight.partition(":")[0])
-                nested = method.acts_on == "leaf" and leaf in method.leaf_names
-                if nested and selects(method.targets, module, own):
-                    return Owner(own, method, join(prefix, weight), leaf)
+                    return Owner(module, module, method, prefix, leaf)
+                node, leaf = rest[0] if rest else "", "/".join(rest[1:])
+                own = join(module, node.partition(":")[0])
+                targeted = selects(method.targets, module, own) or (own == module and inside)
+                if method.acts_on == "leaf" and leaf in method.leaf_names and targeted:
+                    return Owner(own, module, method, join(prefix, node), leaf)
         return None
 
     def trains(self, path: str) -> bool:
@@ -168,20 +170,26 @@ class Recipe:
         return cls(*[_method(row) for row in rows])
 
 
-def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
+def require_points(
+    method: Method,
+    usable: Sequence[str],
+    unusable: Mapping[str, str],
+    targeted: Sequence[str] | None = None,
+) -> None:
     """Checks that every pattern of a method matches a module that it attaches to.
 
     Args:
         method: one method of a recipe.
         usable: paths of the modules that it can attach to.
         unusable: the model's other modules, each with the reason.
+        targeted: the paths of its targets; by default the usable paths that it selects.
 
     Raises:
         TargetError: names every pattern that fails, with the paths nearest to it.
     """
     owner = type(method).__name__
     require_match(owner, method.targets, usable, unusable)
-    targeted = [path for path in usable if selects(method.targets, path)]
+    targeted = targeted or [path for path in usable if selects(method.targets, path)]
     for field in method.pattern_fields:
         patterns = [pattern for pattern, _ in getattr(method, field)]
         require_match(f"{owner} {field}", patterns, targeted)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
-from adapters_jax.attached import Attached, chosen, refuse_taken, usable_paths
+from adapters_jax.attached import Attached, chosen, taken, usable_paths
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -71,17 +71,20 @@ class Adapted(nn.Module):
         interceptor = inner.scope.flags.get(Interceptor.flag(inner))
         if interceptor is None or interceptor.recipe != self.recipe:
             interceptor = Interceptor(self.recipe, inner, init)
-        own = "__call__" if method is None else method
-        unbound = getattr(type(inner), own) if isinstance(own, str) else own
+        called = "__call__" if method is None else method
+        unbound = getattr(type(inner), called) if isinstance(called, str) else called
+        unbound = getattr(unbound, "__func__", unbound)
         with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
             with nn.intercept_methods(interceptor):
                 y = lowered(function(*args, **kwargs))
         if init and method is None:
+            own = flatten(inner.scope.variables().get("params", {}))
             given = Inputs(args, kwargs)
             found, _ = points_of(inner.clone(parent=None), self.recipe, given)
             for each in found:
-                if isinstance(each.method, LeafMethod):
-                    grow_in(inner.scope, each)
+                weight = join(each.module, each.point.weight)
+                if isinstance(each.method, LeafMethod) and weight in own:
+                    grow_in(inner.scope.rewound(), each)
         return Part(self, y) if isinstance(y, nn.Module) else y
 
     @contextlib.contextmanager
@@ -189,17 +192,24 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     """Finds where a recipe's methods attach in a base; see `points`."""
     interceptor, variables = seen(base, recipe, inputs)
     params = flatten(variables.get("params", {}))
-    own = {path: x for path, x in params.items() if recipe.owner(path) is None}
+    owners = {path: owner for path in params if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in params.items() if path not in owners}
     changed: dict[Method, list[Attached]] = {}
     reads: dict[str, Tracked] = {}
     if leaf_methods(recipe):
         with explained(base, inputs):
             reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
-        changed = chosen(recipe, reads, {path: tuple(x.shape) for path, x in own.items()})
+        shapes = {path: tuple(x.shape) for path, x in own.items()}
+        changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     _check(recipe, interceptor, changed, reads, params)
     found = [each for several in changed.values() for each in several]
     for each in found:
-        refuse_taken(each, params)
+        start = join(each.module, each.method.slot)
+        if any(path == start or path.startswith(f"{start}/") for path in own):
+            raise taken(each.module, each.method)
         for name, leaf in each.method.leaves(each.point).items():
             params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     found += [
@@ -209,6 +219,16 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
         if method.acts_on != "leaf" and method.fits(point)
     ]
     return found, unflatten(params)
+
+
+def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many layer axes the leaves of each module are stacked on, by what its code saw."""
+    found = {}
+    for path, (_, point) in interceptor.visited.items():
+        for name, inside in point.own.items():
+            outside = shapes.get(join(path, name), inside)
+            found[path] = max(len(outside) - len(inside), 0)
+    return found
 
 
 def _check(
@@ -222,12 +242,13 @@ def _check(
     modules = {path: module for path, (module, _) in interceptor.visited.items()}
     for method in recipe.attached:
         if isinstance(method, LeafMethod):
-            usable = usable_paths(reads)
+            usable = usable_paths(method, reads)
         else:
             points = ((path, point) for path, (_, point) in interceptor.visited.items())
             usable = sorted(path for path, point in points if method.fits(point))
         unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-        require_points(method, usable, unusable)
+        targeted = [each.point.path for each in changed.get(method, ())]
+        require_points(method, usable, unusable, targeted or None)
     for patterns in recipe.unfrozen:
         require_match("Unfreeze", patterns, params)
 

@@ -16,6 +16,7 @@ from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.methods.lora import LoRA
+from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Change, Changed, Factor, Scale
 
 
@@ -56,6 +57,10 @@ class DoRA(LoRA):
         magnitude = axes_of(point).norm(weight)
         factors, rest = super().start(leaves, point, weight)
         return {**factors, "magnitude": magnitude}, rest
+
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of the factors and of the magnitude."""
+        return {**super().weight_axes(axes, path), "magnitude": (*axes.shared, *axes.outputs)}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]

@@ -68,6 +68,10 @@ class IA3(LeafMethod):
         biases = (name for name, own in point.own.items() if own == shape)
         return (point.weight, *(name for name in biases if name != point.weight))
 
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of l."""
+        return {"scale": self.roles(axes, path)}
+
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The scale of the weight's output axes, or of its input axes."""
         scaled = self.roles(axes_of(point), point.path)

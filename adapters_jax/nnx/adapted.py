@@ -1,12 +1,12 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import usable_paths
+from adapters_jax.attached import Attached, taken, usable_paths
 from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
@@ -17,7 +17,6 @@ from adapters_jax.nnx.attachment import (
     holds,
     point_of,
     refresh,
-    taken,
     trained_class,
 )
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
@@ -30,6 +29,7 @@ from adapters_jax.weights.lazy import Tracked
 def _check(
     recipe: Recipe,
     model: nnx.Module,
+    found: Sequence[tuple[Attached, Any]],
     points: Mapping[str, AttachmentPoint],
     reads: Mapping[str, Tracked],
     traced: bool,
@@ -39,11 +39,12 @@ def _check(
     more = "" if traced else "; pass example_inputs=(...), which show how the model uses it"
     for method in recipe.attached:
         if isinstance(method, LeafMethod):
-            usable = usable_paths(reads)
+            usable = usable_paths(method, reads)
         else:
             usable = [path for path, point in points.items() if method.fits(point)]
         other = {p: method.why_not(m) + more for p, m in modules.items() if p not in usable}
-        require_points(method, usable, other | shared)
+        targeted = [each.point.path for each, _ in found if each.method == method]
+        require_points(method, usable, other | shared, targeted or None)
     for patterns in recipe.unfrozen:
         require_match("Unfreeze", patterns, params_of(model), shared)
 
@@ -99,7 +100,7 @@ def _adapted(
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     found, points, reads = points_of(adapted, recipe, inputs)
-    _check(recipe, adapted, points, reads, inputs is not None)
+    _check(recipe, adapted, found, points, reads, inputs is not None)
     modules, frozen = modules_of(adapted), params_of(adapted)
     for each, layers in found:
         whole.check(
@@ -109,7 +110,7 @@ def _adapted(
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
-            raise taken(owner.path, owner.method)  # the recipe takes it for an adapter's leaf
+            raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
     refresh(adapted, root=True)

@@ -17,12 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax.attached import Attached
-from adapters_jax.errors import RecipeError
+from adapters_jax.attached import Attached, taken
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after, started
 from adapters_jax.nnx.graph import frozen_of, own_params
-from adapters_jax.trees import join
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
@@ -78,7 +76,8 @@ def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
     own = {name: tuple(x.shape) for name, x in own_params(module).items()}
     precision = getattr(module, "precision", None)
     weight = held.weight or next((name for name, shape in own.items() if len(shape) > 1), "")
-    return AttachmentPoint(held.path, width, weight, held.axes, own, precision, held.attention)
+    axes = held.axes and held.axes.inside(held.axes.ndim - len(own[weight]))
+    return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
 
 
 class ChangedWeight:
@@ -310,11 +309,3 @@ def refresh(module: Any, root: bool = False) -> None:
         module.__class__ = adapted_class(cls, frozenset(names))
     else:
         module.__class__ = cls
-
-
-def taken(path: str, method: Method) -> RecipeError:
-    """The error for a base that already uses the name of a method's leaves."""
-    return RecipeError(
-        f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
-        "has something of that name there; rename it or do not target it"
-    )

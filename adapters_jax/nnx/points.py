@@ -44,7 +44,7 @@ def points_of(
     modules = modules_of(model)
     traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
-    axes = {path: from_reads(leaf.reads, len(shapes[path])) for path, leaf in reads.items()}
+    axes = _roles(reads, shapes)
     stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
     points, layers = {}, {}
     for path, module in modules.items():
@@ -57,9 +57,10 @@ def points_of(
             _attention(path, module, axes, shapes),
         )
         points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
+    counts = {path: len(axes) for path, axes in layers.items()}
     found = [
         (each, layers[each.module])
-        for several in chosen(recipe, reads, shapes).values()
+        for several in chosen(recipe, reads, shapes, counts).values()
         for each in several
     ]
     for path, point in points.items():
@@ -84,9 +85,15 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         inputs: example inputs; None finds the weights of flax's own layers alone.
     """
     reads = _traced(model, inputs)[1] if inputs else known_reads(modules_of(model))
-    shapes = params_of(model)
+    return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
+
+
+def _roles(
+    reads: Mapping[str, Tracked], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Axes]:
+    """The roles of the axes of each weight that meets an input."""
     return {
-        path: from_reads(leaf.reads, len(shapes[path].shape))
+        path: from_reads(leaf.reads, len(shapes[path]))
         for path, leaf in reads.items()
         if any(read.inputs for read in leaf.reads)
     }

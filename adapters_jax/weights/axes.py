@@ -50,12 +50,24 @@ class Axes:
 
     def under(self, layers: int) -> "Axes":
         """The roles of the axes of weights that are stacked on layer axes in front."""
-        moved = (
+        inputs, outputs, shared, window = (
             tuple(i + layers for i in axes)
             for axes in (self.inputs, self.outputs, self.shared, self.window)
         )
-        inputs, outputs, shared, window = moved
         return Axes(inputs, outputs, (*range(layers), *shared), window, self.lookup)
+
+    def inside(self, layers: int) -> "Axes":
+        """The roles of the axes of one of the weights that are stacked on layer axes in front."""
+        moved = (
+            tuple(i - layers for i in axes if i >= layers)
+            for axes in (self.inputs, self.outputs, self.shared, self.window)
+        )
+        return Axes(*moved, self.lookup)
+
+    @property
+    def ndim(self) -> int:
+        """The number of the weight's axes."""
+        return len(self.inputs) + len(self.outputs) + len(self.shared)
 
     @property
     def a(self) -> tuple[int, ...]:
@@ -110,16 +122,22 @@ class Axes:
         return f"{shared};{inputs}>{outputs}" if shared else f"{inputs}>{outputs}"
 
 
-def from_reads(reads: Iterable[Read], ndim: int) -> Axes:
+def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
     """The roles of the axes of a weight with these reads, of which the first that says it counts.
 
     A lookup counts before a product, so that the tied weight of an embedding and an output layer
     is an embedding. A weight that meets no input has its last axis as output.
+
+    Args:
+        reads: the reads.
+        ndim: the number of the weight's axes.
+        layers: how many of its first axes are layers that its module is stacked on.
     """
+    front = frozenset(range(layers))
     known = [r for r in reads if r.how == "lookup"] or [r for r in reads if r.inputs]
     if not known:
-        return Axes(tuple(range(ndim - 1)), (ndim - 1,))
-    shared = frozenset().union(*(r.shared for r in known)) - known[0].inputs
+        return Axes(tuple(range(layers, ndim - 1)), (ndim - 1,), tuple(sorted(front)))
+    shared = front.union(*(r.shared for r in known)) - (known[0].inputs - front)
     inputs = known[0].inputs - shared
     outputs = set(range(ndim)) - inputs - shared
     ordered = (tuple(sorted(axes)) for axes in (inputs, outputs, shared, known[0].window))
@@ -174,10 +192,11 @@ def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | No
         weight: the weight's.
         before: whether the axes are before the last one: a weight's inputs, not its outputs.
     """
-    candidates: Sequence[tuple[int, ...]] = list(
-        itertools.combinations(range(len(weight)), len(shape))
-    )
-    fitting = [axes for axes in candidates if tuple(weight[i] for i in axes) == shape]
-    if before:
-        fitting = [axes for axes in fitting if axes[-1] < len(weight) - 1]
-    return fitting[-1] if fitting else None
+    for layers in reversed(range(len(shape))):
+        own = len(shape) - layers
+        ends = [len(weight)] if not before else range(len(weight) - 1, layers + own - 1, -1)
+        for end in ends:
+            axes = (*range(layers), *range(end - own, end))
+            if end - own >= layers and tuple(weight[i] for i in axes) == shape:
+                return axes
+    return None

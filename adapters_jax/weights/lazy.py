@@ -412,11 +412,11 @@ def _product(compute: Callable[..., Any]) -> Rule:
             if value is not x and isinstance(value, Lazy):
                 value.record(primitive.name, "sum")
         found = compute(primitive, x.changed, others, params, where)
-        if found is None:
-            x.spent or x.record(primitive.name, "sum")
-            return primitive.bind(*(formed(value) for value in values), **params)
-        x.record(primitive.name, found.how, found.inputs, found.batch, found.window)
-        return found.y
+        how = "sum" if found.y is None else "product"
+        x.record(primitive.name, how, found.inputs, found.batch, found.window)
+        if found.y is not None:
+            return found.y
+        return primitive.bind(*(formed(value) for value in values), **params)
 
     return rule
 

@@ -1,7 +1,7 @@
 """Products of an input with a changed weight, without the changed weight: `x W + (x A) B`.
 
 Each function takes a primitive, the weight, the other operands, the primitive's parameters and the
-weight's position. It returns a `Product`; or None where the changed weight has to be formed.
+weight's position.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,21 +27,17 @@ class Product(NamedTuple):
     """A product with a changed weight.
 
     Attributes:
-        y: the result.
+        y: the result; None where the changed weight has to be formed for it.
         inputs: the axes of the weight that are contracted.
         batch: the axes that are batched.
         window: the contracted axes that run over positions of the input.
-        how: "product"; "sum" where the changed weight was formed.
     """
 
-    y: Array
+    y: Array | None
     inputs: Sequence[int]
     batch: Sequence[int] = ()
     window: Sequence[int] = ()
-    how: str = "product"
 
-
-Found = Product | None
 
 
 def _unchanged(
@@ -86,7 +82,7 @@ def _dropped(change: LowRank, x: Array) -> Array:
 
 def multiplied(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Found:
+) -> Product:
     """`dot_general`: any axes contracted, any batched."""
     (x,) = others
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
@@ -94,7 +90,7 @@ def multiplied(
     batch, own_batch = (left_batch, right_batch) if where == 0 else (right_batch, left_batch)
     n, outer = len(changed.shape), [*inner, *batch]
     if not jnp.issubdtype(x.dtype, jnp.floating) or not _separable(changed.changes, inner, outer):
-        return None
+        return Product(None, inner, batch)
     w = list(LETTERS[:n])
     xs = list(LETTERS[n : n + x.ndim])
     for mine, yours in zip(outer, (*own, *own_batch), strict=True):
@@ -166,14 +162,12 @@ def _ranged(
 
 def convolved(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Found:
-    """`conv_general_dilated`: a convolution with A, then a product with B; with groups the sum."""
+) -> Product:
+    """`conv_general_dilated` without groups: a convolution with A, then a product with B."""
     (x,) = others
     numbers = params["dimension_numbers"]
     kept, inner = numbers.rhs_spec[0], numbers.rhs_spec[1:]
-    if where == 1 and (params["feature_group_count"] != 1 or params["batch_group_count"] != 1):
-        y = primitive.bind(x, changed.formed(), **params)
-        return Product(y, inner, window=inner[1:], how="sum")
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
     whole = {*inner, RANK}, {kept, RANK}
     splits = [
         {frozenset(f.axes) for f in c.factors} == {frozenset(side) for side in whole}
@@ -181,8 +175,8 @@ def convolved(
         else set(c.by.axes) in ({kept}, {inner[0]}, set())
         for c in changed.changes
     ]
-    if where == 0 or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return None
+    if where == 0 or grouped or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return Product(None, inner, window=inner[1:])
     feature, channel = numbers.out_spec[1], numbers.lhs_spec[1]
 
     def along(array: Array, axis: int, ndim: int) -> Array:
@@ -226,7 +220,7 @@ def _one(precision: Any) -> Any:
 
 def grouped(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Found:
+) -> Product:
     """`ragged_dot_general` of rows in groups, each with a matrix: a pair of factors for each."""
     x, sizes = others[0], others[1:]
     numbers = params["ragged_dot_dimension_numbers"]
@@ -242,7 +236,7 @@ def grouped(
         for c in changed.changes
     )
     if where != 1 or given != usual or not fits or not jnp.issubdtype(x.dtype, jnp.floating):
-        return None
+        return Product(None, *((1,), (0,)) if (where, given) == (1, usual) else ())
 
     def branch(change: LowRank, x: Array) -> Array:
         a, b = sorted(change.factors, key=lambda f: 2 in f.axes)
