@@ -95,10 +95,13 @@ class Adapted(nn.Module):
         if self.is_initializing():
             yield
             return
-        evaluation = evaluation_flag(inner, function, args, kwargs)
         key = None
-        if self.has_rng("dropout") and not evaluation:
-            key = inner.scope.rngs["dropout"].as_jax_rng()
+        if any(method.dropout for method in leaf_methods(self.recipe)):
+            evaluation = evaluation_flag(inner, function, args, kwargs)
+            if self.has_rng("dropout"):
+                key = inner.scope.rngs["dropout"].as_jax_rng()
+            elif evaluation is False:
+                inner.make_rng("dropout")  # raises, as flax's own dropout
         inner.scope._variables["params"] = changed_weights(own, self.recipe, trace, key)
         try:
             yield
