@@ -39,6 +39,7 @@ class Adapted(nn.Module):
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
         nn.share_scope(self, self.inner)
+        self.scope.reservations.pop("inner", None)  # the base may have a part of this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""
@@ -95,10 +96,13 @@ class Adapted(nn.Module):
         if self.is_initializing():
             yield
             return
-        evaluation = evaluation_flag(inner, function, args, kwargs)
         key = None
-        if self.has_rng("dropout") and not evaluation:
-            key = inner.scope.rngs["dropout"].as_jax_rng()
+        if any(method.dropout for method in leaf_methods(self.recipe)):
+            evaluation = evaluation_flag(inner, function, args, kwargs)
+            if self.has_rng("dropout"):
+                key = inner.scope.rngs["dropout"].as_jax_rng()
+            elif evaluation is False:
+                inner.make_rng("dropout")  # raises, as flax's own dropout
         inner.scope._variables["params"] = changed_weights(own, self.recipe, trace, key)
         try:
             yield

@@ -27,6 +27,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights.changes import without_dropout
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -132,7 +133,7 @@ class Interceptor:
             self._running[-1].children[names[-1]] = (module, (args, kwargs))
         self._running.append(here)
         try:
-            with self._attending(module, path, here):
+            with self._attending(module, path, here), without_dropout(evaluation is True):
                 y = run(*args, **kwargs)
         finally:
             self._running.pop()

@@ -103,9 +103,9 @@ def _adapted(
     _check(recipe, adapted, found, points, reads, inputs is not None)
     modules, frozen = modules_of(adapted), params_of(adapted)
     for each, layers in found:
-        whole.check(
-            [held.method for held in holds(modules[each.module])] + [each.method], each.point.path
-        )
+        before = holds(modules[each.module])
+        there = [held.method for held in before if held.weight == each.point.weight]
+        whole.check([*there, each.method], each.point.path)
         grow(modules[each.module], each, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)

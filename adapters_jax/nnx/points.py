@@ -88,9 +88,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
 
 
-def _roles(
-    reads: Mapping[str, Tracked], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Axes]:
+def _roles(reads: Mapping[str, Tracked], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
     """The roles of the axes of each weight that meets an input."""
     return {
         path: from_reads(leaf.reads, len(shapes[path]))

@@ -5,8 +5,10 @@ the weight was transposed, sliced or cast (`Changed`), and its sum in the weight
 model's operations meet a changed weight is in `lazy`.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -136,9 +138,22 @@ class Scale:
 Change = LowRank | Scale
 
 
+_EVALUATION = contextvars.ContextVar("evaluation", default=False)
+
+
+@contextlib.contextmanager
+def without_dropout(evaluation: bool = True) -> Iterator[None]:
+    """Reads of changed weights in its body are without dropout, where `evaluation` is true."""
+    token = _EVALUATION.set(evaluation)
+    try:
+        yield
+    finally:
+        _EVALUATION.reset(token)
+
+
 def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."]:
     """Zeroes entries with probability `rate` and scales the rest; x itself where `key` is None."""
-    if key is None or rate == 0.0:
+    if key is None or rate == 0.0 or _EVALUATION.get():
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

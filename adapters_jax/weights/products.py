@@ -39,7 +39,6 @@ class Product(NamedTuple):
     window: Sequence[int] = ()
 
 
-
 def _unchanged(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
 ) -> Array:
