@@ -1,17 +1,22 @@
 """A recipe says what trains in a model: an ordered tuple of methods, with its JSON form."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.errors import RecipeError, UserError, shortened
+import jax.numpy as jnp
+
+from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.targets import require_match, selects
+from adapters_jax.targets import failures, selects
 
 _LONGEST_NAME = 200
+_CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
 
 
 @dataclass(frozen=True)
@@ -136,25 +141,101 @@ class Recipe:
         return cls(*[_method(row) for row in rows])
 
 
-def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
-    """Checks that every pattern of a method matches a module that it attaches to.
+def require_points(
+    method: Method, usable: Sequence[str], unusable: Mapping[str, str | None]
+) -> None:
+    """Checks that every pattern of a method matches something that it attaches to.
+
+    Warns once, with an `AdapterWarning`, where targets also match paths that it cannot adapt.
 
     Args:
         method: one method of a recipe.
-        usable: paths of the modules that it can attach to.
-        unusable: the model's other modules, each with the reason.
+        usable: paths that it can attach to: modules, or parameters for `Unfreeze`.
+        unusable: the model's other paths, each with the reason; None where there is nothing that
+            the method could adapt, as in a norm for LoRA.
 
     Raises:
         TargetError: names every pattern that fails, with the paths nearest to it.
     """
-    owner = type(method).__name__
-    require_match(owner, method.targets, usable, unusable)
+    owner, first_time = type(method).__name__, not _CHECKED.get()
     targeted = [path for path in usable if selects(method.targets, path)]
+    problems = failures(owner, method.targets, usable, unusable, parts=first_time)
+    if problems and not targeted:
+        targets = shortened(", ".join(map(repr, method.targets)))
+        problems.append(
+            f"{owner} with the targets {targets} fits nothing in this model; "
+            "aj.suggest(model, *inputs) proposes targets for it"
+        )
+    if not problems:
+        others = {p: f"not a target of {owner}" for p in (*usable, *unusable) if p not in targeted}
+        for field, patterns in _patterns_of_fields(method):
+            problems += failures(f"{owner} {field}", patterns, targeted, others, parts=first_time)
+    if problems:
+        raise TargetError("\n".join(problems))
+    skipped = {p: why for p, why in unusable.items() if why and selects(method.targets, p)}
+    if skipped and first_time and method.acts_on == "output":  # prompts mean the attentions alone
+        warn(_skipping(owner, skipped))
+
+
+def reason(method: Method, module: Any, own: Iterable[Any]) -> str | None:
+    """Why a method cannot attach to a module; None for one without weights that it could change.
+
+    Args:
+        method: one method of a recipe.
+        module: the module.
+        own: its own parameters, without layer axes; scales and biases have one axis only.
+    """
+    weights = [x for x in own if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.inexact)]
+    changes_weights = type(method).merged is not Method.merged
+    return method.why_not(module) if weights or not changes_weights else None
+
+
+def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:
+    """The fields of a method, besides its targets, that hold patterns of targets."""
     for field in method.pattern_fields:
-        patterns = [pattern for pattern, _ in getattr(method, field)]
-        require_match(f"{owner} {field}", patterns, targeted)
+        yield field, [pattern for pattern, _ in getattr(method, field)]
     for field in method.subset_fields:
-        require_match(f"{owner} {field}", getattr(method, field), targeted)
+        yield field, getattr(method, field)
+
+
+def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
+    """A warning about targets that a method cannot adapt, grouped by reason."""
+    kinds: dict[str, list[str]] = {}
+    for path, why in skipped.items():
+        kinds.setdefault(why, []).append(path or "(the model itself)")
+    shown = [f"{len(paths)} such as {paths[0]} ({why})" for why, paths in kinds.items()][:3]
+    more = [f"{len(kinds) - 3} other kinds"] if len(kinds) > 3 else []
+    return (
+        f"{owner}: its targets match {len(skipped)} modules with weights that it cannot adapt, "
+        f"which stay as they are: {'; '.join(shown + more)}. Exclude them with '!PATH' among the "
+        "targets, or name what you want"
+    )
+
+
+@contextlib.contextmanager
+def checked_before() -> Iterator[None]:
+    """Around work on a recipe that a model was adapted by before: from a file, or to merge.
+
+    Then every pattern must still match something, but parts of braces need not, since earlier
+    versions did not check them; and what targets skip was reported when the model was adapted.
+    """
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def as_compared(value: Any) -> str:
+    """JSON of a recipe as text that is equal for recipes that train the same.
+
+    `{a|b}` counts as `{a,b}`: it matches the same paths, and earlier versions wrote only this.
+
+    Example:
+        >>> as_compared({"targets": ["{a|b}"]}) == as_compared({"targets": ["{a,b}"]})
+        True
+    """
+    return json.dumps(value, sort_keys=True).replace("|", ",")
 
 
 def _members(item: Any) -> Iterable[Method]:

@@ -23,8 +23,7 @@ from adapters_jax.linen.attachment import leaves_in, point_of, run_method
 from adapters_jax.linen.quantized_layers import call_quantized, has_quantized, standing_in
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import require_match
+from adapters_jax.recipe import Recipe, reason, require_points
 from adapters_jax.trees import Tree, flatten, join
 from adapters_jax.weights import attention, linear
 from adapters_jax.weights.attention import Attention, AttentionFn
@@ -239,7 +238,18 @@ class Interceptor:
         modules = {path: module for (path, _), (module, _) in self.visited.items()}
         for method in self.recipe.attached:
             usable = {path for (path, _), (_, point) in self.visited.items() if method.fits(point)}
-            unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
+            unusable = {
+                path: reason(method, module, _own(module))
+                for path, module in modules.items()
+                if path not in usable
+            }
             require_points(method, sorted(usable), unusable)
-        for patterns in self.recipe.unfrozen:
-            require_match("Unfreeze", patterns, flatten(params))
+        for method in self.recipe:
+            if method.slot is None:
+                require_points(method, list(flatten(params)), {})
+
+
+def _own(module: Any) -> list[Any]:
+    """The arrays of a module's own parameters, without those of its submodules."""
+    params = nn.meta.unbox(module.scope.variables().get("params", {}))
+    return [leaf for leaf in params.values() if hasattr(leaf, "ndim")]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 
 from adapters_jax.abstract import is_abstract
@@ -12,23 +13,40 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import AdapterParam, grow, taken, trained_class
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
 from adapters_jax.nnx.points import known_width, point_of, points_of
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import require_match
+from adapters_jax.recipe import Recipe, reason, require_points
+from adapters_jax.targets import selects
 
 
 def _check(recipe: Recipe, model: nnx.Module, points: dict[str, Any], traced: bool) -> None:
     """Raises TargetError for a pattern that matches nothing its method can attach to."""
     modules, shared = modules_of(model), _other_names(model)
-    for method in recipe.attached:
+    for method in recipe:
+        tied = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in shared.items()
+        }
+        if method.slot is None:
+            require_points(method, list(params_of(model)), tied)
+            continue
         usable = [path for path, (point, _) in points.items() if method.fits(point)]
-        other = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
+        other = {
+            path: reason(method, module, _own(module, points.get(path)))
+            for path, module in modules.items()
+            if path not in usable
+        }
         for path in other.keys() & points.keys():
             wide = dataclasses.replace(points[path][0], width=1)
             if not traced and method.fits(wide):  # only the width of the output is missing
-                other[path] += "; pass example_inputs=(...) so that its output is known"
-        require_points(method, usable, other | shared)
-    for patterns in recipe.unfrozen:
-        require_match("Unfreeze", patterns, params_of(model), shared)
+                why = method.why_not(modules[path])
+                other[path] = f"{why}; pass example_inputs=(...) so that its output is known"
+        require_points(method, usable, other | tied)
+
+
+def _own(module: Any, found: tuple[AttachmentPoint, tuple[int, ...]] | None) -> list[Any]:
+    """The shapes of a module's own parameters, without layer axes."""
+    layers = len(found[1]) if found else 0
+    own = [value for value in vars(module).values() if isinstance(value, nnx.Param)]
+    return [jax.ShapeDtypeStruct(x.shape[layers:], x.dtype) for x in own]
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:
@@ -39,7 +57,7 @@ def _other_names(model: nnx.Module) -> dict[str, str]:
         every = list(map(variable_path, paths))
         own = next((path for path in every if path in known), None)
         if own is not None:
-            names |= {path: f"shared with {own}; use that path" for path in every if path != own}
+            names |= {path: own for path in every if path != own}
     return names
 
 
