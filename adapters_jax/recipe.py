@@ -206,9 +206,9 @@ def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
     shown = [f"{len(paths)} such as {paths[0]} ({why})" for why, paths in kinds.items()][:3]
     more = [f"{len(kinds) - 3} other kinds"] if len(kinds) > 3 else []
     return (
-        f"{owner}: its targets match {len(skipped)} modules with weights that it cannot adapt, "
-        f"which stay as they are: {'; '.join(shown + more)}. Exclude them with '!PATH' among the "
-        "targets, or name what you want"
+        f"{owner}: its targets also match {len(skipped)} paths with weights that it cannot adapt: "
+        f"{'; '.join(shown + more)}. They stay as they are; name what you want instead, or exclude "
+        "them with '!PATH' among the targets"
     )
 
 
