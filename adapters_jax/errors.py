@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ("adapters_jax", "jax", "flax", "contextlib")  # between the user's code and a warning
+_LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
 
 class UserError(ValueError):
@@ -43,7 +43,7 @@ class TargetError(RecipeError):
 
 
 class AdapterWarning(UserWarning):
-    """A model is adapted in part: targets match modules with weights that stay as they are."""
+    """Targets of a recipe also match what their method cannot adapt, and what stays as it is."""
 
 
 class MismatchError(UserError):

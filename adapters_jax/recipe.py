@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.targets import failures, selects
 
 _LONGEST_NAME = 200
+_SHOWN_KINDS = 3  # of those that a warning is about
 _CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
 
 
@@ -158,15 +160,15 @@ def require_points(
         TargetError: names every pattern that fails, with the paths nearest to it.
     """
     owner, first_time = type(method).__name__, not _CHECKED.get()
-    targeted = [path for path in usable if selects(method.targets, path)]
     problems = failures(owner, method.targets, usable, unusable, parts=first_time)
-    if problems and not targeted:
-        targets = shortened(", ".join(map(repr, method.targets)))
+    wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
+    if problems and not any(selects(wanted, path) for path in usable):
         problems.append(
-            f"{owner} with the targets {targets} fits nothing in this model; "
-            "aj.suggest(model, *inputs) proposes targets for it"
+            f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
+            "this model; aj.suggest(model, *inputs) proposes targets for it"
         )
     if not problems:
+        targeted = dict.fromkeys(path for path in usable if selects(method.targets, path))
         others = {p: f"not a target of {owner}" for p in (*usable, *unusable) if p not in targeted}
         for field, patterns in _patterns_of_fields(method):
             problems += failures(f"{owner} {field}", patterns, targeted, others, parts=first_time)
@@ -203,12 +205,16 @@ def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
     kinds: dict[str, list[str]] = {}
     for path, why in skipped.items():
         kinds.setdefault(why, []).append(path or "(the model itself)")
-    shown = [f"{len(paths)} such as {paths[0]} ({why})" for why, paths in kinds.items()][:3]
-    more = [f"{len(kinds) - 3} other kinds"] if len(kinds) > 3 else []
+    shown = [
+        f"{f'{len(paths)} such as ' if len(paths) > 1 else ''}{paths[0]} ({why})"
+        for why, paths in itertools.islice(kinds.items(), _SHOWN_KINDS)
+    ]
+    if len(kinds) > _SHOWN_KINDS:
+        shown.append(f"and {len(kinds) - _SHOWN_KINDS} other kinds")
     return (
-        f"{owner}: its targets also match {len(skipped)} paths with weights that it cannot adapt: "
-        f"{'; '.join(shown + more)}. They stay as they are; name what you want instead, or exclude "
-        "them with '!PATH' among the targets"
+        f"{owner}: its targets also match {len(skipped)} path{'s' * (len(skipped) > 1)} that it "
+        f"cannot adapt: {'; '.join(shown)}. They stay as they are; name what you want instead, or "
+        "exclude them with '!PATH' among the targets"
     )
 
 

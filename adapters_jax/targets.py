@@ -222,8 +222,8 @@ def _failures(
             yield f"{owner}: {what} {_problem(narrowed, paths, {} if excludes else unusable)}"
     matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     if matched and not any(selects(patterns, path) for path in matched):
-        excluding = ", ".join(repr(p) for p in patterns if p[0] == "!")
-        yield f"{owner}: {shortened(excluding)} excludes everything of {_some(matched)}"
+        excluding = shortened(", ".join(repr(p) for p in patterns if p[0] == "!"))
+        yield f"{owner}: {excluding} excludes everything of {_some(matched)}"
 
 
 def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None]) -> str:
@@ -237,7 +237,7 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
         return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
     near = nearest(pattern, usable) or usable
     problem = f"matches nothing. Nearest paths: {_some(near)}"
-    whole = re.sub(r"layer(s/|_)\d+", "layers", pattern)
+    whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     if any(matches(whole, path) for path in usable):
         problem += (
             "; its layers are scanned, one module for all of them: to choose among them, use the "

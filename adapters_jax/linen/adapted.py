@@ -166,6 +166,9 @@ def init_adapters(
         MismatchError: `params` is not the tree of this model; every difference is listed.
         UserError: the example inputs do not fit the model.
 
+    Warns:
+        AdapterWarning: as for `adapt`.
+
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
         >>> from flax import linen as nn
