@@ -26,6 +26,7 @@ from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
+from adapters_jax.recipe import as_compared
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, path_of
 
@@ -236,7 +237,7 @@ class Checkpoints:
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._read(step, about=self._args.JsonRestore())["about"]
         for name, own in _identity(state).items():
-            if about[name] != own:
+            if as_compared(about[name]) != as_compared(own):
                 raise CheckpointError(
                     f"{where} has the {name} {json.dumps(about[name])}, and the state has "
                     f"{json.dumps(own)}; restore it into a state of the model and the recipe that "

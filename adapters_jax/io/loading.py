@@ -30,7 +30,7 @@ from adapters_jax.io.tensors import TensorFile
 from adapters_jax.linen import Adapted, init_adapters
 from adapters_jax.linen.adapted import shapes_of
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, checked_before
 from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers
 from adapters_jax.trees import Tree, flatten, merge_trees, partition, path_of, unflatten
 
@@ -124,9 +124,10 @@ def load_adapter(
         read: _Read = functools.partial(read_arrays, file, manifest)
         if stack:
             adapter, read = _as_in_model(adapter, read, tree, stack)
-        if in_nnx:
-            return _load_nnx(adapter, read, model, args)
-        return _load_linen(adapter, read, model, params, args, kwargs)
+        with checked_before():
+            if in_nnx:
+                return _load_nnx(adapter, read, model, args)
+            return _load_linen(adapter, read, model, params, args, kwargs)
 
 
 def _as_in_model(
