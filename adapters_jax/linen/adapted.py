@@ -39,7 +39,8 @@ class Adapted(nn.Module):
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
         nn.share_scope(self, self.inner)
-        self.scope.reservations.pop("inner", None)  # the base may have a part of this name
+        scope: Any = self.scope
+        scope.reservations.pop("inner", None)  # the base may have a part of this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""

@@ -7,6 +7,7 @@ from flax import nnx
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_targets, taken
 from adapters_jax.errors import UserError
+from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
     AdapterParam,
