@@ -7,14 +7,14 @@ shapes of the arrays; where other roles would fit them before, the node says the
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
 from adapters_jax.errors import MismatchError, RecipeError
-from adapters_jax.methods import Method
+from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe, require_points
@@ -218,7 +218,7 @@ def check_targets(
     recipe: Recipe,
     found: Sequence[Attached],
     modules: Mapping[str, Any],
-    fitting: Callable[[Method], Sequence[str]],
+    points: Mapping[str, AttachmentPoint],
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
@@ -229,7 +229,8 @@ def check_targets(
         recipe: the recipe.
         found: where its methods attach.
         modules: the model's modules by path.
-        fitting: the paths of the modules that a method on outputs or attention can attach to.
+        points: the attachment points by path of the modules that methods on outputs or attention
+            can attach to.
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
@@ -250,8 +251,8 @@ def check_targets(
             other |= dict.fromkeys(modules, None)
             other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
         else:
-            usable = list(fitting(method))
-            other |= {path: method.why_not(module) for path, module in modules.items()}
+            usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
+            other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
         unusable = {path: why for path, why in other.items() if path not in set(usable)}
         require_points(method, usable, unusable, targeted)
 

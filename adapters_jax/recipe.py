@@ -259,12 +259,21 @@ def as_compared(value: Any) -> str:
     """JSON of a recipe as text that is equal for recipes that train the same.
 
     `{a|b}` counts as `{a,b}`: it matches the same paths, and earlier versions wrote only this.
+    A field that is null counts as none: None is its default, and earlier versions had fewer fields.
 
     Example:
-        >>> as_compared({"targets": ["{a|b}"]}) == as_compared({"targets": ["{a,b}"]})
-        True
+        >>> as_compared({"targets": ["{a|b}"], "output": None})
+        '{"targets": ["{a,b}"]}'
     """
-    return json.dumps(value, sort_keys=True).replace("|", ",")
+
+    def stated(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stated(x) for x in value]
+        if isinstance(value, dict):
+            return {key: stated(x) for key, x in value.items() if x is not None}
+        return value
+
+    return json.dumps(stated(value), sort_keys=True).replace("|", ",")
 
 
 def _members(item: Any) -> Iterable[Method]:

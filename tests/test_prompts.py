@@ -335,3 +335,47 @@ def test_prompts_keep_the_dtype_of_a_half_precision_base():
     assert {x.dtype for x in jax.tree.leaves(nnx.state(adapted, aj.nnx.AdapterParam))} == {
         np.dtype(np.float32)
     }
+
+
+class Inline(nn.Module):
+    """Attention that is computed in line."""
+
+    @nn.compact
+    def __call__(self, x):
+        query, key, value = (nn.Dense(D, name=n)(x) for n in ("query", "key", "value"))
+        return jax.nn.softmax(query @ key.swapaxes(-1, -2)) @ value
+
+
+class NnxInline(nnx.MultiHeadAttention):
+    """A known class whose call does not use its attention function."""
+
+    def __call__(self, x):
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key)
+        return self.out(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value))
+
+
+class Around(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Inline(name="attention")(x)
+
+
+class NnxAround(nnx.Module):
+    def __init__(self):
+        self.attention = NnxInline(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("kind", [aj.LlamaAdapter, aj.PrefixTuning])
+def test_attention_in_line_is_refused_with_what_was_looked_for(kind):
+    method = kind("attention", K)
+    data = ("attention (Inline ", "query, key and value", "aj.register_attention(Inline,")
+    with raises(aj.TargetError, *data):
+        aj.adapt(Around(), method).init(jax.random.key(0), X)
+    with raises(
+        aj.TargetError, "attention (NnxInline ", "its attention_fn", "query, key and value"
+    ):
+        aj.adapt(NnxAround(), method, rngs=nnx.Rngs(0), example_inputs=(X,))

@@ -115,9 +115,27 @@ def test_what_wildcards_skip_is_one_warning_with_numbers_and_kinds(targets):
         assert "norm" not in text and "!PATH" in text
 
 
-def test_a_bottleneck_skips_what_returns_no_array():
-    (text,) = warned(lambda: linen(aj.Bottleneck("**", R)))
-    assert "Bottleneck: " in text and " 3 paths" in text and "3 such as layer_0 (Block" in text
+class Twice(nn.Module):
+    """Returns two arrays of the shape of its input, in three modules."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x, _ = Split(name=f"split_{i}")(x)
+        return x
+
+
+class Split(nn.Module):
+    def __call__(self, x):
+        return jnp.sin(x), jnp.cos(x)
+
+
+def test_a_bottleneck_skips_what_returns_several_arrays():
+    model = aj.adapt(Twice(), aj.Bottleneck("**", R))
+    (text,) = warned(lambda: aj.init_adapters(model, {}, jax.random.key(1), X))
+    assert "Bottleneck: " in text and " 3 paths" in text
+    assert "3 such as split_0 (Split returns 0: float32[3, 4], 1: float32[3, 4];" in text
+    assert "output='1'" in text
 
 
 def test_scanned_norms_are_no_weights_that_are_skipped():
@@ -137,7 +155,7 @@ def test_nnx_and_two_names_of_one_module():
     (text,) = warned(lambda: in_nnx(aj.LoRA("{up|tail}", R)))
     assert "tail (shared with head; use that path)" in text
     (text,) = warned(lambda: in_nnx(aj.Bottleneck("**", 2)))  # without example inputs
-    assert "NnxRaw does not return" in text and "example_inputs" in text
+    assert "raw (NnxRaw did not run" in text and "example_inputs" in text
 
 
 def test_unfreezing_a_tied_parameter_by_its_other_name():

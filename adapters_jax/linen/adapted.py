@@ -20,6 +20,7 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.methods.outputs import seen_by
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
@@ -211,18 +212,14 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     found = [each for several in changed.values() for each in several]
     found += [
-        Attached(method, join(path, method.slot), point, path)
+        Attached(method, join(path, method.slot), seen_by(method, point), path)
         for path, (_, point) in interceptor.visited.items()
         for method in recipe.at(path)
-        if method.acts_on != "leaf" and method.fits(point)
+        if method.acts_on != "leaf" and method.fits(seen_by(method, point))
     ]
-    modules = {path: module for path, (module, _) in interceptor.visited.items()}
+    called = {path: module for path, (module, _) in interceptor.visited.items()}
     points = {path: point for path, (_, point) in interceptor.visited.items()}
-
-    def fitting(method: Method) -> list[str]:
-        return sorted(path for path, point in points.items() if method.fits(point))
-
-    check_targets(recipe, found, modules, fitting, reads, own, {})
+    check_targets(recipe, found, {**interceptor.uncalled, **called}, points, reads, own, {})
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)

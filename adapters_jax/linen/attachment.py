@@ -4,13 +4,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
 from adapters_jax.attached import Attached
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, Frozen, started
+from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
@@ -69,14 +69,14 @@ def run_method(
     return method.forward(leaves, point, x, y, key, _frozen(module))
 
 
-def point_of(module: Any, path: str, y: Any) -> AttachmentPoint:
-    """The attachment point of a module that has just run."""
+def point_of(module: Any, path: str, x: Any, y: Any) -> AttachmentPoint:
+    """The attachment point of a module that has just returned y for the input x."""
     variables = module.scope.variables().get("params", {})
     own = {name: x.shape for name, x in unboxed_leaves(variables).items()}
     weight = next((name for name, shape in own.items() if len(shape) > 1), "")
-    array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
-    width = y.shape[-1] if array else 0
-    return AttachmentPoint(path, width, weight, None, own, getattr(module, "precision", None))
+    precision = getattr(module, "precision", None)
+    returned = Returned.of(x, y)
+    return AttachmentPoint(path, 0, weight, None, own, precision, returned=returned)
 
 
 def unboxed_leaves(variables: Mapping[str, Any]) -> dict[str, Any]:

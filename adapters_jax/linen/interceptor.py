@@ -21,8 +21,8 @@ from jaxtyping import Array
 from adapters_jax.attached import taken
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method
-from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, after
+from adapters_jax.methods import Method, outputs
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 from adapters_jax.weights import attention, calls
@@ -59,12 +59,26 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return run(*args, **kwargs)
 
 
-def _step(
-    module: Any, method: Method, point: AttachmentPoint, evaluation: bool | None, x: Any, y: Array
+def _forward(
+    module: Any,
+    method: Method,
+    point: AttachmentPoint,
+    evaluation: bool | None,
+    again: Callable[[Any], Array],
+    x: Any,
+    y: Array,
 ) -> Array:
-    """Applies a method to a module's output, in a scope in which its leaves' names are free."""
+    """Applies a method to an output, in a scope in which its leaves' names are free."""
     scope = module.scope.push(method.slot, reuse=True)
+    point = dataclasses.replace(point, width=y.shape[-1], again=again)
     return run_method(module, scope, method, point, x, y, evaluation)
+
+
+def _has_leaves(module: Any, method: Method) -> bool:
+    """Whether a module has something that is named as a method's leaves are."""
+    held = module.scope.get_variable("params", method.slot)
+    leaves = flatten(held) if isinstance(held, Mapping) else {}
+    return any(name in leaves for name in method.leaf_names)
 
 
 @dataclass
@@ -92,6 +106,7 @@ class Interceptor:
     def __init__(self, recipe: Recipe, module: Any, init: bool):
         self.recipe, self.root = recipe, tuple(module.scope.path)
         self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
+        self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
@@ -138,6 +153,8 @@ class Interceptor:
         finally:
             self._running.pop()
         if reentrant or call != "__call__":
+            if self._init:
+                self.uncalled.setdefault(path, module)
             return y
         run = functools.partial(_rerun, module, run)
         return self._adapted(module, path, run, args, kwargs, y, here)
@@ -153,22 +170,21 @@ class Interceptor:
         here: _Running,
     ) -> Any:
         """The output after every method that targets the module and acts on its output."""
-        point = point_of(module, path, y)
-        point = dataclasses.replace(point, attention=here.attention)
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
+        if not methods and not self._init:
+            return y
+        x = calls.input_of(module, args, kwargs)
+        point = dataclasses.replace(point_of(module, path, x, y), attention=here.attention)
         if self._init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
         self.visited[path] = (module, point)
-        if not methods:
-            return y
-        x = calls.input_of(module, args, kwargs)
+        acting = [
+            (method, functools.partial(_forward, module, method, point, here.evaluation))
+            for method in methods
+            if method.fits(outputs.seen_by(method, point)) or _has_leaves(module, method)
+        ]
         again = calls.with_input(run, module, args, kwargs)
-        for method in methods:
-            if method.fits(point):
-                here_now = dataclasses.replace(point, again=again)
-                step = functools.partial(_step, module, method, here_now, here.evaluation)
-                y, again = step(x, y), after(step, again)
-        return y
+        return outputs.adapted(acting, path, again, x, y)
 
     def _attending(
         self, module: Any, path: str, here: _Running
@@ -223,8 +239,7 @@ class Interceptor:
     ) -> None:
         """Raises RecipeError where the base already uses the name of a method's leaves."""
         for method in methods:
-            held = module.scope.get_variable("params", method.slot)
-            leaves = flatten(held) if isinstance(held, Mapping) else {}
-            mistakable = any(name in leaves for name in method.leaf_names)
-            if held is not None and (method.fits(point) or mistakable):
+            held = module.scope.get_variable("params", method.slot) is not None
+            fits = method.fits(outputs.seen_by(method, point))
+            if held and (fits or _has_leaves(module, method)):
                 raise taken(point.path, method)

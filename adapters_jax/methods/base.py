@@ -16,6 +16,7 @@ from adapters_jax.methods.arrays import Initializer, over_layers
 from adapters_jax.targets import as_patterns
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
@@ -29,14 +30,16 @@ class AttachmentPoint:
     Attributes:
         path: path of the module, names joined by slashes; of a leaf, where several of the
             module's are adapted.
-        width: size of the last axis of the module's output, d; 0 where it is no float array.
+        width: size of the last axis of the output that the method acts on, d; 0 where the module
+            returns no array of floats, or several of which none is plainly meant.
         weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
         axes: the roles of that weight's axes; None for a module without one.
         own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
         attention: the sizes of a known attention module; None for any other module.
-        again: runs the module, with the methods before this one, on another input; None outside
-            of a call.
+        again: runs the module, with the methods before this one, on another input, and gives the
+            output that the method acts on; None outside of a call.
+        returned: what the module's `__call__` returned, as shapes; None where it did not run.
     """
 
     path: str
@@ -47,6 +50,7 @@ class AttachmentPoint:
     precision: Any = None
     attention: Attention | None = None
     again: Callable[[Array], Array] | None = None
+    returned: Returned | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -110,6 +114,7 @@ class Method:
     Optional:
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
         dropout: a probability; `forward` gets a key only where it is above zero, while training.
+        output: the path of the output that `forward` acts on, where modules return several.
         why_not(module): why `fits` is false, for the error about a target that cannot be adapted.
         merged(leaves, point, own): the module's own parameters with the change in them.
         unmergeable: why there is no `merged`.
@@ -177,6 +182,11 @@ class Method:
         return 0.0
 
     @property
+    def output(self) -> str | None:
+        """The path of the output that it acts on, `"1"`; None for the one that is plainly meant."""
+        return None
+
+    @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
         """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
         return ""
@@ -224,7 +234,8 @@ class Method:
             leaves: the arrays by name.
             point: the module that they adapt; `point.again(x)` runs it on another input.
             x: the module's input, of whatever form the module takes.
-            y: the module's output, with the methods before this one.
+            y: the module's output, with the methods before this one; of several the one that the
+                method acts on.
             key: for dropout while training; None in evaluation.
             frozen: returns the module's own parameter of a name, None where it has none.
 
@@ -305,13 +316,6 @@ class Method:
         Called where `from_weight` is not "". Arrays have no layer axes.
         """
         return dict(leaves), weight
-
-
-def after(
-    step: Callable[[Any, Array], Array], again: Callable[[Any], Array]
-) -> Callable[[Any], Array]:
-    """The `AttachmentPoint.again` of the next method: `again`, then this method's `step`."""
-    return lambda x: step(x, again(x))
 
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods import arrays
+from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import (
     AttachmentPoint,
     Count,
@@ -63,6 +63,10 @@ class Bottleneck(Method):
     y = norm(x) (Pfeiffer's form in post-norm transformers, where x is the sum with the residual).
     Both projections have a bias. Leaves are float32 and are cast to the dtype of y.
 
+    A module may return several arrays, in tuples, dictionaries, dataclasses and what else jax takes
+    for containers. Then y is the only one of floats, or else the only one that has the shape of x,
+    unless `output` says which; it is chosen anew in each call. The others stay as they are.
+
     Args:
         targets: patterns of module paths.
         bottleneck_dim: m, the width between the projections.
@@ -74,6 +78,8 @@ class Bottleneck(Method):
         init_std: standard deviation of both kernels, truncated at two of them; 1e-2 in the paper.
         norm_before: whether the adapter has a layer norm before the down-projection.
         norm_after: whether it has one after the scaled up-projection.
+        output: which of several outputs is y: a position or a name, or a path of them such as
+            `"0/hidden"`; None where one is plainly meant.
 
     Raises:
         UserError: a field is out of its range, or both or none of the width fields are given.
@@ -97,6 +103,7 @@ class Bottleneck(Method):
     init_std: float = 1e-2
     norm_before: bool = False
     norm_after: bool = False
+    output: str | int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +124,7 @@ class Bottleneck(Method):
         checks.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
         for name in _NORMS:
             checks.check_flag("Bottleneck", name, getattr(self, name))
+        object.__setattr__(self, "output", outputs.as_path("Bottleneck", self.output))
 
     @property
     def leaf_names(self) -> tuple[str, ...]:
@@ -130,7 +138,7 @@ class Bottleneck(Method):
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module returns a float array.
+        """Whether the module returns an array of floats, or several of which one is meant.
 
         `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """
@@ -140,7 +148,7 @@ class Bottleneck(Method):
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
         norm = " or is not a norm" if self.placement == "norm" else ""
-        return f"{type(module).__name__} does not return one float array{norm}"
+        return f"{type(module).__name__} does not return an array of floats{norm}"
 
     def width(self, d: int) -> int:
         """The bottleneck's width m on an output of width d."""

@@ -7,7 +7,6 @@ from flax import nnx
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_targets, taken
 from adapters_jax.errors import UserError
-from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
     AdapterParam,
@@ -75,12 +74,8 @@ def _adapted(
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     found, points, reads = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
-
-    def fitting(method: Method) -> list[str]:
-        return [path for path, point in points.items() if method.fits(point)]
-
     attached, tied = [each for each, _ in found], _other_names(adapted)
-    check_targets(recipe, attached, modules, fitting, reads, frozen, tied)
+    check_targets(recipe, attached, modules, points, reads, frozen, tied)
     for each, layers in found:
         before = holds(modules[each.module])
         there = [held.method for held in before if held.weight == each.point.weight]

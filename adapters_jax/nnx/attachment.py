@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.attached import Attached, taken
-from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, after, started
+from adapters_jax.methods import Method, outputs
+from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.nnx.graph import frozen_of, own_params
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
@@ -176,12 +176,10 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         acting = [held for held in holds(self) if held.method.acts_on == "output"]
         if name != "__call__" or not acting:
             return y
+        methods = [(held.method, functools.partial(run_method, self, held)) for held in acting]
         x = calls.input_of(self, args, kwargs)
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
-        for held in acting:
-            step = functools.partial(run_method, self, held, again)
-            y, again = step(x, y), after(step, again)
-        return y
+        return outputs.adapted(methods, acting[0].path, again, x, y)
 
     return computed_thin(method)
 
@@ -204,7 +202,7 @@ def attending(module: Any) -> AbstractContextManager[None, bool | None]:
 
 
 def run_method(module: Any, held: Held, again: Callable[[Any], Any], x: Any, y: Array) -> Array:
-    """Applies a method, whose leaves are in a child of the module, to the module's output."""
+    """Applies a method, whose leaves are in a child of the module, to an output."""
     point = dataclasses.replace(point_of(module, held, y.shape[-1]), again=again)
     key = key_of(node_of(module, held))
     return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))

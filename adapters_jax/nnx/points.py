@@ -4,7 +4,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ from flax import nnx
 from adapters_jax.abstract import Inputs, explained, is_array
 from adapters_jax.attached import Attached, chosen
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join
-from adapters_jax.weights import attention
+from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention
 from adapters_jax.weights.axes import Axes, from_reads
+from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
 
@@ -42,21 +44,22 @@ def points_of(
         model reads its weights.
     """
     modules = modules_of(model)
-    traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
+    known = {p: Call(_known_output(x), _layers(x), True) for p, x in modules.items()}
+    traced, reads = _traced(model, inputs) if inputs else (known, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
-    stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
     points, layers = {}, {}
     for path, module in modules.items():
-        width, layers[path] = traced.get(path, (_known_width(module), stacked[path]))
+        call = traced.get(path, Call(None, known[path].layers))
+        layers[path] = call.layers
         own = {name: tuple(x.shape) for name, x in own_params(module).items()}
-        n = len(layers[path])
+        n = len(call.layers)
         weight = next((name for name, shape in own.items() if len(shape) > n + 1), "")
-        precision, sizes = (
-            getattr(module, "precision", None),
-            _attention(path, module, axes, shapes),
+        precision = getattr(module, "precision", None)
+        sizes = _attention(path, module, axes, shapes) if call.attends else None
+        points[path] = AttachmentPoint(
+            path, 0, weight, None, own, precision, sizes, returned=call.returned
         )
-        points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
         (each, layers[each.module])
@@ -65,8 +68,9 @@ def points_of(
     ]
     for path, point in points.items():
         for method in recipe.at(path):
-            if method.acts_on != "leaf" and method.fits(point):
-                bare = AttachmentPoint(path, point.width, attention=point.attention)
+            seen = seen_by(method, point)
+            if method.acts_on != "leaf" and method.fits(seen):
+                bare = AttachmentPoint(path, seen.width, attention=point.attention)
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
@@ -134,7 +138,7 @@ def _projection(
     return tuple(shape[i] for i in roles.inputs), tuple(shape[i] for i in roles.outputs)
 
 
-def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
+def _layers(module: Any) -> Layers:
     """The layer axes that a module of flax is stacked on, read off its weights."""
     if isinstance(module, _NORMS):
         return _first_shape(module)[:-1]
@@ -148,28 +152,44 @@ def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
 _RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
 
 
+class Call(NamedTuple):
+    """What is known of the calls of a module.
+
+    Attributes:
+        returned: what it returns; None where that is unknown.
+        layers: the layer axes that the module is stacked on.
+        attends: whether it may call its attention function.
+    """
+
+    returned: Returned | None
+    layers: Layers
+    attends: bool = False
+
+
 @functools.cache
 def _recording_class(cls: type[Any]) -> type[Any]:
-    """The subclass of a module class that passes every output to the `_RECORDER`."""
+    """The subclass of a module class that passes every call to the `_RECORDER`."""
 
+    @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = cls.__call__(self, *args, **kwargs)
-        _RECORDER.get()(*self.adapter_trace, self, y)
+        with attention.noted(self) as attended:
+            y = cls.__call__(self, *args, **kwargs)
+        x = calls.input_of(self, args, kwargs)
+        _RECORDER.get()(*self.adapter_trace, self, Returned.of(x, y), bool(attended))
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _traced(
-    model: nnx.Module, inputs: Inputs
-) -> tuple[dict[str, tuple[int, Layers]], dict[str, Tracked]]:
-    """Runs a model abstractly; gives each module's output width and layer axes, and all reads."""
-    seen: dict[str, tuple[int, Layers]] = {}
+def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[str, Tracked]]:
+    """Runs a model abstractly; gives the call of each module that ran, and all reads."""
+    seen: dict[str, Call] = {}
 
-    def record(path: str, outside: Layers, module: nnx.Module, y: Any) -> None:
-        array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
+    def record(
+        path: str, outside: Layers, module: nnx.Module, returned: Returned, attends: bool
+    ) -> None:
         layers = outside[: len(outside) - len(_first_shape(module))]
-        seen[path] = (y.shape[-1] if array else 0, layers)
+        seen[path] = Call(returned, layers, attends)
 
     probe = copy(model)
     modules = modules_of(probe)
@@ -200,8 +220,8 @@ def _traced(
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
-        layers = next((seen[p][1] for p in above if p in seen and p not in bare), ())
-        seen[path] = seen[path][0], layers
+        layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
+        seen[path] = seen[path]._replace(layers=layers)
     return seen, tracked
 
 
@@ -215,10 +235,9 @@ def _first_shape(module: nnx.Module) -> Layers:
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
-def _known_width(module: Any) -> int:
-    """The width of a plain layer's output, read off the layer; 0 where it is unknown."""
+def _known_output(module: Any) -> Returned | None:
+    """The output of a plain layer as a row, read off the layer; None where it is unknown."""
     known = known_weight(module)
-    if known:
-        return vars(module)[known[0]].shape[-1]
     shape = _first_shape(module) if isinstance(module, _NORMS) else ()
-    return shape[-1] if shape else 0
+    shape = vars(module)[known[0]].shape if known else shape
+    return Returned({"": jax.ShapeDtypeStruct(shape[-1:], jnp.float32)}) if shape else None

@@ -30,8 +30,10 @@ def check_method(
     """Runs every check of the contract on a method, of this library or another package.
 
     A model has blocks `layer_0` (or, scanned, `layers`) of one kind: "attention" with the
-    projections `query`, `key`, `value` and `out`; "conv"; "mix", an einsum; "mlp" with `up` and
-    `output`. Each block also has a `norm`, and the model an `embed` that is its output layer too.
+    projections `query`, `key`, `value` and `out`; "conv"; "gated" with the projections `gate` and
+    `value`, which returns `{"gate": gate, "out": (value, None)}`; "mix", an einsum; "mlp" with `up`
+    and `output`. Each block also has a `norm`, and the model an `embed` that is its output layer
+    too.
 
     Args:
         method: a method whose targets are among these modules, such as `"**/mlp/output"`.

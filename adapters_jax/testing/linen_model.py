@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 
 VOCAB, D, HIDDEN, HEADS = 11, 8, 16, 2
-KINDS = ("attention", "conv", "mix", "mlp")
+KINDS = ("attention", "conv", "gated", "mix", "mlp")
 
 
 class LinenMlp(nn.Module):
@@ -18,6 +18,18 @@ class LinenMlp(nn.Module):
         """Up, ReLU, down."""
         h = nn.Dense(HIDDEN, name="up", dtype=self.dtype)(x)
         return nn.Dense(D, name="output", dtype=self.dtype)(nn.relu(h))
+
+
+class LinenGated(nn.Module):
+    """A dense layer and a gate for each token."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        """A dictionary with the gate, (..., 1), and in a tuple the output."""
+        gate = nn.sigmoid(nn.Dense(1, name="gate", dtype=self.dtype)(x))
+        return {"gate": gate, "out": (nn.Dense(D, name="value", dtype=self.dtype)(x), None)}
 
 
 class LinenBlock(nn.Module):
@@ -34,12 +46,15 @@ class LinenBlock(nn.Module):
                 HEADS, name="attention", dtype=self.dtype
             ),
             "conv": lambda: nn.Conv(D, (3,), name="conv", dtype=self.dtype),
+            "gated": lambda: LinenGated(self.dtype, name="gated"),
             "mix": lambda: nn.Einsum(
                 (D, D), "btd,df->btf", name="mix", use_bias=False, dtype=self.dtype
             ),
             "mlp": lambda: LinenMlp(self.dtype, name="mlp"),
         }[self.kind]()
-        return nn.RMSNorm(name="norm", dtype=self.dtype)(x + layer(x)), None
+        y = layer(x)
+        y = y["gate"] * y["out"][0] if self.kind == "gated" else y
+        return nn.RMSNorm(name="norm", dtype=self.dtype)(x + y), None
 
 
 class LinenNet(nn.Module):

@@ -17,6 +17,18 @@ class NnxMlp(nnx.Module):
         return self.output(nnx.relu(self.up(x)))
 
 
+class NnxGated(nnx.Module):
+    """A dense layer and a gate for each token."""
+
+    def __init__(self, dtype, rngs):
+        self.gate = nnx.Linear(D, 1, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(D, D, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        """A dictionary with the gate, (..., 1), and in a tuple the output."""
+        return {"gate": nnx.sigmoid(self.gate(x)), "out": (self.value(x), None)}
+
+
 class NnxBlock(nnx.Module):
     """A layer of one kind with a residual and a norm."""
 
@@ -26,6 +38,7 @@ class NnxBlock(nnx.Module):
                 HEADS, D, dtype=dtype, decode=False, rngs=rngs
             ),
             "conv": lambda: nnx.Conv(D, D, (3,), dtype=dtype, rngs=rngs),
+            "gated": lambda: NnxGated(dtype, rngs),
             "mix": lambda: nnx.Einsum("btd,df->btf", (D, D), dtype=dtype, rngs=rngs),
             "mlp": lambda: NnxMlp(dtype, rngs),
         }[kind]()
@@ -35,7 +48,9 @@ class NnxBlock(nnx.Module):
 
     def __call__(self, x):
         """The output."""
-        return self.norm(x + getattr(self, self.kind)(x))
+        y = getattr(self, self.kind)(x)
+        y = y["gate"] * y["out"][0] if self.kind == "gated" else y
+        return self.norm(x + y)
 
 
 class NnxNet(nnx.Module):

@@ -38,7 +38,7 @@ class Case:
     """A recipe, the kind of layer that it is for, and the expected numbers.
 
     Attributes:
-        kind: kind of the layers: "attention", "conv", "mix" (an einsum) or "mlp".
+        kind: kind of the layers: "attention", "conv", "gated", "mix" (an einsum) or "mlp".
         recipe: what trains.
         per_layer: adapter parameters of one layer, counted by hand; None skips the comparison.
         once: adapter parameters outside of the layers.

@@ -89,12 +89,17 @@ def names_of(module: Any) -> Names | None:
 
 def why_not(module: Any) -> str:
     """Why a prompt cannot attach to a module, and the line that may register it."""
-    name = type(module).__name__
-    if names_of(module):
-        return f"{name} did not call its attention_fn, or its projections are not known layers"
+    name, names = type(module).__name__, names_of(module)
+    if names:
+        return (
+            f"{name} did not call its {names.attention_fn} on what its {names.query}, {names.key} "
+            f"and {names.value} return; prompts act in that call, and cannot in a softmax in line"
+        )
     return (
-        f"{name} is not a known attention module; if it calls an attention_fn, register it: "
-        f"aj.register_attention({name}, key='key', value='value', attention_fn='attention_fn')"
+        f"{name} is not a known attention module; prompts need projections of query, key and "
+        "value, and a field with the function that attends, which it calls; if it has them, "
+        f"register it: aj.register_attention({name}, key='key', value='value', "
+        "attention_fn='attention_fn')"
     )
 
 
@@ -119,3 +124,19 @@ def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[Non
         yield
     finally:
         object.__setattr__(module, name, function)
+
+
+@contextlib.contextmanager
+def noted(module: Any) -> Iterator[list[str]]:
+    """Notes, while its body runs, the calls of a known attention module's function."""
+    names, seen = names_of(module), list[str]()
+    if names is None or not hasattr(module, names.attention_fn):
+        yield seen
+        return
+
+    def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
+        seen.append(names.attention_fn)
+        return function(*args, **kwargs)
+
+    with replaced(module, names.attention_fn, attend):
+        yield seen

@@ -262,8 +262,17 @@ def computed_thin(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lowered(tree: Any) -> Any:
-    """A tree with the sums of changed weights; to be called where `thin()` was entered."""
-    return jax.tree.map(formed, tree, is_leaf=lambda x: isinstance(x, Lazy))
+    """A tree with the sums of changed weights; to be called where `thin()` was entered.
+
+    Without changed weights it is the very tree, since jax would sort its dictionaries.
+    """
+    if not any(isinstance(x, Lazy) for x in jax.tree.leaves(tree, is_leaf=_is_lazy)):
+        return tree
+    return jax.tree.map(formed, tree, is_leaf=_is_lazy)
+
+
+def _is_lazy(x: Any) -> bool:
+    return isinstance(x, Lazy)
 
 
 # --- rules: `rule(trace, primitive, values, params, where)` is None where the sum is to be formed

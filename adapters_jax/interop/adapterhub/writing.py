@@ -86,6 +86,8 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
             f"dropout={method.dropout} acts between the projections, AdapterHub's after them; "
             "write the recipe with dropout=0.0, which changes no prediction"
         )
+    if method.output is not None:
+        return f"output={method.output!r}, AdapterHub adapts modules that return one array"
     if method.activation not in _NAMES:
         return f"activation={method.activation!r}, AdapterHub supports {', '.join(_NAMES)}"
     if role == "sublayer":  # sequential acts at its output, parallel at the sum
