@@ -203,18 +203,18 @@ def test_two_methods_on_two_outputs_of_one_module():
 class Outer(nn.Module):
     """A model around a module."""
 
-    part: nn.Module
+    inner: nn.Module
 
     def __call__(self, x):
-        return self.part(x)
+        return self.inner(x)
 
 
 class NnxOuter(nnx.Module):
-    def __init__(self, part):
-        self.part = part
+    def __init__(self, inner):
+        self.inner = inner
 
     def __call__(self, x):
-        return self.part(x)
+        return self.inner(x)
 
 
 CAME = ("0: float32[2, 3, 4]", "1/copy: float32[2, 3, 4]", "1/ids: int32[2]")
@@ -225,11 +225,35 @@ CAME = ("0: float32[2, 3, 4]", "1/copy: float32[2, 3, 4]", "1/ids: int32[2]")
     [(None, ("2", "output='1/copy'")), ("ids", ("output='ids'",)), ("1/ids", ("output='1/ids'",))],
 )
 def test_where_none_is_plainly_meant_the_error_lists_what_came(output, data):
-    recipe = bottleneck("part", output=output)
-    with raises(aj.TargetError, "part (Both ", *CAME, *data):
+    recipe = bottleneck("inner", output=output)
+    with raises(aj.TargetError, "inner (Both ", *CAME, *data):
         aj.adapt(Outer(Both()), recipe).init(KEY, X)
-    with raises(aj.TargetError, "part (NnxBoth ", *CAME, *data):
+    with raises(aj.TargetError, "inner (NnxBoth ", *CAME, *data):
         aj.adapt(NnxOuter(NnxBoth()), recipe, rngs=nnx.Rngs(0), example_inputs=(X,))
+
+
+def test_linen_modules_that_are_fields_of_others():
+    """In a field of any name, also that of the wrapper's own, and in lists of fields."""
+    base = Outer(Outer(nn.Sequential([nn.Dense(D), Layer("tuple")])))
+    target = "inner/inner/layers_1"
+    model, params = grown(base, bottleneck(target), X)
+    first, second = (params["inner"]["inner"][f"layers_{i}"] for i in range(2))
+    y = dense(second["dense"], dense(first, X))
+    got = model.apply({"params": params}, X)
+    np.testing.assert_allclose(got[1], y + branch(second["adapter"], y), **CLOSE)
+    own = base.init(KEY, X)["params"]
+    again = aj.init_adapters(model, own, KEY, X)
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, params)
+
+
+def test_a_recurrent_cell():
+    """Its output is also its carry, which stays as it is."""
+    base = nn.RNN(nn.GRUCell(D))
+    model, params = grown(base, bottleneck("cell", output=1), X)
+    cell = {name: leaf for name, leaf in params["cell"].items() if name != "adapter"}
+    y = double(base.apply({"params": {"cell": cell}}, X))
+    expected = y + branch(params["cell"]["adapter"], y)
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, **CLOSE)
 
 
 def test_an_array_alone_has_no_position():

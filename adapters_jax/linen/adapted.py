@@ -39,9 +39,10 @@ class Adapted(nn.Module):
 
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
-        nn.share_scope(self, self.inner)
         scope: Any = self.scope
         scope.reservations.pop("inner", None)  # the base may have a part of this name
+        nn.share_scope(self, self.inner)
+        _with_paths(self.inner, scope.path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""
@@ -110,6 +111,15 @@ class Adapted(nn.Module):
             yield
         finally:
             inner.scope._variables["params"] = own
+
+
+def _with_paths(module: Any, path: tuple[str, ...]) -> None:
+    """Gives parts that are fields of a module, which flax moves to another scope, its path."""
+    for part in module._state.children.values():
+        if isinstance(part, nn.Module) and part.scope is not None:
+            scope: Any = part.scope
+            scope.path = (*path, scope.name)
+            _with_paths(part, scope.path)
 
 
 class Part:
