@@ -109,7 +109,7 @@ class Returned:
         shape = "" if self.like is None else f" {list(self.like)}"
         return (
             f"{returned}; {len(alike) or 'none'} of them have the shape{shape} of its input, "
-            f"expected one; say which is meant: output={(alike or floats)[-1]!r}"
+            f"expected one; say which is meant: output={(alike[-1:] or floats)[0]!r}"
         )
 
 
