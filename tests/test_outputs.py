@@ -165,7 +165,10 @@ def test_output_says_which(output):
         np.testing.assert_allclose(got[1]["copy"], second, **CLOSE)
 
 
-def test_two_methods_on_two_outputs_of_one_module():
+@pytest.fixture
+def Shift():
+    """A method of another package, which adds a trained number to one of several outputs."""
+
     @aj.register_method
     @dataclasses.dataclass(frozen=True)
     class Shift(aj.Method):
@@ -184,20 +187,30 @@ def test_two_methods_on_two_outputs_of_one_module():
         def forward(self, leaves, point, x, y, key=None, frozen=None):
             return y + leaves["bias"]
 
-    try:
-        recipe = aj.Recipe(Shift(("**", "!*")), bottleneck(output="0"))
-        model, params = grown(Both(), recipe, X)
-        first, second = dense(params["dense"], X), np.sin(double(X))
-        for got in (
-            model.apply({"params": params}, X),
-            in_nnx(NnxBoth(), recipe, params, (X,))(X),
-        ):
-            np.testing.assert_allclose(got[0], first + branch(params["adapter"], first), **CLOSE)
-            expected = second + double(params["shift"]["bias"])
-            np.testing.assert_allclose(got[1]["copy"], expected, **CLOSE)
-        assert aj.audit(model, params).adapter_parameters == D + aj.bottleneck_parameters(D, M)
-    finally:
-        aj.methods.METHODS.pop("shift_of_outputs")
+    yield Shift
+    aj.methods.METHODS.pop("shift_of_outputs")
+
+
+@pytest.mark.parametrize("placement", ["sequential", "norm"])
+def test_two_methods_on_one_module(Shift, placement):
+    """On two of its outputs; and on one, where the second runs the module with the first again."""
+    output = "0" if placement == "sequential" else "1/copy"
+    recipe = aj.Recipe(Shift(("**", "!*")), bottleneck(placement=placement, output=output))
+    model, params = grown(Both(), recipe, X)
+    first = dense(params["dense"], X)
+    second = np.sin(double(X)) + double(params["shift"]["bias"])
+    if placement == "sequential":
+        first = first + branch(params["adapter"], first)
+    else:
+        moved = double(X) + branch(params["adapter"], second)
+        second = np.sin(moved) + double(params["shift"]["bias"])
+    for got in (
+        model.apply({"params": params}, X),
+        in_nnx(NnxBoth(), recipe, params, (X,))(X),
+    ):
+        np.testing.assert_allclose(got[0], first, **CLOSE)
+        np.testing.assert_allclose(got[1]["copy"], second, **CLOSE)
+    assert aj.audit(model, params).adapter_parameters == D + aj.bottleneck_parameters(D, M)
 
 
 class Outer(nn.Module):
@@ -424,6 +437,8 @@ def test_which_argument_is_the_input():
     assert again(3) == ((ids,), {"mask": X, "x": 3})
     again = calls.with_input(lambda *a: a, module, (X, X), {})
     assert again(3) == (3, X)
+    again = calls.with_input(lambda *a, **k: (a, k), module, (ids, X), {"mask": MASK})
+    assert again(3) == ((ids, 3), {"mask": MASK})
 
 
 class Codec(nnx.Module):
