@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.errors import RecipeError, UserError, shortened
+from adapters_jax.errors import RecipeError, TargetError, UserError, shortened
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.targets import require_match, selects
 
@@ -148,7 +148,11 @@ def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str,
         TargetError: names every pattern that fails, with the paths nearest to it.
     """
     owner = type(method).__name__
-    require_match(owner, method.targets, usable, unusable)
+    try:
+        require_match(owner, method.targets, usable, unusable)
+    except TargetError as error:
+        error.add_note("aj.suggest(model, *inputs) prints the targets of each preset in a model")
+        raise
     targeted = [path for path in usable if selects(method.targets, path)]
     for field in method.pattern_fields:
         patterns = [pattern for pattern, _ in getattr(method, field)]
