@@ -126,6 +126,7 @@ class Odd(nn.Module):
     def __call__(self, x):
         for i in range(self.layers):
             a, b, c = (nn.DenseGeneral((HEADS, 4), name=f"{n}{i}")(x) for n in ("a", "b", "c"))
+            a, b, c = jax.lax.optimization_barrier((a, b, c))
             seen = nn.softmax(jnp.einsum("bkhd,bqhd->bhkq", b, a) / 2, axis=-2)
             y = jnp.einsum("bkhd,bhkq->bqhd", c, seen)
             x = nn.LayerNorm(name=f"f{i}")(x + nn.DenseGeneral(D, (-2, -1), name=f"d{i}")(y))
@@ -172,13 +173,16 @@ def test_a_weight_of_queries_keys_and_values_is_proposed_once_and_said(in_turns)
 
 
 class Rms(nnx.Module):
-    """The scale comes before the division, as in some zoos."""
+    """Two ways to write a norm: scaled before the division, or by one plus a parameter after it."""
 
-    def __init__(self):
-        self.w = nnx.Param(jnp.ones(D))
+    def __init__(self, before):
+        self.before, self.w = before, nnx.Param(jnp.ones(D))
 
     def __call__(self, x):
-        return self.w[...] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+        variance = jnp.mean(x**2, -1, keepdims=True) + 1e-6
+        if self.before:
+            return self.w[...] * x / jnp.sqrt(variance)
+        return x * jax.lax.rsqrt(variance) * (1 + self.w[...])
 
 
 class Raw(nnx.Module):
@@ -221,7 +225,7 @@ class RawNet(nnx.Module):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (40, D)))
         self.mix = nnx.List([Raw(rngs) for _ in range(2)])
         self.think = nnx.List([Experts(rngs) for _ in range(2)])
-        self.first, self.last = Rms(), Rms()
+        self.first, self.last = Rms(False), Rms(True)
 
     def __call__(self, ids):
         x = self.table[...][ids]
@@ -380,16 +384,24 @@ class Jitted(nn.Module):
         return x
 
 
-def inside_nnx():
-    def make():
-        return nnx.bridge.lazy_init(nnx.bridge.ToNNX(Block(), nnx.Rngs(0)), jnp.ones(X.shape))
+class Around(nnx.Module):
+    """A linen block inside an NNX module."""
 
-    return nnx.eval_shape(make)
+    def __init__(self, rngs):
+        self.inner = nnx.bridge.lazy_init(nnx.bridge.ToNNX(Block(), rngs), jnp.ones(X.shape))
+
+    def __call__(self, x):
+        return self.inner(x)
 
 
 @pytest.mark.parametrize(
     ("make", "prompts"),
-    [(Scanned, "**/look"), (Jitted, "layer_{}/look"), (inside_nnx, "look")],
+    [
+        (Scanned, "**/look"),
+        (Jitted, "layer_{}/look"),
+        (lambda: nnx.eval_shape(lambda: Around(nnx.Rngs(0))), "**/look"),
+    ],
+    ids=["scanned", "jitted", "in NNX"],
 )
 def test_linen_blocks_of_every_kind(make, prompts):
     found = aj.suggest(make(), X)
@@ -397,6 +409,41 @@ def test_linen_blocks_of_every_kind(make, prompts):
     assert found.arguments("pfeiffer")["targets"].endswith("down")
     assert found.arguments("lora") == {"targets": "**/{query,value}"}
     assert found.arguments("prefix_tuning") == {"targets": prompts}
+
+
+class Lookalikes(nn.Module):
+    """What is no feed-forward layer, and one that is: two products, multiplied, before a third."""
+
+    @nn.compact
+    def __call__(self, ids, positions):
+        def dense(name, width=D):
+            return nn.Dense(width, name=name)
+
+        words = nn.Embed(12, D, name="words")
+        x = words(ids) + nn.Embed(40, D, name="places")(positions)
+        x += dense("factor_b")(dense("factor_a", 3)(x))
+        x += nn.Conv(D, (3,), name="conv_b")(nn.relu(nn.Conv(12, (3,), name="conv_a")(x)))
+        x = dense("chain_b")(nn.relu(dense("chain_a", 12)(x)))
+        x += dense("part_b")(nn.relu(dense("part_a", 12)(x[..., :3])))
+        x += dense("sum_b", 5 * D)(nn.relu(dense("sum_a", 12)(x))).reshape(*x.shape, 5).sum(-1)
+        x += dense("cut_b")(nn.relu(dense("cut_a", 12)(x))[..., :7])
+        x += Gated(name="gated")(x).reshape(x.shape)
+        return words.attend(x), jnp.tanh(dense("pool")(x[:, 0]))
+
+
+class Gated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        gate, up = nn.WeightNorm(nn.Dense(12, name="gate"))(x), nn.Dense(12, name="up")(x)
+        return nn.Dense(D, name="down")(gate * up).reshape(-1, D)
+
+
+def test_what_is_no_feed_forward_layer_and_no_head():
+    roles = aj.suggest(Lookalikes(), IDS, IDS).roles
+    assert roles.up == ("gated/gate", "gated/up") and roles.down == ("gated/down",)
+    assert roles.feed_forward_output == ("gated/down",)
+    assert roles.feed_forward == ()  # it returns another shape than it takes
+    assert roles.embeddings == ("words", "places") and roles.head == ()
 
 
 def test_a_preset_that_matches_nothing_names_suggest():

@@ -56,7 +56,7 @@ class Flow:
     Attributes:
         products, lookups: by the number of their operation.
         attentions, norms: in the order of the program.
-        added: the operations whose results a sum adds to something else.
+        sums: by the number of their operation, the sources of both terms.
         sources: for every value, the numbers of the operations that it is made of, each with
             whether something that is not linear comes after it. Not looked for beyond products,
             lookups, attentions, sums and kernels; a float input has a negative number.
@@ -69,7 +69,7 @@ class Flow:
         n = len(graph.shapes)
         self.products: dict[int, Product] = {}
         self.lookups: dict[int, Lookup] = {}
-        self.added: set[int] = set()
+        self.sums: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
         self.taken: dict[str, int] = {}
         self.returned: dict[str, list[int]] = {}
         self.kernels: set[str] = set()
@@ -105,13 +105,10 @@ class Flow:
     def _visit(self, number: int, operation: Operation) -> None:
         """Fills in the facts about an operation's outputs."""
         first, second = (*operation.inputs, None, None)[:2]
-        weights = frozenset() if first is None else self._weights[first]
         if operation.name in PRODUCTS and first is not None and second is not None:
             self._meet(number, operation, first, second)
-        elif operation.name == "gather" and first is not None and weights:
+        elif operation.name == "gather" and first is not None and self._weights[first]:
             self._read(number, operation, first, second)
-        elif operation.name == "dynamic_slice" and weights:
-            self._weights[operation.outputs[0]] = weights
         else:
             self._pass(number, operation)
         if operation.name == "name":
@@ -175,9 +172,9 @@ class Flow:
     def _made_of(self, number: int, operation: Operation, active: list[int]) -> dict[int, bool]:
         """The sources of an operation's outputs; those of a residual sum begin anew."""
         if operation.name in ("add", "add_any") and len(active) == 2:
-            a, b = (self.sources[x].keys() for x in active)
+            a, b = (frozenset(self.sources[x]) for x in active)
             if not (a <= b or b <= a or self._softmaxes.chunks(*active)):
-                self.added |= a | b
+                self.sums[number] = a, b
                 return {number: False}
         bends = self._bends(operation, active)
         sources: dict[int, bool] = {}
@@ -208,19 +205,26 @@ class Flow:
         """The numbers of the products that a value is made of."""
         return [source for source in self.sources[value] if source in self.products]
 
-    def streams(self, numbers: Iterable[int]) -> set[int]:
-        """The sums, lookups and inputs that products read, through products before them."""
+    def before(self, numbers: Iterable[int]) -> set[int]:
+        """The products before some products in series, and the sums and others that they read."""
         found: set[int] = set()
-        todo, seen = list(numbers), set(numbers)
+        todo = [n for n in numbers if n in self.products]
         while todo:
-            number = todo.pop()
-            if number not in self.products:
-                found.add(number)
-                continue
-            before = self.sources[self.products[number].source].keys() - seen
-            todo.extend(before)
-            seen |= before
+            new = self.sources[self.products[todo.pop()].source].keys() - found
+            todo.extend(n for n in new if n in self.products)
+            found |= new
         return found
+
+    def is_residual(self, number: int) -> bool:
+        """Whether a product is added to something that it was made of, perhaps with others."""
+        before, parts = self.before([number]), {number}
+        for sum_, (a, b) in self.sums.items():
+            for branch, other in ((a, b), (b, a)):
+                if parts & branch:
+                    if before & other:
+                        return True
+                    parts.add(sum_)
+        return False
 
 
 def _sizes(operation: Operation, side: int, shape: tuple[int, ...]) -> tuple[int, int, int]:

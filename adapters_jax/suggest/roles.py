@@ -114,17 +114,11 @@ class _Finder:
         flow, found = self.flow, {}
         for number, down in flow.products.items():
             before = flow.sources[down.source]
-            if (
-                number in others
-                or number not in flow.added
-                or not before.keys() <= flow.products.keys()
-            ):
+            if number in others or down.window > 1 or before.keys() - flow.products.keys():
                 continue
-            ups = [
-                n for n in before if n not in others and self._widths_fit(flow.products[n], down)
-            ]
-            if ups and down.window == 1 and any(before[n] for n in ups):
-                found[number] = ups
+            ups = [n for n in before.keys() - others if self._widths_fit(flow.products[n], down)]
+            if any(before[n] for n in ups) and flow.is_residual(number):
+                found[number] = sorted(ups)
         return found
 
     def _widths_fit(self, up: Product, down: Product) -> bool:
@@ -160,7 +154,7 @@ class _Finder:
             query, key, value = (flow.products_in(x) for x in (a.query, a.key, a.value))
             path = self._around([*query, *key, *value])
             every.append(path)
-            if flow.streams(query) & flow.streams(key):
+            if (flow.before(query) & flow.before(key)) - flow.products.keys():
                 alone.append(path)
         return _unique(filter(None, every)), _unique(filter(None, alone))
 
@@ -209,7 +203,7 @@ class _Finder:
         for output in self.outputs:
             for number, bent in flow.sources[output].items():
                 product = flow.products.get(number)
-                if product is None or number in blocks | flow.added or product.leaves & tied:
+                if product is None or number in blocks or product.leaves & tied:
                     continue
                 if bent or product.kept == vocabulary:
                     continue  # a pooler, before its tanh; the head of a language model
