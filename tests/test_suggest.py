@@ -384,6 +384,18 @@ class Jitted(nn.Module):
         return x
 
 
+class Parallel(nn.Module):
+    """Attention and feed-forward layer of one input, added to each other first."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            h = nn.RMSNorm(name=f"norm_{i}")(x)
+            attention = nn.MultiHeadDotProductAttention(HEADS, name=f"look_{i}")
+            x += attention(h) + Mlp(name=f"think_{i}")(h)
+        return x
+
+
 class Around(nnx.Module):
     """A linen block inside an NNX module."""
 
@@ -399,9 +411,10 @@ class Around(nnx.Module):
     [
         (Scanned, "**/look"),
         (Jitted, "layer_{}/look"),
+        (Parallel, "look_{}"),
         (lambda: nnx.eval_shape(lambda: Around(nnx.Rngs(0))), "**/look"),
     ],
-    ids=["scanned", "jitted", "in NNX"],
+    ids=["scanned", "jitted", "parallel", "in NNX"],
 )
 def test_linen_blocks_of_every_kind(make, prompts):
     found = aj.suggest(make(), X)

@@ -123,8 +123,7 @@ class _Finder:
 
     def _widths_fit(self, up: Product, down: Product) -> bool:
         """Whether two products go from a width to another one and back; gates may be beside."""
-        back = up.contracted == down.kept and up.window == 1
-        return back and up.kept % max(down.contracted, 1) == 0
+        return up.contracted == down.kept and up.kept % max(down.contracted, 1) == 0
 
     def _named(self, numbers: Iterable[int]) -> Paths:
         """The weights that operations read."""
