@@ -52,28 +52,37 @@ def proposed(down, prompts, norms):
         "parallel": {"targets": "**/mlp"},
         "lora": {"targets": "**/{query,value}"},
         "ia3": {"targets": "**/{key,value}", "feed_forward": down},
-        "llama_adapter": {"targets": prompts},
-        "prefix_tuning": {"targets": prompts},
+        "llama_adapter": prompts,
+        "prefix_tuning": prompts,
         "layer_norms": {"targets": norms},
     }
 
 
+def layers(layer, count=2):
+    return {"targets": f"{layer}/attention", "num_layers": count}
+
+
 OURS = {
-    "bert": (lambda: Bert(BERT), "**/mlp/output/dense", "layer_{}/attention", NORMS),
+    "bert": (lambda: Bert(BERT), "**/mlp/output/dense", layers("layer_{}"), NORMS),
     "bert, scanned, remat": (
         lambda: Bert(BERT, scan=True, remat=True),
         "**/mlp/output/dense",
-        "**/attention",
+        {"targets": "**/attention"},
         NORMS,
     ),
-    "gpt2": (lambda: GPT2(GPT), "**/mlp/output/dense", "layer_{}/attention", NORMS),
+    "gpt2": (lambda: GPT2(GPT), "**/mlp/output/dense", layers("layer_{}"), NORMS),
     "llama, remat": (
         lambda: llama(remat=True),
         "**/mlp/output",
-        "layers/{}/attention",
+        layers("layers/{}"),
         "**/*norm/scale",
     ),
-    "llama, scanned": (lambda: llama(scan=True), "**/mlp/output", "**/attention", "**/*norm/scale"),
+    "llama, scanned": (
+        lambda: llama(scan=True),
+        "**/mlp/output",
+        {"targets": "**/attention"},
+        "**/*norm/scale",
+    ),
 }
 
 
@@ -245,7 +254,7 @@ def test_raw_weights_are_named_themselves_and_bottlenecks_go_to_the_module_that_
         "layer_norms": "{first,last}/w",
     }
     assert found.arguments("parallel") == {"targets": "think/*"}
-    assert found.arguments("llama_adapter") == {"targets": "mix/{}"}
+    assert found.arguments("llama_adapter") == {"targets": "mix/{}", "num_layers": 2}
     assert set(found.roles.up) == {f"think/{i}/{n}" for i in range(2) for n in ("open", "make")}
     assert found.roles.embeddings == ("table",) and found.roles.head == ()
 
@@ -343,6 +352,11 @@ def test_a_model_without_attention_gets_no_recipe_but_what_was_looked_for():
         found.recipe("lore")
 
 
+def test_prompts_in_the_last_layers_alone():
+    recipe = aj.suggest(llama(), IDS).recipe("llama_adapter", 3, last=1)
+    assert recipe == aj.Recipe(aj.LlamaAdapter("layers/1/attention", 3))
+
+
 def test_what_is_printed_is_python_that_gives_the_recipes():
     found = aj.suggest(Bert(BERT), IDS)
     lines = [line for line in repr(found).splitlines() if line.startswith("aj.")]
@@ -396,6 +410,30 @@ class Parallel(nn.Module):
         return x
 
 
+class Training(nnx.Module):
+    """Dropout, and batch norms inside of the layers, with state of their own."""
+
+    def __init__(self, rngs):
+        self.look = nnx.MultiHeadAttention(HEADS, D, decode=False, dropout_rate=0.1, rngs=rngs)
+        self.up, self.down = nnx.Linear(D, 16, rngs=rngs), nnx.Linear(16, D, rngs=rngs)
+        self.within, self.after = nnx.BatchNorm(16, rngs=rngs), nnx.BatchNorm(D, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        x += self.drop(self.look(self.after(x)))
+        return self.after(x + self.drop(self.down(nnx.gelu(self.drop(self.within(self.up(x)))))))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_state_is_neither_a_parameter_nor_an_input(mode):
+    model = nnx.eval_shape(lambda: Training(nnx.Rngs(0)))
+    getattr(model, mode)()
+    found = aj.suggest(model, X)
+    assert found.arguments("lora") == {"targets": "**/{query,value}"}
+    assert found.arguments("ia3") == {"targets": "**/{key,value}", "feed_forward": "down"}
+    assert found.roles.norms == found.roles.head == ()
+
+
 class Around(nnx.Module):
     """A linen block inside an NNX module."""
 
@@ -421,7 +459,7 @@ def test_linen_blocks_of_every_kind(make, prompts):
     assert found.arguments("houlsby")["targets"] == "**/{out,down}"
     assert found.arguments("pfeiffer")["targets"].endswith("down")
     assert found.arguments("lora") == {"targets": "**/{query,value}"}
-    assert found.arguments("prefix_tuning") == {"targets": prompts}
+    assert found.arguments("prefix_tuning")["targets"] == prompts
 
 
 class Lookalikes(nn.Module):

@@ -6,14 +6,14 @@ on.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.suggest.graph import LAYOUT, LINEAR, PRODUCTS, Graph, Operation, Value
+from adapters_jax.suggest.graph import LAYOUT, LINEAR, PRODUCTS, Operation, Value
 from adapters_jax.suggest.norms import Norms
 from adapters_jax.suggest.softmax import Attention, Softmaxes
-from adapters_jax.suggest.trace import ENTERS, LEAVES
+from adapters_jax.suggest.trace import ENTERS, LEAVES, Trace
 
 _KERNELS = ("attention", "pallas", "custom_call", "ffi_call", "callback")
 
@@ -50,8 +50,8 @@ class Flow:
     """What every value of a graph is made of.
 
     Args:
-        graph: the model's graph.
-        parameters: the paths of the values that are parameters.
+        traced: the model. Its state, such as random keys and a batch norm's averages, counts as
+            constants.
 
     Attributes:
         products, lookups: by the number of their operation.
@@ -65,7 +65,8 @@ class Flow:
         kernels: names of operations that cannot be looked into.
     """
 
-    def __init__(self, graph: Graph, parameters: Mapping[int, str]):
+    def __init__(self, traced: Trace):
+        graph, parameters = traced.graph, traced.parameters
         n = len(graph.shapes)
         self.products: dict[int, Product] = {}
         self.lookups: dict[int, Lookup] = {}
@@ -79,11 +80,10 @@ class Flow:
         self._weights: list[frozenset[str]] = [frozenset()] * n  # else, the parameters in it
         self._onehot = [False] * n
         self._ranks = {path: len(graph.shapes[value]) for value, path in parameters.items()}
-        for value in graph.inputs:
-            if value in parameters:
-                self._weights[value] = frozenset([parameters[value]])
-            elif value is not None:
-                self._begin(value)
+        for value, path in parameters.items():
+            self._weights[value] = frozenset([path])
+        for value in traced.arguments:
+            self._begin(value)
         for number, operation in enumerate(graph.operations):
             self._visit(number, operation)
 
@@ -113,7 +113,7 @@ class Flow:
             self._pass(number, operation)
         if operation.name == "name":
             self._mark(operation.params["name"], operation.outputs[0])
-        elif any(part in operation.name for part in _KERNELS):
+        elif operation.outputs and any(part in operation.name for part in _KERNELS):
             self.kernels.add(operation.name)
             for output in operation.outputs:
                 self.sources[output] = {number: False}

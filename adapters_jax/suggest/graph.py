@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core
 
 Value = int | None  # None is a number written in the program
@@ -63,7 +64,7 @@ class Graph:
     def _value(self, aval: Any) -> int:
         """A new value."""
         self.shapes.append(tuple(getattr(aval, "shape", ())))
-        self.floating.append(getattr(getattr(aval, "dtype", None), "kind", "") in "fVc")
+        self.floating.append(jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact))
         return len(self.shapes) - 1
 
     def _new(self, name: str, inputs: Sequence[Value], avals: Sequence[Any], params: Any) -> list:

@@ -1,7 +1,7 @@
 """The shortest patterns that match some paths of a model and no others."""
 
 import itertools
-import os.path
+import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -97,7 +97,7 @@ def of_parameters(found: Sequence[str], others: Collection[str]) -> tuple[str, .
     """
     names: dict[str, list[str]] = {}
     for path in found:
-        names.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+        names.setdefault(posixpath.dirname(path), []).append(posixpath.basename(path))
     patterns = []
     for own in dict.fromkeys(map(tuple, names.values())):
         modules = [module for module, of_module in names.items() if tuple(of_module) == own]

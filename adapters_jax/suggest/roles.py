@@ -1,6 +1,7 @@
 """The roles of a model's parameters and modules, from how its data flows."""
 
-import os.path
+import posixpath
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -55,12 +56,13 @@ def find_roles(traced: Trace) -> Roles:
 
 class _Finder:
     def __init__(self, traced: Trace):
-        self.flow = flow = Flow(traced.graph, traced.parameters)
+        self.flow = flow = Flow(traced)
         self.outputs, self.shapes = traced.graph.outputs, traced.graph.shapes
         self.modules = traced.modules
         self.leaves = list(dict.fromkeys(traced.parameters.values()))
         self.reads: dict[int, Product | Lookup] = {**flow.products, **flow.lookups}
-        self.read = {leaf for x in self.reads.values() for leaf in x.leaves}
+        read = {leaf for x in self.reads.values() for leaf in x.leaves}
+        self.owners = Counter(map(posixpath.dirname, read))
         self.attentions = [
             a
             for a in flow.attentions
@@ -133,17 +135,17 @@ class _Finder:
         """The module of each weight that an operation reads, or its path if the module has more."""
         paths = []
         for leaf in sorted(self.reads[number].leaves):
-            owner = os.path.dirname(leaf)
-            own = [other for other in self.read if os.path.dirname(other) == owner]
-            paths.append(owner if owner and owner in self.modules and len(own) == 1 else leaf)
+            owner = posixpath.dirname(leaf)
+            alone = owner in self.modules and self.owners[owner] == 1
+            paths.append(owner if owner and alone else leaf)
         return paths
 
     def _around(self, numbers: Iterable[int]) -> str:
         """The innermost module that the weights of products are in; empty for the whole model."""
-        owners = [os.path.dirname(p) for n in numbers for p in self._weights(n)]
-        path = os.path.commonpath(owners) if all(owners) and owners else ""
+        owners = [posixpath.dirname(p) for n in numbers for p in self._weights(n)]
+        path = posixpath.commonpath(owners) if all(owners) and owners else ""
         while path and path not in self.modules:
-            path = os.path.dirname(path)
+            path = posixpath.dirname(path)
         return path
 
     def _around_attentions(self) -> tuple[Paths, Paths]:
@@ -166,7 +168,7 @@ class _Finder:
         for number in sorted(numbers):
             for leaf in sorted(self.flow.products[number].leaves):
                 path = next((p for p in _upwards(leaf) if self._returns(p, number)), "")
-                while path and self._returns(above := os.path.dirname(path), number):
+                while path and self._returns(above := posixpath.dirname(path), number):
                     if not above or self._below(above) != self._below(path):
                         break
                     path = above
@@ -215,7 +217,7 @@ class _Finder:
             return path
         others = {leaf for n in blocks for leaf in self.flow.products[n].leaves}
         others |= {leaf for x in self.flow.lookups.values() for leaf in x.leaves}
-        while (above := os.path.dirname(path)) and not others.intersection(self._below(above)):
+        while (above := posixpath.dirname(path)) and not others.intersection(self._below(above)):
             path = above
         return path
 
@@ -227,7 +229,7 @@ def _upwards(path: str) -> Iterable[str]:
         >>> list(_upwards("a/b/c"))
         ['a/b', 'a']
     """
-    while path := os.path.dirname(path):
+    while path := posixpath.dirname(path):
         yield path
 
 

@@ -68,6 +68,10 @@ class Suggestion:
             preset: "houlsby", "pfeiffer", "parallel", "lora", "ia3", "llama_adapter",
                 "prefix_tuning" or "layer_norms".
 
+        Returns:
+            The arguments by name: targets, also the head where the model ends in one that is no
+            vocabulary's, and for prompts the number of layers.
+
         Raises:
             RecipeError: the model has not the parts that the preset adapts, or they were not found.
             UserError: there is no such preset.
@@ -85,8 +89,10 @@ class Suggestion:
             arguments["layer_norms"] = self._targets("norms") if self.roles.norms else None
         if preset in ("llama_adapter", "prefix_tuning"):
             found = getattr(self.roles, *PRESETS[preset]["targets"])
-            every = arguments["targets"]
-            arguments["targets"] = numbered(found, self.paths) or _as_one(every)
+            if form := numbered(found, self.paths):
+                arguments |= {"targets": form, "num_layers": len(found)}
+            else:
+                arguments["targets"] = _as_one(arguments["targets"])
         if self.roles.head:
             arguments["head"] = _as_one(self._targets("head"))
         return arguments
@@ -106,6 +112,7 @@ class Suggestion:
 
         Raises:
             RecipeError: the model has not the parts that the preset adapts, or they were not found.
+            UserError: there is no such preset, or the preset rejects a setting.
         """
         arguments = self.arguments(preset)
         return getattr(presets, preset)(*args, **{**arguments, **settings})

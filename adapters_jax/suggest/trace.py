@@ -33,11 +33,13 @@ class Trace:
     Attributes:
         graph: the operations of a call of the model.
         parameters: the path of each value that is a parameter, or a part of one.
+        arguments: the values that are example inputs; the others are the model's state.
         modules: the paths of the modules, the model itself under the empty one.
     """
 
     graph: Graph
     parameters: Mapping[int, str]
+    arguments: frozenset[int]
     modules: frozenset[str]
 
 
@@ -75,7 +77,8 @@ def trace(model: nn.Module | nnx.Module, args: tuple[Any, ...], kwargs: dict[str
         graph = Graph(jax.make_jaxpr(call)(parts.params, parts.state, arrays))
     leaves = jax.tree_util.tree_leaves_with_path(parts.params, is_leaf=is_quantized)
     paths = [path_of(path) for path, leaf in leaves for _ in jax.tree.leaves(leaf)]
-    return Trace(graph, dict(enumerate(paths)), frozenset(parts.modules))
+    arguments = graph.inputs[len(graph.inputs) - len(arrays) :]
+    return Trace(graph, dict(enumerate(paths)), frozenset(arguments), frozenset(parts.modules))
 
 
 def _linen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Parts:
