@@ -126,6 +126,11 @@ def test_adapters_that_a_model_has_already_are_left_out():
     assert aj.audit(adapted).adapter_parameters > 0  # the model keeps them
 
 
+def test_a_quantized_model():
+    quantized = nnx.eval_shape(lambda: aj.quantize(Llama(LLAMA, rngs=nnx.Rngs(0))))
+    assert aj.suggest(quantized, IDS) == aj.suggest(llama(), IDS)
+
+
 class Odd(nn.Module):
     """Names that say nothing; keys before queries in both products; a softmax over axis -2."""
 

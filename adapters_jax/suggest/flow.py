@@ -13,7 +13,7 @@ from typing import Any
 from adapters_jax.suggest.graph import LAYOUT, LINEAR, PRODUCTS, Operation, Value
 from adapters_jax.suggest.norms import Norms
 from adapters_jax.suggest.softmax import Attention, Softmaxes
-from adapters_jax.suggest.trace import ENTERS, LEAVES, Trace
+from adapters_jax.suggest.trace import ENTERS, RETURNS, Trace
 
 _KERNELS = ("attention", "pallas", "custom_call", "ffi_call", "callback")
 
@@ -158,6 +158,8 @@ class Flow:
     def _pass(self, number: int, operation: Operation) -> None:
         """Any other operation."""
         inputs = [x for x in operation.inputs if x is not None]
+        if operation.name == "xor":  # only makes quantised weights wait for the layer's input
+            inputs = [x for x in inputs if self._weights[x]] or inputs
         active = [x for x in inputs if self._active[x]]
         weights = frozenset(leaf for x in inputs for leaf in self._weights[x])
         sources = self._made_of(number, operation, active)
@@ -198,8 +200,8 @@ class Flow:
             self.taken[name.removeprefix(ENTERS)] = value
             if not self._active[value]:  # a parameter where other modules take an activation
                 self._begin(value)
-        elif name.startswith(LEAVES):
-            self.returned.setdefault(name.removeprefix(LEAVES), []).append(value)
+        elif name.startswith(RETURNS):
+            self.returned.setdefault(name.removeprefix(RETURNS), []).append(value)
 
     def products_in(self, value: int) -> list[int]:
         """The numbers of the products that a value is made of."""

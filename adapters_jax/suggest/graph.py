@@ -5,7 +5,7 @@ another. A kernel that cannot be looked into is one operation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Operation:
     name: str
     inputs: tuple[Value, ...]
     outputs: tuple[int, ...]
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any]
 
 
 class Graph:
@@ -101,7 +101,7 @@ class Graph:
                 self._new("select_n", [inputs[0], *options], [aval], {})[0]
                 for *options, aval in zip(*ends, avals, strict=True)
             ]
-        if name == "optimization_barrier":
+        if name == "optimization_barrier":  # its outputs are its inputs, each by itself
             return inputs
         for body in _bodies(params):
             if [_rank(var) for var in body.invars] == [_rank(atom) for atom in eqn.invars]:

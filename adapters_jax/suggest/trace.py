@@ -23,7 +23,8 @@ from adapters_jax.suggest.graph import Graph
 from adapters_jax.trees import flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized
 
-ENTERS, LEAVES = "adapters_jax enters ", "adapters_jax leaves "  # then the path of the module
+# The names of what a module takes and returns; the module's path follows.
+ENTERS, RETURNS = "adapters_jax enters ", "adapters_jax returns from "
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _marked(path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     y = call(*given, **kwargs)
     modules = (nn.Module, nnx.Module, nnx.Variable)
     return jax.tree.map(
-        lambda x: _named(x, LEAVES + path), y, is_leaf=lambda x: isinstance(x, modules)
+        lambda x: _named(x, RETURNS + path), y, is_leaf=lambda x: isinstance(x, modules)
     )
 
 
