@@ -163,27 +163,41 @@ def test_names_play_no_part():
 
 
 class Fused(nn.Module):
-    """One weight for queries, keys and values, after one another or in turns."""
+    """One weight for queries, keys and values: in three parts, or in turns in every head."""
 
-    in_turns: bool = False
+    how: str
 
     @nn.compact
     def __call__(self, x):
-        made = nn.Dense(3 * D, name="all")(x)
-        if self.in_turns:
-            parts = jnp.moveaxis(made.reshape(*x.shape[:2], HEADS, -1, 3), -1, 0)
-        else:
-            parts = [y.reshape(*x.shape[:2], HEADS, -1) for y in jnp.split(made, 3, -1)]
-        y = nn.dot_product_attention(*parts)
-        return nn.Dense(D, name="end")(y.reshape(x.shape))
+        for i in range(2):
+            made = nn.Dense(3 * D, name=f"all_{i}")(x)
+            if self.how == "turns":
+                parts = jnp.moveaxis(made.reshape(*x.shape[:2], HEADS, -1, 3), -1, 0)
+            elif self.how == "split":
+                parts = jnp.split(made, 3, -1)
+            else:
+                parts = [made[..., i * D : (i + 1) * D] for i in range(3)]
+            q, k, v = (part.reshape(*x.shape[:2], HEADS, -1) for part in parts)
+            q = jnp.concatenate([q[..., 2:], -q[..., :2]], -1)  # as rotary positions do
+            y = nn.dot_product_attention(q, k, v)
+            x += nn.Dense(D, name=f"end_{i}")(y.reshape(x.shape))
+        return x
 
 
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_a_weight_of_queries_keys_and_values_is_proposed_once_and_said(in_turns):
-    found = aj.suggest(Fused(in_turns), X)
-    assert found.arguments("lora") == {"targets": "all"}
-    assert found.roles.fused == ("all",) and "\n# fused: all " in repr(found)
-    assert found.roles.attention_output == ("end",) and found.roles.head == ()
+@pytest.mark.parametrize("how", ["split", "slices"])
+def test_of_a_fused_weight_lora_adapts_the_queries_and_values_alone(how):
+    found = aj.suggest(Fused(how), X)
+    slices = ((0, D), (2 * D, 3 * D))
+    assert found.arguments("lora") == {"targets": "all_*", "slices": slices}
+    assert found.recipe("lora", 4) == aj.lora(4, targets="all_*", slices=slices)
+    assert found.roles.fused == ("all_0", "all_1") and "\n# fused: all_* " in repr(found)
+    assert found.roles.attention_output == ("end_0", "end_1") and found.roles.head == ()
+
+
+def test_a_fused_weight_whose_heads_have_all_in_turns_is_adapted_whole():
+    found = aj.suggest(Fused("turns"), X)
+    assert found.arguments("lora") == {"targets": "all_*"}
+    assert found.roles.fused == ("all_0", "all_1") and found.roles.slices == ()
 
 
 class Rms(nnx.Module):

@@ -2,7 +2,7 @@
 
 - `trace`: a linen or NNX model on shapes, with its parameters and modules; `graph`: its operations.
 - `flow`: where weights meet activations, and what every value is made of; `softmax`: attentions;
-  `norms`: the parameters of norms.
+  `norms`: the parameters of norms; `ranges`: the parts of fused layers.
 - `roles`: query, key, value, feed-forward, head as paths; `patterns`: paths as short patterns.
 - `suggestion`: the targets of each preset.
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 from adapters_jax.suggest.graph import LAYOUT, LINEAR, PRODUCTS, Operation, Value
 from adapters_jax.suggest.norms import Norms
+from adapters_jax.suggest.ranges import Ranges
 from adapters_jax.suggest.softmax import Attention, Softmaxes
 from adapters_jax.suggest.trace import ENTERS, RETURNS, Trace
 
@@ -62,6 +63,7 @@ class Flow:
             lookups, attentions, sums and kernels; a float input has a negative number.
         taken: the first array that a module takes in its last call, by the module's path.
         returned: the values that it returns.
+        ranges: which outputs of a product a value is made of.
         kernels: names of operations that cannot be looked into.
     """
 
@@ -75,6 +77,7 @@ class Flow:
         self.returned: dict[str, list[int]] = {}
         self.kernels: set[str] = set()
         self.sources: list[dict[int, bool]] = [{} for _ in range(n)]
+        self.ranges = Ranges(graph)
         self._graph, self._softmaxes, self._norms = graph, Softmaxes(graph), Norms(graph)
         self._active = [False] * n  # whether a value depends on the model's inputs
         self._weights: list[frozenset[str]] = [frozenset()] * n  # else, the parameters in it
@@ -130,6 +133,7 @@ class Flow:
                     self.lookups[number] = Lookup(leaves, sizes[0], True)
                 else:
                     self.products[number] = Product(leaves, source, *sizes)
+                    self.ranges.begin(number, output, sizes[1])
                 return
         self._pass(number, operation)
         activations = self._active[left] and self._active[right]
@@ -170,6 +174,7 @@ class Flow:
             self._onehot[output] = onehot or operation.name == "eq"
         self._softmaxes.visit(operation, active)
         self._norms.visit(operation, active, weights)
+        self.ranges.visit(operation, active)
 
     def _made_of(self, number: int, operation: Operation, active: list[int]) -> dict[int, bool]:
         """The sources of an operation's outputs; those of a residual sum begin anew."""

@@ -63,7 +63,7 @@ class Graph:
 
     def _value(self, aval: Any) -> int:
         """A new value."""
-        self.shapes.append(tuple(getattr(aval, "shape", ())))
+        self.shapes.append(tuple(map(int, getattr(aval, "shape", ()))))
         self.floating.append(jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact))
         return len(self.shapes) - 1
 

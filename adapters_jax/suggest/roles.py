@@ -1,9 +1,11 @@
 """The roles of a model's parameters and modules, from how its data flows."""
 
+import itertools
 import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from adapters_jax.suggest.flow import Flow, Lookup, Product
 from adapters_jax.suggest.softmax import Attention
@@ -29,6 +31,8 @@ class Roles:
         embeddings: the weights whose rows are looked up by the model's inputs.
         head: the modules of the last layers, if they are no vocabulary's.
         fused: weights that make queries, and keys or values as well.
+        slices: of the outputs of each weight that makes queries or values, the ranges that are
+            these; empty where other weights make them, in other ranges, or heads in turns.
         kernels: names of operations that cannot be looked into.
     """
 
@@ -46,6 +50,7 @@ class Roles:
     embeddings: Paths
     head: Paths
     fused: Paths
+    slices: tuple[tuple[int, int], ...]
     kernels: Paths
 
 
@@ -95,6 +100,7 @@ class _Finder:
             embeddings=self._named(looked_up),
             head=self._head({*attending, *pairs, *ups}),
             fused=self._named(fused),
+            slices=self._slices({*query, *value}),
             kernels=tuple(sorted(flow.kernels)),
         )
 
@@ -106,6 +112,19 @@ class _Finder:
         """The products that read an attention's result."""
         sources, products = self.flow.sources, self.flow.products.items()
         return [n for n, product in products if attention.operation in sources[product.source]]
+
+    def _slices(self, numbers: set[int]) -> tuple[tuple[int, int], ...]:
+        """The ranges of queries and values in the outputs of products, if all have the same."""
+        found: dict[int, set[Any]] = {number: set() for number in numbers}
+        for a in self.attentions:
+            for value in (a.query, a.value):
+                for number in self.flow.products_in(value):
+                    found[number].add(self.flow.ranges.of(value, number))
+        first, *others = found.values() or [set()]
+        alike = None not in first and all(ranges == first for ranges in others)
+        ranges = sorted(first) if alike else []
+        apart = all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+        return tuple(ranges) if apart and len(ranges) > 1 else ()
 
     def _feed_forwards(self, others: set[int]) -> dict[int, list[int]]:
         """The last product of each feed-forward layer, with the first ones.

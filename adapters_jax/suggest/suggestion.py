@@ -70,7 +70,7 @@ class Suggestion:
 
         Returns:
             The arguments by name: targets, also the head where the model ends in one that is no
-            vocabulary's, and for prompts the number of layers.
+            vocabulary's, for prompts the number of layers, and for LoRA the slices of fused layers.
 
         Raises:
             RecipeError: the model has not the parts that the preset adapts, or they were not found.
@@ -87,6 +87,8 @@ class Suggestion:
         arguments: dict[str, Any] = {name: self._targets(*roles) for name, roles in rows}
         if preset == "houlsby":
             arguments["layer_norms"] = self._targets("norms") if self.roles.norms else None
+        if preset == "lora" and self.roles.slices:
+            arguments["slices"] = self.roles.slices
         if preset in ("llama_adapter", "prefix_tuning"):
             found = getattr(self.roles, *PRESETS[preset]["targets"])
             if form := numbered(found, self.paths):
@@ -151,7 +153,8 @@ class Suggestion:
             lines += [f"# {name}: {', '.join(texts)}"] if texts else []
         if self.roles.fused:
             fused = _text(self._targets("fused"))
-            lines.append(f"# fused: {fused} makes queries, keys and values; all of them change")
+            which = "aj.ia3 scales" if self.roles.slices else "aj.lora and aj.ia3 change"
+            lines.append(f"# fused: {fused} makes queries, keys and values; {which} all of them")
         if self.roles.kernels:
             kernels = ", ".join(self.roles.kernels)
             lines.append(
