@@ -13,7 +13,7 @@ from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.models.llama import Llama, LlamaConfig
-from adapters_jax.suggest.patterns import numbered, shortest
+from adapters_jax.suggest.patterns import numbered, of_parameters, shortest
 from adapters_jax.suggest.suggestion import PRESETS
 from adapters_jax.targets import selects
 
@@ -165,15 +165,15 @@ def test_names_play_no_part():
 class Fused(nn.Module):
     """One weight for queries, keys and values: in three parts, or in turns in every head."""
 
-    how: str
+    how: tuple[str, str]  # of each layer
 
     @nn.compact
     def __call__(self, x):
-        for i in range(2):
+        for i, how in enumerate(self.how):
             made = nn.Dense(3 * D, name=f"all_{i}")(x)
-            if self.how == "turns":
+            if how == "turns":
                 parts = jnp.moveaxis(made.reshape(*x.shape[:2], HEADS, -1, 3), -1, 0)
-            elif self.how == "split":
+            elif how == "split":
                 parts = jnp.split(made, 3, -1)
             else:
                 parts = [made[..., i * D : (i + 1) * D] for i in range(3)]
@@ -186,7 +186,7 @@ class Fused(nn.Module):
 
 @pytest.mark.parametrize("how", ["split", "slices"])
 def test_of_a_fused_weight_lora_adapts_the_queries_and_values_alone(how):
-    found = aj.suggest(Fused(how), X)
+    found = aj.suggest(Fused((how, how)), X)
     slices = ((0, D), (2 * D, 3 * D))
     assert found.arguments("lora") == {"targets": "all_*", "slices": slices}
     assert found.recipe("lora", 4) == aj.lora(4, targets="all_*", slices=slices)
@@ -194,8 +194,9 @@ def test_of_a_fused_weight_lora_adapts_the_queries_and_values_alone(how):
     assert found.roles.attention_output == ("end_0", "end_1") and found.roles.head == ()
 
 
-def test_a_fused_weight_whose_heads_have_all_in_turns_is_adapted_whole():
-    found = aj.suggest(Fused("turns"), X)
+@pytest.mark.parametrize("other", ["split", "turns"])
+def test_a_fused_weight_whose_heads_have_all_in_turns_is_adapted_whole(other):
+    found = aj.suggest(Fused((other, "turns")), X)
     assert found.arguments("lora") == {"targets": "all_*"}
     assert found.roles.fused == ("all_0", "all_1") and found.roles.slices == ()
 
@@ -482,7 +483,7 @@ def test_linen_blocks_of_every_kind(make, prompts):
 
 
 class Lookalikes(nn.Module):
-    """What is no feed-forward layer, and one that is: two products, multiplied, before a third."""
+    """What only looks like a layer, and a feed-forward layer that multiplies two products."""
 
     @nn.compact
     def __call__(self, ids, positions):
@@ -493,6 +494,7 @@ class Lookalikes(nn.Module):
         x = words(ids) + nn.Embed(40, D, name="places")(positions)
         x += dense("factor_b")(dense("factor_a", 3)(x))
         x += nn.Conv(D, (3,), name="conv_b")(nn.relu(nn.Conv(12, (3,), name="conv_a")(x)))
+        x = nn.softmax(x @ jnp.swapaxes(x, 1, 2)) @ x
         x = dense("chain_b")(nn.relu(dense("chain_a", 12)(x)))
         x += dense("part_b")(nn.relu(dense("part_a", 12)(x[..., :3])))
         x += dense("sum_b", 5 * D)(nn.relu(dense("sum_a", 12)(x))).reshape(*x.shape, 5).sum(-1)
@@ -508,8 +510,9 @@ class Gated(nn.Module):
         return nn.Dense(D, name="down")(gate * up).reshape(-1, D)
 
 
-def test_what_is_no_feed_forward_layer_and_no_head():
+def test_what_is_no_feed_forward_layer_no_attention_with_weights_and_no_head():
     roles = aj.suggest(Lookalikes(), IDS, IDS).roles
+    assert roles.query == roles.attention_output == ()
     assert roles.up == ("gated/gate", "gated/up") and roles.down == ("gated/down",)
     assert roles.feed_forward_output == ("gated/down",)
     assert roles.feed_forward == ()  # it returns another shape than it takes
@@ -559,6 +562,12 @@ def test_patterns_are_short_and_match_what_they_should(expected, meant):
     assert [p for p in PATHS if selects(patterns, p)] == found
     if meant:
         assert patterns == expected
+
+
+def test_patterns_of_parameters_match_no_others():
+    found = ["a_norm/w", "b_norm/w", "c_norm/w"]
+    assert of_parameters(found, ["dense", "dense/w"]) == ("*norm/w",)
+    assert of_parameters(found, ["d_norm/w"]) == ("{a_norm,b_norm,c_norm}/w",)
 
 
 def test_a_layer_number_is_a_brace_only_where_all_layers_are_meant():
