@@ -11,6 +11,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
@@ -215,6 +217,19 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
     named = {path for path in reads if _named(method.targets, path)}
     return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
+
+
+def other_leaves(leaves: Mapping[str, Any], usable: Container[str]) -> dict[str, str]:
+    """The leaves that a weight method cannot target, by path, each with the reason."""
+    return {path: _why_not(leaf) for path, leaf in leaves.items() if path not in usable}
+
+
+def _why_not(leaf: Any) -> str:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"it is of {leaf.dtype}, not of floats"
+    if len(leaf.shape) < 2:
+        return f"its shape is {list(leaf.shape)}, and a weight has two axes or more"
+    return "it meets no input in a product; name it, without wildcards, to adapt it all the same"
 
 
 def taken(module: str, method: Method) -> RecipeError:

@@ -14,7 +14,6 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
-from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.abstract import Inputs

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
-from adapters_jax.attached import Attached, chosen, taken, usable_paths
+from adapters_jax.attached import Attached, chosen, other_leaves, taken, usable_paths
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -39,7 +39,8 @@ class Adapted(nn.Module):
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
         nn.share_scope(self, self.inner)
-        self.scope.reservations.pop("inner", None)  # the base may have a part of this name
+        scope: Any = self.scope
+        scope.reservations.pop("inner", None)  # the base may have a part of this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""
@@ -245,12 +246,14 @@ def _check(
     """Raises TargetError for a pattern that matches nothing its method can attach to."""
     modules = {path: module for path, (module, _) in interceptor.visited.items()}
     for method in recipe.attached:
+        unusable = {}
         if isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
+            unusable = other_leaves(params, usable)
         else:
             points = ((path, point) for path, (_, point) in interceptor.visited.items())
             usable = sorted(path for path, point in points if method.fits(point))
-        unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
+        unusable |= {p: method.why_not(m) for p, m in modules.items() if p not in usable}
         targeted = [each.point.path for each in changed.get(method, ())]
         require_points(method, usable, unusable, targeted or None)
     for patterns in recipe.unfrozen:

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import Attached, taken, usable_paths
+from adapters_jax.attached import Attached, other_leaves, taken, usable_paths
 from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
@@ -38,13 +38,15 @@ def _check(
     modules, shared = modules_of(model), _other_names(model)
     more = "" if traced else "; pass example_inputs=(...), which show how the model uses it"
     for method in recipe.attached:
+        other = dict(shared)
         if isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
+            other = other_leaves(params_of(model), usable) | shared
         else:
             usable = [path for path, point in points.items() if method.fits(point)]
-        other = {p: method.why_not(m) + more for p, m in modules.items() if p not in usable}
+        other |= {p: method.why_not(m) + more for p, m in modules.items() if p not in usable}
         targeted = [each.point.path for each, _ in found if each.method == method]
-        require_points(method, usable, other | shared, targeted or None)
+        require_points(method, usable, other, targeted or None)
     for patterns in recipe.unfrozen:
         require_match("Unfreeze", patterns, params_of(model), shared)
 

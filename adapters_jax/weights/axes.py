@@ -8,7 +8,7 @@ outputs f: A is (e, d, r) and B is (e, r, f).
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
