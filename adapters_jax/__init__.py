@@ -9,6 +9,7 @@ from adapters_jax.distributed.mesh import ShardingError, local_rows, make_mesh, 
 from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.errors import (
     AdapterFileError,
+    AdapterWarning,
     MismatchError,
     OtherBaseError,
     RecipeError,
@@ -66,6 +67,7 @@ from adapters_jax.weights.attention import register_attention
 __all__ = [
     "IA3",
     "AdapterFileError",
+    "AdapterWarning",
     "AttachmentPoint",
     "Audit",
     "BaseIdentity",

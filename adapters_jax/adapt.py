@@ -54,6 +54,10 @@ def adapt(
             has no modules before it runs, so there `init_adapters` and `model.init` raise it.
         TypeError: `model` is no linen or NNX module, or an argument belongs to the other API.
 
+    Warns:
+        AdapterWarning: targets also match modules with weights that their method cannot adapt; the
+            message counts them. For linen it comes where TargetError does.
+
     Example:
         >>> import adapters_jax as aj
         >>> from flax import nnx

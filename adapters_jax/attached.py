@@ -1,13 +1,13 @@
 """Where the adapters of a recipe are: from the shapes of a tree, or from how a model reads leaves.
 
-A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. A method
-that changes weights does so for a module with one adapted weight; where there are several, each has
-a node of its own, `layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
+A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. Weights that
+are targets by their own path, or of which a module has several, have a node each,
+`layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
 shapes of the arrays; where other roles would fit them before, the node says them:
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.targets import join, selects
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.changes import RANK
@@ -120,7 +120,8 @@ def _weight(
 ) -> tuple[str, Axes] | None:
     """The name of the weight that arrays of these shapes change, and the roles of its axes."""
     weight, stated, text = node.partition(":")
-    for name, shape in own.items():
+    by_axes = sorted(own.items(), key=lambda item: -len(item[1]))  # biases last
+    for name, shape in by_axes:
         selected = selects(method.targets, module, join(module, name))
         if len(shape) < 2 or not selected or weight not in ("", name):
             continue
@@ -165,8 +166,8 @@ def chosen(
     for method, paths in taken.items():
         found[method] = []
         for path in paths:
-            recipe.check([other for other in methods if path in taken[other]], path)
             module, _, name = path.rpartition("/")
+            recipe.check([other for other in methods if path in taken[other]], module)
             beside = [
                 other
                 for m, others in taken.items()
@@ -176,7 +177,8 @@ def chosen(
             ]
             own = owned[module]
             axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
-            point = AttachmentPoint(path if len(beside) > 1 else module, 0, name, axes, own)
+            alone = len(beside) == 1 and selects(method.targets, module)
+            point = AttachmentPoint(module if alone else path, 0, name, axes, own)
             found[method].append(_placed(method, point, module))
     return found
 
@@ -212,24 +214,74 @@ def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached
     return Attached(method, join(usual, point.weight + stated), point, module)
 
 
+def check_targets(
+    recipe: Recipe,
+    found: Sequence[Attached],
+    modules: Mapping[str, Any],
+    fitting: Callable[[Method], Sequence[str]],
+    reads: Mapping[str, Tracked],
+    leaves: Mapping[str, Any],
+    tied: Mapping[str, str],
+) -> None:
+    """Checks that the patterns of a recipe match what its methods can adapt in a model.
+
+    Args:
+        recipe: the recipe.
+        found: where its methods attach.
+        modules: the model's modules by path.
+        fitting: the paths of the modules that a method on outputs or attention can attach to.
+        reads: how the model reads each weight, by path; of the weights whose use is known.
+        leaves: all of the base's leaves by path.
+        tied: further paths of shared modules and leaves, each with the path to use.
+
+    Raises:
+        TargetError: a pattern matches nothing, or nothing that its method can attach to.
+    """
+    for method in recipe:
+        other: dict[str, str | None] = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in tied.items()
+        }
+        targeted = [each.point.path for each in found if each.method == method]
+        if method.slot is None:
+            usable = list(leaves)
+        elif isinstance(method, LeafMethod):
+            usable = usable_paths(method, reads)
+            other |= dict.fromkeys(modules, None)
+            other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
+        else:
+            usable = list(fitting(method))
+            other |= {path: method.why_not(module) for path, module in modules.items()}
+        unusable = {path: why for path, why in other.items() if path not in set(usable)}
+        require_points(method, usable, unusable, targeted)
+
+
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
     meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
-    named = {path for path in reads if _named(method.targets, path)}
+    named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
     return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
 
 
-def other_leaves(leaves: Mapping[str, Any], usable: Container[str]) -> dict[str, str]:
-    """The leaves that a weight method cannot target, by path, each with the reason."""
-    return {path: _why_not(leaf) for path, leaf in leaves.items() if path not in usable}
+def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
+    """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
-
-def _why_not(leaf: Any) -> str:
+    That is so for scales and biases: they have one axis, beside those of stacked layers.
+    """
+    named = _named(method.targets, path)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"it is of {leaf.dtype}, not of floats"
-    if len(leaf.shape) < 2:
-        return f"its shape is {list(leaf.shape)}, and a weight has two axes or more"
-    return "it meets no input in a product; name it, without wildcards, to adapt it all the same"
+        return f"it is of {leaf.dtype}, expected floats" if named else None
+    seen = reads[path].reads if path in reads else []
+    layers = frozenset[int]().union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in layers]
+    if len(wide) < 2:
+        shape = list(leaf.shape)
+        return f"it has the shape {shape}, expected two axes or more" if named else None
+    if path not in reads:
+        return "pass example_inputs=(...), which show how the model uses it"
+    if not seen:
+        return "the example inputs run nothing that reads it; pass a method=... that does"
+    return "it meets no input in a product or lookup; name it by its own path to adapt it"
 
 
 def taken(module: str, method: Method) -> RecipeError:

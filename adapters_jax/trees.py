@@ -31,6 +31,17 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
+def leaves_by_path(tree: Tree) -> dict[str, Any]:
+    """The leaves of any pytree by path; boxes and Variables around them have no name there."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def with_leaves(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """A pytree with some of its leaves replaced, by the paths of `leaves_by_path`."""
+    new = lambda path, leaf: leaves.get(path_of(path), leaf)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(new, tree)
+
+
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """The nested mapping of leaves by path; every name is a string."""
     return traverse_util.unflatten_dict({tuple(path.split("/")): x for path, x in flat.items()})

@@ -304,7 +304,7 @@ def test_an_embedding_that_is_only_attended_to():
 
     model, params = grown(Scores(), lora("embed"))
     embed = jax.tree.map(double, params["embed"])
-    table = embed["embedding"] + embed["lora"]["a"] @ embed["lora"]["b"]
+    table = embed["embedding"] + (embed["lora"]["a"] @ embed["lora"]["b"]).T  # d is contracted
     close(model.apply({"params": params}, X), X @ table.T)
     close(aj.merge(model, params, X)["embed"]["embedding"], table)
 
@@ -688,7 +688,9 @@ def test_patterns_that_match_nothing_raise_in_both_kinds_of_init():
     for start in (lambda: aj.init_adapters(model, params, KEY, X), lambda: abstract(model, X)):
         with raises(aj.TargetError, "LoRA", "'**/{upp,dwn}'") as error:
             start()
-        assert str(error.value).endswith(": down")  # the nearest path, and no other
+        detail, advice = str(error.value).split("\n")
+        assert detail.endswith(": up, down")  # the nearest paths, and no others
+        assert "'**/{upp,dwn}'" in advice and "aj.suggest(model, *inputs)" in advice
     for recipe, data in {
         lora("relu"): ("LoRA: ", "'relu'"),
         lora("**/nothing"): ("LoRA: ", "'**/nothing'"),
@@ -705,7 +707,7 @@ def test_a_model_without_parameters():
             return x.sum(-1)
 
     model = aj.adapt(Sum(), lora("**"))
-    with raises(aj.TargetError, "LoRA", "'**'", "Sum"):
+    with raises(aj.TargetError, "LoRA", "'**'", "(the model itself)", "aj.suggest"):
         aj.init_adapters(model, {}, KEY, X)
 
 

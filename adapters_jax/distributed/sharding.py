@@ -191,7 +191,8 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
 
     Args:
         subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
-            optimiser state is laid out like its parameters. Arrays already there are not copied.
+            optimiser state is laid out like its parameters, and whose statistics and collections
+            are whole on every device. Arrays already there are not copied.
         mesh: of named axes; see `make_mesh`.
         rules: as for `layout`.
         **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
@@ -285,4 +286,4 @@ def _shard_state(
         key=_everywhere(state.key, mesh),
         other=_everywhere(state.other, mesh),
     )
-    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.moving)))
+    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.checkpointed)))

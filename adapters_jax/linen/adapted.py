@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
-from adapters_jax.attached import Attached, chosen, other_leaves, taken, usable_paths
+from adapters_jax.attached import Attached, check_targets, chosen, taken
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -20,8 +20,8 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import join, require_match
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
 from adapters_jax.weights.lazy import Tracked, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
@@ -214,20 +214,27 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
             reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
         shapes = {path: tuple(x.shape) for path, x in own.items()}
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
-    _check(recipe, interceptor, changed, reads, params)
     found = [each for several in changed.values() for each in several]
-    for each in found:
-        start = join(each.module, each.method.slot)
-        if any(path == start or path.startswith(f"{start}/") for path in own):
-            raise taken(each.module, each.method)
-        for name, leaf in each.method.leaves(each.point).items():
-            params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     found += [
         Attached(method, join(path, method.slot), point, path)
         for path, (_, point) in interceptor.visited.items()
         for method in recipe.at(path)
         if method.acts_on != "leaf" and method.fits(point)
     ]
+    modules = {path: module for path, (module, _) in interceptor.visited.items()}
+    points = {path: point for path, (_, point) in interceptor.visited.items()}
+
+    def fitting(method: Method) -> list[str]:
+        return sorted(path for path, point in points.items() if method.fits(point))
+
+    check_targets(recipe, found, modules, fitting, reads, own, {})
+    for each in found:
+        if each.method.acts_on == "leaf":
+            start = join(each.module, each.method.slot)
+            if any(path == start or path.startswith(f"{start}/") for path in own):
+                raise taken(each.module, each.method)
+            for name, leaf in each.method.leaves(each.point).items():
+                params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     return found, unflatten(params)
 
 
@@ -239,30 +246,6 @@ def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> 
             outside = shapes.get(join(path, name), inside)
             found[path] = max(len(outside) - len(inside), 0)
     return found
-
-
-def _check(
-    recipe: Recipe,
-    interceptor: Interceptor,
-    changed: Mapping[Method, Sequence[Attached]],
-    reads: Mapping[str, Tracked],
-    params: Mapping[str, Any],
-) -> None:
-    """Raises TargetError for a pattern that matches nothing its method can attach to."""
-    modules = {path: module for path, (module, _) in interceptor.visited.items()}
-    for method in recipe.attached:
-        unusable = {}
-        if isinstance(method, LeafMethod):
-            usable = usable_paths(method, reads)
-            unusable = other_leaves(params, usable)
-        else:
-            points = ((path, point) for path, (_, point) in interceptor.visited.items())
-            usable = sorted(path for path, point in points if method.fits(point))
-        unusable |= {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-        targeted = [each.point.path for each in changed.get(method, ())]
-        require_points(method, usable, unusable, targeted or None)
-    for patterns in recipe.unfrozen:
-        require_match("Unfreeze", patterns, params)
 
 
 def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, Tree]:
@@ -315,6 +298,9 @@ def init_adapters(
         TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
         UserError: the example inputs do not fit the model.
+
+    Warns:
+        AdapterWarning: as for `adapt`.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj

@@ -18,12 +18,13 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from adapters_jax.attached import taken
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after
 from adapters_jax.recipe import Recipe
-from adapters_jax.trees import flatten, join
+from adapters_jax.trees import flatten
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.changes import without_dropout
@@ -222,12 +223,8 @@ class Interceptor:
     ) -> None:
         """Raises RecipeError where the base already uses the name of a method's leaves."""
         for method in methods:
-            taken = module.scope.get_variable("params", method.slot)
-            leaves = flatten(taken) if isinstance(taken, Mapping) else {}
+            held = module.scope.get_variable("params", method.slot)
+            leaves = flatten(held) if isinstance(held, Mapping) else {}
             mistakable = any(name in leaves for name in method.leaf_names)
-            if taken is not None and (method.fits(point) or mistakable):
-                raise RecipeError(
-                    f"{type(method).__name__} keeps its parameters in "
-                    f"{join(point.path, method.slot)}, but the base has something of that name "
-                    "there; rename it or do not target it"
-                )
+            if held is not None and (method.fits(point) or mistakable):
+                raise taken(point.path, method)

@@ -112,7 +112,7 @@ class LoRADense(nn.Dense):
         scope = module.scope.push("lora", reuse=True)
         key = dropout_key(self, method, deterministic)
         changes = method.changes(leaves_in(scope, method, point), point, lambda: kernel, key)
-        (change,) = changes["kernel"]
+        change: Any = changes["kernel"][0]
         x = dropout(inputs.astype(y.dtype), change.dropout, change.key)
         for factor in change.factors:
             x = jnp.matmul(x, factor.array.astype(y.dtype), precision=self.precision)

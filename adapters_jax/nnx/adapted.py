@@ -1,15 +1,14 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import Attached, other_leaves, taken, usable_paths
+from adapters_jax.attached import check_targets, taken
 from adapters_jax.errors import UserError
+from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.nnx.attachment import (
     AdapterParam,
     Held,
@@ -21,34 +20,7 @@ from adapters_jax.nnx.attachment import (
 )
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
 from adapters_jax.nnx.points import points_of
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import require_match
-from adapters_jax.weights.lazy import Tracked
-
-
-def _check(
-    recipe: Recipe,
-    model: nnx.Module,
-    found: Sequence[tuple[Attached, Any]],
-    points: Mapping[str, AttachmentPoint],
-    reads: Mapping[str, Tracked],
-    traced: bool,
-) -> None:
-    """Raises TargetError for a pattern that matches nothing its method can attach to."""
-    modules, shared = modules_of(model), _other_names(model)
-    more = "" if traced else "; pass example_inputs=(...), which show how the model uses it"
-    for method in recipe.attached:
-        other = dict(shared)
-        if isinstance(method, LeafMethod):
-            usable = usable_paths(method, reads)
-            other = other_leaves(params_of(model), usable) | shared
-        else:
-            usable = [path for path, point in points.items() if method.fits(point)]
-        other |= {p: method.why_not(m) + more for p, m in modules.items() if p not in usable}
-        targeted = [each.point.path for each, _ in found if each.method == method]
-        require_points(method, usable, other, targeted or None)
-    for patterns in recipe.unfrozen:
-        require_match("Unfreeze", patterns, params_of(model), shared)
+from adapters_jax.recipe import Recipe
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:
@@ -59,7 +31,7 @@ def _other_names(model: nnx.Module) -> dict[str, str]:
         every = list(map(variable_path, paths))
         own = next((path for path in every if path in known), None)
         if own is not None:
-            names |= {path: f"shared with {own}; use that path" for path in every if path != own}
+            names |= {path: own for path in every if path != own}
     return names
 
 
@@ -102,8 +74,13 @@ def _adapted(
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     found, points, reads = points_of(adapted, recipe, inputs)
-    _check(recipe, adapted, found, points, reads, inputs is not None)
     modules, frozen = modules_of(adapted), params_of(adapted)
+
+    def fitting(method: Method) -> list[str]:
+        return [path for path, point in points.items() if method.fits(point)]
+
+    attached, tied = [each for each, _ in found], _other_names(adapted)
+    check_targets(recipe, attached, modules, fitting, reads, frozen, tied)
     for each, layers in found:
         before = holds(modules[each.module])
         there = [held.method for held in before if held.weight == each.point.weight]

@@ -304,7 +304,7 @@ def refresh(module: Any, root: bool = False) -> None:
     for held in holds(module):
         if held.method.acts_on == "leaf":
             names |= set(held.method.names(point_of(module, held)))
-    cls = getattr(type(module), "adapted_from", type(module))
+    cls: Any = getattr(type(module), "adapted_from", type(module))
     if names or holds(module) or root:
         module.__class__ = adapted_class(cls, frozenset(names))
     else:

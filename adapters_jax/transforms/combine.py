@@ -169,7 +169,7 @@ def _changes(
 ) -> dict[str, _Change]:
     """An adapter's change of every layer."""
     found: dict[str, _Change] = {}
-    whole = shapes | {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    whole = {**shapes, **{path: tuple(leaf.shape) for path, leaf in flat.items()}}
     for path in flat:
         if recipe.owner(path) is None:
             raise RecipeError(

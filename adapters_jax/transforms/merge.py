@@ -13,6 +13,7 @@ from adapters_jax.linen import Adapted, points, shapes_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
+from adapters_jax.recipe import checked_before
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
@@ -120,7 +121,8 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
-    found, whole = points(model, *args, **kwargs)
+    with checked_before():
+        found, whole = points(model, *args, **kwargs)
     compare_trees(
         "params",
         flatten(shapes_of(params)),

@@ -58,11 +58,11 @@ class Axes:
 
     def inside(self, layers: int) -> "Axes":
         """The roles of the axes of one of the weights that are stacked on layer axes in front."""
-        moved = (
+        inputs, outputs, shared, window = (
             tuple(i - layers for i in axes if i >= layers)
             for axes in (self.inputs, self.outputs, self.shared, self.window)
         )
-        return Axes(*moved, self.lookup)
+        return Axes(inputs, outputs, shared, window, self.lookup)
 
     @property
     def ndim(self) -> int:
@@ -140,8 +140,13 @@ def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
     shared = front.union(*(r.shared for r in known)) - (known[0].inputs - front)
     inputs = known[0].inputs - shared
     outputs = set(range(ndim)) - inputs - shared
-    ordered = (tuple(sorted(axes)) for axes in (inputs, outputs, shared, known[0].window))
-    return Axes(*ordered, lookup=known[0].how == "lookup")
+    return Axes(
+        tuple(sorted(inputs)),
+        tuple(sorted(outputs)),
+        tuple(sorted(shared)),
+        tuple(sorted(known[0].window)),
+        lookup=known[0].how == "lookup",
+    )
 
 
 def from_factors(a: Shape, b: Shape, weight: Shape, widths: bool = True) -> Axes | None:
@@ -162,7 +167,7 @@ def from_factors(a: Shape, b: Shape, weight: Shape, widths: bool = True) -> Axes
     """
     n = len(a) + len(b) - 2 - len(weight)
     every = range(len(weight))
-    if n < 0 or len(a) - 1 < n or len(b) - 1 < n or a[:n] != b[:n] or a[-1] != b[n]:
+    if n < 0 or min(len(a), len(b)) < n + 2 or a[:n] != b[:n] or a[-1] != b[n]:
         return None
     for shared in itertools.combinations(every, n):
         if tuple(weight[i] for i in shared) != a[:n]:
@@ -180,8 +185,7 @@ def from_text(text: str) -> Axes:
     """The roles that `Axes.text` is of."""
     shared, _, rest = text.rpartition(";")
     inputs, _, outputs = rest.partition(">")
-    numbers = (tuple(map(int, axes)) for axes in (inputs, outputs, shared))
-    return Axes(*numbers)
+    return Axes(tuple(map(int, inputs)), tuple(map(int, outputs)), tuple(map(int, shared)))
 
 
 def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | None:

@@ -92,22 +92,24 @@ class LowRank:
 
     def applied(self, weight: Array) -> Array:
         """The changed weight."""
-        return weight + self.placed(self.product(weight.ndim, weight.dtype), weight.shape, None)
+        change = self.product(weight.ndim, weight.dtype)
+        if self.start is not None:
+            axis = self.start[0]
+            change = self.placed(change, weight.shape[axis], axis)
+        return weight + change
 
-    def placed(self, part: Array, shape: Sequence[int], axis: int | None) -> Array:
-        """A part that only the range has, with zeros around it.
+    def placed(self, part: Array, size: int, axis: int) -> Array:
+        """A part that is for the range alone, with zeros around it.
 
         Args:
-            part: an array of as many axes as `shape`.
-            shape: the shape of the whole.
-            axis: the axis that has the range; by default the weight's own.
+            part: the part.
+            size: how many entries the whole has along the axis.
+            axis: the axis of the part that has the range.
         """
         if self.start is None:
             return part
-        axis = self.start[0] if axis is None else axis
-        after = shape[axis] - self.start[1] - part.shape[axis]
         edges = [(0, 0, 0)] * part.ndim
-        edges[axis] = (self.start[1], after, 0)
+        edges[axis] = (self.start[1], size - self.start[1] - part.shape[axis], 0)
         return jax.lax.pad(part, jnp.zeros((), part.dtype), edges)
 
 
@@ -316,11 +318,12 @@ class Changed:
 
         def view(weight: Array) -> Array:
             whole = one(Factor(weight, tuple(range(weight.ndim))))
-            return whole.array.transpose(sorted(range(len(whole.axes)), key=whole.axes.__getitem__))
+            order = sorted(range(len(whole.axes)), key=whole.axes.__getitem__)
+            return whole.array.transpose(order)
 
         if is_quantized(self.base):
-            rows = once(lambda weight, _: view(self.floats(weight)), self.base, ())
-            return Changed(rows, tuple(changes), tuple(rows.shape), self.dtype)
+            read = once(lambda weight, _: view(self.floats(weight)), self.base, ())
+            return Changed(read, tuple(changes), tuple(read.shape), self.dtype)
         return self.viewed(view, changes)
 
     def layers(self, length: int) -> "Layers":

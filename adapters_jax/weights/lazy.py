@@ -180,7 +180,8 @@ class Thin(jax.core.Trace):
         for x in values:
             if isinstance(x, Lazy) and not x.spent:
                 how = "lookup" if x.looked_up else "sum"
-                self._followed(x) or x.record(primitive.name, how)
+                if not self._followed(x):
+                    x.record(primitive.name, how)
         result = primitive.bind(*map(formed, values), **params)
         weight = next((x for x in values if isinstance(x, Lazy) and self._followed(x)), None)
         if weight is None:
@@ -407,7 +408,7 @@ def _product(compute: Callable[..., Any]) -> Rule:
 
     def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
         x = values[where]
-        others = [formed(value) for value in values[:where] + values[where + 1 :]]
+        others = [formed(value) for i, value in enumerate(values) if i != where]
         for value in values:
             if value is not x and isinstance(value, Lazy):
                 value.record(primitive.name, "sum")

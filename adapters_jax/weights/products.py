@@ -155,8 +155,7 @@ def _ranged(
     """A branch with zeros around the range that it is for."""
     if change.start is None:
         return y
-    axis = position(change.start[0])
-    return change.placed(y, {axis: shape[change.start[0]]}, axis)
+    return change.placed(y, shape[change.start[0]], position(change.start[0]))
 
 
 def convolved(
