@@ -255,7 +255,7 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, 
     def run(module: nn.Module) -> Any:
         interceptors.append(Interceptor(recipe, module, init=True))
         with nn.intercept_methods(interceptors[-1]):
-            return inputs.call(module)
+            return inputs.zeros().call(module)
 
     with explained(base, inputs):
         variables = jax.eval_shape(

@@ -71,7 +71,9 @@ def reads_of(base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs) -> 
     }
 
     def run(variables: Any) -> Any:
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(variables))
             flat = dict(flatten(variables["params"]))
             for path, leaf in tracked.items():
                 axes = tuple(frozenset({i}) for i in range(flat[path].ndim))
@@ -82,7 +84,7 @@ def reads_of(base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs) -> 
                 {**variables, "params": unflatten(flat)},
                 rngs={"params": key, "dropout": key},
                 mutable=[name for name in variables if name != "params"],
-                method=inputs.call,
+                method=given.call,
             )
             return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
 
