@@ -266,7 +266,8 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
 def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
-    That is so for scales and biases: they have one axis, beside those of stacked layers.
+    That is so for scales and biases: they have one axis, beside those of stacked layers, or are
+    beside a weight that meets an input.
     """
     named = _named(method.targets, path)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -277,6 +278,10 @@ def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) 
     if len(wide) < 2:
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
+    module = path.rpartition("/")[0]
+    beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
+    if any(read.inputs for leaf in beside for read in leaf.reads) and not named:
+        return None
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
     if not seen:
