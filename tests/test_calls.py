@@ -159,7 +159,7 @@ def test_an_entry_point_and_keywords_in_nnx():
     inputs = aj.inputs(x=X, method="encode")
     model = aj.adapt(Keyed(), aj.LoRA("w", 2, 3.0), rngs=nnx.Rngs(0), example_inputs=inputs)
     shaken(model)
-    w = changed(vars(model)["w"][...], model.lora["a"][...], model.lora["b"][...])
+    w = changed(vars(model)["w"][...], *(model.lora["w"][n][...] for n in "ab"))
     np.testing.assert_allclose(model.encode(x=X, scale=2.0), 2 * double(X) @ w, **CLOSE)
 
 
@@ -269,7 +269,7 @@ def test_control_flow_that_depends_on_a_changed_weight():
 
     base = {"w": np.ones((4, 4), np.float32)}
     factors = {"a": np.ones((4, 1), np.float32), "b": np.full((1, 4), -0.9, np.float32)}
-    params = {**base, "lora": factors}
+    params = {**base, "lora": {"w": factors}}
     model = aj.adapt(Raw({"w": (4, 4)}, run), aj.LoRA("w", 1))
     np.testing.assert_allclose(
         model.apply({"params": params}, X), X @ np.full((4, 4), 0.1), **CLOSE
@@ -307,9 +307,9 @@ class IntegersNnx(RawNnx):
         (aj.LoRA(("w", "scale"), 2), aj.TargetError, ("'scale'", "[4]")),
         (aj.LoRA("w", 5), aj.RecipeError, ("rank 5", "min(4, 5)")),
         (aj.DoRA("w", 5), aj.RecipeError, ("rank 5", "min(4, 5)")),
-        (aj.Recipe(aj.LoRA("w", 2), aj.LoRA("**", 2)), aj.RecipeError, ("'w'",)),
-        (aj.Recipe(aj.LoRA("w", 2), aj.DoRA("**", 2)), aj.RecipeError, ("'w'",)),
-        (aj.Recipe(aj.IA3("**"), aj.DoRA("w", 2)), aj.RecipeError, ("DoRA", "'w'")),
+        (aj.Recipe(aj.LoRA("w", 2), aj.LoRA("**", 2)), aj.RecipeError, ("two", "lora")),
+        (aj.Recipe(aj.LoRA("w", 2), aj.DoRA("**", 2)), aj.RecipeError, ("two", "lora")),
+        (aj.Recipe(aj.IA3("**"), aj.DoRA("w", 2)), aj.RecipeError, ("DoRA", "''")),
         (aj.LoRA("v", 2), aj.TargetError, ("'v'", "w")),
     ],
 )
@@ -338,8 +338,9 @@ def test_inside_a_gradient_of_its_own_the_sum_is_read_and_recorded():
     (read,) = reads_of(model, variables, Inputs((X,), {}))["w"].reads
     assert (read.how, read.operation) == ("sum", "custom_vjp_call")
     whole = aj.adapt(model, aj.LoRA("w", 2, 3.0))
-    params = {"w": drawn((4, 5)), "lora": {"a": drawn((4, 2), 1), "b": drawn((2, 5), 2)}}
-    got = jax.grad(lambda p: whole.apply({"params": p}, X).sum())(params)
-    slope = np.ones((3, 5)).T @ double(X)  # through the identity backwards, to W' and so to A and B
-    np.testing.assert_allclose(got["lora"]["a"], 1.5 * slope.T @ params["lora"]["b"].T, **CLOSE)
-    np.testing.assert_allclose(got["lora"]["b"], 1.5 * params["lora"]["a"].T @ slope.T, **CLOSE)
+    a, b = drawn((4, 2), 1), drawn((2, 5), 2)
+    params = {"w": drawn((4, 5)), "lora": {"w": {"a": a, "b": b}}}
+    got = jax.grad(lambda p: whole.apply({"params": p}, X).sum())(params)["lora"]["w"]
+    slope = double(X).T @ np.ones((3, 5))  # of W', through the identity backwards
+    np.testing.assert_allclose(got["a"], 1.5 * slope @ b.T, **CLOSE)
+    np.testing.assert_allclose(got["b"], 1.5 * a.T @ slope, **CLOSE)
