@@ -1,4 +1,4 @@
-"""Changed weights by themselves: their axes, their views, their products, and what these cost."""
+"""Changed weights by themselves: their axes, their views, and their products."""
 
 import itertools
 
