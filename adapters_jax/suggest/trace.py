@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from adapters_jax.abstract import explained, filled, is_array
+from adapters_jax.abstract import Inputs, explained, filled, is_array
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.suggest.graph import Graph
@@ -67,7 +67,7 @@ def trace(model: nn.Module | nnx.Module, args: tuple[Any, ...], kwargs: dict[str
     """
     inputs, structure = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(inputs) if is_array(x)}
-    with explained(model, args, kwargs):
+    with explained(model, Inputs(args, kwargs)):
         parts = _linen(model, args, kwargs) if isinstance(model, nn.Module) else _nnx(model)
 
         def call(params: Any, state: Any, arrays: Mapping[int, Any]) -> Any:
