@@ -272,7 +272,8 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
 def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
-    That is so for scales and biases: they have one axis, beside those of stacked layers.
+    That is so for scales and biases: they have one axis, beside those of stacked layers, or are
+    beside a weight that meets an input.
     """
     named = _named(method.targets, path)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -284,8 +285,9 @@ def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) 
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
     module = path.rpartition("/")[0]
-    if any(p.rpartition("/")[0] == module and _meets(leaf) for p, leaf in reads.items()):
-        return None if not named else "it meets no input in a product or lookup"  # a bias
+    beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
+    if any(map(_meets, beside)) and not named:
+        return None  # a bias
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
     if not seen:

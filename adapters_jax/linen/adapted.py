@@ -88,7 +88,7 @@ class Adapted(nn.Module):
                 weight = join(each.module, each.point.weight)
                 if isinstance(each.method, LeafMethod) and weight in own:
                     grow_in(inner.scope.rewound(), each)
-        return Part(self, y) if isinstance(y, nn.Module) else y
+        return jax.tree.map(lambda part: Part(self, part) if _is_module(part) else part, y)
 
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
@@ -112,6 +112,10 @@ class Adapted(nn.Module):
             inner.scope._variables["params"] = own
 
 
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
+
+
 class Part:
     """A submodule of a bound adapted model: its calls run with the model's adapters.
 
@@ -126,14 +130,16 @@ class Part:
         return self._model._call(lambda _, *a, **k: self._module(*a, **k), args, kwargs)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module):
-            return Part(self._model, value)
+        def read(_: Any) -> Any:  # within a call, since `setup` may read weights
+            return getattr(self._module, name)
+
+        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self._module, name)(*args, **kwargs)
+
+        value = self._model._call(read, (), {})
         if not inspect.ismethod(value):
             return value
-        return lambda *args, **kwargs: self._model._call(
-            lambda _, *a, **k: value(*a, **k), args, kwargs
-        )
+        return lambda *args, **kwargs: self._model._call(call, args, kwargs)
 
 
 @functools.cache
@@ -150,9 +156,8 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
 
     def read(name: str) -> property:
         def value(self: Adapted) -> Any:
-            found = getattr(self.inner, name)
-            bound = isinstance(found, nn.Module) and found.scope is not None
-            return Part(self, found) if bound else found
+            bound = self.inner.scope is not None
+            return getattr(Part(self, self.inner) if bound else self.inner, name)
 
         return property(value)
 
@@ -283,7 +288,7 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, 
     def run(module: nn.Module) -> Any:
         interceptors.append(Interceptor(recipe, module, init=True))
         with nn.intercept_methods(interceptors[-1]):
-            return inputs.call(module)
+            return inputs.zeros().call(module)
 
     with explained(base, inputs):
         variables = jax.eval_shape(

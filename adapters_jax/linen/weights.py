@@ -1,5 +1,6 @@
 """The weights of a linen model: how it reads them, and its parameters with the changed ones."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,13 +78,15 @@ def reads_of(
     }
     interceptors: list[Interceptor] = []
 
-    def call(module: nn.Module) -> Any:
+    def call(given: Inputs, module: nn.Module) -> Any:
         interceptors.append(Interceptor(Recipe(), module, init=False))
         with nn.intercept_methods(interceptors[-1]):
-            return inputs.call(module)
+            return given.call(module)
 
     def run(variables: Any) -> Any:
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(variables))
             flat = dict(flatten(variables["params"]))
             for path, leaf in tracked.items():
                 axes = tuple(frozenset({i}) for i in range(flat[path].ndim))
@@ -94,7 +97,7 @@ def reads_of(
                 {**variables, "params": unflatten(flat)},
                 rngs={"params": key, "dropout": key},
                 mutable=DenyList("params"),
-                method=call,
+                method=functools.partial(call, given),
             )
             return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
 

@@ -183,13 +183,15 @@ def _traced(
 
     def run(probe: nnx.Module) -> Any:
         probe = copy(probe)  # whose Variables may hold values of the trace below
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(nnx.state(probe)))
             for path, variable in params_of(probe).items():
                 if path in tracked:
                     value = variable.get_raw_value()
                     axes = tuple(frozenset({i}) for i in range(value.ndim))
                     variable.set_raw_value(Lazy(trace, Changed.of(value), tracked[path], axes))
-            return [x for x in jax.tree.leaves(lowered(inputs.call(probe))) if is_array(x)]
+            return [x for x in jax.tree.leaves(lowered(given.call(probe))) if is_array(x)]
 
     token = _RECORDER.set(record)
     try:
