@@ -272,7 +272,7 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
     meeting = {path for path, leaf in reads.items() if _meets(leaf)}
     named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
-    return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
+    return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
 def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:

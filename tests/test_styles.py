@@ -441,7 +441,7 @@ def test_adapted_is_merged_is_the_formula(name):
 def test_the_record_says_how_each_weight_is_read(name):
     style = STYLES[name]
     variables = {"params": unflatten(jax.eval_shape(lambda: style.weights()))}
-    reads = reads_of(style.linen, variables, Inputs((style.x,), {}))
+    reads, _ = reads_of(style.linen, variables, Inputs((style.x,), {}))
     for path in style.roles:
         how = {read.how for read in reads[path].reads}
         assert how == (style.how if isinstance(style.how, set) else {style.how}), path

@@ -196,6 +196,7 @@ class Thin(jax.core.Trace):
     def _by_sum(self, primitive: Any, values: Any, params: Any) -> Any:
         """The operation on the formed sums."""
         weights = [x for x in values if isinstance(x, Lazy)]
+        weights.sort(key=lambda x: -len(frozenset().union(*x.axes)))  # matrices before their scales
         alone = self.known is not None and all(map(self.knows, values))
         for x in weights[1:] if alone else weights:
             x.record(primitive.name, "lookup" if x.looked_up else "sum")
