@@ -59,7 +59,7 @@ def points_of(
         points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
-        (each, layers[each.module])
+        (each, layers.get(each.module, ()))
         for several in chosen(recipe, reads, shapes, counts).values()
         for each in several
     ]
@@ -154,7 +154,7 @@ def _recording_class(cls: type[Any]) -> type[Any]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = cls.__call__(self, *args, **kwargs)
-        _RECORDER.get()(*self.adapter_trace, self, y)
+        _RECORDER.get()(*self.to_nnx__adapter_trace, self, y)
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -176,7 +176,8 @@ def _traced(
     bare = {path for path, module in modules.items() if not _first_shape(module)}
     for path, module in list(modules.items()):
         if callable(module):
-            module.adapter_trace = (path, _first_shape(module))
+            # flax's bridge takes all attributes for variables, but those with this prefix.
+            module.to_nnx__adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
     tracked = {path: Tracked(path) for path in weights}
