@@ -185,9 +185,13 @@ def chosen(
 
 def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
     """Whether a method changes a leaf: it is a target, and meets an input or is named."""
-    meets = any(read.inputs for read in leaf.reads)
     selected = selects(method.targets, path.rpartition("/")[0], path)
-    return selected and (meets or _named(method.targets, path))
+    return selected and (_meets(leaf) or _named(method.targets, path))
+
+
+def _meets(leaf: Tracked) -> bool:
+    """Whether a leaf meets an input in a product or lookup."""
+    return any(read.inputs for read in leaf.reads)
 
 
 def _named(targets: Sequence[str], path: str) -> bool:
@@ -260,7 +264,7 @@ def check_targets(
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
-    meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
+    meeting = {path for path, leaf in reads.items() if _meets(leaf)}
     named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
     return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
 
@@ -282,8 +286,8 @@ def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) 
         return f"it has the shape {shape}, expected two axes or more" if named else None
     module = path.rpartition("/")[0]
     beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
-    if any(read.inputs for leaf in beside for read in leaf.reads) and not named:
-        return None
+    if any(map(_meets, beside)) and not named:
+        return None  # a bias
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
     if not seen:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import FlaxError
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
@@ -198,20 +199,20 @@ def points(
     return points_of(model.inner, model.recipe, Inputs(args, kwargs, method))
 
 
-def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Attached], Tree]:
-    """Finds where a recipe's methods attach in a base; see `points`."""
-    interceptor, variables = seen(base, recipe, inputs)
-    params = flatten(variables.get("params", {}))
-    owners = {path: owner for path in params if (owner := recipe.owner(path))}
-    for owner in owners.values():
-        if owner.method.acts_on == "leaf":  # none of them is there yet
-            raise taken(owner.module, owner.method)
-    own = {path: x for path, x in params.items() if path not in owners}
+def points_of(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree = None
+) -> tuple[list[Attached], Tree]:
+    """Finds where a recipe's methods attach in a base; see `points`.
+
+    Args:
+        base: the base.
+        recipe: the recipe.
+        inputs: example inputs.
+        params: the base's parameters, abstract, if they are known, which may save a run.
+    """
+    interceptor, params, own, reads = _runs(base, recipe, inputs, params)
     changed: dict[Method, list[Attached]] = {}
-    reads: dict[str, Tracked] = {}
-    if leaf_methods(recipe):
-        with explained(base, inputs):
-            reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
+    if reads:
         shapes = {path: tuple(x.shape) for path, x in own.items()}
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     found = [each for several in changed.values() for each in several]
@@ -236,6 +237,38 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
             for name, leaf in each.method.leaves(each.point).items():
                 params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     return found, unflatten(params)
+
+
+def _runs(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
+) -> tuple[Interceptor, dict[str, Any], dict[str, Any], dict[str, Tracked]]:
+    """What abstract runs of a base show: its modules, all leaves, its own, and reads of weights."""
+    changing = leaf_methods(recipe)
+    if params is not None and len(changing) == len(recipe.attached):
+        own = flatten(params)
+        try:
+            reads, interceptor = reads_of(base, {"params": params}, inputs)
+        except FlaxError:
+            reads = {}  # these are not its parameters: another run shows what its are
+        if reads and all(path in reads and reads[path].reads for path in own):
+            return interceptor, dict(own), own, _weights(reads, own)
+    interceptor, variables = seen(base, recipe, inputs)
+    whole = flatten(variables.get("params", {}))
+    owners = {path: owner for path in whole if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in whole.items() if path not in owners}
+    if not changing:
+        return interceptor, whole, own, {}
+    with explained(base, inputs):
+        reads, _ = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
+    return interceptor, whole, own, _weights(reads, own)
+
+
+def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
+    """The reads of leaves with two axes or more."""
+    return {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
 
 
 def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -312,10 +345,12 @@ def init_adapters(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
-    found, whole = points(model, *args, method=method, **kwargs)
+    given = shapes_of(without_adapters(params, model.recipe))
+    inputs = Inputs(args, kwargs, method)
+    found, whole = points_of(model.inner, model.recipe, inputs, given)
     compare_trees(
         "params",
-        flatten(without_adapters(shapes_of(params), model.recipe)),
+        flatten(given),
         flatten(without_adapters(whole, model.recipe)),
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )

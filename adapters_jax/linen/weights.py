@@ -1,15 +1,18 @@
 """The weights of a linen model: how it reads them, and its parameters with the changed ones."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import DenyList
 from jaxtyping import PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, is_array
 from adapters_jax.attached import in_tree
+from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import arrays
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
@@ -56,19 +59,29 @@ def _seen(leaf: Any, changes: list[Any], trace: Thin) -> Any:
     return lazy if is_quantized(leaf) else nn.meta.replace_boxed(leaf, lazy)
 
 
-def reads_of(base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs) -> dict[str, Tracked]:
-    """How a model reads each float leaf of two or more axes, by an abstract run.
+def reads_of(
+    base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs
+) -> tuple[dict[str, Tracked], Interceptor]:
+    """How a model reads each float leaf, by an abstract run, and the modules that it ran.
 
     Args:
         base: the model.
-        variables: all of its variables, abstract, without boxes.
+        variables: its parameters, abstract, without boxes; of other collections, those that are
+            missing are initialised.
         inputs: example inputs.
     """
+    leaves = flatten(variables["params"])
     tracked = {
         path: Tracked(path)
-        for path, leaf in flatten(variables["params"]).items()
-        if len(leaf.shape) > 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        for path, leaf in leaves.items()
+        if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
+    interceptors: list[Interceptor] = []
+
+    def call(given: Inputs, module: nn.Module) -> Any:
+        interceptors.append(Interceptor(Recipe(), module, init=False))
+        with nn.intercept_methods(interceptors[-1]):
+            return given.call(module)
 
     def run(variables: Any) -> Any:
         given = inputs.zeros()
@@ -79,17 +92,17 @@ def reads_of(base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs) -> 
                 axes = tuple(frozenset({i}) for i in range(flat[path].ndim))
                 flat[path] = Lazy(trace, Changed.of(flat[path]), leaf, axes)
             key = jax.random.key(0)
-            y = nn.Module.apply(
+            y, _ = nn.Module.apply(
                 base,
                 {**variables, "params": unflatten(flat)},
                 rngs={"params": key, "dropout": key},
-                mutable=[name for name in variables if name != "params"],
-                method=given.call,
+                mutable=DenyList("params"),
+                method=functools.partial(call, given),
             )
             return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
 
     jax.eval_shape(run, dict(variables))
-    return tracked
+    return tracked, interceptors[-1]
 
 
 def leaf_methods(recipe: Recipe) -> list[LeafMethod]:
