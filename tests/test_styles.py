@@ -390,6 +390,46 @@ STYLES = {
         how="sum",
         targets="w",
     ),
+    "times_a_number": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (-2.0 * w["w"] / np.sqrt(5)),
+        lambda w, x: x @ (-2.0 * w["w"] / np.sqrt(5)),
+        {"w": ("lora", (), (0,))},
+    ),
+    "negated": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ -w["w"],
+        lambda w, x: -x @ w["w"],
+        {"w": ("lora", (), (0,))},
+    ),
+    "over_a_weight": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (3.0 / (w["w"] ** 2 + 1)),
+        lambda w, x: x @ (3.0 / (w["w"] ** 2 + 1)),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "concatenated": Style(
+        {"w": (4, 5), "v": (4, 3)},
+        lambda w, x: x @ jnp.concatenate([w["w"], w["v"]], 1),
+        lambda w, x: np.concatenate([x @ w["w"], x @ w["v"]], 1),
+        {"w": ("lora/w", (), (0,)), "v": ("lora/v", (), (0,))},
+        how="sum",
+        targets=("w", "v"),
+    ),
+    "twice_in_a_row": Style(
+        {"w": (4, 4)},
+        lambda w, x: x @ (w["w"] @ w["w"]),
+        lambda w, x: x @ w["w"] @ w["w"],
+        {"w": ("lora/:1>0", (), (1,))},
+        how={"product", "sum"},
+    ),
+    "dynamic_index": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: x @ jax.lax.dynamic_index_in_dim(w["w"], jnp.int32(1), 0, keepdims=False),
+        lambda w, x: x @ w["w"][1],
+        {"w": ("lora", (0,), (1,))},
+    ),
     "normalised_rows": Style(
         {"w": (4, 5)},
         lambda w, x: x @ (w["w"] / jnp.linalg.norm(w["w"], axis=0)),
@@ -441,7 +481,7 @@ def test_adapted_is_merged_is_the_formula(name):
 def test_the_record_says_how_each_weight_is_read(name):
     style = STYLES[name]
     variables = {"params": unflatten(jax.eval_shape(lambda: style.weights()))}
-    reads = reads_of(style.linen, variables, Inputs((style.x,), {}))
+    reads, _ = reads_of(style.linen, variables, Inputs((style.x,), {}))
     for path in style.roles:
         how = {read.how for read in reads[path].reads}
         assert how == (style.how if isinstance(style.how, set) else {style.how}), path
