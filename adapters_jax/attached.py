@@ -7,7 +7,7 @@ shapes of the arrays; where other roles would fit them before, the node says the
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.recipe import Owner, Recipe, require_points
 from adapters_jax.targets import join, selects
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.changes import RANK
@@ -62,20 +62,17 @@ def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
     return owned
 
 
-def in_tree(
-    recipe: Recipe, shapes: Shapes, prefixes: Container[str] | None = None
-) -> list[Attached]:
+def in_tree(recipe: Recipe, shapes: Shapes) -> list[Attached]:
     """The weights that a tree's adapters change.
 
     Args:
         recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
-        prefixes: the adapters to look at, by the nodes that hold their arrays; by default all.
 
     Raises:
         MismatchError: an adapter lacks arrays, or fits no weight of its module.
     """
-    groups: dict[str, tuple[Any, dict[str, Shape]]] = {}
+    groups: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     base: dict[str, Shape] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
@@ -84,35 +81,44 @@ def in_tree(
         elif isinstance(owner.method, LeafMethod):
             groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
     owned = own_leaves(base)
-    return [
-        _located(owner, parts, owned)
-        for prefix, (owner, parts) in groups.items()
-        if prefixes is None or prefix in prefixes
-    ]
+    return [_located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups.values()]
 
 
-def _located(owner: Any, parts: Shapes, owned: Mapping[str, dict[str, Shape]]) -> Attached:
+def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
     """The weight that one adapter changes."""
-    method = owner.method
+    method, kind = owner.method, type(owner.method).__name__
     lacking = sorted(set(method.leaf_names) - set(parts))
     if lacking:
-        raise MismatchError(
-            f"the adapter {owner.prefix} ({type(method).__name__}) lacks {', '.join(lacking)}"
-        )
-    names = owner.prefix.split("/")
-    start = len(names) - 1 if names[-1] == method.slot else len(names) - 2
-    module, node = "/".join(names[:start]), "".join(names[start + 1 :])
-    own = owned.get(module, {})
-    found = _weight(method, owner.path, module, node, parts, own)
+        raise MismatchError(f"the adapter {owner.prefix} ({kind}) lacks {', '.join(lacking)}")
+    found = _weight(method, owner.path, owner.module, _node(owner), parts, own)
     if found is None:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in parts.items())
         weights = ", ".join(f"{name} {list(shape)}" for name, shape in own.items()) or "no leaves"
         raise MismatchError(
-            f"the adapter {owner.prefix} ({type(method).__name__}) has {shapes}, which fits no "
-            f"weight of {module!r}: it has {weights}"
+            f"the adapter {owner.prefix} ({kind}) has {shapes}, which fits no weight of "
+            f"{owner.module!r}: it has {weights}"
         )
-    name, axes = found
-    return Attached(method, owner.prefix, AttachmentPoint(owner.path, 0, name, axes, own), module)
+    point = AttachmentPoint(owner.path, 0, *found, own)
+    return Attached(method, owner.prefix, point, owner.module)
+
+
+def weight_shape(owner: Owner, parts: Shapes, own: Shapes) -> Shape:
+    """The shape of the weight that an adapter changes, also where its arrays do not fit it.
+
+    Args:
+        owner: the adapter.
+        parts: the shapes of its arrays by name.
+        own: the shapes of its module's own leaves by name.
+    """
+    found = _weight(owner.method, owner.path, owner.module, _node(owner), parts, own)
+    if found:
+        return own[found[0]]
+    return max(own.values(), key=len, default=())
+
+
+def _node(owner: Owner) -> str:
+    """The name of an adapter's node below the method's slot; empty for the slot itself."""
+    return owner.prefix.removeprefix(join(owner.module, owner.method.slot)).strip("/")
 
 
 def _weight(

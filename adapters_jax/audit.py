@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from adapters_jax.attached import in_tree
+from adapters_jax.attached import own_leaves, weight_shape
 from adapters_jax.errors import MismatchError
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import recipe_of
@@ -234,19 +234,18 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
         owner = recipe.owner(path)
         if owner:
             found.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
-    counts, problems, whole = [], [], {}
+    base = {path: shape for path, shape in shapes.items() if recipe.owner(path) is None}
+    owned, counts, problems = own_leaves(base), [], []
     for prefix, (owner, parts) in found.items():
         names = owner.method.leaf_names
         where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
         held = [path.removeprefix(f"{prefix}/") for path in shapes if path.startswith(f"{prefix}/")]
-        if set(held) == set(names):
-            whole[prefix] = owner, parts
-        else:
+        if set(held) != set(names):
             problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
-    weights = {each.prefix: each.point.weight_shape for each in in_tree(recipe, shapes, whole)}
-    for prefix, (owner, parts) in whole.items():
-        where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
-        count = _count(owner, parts, weights.get(prefix, ()))
+            continue
+        own = owned.get(owner.module, {})
+        weight = weight_shape(owner, parts, own) if owner.method.acts_on == "leaf" else ()
+        count = _count(owner, parts, weight)
         counts.append(count)
         if count.expected != count.actual:
             problems.append(

@@ -93,9 +93,14 @@ class ChangedWeight:
         if module is None:
             return self
         variable = vars(module)[self.name]
-        if not isinstance(variable, nnx.Variable) or variable.get_raw_value() is None:
+        value = variable.get_raw_value() if isinstance(variable, nnx.Variable) else None
+        if value is None or isinstance(value, Lazy):  # a weight whose reads are recorded
             return variable
-        return _seen(variable, _changed(module, self.name))
+        trace = current()
+        changed = _changed(module, self.name, training=trace is not None)
+        if trace is None and not changed.changes:
+            return variable  # of a quantised weight, which opens itself
+        return _seen(variable, changed.formed() if trace is None else Lazy(trace, changed))
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self.name] = value
@@ -104,13 +109,13 @@ class ChangedWeight:
         del vars(module)[self.name]
 
 
-def _changed(module: Any, name: str) -> Changed:
-    """A weight of a module with the changes of its methods."""
+def _changed(module: Any, name: str, training: bool) -> Changed:
+    """A weight of a module with the changes of its methods, whose dropout may be in training."""
     changes: list[Any] = []
     for held in holds(module):
         if held.method.acts_on == "leaf":
             read = functools.partial(_floats, module, held.weight)
-            key = key_of(node_of(module, held))
+            key = key_of(node_of(module, held)) if training else None
             found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)
             changes += found.get(name, ())
     return Changed.of(vars(module)[name].get_raw_value(), changes)
@@ -121,10 +126,8 @@ def _floats(module: Any, name: str) -> Array:
     return value.unbox() if is_quantized(value) else value
 
 
-def _seen(variable: nnx.Variable[Any], changed: Changed) -> Any:
+def _seen(variable: nnx.Variable[Any], value: Any) -> Any:
     """A weight as the module's code sees it: a Variable of the same class with another value."""
-    trace = current()
-    value = changed.formed() if trace is None else Lazy(trace, changed)
     seen = variable.copy(value, seen_from=variable)
     seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
     return seen
