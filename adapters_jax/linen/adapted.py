@@ -247,7 +247,8 @@ def _runs(
     if params is not None and len(changing) == len(recipe.attached):
         own = flatten(params)
         try:
-            reads, interceptor = reads_of(base, {"params": params}, inputs)
+            with explained(base, inputs):
+                reads, interceptor = reads_of(base, {"params": params}, inputs)
         except FlaxError:
             reads = {}  # these are not its parameters: another run shows what its are
         if reads and all(path in reads and reads[path].reads for path in own):
