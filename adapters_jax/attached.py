@@ -232,6 +232,7 @@ def check_targets(
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
+    layers: Mapping[str, int],
     hint: str = "",
 ) -> None:
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
@@ -244,6 +245,7 @@ def check_targets(
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
         hint: the end of a sentence about a module whose output is not known.
 
     Raises:
@@ -260,7 +262,7 @@ def check_targets(
         elif isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
             other |= dict.fromkeys(modules, None)
-            other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
+            other |= {path: why_not(method, path, x, reads, layers) for path, x in leaves.items()}
         else:
             usable = list(fitting(method))
             other |= {path: method.why_not(module) + hint for path, module in modules.items()}
@@ -275,7 +277,13 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
-def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
+def why_not(
+    method: Method,
+    path: str,
+    leaf: Any,
+    reads: Mapping[str, Tracked],
+    layers: Mapping[str, int],
+) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
     That is so for scales and biases: they have one axis, beside those of stacked layers, or are
@@ -285,12 +293,12 @@ def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) 
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"it is of {leaf.dtype}, expected floats" if named else None
     seen = reads[path].reads if path in reads else []
-    layers = frozenset[int]().union(*(read.shared for read in seen))
-    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in layers]
+    module = path.rpartition("/")[0]
+    stacked = frozenset(range(layers.get(module, 0))).union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in stacked]
     if len(wide) < 2:
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
-    module = path.rpartition("/")[0]
     beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
     if any(map(_meets, beside)) and not named:
         return None  # a bias

@@ -197,22 +197,63 @@ def test_nnx_inside_linen(targets):
     np.testing.assert_allclose(NnxInside().apply({"params": merged}, X), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-def test_linen_inside_nnx(targets):
+def test_linen_inside_nnx():
+    """The NNX side is adapted as ever; the linen side is refused."""
     base = LinenInside(nnx.Rngs(0))
-    method = aj.LoRA(targets, 2, 3.0)
+    for targets in ("second", "**"):
+        with raises(aj.RecipeError, "'second'", "'!second'"):
+            aj.adapt(base, aj.LoRA(targets, 2), rngs=nnx.Rngs(1), example_inputs=(X,))
+    with raises(aj.RecipeError, "Bottleneck", "'second'"):
+        aj.adapt(base, aj.Bottleneck("second", 2), rngs=nnx.Rngs(1), example_inputs=(X,))
+    method = aj.LoRA(("**", "!second"), 2, 3.0)
     model = shaken(aj.adapt(base, method, rngs=nnx.Rngs(1), example_inputs=(X,)))
-    flat = {"/".join(path): double(x[...]) for path, x in nnx.to_flat_state(nnx.state(model))}
-    weights = {}
-    for name in ("first", "second"):
-        weights[name] = flat[f"{name}/kernel"]
-        if targets in (name, "**"):
-            a, b = flat[f"{name}/lora/a"], flat[f"{name}/lora/b"]
-            weights[name] = changed(weights[name], a, b)
-    h = np.tanh(double(X) @ weights["first"] + flat["first/bias"])
-    expected = h @ weights["second"] + flat["second/bias"]
+    flat = {
+        "/".join(path): double(x[...]) for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    weight = changed(flat["first/kernel"], flat["first/lora/a"], flat["first/lora/b"])
+    h = np.tanh(double(X) @ weight + flat["first/bias"])
+    expected = h @ flat["second/kernel"] + flat["second/bias"]
     np.testing.assert_allclose(model(X), expected, **CLOSE)
     np.testing.assert_allclose(aj.merge(model)(X), expected, **CLOSE)
+
+
+class Boxed(nnx.Module):
+    """Raw weights in a container."""
+
+    def __init__(self, container):
+        self.ws = container
+
+    def __call__(self, x):
+        up, down = (0, 1) if isinstance(self.ws, nnx.List) else ("up", "down")
+        return x @ self.ws[up][...] @ self.ws[down][...]
+
+
+def raw():
+    return nnx.Param(jnp.ones((4, 5))), nnx.Param(jnp.ones((5, 4)))
+
+
+def named(pair):
+    return dict(zip(("up", "down"), pair, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nnx.List(raw()), lambda: nnx.data(dict(zip(("up", "down"), raw(), strict=True)))],
+)
+def test_weights_in_lists_and_plain_dicts_are_refused_by_name(make):
+    with raises(aj.RecipeError, "'ws"):
+        aj.adapt(Boxed(make()), LORA, rngs=nnx.Rngs(1), example_inputs=(X,))
+
+
+def test_weights_in_an_nnx_dict():
+    model = Boxed(nnx.Dict(named(raw())))
+    model = shaken(aj.adapt(model, LORA, rngs=nnx.Rngs(1), example_inputs=(X,)))
+    own = vars(model.ws)
+    up, down = (
+        changed(own[n][...], *(model.ws.lora[n][f][...] for f in "ab")) for n in ("up", "down")
+    )
+    np.testing.assert_allclose(model(X), double(X) @ up @ down, **CLOSE)
+    np.testing.assert_allclose(aj.merge(model)(X), double(X) @ up @ down, **CLOSE)
 
 
 def test_everything_on_shapes():
@@ -335,8 +376,7 @@ def test_inside_a_gradient_of_its_own_the_sum_is_read_and_recorded():
     run = lambda w, x: x @ straight_through(w["w"])  # noqa: E731
     model = Raw({"w": (4, 5)}, run)
     variables = unflatten({"params/w": jax.ShapeDtypeStruct((4, 5), jnp.float32)})
-    reads, _ = reads_of(model, variables, Inputs((X,), {}))
-    (read,) = reads["w"].reads
+    (read,) = reads_of(model, variables, Inputs((X,), {}))[0]["w"].reads
     assert (read.how, read.operation) == ("sum", "custom_vjp_call")
     whole = aj.adapt(model, aj.LoRA("w", 2, 3.0))
     a, b = drawn((4, 2), 1), drawn((2, 5), 2)

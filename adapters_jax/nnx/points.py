@@ -28,7 +28,9 @@ Layers = tuple[int, ...]
 
 def points_of(
     model: nnx.Module, recipe: Recipe, inputs: Inputs | None
-) -> tuple[list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked]]:
+) -> tuple[
+    list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked], dict[str, int]
+]:
     """Finds where the methods of a recipe attach.
 
     Args:
@@ -38,14 +40,16 @@ def points_of(
 
     Returns:
         Each method on each module or weight, with the layer axes that the module is stacked on;
-        the attachment point of every module, for methods on outputs and attention; and how the
-        model reads its weights.
+        the attachment point of every module, for methods on outputs and attention; how the model
+        reads its weights; and how many layer axes each module is stacked on.
     """
     modules = modules_of(model)
     traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
     stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
+    if not inputs:
+        stacked |= _layers_of_others(modules, stacked)
     points, layers = {}, {}
     for path, module in modules.items():
         width, layers[path] = traced.get(path, (_known_width(module), stacked[path]))
@@ -59,7 +63,7 @@ def points_of(
         points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
-        (each, layers[each.module])
+        (each, layers.get(each.module, ()))
         for several in chosen(recipe, reads, shapes, counts).values()
         for each in several
     ]
@@ -70,7 +74,7 @@ def points_of(
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
-    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads
+    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads, counts
 
 
 def _is_weight(x: Any) -> bool:
@@ -144,6 +148,26 @@ def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
 
 
+def _layers_of_others(
+    modules: Mapping[str, Any], stacked: Mapping[str, Layers]
+) -> dict[str, Layers]:
+    """The layer axes of modules that are not flax's: those of all of flax's beside them."""
+    found = {}
+    for path, module in modules.items():
+        parent = path.rpartition("/")[0]
+        known = {
+            stacked[other]
+            for other, layer in modules.items()
+            if other.startswith(f"{parent}/") and known_weight(layer)
+        }
+        own = own_params(module).values()
+        if not stacked[path] and len(known) == 1 and own:
+            (axes,) = known
+            if all(tuple(x.shape[: len(axes)]) == axes for x in own):
+                found[path] = axes
+    return found
+
+
 # Not an attribute of modules: jax keeps the structure of every traced model and compares it.
 _RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
 
@@ -154,7 +178,7 @@ def _recording_class(cls: type[Any]) -> type[Any]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = cls.__call__(self, *args, **kwargs)
-        _RECORDER.get()(*self.adapter_trace, self, y)
+        _RECORDER.get()(*self.to_nnx__adapter_trace, self, y)
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -176,7 +200,8 @@ def _traced(
     bare = {path for path, module in modules.items() if not _first_shape(module)}
     for path, module in list(modules.items()):
         if callable(module):
-            module.adapter_trace = (path, _first_shape(module))
+            # flax's bridge takes all attributes for variables, but those with this prefix.
+            module.to_nnx__adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
     tracked = {path: Tracked(path) for path in weights}

@@ -198,12 +198,14 @@ class Thin(jax.core.Trace):
         weights = [x for x in values if isinstance(x, Lazy)]
         weights.sort(key=lambda x: -len(frozenset().union(*x.axes)))  # matrices before their scales
         alone = self.known is not None and all(map(self.knows, values))
-        for x in weights[1:] if alone else weights:
-            x.record(primitive.name, "lookup" if x.looked_up else "sum")
+        # Of several weights the one with the most axes is followed.
+        weight = max(weights, key=lambda x: len(_union(x.axes, range(len(x.axes)))))
+        for x in weights:
+            if not alone or x is not weight:
+                x.record(primitive.name, "lookup" if x.looked_up else "sum")
         result = primitive.bind(*map(formed, values), **params)
         if not alone:
             return result
-        weight = weights[0]
         several = primitive.multiple_results
         made = [self._spent(weight, y) for y in (result if several else [result])]
         if not any(isinstance(y, Lazy) for y in made) and not weight.spent:
@@ -422,14 +424,22 @@ def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, w
     return x.seen_as(x.changed.scaled(number), x.axes)
 
 
+def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A weight over a number."""
+    x, number = values
+    if where or isinstance(number, Lazy) or jnp.ndim(number):
+        return None
+    return x.seen_as(x.changed.scaled(1 / number), x.axes)
+
+
 def _product(compute: Callable[..., Any]) -> Rule:
     """The rule of an operation in which a weight meets its input."""
 
     def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
         x = values[where]
         others = [formed(value) for i, value in enumerate(values) if i != where]
-        for value in values:
-            if value is not x and isinstance(value, Lazy):
+        for i, value in enumerate(values):
+            if i != where and isinstance(value, Lazy):
                 value.record(primitive.name, "sum")
         found = compute(primitive, x.changed, others, params, where)
         how = "sum" if found.y is None else "product"
@@ -538,6 +548,8 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "sharding_constraint": _constraint,
     "mul": _multiply,
+    "div": _divide,
+    "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(-1.0), x.axes)),
     "dot_general": _product(multiplied),
     "conv_general_dilated": _product(convolved),
     "ragged_dot_general": _product(grouped),
