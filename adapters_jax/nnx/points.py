@@ -4,7 +4,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +26,30 @@ from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
 Layers = tuple[int, ...]
 
 
-def points_of(
-    model: nnx.Module, recipe: Recipe, inputs: Inputs | None
-) -> tuple[
-    list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked], dict[str, int]
-]:
+class Points(NamedTuple):
+    """Where a recipe's methods attach in a model, and what an abstract run of it shows.
+
+    Attributes:
+        attached: each method on each module or weight, with the layer axes that the module is
+            stacked on.
+        points: the attachment point of every module, for methods on outputs and attention.
+        reads: how the model reads its weights, by path.
+        layers: how many layer axes each module is stacked on.
+    """
+
+    attached: list[tuple[Attached, Layers]]
+    points: dict[str, AttachmentPoint]
+    reads: dict[str, Tracked]
+    layers: dict[str, int]
+
+
+def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
     """Finds where the methods of a recipe attach.
 
     Args:
         model: an NNX model.
         recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
-
-    Returns:
-        Each method on each module or weight, with the layer axes that the module is stacked on;
-        the attachment point of every module, for methods on outputs and attention; how the model
-        reads its weights; and how many layer axes each module is stacked on.
     """
     modules = modules_of(model)
     traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
@@ -74,7 +82,8 @@ def points_of(
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
-    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads, counts
+    found.sort(key=lambda pair: order[pair[0].method])
+    return Points(found, points, reads, counts)
 
 
 def _is_weight(x: Any) -> bool:
