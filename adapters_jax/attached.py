@@ -102,18 +102,19 @@ def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
     return Attached(method, owner.prefix, point, owner.module)
 
 
-def weight_shape(owner: Owner, parts: Shapes, own: Shapes) -> Shape:
-    """The shape of the weight that an adapter changes, also where its arrays do not fit it.
+def weight_of(owner: Owner, parts: Shapes, own: Shapes) -> str:
+    """The name of the weight that an adapter changes, also where its arrays do not fit it.
 
     Args:
         owner: the adapter.
         parts: the shapes of its arrays by name.
         own: the shapes of its module's own leaves by name.
+
+    Returns:
+        The name; empty where the module has no leaves.
     """
     found = _weight(owner.method, owner.path, owner.module, _node(owner), parts, own)
-    if found:
-        return own[found[0]]
-    return max(own.values(), key=len, default=())
+    return found[0] if found else max(own, key=lambda name: len(own[name]), default="")
 
 
 def _node(owner: Owner) -> str:
