@@ -153,8 +153,7 @@ class Interceptor:
         finally:
             self._running.pop()
         if reentrant or call != "__call__":
-            if self._init:
-                self.uncalled.setdefault(path, module)
+            self.uncalled[path] = module
             return y
         run = functools.partial(_rerun, module, run)
         return self._adapted(module, path, run, args, kwargs, y, here)
@@ -171,8 +170,6 @@ class Interceptor:
     ) -> Any:
         """The output after every method that targets the module and acts on its output."""
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
-        if not methods and not self._init:
-            return y
         x = calls.input_of(module, args, kwargs)
         point = dataclasses.replace(point_of(module, path, x, y), attention=here.attention)
         if self._init and path not in self.visited:

@@ -3,10 +3,11 @@
 from typing import Any
 
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_targets, taken
-from adapters_jax.errors import UserError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
     AdapterParam,
@@ -72,11 +73,17 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads = points_of(adapted, recipe, inputs)
+    found, points, reads, counts = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
     attached, tied = [each for each, _ in found], _other_names(adapted)
-    check_targets(recipe, attached, modules, points, reads, frozen, tied)
+    check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
     for each, layers in found:
+        if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
+            raise RecipeError(
+                f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, which is "
+                "in a linen module or a container of an NNX model; adapt the linen module itself, "
+                f"or exclude it: '!{each.point.path}'"
+            )
         before = holds(modules[each.module])
         there = [held.method for held in before if held.weight == each.point.weight]
         whole.check([*there, each.method], each.point.path)

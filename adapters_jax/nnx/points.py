@@ -28,23 +28,33 @@ from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
 Layers = tuple[int, ...]
 
 
-def points_of(
-    model: nnx.Module, recipe: Recipe, inputs: Inputs | None
-) -> tuple[list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked]]:
+class Points(NamedTuple):
+    """Where a recipe's methods attach in a model, and what an abstract run of it shows.
+
+    Attributes:
+        attached: each method on each module or weight, with the layer axes that the module is
+            stacked on.
+        points: the attachment point of every module, for methods on outputs and attention.
+        reads: how the model reads its weights, by path.
+        layers: how many layer axes each module is stacked on.
+    """
+
+    attached: list[tuple[Attached, Layers]]
+    points: dict[str, AttachmentPoint]
+    reads: dict[str, Tracked]
+    layers: dict[str, int]
+
+
+def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
     """Finds where the methods of a recipe attach.
 
     Args:
         model: an NNX model.
         recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
-
-    Returns:
-        Each method on each module or weight, with the layer axes that the module is stacked on;
-        the attachment point of every module, for methods on outputs and attention; and how the
-        model reads its weights.
     """
     modules = modules_of(model)
-    known = {p: Call(_known_output(x), _layers(x), True) for p, x in modules.items()}
+    known = _known_calls(modules)
     traced, reads = _traced(model, inputs) if inputs else (known, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
@@ -62,7 +72,7 @@ def points_of(
         )
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
-        (each, layers[each.module])
+        (each, layers.get(each.module, ()))
         for several in chosen(recipe, reads, shapes, counts).values()
         for each in several
     ]
@@ -74,7 +84,8 @@ def points_of(
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
-    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads
+    found.sort(key=lambda pair: order[pair[0].method])
+    return Points(found, points, reads, counts)
 
 
 def _is_weight(x: Any) -> bool:
@@ -148,6 +159,26 @@ def _layers(module: Any) -> Layers:
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
 
 
+def _layers_of_others(
+    modules: Mapping[str, Any], stacked: Mapping[str, Layers]
+) -> dict[str, Layers]:
+    """The layer axes of modules that are not flax's: those of all of flax's beside them."""
+    found = {}
+    for path, module in modules.items():
+        parent = path.rpartition("/")[0]
+        known = {
+            stacked[other]
+            for other, layer in modules.items()
+            if other.startswith(f"{parent}/") and known_weight(layer)
+        }
+        own = own_params(module).values()
+        if not stacked[path] and len(known) == 1 and own:
+            (axes,) = known
+            if all(tuple(x.shape[: len(axes)]) == axes for x in own):
+                found[path] = axes
+    return found
+
+
 # Not an attribute of modules: jax keeps the structure of every traced model and compares it.
 _RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
 
@@ -175,7 +206,7 @@ def _recording_class(cls: type[Any]) -> type[Any]:
         with attention.noted(self) as attended:
             y = cls.__call__(self, *args, **kwargs)
         x = calls.input_of(self, args, kwargs)
-        _RECORDER.get()(*self.adapter_trace, self, Returned.of(x, y), bool(attended))
+        _RECORDER.get()(*self.to_nnx__adapter_trace, self, Returned.of(x, y), bool(attended))
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -196,20 +227,23 @@ def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[st
     bare = {path for path, module in modules.items() if not _first_shape(module)}
     for path, module in list(modules.items()):
         if callable(module):
-            module.adapter_trace = (path, _first_shape(module))
+            # flax's bridge takes all attributes for variables, but those with this prefix.
+            module.to_nnx__adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
     tracked = {path: Tracked(path) for path in weights}
 
     def run(probe: nnx.Module) -> Any:
         probe = copy(probe)  # whose Variables may hold values of the trace below
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(nnx.state(probe)))
             for path, variable in params_of(probe).items():
                 if path in tracked:
                     value = variable.get_raw_value()
                     axes = tuple(frozenset({i}) for i in range(value.ndim))
                     variable.set_raw_value(Lazy(trace, Changed.of(value), tracked[path], axes))
-            return [x for x in jax.tree.leaves(lowered(inputs.call(probe))) if is_array(x)]
+            return [x for x in jax.tree.leaves(lowered(given.call(probe))) if is_array(x)]
 
     token = _RECORDER.set(record)
     try:
@@ -233,6 +267,13 @@ def _first_shape(module: nnx.Module) -> Layers:
 
 # Layers without a weight whose scale shows their width and their layer axes.
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
+def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
+    """What is known of the calls of modules without a run."""
+    layers = {path: _layers(module) for path, module in modules.items()}
+    layers |= _layers_of_others(modules, layers)
+    return {p: Call(_known_output(x), layers[p], True) for p, x in modules.items()}
 
 
 def _known_output(module: Any) -> Returned | None:
