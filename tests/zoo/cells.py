@@ -18,7 +18,7 @@ from adapters_jax.trees import flatten
 
 from .methods import METHODS, parameters
 from .models import Model, Targets
-from .subjects import shaken
+from .subjects import Pair, shaken
 from .transformers_models import TRANSFORMERS
 from .tunix_models import TUNIX
 
@@ -73,10 +73,10 @@ def away(got: Any, expected: Any) -> float:
     return float(jnp.abs(got - expected).max() / jnp.abs(expected).max())
 
 
-def adapted(name: str, method: str) -> tuple[aj.Recipe, Any, Any]:
+def adapted(name: str, method: str) -> tuple[aj.Recipe, Pair, Pair]:
     """The recipe, the base that it is for, and the adapted pair; here a refused one raises."""
     recipe, zoo = aj.Recipe(METHODS[method](MODELS[name])), subject(name)
-    base = zoo.quantized() if method.startswith("int8") else zoo.base[1]
+    base = zoo.quantized() if method.startswith("int8") else zoo.base
     return recipe, base, zoo.adapt(recipe, base)
 
 
@@ -96,11 +96,11 @@ def check(name: str, method: str, directory: Path) -> Cell:
     return Cell(count, start, merged, generates(zoo, noisy, run, tree))
 
 
-def starts_as_the_base(zoo: Any, recipe: aj.Recipe, pair: Any, base: Any, run: Any) -> float:
+def starts_as_the_base(zoo: Any, recipe: aj.Recipe, pair: Pair, base: Pair, run: Any) -> float:
     """The output before training: the base's, exactly where the arithmetic says so."""
     output, expected = run(pair[1], zoo.inputs), zoo.run_base(zoo.base[1], zoo.inputs)
     start = away(output, expected)
-    if base is not zoo.base[1]:
+    if base is not zoo.base:
         assert 0 < start < 0.1, f"int8 is {start:.2g} away from the float base"
         return start
     inexact = any(isinstance(m, aj.Bottleneck | aj.DoRA) for m in recipe)
@@ -108,7 +108,7 @@ def starts_as_the_base(zoo: Any, recipe: aj.Recipe, pair: Any, base: Any, run: A
     return start
 
 
-def counts(model: Model, zoo: Any, recipe: aj.Recipe, pair: Any) -> int:
+def counts(model: Model, zoo: Any, recipe: aj.Recipe, pair: Pair) -> int:
     """The audit's count is that of the tree, and of the formula of the textbook."""
     audit, shapes = zoo.audit(pair), {p: x.shape for p, x in flatten(zoo.base[1]).items()}
     held = sum(x.size for x in jax.tree.leaves(zoo.trained(pair, recipe)))
@@ -119,7 +119,7 @@ def counts(model: Model, zoo: Any, recipe: aj.Recipe, pair: Any) -> int:
     return found
 
 
-def learns(model: Model, zoo: Any, pair: Any) -> None:
+def learns(model: Model, zoo: Any, pair: Pair) -> None:
     """Steps lower the loss, change every leaf that gets a gradient, and no bit of the base."""
     output = zoo.output_of(pair)
 
@@ -147,7 +147,7 @@ def _under(modules: Targets, path: str) -> bool:
 
 
 def comes_back(
-    zoo: Any, recipe: aj.Recipe, pair: Any, base: Any, output: Any, directory: Path
+    zoo: Any, recipe: aj.Recipe, pair: Pair, base: Pair, output: Any, directory: Path
 ) -> None:
     """The loaded model has the same leaves, to the bit, and the same output."""
     leaves = zoo.trained(pair, recipe)
@@ -158,7 +158,7 @@ def comes_back(
     assert bits(again) == bits(output), "the loaded model computes something else"
 
 
-def merges(zoo: Any, recipe: aj.Recipe, pair: Any, output: Any) -> tuple[float | None, Any]:
+def merges(zoo: Any, recipe: aj.Recipe, pair: Pair, output: Any) -> tuple[float | None, Any]:
     """The merged base computes the adapted output; or an error names the method that cannot."""
     plain = zoo.float_again(pair)
     packed = jax.tree.structure(plain[1]) != jax.tree.structure(pair[1])
@@ -171,11 +171,11 @@ def merges(zoo: Any, recipe: aj.Recipe, pair: Any, output: Any) -> tuple[float |
     tree = zoo.merged(plain)
     assert jax.tree.structure(tree) == jax.tree.structure(zoo.base[1])
     merged = away(zoo.run_base(tree, zoo.inputs), output)
-    assert merged < 1e-5, f"merged is {merged:.2g} away from adapted"
+    assert merged < 2e-5, f"merged is {merged:.2g} away from adapted"
     return merged, tree
 
 
-def generates(zoo: Any, pair: Any, run: Callable[..., Any], tree: Any) -> bool | None:
+def generates(zoo: Any, pair: Pair, run: Callable[..., Any], tree: Any) -> bool | None:
     """The library's own generation gives the adapted model's best tokens, and the merged one's."""
     if zoo.prompt is None:
         return None

@@ -79,7 +79,9 @@ def _selected(targets: Targets, path: str) -> bool:
 
 def _modules(targets: Targets, shapes: Mapping[str, Shape]) -> set[str]:
     """The modules that patterns select."""
-    every = {
-        "/".join(names[:i]) for path in shapes for names in [path.split("/")] for i in range(9)
-    }
+    every = set()
+    for path in shapes:
+        while path:
+            path = path.rpartition("/")[0]
+            every.add(path)
     return {path for path in every if selects(targets, path)}

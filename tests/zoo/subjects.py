@@ -101,18 +101,17 @@ class Linen:
         start, name = self.prompt
         return {**self.inputs, name: tokens}, start.shape[1] if name == "input_ids" else 1
 
-    def adapt(self, recipe: aj.Recipe, base: Any) -> Pair:
-        """The model with adapters on a base's tree."""
-        model = aj.adapt(self.model.module, recipe)
-        key = jax.random.key(1)
-        return model, aj.init_adapters(model, base, key, *self.args, **self.kwargs)
+    def adapt(self, recipe: aj.Recipe, base: Pair) -> Pair:
+        """A base with adapters."""
+        model, key = aj.adapt(base[0], recipe), jax.random.key(1)
+        return model, aj.init_adapters(model, base[1], key, *self.args, **self.kwargs)
 
-    def quantized(self) -> Any:
-        """The base's tree in int8."""
-        return aj.quantize(*self.base, *self.args, **self.kwargs, dtype="int8")
+    def quantized(self) -> Pair:
+        """The base in int8."""
+        return self.base[0], aj.quantize(*self.base, *self.args, **self.kwargs, dtype="int8")
 
     def float_again(self, pair: Pair) -> Pair:
-        """The pair with float weights."""
+        """The same with float weights."""
         return pair[0], aj.dequantize(pair[1])
 
     def train_state(self, pair: Pair, tx: Any) -> aj.TrainState:
@@ -131,9 +130,9 @@ class Linen:
         """The audit."""
         return aj.audit(*pair)
 
-    def loaded(self, directory: Any, base: Any) -> Pair:
-        """The model that `load_adapter` makes of a directory and a base's tree."""
-        return aj.load_adapter(directory, self.model.module, base, *self.args, **self.kwargs)
+    def loaded(self, directory: Any, base: Pair) -> Pair:
+        """What `load_adapter` makes of a directory and a base."""
+        return aj.load_adapter(directory, *base, *self.args, **self.kwargs)
 
     def merged(self, pair: Pair) -> Any:
         """The base's tree with the adapters folded in."""
@@ -186,18 +185,17 @@ class Nnx:
         """Inputs that hold generated tokens, and how many of these were given."""
         return (tokens, *self.inputs[1:]), self.prompt.shape[1]
 
-    def adapt(self, recipe: aj.Recipe, base: Any) -> Pair:
-        """The model with adapters on a base's tree."""
-        graphdef = self.base[0] if isinstance(base, nnx.State) else nnx.graphdef(base)
-        model = nnx.merge(graphdef, base) if isinstance(base, nnx.State) else base
-        return nnx.split(aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=self.inputs))
+    def adapt(self, recipe: aj.Recipe, base: Pair) -> Pair:
+        """A base with adapters."""
+        model, rngs = nnx.merge(*base), nnx.Rngs(1)
+        return nnx.split(aj.adapt(model, recipe, rngs=rngs, example_inputs=self.inputs))
 
-    def quantized(self) -> Any:
+    def quantized(self) -> Pair:
         """The base in int8."""
-        return aj.quantize(nnx.merge(*self.base), dtype="int8")
+        return nnx.split(aj.quantize(nnx.merge(*self.base), *self.inputs, dtype="int8"))
 
     def float_again(self, pair: Pair) -> Pair:
-        """The pair with float weights."""
+        """The same with float weights."""
         return nnx.split(aj.dequantize(nnx.merge(*pair)))
 
     def train_state(self, pair: Pair, tx: Any) -> aj.TrainState:
@@ -216,10 +214,9 @@ class Nnx:
         """The audit."""
         return aj.audit(nnx.merge(*pair))
 
-    def loaded(self, directory: Any, base: Any) -> Pair:
-        """The model that `load_adapter` makes of a directory and a base's tree."""
-        model = nnx.merge(self.base[0], base) if isinstance(base, nnx.State) else base
-        return nnx.split(aj.load_adapter(directory, model, None, *self.inputs))
+    def loaded(self, directory: Any, base: Pair) -> Pair:
+        """What `load_adapter` makes of a directory and a base."""
+        return nnx.split(aj.load_adapter(directory, nnx.merge(*base), None, *self.inputs))
 
     def merged(self, pair: Pair) -> Any:
         """The base's tree with the adapters folded in."""
