@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for JAX and Flax."""
 
 from adapters_jax import linen, nnx
+from adapters_jax.abstract import inputs
 from adapters_jax.adapt import adapt
 from adapters_jax.audit import Audit, audit
 from adapters_jax.distributed.hosts import join_hosts
@@ -8,6 +9,7 @@ from adapters_jax.distributed.mesh import ShardingError, local_rows, make_mesh, 
 from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.errors import (
     AdapterFileError,
+    AdapterWarning,
     MismatchError,
     OtherBaseError,
     RecipeError,
@@ -61,11 +63,11 @@ from adapters_jax.transforms.quantize import dequantize, quantize
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
 from adapters_jax.trees import merge_trees, partition
 from adapters_jax.weights.attention import register_attention
-from adapters_jax.weights.linear import register_contraction
 
 __all__ = [
     "IA3",
     "AdapterFileError",
+    "AdapterWarning",
     "AttachmentPoint",
     "Audit",
     "BaseIdentity",
@@ -103,6 +105,7 @@ __all__ = [
     "houlsby",
     "ia3",
     "init_adapters",
+    "inputs",
     "join_hosts",
     "last_layers",
     "layer_norms",
@@ -130,7 +133,6 @@ __all__ = [
     "quantize",
     "read_adapter",
     "register_attention",
-    "register_contraction",
     "register_method",
     "save_adapter",
     "shard",

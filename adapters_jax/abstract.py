@@ -1,8 +1,10 @@
 """Example inputs: stand-ins from which a model's shapes are found without computing anything."""
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -32,24 +34,79 @@ def filled(tree: Any) -> Any:
     return jax.tree.map(zeros, tree)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs of a model; `aj.inputs` makes them.
+
+    Attributes:
+        args: the inputs by position.
+        kwargs: the inputs by name.
+        method: the function of the model that takes them, its name or a function of the model;
+            None for `__call__`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    method: Any = None
+
+    def __repr__(self) -> str:
+        text = inputs_text(self.args, self.kwargs)
+        return f"inputs({text}" + (f", method={self.method!r})" if self.method else ")")
+
+    @classmethod
+    def of(cls, given: Any) -> "Inputs | None":
+        """Example inputs as functions take them: `aj.inputs(...)`, or a tuple of inputs."""
+        return given if given is None or isinstance(given, cls) else cls(tuple(given), {})
+
+    def call(self, model: Any) -> Any:
+        """Calls a model, on zeros."""
+        args, kwargs = filled((self.args, dict(self.kwargs)))
+        return self.function(model)(*args, **kwargs)
+
+    def function(self, model: Any) -> Callable[..., Any]:
+        """The function of a model that takes the inputs."""
+        if self.method is None:
+            return model
+        if isinstance(self.method, str):
+            return getattr(model, self.method)
+        return functools.partial(getattr(self.method, "__func__", self.method), model)
+
+
+def inputs(*args: Any, method: Any = None, **kwargs: Any) -> Inputs:
+    """Example inputs of a model, of which only shapes and dtypes matter.
+
+    Args:
+        *args: inputs, arrays or `jax.ShapeDtypeStruct`.
+        method: the function that takes them: a name such as `"encode"`, or a function of the model
+            such as `lambda model, x: model.decode(model.encode(x))`; by default `__call__`.
+        **kwargs: inputs by name.
+
+    Example:
+        >>> inputs(jnp.ones((2, 3)), train=False, method="encode")
+        inputs(float32[2, 3], train=False, method='encode')
+    """
+    return Inputs(args, kwargs, method)
+
+
 @contextlib.contextmanager
-def explained(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def explained(model: Any, given: Inputs) -> Iterator[None]:
     """Runs its body; an error that the body raises names the model and its example inputs.
 
     Args:
         model: the body calls it on shapes; errors of its own keep their type and get a note.
-        args: its example inputs.
-        kwargs: its example inputs by name.
+        given: its example inputs.
 
     Raises:
-        UserError: `model.__call__` does not take these inputs.
+        UserError: the model does not take these inputs.
     """
-    name, given = type(model).__name__, inputs_text(args, kwargs)
+    name, text = type(model).__name__, inputs_text(given.args, given.kwargs)
     try:
-        inspect.signature(type(model).__call__).bind(model, *args, **kwargs)
+        own = "__call__" if given.method is None else given.method
+        called = getattr(type(model), own) if isinstance(own, str) else own
+        inspect.signature(called).bind(model, *given.args, **given.kwargs)
     except TypeError as error:
         raise UserError(
-            f"{name} cannot be called with the example inputs ({given}): {error}; pass inputs as "
+            f"{name} cannot be called with the example inputs ({text}): {error}; pass inputs as "
             "for the model itself"
         ) from error
     try:
@@ -57,7 +114,7 @@ def explained(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ite
     except Exception as error:
         if not isinstance(error, UserError):
             error.add_note(
-                f"adapters_jax ran {name} on the example inputs ({given}), abstractly, to find its "
+                f"adapters_jax ran {name} on the example inputs ({text}), abstractly, to find its "
                 "modules and shapes."
             )
         raise

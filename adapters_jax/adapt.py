@@ -6,6 +6,7 @@ from typing import Any, overload
 from flax import linen as nn
 from flax import nnx
 
+from adapters_jax.abstract import Inputs
 from adapters_jax.linen import Adapted
 from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.methods import Method
@@ -23,7 +24,7 @@ def adapt(
     recipe: Recipe | Method,
     *,
     rngs: nnx.Rngs,
-    example_inputs: Iterable[Any] | None = None,
+    example_inputs: Iterable[Any] | Inputs | None = None,
 ) -> nnx.Module: ...
 
 
@@ -32,7 +33,7 @@ def adapt(
     recipe: Recipe | Method,
     *,
     rngs: nnx.Rngs | None = None,
-    example_inputs: Iterable[Any] | None = None,
+    example_inputs: Iterable[Any] | Inputs | None = None,
 ) -> Any:
     """Gives a model adapters without editing it.
 
@@ -40,8 +41,9 @@ def adapt(
         model: a linen or NNX module; it is not changed. A model that has adapters gets more.
         recipe: which modules get adapters, and what else trains.
         rngs: NNX only: seeds of the adapters and of their dropout.
-        example_inputs: NNX only: inputs of the model, arrays or `jax.ShapeDtypeStruct`. Needed
-            where a bottleneck's target is not a plain layer, to find the width of its output.
+        example_inputs: NNX only: inputs of the model, arrays or `jax.ShapeDtypeStruct`, in a tuple
+            or as `aj.inputs(x, mask=m)`. Needed where a target is not one of flax's own layers, to
+            find how the model uses its weights, and the width of its output.
 
     Returns:
         For linen, a module with the same methods and parameter paths, whose adapter leaves
@@ -51,6 +53,10 @@ def adapt(
         TargetError: NNX: a pattern matches no module that its method can attach to. A linen model
             has no modules before it runs, so there `init_adapters` and `model.init` raise it.
         TypeError: `model` is no linen or NNX module, or an argument belongs to the other API.
+
+    Warns:
+        AdapterWarning: targets also match modules with weights that their method cannot adapt; the
+            message counts them. For linen it comes where TargetError does.
 
     Example:
         >>> import adapters_jax as aj
@@ -75,4 +81,4 @@ def adapt(
         raise TypeError(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"
         )
-    return adapt_nnx(model, recipe, rngs, None if example_inputs is None else tuple(example_inputs))
+    return adapt_nnx(model, recipe, rngs, example_inputs)

@@ -10,15 +10,14 @@ import jax
 import optax
 from flax import nnx
 
+from adapters_jax.attached import in_tree
 from adapters_jax.errors import MismatchError
 from adapters_jax.linen import Adapted
-from adapters_jax.methods import Method
 from adapters_jax.nnx import recipe_of
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, selects
 from adapters_jax.training.state import in_full
-from adapters_jax.trees import Tree, flatten, join, unflatten
-from adapters_jax.weights import linear
+from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
 Shape = tuple[int, ...]
@@ -230,23 +229,24 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
 
 def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
     """An entry for each adapter of the tree; raises MismatchError where arrays differ from it."""
-    found: dict[tuple[str, Any], dict[str, Shape]] = {}
+    found: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
         if owner:
-            module, method = owner
-            name = path.removeprefix(join(module, method.slot) + "/")
-            found.setdefault((module, method), {})[name] = shape
-    counts, problems = [], []
-    for (path, method), parts in found.items():
-        where = f"{path or '(the model itself)'} ({type(method).__name__})"
-        start = join(path, method.slot) + "/"
-        held = [other.removeprefix(start) for other in shapes if other.startswith(start)]
-        if set(held) != set(method.leaf_names):
-            expected = ", ".join(method.leaf_names)
-            problems.append(f"{where} has {', '.join(held)}, expected {expected}")
-            continue
-        count = _count(path, method, parts, shapes)
+            found.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
+    counts, problems, whole = [], [], {}
+    for prefix, (owner, parts) in found.items():
+        names = owner.method.leaf_names
+        where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
+        held = [path.removeprefix(f"{prefix}/") for path in shapes if path.startswith(f"{prefix}/")]
+        if set(held) == set(names):
+            whole[prefix] = owner, parts
+        else:
+            problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
+    weights = {each.prefix: each.point.weight_shape for each in in_tree(recipe, shapes, whole)}
+    for prefix, (owner, parts) in whole.items():
+        where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
+        count = _count(owner, parts, weights.get(prefix, ()))
         counts.append(count)
         if count.expected != count.actual:
             problems.append(
@@ -258,17 +258,13 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
     return counts
 
 
-def _count(
-    path: str, method: Method, parts: Mapping[str, Shape], shapes: Mapping[str, Shape]
-) -> AuditEntry:
+def _count(owner: Owner, parts: Mapping[str, Shape], weight: Shape) -> AuditEntry:
     """One adapter against the closed form of its method."""
-    weights = [join(path, name) for name in sorted(linear.weight_names())]
-    weight = next((shapes[name] for name in weights if name in shapes), ())
-    count = method.count(path, parts, weight)
+    count = owner.method.count(owner.path, parts, weight)
     return AuditEntry(
-        path,
-        type(method).__name__,
-        tuple((name, parts[name]) for name in method.leaf_names),
+        owner.path,
+        type(owner.method).__name__,
+        tuple((name, parts[name]) for name in owner.method.leaf_names),
         count.formula if count.copies == 1 else f"{count.copies}*({count.formula})",
         count.parameters * count.copies,
         sum(map(math.prod, parts.values())),
@@ -303,7 +299,10 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
 
 def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
-    owned = {owner[0] for path in shapes if (owner := recipe.owner(path))}
+    owners = [owner for path in shapes if (owner := recipe.owner(path))]
+    weights = (f"{owner.module}/" for owner in owners if owner.method.acts_on == "leaf")
+    inside = {path for path in shapes if path.startswith(tuple(weights))}
+    owned = {path for owner in owners for path in (owner.path, owner.module)} | inside
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
     patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
     return tuple(

@@ -1,9 +1,13 @@
 """The errors that the library raises, and a comparison of two trees that names every difference."""
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
 
 class UserError(ValueError):
@@ -38,6 +42,10 @@ class TargetError(RecipeError):
     """A pattern matches no path, or only modules that its method cannot attach to."""
 
 
+class AdapterWarning(UserWarning):
+    """Targets of a recipe also match what their method cannot adapt, and what stays as it is."""
+
+
 class MismatchError(UserError):
     """Two trees of arrays differ; the message lists what is missing, unexpected and different."""
 
@@ -59,6 +67,14 @@ class AdapterMismatchError(AdapterFileError, MismatchError):
 
 class AdapterRecipeError(AdapterFileError, TargetError):
     """The recipe of an adapter does not fit the model."""
+
+
+def warn(text: str) -> None:
+    """Gives an `AdapterWarning` at the line of the caller's code, outside of the libraries."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, AdapterWarning, stacklevel=level)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from adapters_jax.methods import (
     Unfreeze,
 )
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import as_patterns
+from adapters_jax.targets import as_patterns, either
 
 OUTPUTS = ("**/attention/output", "**/mlp/output")
-LAYER_NORMS = "**/*{norm,Norm,ln}*/{scale,bias}"
+LAYER_NORMS = "**/*{norm|Norm|ln}*/{scale|bias}"
 
 
 def _recipe(*parts: Method | None, head: str | None) -> Recipe:
@@ -57,7 +57,7 @@ def houlsby(
         >>> houlsby(32, head="head")
         Recipe(
           Bottleneck(targets=('**/attention/output', '**/mlp/output'), bottleneck_dim=32),
-          Unfreeze(targets=('**/*{norm,Norm,ln}*/{scale,bias}',)),
+          Unfreeze(targets=('**/*{norm|Norm|ln}*/{scale|bias}',)),
           Unfreeze(targets=('head/**',)),
         )
     """
@@ -120,7 +120,7 @@ def lora(
         rank: r.
         alpha: the scale is alpha / r; None means alpha = r.
         targets: patterns of linear layers.
-        bias: which biases train as well: none, all of the model, or those of the targets alone.
+        bias: which biases train as well: none, all of the model, or those that the targets have.
         dora: use `DoRA` instead of `LoRA`.
         head: path of the task's head, which trains whole.
         **fields: further fields of `LoRA`.
@@ -132,12 +132,12 @@ def lora(
         >>> lora(4, bias="lora_only")
         Recipe(
           LoRA(targets=('**/{query,value}',), rank=4),
-          Unfreeze(targets=('**/{query,value}/bias',)),
+          Unfreeze(targets=('**/{query|value}/bias',)),
         )
     """
     check_choice("lora", "bias", bias, ("none", "all", "lora_only"))
     factors = (DoRA if dora else LoRA)(targets, rank, alpha, **fields)
-    own = tuple(f"{target}/bias" for target in factors.targets)
+    own = tuple(f"{either(target)}/bias" for target in factors.targets)
     biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}
     return _recipe(factors, biases[bias], head=head)
 
@@ -145,7 +145,7 @@ def lora(
 def ia3(
     *,
     targets: str | tuple[str, ...] = "**/{key,value}",
-    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense,output}",
+    feed_forward: str | tuple[str, ...] = "**/mlp/{output/dense|output}",
     head: str | None = None,
 ) -> Recipe:
     """Liu et al. 2022, arXiv:2205.05638: scales of keys, values and inner feed-forward activations.
@@ -258,7 +258,7 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
     Example:
         >>> layer_norms()
         Recipe(
-          Unfreeze(targets=('**/*{norm,Norm,ln}*/{scale,bias}',)),
+          Unfreeze(targets=('**/*{norm|Norm|ln}*/{scale|bias}',)),
         )
     """
     return _recipe(Unfreeze(targets), head=head)

@@ -1,17 +1,40 @@
 """A recipe says what trains in a model: an ordered tuple of methods, with its JSON form."""
 
+import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from adapters_jax.errors import RecipeError, UserError, shortened
+from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.targets import require_match, selects
+from adapters_jax.targets import failures, join, selects
 
 _LONGEST_NAME = 200
+_SHOWN_KINDS = 3  # of those that a warning is about
+_CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
+
+
+class Owner(NamedTuple):
+    """The adapter that a parameter belongs to.
+
+    Attributes:
+        path: path of the module that it adapts; of the weight, where several of the module's are.
+        module: path of the module.
+        method: the method.
+        prefix: path of the node that holds its parameters, `layer_0/query/lora`.
+        name: the name of this parameter there, `a`.
+    """
+
+    path: str
+    module: str
+    method: Any
+    prefix: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -77,35 +100,50 @@ class Recipe:
                 module's weight comes after one that changes it.
         """
         found = tuple(m for m in self.attached if selects(m.targets, path))
-        slots = [m.slot for m in found]
+        self.check(found, path)
+        return found
+
+    def check(self, methods: Sequence[Method], path: str) -> None:
+        """Checks that several methods can be together on a module or weight.
+
+        Raises:
+            RecipeError: two of them keep their leaves under one name, or a method that reads the
+                weight comes after one that changes it.
+        """
+        slots = [m.slot for m in methods]
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
                 f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
             )
-        changed = [type(m).merged is not Method.merged for m in found]
-        late = [m for i, m in enumerate(found) if m.from_weight and any(changed[:i])]
+        changed = [type(m).merged is not Method.merged for m in methods]
+        late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
         if late:
             raise RecipeError(
                 f"{type(late[0]).__name__} reads the weight of {path!r}, which a method before it "
                 "in the recipe changes; put it first, or give them disjoint targets"
             )
-        return found
 
-    def owner(self, path: str) -> tuple[str, Method] | None:
-        """The module and method that a parameter belongs to; None for a parameter of the base.
+    def owner(self, path: str) -> Owner | None:
+        """What a parameter belongs to; None for a parameter of the base.
 
         Example:
             >>> from adapters_jax import LoRA
-            >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a")[0]
+            >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a").path
             'layer_0/query'
         """
         names = path.split("/")
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
-                module, leaf = "/".join(names[:i]), "/".join(names[i + 1 :])
+                module, rest = "/".join(names[:i]), names[i + 1 :]
+                prefix, leaf = join(module, method.slot), "/".join(rest)
                 if leaf in method.leaf_names and selects(method.targets, module):
-                    return module, method
+                    return Owner(module, module, method, prefix, leaf)
+                node, leaf = rest[0] if rest else "", "/".join(rest[1:])
+                own = join(module, node.partition(":")[0])
+                nested = method.acts_on == "leaf" and leaf in method.leaf_names
+                if nested and selects(method.targets, module, own):
+                    return Owner(own, module, method, join(prefix, node), leaf)
         return None
 
     def trains(self, path: str) -> bool:
@@ -136,25 +174,97 @@ class Recipe:
         return cls(*[_method(row) for row in rows])
 
 
-def require_points(method: Method, usable: Sequence[str], unusable: Mapping[str, str]) -> None:
-    """Checks that every pattern of a method matches a module that it attaches to.
+def require_points(
+    method: Method,
+    usable: Sequence[str],
+    unusable: Mapping[str, str | None],
+    targeted: Iterable[str] | None = None,
+) -> None:
+    """Checks that every pattern of a method matches something that it attaches to.
+
+    Warns once, with an `AdapterWarning`, where targets also match paths that it cannot adapt.
 
     Args:
         method: one method of a recipe.
-        usable: paths of the modules that it can attach to.
-        unusable: the model's other modules, each with the reason.
+        usable: paths that it can attach to: modules, weights, or parameters for `Unfreeze`.
+        unusable: the model's other paths, each with the reason; None where there is nothing that
+            the method could adapt, as in a norm for LoRA.
+        targeted: the paths of its targets; by default the usable paths that it selects.
 
     Raises:
         TargetError: names every pattern that fails, with the paths nearest to it.
     """
-    owner = type(method).__name__
-    require_match(owner, method.targets, usable, unusable)
-    targeted = [path for path in usable if selects(method.targets, path)]
+    owner, first_time = type(method).__name__, not _CHECKED.get()
+    problems = failures(owner, method.targets, usable, unusable, parts=first_time)
+    wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
+    if problems and not any(selects(wanted, path) for path in usable):
+        problems.append(
+            f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
+            "this model; aj.suggest(model, *inputs) proposes targets for it"
+        )
+    if not problems:
+        chosen = targeted or (path for path in usable if selects(method.targets, path))
+        own = dict.fromkeys(chosen)
+        others = {p: f"not a target of {owner}" for p in (*usable, *unusable) if p not in own}
+        for field, patterns in _patterns_of_fields(method):
+            problems += failures(f"{owner} {field}", patterns, own, others, parts=first_time)
+    if problems:
+        raise TargetError("\n".join(problems))
+    skipped = {p: why for p, why in unusable.items() if why and selects(method.targets, p)}
+    if skipped and first_time and method.acts_on != "attention":  # prompts mean attentions alone
+        warn(_skipping(owner, skipped))
+
+
+def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:
+    """The fields of a method, besides its targets, that hold patterns of targets."""
     for field in method.pattern_fields:
-        patterns = [pattern for pattern, _ in getattr(method, field)]
-        require_match(f"{owner} {field}", patterns, targeted)
+        yield field, [pattern for pattern, _ in getattr(method, field)]
     for field in method.subset_fields:
-        require_match(f"{owner} {field}", getattr(method, field), targeted)
+        yield field, getattr(method, field)
+
+
+def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
+    """A warning about targets that a method cannot adapt, grouped by reason."""
+    kinds: dict[str, list[str]] = {}
+    for path, why in skipped.items():
+        kinds.setdefault(why, []).append(path or "(the model itself)")
+    shown = [
+        f"{f'{len(paths)} such as ' if len(paths) > 1 else ''}{paths[0]} ({why})"
+        for why, paths in itertools.islice(kinds.items(), _SHOWN_KINDS)
+    ]
+    if len(kinds) > _SHOWN_KINDS:
+        shown.append(f"and {len(kinds) - _SHOWN_KINDS} other kinds")
+    return (
+        f"{owner}: its targets also match {len(skipped)} path{'s' * (len(skipped) > 1)} that it "
+        f"cannot adapt: {'; '.join(shown)}. They stay as they are; name what you want instead, or "
+        "exclude them with '!PATH' among the targets"
+    )
+
+
+@contextlib.contextmanager
+def checked_before() -> Iterator[None]:
+    """Around work on a recipe that a model was adapted by before: from a file, or to merge.
+
+    Then every pattern must still match something, but parts of braces need not, since earlier
+    versions did not check them; and what targets skip was reported when the model was adapted.
+    """
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def as_compared(value: Any) -> str:
+    """JSON of a recipe as text that is equal for recipes that train the same.
+
+    `{a|b}` counts as `{a,b}`: it matches the same paths, and earlier versions wrote only this.
+
+    Example:
+        >>> as_compared({"targets": ["{a|b}"]}) == as_compared({"targets": ["{a,b}"]})
+        True
+    """
+    return json.dumps(value, sort_keys=True).replace("|", ",")
 
 
 def _members(item: Any) -> Iterable[Method]:

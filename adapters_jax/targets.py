@@ -5,9 +5,13 @@ A path is the names from the root of a model to a module or parameter, joined by
 
 * `*` matches any characters within one name,
 * `**` matches any number of whole names, also none,
-* `{a,b}` matches either of its parts.
+* `{a,b}` matches either of its parts. Each part must match something, as a whole pattern must, so
+  that no misspelt part is left out in silence,
+* `{a|b}` matches either of its parts too, and one of them is enough: whichever the model has. In
+  `{query,value|v_proj}`, query must match something, and so must value or v_proj.
 
-Among several patterns, one that begins with `!` excludes paths that the others match.
+Among several patterns, one that begins with `!` excludes paths that the others match. It must match
+something in the model, if not what the others match: `!head` may stand where no head is adapted.
 
 The same patterns serve linen and NNX, modules and parameters, single and stacked layers.
 """
@@ -73,7 +77,7 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
                     f"target {shortened(repr(pattern))} has an unbalanced brace; write {{a,b}}"
                 )
             before, after = form[: brace.start()], form[brace.end() :]
-            for option in brace[1].split(","):
+            for option in re.split("[,|]", brace[1]):
                 wider.append(before + option.strip() + after)
                 made += len(wider[-1]) + 1
                 if made > MOST:
@@ -83,6 +87,11 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
                     )
         forms = wider
     return forms, made
+
+
+def join(*names: str) -> str:
+    """Parts of a path joined by slashes, without empty parts such as the path of a whole model."""
+    return "/".join(filter(None, names))
 
 
 def weight(pattern: str) -> int:
@@ -96,6 +105,20 @@ def weight(pattern: str) -> int:
         (43, 0)
     """
     return _expanded(pattern)[1] if re.search(r"[*{}]", pattern) else 0
+
+
+def either(pattern: str) -> str:
+    """A pattern that matches the same paths, and needs no more than one part of each brace.
+
+    Example:
+        >>> either("**/{query,value}/bias")
+        '**/{query|value}/bias'
+    """
+    depth, made = 0, ""
+    for character in pattern:
+        depth += (character == "{") - (character == "}")
+        made += "|" if character == "," and depth else character
+    return made
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -114,16 +137,18 @@ def matches(pattern: str, path: str) -> bool:
     return bool(_compile(pattern)(f"/{path}" if path else ""))
 
 
-def selects(patterns: Sequence[str], path: str) -> bool:
-    """Whether several patterns together match a path.
+def selects(patterns: Sequence[str], *paths: str) -> bool:
+    """Whether several patterns together match something that has one path, or several.
 
     Example:
         >>> patterns = ("**/query", "!layer_0/**")
         >>> selects(patterns, "layer_1/query"), selects(patterns, "layer_0/query")
         (True, False)
     """
-    return any(matches(p, path) for p in patterns if p[0] != "!") and not any(
-        matches(p[1:], path) for p in patterns if p[0] == "!"
+    wanted = [p for p in patterns if p[0] != "!"]
+    excluded = [p[1:] for p in patterns if p[0] == "!"]
+    return any(matches(p, path) for p in wanted for path in paths) and not any(
+        matches(p, path) for p in excluded for path in paths
     )
 
 
@@ -145,65 +170,168 @@ def require_match(
     owner: str,
     patterns: Sequence[str],
     usable: Iterable[str],
-    unusable: Mapping[str, str] | None = None,
+    unusable: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Checks that every pattern matches at least one usable path.
+    """Checks that every pattern, and every part of its braces, matches at least one usable path.
+
+    A pattern that excludes must match some path, usable or not.
 
     Args:
         owner: the method that the patterns belong to, for the message.
         patterns: the patterns to check.
         usable: paths that the method can attach to.
-        unusable: the model's other paths, each with the reason.
+        unusable: the model's other paths, each with the reason; None where there is nothing that
+            the method could adapt.
 
     Raises:
-        TargetError: names the patterns that fail, each with the paths nearest to it.
+        TargetError: names the patterns and parts that fail, each with the paths nearest to it.
+
+    Example:
+        >>> require_match("LoRA", ("**/{query|q_proj}",), ["layer_0/query", "layer_0/up"])
+        >>> require_match("LoRA", ("**/{query,dwn}",), ["layer_0/query", "layer_0/down"])
+        Traceback (most recent call last):
+        adapters_jax.errors.TargetError: LoRA: 'dwn' of target '**/{query,dwn}' matches nothing. ...
     """
-    failures = _failures(owner, patterns, list(usable), unusable or {})
-    problems = list(itertools.islice(failures, _DETAILED + 1))
-    if len(problems) > _DETAILED:  # finding the nearest paths of all of them would be slow
-        problems[-1] = f"{owner}: other targets fail as well"
+    problems = failures(owner, patterns, usable, unusable)
     if problems:
         raise TargetError("\n".join(problems))
 
 
+def failures(
+    owner: str,
+    patterns: Sequence[str],
+    usable: Iterable[str],
+    unusable: Mapping[str, str | None] | None = None,
+    *,
+    parts: bool = True,
+) -> list[str]:
+    """The lines of the message of `require_match`; without `parts`, only of whole patterns."""
+    every = _failures(owner, patterns, list(usable), unusable or {}, parts)
+    problems = list(itertools.islice(every, _DETAILED + 1))
+    if len(problems) > _DETAILED:  # finding the nearest paths of all of them would be slow
+        problems[-1] = f"{owner}: other targets fail as well"
+    return problems
+
+
 def _failures(
-    owner: str, patterns: Sequence[str], usable: Sequence[str], unusable: Mapping[str, str]
+    owner: str,
+    patterns: Sequence[str],
+    usable: Sequence[str],
+    unusable: Mapping[str, str | None],
+    parts: bool,
 ) -> Iterator[str]:
-    """A line of the message for each pattern that fails."""
-    matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
+    """A line of the message for each pattern, and each part of a brace, that fails."""
     for pattern in patterns:
-        if pattern[0] == "!":
-            excluded = [path for path in matched if matches(pattern[1:], path)]
-            if not excluded or len(excluded) == len(matched):
-                what = "everything" if excluded else "nothing"
-                yield f"{owner}: {pattern!r} excludes {what} of {_some(matched)}"
-            continue
-        if any(matches(pattern, path) for path in usable):
-            continue
-        others = unusable.items()
-        blocked = [f"{_shown(path)} ({why})" for path, why in others if matches(pattern, path)]
-        if blocked:
-            problem = f"matches only paths it cannot attach to: {_some(blocked, 3)}"
+        excludes = pattern.startswith("!")
+        paths = [*usable, *unusable] if excludes else usable
+        for part, narrowed in _unmatched(pattern.removeprefix("!"), paths, parts):
+            what = f"target {pattern!r}" if part is None else f"{part!r} of target {pattern!r}"
+            yield f"{owner}: {what} {_problem(narrowed, paths, {} if excludes else unusable)}"
+    matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
+    if matched and not any(selects(patterns, path) for path in matched):
+        excluding = shortened(", ".join(repr(p) for p in patterns if p[0] == "!"))
+        yield f"{owner}: {excluding} excludes everything of {_some(matched)}"
+
+
+def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None]) -> str:
+    """Why a pattern fails, as the end of a sentence."""
+    blocked = [
+        f"{_shown(path)} ({why or 'nothing of its own to adapt'})"
+        for path, why in unusable.items()
+        if matches(pattern, path)
+    ]
+    if blocked:
+        return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
+    near = nearest(pattern, usable) or usable
+    problem = f"matches nothing. Nearest paths: {_some(near)}"
+    whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
+    if any(matches(whole, path) for path in usable):
+        problem += (
+            "; its layers are scanned, one module for all of them: to choose among them, use the "
+            "unrolled model (scan=False)"
+        )
+    return problem
+
+
+def _unmatched(pattern: str, paths: Sequence[str], parts: bool) -> Iterator[tuple[str | None, str]]:
+    """What of a pattern matches none of the paths: (None, pattern), or parts of its braces.
+
+    Each part comes with the pattern narrowed to it.
+
+    Example:
+        >>> list(_unmatched("{a,b}_{0,1}", ["a_0", "a_1"], True))
+        [('b', '{b}_{0,1}')]
+    """
+
+    def matched(narrowed: str) -> bool:
+        return any(matches(narrowed, path) for path in paths)
+
+    if not matched(pattern):
+        yield None, pattern
+    elif parts:
+        yield from _unmatched_parts("", pattern, "", matched)
+
+
+def _unmatched_parts(
+    before: str, text: str, after: str, matched: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
+    """The parts of the braces in `text` that fail; `before + text + after` is matched."""
+    for start, end in _braces(text):
+        head, tail = before + text[:start], text[end:] + after
+        for part in _split(text[start + 1 : end - 1], ","):
+            options = [option.strip() for option in _split(part, "|")]
+            taken = [option for option in options if matched(head + option + tail)]
+            if not taken:
+                yield part.strip(), f"{head}{{{part}}}{tail}"
+            for option in taken:  # an option that is not taken may fail
+                yield from _unmatched_parts(head, option, tail, matched)
+
+
+def _braces(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of the outermost braces."""
+    depth = start = 0
+    for match in re.finditer("[{}]", text):
+        if match[0] == "{":
+            start, depth = (start if depth else match.start()), depth + 1
         else:
-            near = nearest(pattern, usable) or usable
-            problem = f"matches nothing. Nearest paths it could attach to: {_some(near)}"
-            whole = re.sub(r"layer(s/|_)\d+", "layers", pattern)
-            if any(matches(whole, path) for path in usable):
-                problem += (
-                    "; its layers are scanned, one module for all of them: to choose among them, "
-                    "use the unrolled model (scan=False)"
-                )
-        yield f"{owner}: target {pattern!r} {problem}"
+            depth -= 1
+            if not depth:
+                yield start, match.end()
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between the separators that are in no brace.
+
+    Example:
+        >>> _split("a,{b,c}d", ",")
+        ['a', '{b,c}d']
+    """
+    depth, parts = 0, [""]
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == separator and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
-    """The paths most like a pattern, best first, compared by as many last names as it has."""
-    plain = pattern.replace("**/", "").replace("/**", "")
-    n = plain.count("/") + 1
-    by_tail: dict[str, str] = {}
-    for path in paths:
-        by_tail.setdefault("/".join(path.split("/")[-n:]), path)
-    return [by_tail[tail] for tail in difflib.get_close_matches(plain, by_tail, count, 0.4)]
+    """The paths most like a pattern, best first, compared by as many last names as it has.
+
+    Of a pattern with braces, like the first few patterns that it expands to.
+    """
+    found: dict[str, None] = {}
+    paths = list(paths)
+    for form in _expanded(pattern)[0][:3]:
+        plain = form.replace("**/", "").replace("/**", "")
+        n = plain.count("/") + 1
+        by_tail: dict[str, str] = {}
+        for path in paths:
+            by_tail.setdefault("/".join(path.split("/")[-n:]), path)
+        near = difflib.get_close_matches(plain, by_tail, count, 0.4)
+        found |= dict.fromkeys(by_tail[tail] for tail in near)
+    return list(found)[:count]
 
 
 def _some(paths: Sequence[str], count: int = 5) -> str:

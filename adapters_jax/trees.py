@@ -15,6 +15,7 @@ from flax import nnx, traverse_util
 from adapters_jax.errors import UserError, shortened
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join as join
 from adapters_jax.weights.quantized import is_quantized
 
 Tree = Any
@@ -28,6 +29,17 @@ def flatten(tree: Tree) -> dict[str, Any]:
         return {path_of(path): leaf for path, leaf in leaves}
     flat = traverse_util.flatten_dict(_plain(tree))
     return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def leaves_by_path(tree: Tree) -> dict[str, Any]:
+    """The leaves of any pytree by path; boxes and Variables around them have no name there."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def with_leaves(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """A pytree with some of its leaves replaced, by the paths of `leaves_by_path`."""
+    new = lambda path, leaf: leaves.get(path_of(path), leaf)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(new, tree)
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
@@ -95,11 +107,6 @@ def merge_trees(*trees: Tree) -> Tree:
             "pass trees without common paths"
         )
     return traverse_util.unflatten_dict(whole)
-
-
-def join(*names: str) -> str:
-    """Parts of a path joined by slashes, without empty parts such as the path of a whole model."""
-    return "/".join(filter(None, names))
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

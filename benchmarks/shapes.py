@@ -154,16 +154,16 @@ class Step:
         )
         self.parameters = self.trainable + held
         step: Any = aj.make_train_step(subject.loss(model))
-        self.frozen, self.moving = state.base, replace(state, base=None)
-        self.compiled = step.jitted.lower(self.moving, self.frozen, self.batch).compile()
+        self.frozen, self.rest = state.base, replace(state, base=None)
+        self.compiled = step.jitted.lower(self.rest, self.frozen, self.batch).compile()
         self.flops = float(self.compiled.cost_analysis()["flops"])
         memory = self.compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         self.planned = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
     def __call__(self) -> None:
-        self.moving, metrics = self.compiled(self.moving, self.frozen, self.batch)
-        jax.block_until_ready(self.moving)
+        self.rest, metrics = self.compiled(self.rest, self.frozen, self.batch)
+        jax.block_until_ready(self.rest)
         self.loss = float(metrics["loss"])
 
 

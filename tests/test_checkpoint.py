@@ -20,6 +20,7 @@ import adapters_jax as aj
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.checksums import CHECKSUMS
 from adapters_jax.io.identity import tree_sha256
+from adapters_jax.recipe import checked_before
 from adapters_jax.trees import flatten
 
 RECIPE = aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze("dense/bias"))
@@ -214,6 +215,21 @@ def test_another_shape_or_recipe_is_an_error_and_the_checkpoint_stays(tmp_path):
         with raises(aj.MismatchError, "opt_state/inner_opt_state/"):
             checkpoints.restore(sgd)
         assert checkpoints.steps == [1]
+
+
+def test_a_recipe_with_commas_in_its_braces_goes_on_with_bars(tmp_path):
+    before, now, other = (
+        aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze(f"dense/{{{parts}}}"))
+        for parts in ("bias,scale", "bias|scale", "bias|kernel")
+    )
+    with checked_before():  # an earlier version did not ask for a scale
+        state = new_state("linen", before)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        restored = checkpoints.restore(new_state("linen", now))
+        assert bits(restored.state) == bits(state) and restored.state.recipe == now
+        with raises(CheckpointError, "step 1", "recipe", "bias,scale", "bias|kernel"):
+            checkpoints.restore(new_state("linen", other))
 
 
 # orbax leaves tasks of a failed save behind.

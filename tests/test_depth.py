@@ -493,6 +493,7 @@ def test_layers_by_number_are_for_unrolled_models():
         aj.llama_adapter(last=1, num_layers=2),
         aj.last_layers(1, 2, layer="layers/{}"),
         aj.Recipe(aj.LoRA("layers/0/attention/query")),
+        aj.Recipe(aj.LoRA("layers/{0,1}/attention/{query,value}")),
     ):
         with raises(aj.TargetError, "scan=False"):
             aj.adapt(scanned, recipe, rngs=nnx.Rngs(0))

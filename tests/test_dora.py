@@ -12,7 +12,7 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.trees import flatten
-from adapters_jax.weights.contraction import from_equation
+from adapters_jax.weights.axes import Axes
 
 IN, OUT, R, ALPHA = 5, 7, 3, 6.0
 X = drawn((2, IN))
@@ -94,9 +94,22 @@ def test_dora_on_a_convolution_takes_the_norm_over_the_window():
     np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dora_refuses_an_embedding_and_slices():
-    with raises(aj.TargetError, "Embed"):
-        aj.adapt(nnx.Embed(5, 4, rngs=nnx.Rngs(0)), aj.DoRA("**", 2), rngs=nnx.Rngs(1))
+def test_dora_on_an_embedding_takes_the_norm_over_the_vocabulary():
+    embed = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+    model = aj.adapt(embed, aj.DoRA("**", 2, 4.0), rngs=nnx.Rngs(1))
+    params = drawn_like(jax.tree.map(lambda x: x[...], nnx.to_pure_dict(nnx.state(model))))
+    nnx.update(model, params)
+    weight = double(params["embedding"])
+    weight += 2.0 * double(params["lora"]["a"]) @ double(params["lora"]["b"])
+    weight *= double(params["lora"]["magnitude"]) / np.linalg.norm(weight, axis=0)
+    ids = np.array([[0, 4], [3, 3]])
+    np.testing.assert_allclose(model(ids), weight[ids], rtol=1e-4, atol=1e-5)
+    x = drawn((3, 4), 1)
+    np.testing.assert_allclose(model.attend(x), double(x) @ weight.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(aj.merge(model).embedding[...], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_refuses_slices():
     with raises(aj.UserError, "slices", "pissa"):
         aj.DoRA("**", 2, slices=((0, 1),))
 
@@ -168,11 +181,28 @@ def test_slices_have_to_be_ranges_in_order(slices):
 def test_slices_have_to_fit_the_layer():
     with raises(aj.RecipeError, "((0, 9),)", "''"):
         dense(aj.LoRA("**", 2, slices=((0, 9),)))
-    for equation, shape in (("bd,df->fb", (4, 5)), ("bd,dnh->bnh", (4, 5, 5))):
-        layer = from_equation("w", equation)
-        point = AttachmentPoint("x", "__call__", 5, layer, shape)
-        with raises(aj.RecipeError, "((0, 2),)", "'x'", shape[1:]):
+    for axes, outputs in ((Axes((0,), (1, 2)), (5, 6)), (Axes((0, 1, 2), ()), ())):
+        point = AttachmentPoint("x", weight="w", axes=axes, own={"w": (4, 5, 6)})
+        with raises(aj.RecipeError, "((0, 2),)", "'x'", outputs):
             aj.LoRA("**", 2, slices=((0, 2),)).leaves(point)
+
+
+def test_slices_of_a_kernel_whose_outputs_are_first():
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.ones, (OUT, IN)).T
+
+    method = aj.LoRA("**", 2, 4.0, slices=((0, 2), (5, 7)))
+    model = aj.adapt(Turned(), method)
+    params = drawn_like(aj.init_adapters(model, {"kernel": drawn((OUT, IN))}, jax.random.key(0), X))
+    weight, (a, b) = double(params["kernel"]), (double(params["lora"][name]) for name in "ab")
+    change = 2.0 * (a @ b).T
+    weight[0:2] += change[:2]
+    weight[5:7] += change[2:]
+    expected = double(X) @ weight.T
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(aj.merge(model, params, X)["kernel"], weight, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_as_large_as_the_weight_can_make_any_change():
@@ -208,7 +238,7 @@ def test_patterns_that_exclude():
     recipe = aj.Recipe(aj.Unfreeze(("**", "!layer_0/**")), aj.Unfreeze("layer_0/query/kernel"))
     assert all(map(recipe.trains, flatten(params)))
     for targets, data in (
-        (("**/query", "!layer_9/**"), ("'!layer_9/**'", "nothing", "layer_0/query")),
+        (("**/query", "!layer_9/**"), ("'!layer_9/**'", "nothing", "layer_0")),
         (("**/query", "!**"), ("'!**'", "everything", "layer_0/query")),
         (("!**/query",), (("!**/query",), "'**/query'")),
     ):

@@ -357,8 +357,13 @@ def test_what_cannot_be_saved(tmp_path, base, adapters):
     whole = aj.merge_trees(adapters, aj.partition(base[1], RECIPE)[1])
     with raises(aj.UserError, "2 of", "mlp/down/kernel", "aj.partition(params, recipe)"):
         aj.save_adapter(tmp_path / "a", whole, RECIPE)
-    with raises(TypeError, "NnxNet", "nnx.state(model, aj.nnx.AdapterParam)"):
+    with raises(aj.UserError, "NnxNet", "aj.adapt(model, recipe)"):
         aj.save_adapter(tmp_path / "a", nnx_base(), RECIPE)
+    model = aj.adapt(nnx_base(), RECIPE, rngs=nnx.Rngs(0))
+    with raises(aj.UserError, "rank=7", "rank=2"):
+        aj.save_adapter(tmp_path / "a", model, aj.LoRA("mlp/up", rank=7))
+    with raises(TypeError, "list", "aj.partition(params, recipe)"):
+        aj.save_adapter(tmp_path / "a", [], RECIPE)
     assert os.listdir(tmp_path) == []
 
 
@@ -439,7 +444,7 @@ def method_edit(**fields):
         (lambda d: (d / TENSORS).write_bytes(b"PK" * 99), TENSORS, ("198 bytes",)),
         (lambda d: (d / CONFIG).write_text('{"format": 1'), CONFIG, ("line 1 column 13",)),
         (lambda d: (d / CONFIG).write_bytes(b'{"format": "\xff"}'), CONFIG, ("utf-8",)),
-        (config_edit(lambda c: c.update(format=2)), CONFIG, ("format=2", "expected 1")),
+        (config_edit(lambda c: c.update(format=3)), CONFIG, ("format=3", "expected 1 or 2")),
         (config_edit(lambda c: c.pop("recipe")), CONFIG, ("'recipe'",)),
         (config_edit(lambda c: c.update(recipe=5)), CONFIG, ('"methods"',)),
         (method_edit(rnak=3), CONFIG, ("'rnak'", "'rank'")),

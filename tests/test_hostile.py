@@ -257,7 +257,17 @@ def lora(**fields):
 
 MANY = [{"method": "unfreeze", "targets": "a"}] * 20_000
 BAD_CONFIGS = {  # the edit, and the data in the message
-    "format 2": (config_edit(lambda c: c.update(format=2)), "format=2", 1),
+    "format 3": (config_edit(lambda c: c.update(format=3)), "format=3", "1 or 2"),
+    "no state": (config_edit(lambda c: c.update(format=2)), "format 2", "'state_tensors'"),
+    "a state of nothing": (
+        config_edit(lambda c: c.update(format=2, state_tensors=0)),
+        "state_tensors=0",
+    ),
+    "state in words": (
+        config_edit(lambda c: c.update(format=2, state_tensors="4")),
+        "state_tensors='4'",
+    ),
+    "state in format 1": (config_edit(lambda c: c.update(state_tensors=1)), "'state_tensors'"),
     "format true": (config_edit(lambda c: c.update(format=True)), "format=True", 1),
     "no format": (config_edit(lambda c: c.pop("format")), "format=None", 1),
     "a new key": (config_edit(lambda c: c.update(x=1)), "'x'"),

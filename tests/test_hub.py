@@ -140,7 +140,7 @@ def test_of_a_repository_only_the_adapters_files_are_asked_for(monkeypatch, tmp_
         with raises(aj.AdapterFileError, NEW) as caught:
             read("me/x")
     assert asked == [
-        ["adapter_config.json", "adapter.safetensors"],
+        ["adapter_config.json", "adapter.safetensors", "state.safetensors"],
         ["adapter_config.json", "adapter_model.safetensors"],
     ]
     assert "adapter_model.bin" in str(caught.value)  # a pickle, which is never opened

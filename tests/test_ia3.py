@@ -97,7 +97,7 @@ def test_beside_lora_the_order_of_the_recipe_counts(inner, last, api):
 
 def test_dora_reads_the_weight_and_so_comes_first():
     recipe = aj.Recipe(aj.IA3("**"), aj.DoRA("**", 2))
-    with raises(aj.RecipeError, "DoRA", "''"):
+    with raises(aj.RecipeError, "DoRA", "'kernel'"):
         aj.adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
     model, _, params = trained(nn.Dense(3), aj.Recipe(recipe.methods[::-1]), X)
     merged = nn.Dense(3).apply({"params": aj.merge(model, params, X)}, X)
@@ -116,7 +116,7 @@ def test_unmerging_divides_unless_a_scale_is_zero():
 
 
 class Offset(nn.Module):
-    """A linear layer with a parameter that the library does not know."""
+    """A linear layer with a bias of another name."""
 
     @nn.compact
     def __call__(self, x):
@@ -124,14 +124,19 @@ class Offset(nn.Module):
         return x @ kernel + self.param("offset", nn.initializers.ones, (3,))
 
 
-def test_a_parameter_that_is_not_known_is_not_merged_over():
-    aj.register_contraction(Offset, weight="kernel", equation="...d,df->...f")
-    model, _, params = trained(Offset(), aj.IA3("**"), X)
-    with raises(aj.RecipeError, "IA3", "offset"):
-        aj.merge(model, params, X)
-    model, _, params = trained(Offset(), INNER, X)
-    merged = Offset().apply({"params": aj.merge(model, params, X)}, X)
-    np.testing.assert_allclose(merged, model.apply({"params": params}, X), atol=1e-5)
+@pytest.mark.parametrize("method", [aj.IA3("**"), INNER], ids=["outputs", "inputs"])
+def test_a_layer_of_another_library(method):
+    """Whatever has the outputs' shape in the module is scaled as a bias, whatever its name."""
+    model, base, params = trained(Offset(), method, X)
+    scale = params["ia3"]["scale"]
+    if method is INNER:
+        kernel, offset = base["kernel"] * scale[:, None], base["offset"]
+    else:
+        kernel, offset = base["kernel"] * scale, base["offset"] * scale
+    np.testing.assert_allclose(model.apply({"params": params}, X), X @ kernel + offset, atol=1e-5)
+    merged = aj.merge(model, params, X)
+    np.testing.assert_allclose(merged["kernel"], kernel, atol=1e-6)
+    np.testing.assert_allclose(merged["offset"], offset, atol=1e-6)
 
 
 def test_feed_forward_matches_targets_and_is_stacked_with_them():

@@ -116,7 +116,7 @@ def test_adapting_twice_is_adding_recipes():
     assert shapes(abstract(twice, X)) == shapes(abstract(aj.adapt(Mlp(), first + second), X))
 
 
-def test_two_methods_act_in_the_order_of_the_recipe():
+def test_a_changed_weight_comes_before_what_acts_on_the_output():
     adapter = aj.Bottleneck("up", 3, activation="relu")
     x = double(X)
     for recipe in (aj.Recipe(lora("up"), adapter), aj.Recipe(adapter, lora("up"))):
@@ -130,7 +130,7 @@ def test_two_methods_act_in_the_order_of_the_recipe():
 
         y = x @ up["kernel"] + up["bias"]
         low = x @ a @ b
-        y = y + low + branch(y + low) if recipe.methods[1] is adapter else y + branch(y) + low
+        y = y + low + branch(y + low)  # LoRA changes the weight, whatever comes behind it
         close(model.apply({"params": params}, X), dense(np.maximum(y, 0), params["down"]))
 
 
@@ -234,7 +234,7 @@ def test_a_call_of_the_parent_class_is_no_second_call():
     model, params = grown(Scaled(D), lora("**"))
     low = double(X) @ double(params["lora"]["a"]) @ double(params["lora"]["b"])
     plain = double(X) @ double(params["kernel"]) + double(params["bias"])
-    close(model.apply({"params": params}, X), 2 * plain + low)
+    close(model.apply({"params": params}, X), 2 * (plain + low))
 
 
 def test_a_module_called_several_times_is_adapted_each_time():
@@ -304,7 +304,7 @@ def test_an_embedding_that_is_only_attended_to():
 
     model, params = grown(Scores(), lora("embed"))
     embed = jax.tree.map(double, params["embed"])
-    table = embed["embedding"] + embed["lora"]["a"] @ embed["lora"]["b"]
+    table = embed["embedding"] + (embed["lora"]["a"] @ embed["lora"]["b"]).T  # d is contracted
     close(model.apply({"params": params}, X), X @ table.T)
     close(aj.merge(model, params, X)["embed"]["embedding"], table)
 
@@ -556,8 +556,8 @@ class Odd(nn.Dense):
 
     @nn.compact
     def __call__(self, inputs):
-        self.param("kernel", nn.initializers.ones, (D, D))
-        return nn.Dense(D, name="lora")(inputs)
+        kernel = self.param("kernel", nn.initializers.ones, (D, D))
+        return nn.Dense(D, name="lora")(inputs @ kernel)
 
 
 @pytest.mark.parametrize(("by_hand", "path"), [(True, "dense"), (False, "odd")])
@@ -688,7 +688,9 @@ def test_patterns_that_match_nothing_raise_in_both_kinds_of_init():
     for start in (lambda: aj.init_adapters(model, params, KEY, X), lambda: abstract(model, X)):
         with raises(aj.TargetError, "LoRA", "'**/{upp,dwn}'") as error:
             start()
-        assert str(error.value).endswith(": down")  # the nearest path, and no other
+        detail, advice = str(error.value).split("\n")
+        assert detail.endswith(": up, down")  # the nearest paths, and no others
+        assert "'**/{upp,dwn}'" in advice and "aj.suggest(model, *inputs)" in advice
     for recipe, data in {
         lora("relu"): ("LoRA: ", "'relu'"),
         lora("**/nothing"): ("LoRA: ", "'**/nothing'"),
@@ -705,7 +707,7 @@ def test_a_model_without_parameters():
             return x.sum(-1)
 
     model = aj.adapt(Sum(), lora("**"))
-    with raises(aj.TargetError, "LoRA", "'**'", "Sum"):
+    with raises(aj.TargetError, "LoRA", "'**'", "(the model itself)", "aj.suggest"):
         aj.init_adapters(model, {}, KEY, X)
 
 

@@ -14,14 +14,24 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.weights.linear import find
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.lazy import Lazy, thin
 
 DIN, DOUT = 6, 4
+DENSE, EMBED = Axes((0,), (1,)), Axes((0,), (1,), lookup=True)
 
 
-def point_of(shape=(DIN, DOUT), layer=None, path="layer_0/query"):
-    layer = layer or nn.Dense(shape[-1])
-    return AttachmentPoint(path, "__call__", shape[-1], find(layer, "__call__"), shape)
+def point_of(shape=(DIN, DOUT), axes=DENSE, path="layer_0/query"):
+    return AttachmentPoint(path, weight="kernel", axes=axes, own={"kernel": shape})
+
+
+def read(lora, leaves, weight, use, key=None, axes=DENSE):
+    """What a function makes of a weight that a method changes."""
+    point = point_of(weight.shape, axes)
+    (change,) = lora.changes(leaves, point, lambda: weight, key)["kernel"]
+    with thin() as trace:
+        return use(Lazy(trace, Changed.of(jnp.asarray(weight), (change,))))
 
 
 @pytest.mark.parametrize(
@@ -38,9 +48,9 @@ def point_of(shape=(DIN, DOUT), layer=None, path="layer_0/query"):
 def test_the_scale_by_hand(rank, alpha, stabilized, scale):
     lora = aj.LoRA("**", rank, alpha, rank_stabilized=stabilized)
     assert lora.scale_at("anywhere") == pytest.approx(scale)
-    x, y, a, b = drawn((5, 9), 1), drawn((5, 9), 2), drawn((9, rank), 3), drawn((rank, 9), 4)
-    got = lora.forward({"a": a, "b": b}, point_of((9, 9)), x, jnp.asarray(y))
-    expected = double(y) + scale * (double(x) @ double(a) @ double(b))
+    x, w, a, b = drawn((5, 9), 1), drawn((9, 9), 2), drawn((9, rank), 3), drawn((rank, 9), 4)
+    got = read(lora, {"a": a, "b": b}, w, lambda w: jnp.matmul(x, w))
+    expected = double(x) @ (double(w) + scale * (double(a) @ double(b)))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -89,7 +99,7 @@ def test_the_law_of_a(law):
 
 
 def test_the_fan_in_is_of_all_input_axes():
-    conv = point_of((3, 50, 300), nn.Conv(300, (3,)))
+    conv = point_of((3, 50, 300), Axes((0, 1), (2,), window=(0,)))
     leaf = aj.LoRA("**", 100).leaves(conv)["a"]
     assert leaf.shape == (3, 50, 100)
     a = double(leaf.init(jax.random.key(0), leaf.shape))
@@ -97,7 +107,7 @@ def test_the_fan_in_is_of_all_input_axes():
 
 
 def test_an_embedding_starts_with_a_at_zero_and_b_from_the_unit_gaussian():
-    leaves = aj.LoRA("**", 100, a_init="uniform").leaves(point_of((500, 300), nn.Embed(500, 300)))
+    leaves = aj.LoRA("**", 100, a_init="uniform").leaves(point_of((500, 300), EMBED))
     assert not double(leaves["a"].init(jax.random.key(0), leaves["a"].shape)).any()
     b = double(leaves["b"].init(jax.random.key(0), leaves["b"].shape))
     assert leaves["a"].shape == (500, 100) and b.shape == (100, 300)
@@ -105,18 +115,18 @@ def test_an_embedding_starts_with_a_at_zero_and_b_from_the_unit_gaussian():
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "parts"),
+    ("axes", "shape", "parts"),
     [
-        (nn.Dense(4), (6, 4), (6, 4)),
-        (nn.DenseGeneral((2, 2)), (6, 2, 2), (6, 4)),
-        (nn.DenseGeneral(6, axis=(-2, -1)), (2, 2, 6), (4, 6)),
-        (nn.Conv(4, (3,)), (3, 2, 4), (6, 4)),
-        (nn.Embed(3, 5), (3, 5), (3, 5)),
+        (DENSE, (6, 4), (6, 4)),
+        (Axes((0,), (1, 2)), (6, 2, 2), (6, 4)),
+        (Axes((0, 1), (2,)), (2, 2, 6), (4, 6)),
+        (Axes((0, 1), (2,), window=(0,)), (3, 2, 4), (6, 4)),
+        (EMBED, (3, 5), (3, 5)),
     ],
 )
-def test_a_rank_beyond_the_weight(layer, shape, parts):
+def test_a_rank_beyond_the_weight(axes, shape, parts):
     limit = min(parts)
-    point = point_of(shape, layer)
+    point = point_of(shape, axes)
     leaves = aj.LoRA("**", limit).leaves(point)
     assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == limit * sum(parts)
     assert aj.lora_parameters(*parts, limit) == limit * sum(parts)
@@ -125,6 +135,15 @@ def test_a_rank_beyond_the_weight(layer, shape, parts):
         aj.LoRA("**", limit + 1).leaves(point)
     fixed = aj.LoRA("**", limit + 1, rank_pattern={"layer_0/query": limit})
     assert fixed.leaves(point)["a"].shape[-1] == limit
+
+
+def test_a_rank_beyond_one_expert():
+    """The limit is that of each expert's matrix, however many there are."""
+    point = point_of((8, 3, 5), Axes((1,), (2,), (0,)))
+    leaves = aj.LoRA("**", 3).leaves(point)
+    assert {name: leaf.shape for name, leaf in leaves.items()} == {"a": (8, 3, 3), "b": (8, 3, 5)}
+    with raises(aj.RecipeError, "rank 4", "min(3, 5)", "'layer_0/query'"):
+        aj.LoRA("**", 4).leaves(point)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
@@ -143,8 +162,8 @@ def test_at_full_rank_any_change_of_the_weight_can_be_had(shape):
     np.testing.assert_allclose(merged["kernel"], weight + change, atol=1e-5)
 
 
-def test_refused_where_the_layer_is_unknown():
-    nowhere = AttachmentPoint("norm", "__call__", 3)
+def test_refused_where_there_is_no_weight():
+    nowhere = AttachmentPoint("norm", 3)
     lora = aj.LoRA("**", 2)
     assert not lora.fits(nowhere)
     with raises(aj.RecipeError, "'norm'"):
@@ -172,25 +191,27 @@ def test_dropout_zeroes_inputs_of_the_branch_and_keeps_the_mean():
     """With identities for factors, the entries of the branch's input can be read off."""
     lora = aj.LoRA("**", DIN, dropout=0.25)
     eye = {"a": np.eye(DIN, dtype=np.float32), "b": np.eye(DIN, dtype=np.float32)}
-    x, y = jnp.ones((2000, DIN)), jnp.full((2000, DIN), 7.0)
-    point = point_of((DIN, DIN))
-    np.testing.assert_allclose(lora.forward(eye, point, x, y), np.full(y.shape, 8.0), rtol=1e-6)
-    trained = np.asarray(lora.forward(eye, point, x, y, jax.random.key(0)))
+    x, weight = jnp.ones((2000, DIN)), np.full((DIN, DIN), 7 / DIN, np.float32)
+
+    def run(key=None):
+        return np.asarray(read(lora, eye, weight, lambda w: jnp.matmul(x, w), key))
+
+    np.testing.assert_allclose(run(), np.full(x.shape, 8.0), rtol=1e-6)
+    trained = run(jax.random.key(0))
     kept = np.isclose(trained, 7 + 1 / 0.75, atol=1e-5)
     assert (kept | np.isclose(trained, 7.0, atol=1e-5)).all()
     assert abs(kept.mean() - 0.75) < 0.02 and abs(trained.mean() - 8.0) < 0.03
-    other = lora.forward(eye, point, x, y, jax.random.key(1))
-    assert (np.asarray(other) != trained).any()
+    assert (run(jax.random.key(1)) != trained).any()
 
 
 def test_tokens_are_not_dropped_before_an_embedding():
     lora = aj.LoRA("**", 2, dropout=0.9)
-    ids, y = jnp.array([[1, 0], [2, 1]]), jnp.asarray(drawn((2, 2, 5), 1))
+    ids, weight = np.array([[1, 0], [2, 1]]), drawn((3, 5), 1)
     leaves = {"a": drawn((3, 2), 2), "b": drawn((2, 5), 3)}
-    point = point_of((3, 5), nn.Embed(3, 5))
-    expected = double(y) + (double(leaves["a"]) @ double(leaves["b"]))[np.asarray(ids)]
+    expected = (double(weight) + double(leaves["a"]) @ double(leaves["b"]))[ids]
     for key in (None, jax.random.key(0)):
-        np.testing.assert_allclose(lora.forward(leaves, point, ids, y, key), expected, rtol=1e-5)
+        got = read(lora, leaves, weight, lambda w: jnp.take(w, ids, axis=0), key, EMBED)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 class Inner(nn.Module):

@@ -282,7 +282,7 @@ def test_fields_at_the_ends_of_their_ranges():
 def test_a_prefix_has_no_bias_and_no_mask():
     """One softmax over the prefix and the context, of which the context alone is biased."""
     method = aj.PrefixTuning("**", K)
-    point = AttachmentPoint("attention", "__call__", D)
+    point = AttachmentPoint("attention", D)
     query, key, value = rng.standard_normal((3, B, T, HEADS, WIDTH)).astype(np.float32)
     prefix = dict(zip(("key", "value"), rng.standard_normal((2, K, HEADS, WIDTH)), strict=True))
     bias = rng.standard_normal((B, 1, T, T)).astype(np.float32)
@@ -307,7 +307,7 @@ def test_more_layers_than_there_are():
 
 
 def test_heads_that_do_not_divide():
-    point = AttachmentPoint("attention", "__call__", D, attention=attention.Attention(D, 4, 3, 4))
+    point = AttachmentPoint("attention", D, attention=attention.Attention(D, 4, 3, 4))
     for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
         with raises(aj.RecipeError, "'attention'", "4 query heads", "3 key heads"):
             method.leaves(point)

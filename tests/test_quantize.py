@@ -446,8 +446,8 @@ def memory_of_a_step(api, layers, dtype):
     state, loss, x = training(api, layers, dtype)
     step, split = aj.make_train_step(loss), dataclasses.replace(state, base=None)
     found = step.jitted.lower(split, state.base, x).compile().memory_analysis()
-    moving = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split.adapters))
-    rest = 3 * moving + 4 + 4 + 8 + x.size * 4  # Adam's moments and count, the step, the key
+    trained = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split.adapters))
+    rest = 3 * trained + 4 + 4 + 8 + x.size * 4  # Adam's moments and count, the step, the key
     return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
 
 

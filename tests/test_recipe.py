@@ -349,7 +349,7 @@ def test_patterns_for_ranks_and_alphas_must_match_a_target():
     fine = LoRA("**/query", rank_pattern={"layer_0/**": 2}, alpha_pattern={"**": 1.0})
     require_points(fine, usable, {})
     for field, of in (("rank_pattern", 2), ("alpha_pattern", 2.0)):
-        with raises(aj.TargetError, f"LoRA {field}: ", "'**/key'", "layer_0/query"):
+        with raises(aj.TargetError, f"LoRA {field}: ", "'**/key'", "layer_0/key (not a target"):
             require_points(LoRA("**/query", **{field: {"**/key": of}}), usable, {})
     with raises(aj.TargetError, "LoRA: ", "'x'", "x (no reason)"):
         require_points(LoRA("x"), usable, {"x": "no reason"})
@@ -357,7 +357,7 @@ def test_patterns_for_ranks_and_alphas_must_match_a_target():
 
 def test_presets_follow_their_papers():
     both = ("**/attention/output", "**/mlp/output")
-    norms = ("**/*{norm,Norm,ln}*/{scale,bias}",)
+    norms = ("**/*{norm|Norm|ln}*/{scale|bias}",)
     assert aj.houlsby(head="head").methods == (
         Bottleneck(both, 64, activation="gelu", init_std=1e-2, scale=1.0),
         Unfreeze(norms),

@@ -161,6 +161,11 @@ def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, pl
     command += [f"--train={place}/reviews.jsonl", "--text=review", "--limit=128", "--epochs=2.0"]
     command += ["--learning-rate=0.01", "--dropout=0.1", "--batch-size=16", "--bottleneck-dim=8"]
     command += ["--no-baselines", "--runs=elsewhere", "--name=x"]
+    bottlenecks, norms, _ = (row["targets"] for row in config["recipe"]["methods"])
+    bottlenecks[:] = ["**/{attention,cross,mlp}/output"]  # a part matches nothing
+    command += [f"--targets={bottlenecks[0]}"]
+    assert norms == ["**/*{norm|Norm|ln}*/{scale|bias}"]  # the default today
+    norms[:] = ["**/*{norm,Norm,ln}*/{scale,bias}"]
     kept = {key: value for key, value in config.items() if key not in ("summary", "options")}
     kept["versions"] = {**config["versions"], "jax": "0.1"}
     (old / "config.json").write_text(json.dumps({**kept, "command": command}))

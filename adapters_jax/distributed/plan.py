@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Plan:
     """Bytes that a training holds on each device.
 
     Attributes:
-        base: the frozen parameters.
+        base: the frozen parameters, and the model's state that is not parameters.
         adapters: what trains, in float32 where the model has half precision.
         optimizer: the optimiser's state.
         gradients: of the trained parameters; they are freed after a step.
@@ -76,20 +76,25 @@ class Plan:
 
 
 def abstract_state(
-    model: Adapted | nnx.Module, params: Tree = None, *, tx: optax.GradientTransformation
+    model: Adapted | nnx.Module,
+    params: Tree = None,
+    *,
+    collections: Mapping[str, Tree] | None = None,
+    tx: optax.GradientTransformation,
 ) -> TrainState:
     """The abstract state of a training, as shapes.
 
     Args:
         model: adapted; an NNX model may be abstract (`nnx.eval_shape`).
         params: linen only: its parameters, arrays or abstract.
+        collections: linen only: its other collections, arrays or abstract.
         tx: the optimiser.
 
     Returns:
         What `TrainState.create` returns, with shapes instead of arrays.
 
     Raises:
-        TypeError, RecipeError: as for `TrainState.create`.
+        TypeError, RecipeError, UserError: as for `TrainState.create`.
 
     Example:
         >>> import adapters_jax as aj
@@ -103,10 +108,15 @@ def abstract_state(
         graphdef, state = nnx.split(model)
 
         def create(state: Any) -> TrainState:
-            return TrainState.create(nnx.merge(graphdef, state), tx=tx, key=key)
+            model = nnx.merge(graphdef, state)
+            return TrainState.create(model, params, collections=collections, tx=tx, key=key)
 
         return jax.eval_shape(create, state)
-    return jax.eval_shape(lambda p: TrainState.create(model, p, tx=tx, key=key), params)
+
+    def of_linen(params: Tree, collections: Any) -> TrainState:
+        return TrainState.create(model, params, collections=collections, tx=tx, key=key)
+
+    return jax.eval_shape(of_linen, params, collections)
 
 
 def plan(

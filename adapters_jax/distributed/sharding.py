@@ -18,13 +18,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adapters_jax.attached import Attached, in_tree
 from adapters_jax.distributed.mesh import ShardingError, place
-from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, flatten, join, path_of
+from adapters_jax.weights.changes import RANK
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules
@@ -82,6 +83,8 @@ def _layout(
         for path, (leaf, annotation) in leaves.items()
         if owners[path] is None
     }
+    shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
+    attached = {each.prefix: each for each in in_tree(recipe, shapes)} if recipe else {}
     specs = {}
     for path, (leaf, annotation) in leaves.items():
         owner = owners[path]
@@ -89,7 +92,7 @@ def _layout(
             specs[path] = base[path]
         else:
             stated = _stated(path, leaf, annotation, mesh, rules)
-            specs[path] = stated or _inherited(path, owner, leaves, base, small)
+            specs[path] = stated or _inherited(path, owner, leaves, base, attached, small)
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
@@ -158,36 +161,29 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
 
 def _inherited(
     path: str,
-    owner: tuple[str, Method],
+    owner: Owner,
     leaves: Mapping[str, tuple[Any, Any]],
     base: Mapping[str, P],
+    attached: Mapping[str, Attached],
     small: int,
 ) -> P:
     """The spec of an adapter's leaf: axes of the weight are split like the weight's.
 
-    They are found by their sizes: those before the method's own axis (the rank) from the left,
-    those behind it from the right. A leaf without such axes is whole on every device.
+    A leaf without such axes is whole on every device.
     """
-    module, method = owner
-    factor, start = leaves[path][0].shape, join(module, method.slot) + "/"
-    side = method.weight_axes.get(path.removeprefix(start))
-    weights = [p for p in base if p.rpartition("/")[0] == module]
-    if side is None or math.prod(factor) < small or not weights:
+    each, factor = attached.get(owner.prefix), leaves[path][0].shape
+    if each is None or math.prod(factor) < small:
         return P()
-    weight = max(weights, key=lambda p: math.prod(leaves[p][0].shape))
+    weight = join(each.module, each.point.weight)
+    axes = each.method.weight_axes(each.point.axes, each.point.path).get(owner.name)
     shape, spec = leaves[weight][0].shape, [*base[weight]]
     spec += [None] * (len(shape) - len(spec))
-    if side == "input":
-        rank = len(factor) - 1
-    else:  # behind the layer axes, which the weight and both factors have
-        other = next(name for name, side in method.weight_axes.items() if side == "input")
-        rank = leaves[start + other][0].ndim + len(factor) - 2 - len(shape)
-    found: list[Any] = [None] * len(factor)
-    for i in range(len(factor)):
-        j = i if i < rank else i - len(factor) + len(shape)
-        if i != rank and 0 <= j < len(shape) and factor[i] == shape[j]:
-            found[i] = spec[j]
-    return P(*found)
+    return P(
+        *(
+            spec[axis] if axis != RANK and factor[i] == shape[axis] else None
+            for i, axis in enumerate(axes or [RANK] * len(factor))
+        )
+    )
 
 
 def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) -> Any:
@@ -195,7 +191,8 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
 
     Args:
         subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
-            optimiser state is laid out like its parameters. Arrays already there are not copied.
+            optimiser state is laid out like its parameters, and whose statistics and collections
+            are whole on every device. Arrays already there are not copied.
         mesh: of named axes; see `make_mesh`.
         rules: as for `layout`.
         **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
@@ -289,4 +286,4 @@ def _shard_state(
         key=_everywhere(state.key, mesh),
         other=_everywhere(state.other, mesh),
     )
-    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.moving)))
+    return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.checkpointed)))

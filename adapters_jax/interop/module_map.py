@@ -207,8 +207,7 @@ def by_module(
     for path, leaf in leaves.items():
         owner = recipe.owner(path)
         if owner is not None:
-            module, method = owner
-            added.setdefault(module, {})[path.removeprefix(join(module, method.slot) + "/")] = leaf
+            added.setdefault(owner.path, {})[owner.name] = leaf
         elif recipe.trains(path):
             trained[path] = leaf
         else:

@@ -1,15 +1,17 @@
 """The adapter file: the trained tensors as safetensors, beside the recipe that trained them.
 
 A directory holds `adapter.safetensors`, its tensors named by their slash paths, and
-`adapter_config.json` with the recipe, the base's identity, versions and counts; docs/format.md
-specifies both. A file may come from anyone: see `untrusted`.
+`adapter_config.json` with the recipe, the base's identity, versions and counts. State that is not a
+parameter, such as a batch norm's statistics, is in `state.safetensors`. docs/format.md specifies
+them. A file may come from anyone: see `untrusted`.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import linen as nn
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from adapters_jax.errors import AdapterFileError, UserError
@@ -25,6 +28,7 @@ from adapters_jax.io import hub
 from adapters_jax.io.atomic import Content, write_directory
 from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.io.manifest import CONFIG, Manifest
+from adapters_jax.io.model_state import state_by_path
 from adapters_jax.io.tensors import (
     DTYPES,
     TensorFile,
@@ -34,11 +38,14 @@ from adapters_jax.io.tensors import (
     open_tensors,
 )
 from adapters_jax.methods import Method
+from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe
-from adapters_jax.training.state import TrainState
-from adapters_jax.trees import flatten
+from adapters_jax.training.state import TrainState, checked_collections
+from adapters_jax.trees import Tree, flatten
 
-TENSORS = "adapter.safetensors"
+TENSORS, STATE = "adapter.safetensors", "state.safetensors"
+FILES = (CONFIG, TENSORS, STATE)
+_LOG = logging.getLogger(__name__)
 
 
 def save_adapter(
@@ -46,21 +53,29 @@ def save_adapter(
     adapters: Any,
     recipe: Recipe | Method | None = None,
     *,
+    collections: Mapping[str, Tree] | None = None,
     base: BaseIdentity | None = None,
     beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes an adapter: its recipe and its trained tensors, never the frozen base.
+    """Writes an adapter: its recipe, its trained tensors and its statistics, not the frozen base.
+
+    State that is not a parameter belongs to the adapter: a batch norm's statistics, and any other
+    NNX Variable or linen collection, without caches and random streams. It is bit-exact after
+    `load_adapter`. Arrays of an NNX model that are not Variables are taken for constants.
 
     The directory appears whole or not at all, and replaces an adapter of that name. If there are
     several processes, all of them must call this; the first one writes.
 
     Args:
         directory: the directory to write; its parents are created.
-        adapters: a `TrainState`; or, together with its recipe, the trained part of a model: a tree
-            as `partition` gives, or an NNX state of `AdapterParam`.
-        recipe: what trains; leave it out with a `TrainState`, which has one.
-        base: the base that it was trained on, from `base_identity`; a `TrainState` adds the hash of
-            its parameter tree.
+        adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the trained
+            part of a model: a tree as `partition` gives, or an NNX state of `AdapterParam`, which
+            has no statistics.
+        recipe: what trains; leave it out with a `TrainState` or a model, which have one.
+        collections: the statistics of a linen model, where `adapters` is a tree of its parameters:
+            `{"batch_stats": variables["batch_stats"]}`.
+        base: the base that it was trained on, from `base_identity`; a `TrainState` and a model add
+            the hash of their parameter tree.
         beside: further text files by name, such as `{"README.md": aj.model_card(...)}`.
 
     Returns:
@@ -68,8 +83,10 @@ def save_adapter(
 
     Raises:
         UserError: the path holds something else, the recipe does not train a leaf, the file format
-            cannot hold a leaf, a number is not finite, or `base` has another tree than the state.
-        TypeError: the recipe is missing, or `adapters` is not a tree.
+            cannot hold a leaf, a trained number is not finite, an NNX model has no adapters, or
+            `base` or `recipe` is not that of the state or model.
+        TypeError: the recipe is missing, `adapters` is not a tree, or collections are given beside
+            a `TrainState` or a model.
         FileSystemError: the disk is full or cannot be written; the old directory is unchanged.
 
     Example:
@@ -84,10 +101,12 @@ def save_adapter(
           LoRA(targets=('query',), rank=1),
         ), (3, 1))
     """
-    if isinstance(adapters, TrainState):
-        own = tree_sha256((adapters.adapters, adapters.base), adapters.recipe)
-        base = with_tree(base, own, "save_adapter")
-        adapters, recipe = adapters.trained, adapters.recipe
+    if isinstance(adapters, TrainState | nnx.Module):
+        if collections is not None:
+            raise TypeError("save_adapter: collections are for a tree of adapters; leave them out")
+        adapters, recipe, base, other = _parts_of(adapters, recipe, base)
+    else:
+        other = checked_collections("save_adapter", collections)
     if recipe is None:
         raise TypeError(
             "save_adapter: the recipe is missing; write save_adapter(directory, adapters, recipe), "
@@ -95,34 +114,66 @@ def save_adapter(
         )
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"save_adapter: {type(adapters).__name__} is not a tree of adapters; for an NNX model "
-            "write aj.save_adapter(directory, nnx.state(model, aj.nnx.AdapterParam), recipe)"
+            f"save_adapter: {type(adapters).__name__} is not a tree of adapters; give a "
+            "TrainState, an adapted NNX model, or aj.partition(params, recipe)[0] and the recipe"
         )
     recipe, directory = Recipe(recipe), Path(directory)
     taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if taken and not (directory / CONFIG).is_file():
         raise UserError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
-    _check_savable(flat, recipe)
-    config = Manifest.of(recipe, base, flat).to_bytes(directory / CONFIG)
+    state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
+    _check_savable(flat, state, recipe)
+    config = Manifest.of(recipe, base, flat, state).to_bytes(directory / CONFIG)
+    files: dict[str, Content] = {**texts(beside), TENSORS: _writer(flat, directory / TENSORS)}
+    if state:
+        files[STATE] = _writer(state, directory / STATE)
+    files[CONFIG] = config
+    if jax.process_index() == 0:
+        write_directory(directory.resolve(), files)  # a link is kept: its target is replaced
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_adapter {directory}")
+    return directory
 
-    def write_tensors(path: Path) -> None:
+
+def _parts_of(
+    subject: TrainState | nnx.Module, recipe: Recipe | Method | None, base: BaseIdentity | None
+) -> tuple[Tree, Recipe, BaseIdentity, Any]:
+    """The adapters, the recipe, the base's identity, and the state that is not parameters.
+
+    Raises:
+        UserError: `recipe` or `base` is given and is another one.
+    """
+    if isinstance(subject, TrainState):
+        adapters, own = subject.trained, subject.recipe
+        frozen, other = subject.base, subject.other
+    else:
+        own = recipe_of(subject)
+        adapters, frozen, other = nnx.state(subject, AdapterParam, nnx.Param, ...)
+    if recipe is not None and Recipe(recipe) != own:
+        raise UserError(
+            f"save_adapter: the recipe {recipe} is given, and what is saved has the recipe {own}; "
+            "leave the recipe out"
+        )
+    tree = tree_sha256((adapters, frozen), own)
+    return adapters, own, with_tree(base, tree, "save_adapter"), other
+
+
+def _writer(tensors: Mapping[str, np.ndarray], target: Path) -> Callable[[Path], None]:
+    """A function that writes tensors to a path, which is renamed to `target` later."""
+
+    def write(path: Path) -> None:
         try:
-            safetensors.numpy.save_file(flat, path)
+            safetensors.numpy.save_file(dict(tensors), path)
         except safetensors.SafetensorError as error:  # its text ends with the system's error number
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
         path.chmod(0o644)  # safetensors makes it readable by its owner alone
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        check_header(length, path.stat().st_size, directory / TENSORS)
+        check_header(length, path.stat().st_size, target)
 
-    files: dict[str, Content] = {**texts(beside), TENSORS: write_tensors, CONFIG: config}
-    if jax.process_index() == 0:
-        write_directory(directory.resolve(), files)  # a link is kept: its target is replaced
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_adapter {directory}")
-    return directory
+    return write
 
 
 def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
@@ -142,19 +193,26 @@ def _plain(leaf: Any) -> np.ndarray:
     return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype), order="C")
 
 
-def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
-    """Raises UserError for leaves that an adapter file cannot hold."""
+def _check_savable(
+    flat: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], recipe: Recipe
+) -> None:
+    """Raises UserError for leaves that an adapter's files cannot hold."""
     frozen = [path for path in flat if not recipe.trains(path)]
     if frozen:
         raise UserError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "
             f"{frozen[0]}; give the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
-    problems = [problem for path in flat if (problem := name_problem(path))]
+    problems = [problem for path in (*flat, *state) if (problem := name_problem(path))]
     problems += [
         f"{path} has the dtype {array.dtype}, which an adapter file cannot hold; train floats"
         for path, array in flat.items()
         if array.dtype not in DTYPES.values() or not _kept(array.dtype)
+    ]
+    problems += [
+        f"{path} has the dtype {array.dtype}, which a safetensors file cannot hold"
+        for path, array in state.items()
+        if array.dtype not in DTYPES.values()
     ]
     if problems:
         raise UserError(f"save_adapter: {'; '.join(problems)}")
@@ -167,16 +225,21 @@ def _check_savable(flat: Mapping[str, np.ndarray], recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile]]:
-    """The manifest of an adapter, and its tensor file, opened but not read."""
+def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile, TensorFile | None]]:
+    """The manifest of an adapter, its tensors, and its state if it has any; opened but not read."""
     for name in (CONFIG, TENSORS):
         if not os.path.lexists(directory / name):
             raise AdapterFileError(
                 f"{directory} has no {name}; give a directory that save_adapter wrote"
             )
     manifest = Manifest.read(directory / CONFIG)
-    with open_tensors(directory / TENSORS) as file:
-        yield manifest, file
+    with contextlib.ExitStack() as files:
+        tensors = files.enter_context(open_tensors(directory / TENSORS))
+        state = None
+        if manifest.state_tensors:
+            state = files.enter_context(open_tensors(directory / STATE))
+            manifest.check_state(state.shapes, state.path)
+        yield manifest, tensors, state
 
 
 def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
@@ -191,6 +254,11 @@ def read_arrays(file: TensorFile, manifest: Manifest) -> dict[str, jax.Array]:
     return jax.device_put(file.read())
 
 
+def read_state(file: TensorFile) -> dict[str, jax.Array]:
+    """The state that is not parameters by path, of any dtype and any value."""
+    return jax.device_put(file.read(finite=False))
+
+
 def _kept(dtype: Any) -> bool:
     """Whether a dtype is a float (or complex) that jax keeps as it is."""
     floats = jnp.issubdtype(dtype, jnp.inexact)
@@ -199,13 +267,15 @@ def _kept(dtype: Any) -> bool:
 
 def find_adapter(directory: str | Path, revision: str | None = None) -> Path:
     """A directory, or the snapshot of an id on the Hub; raises AdapterFileError if neither."""
-    return hub.find(directory, revision, (CONFIG, TENSORS))
+    return hub.find(directory, revision, FILES)
 
 
 def read_adapter(
     directory: str | Path, *, revision: str | None = None
 ) -> tuple[Recipe, dict[str, jax.Array]]:
     """Reads an adapter as it was written, without a model.
+
+    State that is not a parameter, which only `load_adapter` restores, is not read, with a warning.
 
     Args:
         directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
@@ -218,5 +288,7 @@ def read_adapter(
         AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
             adapter of this library, or it is damaged.
     """
-    with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
+        if state is not None:
+            _LOG.warning("%s is not read, only load_adapter restores it", state.path)
         return manifest.recipe, read_arrays(file, manifest)

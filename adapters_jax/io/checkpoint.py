@@ -1,4 +1,4 @@
-"""Training checkpoints: the trained part, the optimiser and the keys, for an exact resume.
+"""Training checkpoints: the trained part, the optimiser, statistics and keys, for an exact resume.
 
 orbax writes them; the base is never saved. A save copies the trained part on its device, which is
 all that a step waits for, and writes the copy in a thread. A file beside what orbax wrote has the
@@ -26,8 +26,9 @@ from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
+from adapters_jax.recipe import as_compared
 from adapters_jax.training.state import TrainState
-from adapters_jax.trees import Tree, path_of
+from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -151,7 +152,8 @@ class Checkpoints:
         Args:
             step: the number of steps made; reading it from the state would wait for the device.
             state: the state to save, without its base. The next step may donate it at once.
-            best: the best adapters so far, like `state.adapters`.
+            best: the best adapters so far, like `state.adapters`, without statistics: for a model
+                that has these, give `score`.
             score: the score of this state, higher is better; the best checkpoint is kept.
             progress: whatever else is needed to resume, as JSON; scalar arrays in it become
                 numbers. The thread reads it, so do not change it afterwards.
@@ -161,14 +163,14 @@ class Checkpoints:
                 failure of this save is raised by the next `save`, `wait`, `restore` or `close`.
         """
         self.wait()
-        leaves, structure = jax.tree.flatten(_moving(state, best))
+        leaves, structure = jax.tree.flatten(_kept(state, best))
         # One program copies all device arrays; the thread does the rest. numpy arrays stay.
         on_device = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
             leaves[i] = copied
-        moving = jax.tree.unflatten(structure, leaves)
+        kept = jax.tree.unflatten(structure, leaves)
         self._identity = self._identity or _identity(state)
-        self._pending = self._thread.submit(self._write, step, moving, score, progress)
+        self._pending = self._thread.submit(self._write, step, kept, score, progress)
 
     def wait(self) -> None:
         """Waits until the last save is written.
@@ -180,15 +182,15 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, moving: dict[str, Any], score: float | None, progress: Any) -> None:
+    def _write(self, step: int, kept: dict[str, Any], score: float | None, progress: Any) -> None:
         """Writes what `save` copied; runs in the thread."""
         about = {
             **(self._identity or {}),
-            "best": moving["best"] is not None,
+            "best": kept["best"] is not None,
             "progress": json.loads(json.dumps(progress or {}, default=_number)),
         }
         parts = {
-            "arrays": self._args.StandardSave(_arrays(moving)),
+            "arrays": self._args.StandardSave(_arrays(kept)),
             "about": self._args.JsonSave(about),
         }
         try:
@@ -236,16 +238,17 @@ class Checkpoints:
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._read(step, about=self._args.JsonRestore())["about"]
         for name, own in _identity(state).items():
-            if about[name] != own:
+            if as_compared(about[name]) != as_compared(own):
                 raise CheckpointError(
                     f"{where} has the {name} {json.dumps(about[name])}, and the state has "
                     f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
                     "it was trained with"
                 )
-        expected = _arrays(_moving(state, state.adapters if about["best"] else None))
+        expected = _arrays(_kept(state, state.adapters if about["best"] else None))
         saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = (
-            "Restore it into a state with the model, recipe and optimiser that it was trained with."
+            "Restore it into a state with the model, recipe, optimiser and collections that it was "
+            "trained with."
         )
         compare_trees(where, saved, expected, fix, dtypes=True)
         abstract = {
@@ -253,8 +256,8 @@ class Checkpoints:
             for path, x in expected.items()
         }
         arrays = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
-        moving, best = _rebuilt(state, arrays, about["best"])
-        return Checkpoint(replace(state, **moving), best, about["progress"])
+        kept, best = _rebuilt(state, arrays, about["best"])
+        return Checkpoint(replace(state, **kept), best, about["progress"])
 
     def close(self) -> None:
         """Waits for the last save and closes the directory; nothing can be saved afterwards."""
@@ -313,15 +316,14 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics.get("score", -math.inf)
 
 
-def _moving(state: TrainState, best: Tree | None) -> dict[str, Any]:
+def _kept(state: TrainState, best: Tree | None) -> dict[str, Any]:
     """What a checkpoint keeps of a state."""
-    return {**state.moving, "best": best}
+    return {**state.checkpointed, "best": best}
 
 
-def _arrays(moving: dict[str, Any]) -> dict[str, jax.Array]:
+def _arrays(kept: dict[str, Any]) -> dict[str, jax.Array]:
     """The same as plain arrays by path; orbax cannot save empty ones."""
-    leaves = jax.tree_util.tree_leaves_with_path(moving)
-    return {path_of(p): _plain(x) for p, x in leaves if jnp.size(x)}
+    return {path: _plain(x) for path, x in leaves_by_path(kept).items() if jnp.size(x)}
 
 
 def _rebuilt(
@@ -335,10 +337,10 @@ def _rebuilt(
             return array
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
 
-    moving = jax.tree_util.tree_map_with_path(
-        leaf, _moving(state, state.adapters if with_best else None)
+    kept = jax.tree_util.tree_map_with_path(
+        leaf, _kept(state, state.adapters if with_best else None)
     )
-    return moving, moving.pop("best")
+    return kept, kept.pop("best")
 
 
 def _number(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -22,17 +23,35 @@ from adapters_jax.errors import (
     OtherBaseError,
     RecipeError,
     compare_trees,
+    shortened,
 )
-from adapters_jax.io.adapter import find_adapter, opened_adapter, read_arrays
+from adapters_jax.io.adapter import (
+    STATE,
+    find_adapter,
+    opened_adapter,
+    read_arrays,
+    read_state,
+)
 from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.io.manifest import Manifest
+from adapters_jax.io.model_state import state_by_path, with_state
 from adapters_jax.io.tensors import TensorFile
 from adapters_jax.linen import Adapted, init_adapters
 from adapters_jax.linen.adapted import shapes_of
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, checked_before
+from adapters_jax.training.state import checked_collections
 from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers
-from adapters_jax.trees import Tree, flatten, merge_trees, partition, path_of, unflatten
+from adapters_jax.trees import Tree, flatten, merge_trees, partition, unflatten, with_leaves
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Tensors(NamedTuple):
+    """Arrays by path that are not read yet."""
+
+    shapes: Mapping[str, Any]
+    read: Callable[[], Mapping[str, Any]]
 
 
 class _Adapter(NamedTuple):
@@ -40,10 +59,11 @@ class _Adapter(NamedTuple):
 
     directory: Path
     recipe: Recipe
-    shapes: Mapping[str, Any]
+    trained: _Tensors
+    state: _Tensors
 
 
-_Read = Callable[[], Mapping[str, Any]]
+_NO_STATE = _Tensors({}, dict)
 # What jax, flax and the model's own checks raise if adapters do not fit the model.
 _MISFITS = (
     ValueError,
@@ -65,6 +85,7 @@ def load_adapter(
     any_base: bool = False,
     revision: str | None = None,
     names: Names | Stack | None = None,
+    collections: Mapping[str, Tree] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
@@ -81,14 +102,19 @@ def load_adapter(
         revision: a branch, tag or commit on the Hub.
         names: the `NAMES` of the model's module, or a `Stack`; with it, an adapter of scanned
             layers loads onto unrolled ones, and the other way round.
+        collections: linen only: the base's collections beside its parameters, such as
+            `{"batch_stats": variables["batch_stats"]}`.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
-        linen: `(adapted model, params)`. NNX: the adapted model.
+        linen: `(adapted model, params)`; `(adapted model, params, collections)` if collections are
+        given. NNX: the adapted model. Its statistics, and linen's collections, are those of the
+        file. If the file has none, they are the base's, with a warning.
 
     Raises:
         OtherBaseError: the adapter was trained on another base.
-        AdapterMismatchError: its tensors do not fit this base; the message names every difference.
+        AdapterMismatchError: its tensors or its statistics do not fit this base; the message names
+            every difference.
         AdapterRecipeError: its recipe does not fit this base.
         AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
             adapter, or it is damaged. The three errors above are subclasses of this one.
@@ -105,9 +131,9 @@ def load_adapter(
         (3, 1)
     """
     in_nnx = isinstance(model, nnx.Module)
-    if in_nnx and (params is not None or kwargs):
+    if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
-            "load_adapter: an NNX model holds its parameters; write "
+            "load_adapter: an NNX model holds its parameters and statistics; write "
             "aj.load_adapter(directory, model, None, *example_inputs)"
         )
     if not in_nnx and params is None:
@@ -116,36 +142,46 @@ def load_adapter(
             "aj.load_adapter(directory, model, params, *example_inputs)"
         )
     stack = None if names is None else stack_of(names)
-    with opened_adapter(find_adapter(directory, revision)) as (manifest, file):
+    other = checked_collections("load_adapter", collections)
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
         tree = nnx.state(model, nnx.Param) if in_nnx else params
         if not any_base:
             _check_base(file, manifest, tree, _recipe_of(model), base, stack)
-        adapter = _Adapter(file.path.parent, manifest.recipe, file.shapes)
-        read: _Read = functools.partial(read_arrays, file, manifest)
+        adapter = _Adapter(
+            file.path.parent,
+            manifest.recipe,
+            _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
+            _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
+        )
         if stack:
-            adapter, read = _as_in_model(adapter, read, tree, stack)
-        if in_nnx:
-            return _load_nnx(adapter, read, model, args)
-        return _load_linen(adapter, read, model, params, args, kwargs)
+            adapter = _as_in_model(adapter, tree, stack)
+        with checked_before():
+            if in_nnx:
+                return _load_nnx(adapter, model, args)
+            return _load_linen(adapter, model, params, other, args, kwargs)
 
 
-def _as_in_model(
-    adapter: _Adapter, read: _Read, tree: Tree, stack: Stack
-) -> tuple[_Adapter, _Read]:
+def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
     """The adapter with its layers stacked if the model's are, and unrolled otherwise."""
-    scanned, paths = any(map(stack.holds, flatten(tree))), adapter.shapes
+    scanned = any(map(stack.holds, flatten(tree)))
+    of_layers = stack.number if scanned else stack.holds
     convert = stack_layers if scanned else unstack_layers
-    if not any(map(stack.number if scanned else stack.holds, paths)):
-        return adapter, read
 
+    def converted(tensors: _Tensors) -> _Tensors:
+        if not any(map(of_layers, tensors.shapes)):
+            return tensors
+        shapes = flatten(convert(unflatten(tensors.shapes), stack))
+        return _Tensors(shapes, lambda: flatten(convert(unflatten(tensors.read()), stack)))
+
+    recipe, trained = adapter.recipe, adapter.trained
     try:
-        recipe, shapes = convert((adapter.recipe, unflatten(paths)), stack)
+        if any(map(of_layers, trained.shapes)):
+            recipe, _ = convert((recipe, unflatten(trained.shapes)), stack)
+        return _Adapter(adapter.directory, recipe, converted(trained), converted(adapter.state))
     except RecipeError as error:
         raise AdapterRecipeError(f"the adapter in {adapter.directory}: {error}") from error
     except MismatchError as error:
         raise AdapterMismatchError(f"the adapter in {adapter.directory}: {error}") from error
-    made = _Adapter(adapter.directory, recipe, flatten(shapes))
-    return made, lambda: flatten(convert(unflatten(read()), stack))
 
 
 def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
@@ -191,8 +227,8 @@ def _check_base(
 
 
 def _load_linen(
-    adapter: _Adapter, read: _Read, model: nn.Module, params: Tree, args: Any, kwargs: Any
-) -> tuple[Adapted, Tree]:
+    adapter: _Adapter, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
+) -> tuple[Any, ...]:
     def grown(recipe: Recipe, params: Tree) -> Tree:
         key = jax.random.key(0)
         return init_adapters(adapt(model, recipe), params, key, *args, **kwargs)
@@ -201,29 +237,32 @@ def _load_linen(
     with _blaming(adapter, lambda: grown(Recipe(), shapes)):
         whole = grown(recipe, shapes)
     _check_fit(adapter, flatten(partition(whole, recipe)[0]))
-    tensors = read()
+    _check_state(adapter, jax.eval_shape(lambda other: other, other))
+    tensors, state = adapter.trained.read(), adapter.state.read()
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
         params = grown(recipe, params)
-    return adapt(model, recipe), merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    adapted = adapt(model, recipe)
+    if other is None:
+        return adapted, params
+    return adapted, params, with_state(other, state)
 
 
-def _load_nnx(
-    adapter: _Adapter, read: _Read, model: nnx.Module, args: tuple[Any, ...]
-) -> nnx.Module:
+def _load_nnx(adapter: _Adapter, model: nnx.Module, args: tuple[Any, ...]) -> nnx.Module:
     def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
         return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
 
     recipe = adapter.recipe
-    graphdef, state = nnx.split(model)
-    shapes = nnx.merge(graphdef, jax.eval_shape(lambda state: state, state))
+    graphdef, whole = nnx.split(model)
+    shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
     with _blaming(adapter, lambda: grown(Recipe(), shapes)):
-        whole = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
-    _check_fit(adapter, {path: leaf for path, leaf in whole.items() if recipe.trains(path)})
-    tensors = read()
+        own = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
+    _check_fit(adapter, {path: leaf for path, leaf in own.items() if recipe.trains(path)})
+    _check_state(adapter, nnx.state(shapes))
+    tensors, state = adapter.trained.read(), adapter.state.read()
     adapted = grown(recipe, model)
-    state = nnx.state(adapted, AdapterParam)
-    with_tensors = lambda path, leaf: tensors.get(path_of(path), leaf)  # noqa: E731
-    nnx.update(adapted, jax.tree_util.tree_map_with_path(with_tensors, state))
+    nnx.update(adapted, with_leaves(nnx.state(adapted, AdapterParam), tensors))
+    nnx.update(adapted, with_state(nnx.state(adapted), state))
     return adapted
 
 
@@ -244,12 +283,37 @@ def _check_fit(adapter: _Adapter, expected: Mapping[str, Any]) -> None:
     """Raises AdapterMismatchError unless the tensors are exactly those that the recipe trains."""
     compare_trees(
         f"the adapter in {adapter.directory}",
-        adapter.shapes,
+        adapter.trained.shapes,
         expected,
-        f"Load it onto the base it was trained on{_advice(adapter.shapes, expected)}.",
+        f"Load it onto the base it was trained on{_advice(adapter.trained.shapes, expected)}.",
         dtypes=True,
         error=AdapterMismatchError,
     )
+
+
+def _check_state(adapter: _Adapter, other: Tree | None) -> None:
+    """Raises AdapterMismatchError unless the state in the file, if it has any, is that of the base.
+
+    A file without state, such as one of an earlier version, fits every base.
+    """
+    expected, found = state_by_path(other), adapter.state.shapes
+    if found:
+        compare_trees(
+            f"the state in {adapter.directory / STATE}",
+            found,
+            expected,
+            "Load it onto the base it was trained on; in linen give the base's own: "
+            'collections={"batch_stats": variables["batch_stats"]}.',
+            dtypes=True,
+            error=AdapterMismatchError,
+        )
+    elif expected:
+        _LOG.warning(
+            "the adapter in %s holds no state, so the model has the base's in %s; to keep what "
+            "training changed there, save a TrainState, or an NNX model itself",
+            adapter.directory,
+            shortened(", ".join(expected)),
+        )
 
 
 def _advice(adapter: Iterable[str], base: Iterable[str]) -> str:

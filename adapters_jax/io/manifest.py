@@ -17,10 +17,11 @@ from adapters_jax.io.untrusted import check_size, read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_STATE = 1, 2
 CONFIG = "adapter_config.json"
 MOST_TEXTS = 4096  # patterns and other texts of a recipe; each is matched against each path
 _KEYS = ("format", "adapters_jax", "base", "parameters", "tensors", "recipe")
+_STATE = "state_tensors"  # a key of the format with state
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,36 @@ class Manifest:
         base: the base it was trained on; None if it is not known.
         parameters: the number of parameters in its tensors.
         tensors: the number of tensors.
+        state_tensors: the number of tensors of state that is not parameters; 0 if there is no file
+            of them.
     """
 
     recipe: Recipe
     base: BaseIdentity | None
     parameters: int
     tensors: int
+    state_tensors: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, base: BaseIdentity | None, arrays: Mapping[str, Any]) -> "Manifest":
-        """The manifest of tensors by path, which may be abstract."""
-        return cls(recipe, base, *_counts(arrays))
+    def of(
+        cls,
+        recipe: Recipe,
+        base: BaseIdentity | None,
+        arrays: Mapping[str, Any],
+        state: Mapping[str, Any],
+    ) -> "Manifest":
+        """The manifest of trained tensors and of state by path, which may be abstract."""
+        return cls(recipe, base, *_counts(arrays), len(state))
 
     def to_bytes(self, path: Path) -> bytes:
         """The content of the file at a path; raises AdapterFileError if `read` would."""
         values = {
-            "format": FORMAT,
+            "format": FORMAT_WITH_STATE if self.state_tensors else FORMAT,
             "adapters_jax": _version(),
             "base": self.base and asdict(self.base),
             "parameters": self.parameters,
             "tensors": self.tensors,
+            **({_STATE: self.state_tensors} if self.state_tensors else {}),
             "recipe": json.loads(self.recipe.to_json()),
         }
         data = json.dumps(values, indent=2).encode() + b"\n"
@@ -67,23 +78,26 @@ class Manifest:
     @classmethod
     def of_values(cls, values: dict[str, Any], path: Path) -> "Manifest":
         """The manifest in a JSON object; raises AdapterFileError, naming `path`, if it is wrong."""
-        if type(values.get("format")) is not int or values["format"] != FORMAT:
+        number = values.get("format")
+        if type(number) is not int or number not in (FORMAT, FORMAT_WITH_STATE):
             raise AdapterFileError(
-                f"{path} has format={_shown(values.get('format'))}, expected {FORMAT}; "
+                f"{path} has format={_shown(number)}, expected {FORMAT} or {FORMAT_WITH_STATE}; "
                 "it needs another version of adapters_jax"
             )
-        wrong = [f"unknown key {_shown(key)}" for key in values if key not in _KEYS][:5]
-        wrong += [f"{key!r} is missing" for key in _KEYS if key not in values and key != "base"]
+        keys = _KEYS if number == FORMAT else (*_KEYS, _STATE)
+        wrong = [f"unknown key {_shown(key)}" for key in values if key not in keys][:5]
+        wrong += [f"{key!r} is missing" for key in keys if key not in values and key != "base"]
         wrong += _of_wrong_type(values)
         if wrong:
-            raise AdapterFileError(f"{path} is not of format {FORMAT}: {'; '.join(wrong)}")
+            raise AdapterFileError(f"{path} is not of format {number}: {'; '.join(wrong)}")
         base = values.get("base") and BaseIdentity(**values["base"])
         try:
             recipe = _recipe(values["recipe"])
         except (ValueError, TypeError) as error:
             problem = shortened(str(error), 600)
             raise AdapterFileError(f"{path} holds no usable recipe: {problem}") from error
-        return cls(recipe, base, values["parameters"], values["tensors"])
+        counts = (values["parameters"], values["tensors"], values.get(_STATE, 0))
+        return cls(recipe, base, *counts)
 
     def check_counts(self, arrays: Mapping[str, Any], path: Path) -> None:
         """Raises AdapterFileError unless tensors by path have the counts of this manifest."""
@@ -92,6 +106,14 @@ class Manifest:
             raise AdapterFileError(
                 f"{path} holds {found[0]} parameters in {found[1]} tensors, and {CONFIG} has "
                 f"{self.parameters} in {self.tensors}; the two files are of different adapters"
+            )
+
+    def check_state(self, arrays: Mapping[str, Any], path: Path) -> None:
+        """Raises AdapterFileError unless the tensors of state have the number of this manifest."""
+        if len(arrays) != self.state_tensors:
+            raise AdapterFileError(
+                f"{path} holds {len(arrays)} tensors, and {CONFIG} has {self.state_tensors}; the "
+                "two files are of different adapters"
             )
 
 
@@ -109,8 +131,8 @@ def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
     """The values of a configuration that have the wrong type, for a message."""
     wrong = [
         f"{key}={_shown(values[key])}, expected a number"
-        for key in ("parameters", "tensors")
-        if key in values and (type(values[key]) is not int or values[key] < 0)
+        for key, least in (("parameters", 0), ("tensors", 0), (_STATE, 1))
+        if key in values and (type(values[key]) is not int or values[key] < least)
     ]
     if not isinstance(values.get("adapters_jax", ""), str):
         wrong.append(f"adapters_jax={_shown(values['adapters_jax'])}, expected a version")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors
 from adapters_jax.io import hub
-from adapters_jax.io.adapter import TENSORS
+from adapters_jax.io.adapter import FILES
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.manifest import CONFIG
 from adapters_jax.io.untrusted import read_json
@@ -200,7 +200,7 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))
-    return Run(hub.find(name, revision, ("config.json", CONFIG, TENSORS), "a run", RunError))
+    return Run(hub.find(name, revision, ("config.json", *FILES), "a run", RunError))
 
 
 def check_finished(run: Run, config: dict[str, Any]) -> None:

@@ -64,15 +64,18 @@ class TensorFile:
         """The shape and dtype of each tensor by name."""
         return {n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in self.entries.items()}
 
-    def read(self) -> dict[str, np.ndarray]:
+    def read(self, finite: bool = True) -> dict[str, np.ndarray]:
         """Reads all tensors by name.
+
+        Args:
+            finite: whether every number must be finite.
 
         Raises:
             AdapterFileError: the file became shorter, or a number is not finite; the message names
                 the tensors that have such numbers.
         """
         arrays = {name: self._tensor(entry) for name, entry in self.entries.items()}
-        wrong = not_finite(arrays)
+        wrong = not_finite(arrays) if finite else ""
         if wrong:
             raise AdapterFileError(f"{self.path} has numbers that are not finite in {wrong}")
         return arrays

@@ -2,12 +2,13 @@
 
 - `adapted`: `adapt` wraps a module; `init_adapters` adds the adapters' leaves to its parameters.
 - `interceptor`: runs the adapters inside a running model; `attachment`: one method on one module.
-- `quantized_layers`: the call of a layer whose weight is quantised.
+- `weights`: how a model reads its weights, and its parameters with the changed ones.
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
 from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points, seen, shapes_of
 from adapters_jax.linen.modules import Bottleneck, LoRADense
+from adapters_jax.linen.weights import reads_of
 
 __all__ = [
     "Adapted",
@@ -16,6 +17,7 @@ __all__ = [
     "adapt",
     "init_adapters",
     "points",
+    "reads_of",
     "seen",
     "shapes_of",
 ]

@@ -1,21 +1,29 @@
 """The linen API: a wrapper with the base's calls and paths, and the initial adapter leaves."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.abstract import explained, filled, is_abstract
+from adapters_jax.abstract import Inputs, explained, is_abstract
+from adapters_jax.attached import Attached, check_targets, chosen, taken
 from adapters_jax.errors import compare_trees
-from adapters_jax.linen.interceptor import Interceptor
+from adapters_jax.linen.attachment import grow_in
+from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
+from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
-from adapters_jax.methods.base import AttachmentPoint, contraction_of, started
+from adapters_jax.methods.base import started
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
-from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
+from adapters_jax.targets import join
+from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
+from adapters_jax.weights.lazy import Tracked, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
@@ -31,33 +39,100 @@ class Adapted(nn.Module):
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
         nn.share_scope(self, self.inner)
+        scope: Any = self.scope
+        scope.reservations.pop("inner", None)  # the base may have a part of this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with its adapters."""
-        return self._call("__call__", args, kwargs)
+        return self._call(None, args, kwargs)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What the base's `setup` makes, and its private functions, of a bound model."""
+        if name.startswith("__") or self.__dict__.get("scope") is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._try_setup()
+        return getattr(Part(self, self.inner), name)
 
     @nn.nowrap
     def apply(self, variables: Tree, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As in flax; `method=Base.encode`, of the base's class, runs with the adapters too."""
-        function = getattr(method, "__func__", method)
-        name = getattr(function, "__name__", "")
-        if function is not None and getattr(type(self.inner), name, None) is function:
-            method = name
-        return super().apply(variables, *args, method=method, **kwargs)
+        """As in flax; a function given as `method` gets the base, which runs with its adapters."""
 
-    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
+        def run(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+            return self._call(method, args, kwargs)
+
+        return super().apply(variables, *args, method=run, **kwargs)
+
+    def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function of the base, by name or as a function of the base."""
         inner: Any = self.inner
+        function = Inputs(args, kwargs, method).function(inner)
         if inner.scope is None:
-            return getattr(inner, name)(*args, **kwargs)
+            return function(*args, **kwargs)
         init = self.is_initializing()
         interceptor = inner.scope.flags.get(Interceptor.flag(inner))
         if interceptor is None or interceptor.recipe != self.recipe:
             interceptor = Interceptor(self.recipe, inner, init)
-        with nn.intercept_methods(interceptor):
-            y = getattr(inner, name)(*args, **kwargs)
-        if init and name == "__call__":
-            interceptor.check(self.variables.get("params", {}))
-        return y
+        called = "__call__" if method is None else method
+        unbound = getattr(type(inner), called) if isinstance(called, str) else called
+        unbound = getattr(unbound, "__func__", unbound)
+        with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
+            with nn.intercept_methods(interceptor):
+                y = lowered(function(*args, **kwargs))
+        if init and method is None:
+            own = flatten(inner.scope.variables().get("params", {}))
+            given = Inputs(args, kwargs)
+            found, _ = points_of(inner.clone(parent=None), self.recipe, given)
+            for each in found:
+                weight = join(each.module, each.point.weight)
+                if isinstance(each.method, LeafMethod) and weight in own:
+                    grow_in(inner.scope.rewound(), each)
+        return Part(self, y) if isinstance(y, nn.Module) else y
+
+    @contextlib.contextmanager
+    def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
+        """Gives the base its changed weights for the time of a call."""
+        inner: Any = self.inner
+        own = inner.scope.variables().get("params", {})
+        if self.is_initializing():
+            yield
+            return
+        key = None
+        if any(method.dropout for method in leaf_methods(self.recipe)):
+            evaluation = evaluation_flag(inner, function, args, kwargs)
+            if self.has_rng("dropout"):
+                key = inner.scope.rngs["dropout"].as_jax_rng()
+            elif evaluation is False:
+                inner.make_rng("dropout")  # raises, as flax's own dropout
+        inner.scope._variables["params"] = changed_weights(own, self.recipe, trace, key)
+        try:
+            yield
+        finally:
+            inner.scope._variables["params"] = own
+
+
+class Part:
+    """A submodule of a bound adapted model: its calls run with the model's adapters.
+
+    It is what `bound.encoder` and `bound.get_encoder()` return, and has the submodule's attributes.
+    """
+
+    def __init__(self, model: Adapted, module: nn.Module):
+        self._model, self._module = model, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the submodule with its adapters."""
+        return self._model._call(lambda _, *a, **k: self._module(*a, **k), args, kwargs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if isinstance(value, nn.Module):
+            return Part(self._model, value)
+        if not inspect.ismethod(value):
+            return value
+        return lambda *args, **kwargs: self._model._call(
+            lambda _, *a, **k: value(*a, **k), args, kwargs
+        )
 
 
 @functools.cache
@@ -73,7 +148,12 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
         return method
 
     def read(name: str) -> property:
-        return property(lambda self: getattr(self.inner, name))
+        def value(self: Adapted) -> Any:
+            found = getattr(self.inner, name)
+            bound = isinstance(found, nn.Module) and found.scope is not None
+            return Part(self, found) if bound else found
+
+        return property(value)
 
     own = set(dir(Adapted)) | set(Adapted.__dataclass_fields__)
     fields, names = set(cls.__dataclass_fields__) - own, set(dir(cls)) - own
@@ -93,51 +173,91 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 
 
 def points(
-    model: Adapted, /, *args: Any, **kwargs: Any
-) -> tuple[dict[tuple[str, str], tuple[Method, AttachmentPoint]], Tree]:
-    """Finds the attachment points of the recipe by an abstract run of the model.
+    model: Adapted, /, *args: Any, method: Any = None, **kwargs: Any
+) -> tuple[list[Attached], Tree]:
+    """Finds where the recipe's methods attach, by abstract runs of the model.
 
     Args:
         model: an adapted linen module.
         *args: example inputs; only shapes matter.
-        **kwargs: further arguments of the model's `__call__`.
+        method: another function of the model than `__call__`, which takes the inputs.
+        **kwargs: further arguments of that function.
 
     Returns:
-        The method and attachment point of every `(module path, slot)`; all parameters, abstract.
+        Each method on each module or weight; all parameters, abstract.
 
     Raises:
         TargetError: a pattern matches nothing, or nothing that its method can attach to.
         UserError: the example inputs do not fit the model.
     """
-    interceptor, params = seen(model.inner, model.recipe, args, kwargs)
-    interceptor.check(params)
-    found = {
-        (path, method.slot): (method, point)
-        for (path, _), (_, point) in interceptor.visited.items()
-        for method in model.recipe.at(path)
-        if method.fits(point)
-    }
-    return found, params
+    return points_of(model.inner, model.recipe, Inputs(args, kwargs, method))
 
 
-def seen(base: nn.Module, recipe: Recipe, args: Any, kwargs: Any) -> tuple[Interceptor, Tree]:
-    """Runs a model abstractly; gives the interceptor that saw every module, and all parameters."""
+def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Attached], Tree]:
+    """Finds where a recipe's methods attach in a base; see `points`."""
+    interceptor, variables = seen(base, recipe, inputs)
+    params = flatten(variables.get("params", {}))
+    owners = {path: owner for path in params if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in params.items() if path not in owners}
+    changed: dict[Method, list[Attached]] = {}
+    reads: dict[str, Tracked] = {}
+    if leaf_methods(recipe):
+        with explained(base, inputs):
+            reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
+        shapes = {path: tuple(x.shape) for path, x in own.items()}
+        changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
+    found = [each for several in changed.values() for each in several]
+    found += [
+        Attached(method, join(path, method.slot), point, path)
+        for path, (_, point) in interceptor.visited.items()
+        for method in recipe.at(path)
+        if method.acts_on != "leaf" and method.fits(point)
+    ]
+    modules = {path: module for path, (module, _) in interceptor.visited.items()}
+    points = {path: point for path, (_, point) in interceptor.visited.items()}
+
+    def fitting(method: Method) -> list[str]:
+        return sorted(path for path, point in points.items() if method.fits(point))
+
+    check_targets(recipe, found, modules, fitting, reads, own, {})
+    for each in found:
+        if each.method.acts_on == "leaf":
+            start = join(each.module, each.method.slot)
+            if any(path == start or path.startswith(f"{start}/") for path in own):
+                raise taken(each.module, each.method)
+            for name, leaf in each.method.leaves(each.point).items():
+                params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    return found, unflatten(params)
+
+
+def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many layer axes the leaves of each module are stacked on, by what its code saw."""
+    found = {}
+    for path, (_, point) in interceptor.visited.items():
+        for name, inside in point.own.items():
+            outside = shapes.get(join(path, name), inside)
+            found[path] = max(len(outside) - len(inside), 0)
+    return found
+
+
+def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, Tree]:
+    """Runs a model abstractly; gives the interceptor that saw every module, and all variables."""
     interceptors: list[Interceptor] = []
 
-    def run(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+    def run(module: nn.Module) -> Any:
         interceptors.append(Interceptor(recipe, module, init=True))
         with nn.intercept_methods(interceptors[-1]):
-            return module(*inputs, **options)  # type: ignore[operator]
+            return inputs.call(module)
 
-    def init(key: PRNGKeyArray) -> Tree:
-        inputs, options = filled((args, kwargs))
-        variables = base.init(key, *inputs, method=run, **options)
-        return nn.meta.unbox(variables.get("params", {}))
-
-    with explained(base, args, kwargs):
-        params = jax.eval_shape(init, jax.random.key(0))
+    with explained(base, inputs):
+        variables = jax.eval_shape(
+            lambda key: nn.meta.unbox(nn.Module.init(base, key, method=run)), jax.random.key(0)
+        )
     (interceptor,) = interceptors
-    return interceptor, params
+    return interceptor, variables
 
 
 def shapes_of(params: Tree) -> Tree:
@@ -146,7 +266,13 @@ def shapes_of(params: Tree) -> Tree:
 
 
 def init_adapters(
-    model: Adapted, params: Tree, key: PRNGKeyArray, /, *args: Any, **kwargs: Any
+    model: Adapted,
+    params: Tree,
+    key: PRNGKeyArray,
+    /,
+    *args: Any,
+    method: Any = None,
+    **kwargs: Any,
 ) -> Tree:
     """Adds freshly initialised adapter leaves to the base's parameters.
 
@@ -155,7 +281,9 @@ def init_adapters(
         params: the base's parameter tree, as pretrained; arrays of any dtype, or abstract.
         key: seeds the adapters.
         *args: example inputs of the model, arrays or `jax.ShapeDtypeStruct`; only shapes matter.
-        **kwargs: further arguments of the model's `__call__`.
+        method: a function of the model to run instead of `__call__`, its name or
+            `lambda model, x: model.encode(x)`; it must use every target.
+        **kwargs: further arguments of that function.
 
     Returns:
         The base's tree with the adapters' leaves beside its own; abstract where `params` is. PiSSA
@@ -165,6 +293,9 @@ def init_adapters(
         TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
         UserError: the example inputs do not fit the model.
+
+    Warns:
+        AdapterWarning: as for `adapt`.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
@@ -176,7 +307,7 @@ def init_adapters(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
-    found, whole = points(model, *args, **kwargs)
+    found, whole = points(model, *args, method=method, **kwargs)
     compare_trees(
         "params",
         flatten(without_adapters(shapes_of(params), model.recipe)),
@@ -187,23 +318,25 @@ def init_adapters(
 
     def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:
         grown = {}
-        for (module, slot), (method, point) in found.items():
+        for each in found:
             leaves = {
                 name: leaf.init(arrays.key_at(key, path), shapes[path])
-                for name, leaf in method.leaves(point).items()
-                if (path := join(module, slot, name))
+                for name, leaf in each.method.leaves(each.point).items()
+                if (path := join(each.prefix, name))
             }
-            if method.from_weight:
-                path = join(module, contraction_of(point).weight)
-                leaves, grown[path] = started(method, leaves, point, unboxed(weights[path]))
-            grown |= {join(module, slot, name): leaf for name, leaf in leaves.items()}
+            if each.method.from_weight:
+                path = join(each.module, each.point.weight)
+                leaves, grown[path] = started(
+                    each.method, leaves, each.point, unboxed(weights[path])
+                )
+            grown |= {join(each.prefix, name): leaf for name, leaf in leaves.items()}
         return grown
 
     own = flatten(without_adapters(params, model.recipe))
     weights = {
         path: own[path]
-        for (module, _), (method, point) in found.items()
-        if method.from_weight and (path := join(module, contraction_of(point).weight))
+        for each in found
+        if each.method.from_weight and (path := join(each.module, each.point.weight))
     }
     grown = jax.eval_shape(grow, key, weights) if is_abstract(params) else grow(key, weights)
     rest = {path: grown.pop(path) for path in weights}

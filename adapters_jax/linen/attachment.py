@@ -1,42 +1,57 @@
 """One method on one linen module: its attachment point, its leaves, and its call."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.attached import Attached
 from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, Frozen, contraction_of, started
-from adapters_jax.weights import linear
+from adapters_jax.methods.base import AttachmentPoint, Frozen, started
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
-def leaves_in(module: Any, scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
+def leaves_in(scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
     """A method's arrays by name; initialised where the scope does not have them yet."""
-    new = not scope.has_variable("params", method.leaf_names[0])
     leaves = {}
     for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
         holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
         leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
-    if new and method.from_weight:
-        name = contraction_of(point).weight
-        weight = module.scope.get_variable("params", name)
-        made, rest = started(method, leaves, point, unboxed(weight))
-        if not is_quantized(weight):
-            module.scope.put_variable("params", name, nn.meta.replace_boxed(weight, rest))
-        for name, array in made.items():
-            scope.put_variable("params", name, array)
-        return made
     return leaves
+
+
+def grow_in(root: Any, each: Attached) -> None:
+    """Initialises the arrays of a method that changes a weight, in the scope of the whole model."""
+
+    def scope_at(path: str) -> Any:
+        names = path.split("/") if path else []
+        return functools.reduce(lambda s, name: s.push(name, reuse=True), names, root)
+
+    holder, owner = scope_at(each.prefix), scope_at(each.module)
+    leaves = leaves_in(holder, each.method, each.point)
+    if each.method.from_weight:
+        weight = owner.get_variable("params", each.point.weight)
+        made, rest = started(each.method, leaves, each.point, unboxed(weight))
+        if not is_quantized(weight):
+            owner.put_variable("params", each.point.weight, nn.meta.replace_boxed(weight, rest))
+        for name, array in made.items():
+            holder.put_variable("params", name, array)
 
 
 def _frozen(module: Any) -> Frozen:
     """A module's own parameters by name."""
     return lambda name: nn.meta.unbox(module.scope.get_variable("params", name))
+
+
+def dropout_key(module: nn.Module, method: Method, evaluation: bool | None) -> Array | None:
+    """A key for the dropout of a method; None without dropout and in evaluation."""
+    if evaluation is None:
+        evaluation = not module.has_rng("dropout")
+    return module.make_rng("dropout") if method.dropout and not evaluation else None
 
 
 def run_method(
@@ -49,25 +64,21 @@ def run_method(
     evaluation: bool | None,
 ) -> Array:
     """Applies a method, whose leaves are in the given scope, to a module's output."""
-    leaves = leaves_in(module, scope, method, point)
-    if evaluation is None:
-        evaluation = not module.has_rng("dropout")
-    key = module.make_rng("dropout") if method.dropout and not evaluation else None
+    leaves = leaves_in(scope, method, point)
+    key = dropout_key(module, method, evaluation)
     return method.forward(leaves, point, x, y, key, _frozen(module))
 
 
-def point_of(module: Any, path: str, call: str, args: Any, kwargs: Any, y: Any) -> AttachmentPoint:
+def point_of(module: Any, path: str, y: Any) -> AttachmentPoint:
     """The attachment point of a module that has just run."""
-    found = linear.find(module, call, *args, **kwargs)
-    shape: tuple[int, ...] = ()
-    if found is not None:
-        if not module.scope.has_variable("params", found.weight):
-            raise RecipeError(
-                f"{type(module).__name__} at {path!r} has no parameter {found.weight!r}; correct "
-                "weight=... in aj.register_contraction"
-            )
-        shape = unboxed(module.scope.get_variable("params", found.weight)).shape
+    variables = module.scope.variables().get("params", {})
+    own = {name: x.shape for name, x in unboxed_leaves(variables).items()}
+    weight = next((name for name, shape in own.items() if len(shape) > 1), "")
     array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
-    return AttachmentPoint(
-        path, call, y.shape[-1] if array else 0, found, shape, getattr(module, "precision", None)
-    )
+    width = y.shape[-1] if array else 0
+    return AttachmentPoint(path, width, weight, None, own, getattr(module, "precision", None))
+
+
+def unboxed_leaves(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's own arrays, of its variables in one collection."""
+    return {name: unboxed(x) for name, x in variables.items() if not isinstance(x, Mapping)}

@@ -18,16 +18,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from adapters_jax.attached import taken
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method
-from adapters_jax.linen.quantized_layers import call_quantized, has_quantized, standing_in
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import require_match
-from adapters_jax.trees import Tree, flatten, join
-from adapters_jax.weights import attention, linear
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten
+from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights.changes import without_dropout
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -39,12 +39,15 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether a call is an evaluation, by its arguments or its module's fields; None: unknown."""
+def evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) -> bool | None:
+    """Whether a call is an evaluation, by its arguments or its module's fields; None: unknown.
+
+    A field is read without `setup`, which would read the weights before their change.
+    """
     bound = _signature(function).bind_partial(module, *args, **kwargs)
     bound.apply_defaults()
     for name, evaluating in _EVALUATION_FLAGS.items():
-        for value in (bound.arguments.get(name), getattr(module, name, None)):
+        for value in (bound.arguments.get(name), inspect.getattr_static(module, name, None)):
             if isinstance(value, bool | np.bool_):
                 return bool(value) == evaluating
     return None
@@ -88,7 +91,7 @@ class Interceptor:
 
     def __init__(self, recipe: Recipe, module: Any, init: bool):
         self.recipe, self.root = recipe, tuple(module.scope.path)
-        self.visited: dict[tuple[str, str], tuple[nn.Module, AttachmentPoint]] = {}
+        self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
@@ -115,11 +118,11 @@ class Interceptor:
         """Runs one call of a submodule, as `nn.intercept_methods` asks, then its adapters."""
         module, call = context.module, context.method_name
         names = None if module.scope is None else tuple(module.scope.path)
-        if names is None or standing_in() or names[: len(self.root)] != self.root:
+        if names is None or names[: len(self.root)] != self.root:
             return run(*args, **kwargs)
         evaluation: bool | None = True
         if self._dropout:
-            evaluation = _evaluation_flag(module, context.orig_method.func, args, kwargs)
+            evaluation = evaluation_flag(module, context.orig_method.func, args, kwargs)
         if evaluation is None:
             evaluation = self._running[-1].evaluation
         # A method that calls its parent class's method of the same name is one call, not two.
@@ -130,23 +133,19 @@ class Interceptor:
             self._running[-1].children[names[-1]] = (module, (args, kwargs))
         self._running.append(here)
         try:
-            with self._attending(module, path, here):
-                if has_quantized(module, call, args, kwargs):
-                    y = call_quantized(module, call, args, kwargs)
-                else:
-                    y = run(*args, **kwargs)
+            with self._attending(module, path, here), without_dropout(evaluation is True):
+                y = run(*args, **kwargs)
         finally:
             self._running.pop()
-        if reentrant or call not in linear.calls(type(module)):
+        if reentrant or call != "__call__":
             return y
         run = functools.partial(_rerun, module, run)
-        return self._adapted(module, path, call, run, args, kwargs, y, here)
+        return self._adapted(module, path, run, args, kwargs, y, here)
 
     def _adapted(
         self,
         module: Any,
         path: str,
-        call: str,
         run: Callable[..., Any],
         args: Any,
         kwargs: Any,
@@ -154,16 +153,16 @@ class Interceptor:
         here: _Running,
     ) -> Any:
         """The output after every method that targets the module and acts on its output."""
-        point = point_of(module, path, call, args, kwargs, y)
+        point = point_of(module, path, y)
         point = dataclasses.replace(point, attention=here.attention)
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
-        if self._init and all(seen != path for seen, _ in self.visited):
+        if self._init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
-        self.visited[path, call] = (module, point)
+        self.visited[path] = (module, point)
         if not methods:
             return y
-        x = linear.input_of(module, call, args, kwargs)
-        again = linear.with_input(run, module, call, args, kwargs)
+        x = calls.input_of(module, args, kwargs)
+        again = calls.with_input(run, module, args, kwargs)
         for method in methods:
             if method.fits(point):
                 here_now = dataclasses.replace(point, again=again)
@@ -205,16 +204,16 @@ class Interceptor:
             return here.children[own]
 
         projection, given = child("key")
-        width = linear.input_of(projection, "__call__", *given).shape[-1]
+        width = calls.input_of(projection, *given).shape[-1]
         here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])
         precision = getattr(module, "precision", None)
-        point = AttachmentPoint(path, "__call__", 0, precision=precision, attention=here.attention)
+        point = AttachmentPoint(path, precision=precision, attention=here.attention)
         methods = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
-        if self._init and all(seen != path for seen, _ in self.visited):
+        if self._init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
         for method in methods:
             scope = module.scope.push(method.slot, reuse=True)
-            leaves = leaves_in(module, scope, method, point)
+            leaves = leaves_in(scope, method, point)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
             function = functools.partial(method.attend, leaves, point, project, function)
         return function(query, key, *args, **kwargs)
@@ -224,22 +223,8 @@ class Interceptor:
     ) -> None:
         """Raises RecipeError where the base already uses the name of a method's leaves."""
         for method in methods:
-            taken = module.scope.get_variable("params", method.slot)
-            leaves = flatten(taken) if isinstance(taken, Mapping) else {}
+            held = module.scope.get_variable("params", method.slot)
+            leaves = flatten(held) if isinstance(held, Mapping) else {}
             mistakable = any(name in leaves for name in method.leaf_names)
-            if taken is not None and (method.fits(point) or mistakable):
-                raise RecipeError(
-                    f"{type(method).__name__} keeps its parameters in "
-                    f"{join(point.path, method.slot)}, but the base has something of that name "
-                    "there; rename it or do not target it"
-                )
-
-    def check(self, params: Tree) -> None:
-        """Raises TargetError for a pattern that matches nothing its method can attach to."""
-        modules = {path: module for (path, _), (module, _) in self.visited.items()}
-        for method in self.recipe.attached:
-            usable = {path for (path, _), (_, point) in self.visited.items() if method.fits(point)}
-            unusable = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-            require_points(method, sorted(usable), unusable)
-        for patterns in self.recipe.unfrozen:
-            require_match("Unfreeze", patterns, flatten(params))
+            if held is not None and (method.fits(point) or mistakable):
+                raise taken(point.path, method)

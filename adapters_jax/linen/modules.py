@@ -1,13 +1,17 @@
 """Adapters as linen modules, to write into a model by hand."""
 
-from typing import Any
+from typing import Any, cast
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.linen.attachment import point_of, run_method
+from adapters_jax.attached import Attached
+from adapters_jax.linen.attachment import dropout_key, grow_in, leaves_in, run_method
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import dropout
 
 
 class Bottleneck(nn.Module):
@@ -56,7 +60,7 @@ class Bottleneck(nn.Module):
             norm_after=self.norm_after,
         )
         y = x if y is None else y
-        point = AttachmentPoint("/".join(self.path), "__call__", x.shape[-1])
+        point = AttachmentPoint("/".join(self.path), x.shape[-1])
         return run_method(self, self.scope, method, point, x, y, deterministic)
 
 
@@ -99,7 +103,17 @@ class LoRADense(nn.Dense):
             deterministic: no dropout; by default there is dropout where a "dropout" key is given.
         """
         y = super().__call__(inputs)
-        point = point_of(self, "/".join(self.path), "__call__", (inputs,), {}, y)
-        module: Any = self
+        method, module = self.method(), cast(Any, self)
+        kernel = nn.meta.unbox(module.scope.get_variable("params", "kernel"))
+        path, own = "/".join(self.path), {"kernel": kernel.shape}
+        point = AttachmentPoint(path, weight="kernel", axes=Axes((0,), (1,)), own=own)
+        if not module.scope.has_variable("params", "lora"):
+            grow_in(module.scope, Attached(method, "lora", point, ""))
         scope = module.scope.push("lora", reuse=True)
-        return run_method(self, scope, self.method(), point, inputs, y, deterministic)
+        key = dropout_key(self, method, deterministic)
+        changes = method.changes(leaves_in(scope, method, point), point, lambda: kernel, key)
+        change: Any = changes["kernel"][0]
+        x = dropout(inputs.astype(y.dtype), change.dropout, change.key)
+        for factor in change.factors:
+            x = jnp.matmul(x, factor.array.astype(y.dtype), precision=self.precision)
+        return y + x

@@ -6,7 +6,7 @@ alone, so a method of another package can do everything that a built-in one does
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -15,7 +15,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
 from adapters_jax.targets import as_patterns
 from adapters_jax.weights.attention import Attention, AttentionFn
-from adapters_jax.weights.contraction import Contraction
+from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
@@ -27,11 +27,12 @@ class AttachmentPoint:
     """One module of a model, as a method sees it.
 
     Attributes:
-        path: path of the module, names joined by slashes.
-        call: the function of the module that is adapted, `__call__` or an embedding's `attend`.
+        path: path of the module, names joined by slashes; of a leaf, where several of the
+            module's are adapted.
         width: size of the last axis of the module's output, d; 0 where it is no float array.
-        contraction: how the module's weight meets its input; None where it is not a linear layer.
-        weight_shape: shape of that weight, without layer axes.
+        weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
+        axes: the roles of that weight's axes; None for a module without one.
+        own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
         attention: the sizes of a known attention module; None for any other module.
         again: runs the module, with the methods before this one, on another input; None outside
@@ -39,13 +40,18 @@ class AttachmentPoint:
     """
 
     path: str
-    call: str
-    width: int
-    contraction: Contraction | None = None
-    weight_shape: tuple[int, ...] = ()
+    width: int = 0
+    weight: str = ""
+    axes: Axes | None = None
+    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
     attention: Attention | None = None
     again: Callable[[Array], Array] | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight, with layer axes."""
+        return self.own[self.weight]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ class Method:
         count(path, shapes, weight): the closed form of the parameters at one module, computed
             from the settings; the audit compares it with the arrays.
         forward(leaves, point, x, y, key, frozen): the module's output with the method. Methods
-            that act inside attention modules have `acts_on = "attention"` and `attend` instead.
+            that act inside attention modules have `acts_on = "attention"` and `attend` instead;
+            methods that change weights derive from `LeafMethod` and have `changes`.
 
     Optional:
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
@@ -112,16 +119,13 @@ class Method:
         pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
             that it overrides for the targets that the pattern matches.
         subset_fields: fields of patterns that match some of the targets.
-        weight_axes: leaves that are sharded like the weight: an "input" leaf has its input axes,
-            then one axis of the method; an "output" leaf has one axis of the method, then the
-            weight's output axes.
 
     Args:
         targets: patterns of module paths.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
-        >>> from dataclasses import dataclass
+        >>> from dataclasses import dataclass, field
         >>> from flax import linen as nn
         >>> from adapters_jax.methods import Count, Leaf, arrays
         >>> @aj.register_method
@@ -130,7 +134,7 @@ class Method:
         ...     '''Multiplies every output by a trained number.'''
         ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
         ...     def fits(self, point):
-        ...         return point.call == "__call__" and point.width > 0
+        ...         return point.width > 0
         ...     def leaves(self, point):
         ...         return {"scale": Leaf((point.width,), arrays.ones)}
         ...     def count(self, path, shapes, weight):
@@ -152,11 +156,10 @@ class Method:
     name: ClassVar[str]
     slot: ClassVar[Any]  # a name, or None
     stated: ClassVar[tuple[str, ...]] = ("targets",)
-    acts_on: ClassVar[Literal["output", "attention"]] = "output"
+    acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()
-    weight_axes: ClassVar[Mapping[str, Literal["input", "output"]]] = {}
 
     targets: str | tuple[str, ...]
 
@@ -304,13 +307,6 @@ class Method:
         return dict(leaves), weight
 
 
-def contraction_of(point: AttachmentPoint) -> Contraction:
-    """The contraction at a point; raises RecipeError where it is not a known linear layer."""
-    if point.contraction is None:
-        raise RecipeError(f"the module at {point.path!r} is not a known linear layer")
-    return point.contraction
-
-
 def after(
     step: Callable[[Any, Array], Array], again: Callable[[Any], Array]
 ) -> Callable[[Any], Array]:
@@ -319,7 +315,7 @@ def after(
 
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
-    """The number of layer axes in front of a method's leaves."""
+    """The number of layer axes in front of a method's leaves that its own shapes lack."""
     name, leaf = next(iter(method.leaves(point).items()))
     return len(leaves[name].shape) - len(leaf.shape)
 
@@ -338,7 +334,7 @@ def merged_stacked(
 def started(
     method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
 ) -> tuple[dict[str, Array], Any]:
-    """`Method.start` for arrays that may be stacked on layer axes; a quantised weight is kept.
+    """`Method.start`, also for a quantised weight, which is kept.
 
     Raises:
         RecipeError: the method would change a quantised weight.
@@ -350,12 +346,7 @@ def started(
             f"{point.path!r}, which is quantised and cannot change; adapt the float base first, "
             "then quantise the adapted model"
         )
-
-    def start(leaves: Leaves, weight: Array) -> tuple[dict[str, Array], Array]:
-        return method.start(leaves, point, weight)
-
-    run = over_layers(start, layer_axes(method, leaves, point))
-    made, rest = run(dict(leaves), weight.unbox() if packed else weight)
+    made, rest = method.start(leaves, point, weight.unbox() if packed else weight)
     return made, weight if packed else rest
 
 
@@ -363,7 +354,7 @@ def missing_members(cls: type[Method]) -> list[str]:
     """The names of the members that a class lacks to be a method."""
     lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
-        run = "attend" if cls.acts_on == "attention" else "forward"
+        run = {"attention": "attend", "leaf": "changes"}.get(cls.acts_on, "forward")
         members = ("leaf_names", "fits", "leaves", "count", run)
-        lacking += [name for name in members if getattr(cls, name) is getattr(Method, name)]
+        lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
     return lacking

@@ -26,6 +26,7 @@ from adapters_jax.methods.base import (
     Method,
     nothing,
 )
+from adapters_jax.weights.changes import dropout
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -133,8 +134,8 @@ class Bottleneck(Method):
 
         `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """
-        alone = self.placement != "norm" or point.contraction is None
-        return point.call == "__call__" and point.width > 0 and alone
+        alone = self.placement != "norm" or not point.weight
+        return point.width > 0 and alone
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
@@ -225,7 +226,7 @@ class Bottleneck(Method):
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
         hidden = jnp.matmul(x, own["down/kernel"], precision=precision)
         hidden = ACTIVATIONS[self.activation](arrays.add_last(hidden, own["down/bias"]))
-        hidden = arrays.dropout(hidden, self.dropout, key)
+        hidden = dropout(hidden, self.dropout, key)
         y = arrays.add_last(
             jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"]
         )

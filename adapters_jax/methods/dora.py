@@ -4,27 +4,20 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError
-from adapters_jax.methods.arrays import beside
-from adapters_jax.methods.base import (
-    AttachmentPoint,
-    Count,
-    Frozen,
-    Leaf,
-    Leaves,
-    Method,
-    contraction_of,
-    nothing,
-)
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
+from adapters_jax.methods.leaf import axes_of
 from adapters_jax.methods.lora import LoRA
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import Change, Changed, Factor, Scale
 
 
 @dataclass(frozen=True)
@@ -34,8 +27,7 @@ class DoRA(LoRA):
     `m * (W + scale A B) / |W + scale A B|`, where the norm runs over the inputs of each output. m
     starts at the norm of W, so that the output starts as the base's, up to rounding. The norm is
     not differentiated (section 4.3 of the paper), and the layer's bias is not scaled. Norms are
-    computed in float32. DoRA attaches to layers whose outputs are their last axes, such as dense
-    layers and convolutions.
+    computed in float32.
 
     Args: as in `LoRA`, without `slices`.
 
@@ -52,48 +44,31 @@ class DoRA(LoRA):
         """The magnitude starts at the weight's norm."""
         return super().from_weight or "reads"
 
-    def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module is a linear layer whose outputs are its last axes."""
-        found = point.contraction
-        return found is not None and not found.lookup and found.trailing
-
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        name = type(module).__name__
-        return f"{super().why_not(module)}; or the outputs of {name} are not its last axes"
-
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors, and the magnitude of the weight's output axes."""
-        _, outputs = contraction_of(point).split_shape(point.weight_shape)
-        return {**super().leaves(point), "magnitude": Leaf(outputs, lambda key, s: jnp.ones(s))}
+        axes, shape = axes_of(point), point.weight_shape
+        own = tuple(shape[i] for i in (*axes.shared, *axes.outputs))
+        return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
 
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep in the base."""
-        magnitude = _norm(weight, point)
+        magnitude = axes_of(point).norm(weight)
         factors, rest = super().start(leaves, point, weight)
         return {**factors, "magnitude": magnitude}, rest
+
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of the factors and of the magnitude."""
+        return {**super().weight_axes(axes, path), "magnitude": (*axes.shared, *axes.outputs)}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
         """The closed form r(in + out) + out."""
         pair = super().count(path, shapes, weight)
-        copies = len(shapes["a"]) + len(shapes["b"]) - 2 - len(weight)
-        out = math.prod(weight[copies:]) // math.prod(shapes["a"][copies:-1])
+        out = math.prod(weight) // math.prod(shapes["a"][:-1])
         return Count(f"{pair.formula} + {out}", pair.parameters + out, pair.copies)
-
-    def merged(
-        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The adapted weight, computed in float32 and cast once to the weight's dtype."""
-        layer = contraction_of(point)
-        weight = own[layer.weight]
-        changed = weight.astype(jnp.float32) + self.delta(leaves, point, weight)
-        ratio = leaves["magnitude"].astype(jnp.float32) / _norm(changed, point)
-        changed = changed * jnp.expand_dims(ratio, layer.inputs)
-        return {layer.weight: changed.astype(weight.dtype)}
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Raises RecipeError: the weight is rescaled, which DoRA leaves cannot undo."""
@@ -103,29 +78,16 @@ class DoRA(LoRA):
         """Raises RecipeError: the change is not a product of two factors."""
         return Method.factors(self, leaves, path)
 
-    def forward(
+    def changes(
         self,
         leaves: Leaves,
         point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "..."],
+        weight: Callable[[], Array],
         key: PRNGKeyArray | None = None,
-        frozen: Frozen = nothing,
-    ) -> Float[Array, "..."]:
-        """The adapted output; the arguments are those of `LoRA.forward`."""
-        weight, bias = frozen(contraction_of(point).weight), frozen("bias")
-        if weight is None:
-            raise RecipeError(
-                f"DoRA at {point.path!r} needs the layer's weight; attach it with aj.adapt"
-            )
-        detached = jax.lax.stop_gradient(self.delta(leaves, point, weight))
-        norm = _norm(weight.astype(jnp.float32) + detached, point)
-        ratio = (leaves["magnitude"] / norm).astype(y.dtype)
-        shift = jnp.zeros((), y.dtype) if bias is None else beside(bias.astype(y.dtype), y)
-        changed = (y - shift) + self.branch(leaves, point, x, y, key)
-        return beside(ratio, y) * changed + shift
-
-
-def _norm(weight: Float[Array, "..."], point: AttachmentPoint) -> Float[Array, "..."]:
-    """The norm of the weight over the inputs of each output, in float32."""
-    return jnp.sqrt(jnp.square(weight.astype(jnp.float32)).sum(axis=contraction_of(point).inputs))
+    ) -> dict[str, tuple[Change, ...]]:
+        """The low-rank change, then the ratio of the magnitude to the norm."""
+        axes, (change,) = axes_of(point), super().changes(leaves, point, weight, key)[point.weight]
+        fixed = jax.tree.map(jax.lax.stop_gradient, (change,))
+        norm = axes.norm(Changed.of(weight().astype(jnp.float32), fixed).formed())
+        ratio = leaves["magnitude"].astype(jnp.float32) / norm
+        return {point.weight: (change, Scale(Factor(ratio, (*axes.shared, *axes.outputs))))}

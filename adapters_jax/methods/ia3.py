@@ -5,40 +5,33 @@ Learning", arXiv:2205.05638.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import (
-    AttachmentPoint,
-    Count,
-    Frozen,
-    Leaf,
-    Leaves,
-    Method,
-    contraction_of,
-    nothing,
-)
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
+from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, selects
-from adapters_jax.weights import linear
+from adapters_jax.weights.axes import Axes, last_axes
+from adapters_jax.weights.changes import Change, Factor, Scale
 
 
 @dataclass(frozen=True)
-class IA3(Method):
+class IA3(LeafMethod):
     """Learned scales of the outputs of linear layers, or of their inputs.
 
-    A target returns `y * l`; one that `feed_forward` matches as well returns `layer(x * l)`, since
-    the paper scales the inner feed-forward activation before the projection that reads it. l starts
-    at ones, so that the output starts as the base's. The bias is part of y and is scaled too.
-    Leaves are float32 and are cast to the dtype of the array that they scale.
+    The outputs of a target's weight are multiplied by l, and so is its bias; the inputs are, where
+    `feed_forward` matches the target as well, since the paper scales the inner feed-forward
+    activation before the projection that reads it. l starts at ones, so that the output starts as
+    the base's. Leaves are float32 and are cast to the dtype of the array that they scale.
 
     Args:
-        targets: patterns of linear layers.
+        targets: patterns of modules with weights, or of weights.
         feed_forward: patterns of those among them whose input is scaled.
 
     Example:
@@ -63,27 +56,34 @@ class IA3(Method):
         """Whether a target's input is scaled, not its output."""
         return bool(self.feed_forward) and selects(self.feed_forward, path)
 
-    def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module is linear, and scaled axes are the last of its input or output."""
-        return point.contraction is not None and bool(self._axes(point))
+    def roles(self, axes: Axes, path: str) -> Any:
+        """The axes of the weight that l has."""
+        return (*axes.shared, *(axes.features if self.scales_input(path) else axes.outputs))
 
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        name = type(module).__name__
-        return f"{linear.why_not(module)}; or the axes to scale are not the last axes of {name}"
-
-    def _axes(self, point: AttachmentPoint) -> tuple[int, ...]:
-        """The axes of the weight that l has; none where the module cannot be scaled."""
-        layer = contraction_of(point)
+    def names(self, point: AttachmentPoint) -> tuple[str, ...]:
+        """The weight; where outputs are scaled, also leaves of their shape, which are biases."""
         if self.scales_input(point.path):
-            return layer.features
-        outputs = tuple(axis for axis in range(layer.ndim) if axis not in layer.inputs)
-        return outputs if layer.trailing else ()
+            return (point.weight,)
+        shape = self.leaves(point)["scale"].shape
+        biases = (name for name, own in point.own.items() if own == shape)
+        return (point.weight, *(name for name in biases if name != point.weight))
+
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of l."""
+        return {"scale": self.roles(axes, path)}
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The scale of the weight's output axes, or of its input axes."""
-        shape = tuple(point.weight_shape[axis] for axis in self._axes(point))
-        return {"scale": Leaf(shape, arrays.ones)}
+        scaled = self.roles(axes_of(point), point.path)
+        return {"scale": Leaf(tuple(point.weight_shape[i] for i in scaled), arrays.ones)}
+
+    def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
+        """The roles of the weight's axes by the shape of l."""
+        scaled = last_axes(shapes["scale"], weight, before=self.scales_input(path))
+        if scaled is None:
+            return None
+        rest = tuple(i for i in range(len(weight)) if i not in scaled)
+        return Axes(scaled, rest) if self.scales_input(path) else Axes(rest, scaled)
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -97,44 +97,19 @@ class IA3(Method):
                 return Count("*".join(map(str, own)), math.prod(own), math.prod(layers))
         return Count(f"an axis of {list(weight)}", 0)
 
-    def forward(
+    def changes(
         self,
         leaves: Leaves,
         point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "..."],
+        weight: Callable[[], Array],
         key: PRNGKeyArray | None = None,
-        frozen: Frozen = nothing,
-    ) -> Float[Array, "..."]:
-        """The scaled output, or the output of the scaled input; see `Method.forward`."""
-        # An embedding used as the output layer (`attend`) has its d features on its input.
-        if not self.scales_input(point.path) and point.call == "__call__":
-            return y * arrays.beside(leaves["scale"].astype(y.dtype), y)
-        if point.again is None:
-            raise RecipeError(
-                f"IA3 at {point.path!r} runs the layer again on a scaled input; attach it with "
-                "aj.adapt"
-            )
-        return point.again(x * arrays.beside(leaves["scale"].astype(x.dtype), x))
-
-    def merged(
-        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The weight, and the bias where the output is scaled, times l."""
-        layer, scale = contraction_of(point), leaves["scale"].astype(jnp.float32)
-        rest = [axis for axis in range(layer.ndim) if axis not in self._axes(point)]
-        factors = {layer.weight: jnp.expand_dims(scale, rest)}
-        if not self.scales_input(point.path):
-            others = sorted(own.keys() - {layer.weight, "bias"})
-            if others:
-                raise RecipeError(
-                    f"merge: IA3 at {point.path!r} scales the output, which may depend on "
-                    f"{', '.join(others)} of the module as well; keep the adapted model"
-                )
-            factors |= {"bias": scale} if "bias" in own else {}
-        return {
-            name: (own[name].astype(jnp.float32) * factor).astype(own[name].dtype)
-            for name, factor in factors.items()
+    ) -> dict[str, tuple[Change, ...]]:
+        """The weight times l; where outputs are scaled, the module's biases as well."""
+        scale = leaves["scale"]
+        whole = (Scale(Factor(scale, tuple(range(scale.ndim)))),)
+        axes = self.roles(axes_of(point), point.path)
+        return dict.fromkeys(self.names(point), whole) | {
+            point.weight: (Scale(Factor(scale, axes)),)
         }
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:

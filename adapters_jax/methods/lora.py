@@ -5,8 +5,9 @@ alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", ar
 initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,18 +17,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import (
-    AttachmentPoint,
-    Count,
-    Frozen,
-    Leaf,
-    Leaves,
-    Method,
-    contraction_of,
-    nothing,
-)
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
+from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, matches
-from adapters_jax.weights import linear
+from adapters_jax.weights.axes import Axes, from_factors
+from adapters_jax.weights.changes import Change, Factor, LowRank
 
 # Initialisers of A, given the fan-in and the rank; the paper's is Gaussian, without a deviation.
 INITS = {
@@ -49,16 +43,21 @@ def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
-    """Low-rank factors beside the weights of linear layers: `y + scale * B(A(x))`.
+class LoRA(LeafMethod):
+    """Low-rank factors of weights: whatever reads W sees `W + scale * A B`.
 
     A has the weight's input axes and the rank, B the rank and the weight's output axes: (in, r) and
     (r, out) for a dense layer, (window, in, r) and (r, out) for a convolution, (vocabulary, r) and
-    (r, d) for an embedding. B starts at zero and A random; for an embedding A starts at zero and B
-    from N(0, 1). The scale is alpha / r. Leaves are float32 and are cast to the dtype of y.
+    (r, d) for an embedding. Both have the axes of stacked layers and experts, each of which has a
+    pair of its own: (experts, in, r) and (experts, r, out). B starts at zero and A random; for an
+    embedding A starts at zero and B from N(0, 1). The scale is alpha / r. Leaves are float32 and
+    are cast to the dtype of the weight's input.
+
+    Where the weight meets an input in a product, a convolution or a lookup, this is computed as
+    `x W + scale * (x A) B`; where the model does something else with it, the sum is formed.
 
     Args:
-        targets: patterns of module paths.
+        targets: patterns of modules, or of leaves.
         rank: r.
         alpha: None means r, for a scale of 1 (the paper sets alpha to the first r tried).
         dropout: probability of zeroing an entry of the branch's input while training.
@@ -86,7 +85,6 @@ class LoRA(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
     pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
-    weight_axes: ClassVar[Mapping[str, Literal["input", "output"]]] = {"a": "input", "b": "output"}
 
     targets: str | tuple[str, ...]
     rank: int = 8
@@ -120,14 +118,6 @@ class LoRA(Method):
         """PiSSA subtracts its initial factors from the weight."""
         return "changes" if self.a_init == "pissa" else ""
 
-    def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module is a known linear layer."""
-        return point.contraction is not None
-
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        return linear.why_not(module)
-
     def rank_at(self, path: str) -> int:
         """The rank at one target."""
         return next((r for p, r in self.rank_pattern if matches(p, path)), self.rank)
@@ -145,33 +135,31 @@ class LoRA(Method):
         Raises:
             RecipeError: the rank exceeds the weight's fan-in or fan-out, or slices do not fit it.
         """
-        layer, rank = contraction_of(point), self.rank_at(point.path)
-        inputs, outputs = layer.split_shape(point.weight_shape)
+        axes, rank, shape = axes_of(point), self.rank_at(point.path), point.weight_shape
+        fan_in, fan_out, _ = axes.sizes(shape)
+        b_shape = axes.b_shape(shape, rank)
         if self.slices:
-            outputs = self._sliced(point, outputs)
-        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+            fan_out = self._sliced(point)
+            b_shape = (*b_shape[:-1], fan_out)
         if rank > min(fan_in, fan_out):
             raise RecipeError(
                 f"{type(self).__name__}: rank {rank} at {point.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{point.path!r}: {min(fan_in, fan_out)}}}"
             )
-        a = arrays.zeros if layer.lookup else INITS[self.a_init](fan_in, rank)
-        b = arrays.normal(1.0) if layer.lookup else arrays.zeros
-        return {"a": Leaf((*inputs, rank), a), "b": Leaf((rank, *outputs), b)}
+        a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
+        b = arrays.normal(1.0) if axes.lookup else arrays.zeros
+        return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
 
-    def _sliced(self, point: AttachmentPoint, outputs: tuple[int, ...]) -> tuple[int]:
+    def _sliced(self, point: AttachmentPoint) -> int:
         """The total width of the slices; raises RecipeError where they do not fit."""
-        if (
-            len(outputs) != 1
-            or not contraction_of(point).trailing
-            or self.slices[-1][1] > outputs[0]
-        ):
+        outputs = tuple(point.weight_shape[i] for i in axes_of(point).outputs)
+        if len(outputs) != 1 or self.slices[-1][1] > outputs[0]:
             raise RecipeError(
                 f"LoRA: slices {self.slices} do not fit {point.path!r}, whose outputs are "
                 f"{outputs}; give ranges of a dense layer's last axis"
             )
-        return (sum(stop - start for start, stop in self.slices),)
+        return sum(stop - start for start, stop in self.slices)
 
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
@@ -182,42 +170,37 @@ class LoRA(Method):
         """
         if self.a_init != "pissa":
             return dict(leaves), weight
-        layer, rank, scale = (
-            contraction_of(point),
-            self.rank_at(point.path),
-            self.scale_at(point.path),
-        )
-        matrix = layer.as_matrix(weight.astype(jnp.float32))
-        u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
-        root = jnp.sqrt(s[:rank] / scale)
-        factors = {
-            "a": (u[:, :rank] * root).reshape(leaves["a"].shape),
-            "b": (root[:, None] * v[:rank]).reshape(leaves["b"].shape),
-        }
-        rest = weight.astype(jnp.float32) - scale * layer.product(factors["a"], factors["b"])
+        axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
+        u, s, v = jnp.linalg.svd(axes.as_matrix(weight.astype(jnp.float32)), full_matrices=False)
+        root = jnp.sqrt(s[..., :rank] / scale)
+        a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+        product = scale * jnp.matmul(a, b, precision="highest")
+        rest = weight.astype(jnp.float32) - axes.from_matrix(product, weight.shape)
+        factors = {"a": a.reshape(leaves["a"].shape), "b": b.reshape(leaves["b"].shape)}
         return {**leaves, **factors}, rest.astype(weight.dtype)
+
+    def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
+        """The roles of the weight's axes by the shapes of A and B."""
+        return from_factors(shapes["a"], shapes["b"], weight, widths=not self.slices)
+
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of A and B; `RANK` is none of them."""
+        return {"a": axes.a, "b": axes.b}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
-        rank = self.rank_at(path)
-        copies = len(shapes["a"]) + len(shapes["b"]) - 2 - len(weight)
-        fan_in = math.prod(shapes["a"][copies:-1])
-        fan_out = sum(b - a for a, b in self.slices) or math.prod(weight[copies:]) // fan_in
+        rank, a, b = self.rank_at(path), shapes["a"], shapes["b"]
+        copies = a[: len(a) + len(b) - 2 - len(weight)]
+        fan_in = math.prod(a[len(copies) : -1])
+        fan_out = math.prod(weight) // (math.prod(copies) * fan_in)
+        fan_out = sum(stop - start for start, stop in self.slices) or fan_out
         return Count(
             f"{rank}*({fan_in} + {fan_out})",
             lora_parameters(fan_in, fan_out, rank),
-            math.prod(weight[:copies]),
+            math.prod(copies),
         )
-
-    def merged(
-        self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The weight plus the change, added in float32 and cast once to the weight's dtype."""
-        name = contraction_of(point).weight
-        whole = own[name].astype(jnp.float32) + self.delta(leaves, point, own[name])
-        return {name: whole.astype(own[name].dtype)}
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""
@@ -233,53 +216,27 @@ class LoRA(Method):
         a, b = (jnp.asarray(leaves[name], jnp.float32) for name in ("a", "b"))
         return a, self.scale_at(path) * b
 
-    def delta(self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]) -> Array:
-        """The change of the weight, scale * A B, in float32 and in the weight's layout."""
-        a, b = (leaves[name].astype(jnp.float32) for name in ("a", "b"))
-        change = self.scale_at(point.path) * contraction_of(point).product(a, b)
-        return self._spread(change, weight.shape[-1]) if self.slices else change
-
-    def _spread(self, part: Float[Array, "... part"], width: int) -> Float[Array, "... width"]:
-        """The slices' outputs at their own columns among `width`; zeros at the others."""
-        columns = [i for start, stop in self.slices for i in range(start, stop)]
-        whole = jnp.zeros((*part.shape[:-1], width), part.dtype)
-        return whole.at[..., jnp.asarray(columns)].set(part)
-
-    def forward(
+    def changes(
         self,
         leaves: Leaves,
         point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "..."],
+        weight: Callable[[], Array],
         key: PRNGKeyArray | None = None,
-        frozen: Frozen = nothing,
-    ) -> Float[Array, "..."]:
-        """The adapted output.
-
-        Args:
-            leaves: the factors by name.
-            point: the linear layer that they adapt.
-            x: the layer's input, of whatever form the layer takes.
-            y: the layer's output.
-            key: for dropout while training; None in evaluation.
-            frozen: the layer's own parameters by name.
-
-        Returns:
-            An array of the shape and dtype of y.
-        """
-        return y + self.branch(leaves, point, x, y, key)
-
-    def branch(
-        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Array, key: PRNGKeyArray | None
-    ) -> Float[Array, "..."]:
-        """scale * B(A(x)), of the shape and dtype of y."""
-        layer = contraction_of(point)
-        a = leaves["a"].astype(y.dtype)
-        b = (leaves["b"] * self.scale_at(point.path)).astype(y.dtype)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            x = arrays.dropout(x.astype(y.dtype), self.dropout, key)
-        change = layer.expand(layer.project(x, a), b)
-        return self._spread(change, y.shape[-1]) if self.slices else change
+    ) -> dict[str, tuple[Change, ...]]:
+        """The low-rank change of the weight, one for each slice."""
+        axes = axes_of(point)
+        a, b = Factor(leaves["a"], axes.a), leaves["b"] * self.scale_at(point.path)
+        if not self.slices:
+            whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key)
+            return {point.weight: (whole,)}
+        ends = list(itertools.accumulate(stop - start for start, stop in self.slices))[:-1]
+        parts = jnp.split(b, ends, axis=-1)
+        return {
+            point.weight: tuple(
+                LowRank(a, Factor(part, axes.b), (axes.outputs[0], start), self.dropout, key)
+                for part, (start, _) in zip(parts, self.slices, strict=True)
+            )
+        }
 
 
 def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:

@@ -3,16 +3,18 @@
 - `adapted`: `adapt` copies a model's structure and attaches the adapters.
 - `points`: the attachment points of a model, read off its modules and an abstract run.
 - `attachment`: the Variables and the class of an adapted module.
-- `quantized_layers`: a quantised weight, and the class of the layer that reads it.
+- `quantized_weights`: the Variable of a quantised weight.
+- `known`: the axes of the weights of flax's own layers.
 - `graph`: modules and parameters by path.
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
 from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
 from adapters_jax.nnx.attachment import AdapterParam, leaves_of
-from adapters_jax.nnx.graph import copy, modules_of
+from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
-from adapters_jax.nnx.quantized_layers import QuantizedParam, float_again, quantized_in_place
+from adapters_jax.nnx.points import weights_of
+from adapters_jax.nnx.quantized_weights import QuantizedParam, float_again, quantized_in_place
 
 __all__ = [
     "AdapterParam",
@@ -26,6 +28,9 @@ __all__ = [
     "float_again",
     "leaves_of",
     "modules_of",
+    "own_params",
+    "params_of",
     "quantized_in_place",
     "recipe_of",
+    "weights_of",
 ]

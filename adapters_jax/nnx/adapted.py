@@ -1,34 +1,26 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
-import dataclasses
 from typing import Any
 
 from flax import nnx
 
-from adapters_jax.abstract import is_abstract
+from adapters_jax.abstract import Inputs, is_abstract
+from adapters_jax.attached import check_targets, taken
 from adapters_jax.errors import UserError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.attachment import AdapterParam, grow, taken, trained_class
+from adapters_jax.nnx.attachment import (
+    AdapterParam,
+    Held,
+    grow,
+    holds,
+    point_of,
+    refresh,
+    trained_class,
+)
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
-from adapters_jax.nnx.points import known_width, point_of, points_of
-from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import require_match
-
-
-def _check(recipe: Recipe, model: nnx.Module, points: dict[str, Any], traced: bool) -> None:
-    """Raises TargetError for a pattern that matches nothing its method can attach to."""
-    modules, shared = modules_of(model), _other_names(model)
-    for method in recipe.attached:
-        usable = [path for path, (point, _) in points.items() if method.fits(point)]
-        other = {p: method.why_not(m) for p, m in modules.items() if p not in usable}
-        for path in other.keys() & points.keys():
-            wide = dataclasses.replace(points[path][0], width=1)
-            if not traced and method.fits(wide):  # only the width of the output is missing
-                other[path] += "; pass example_inputs=(...) so that its output is known"
-        require_points(method, usable, other | shared)
-    for patterns in recipe.unfrozen:
-        require_match("Unfreeze", patterns, params_of(model), shared)
+from adapters_jax.nnx.points import points_of
+from adapters_jax.recipe import Recipe
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:
@@ -39,7 +31,7 @@ def _other_names(model: nnx.Module) -> dict[str, str]:
         every = list(map(variable_path, paths))
         own = next((path for path in every if path in known), None)
         if own is not None:
-            names |= {path: f"shared with {own}; use that path" for path in every if path != own}
+            names |= {path: own for path in every if path != own}
     return names
 
 
@@ -47,16 +39,17 @@ def adapt(
     model: nnx.Module,
     recipe: Recipe,
     rngs: nnx.Rngs,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
 ) -> nnx.Module:
     """See `adapters_jax.adapt`."""
     _check_streams(recipe, rngs)
+    inputs = Inputs.of(example_inputs)
     if is_abstract(nnx.state(model)):
         # An abstract model stays abstract, and the caller's random streams do not advance.
         return nnx.eval_shape(
-            lambda model, rngs: _adapted(model, recipe, rngs, example_inputs), model, copy(rngs)
+            lambda model, rngs: _adapted(model, recipe, rngs, inputs), model, copy(rngs)
         )
-    return _adapted(model, recipe, rngs, example_inputs)
+    return _adapted(model, recipe, rngs, inputs)
 
 
 def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
@@ -75,25 +68,31 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
 
 
 def _adapted(
-    model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, example_inputs: tuple[Any, ...] | None
+    model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, inputs: Inputs | None
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    points = points_of(adapted, example_inputs)
-    _check(recipe, adapted, points, example_inputs is not None)
+    found, points, reads = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
-    for path, (point, layers) in points.items():
-        for method in recipe.at(path):
-            if method.fits(point):
-                whole.at(path)  # raises where methods of two recipes clash
-                grow(modules[path], method, point, layers, rngs)
+
+    def fitting(method: Method) -> list[str]:
+        return [path for path, point in points.items() if method.fits(point)]
+
+    attached, tied = [each for each, _ in found], _other_names(adapted)
+    check_targets(recipe, attached, modules, fitting, reads, frozen, tied)
+    for each, layers in found:
+        before = holds(modules[each.module])
+        there = [held.method for held in before if held.weight == each.point.weight]
+        whole.check([*there, each.method], each.point.path)
+        grow(modules[each.module], each, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
-            raise taken(*owner)  # the recipe takes it for an adapter's leaf
+            raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
+    refresh(adapted, root=True)
     adapted.adapter_recipe = whole
     return adapted
 
@@ -111,23 +110,24 @@ def recipe_of(model: Any) -> Recipe:
     return model.adapter_recipe
 
 
-def adapted_points(model: nnx.Module) -> list[tuple[Any, Method, AttachmentPoint]]:
+def adapted_points(model: nnx.Module) -> list[tuple[Any, Held, AttachmentPoint]]:
     """Every module that has adapters, with each of its methods and the attachment point."""
     return [
-        (module, method, point_of(module, path, known_width(module)))
+        (module, held, point_of(module, held))
         for module in modules_of(model).values()
-        for method, path in getattr(module, "adapter_methods", ())
+        for held in holds(module)
     ]
 
 
 def detach(model: Any) -> None:
     """Removes every adapter from a model, in place, and restores its modules' classes."""
     for module in list(modules_of(model).values()):
-        if hasattr(module, "adapter_methods"):
-            for method, _ in module.adapter_methods:
-                delattr(module, method.slot)
+        for name in dict.fromkeys(held.node[0] for held in holds(module)):
+            delattr(module, name)
+        if holds(module):
             del module.adapter_methods
-            module.__class__ = type(module).adapted_from
+        if hasattr(type(module), "adapted_from"):
+            refresh(module)
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]

@@ -1,26 +1,31 @@
 """An adapter on an NNX module: its Variables as a child, and a class whose calls run it.
 
-The module's class is replaced by a cached subclass. Every trained parameter is an `AdapterParam`,
-so `nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` select what trains.
+The module's class is replaced by a cached subclass, in which the weights that adapters change are
+properties: whoever reads one gets the changed weight, and the functions of the class compute with
+it as `adapters_jax.weights.lazy` describes. Every trained parameter is an `AdapterParam`, so
+`nnx.split`, `nnx.DiffState` and `nnx.Optimizer(wrt=AdapterParam)` select what trains.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.attached import Attached, taken
 from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, after, contraction_of, started
-from adapters_jax.nnx.points import frozen_of, point_of
-from adapters_jax.trees import join
-from adapters_jax.weights import attention, linear
-from adapters_jax.weights.attention import AttentionFn
+from adapters_jax.methods.base import AttachmentPoint, after, started
+from adapters_jax.nnx.graph import frozen_of, own_params
+from adapters_jax.weights import attention, calls
+from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.lazy import Lazy, computed_thin, current
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -41,71 +46,168 @@ def trained_class(cls: type[Any]) -> type[AdapterParam]:
     return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
 
 
+class Held(NamedTuple):
+    """One method on one module, as the module keeps it: hashable, without arrays.
+
+    Attributes:
+        method: the method.
+        path: the path of its target.
+        node: where its arrays are within the module: `("lora",)`, or `("lora", "up")`.
+        weight: the name of the weight that it changes; empty for other methods.
+        axes: the roles of that weight's axes.
+        attention: the sizes of the attention module that a prompt is in.
+    """
+
+    method: Any
+    path: str
+    node: tuple[str, ...]
+    weight: str = ""
+    axes: Axes | None = None
+    attention: Attention | None = None
+
+
+def holds(module: Any) -> tuple[Held, ...]:
+    """The methods on a module."""
+    return getattr(module, "adapter_methods", ())
+
+
+def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
+    """The attachment point of a method on a module whose output has the given width."""
+    own = {name: tuple(x.shape) for name, x in own_params(module).items()}
+    precision = getattr(module, "precision", None)
+    weight = held.weight or next((name for name, shape in own.items() if len(shape) > 1), "")
+    axes = held.axes and held.axes.inside(held.axes.ndim - len(own[weight]))
+    return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
+
+
+class ChangedWeight:
+    """The attribute of a module class whose value is a changed weight.
+
+    Under `thin()` it is computed as the reader needs it, elsewhere it is formed.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        variable = vars(module)[self.name]
+        if not isinstance(variable, nnx.Variable) or variable.get_raw_value() is None:
+            return variable
+        return _seen(variable, _changed(module, self.name))
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)[self.name] = value
+
+    def __delete__(self, module: Any) -> None:
+        del vars(module)[self.name]
+
+
+def _changed(module: Any, name: str) -> Changed:
+    """A weight of a module with the changes of its methods."""
+    changes: list[Any] = []
+    for held in holds(module):
+        if held.method.acts_on == "leaf":
+            read = functools.partial(_floats, module, held.weight)
+            key = key_of(node_of(module, held))
+            found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)
+            changes += found.get(name, ())
+    return Changed.of(vars(module)[name].get_raw_value(), changes)
+
+
+def _floats(module: Any, name: str) -> Array:
+    value = vars(module)[name].get_raw_value()
+    return value.unbox() if is_quantized(value) else value
+
+
+def _seen(variable: nnx.Variable[Any], changed: Changed) -> Any:
+    """A weight as the module's code sees it: a Variable of the same class with another value."""
+    trace = current()
+    value = changed.formed() if trace is None else Lazy(trace, changed)
+    seen = variable.copy(value, seen_from=variable)
+    seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
+    return seen
+
+
 @functools.cache
-def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass of a module class whose calls run the adapters attached to the module."""
+def _seen_class(cls: type[Any]) -> type[Any]:
+    """The class of a changed weight as code sees it: what is written to it goes to the weight."""
 
-    def adapted(name: str) -> Callable[..., Any]:
-        call = getattr(cls, name)
-
-        @functools.wraps(call)
+    def forwarded(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _attending(self):
-                y = call(self, *args, **kwargs)
-            if not any(m.acts_on == "output" for m, _ in self.adapter_methods):
-                return y
-            x = linear.input_of(self, name, args, kwargs)
-            again = linear.with_input(functools.partial(call, self), self, name, args, kwargs)
-            for attached, path in self.adapter_methods:
-                if attached.acts_on == "output":
-                    run = functools.partial(run_method, self, attached, path, name, args, kwargs)
-                    step = functools.partial(run, again)
-                    y, again = step(x, y), after(step, again)
-            return y
+            return getattr(self.get_metadata()["seen_from"], name)(*args, **kwargs)
 
         return method
 
-    body = {name: adapted(name) for name in linear.calls(cls)}
+    names = ("set_value", "set_raw_value", "update_from_state", "copy_from")
+    about = {"__module__": cls.__module__, "__slots__": ()}
+    return type(cls.__name__, (cls,), {**about, **{name: forwarded(name) for name in names}})
+
+
+@functools.cache
+def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
+    """The subclass of a module class that computes with adapters.
+
+    Args:
+        cls: the module class.
+        names: the module's weights that are changed, or quantised.
+    """
+    body: dict[str, Any] = {name: ChangedWeight(name) for name in names}
+    for base in cls.__mro__:
+        for name, function in vars(base).items():
+            own = base not in _FLAX and (name == "__call__" or not name.startswith("__"))
+            if own and inspect.isfunction(function) and name not in body:
+                body[name] = _thin_call(function, name)
     about = {"adapted_from": cls, "__module__": cls.__module__}
     return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
 
 
-def _attending(module: Any) -> AbstractContextManager[None, bool | None]:
+_FLAX = {*nnx.Module.__mro__, nnx.Module}
+
+
+def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of a module class, computed thin; `__call__` with the adapters on outputs."""
+
+    @functools.wraps(call)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with attending(self):
+            y = call(self, *args, **kwargs)
+        acting = [held for held in holds(self) if held.method.acts_on == "output"]
+        if name != "__call__" or not acting:
+            return y
+        x = calls.input_of(self, args, kwargs)
+        again = calls.with_input(functools.partial(call, self), self, args, kwargs)
+        for held in acting:
+            step = functools.partial(run_method, self, held, again)
+            y, again = step(x, y), after(step, again)
+        return y
+
+    return computed_thin(method)
+
+
+def attending(module: Any) -> AbstractContextManager[None, bool | None]:
     """Wraps an attention module's function in the prompts for the time of a call."""
-    prompts = [(m, path) for m, path in module.adapter_methods if m.acts_on == "attention"]
+    prompts = [held for held in holds(module) if held.method.acts_on == "attention"]
     names = attention.names_of(module)
     if not prompts or names is None:
         return contextlib.nullcontext()
 
     def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
-        for method, path in prompts:
-            point = point_of(module, path, 0)
+        for held in prompts:
             project = lambda name, x: getattr(module, getattr(names, name))(x)  # noqa: E731
-            leaves = leaves_of(module, method)
-            function = functools.partial(method.attend, leaves, point, project, function)
+            leaves, point = leaves_of(module, held), point_of(module, held)
+            function = functools.partial(held.method.attend, leaves, point, project, function)
         return function(*args, **kwargs)
 
     return attention.replaced(module, names.attention_fn, attend)
 
 
-def run_method(
-    module: Any,
-    method: Method,
-    path: str,
-    call: str,
-    args: Any,
-    kwargs: Any,
-    again: Callable[[Any], Array],
-    x: Any,
-    y: Array,
-) -> Array:
+def run_method(module: Any, held: Held, again: Callable[[Any], Any], x: Any, y: Array) -> Array:
     """Applies a method, whose leaves are in a child of the module, to the module's output."""
-    point = point_of(module, path, y.shape[-1], call, *args, **kwargs)
-    if not method.fits(point):
-        return y
-    point = dataclasses.replace(point, again=again)
-    key = key_of(getattr(module, method.slot))
-    return method.forward(leaves_of(module, method), point, x, y, key, frozen_of(module))
+    point = dataclasses.replace(point_of(module, held, y.shape[-1]), again=again)
+    key = key_of(node_of(module, held))
+    return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))
 
 
 def children_of(
@@ -118,7 +220,8 @@ def children_of(
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
-        holder[last] = AdapterParam(leaf.init(rngs.params(), layers + leaf.shape))
+        outside = () if method.acts_on == "leaf" else layers
+        holder[last] = AdapterParam(leaf.init(rngs.params(), outside + leaf.shape))
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
         if layers:
@@ -128,11 +231,14 @@ def children_of(
 
 def read(child: Any, method: Method) -> dict[str, Array]:
     """A method's arrays by name, read from the node that holds them."""
+    return {name: _step(child, name.split("/"))[...] for name in method.leaf_names}
 
-    def step(node: Any, name: str) -> Any:
-        return node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
 
-    return {name: functools.reduce(step, name.split("/"), child)[...] for name in method.leaf_names}
+def _step(node: Any, names: Iterable[str]) -> Any:
+    """The node that is reached by names."""
+    for name in names:
+        node = node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
+    return node
 
 
 def key_of(child: Any) -> Array | None:
@@ -141,35 +247,65 @@ def key_of(child: Any) -> Array | None:
     return None if drop is None or drop.deterministic else drop.rngs()
 
 
-def leaves_of(module: Any, method: Method) -> dict[str, Array]:
+def node_of(module: Any, held: Held) -> Any:
+    """The node that holds a method's arrays."""
+    return _step(module, held.node)
+
+
+def leaves_of(module: Any, held: Held) -> dict[str, Array]:
     """The arrays of a method that is attached to a module, by name."""
-    return read(getattr(module, method.slot), method)
+    return read(node_of(module, held), held.method)
 
 
-def grow(
-    module: Any, method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
-) -> None:
-    """Adds the leaves of a method to a module, stacked on the module's layer axes."""
-    if hasattr(module, method.slot):
-        raise taken(point.path, method)
-    setattr(module, method.slot, nnx.Dict(children_of(method, point, layers, rngs)))
+def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -> None:
+    """Adds the leaves of a method to a module.
+
+    Args:
+        module: the module.
+        each: the method, and where it is attached.
+        layers: the layer axes that the module is stacked on.
+        rngs: seeds the leaves and their dropout.
+    """
+    method, point = each.method, each.point
+    node = tuple(each.prefix.removeprefix(each.module).strip("/").split("/", 1))
+    held = Held(method, point.path, node, point.weight, point.axes, point.attention)
+    children = nnx.Dict(children_of(method, point, layers, rngs))
+    if len(node) == 1:
+        if hasattr(module, method.slot):
+            raise taken(each.module, method)
+        setattr(module, method.slot, children)
+    else:
+        if not any(other.node[0] == node[0] for other in holds(module)):
+            if hasattr(module, method.slot):
+                raise taken(each.module, method)
+            setattr(module, method.slot, nnx.Dict())
+        setattr(getattr(module, method.slot), node[1], children)
     if method.from_weight:
-        weight = getattr(module, contraction_of(point).weight)
-        packed = is_quantized(weight.get_raw_value())
-        value = weight.get_raw_value() if packed else weight[...]
-        leaves, rest = started(method, leaves_of(module, method), point, value)
-        if not packed:
+        weight = vars(module)[point.weight]
+        value = weight.get_raw_value()
+        leaves, rest = started(method, leaves_of(module, held), point, value)
+        if not is_quantized(value):
             weight[...] = rest
         for name, leaf in leaves.items():
-            getattr(module, method.slot)[name][...] = leaf
-    module.adapter_methods = (*getattr(module, "adapter_methods", ()), (method, point.path))
-    if not hasattr(type(module), "adapted_from"):
-        module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
+            children[name][...] = leaf
+    module.adapter_methods = (*holds(module), held)
+    refresh(module)
 
 
-def taken(path: str, method: Method) -> RecipeError:
-    """The error for a base that already uses the name of a method's leaves."""
-    return RecipeError(
-        f"{type(method).__name__} keeps its parameters in {join(path, method.slot)}, but the base "
-        "has something of that name there; rename it or do not target it"
-    )
+def refresh(module: Any, root: bool = False) -> None:
+    """Gives a module the class that its adapters and quantised weights need.
+
+    Args:
+        module: the module.
+        root: whether it is a whole model, whose functions compute thin.
+    """
+    own = own_params(module)
+    names = {name for name, x in own.items() if is_quantized(x.get_raw_value())}
+    for held in holds(module):
+        if held.method.acts_on == "leaf":
+            names |= set(held.method.names(point_of(module, held)))
+    cls: Any = getattr(type(module), "adapted_from", type(module))
+    if names or holds(module) or root:
+        module.__class__ = adapted_class(cls, frozenset(names))
+    else:
+        module.__class__ = cls

@@ -3,6 +3,9 @@
 from typing import Any
 
 from flax import nnx
+from jaxtyping import Array
+
+from adapters_jax.methods.base import Frozen
 
 
 def variable_path(path: tuple[Any, ...]) -> str:
@@ -19,6 +22,21 @@ def params_of(model: nnx.Module) -> dict[str, Any]:
     """Every parameter by path."""
     nodes = nnx.iter_graph(model)
     return {variable_path(path): node for path, node in nodes if isinstance(node, nnx.Param)}
+
+
+def own_params(module: Any) -> dict[str, Any]:
+    """The parameters of a module itself by name."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
+
+
+def frozen_of(module: Any) -> Frozen:
+    """A module's own parameters by name."""
+
+    def frozen(name: str) -> Array | None:
+        variable = getattr(module, name, None)
+        return variable[...] if isinstance(variable, nnx.Variable) else None
+
+    return frozen
 
 
 def copy(model: Any) -> Any:

@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
+from adapters_jax.attached import Attached
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import children_of, grow, key_of, read
-from adapters_jax.nnx.points import point_of
+from adapters_jax.weights.axes import Axes
 
 
 class Bottleneck(nnx.Module):
@@ -34,7 +35,7 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, features: int, bottleneck_dim: int, *, rngs: nnx.Rngs, **fields: Any):
         self.method = methods.Bottleneck("**", bottleneck_dim, **fields)
-        self.point = AttachmentPoint("", "__call__", features)
+        self.point = AttachmentPoint("", features)
         for name, child in children_of(self.method, self.point, (), rngs).items():
             setattr(self, name, child)
 
@@ -87,4 +88,6 @@ class LoRALinear(nnx.Linear):
     ):
         super().__init__(in_features, out_features, rngs=rngs, **fields)
         method = methods.LoRA("**", rank, alpha, **(lora or {}))
-        grow(self, method, point_of(self, "", out_features), (), rngs)
+        own = {"kernel": (in_features, out_features)}
+        point = AttachmentPoint("", out_features, "kernel", Axes((0,), (1,)), own)
+        grow(self, Attached(method, method.slot, point, ""), (), rngs)

@@ -1,81 +1,147 @@
-"""The attachment points of an NNX model, read off its modules and an abstract run."""
+"""Where the methods of a recipe attach in an NNX model: from its modules and an abstract run."""
 
 import contextvars
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
-from adapters_jax.abstract import explained, filled
-from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Frozen
-from adapters_jax.nnx.graph import copy, modules_of
-from adapters_jax.weights import attention, linear
+from adapters_jax.abstract import Inputs, explained, is_array
+from adapters_jax.attached import Attached, chosen
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
+from adapters_jax.nnx.known import known_weight
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import join
+from adapters_jax.weights import attention
 from adapters_jax.weights.attention import Attention
-from adapters_jax.weights.contraction import Contraction
+from adapters_jax.weights.axes import Axes, from_reads
+from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
+
+Layers = tuple[int, ...]
 
 
-def point_of(
-    module: Any, path: str, width: int, call: str = "__call__", *args: Any, **kwargs: Any
-) -> AttachmentPoint:
-    """The attachment point of a module whose output has the given width."""
-    layer = linear.find(module, call, *args, **kwargs)
-    if layer and not hasattr(module, layer.weight):
-        raise RecipeError(
-            f"{type(module).__name__} at {path!r} has no parameter {layer.weight!r}; correct "
-            "weight=... in aj.register_contraction"
+def points_of(
+    model: nnx.Module, recipe: Recipe, inputs: Inputs | None
+) -> tuple[list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked]]:
+    """Finds where the methods of a recipe attach.
+
+    Args:
+        model: an NNX model.
+        recipe: the recipe.
+        inputs: example inputs; None finds flax's own layers alone.
+
+    Returns:
+        Each method on each module or weight, with the layer axes that the module is stacked on;
+        the attachment point of every module, for methods on outputs and attention; and how the
+        model reads its weights.
+    """
+    modules = modules_of(model)
+    traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
+    shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
+    axes = _roles(reads, shapes)
+    stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
+    points, layers = {}, {}
+    for path, module in modules.items():
+        width, layers[path] = traced.get(path, (_known_width(module), stacked[path]))
+        own = {name: tuple(x.shape) for name, x in own_params(module).items()}
+        n = len(layers[path])
+        weight = next((name for name, shape in own.items() if len(shape) > n + 1), "")
+        precision, sizes = (
+            getattr(module, "precision", None),
+            _attention(path, module, axes, shapes),
         )
-    shape = getattr(module, layer.weight).shape if layer else ()
-    weight = shape[len(shape) - layer.ndim :] if layer else ()
-    precision = getattr(module, "precision", None)
-    return AttachmentPoint(path, call, width, layer, weight, precision, attention_of(module))
+        points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
+    counts = {path: len(axes) for path, axes in layers.items()}
+    found = [
+        (each, layers[each.module])
+        for several in chosen(recipe, reads, shapes, counts).values()
+        for each in several
+    ]
+    for path, point in points.items():
+        for method in recipe.at(path):
+            if method.acts_on != "leaf" and method.fits(point):
+                bare = AttachmentPoint(path, point.width, attention=point.attention)
+                each = Attached(method, join(path, method.slot), bare, path)
+                found.append((each, layers[path]))
+    order = {method: i for i, method in enumerate(recipe.attached)}
+    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads
 
 
-def attention_of(module: Any) -> Attention | None:
+def _is_weight(x: Any) -> bool:
+    return hasattr(x, "dtype") and len(x.shape) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axes]:
+    """The roles of the axes of each weight that meets an input, by path.
+
+    Args:
+        model: an NNX model.
+        inputs: example inputs; None finds the weights of flax's own layers alone.
+    """
+    reads = _traced(model, inputs)[1] if inputs else known_reads(modules_of(model))
+    return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
+
+
+def _roles(reads: Mapping[str, Tracked], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
+    """The roles of the axes of each weight that meets an input."""
+    return {
+        path: from_reads(leaf.reads, len(shapes[path]))
+        for path, leaf in reads.items()
+        if any(read.inputs for read in leaf.reads)
+    }
+
+
+def known_reads(modules: Mapping[str, Any]) -> dict[str, Tracked]:
+    """How flax's own layers read their weights, without a run."""
+    tracked = {}
+    for path, module in modules.items():
+        known = known_weight(module)
+        if known:
+            name, axes, _ = known
+            roles = map(frozenset, (axes.inputs, axes.shared, axes.outputs, axes.window))
+            read = Read(type(module).__name__, "lookup" if axes.lookup else "product", *roles)
+            tracked[join(path, name)] = Tracked(join(path, name), [read])
+    return tracked
+
+
+def _attention(
+    path: str, module: Any, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
+) -> Attention | None:
     """The sizes of an attention module, read off its projections; None for other modules."""
     names = attention.names_of(module)
-    found = names and [getattr(module, name, None) for name in (names.query, names.key)]
-    if not names or not found or not all(linear.find(child, "__call__") for child in found):
+    found = names and [_projection(join(path, n), axes, shapes) for n in (names.query, names.key)]
+    if not names or not found or not all(found):
         return None
-    (_, query), (width, key) = (weight_axes(child) for child in found)
+    (_, query), (width, key) = found  # type: ignore[misc]
     head = query[-1] if len(query) > 1 else getattr(module, names.head_dim)
     return Attention(math.prod(width), math.prod(query) // head, math.prod(key) // head, head)
 
 
-def _weight(layer: Any) -> tuple[Contraction, tuple[int, ...]]:
-    """A linear layer's contraction, and the shape of its weight, layer axes included."""
-    found = linear.find(layer, "__call__")
-    if found is None:
-        raise RecipeError(linear.why_not(layer))
-    return found, getattr(layer, found.weight).shape
+def _projection(
+    path: str, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Layers, Layers] | None:
+    """The input and output sizes of the one weight of a module."""
+    own = [weight for weight in axes if weight.rpartition("/")[0] == path]
+    if len(own) != 1:
+        return None
+    shape, roles = shapes[own[0]], axes[own[0]]
+    return tuple(shape[i] for i in roles.inputs), tuple(shape[i] for i in roles.outputs)
 
 
-def weight_axes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The input and the output axes of a linear layer's weight, without its layer axes."""
-    found, shape = _weight(layer)
-    return found.split_shape(shape[len(shape) - found.ndim :])
-
-
-def layers_of(layer: Any) -> tuple[int, ...]:
-    """The layer axes that a linear layer's weight is stacked on."""
-    found, shape = _weight(layer)
-    return shape[: len(shape) - found.ndim]
-
-
-def frozen_of(module: Any) -> Frozen:
-    """A module's own parameters by name."""
-
-    def frozen(name: str) -> Array | None:
-        variable = getattr(module, name, None)
-        return variable[...] if isinstance(variable, nnx.Variable) else None
-
-    return frozen
+def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
+    """The layer axes that a module of flax is stacked on, read off its weights."""
+    if isinstance(module, _NORMS):
+        return _first_shape(module)[:-1]
+    names = attention.names_of(module)
+    layer = getattr(module, names.key, None) if names else module
+    known = known_weight(layer)
+    return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
 
 
 # Not an attribute of modules: jax keeps the structure of every traced model and compares it.
@@ -94,11 +160,13 @@ def _recording_class(cls: type[Any]) -> type[Any]:
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Runs a model abstractly; gives each module's output width and layer axes."""
-    seen: dict[str, tuple[int, tuple[int, ...]]] = {}
+def _traced(
+    model: nnx.Module, inputs: Inputs
+) -> tuple[dict[str, tuple[int, Layers]], dict[str, Tracked]]:
+    """Runs a model abstractly; gives each module's output width and layer axes, and all reads."""
+    seen: dict[str, tuple[int, Layers]] = {}
 
-    def record(path: str, outside: tuple[int, ...], module: nnx.Module, y: Any) -> None:
+    def record(path: str, outside: Layers, module: nnx.Module, y: Any) -> None:
         array = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact) and y.ndim > 0
         layers = outside[: len(outside) - len(_first_shape(module))]
         seen[path] = (y.shape[-1] if array else 0, layers)
@@ -110,10 +178,23 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
         if callable(module):
             module.adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
+    weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
+    tracked = {path: Tracked(path) for path in weights}
+
+    def run(probe: nnx.Module) -> Any:
+        probe = copy(probe)  # whose Variables may hold values of the trace below
+        with thin(recording=True) as trace:
+            for path, variable in params_of(probe).items():
+                if path in tracked:
+                    value = variable.get_raw_value()
+                    axes = tuple(frozenset({i}) for i in range(value.ndim))
+                    variable.set_raw_value(Lazy(trace, Changed.of(value), tracked[path], axes))
+            return [x for x in jax.tree.leaves(lowered(inputs.call(probe))) if is_array(x)]
+
     token = _RECORDER.set(record)
     try:
-        with explained(model, args, {}):
-            nnx.eval_shape(lambda m: m(*filled(args)), probe)
+        with explained(model, inputs):
+            nnx.eval_shape(run, probe)
     finally:
         _RECORDER.reset(token)
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
@@ -121,41 +202,23 @@ def _trace(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, tuple[int, tup
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p][1] for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path][0], layers
-    return seen
+    return seen, tracked
 
 
-def _first_shape(module: nnx.Module) -> tuple[int, ...]:
+def _first_shape(module: nnx.Module) -> Layers:
     """The shape of a module's first Variable that is no random stream; empty without one."""
     leaves = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngState)))
     return leaves[0].shape if leaves else ()
 
 
-def points_of(
-    model: nnx.Module, examples: tuple[Any, ...] | None
-) -> dict[str, tuple[AttachmentPoint, tuple[int, ...]]]:
-    """The attachment point of each module, with the layer axes that its weights are stacked on."""
-    traced = _trace(model, examples) if examples is not None else {}
-    points = {}
-    for path, module in modules_of(model).items():
-        point = point_of(module, path, known_width(module))
-        layers = _first_shape(module)[:-1] if isinstance(module, _NORMS) else ()
-        names = attention.names_of(module)
-        layer = getattr(module, names.key) if names and point.attention else module
-        if point.attention or point.contraction:
-            layers = layers_of(layer)
-        width, layers = traced.get(path, (point.width, layers))
-        points[path] = dataclasses.replace(point, width=width), layers
-    return points
-
-
-# Layers without a contraction whose scale shows their width and their layer axes.
+# Layers without a weight whose scale shows their width and their layer axes.
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
-def known_width(module: Any) -> int:
+def _known_width(module: Any) -> int:
     """The width of a plain layer's output, read off the layer; 0 where it is unknown."""
-    layer = linear.find(module, "__call__")
-    if layer:
-        return getattr(getattr(module, layer.weight, None), "shape", (0,))[-1]
+    known = known_weight(module)
+    if known:
+        return vars(module)[known[0]].shape[-1]
     shape = _first_shape(module) if isinstance(module, _NORMS) else ()
     return shape[-1] if shape else 0

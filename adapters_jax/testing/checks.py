@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
+from adapters_jax.attached import in_tree
 from adapters_jax.distributed.sharding import layout
 from adapters_jax.errors import RecipeError
 from adapters_jax.io.adapter import save_adapter
@@ -19,7 +20,8 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
 from adapters_jax.training.step import make_train_step
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
-from adapters_jax.trees import flatten, merge_trees, partition, unflatten
+from adapters_jax.trees import flatten, join, merge_trees, partition, unflatten
+from adapters_jax.weights.changes import RANK
 
 STACK = Stack("layer_{}", "layers")
 
@@ -180,25 +182,31 @@ def shards(linen: Any) -> None:
     params = linen.whole(linen.adapters)
     where = layout(params, mesh, None, linen.recipe, small=1)
     leaves = flatten(nn.meta.unbox(params))
+    shapes = {path: tuple(x.shape) for path, x in leaves.items()}
+    attached = {each.prefix: each for each in in_tree(linen.recipe, shapes)}
     for path in flatten(linen.adapters):
         owner = linen.recipe.owner(path)
         if owner is None:
             continue
-        module, method = owner
-        side = method.weight_axes.get(path.removeprefix(f"{module}/{method.slot}/"))
+        axes = (
+            attached[owner.prefix]
+            .method.weight_axes(attached[owner.prefix].point.axes, owner.path)
+            .get(owner.name)
+            if owner.prefix in attached
+            else None
+        )
         spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
-        if side is None:
+        if axes is None:
             expect(
                 not any(spec),
                 f"{path} is split as {spec}, expected a leaf without axes of the weight whole",
             )
             continue
-        beside = [p for p in leaves if p.rpartition("/")[0] == module]
-        weight = max(beside, key=lambda p: leaves[p].size)
+        each = attached[owner.prefix]
+        weight = join(each.module, each.point.weight)
         whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
-        axis = 0 if side == "input" else -1  # the weight's first input, or its last output
-        same = leaves[path].shape[axis] == leaves[weight].shape[axis]
-        expect(same or side == "output", f"{path} lacks the input axes of {weight}")
-        if same:  # slices of a fused projection have fewer outputs than the weight
-            alike = spec[axis] == whole[axis]
-            expect(alike, f"{path} is split as {spec}, expected {whole} like {weight}")
+        for i, axis in enumerate(axes):
+            # slices of a fused projection have fewer outputs than the weight
+            if axis != RANK and leaves[path].shape[i] == leaves[weight].shape[axis]:
+                alike = spec[i] == whole[axis]
+                expect(alike, f"{path} is split as {spec}, expected {whole} like {weight}")

@@ -1,16 +1,17 @@
 """The state of a training: trained leaves, apart from the frozen base."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import core, nnx, struct
 from flax import linen as nn
-from flax import nnx, struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe
@@ -29,12 +30,14 @@ class TrainState:
         base: the frozen leaves, of the same kind; never donated, never returned by a step.
         opt_state: the optimiser's state, as large as the adapters make it.
         key: seeds the steps; step i uses `fold_in(key, i)`.
-        other: NNX: state that is not parameters, such as dropout counters; None in linen.
+        other: state of the model that is not parameters: the collections of a linen model, such as
+            `{"batch_stats": ...}`, None if it has none; an NNX model's statistics, caches, other
+            Variables and dropout counters.
         tx: the optimiser of the trained part.
         recipe: says what trains.
         graphdef: NNX: the model's structure.
         dtypes: the model's own dtypes of the leaves of `adapters`, in their order.
-        layout: the shardings of the leaves of `moving`, which steps keep; None on one device.
+        layout: the shardings of the leaves of `checkpointed`, which steps keep; None on one device.
     """
 
     step: Int[Array, ""]
@@ -55,6 +58,7 @@ class TrainState:
         model: Adapted | nnx.Module,
         params: Tree = None,
         *,
+        collections: Mapping[str, Tree] | None = None,
         tx: optax.GradientTransformation,
         key: PRNGKeyArray,
     ) -> "TrainState":
@@ -63,17 +67,22 @@ class TrainState:
         Args:
             model: an adapted model.
             params: linen only: its parameters, as `init_adapters` gives them.
+            collections: linen only: its collections beside the parameters, by name, such as
+                `{"batch_stats": variables["batch_stats"]}`. The loss function then gets variables
+                instead of params, and may return new collections; see `make_train_step`.
             tx: the optimiser; it sees only the trained part, so plain optax is enough, also with
                 clipping or accumulation around it. `freeze_base` is for groups.
             key: seeds the steps' randomness.
 
         Returns:
-            A state whose trained leaves are copies, since steps donate them, and float32 where
-            they had half precision. Frozen leaves are the given arrays themselves; numpy arrays
-            are put on the device once.
+            A state whose trained leaves and collections are copies, since steps donate them; the
+            trained leaves are float32 where they had half precision. Frozen leaves are the given
+            arrays themselves; numpy arrays are put on the device once.
 
         Raises:
-            TypeError: the model has no adapters, or params are missing or given to an NNX model.
+            TypeError: the model has no adapters, params are missing, or params or collections are
+                given to an NNX model.
+            UserError: `collections` is no mapping of collections, or holds the parameters.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
@@ -85,11 +94,13 @@ class TrainState:
                 )
             recipe = model.recipe
             adapters, base = partition(params, recipe)
-            graphdef = other = None
+            graphdef: Any = None
+            other: Any = checked_collections("TrainState.create", collections)
         elif isinstance(model, nnx.Module):
-            if params is not None:
+            if params is not None or collections is not None:
                 raise TypeError(
-                    "TrainState.create: an NNX model holds its parameters; pass no params"
+                    "TrainState.create: an NNX model holds its parameters and statistics; pass no "
+                    "params and no collections"
                 )
             recipe = recipe_of(model)
             graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
@@ -118,8 +129,8 @@ class TrainState:
         )
 
     @property
-    def moving(self) -> dict[str, Any]:
-        """All that a step changes or needs beside the base; a checkpoint keeps it."""
+    def checkpointed(self) -> dict[str, Any]:
+        """All that a step changes or needs beside the base, which is what a checkpoint holds."""
         names = ("step", "adapters", "opt_state", "key", "other")
         return {name: getattr(self, name) for name in names}
 
@@ -138,6 +149,11 @@ class TrainState:
         return merge_trees(self.trained, self.base)
 
     @property
+    def variables(self) -> dict[str, Tree]:
+        """linen: parameters and collections, for `model.apply(state.variables, ...)`."""
+        return {"params": self.params, **(self.other or {})}
+
+    @property
     def model(self) -> Any:
         """NNX: the model with its present parameters."""
         if self.graphdef is None:
@@ -154,6 +170,24 @@ def in_full(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, dtype) if is_abstract(x) else x.astype(dtype)
 
 
+def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None:
+    """linen's collections as plain dictionaries; None where none are given.
+
+    Raises:
+        UserError: they are no mapping of mappings, or the parameters are among them.
+    """
+    if collections is None:
+        return None
+    trees = collections if isinstance(collections, Mapping) else {type(collections).__name__: None}
+    wrong = [name for name, x in trees.items() if name == "params" or not isinstance(x, Mapping)]
+    if wrong:
+        raise UserError(
+            f"{caller}: collections has {', '.join(map(str, wrong))}, expected a dictionary of the "
+            'collections beside the parameters: {"batch_stats": variables["batch_stats"]}'
+        )
+    return core.unfreeze(dict(trees))
+
+
 def _check_trained(recipe: Recipe, adapters: Tree) -> None:
     """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
     boxed = flatten(adapters)
@@ -164,7 +198,7 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
             "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
         )
     flat = nn.meta.unbox(boxed)
-    owners = {owner[1] for path in flat if (owner := recipe.owner(path))}
+    owners = {owner.method for path in flat if (owner := recipe.owner(path))}
     absent = [type(method).__name__ for method in recipe.attached if method not in owners]
     if absent or not flat:
         raise RecipeError(

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.checks import check_size
-from adapters_jax.errors import UserError
-from adapters_jax.training.state import TrainState
-from adapters_jax.trees import Tree
+from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.training.state import TrainState, checked_collections
+from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
 Batch = Any
 Metrics = dict[str, Array]
@@ -36,21 +36,25 @@ def make_train_step(
         loss_fn: `loss_fn(params, batch, key)` in linen, `loss_fn(model, batch, key)` in NNX. It
             returns the loss, a float scalar, or `(loss, metrics)` with a dictionary of float
             scalars. The key differs from step to step; NNX models have their own streams and may
-            ignore it.
+            ignore it. If the state has linen collections, it is `loss_fn(variables, batch, key)`
+            with `variables` for `model.apply`; `(loss, metrics, collections)` returns those that
+            `apply(..., mutable=[...])` changed.
         accumulate: the number of parts into which the batch's leading axis is split. They run one
             after the other in the memory of one; their gradients, losses and metrics are averaged
-            with equal weight.
+            with equal weight. Statistics go from each part to the next.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. The metrics are those of the loss function,
         "loss", "grad_norm" (global, before the optimiser), and "finite": 0.0 where loss or gradient
-        was not finite; then only the step's number changes: adapters, optimiser state, and an NNX
-        model's statistics and dropout counters are those before the step.
-        The given state cannot be used again: its adapters and optimiser state are donated.
+        was not finite; then only the step's number changes: adapters, optimiser state, collections,
+        and an NNX model's statistics and dropout counters are those before the step.
+        The given state cannot be used again: all of it but the base is donated.
 
     Raises:
-        UserError: `accumulate` is not a positive whole number, or does not divide the batch; or a
-            metric of the loss function has a name that the step itself uses.
+        UserError: `accumulate` is not a positive whole number, or does not divide the batch; a
+            metric of the loss function has a name that the step itself uses; or it returns
+            collections that the state does not have.
+        MismatchError: a returned collection has other arrays than the state's.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax
@@ -62,23 +66,42 @@ def make_train_step(
         >>> state, metrics = step(state, jnp.ones((4, 2)))
         >>> float(state.model.bias[0]), float(metrics["grad_norm"])
         (-0.5, 1.0)
+
+        Batch statistics of a linen model:
+
+        >>> from flax import linen as nn
+        >>> base = nn.BatchNorm(use_running_average=False, momentum=0.5)
+        >>> variables = base.init(jax.random.key(0), jnp.ones((4, 2)))
+        >>> model = aj.adapt(base, aj.Unfreeze("bias"))
+        >>> state = TrainState.create(
+        ...     model, variables["params"], collections={"batch_stats": variables["batch_stats"]},
+        ...     tx=optax.sgd(0.5), key=jax.random.key(0))
+        >>> def loss_fn(variables, batch, key):
+        ...     y, updated = model.apply(variables, batch, mutable=["batch_stats"])
+        ...     return jnp.mean(y), {}, updated
+        >>> state, metrics = make_train_step(loss_fn)(state, jnp.ones((4, 2)))
+        >>> state.variables["batch_stats"]["mean"].tolist()
+        [0.5, 0.5]
     """
     check_size("make_train_step", "accumulate", accumulate)
 
     def loss_of(adapters: Tree, base: Tree, state: TrainState, other: Any, batch: Batch, key: Any):
-        subject = replace(state, adapters=adapters, base=base, other=other)
-        whole = subject.params if state.graphdef is None else subject.model
-        result = loss_fn(whole, batch, key)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        whole = _subject(replace(state, adapters=adapters, base=base, other=other))
+        loss, metrics, updated = _results(loss_fn(whole, batch, key))
         taken = sorted(_OWN_METRICS & set(metrics))
         if taken:
             raise UserError(
                 f"make_train_step: the loss function returns metrics named {', '.join(taken)}, "
                 "which the step reports itself; give them other names"
             )
-        if state.graphdef is not None:
-            other = _other(whole)
-        return loss, (metrics, other)
+        if state.graphdef is None:
+            return loss, (metrics, _with_collections(other, updated))
+        if updated is not None:
+            raise UserError(
+                "make_train_step: the loss function returns three values for an NNX model, whose "
+                "statistics the step takes from the model itself; return (loss, metrics)"
+            )
+        return loss, (metrics, _after(whole, other))
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -133,14 +156,61 @@ def _laid_out(state: TrainState) -> TrainState:
     """A state whose leaves keep the shardings of its layout, so that nothing is compiled again."""
     if state.layout is None:
         return state
-    leaves, structure = jax.tree.flatten(state.moving)
+    leaves, structure = jax.tree.flatten(state.checkpointed)
     kept = map(jax.lax.with_sharding_constraint, leaves, state.layout)
     return replace(state, **jax.tree.unflatten(structure, kept))
 
 
-def _other(model: nnx.Module) -> Any:
-    """The state of an NNX model that is not parameters."""
-    return nnx.state(model, nnx.Not(nnx.Param))
+def _subject(state: TrainState) -> Any:
+    """What a function of the user gets: a model, variables if there are collections, or params."""
+    if state.graphdef is not None:
+        return state.model
+    return state.params if state.other is None else state.variables
+
+
+def _after(model: nnx.Module, other: Any) -> Any:
+    """An NNX model's state that is not parameters after a loss; what it sowed is dropped."""
+    state = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate)))
+    return nnx.merge_state(state, nnx.filter_state(other, nnx.Intermediate))
+
+
+def _results(result: Any) -> tuple[Array, Metrics, Any]:
+    """The loss, the metrics and the collections that a loss function returned."""
+    values: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
+    if not 0 < len(values) < 4:
+        raise UserError(
+            f"make_train_step: the loss function returns {len(values)} values, expected the loss, "
+            "(loss, metrics) or (loss, metrics, collections)"
+        )
+    defaults: tuple[Any, ...] = (None, {}, None)
+    loss, metrics, updated = values + defaults[len(values) :]
+    return loss, metrics, updated
+
+
+def _with_collections(other: Any, updated: Any) -> Any:
+    """A linen state's collections with those that a loss function returned.
+
+    Raises:
+        UserError: the state does not have one of them.
+        MismatchError: its arrays have other paths, shapes or dtypes, so no step could follow.
+    """
+    changed = checked_collections("make_train_step", updated) or {}
+    unknown = sorted(changed.keys() - (other or {}).keys())
+    if unknown:
+        raise UserError(
+            f"make_train_step: the loss function returns the collections {', '.join(unknown)}, and "
+            f"the state has {', '.join(other or {}) or 'none'}; give them to "
+            "TrainState.create(..., collections=...), or do not return them"
+        )
+    given, leaves = {name: other[name] for name in changed}, leaves_by_path(changed)
+    compare_trees(
+        "make_train_step: what the loss function returns as collections",
+        leaves,
+        leaves_by_path(given),
+        "Return each as apply(..., mutable=[...]) gives it, in the dtypes of the state.",
+        dtypes=True,
+    )
+    return {**other, **with_leaves(given, leaves)} if given else other
 
 
 def _split(parts: int, x: Array) -> Array:
@@ -158,9 +228,10 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
     """Makes a jitted function of a state and a batch, without gradients.
 
     Args:
-        fn: `fn(params, batch)` in linen, `fn(model, batch)` in NNX. An NNX model comes in
-            evaluation mode (`model.eval()`), so that dropout is off; to a linen model, `fn` passes
-            arguments such as `deterministic=True`.
+        fn: `fn(params, batch)` in linen, `fn(variables, batch)` if the state has collections,
+            `fn(model, batch)` in NNX. An NNX model comes in evaluation mode (`model.eval()`), so
+            that dropout is off and statistics are used; to a linen model, `fn` passes arguments
+            such as `deterministic=True` or `use_running_average=True`.
 
     Returns:
         `evaluate(state, batch)`, which returns what `fn` returns. The state is not changed.
@@ -168,10 +239,9 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
 
     @jax.jit
     def evaluate(state: TrainState, batch: Batch) -> Any:
-        if state.graphdef is None:
-            return fn(state.params, batch)
-        model = state.model
-        model.eval()
-        return fn(model, batch)
+        subject = _subject(state)
+        if state.graphdef is not None:
+            subject.eval()
+        return fn(subject, batch)
 
     return evaluate

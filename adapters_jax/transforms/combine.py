@@ -15,12 +15,13 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax.attached import in_tree
 from adapters_jax.checks import check_choice, check_number, check_size
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import LoRA, arrays
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, join, unflatten
-from adapters_jax.weights.linear import weight_names
 
 HOW = ("linear", "svd", "ties", "dare")
 
@@ -94,26 +95,26 @@ def combine(
     Reference: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE), arXiv:2311.03099.
     """
     _check(adapters, weights, how, rank, density, key)
-    shapes = _weights(base)
+    shapes = _shapes(base)
     changes = [_changes(shapes, *adapter_leaves(adapter, "combine")) for adapter in adapters]
-    modules = sorted({module for each in changes for module in each})
+    paths = {prefix: change.path for each in changes for prefix, change in each.items()}
     made, lost, whole = {}, 0.0, 0.0
-    for module in modules:
+    for prefix, path in sorted(paths.items()):
         parts = [
-            (each[module], w) for each, w in zip(changes, weights, strict=True) if module in each
+            (each[prefix], w) for each, w in zip(changes, weights, strict=True) if prefix in each
         ]
         if how == "linear":
-            made[module] = _concatenated(parts)
+            made[prefix] = _concatenated(parts)
             continue
-        own = None if key is None else arrays.key_at(key, module)
-        made[module], missing, total = _at_rank(parts, how, rank or 0, density, own)
+        own = None if key is None else arrays.key_at(key, path)
+        made[prefix], missing, total = _at_rank(parts, how, rank or 0, density, own)
         lost, whole = lost + missing, whole + total
-    ranks = {module: factors[0].shape[-1] for module, factors in made.items()}
+    ranks = {paths[prefix]: factors[0].shape[-1] for prefix, factors in made.items()}
     usual = max(ranks.values())
-    other = {module: r for module, r in ranks.items() if r != usual}
+    other = {path: r for path, r in ranks.items() if r != usual}
     # A model that is itself the layer has the empty path, which is no pattern.
-    recipe = Recipe(LoRA(tuple(module or "**" for module in modules), usual, rank_pattern=other))
-    flat = {join(s, "lora", n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
+    recipe = Recipe(LoRA(tuple(path or "**" for path in sorted(ranks)), usual, rank_pattern=other))
+    flat = {join(s, n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
     return Combined(recipe, unflatten(flat), math.sqrt(lost / whole) if whole else 0.0)
 
 
@@ -144,13 +145,10 @@ def _check(
         raise UserError("combine: how='dare' draws at random; give key=jax.random.key(0)")
 
 
-def _weights(base: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight that factors can attach to, by the path of its layer."""
+def _shapes(base: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf of a base by path."""
     tree = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
-    split = {path: path.rpartition("/") for path in flatten(tree)}
-    leaves = {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
-    known = weight_names()
-    return {split[p][0]: tuple(x.shape) for p, x in leaves.items() if split[p][2] in known}
+    return {path: tuple(nn.meta.unbox(leaf).shape) for path, leaf in flatten(tree).items()}
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,7 @@ class _Change:
     a: Float[Array, "*layers in rank"]
     b: Float[Array, "*layers rank out"]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    path: str
 
     def product(self) -> Float[Array, "*layers in out"]:
         return jnp.matmul(self.a, self.b, precision="highest")
@@ -170,24 +169,23 @@ def _changes(
 ) -> dict[str, _Change]:
     """An adapter's change of every layer."""
     found: dict[str, _Change] = {}
+    whole = {**shapes, **{path: tuple(leaf.shape) for path, leaf in flat.items()}}
     for path in flat:
-        owner = recipe.owner(path)
-        if owner is None:
+        if recipe.owner(path) is None:
             raise RecipeError(
                 f"combine: a recipe trains the base's {path}, expected LoRA alone in each recipe"
             )
-        module, method = owner
-        if module in found:
-            continue
-        names = {name: join(module, method.slot, name) for name in method.leaf_names}
-        a, b = method.factors({name: flat[each] for name, each in names.items()}, module)
-        if module not in shapes:
-            raise RecipeError(f"combine: the base has no weight at {module!r}")
-        layers = a.ndim + b.ndim - 2 - len(shapes[module])
-        found[module] = _Change(
+    unable = [m for m in recipe.attached if not isinstance(m, LeafMethod)]
+    for method in unable:
+        method.factors({}, method.targets[0])  # raises, with the name of the method
+    for each in in_tree(recipe, whole):
+        a, b = each.method.factors(each.leaves(flat), each.point.path)
+        layers = a.ndim + b.ndim - 2 - len(each.point.weight_shape)
+        found[each.prefix] = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
             b.reshape(*b.shape[: layers + 1], -1),
             (a.shape[:-1], b.shape[layers + 1 :]),
+            each.point.path,
         )
     return found
 

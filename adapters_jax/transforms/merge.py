@@ -12,7 +12,8 @@ from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen import Adapted, points, shapes_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
-from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, recipe_of
+from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
+from adapters_jax.recipe import checked_before
 from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
@@ -120,7 +121,8 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
-    found, whole = points(model, *args, **kwargs)
+    with checked_before():
+        found, whole = points(model, *args, **kwargs)
     compare_trees(
         "params",
         flatten(shapes_of(params)),
@@ -129,27 +131,24 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
     )
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
-    owned: dict[str, list[str]] = {}
-    for each in merged:
-        owned.setdefault(each.rpartition("/")[0], []).append(each.rpartition("/")[2])
-    for (path, slot), (method, point) in found.items():
-        leaves = {name: flat[join(path, slot, name)] for name in method.leaf_names}
-        boxed = {name: merged[join(path, name)] for name in owned.get(path, ())}
-        _check(method, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
-        own = change(method, nn.meta.unbox(leaves), point, nn.meta.unbox(boxed))
-        merged |= {join(path, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
+    for each in found:
+        boxed = each.own(merged)
+        _check(each.method, each.point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
+        leaves = nn.meta.unbox(each.leaves(flat))
+        own = change(each.method, leaves, each.point, nn.meta.unbox(boxed))
+        merged |= {join(each.module, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
     return unflatten(merged)
 
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
     merged = copy(model)
-    for module, method, point in adapted_points(merged):
-        own = {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
+    for module, held, point in adapted_points(merged):
+        own = own_params(module)
         raw = {name: x.get_raw_value() for name, x in own.items()}
-        _check(method, point, raw, "aj.merge(aj.dequantize(model))")
-        values = {name: x[...] for name, x in own.items() if raw[name] is not None}
-        for name, value in change(method, leaves_of(module, method), point, values).items():
-            own[name][...] = value
+        _check(held.method, point, raw, "aj.merge(aj.dequantize(model))")
+        values = {name: x for name, x in raw.items() if x is not None}
+        for name, value in change(held.method, leaves_of(module, held), point, values).items():
+            own[name].set_raw_value(value)
     detach(merged)
     return merged

@@ -15,15 +15,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from adapters_jax.abstract import Inputs, explained
 from adapters_jax.checks import check_choice, check_size
 from adapters_jax.errors import UserError, compare_trees
-from adapters_jax.linen import Adapted, seen, shapes_of
-from adapters_jax.nnx import AdapterParam, copy, float_again, modules_of, quantized_in_place
+from adapters_jax.linen import Adapted, reads_of, seen, shapes_of
+from adapters_jax.nnx import (
+    AdapterParam,
+    copy,
+    float_again,
+    modules_of,
+    params_of,
+    quantized_in_place,
+    weights_of,
+)
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, require_match, selects
-from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
-from adapters_jax.weights import linear
-from adapters_jax.weights.contraction import Contraction
+from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
+from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
 
 # By our name: the name in qwix, and the default block.
@@ -90,9 +98,8 @@ def quantize(
     if isinstance(model, nn.Module):
         return _linen(model, params, args, kwargs, plan)
     if isinstance(model, nnx.Module):
-        if params is not None or args or kwargs:
-            raise TypeError("quantize: an NNX model holds its parameters; pass the model alone")
-        return _nnx(model, plan)
+        given = args if params is None else (params, *args)
+        return _nnx(model, plan, Inputs(given, kwargs) if given or kwargs else None)
     raise TypeError(f"quantize: expected a linen or NNX module, got {type(model).__name__}")
 
 
@@ -129,26 +136,29 @@ class _Plan:
     targets: tuple[str, ...]
 
     def chosen(
-        self, layers: Mapping[str, Contraction | str], weight_at: Callable[[str], Any]
-    ) -> dict[str, Contraction]:
-        """The contractions of the weights to quantise, by the weights' paths.
+        self,
+        weights: Mapping[str, Axes],
+        others: Mapping[str, str],
+        weight_at: Callable[[str], Any],
+    ) -> dict[str, Axes]:
+        """The roles of the axes of the weights to quantise, by path.
 
         Args:
-            layers: the contraction of every module by path, or why it has no weight to quantise.
+            weights: those of all weights that can be quantised.
+            others: the paths of modules and weights that cannot, each with the reason.
             weight_at: the weight at a path.
         """
-        known = {path: layer for path, layer in layers.items() if isinstance(layer, Contraction)}
-        others = {path: why for path, why in layers.items() if isinstance(why, str)}
-        require_match("quantize", self.targets, known, others)
+        modules = {path.rpartition("/")[0] for path in weights}
+        require_match("quantize", self.targets, [*modules, *weights], others)
         chosen = {
-            join(path, layer.weight): layer
-            for path, layer in known.items()
-            if selects(self.targets, path)
+            path: axes
+            for path, axes in weights.items()
+            if selects(self.targets, path.rpartition("/")[0], path)
         }
-        self._check({path: (layer, weight_at(path)) for path, layer in chosen.items()})
+        self._check({path: (axes, weight_at(path)) for path, axes in chosen.items()})
         return chosen
 
-    def _check(self, weights: Mapping[str, tuple[Contraction, Any]]) -> None:
+    def _check(self, weights: Mapping[str, tuple[Axes, Any]]) -> None:
         """Raises UserError for weights that are no floats, or that the blocks do not divide."""
         for path, (_, weight) in weights.items():
             if is_quantized(weight) or not jnp.issubdtype(weight.dtype, jnp.inexact):
@@ -162,7 +172,7 @@ class _Plan:
         if bad:
             raise UserError(_unfit(bad, weights[bad[0]][1].shape, shared, block))
 
-    def apply(self, layer: Contraction, box: Any) -> Quantized:
+    def apply(self, layer: Axes, box: Any) -> Quantized:
         """Quantises a weight."""
         spec = box.get_partition_spec() if isinstance(box, nn.Partitioned) else None
         weight = unboxed(box)
@@ -176,11 +186,9 @@ class _Plan:
         return Quantized(array, jnp.dtype(weight.dtype), spec)
 
 
-def _shared(layer: Contraction, shape: tuple[int, ...]) -> dict[int, int]:
+def _shared(axes: Axes, shape: tuple[int, ...]) -> dict[int, int]:
     """The sizes of the axes along which scales are shared: a weight's inputs, a table's row."""
-    stacked = len(shape) - layer.ndim
-    axes = set(range(layer.ndim)) - set(layer.inputs) if layer.lookup else layer.inputs
-    return {stacked + i: shape[stacked + i] for i in sorted(axes)}
+    return {i: shape[i] for i in (axes.outputs if axes.lookup else axes.inputs)}
 
 
 def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
@@ -222,50 +230,39 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         )
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
-    interceptor, whole = seen(base, Recipe(), args, kwargs)
+    inputs = Inputs(args, kwargs)
+    interceptor, variables = seen(base, Recipe(), inputs)
+    whole = variables.get("params", {})
     compare_trees(
         "params",
         flatten(without_adapters(shapes_of(params), recipe)),
         flatten(whole),
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )
-    layers = {
-        path: _layer(module, path, point.contraction, recipe.trains)
-        for (path, _), (module, point) in interceptor.visited.items()
+    with explained(base, inputs):
+        reads = reads_of(base, variables, inputs)
+    shapes = flatten(whole)
+    weights = {
+        path: from_reads(leaf.reads, len(shapes[path].shape))
+        for path, leaf in reads.items()
+        if any(read.inputs for read in leaf.reads) and not recipe.trains(path)
     }
+    others = dict.fromkeys(interceptor.visited, "it has no weight that meets an input")
+    others |= {path: "it is trained" for path in shapes if recipe.trains(path)}
     flat = flatten(params)
-    chosen = plan.chosen(layers, lambda path: unboxed(flat[path]))
-    return unflatten(flat | {p: plan.apply(layer, flat[p]) for p, layer in chosen.items()})
+    chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
+    return unflatten(flat | {p: plan.apply(axes, flat[p]) for p, axes in chosen.items()})
 
 
-def _nnx(model: nnx.Module, plan: _Plan) -> nnx.Module:
+def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     small = copy(model)
-    modules = modules_of(small)
-
-    def parameter(path: str) -> Any:
+    modules, params = modules_of(small), params_of(small)
+    trained = {path for path, x in params.items() if isinstance(x, AdapterParam)}
+    weights = {p: axes for p, axes in weights_of(small, inputs).items() if p not in trained}
+    others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
+    others |= dict.fromkeys(trained, "it is trained")
+    chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
+    for path, axes in chosen.items():
         module, _, name = path.rpartition("/")
-        return getattr(modules[module], name)
-
-    layers = {
-        path: _layer(
-            module,
-            path,
-            linear.find(module, "__call__"),
-            lambda path: isinstance(parameter(path), AdapterParam),
-        )
-        for path, module in modules.items()
-    }
-    chosen = plan.chosen(layers, lambda path: parameter(path).get_raw_value())
-    for path, layer in chosen.items():
-        value = plan.apply(layer, parameter(path).get_raw_value())
-        quantized_in_place(modules[path.rpartition("/")[0]], layer.weight, value)
+        quantized_in_place(modules[module], name, plan.apply(axes, params[path].get_raw_value()))
     return small
-
-
-def _layer(
-    module: Any, path: str, layer: Contraction | None, trained: Callable[[str], bool]
-) -> Contraction | str:
-    """How a module contracts its weight, or why it has none to quantise."""
-    if layer is None:
-        return linear.why_not(module)
-    return f"its {layer.weight} is trained" if trained(join(path, layer.weight)) else layer

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adapters_jax.methods import Method
-from adapters_jax.recipe import Recipe
-from adapters_jax.targets import matches, selects
+from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.targets import join, matches, selects
 
 PathPairs = Sequence[tuple[str, str]]  # the old and the new path of leaves, or of modules
 
@@ -38,9 +38,8 @@ def remap(recipe: Recipe, pairs: PathPairs, problems: list[str]) -> Recipe:
                 if method.slot is None and selects(method.targets, old):
                     pairs_of[method].append((old, new))
         else:
-            module, method = owner
-            path = new.removesuffix(old[len(module) :])
-            pairs_of[method].append((module, path))
+            method, path = owner.method, _remapped(owner, old, new)
+            pairs_of[method].append((owner.path, path))
             settings.setdefault((path, method.slot), {})[_bare(method)] = None
     problems += [
         f"{path} has {_differing(methods)}"
@@ -49,6 +48,13 @@ def remap(recipe: Recipe, pairs: PathPairs, problems: list[str]) -> Recipe:
     ]
     made = [_retargeted(method, pairs_of[method], problems) for method in recipe]
     return Recipe(*dict.fromkeys(made))
+
+
+def _remapped(owner: Owner, old: str, new: str) -> str:
+    """The new path of a target, from the old and the new path of one of its leaves."""
+    module = owner.prefix.rpartition(f"{owner.method.slot}")[0].rstrip("/")
+    path = new.removesuffix(old[len(module) :])
+    return join(path, owner.path[len(module) :].strip("/"))
 
 
 def _bare(method: Any) -> Any:

@@ -16,7 +16,7 @@ from flax import struct
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from adapters_jax.abstract import is_abstract, is_array
+from adapters_jax.abstract import is_abstract
 from adapters_jax.errors import MissingPackageError
 
 
@@ -116,43 +116,30 @@ def pack(
     return _qwix().quantize(full, qtype, channelwise_axes=whole, tiled_axes=dict(blocks))
 
 
-def once(run: Callable[..., Any], weights: Any, params: Any, args: Any, kwargs: Any) -> Any:
-    """Calls a layer with float weights that live only for this call, and again for its gradient.
+def once(run: Callable[[Any, Any], Any], weights: Any, inputs: Any) -> Any:
+    """`run(weights, inputs)` with float weights that live only for this call and for its gradient.
 
     Args:
-        run: `run(weights, params, args, kwargs)`, with `weights` in floats.
+        run: a function of the weights in floats and the inputs.
         weights: a tree of `Quantized`; they are frozen, and have no gradient.
-        params: the layer's other parameters.
-        args: the arguments of the call, arrays or not.
-        kwargs: its arguments by name.
+        inputs: a tree of arrays.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-
-    def call(weights: Any, params: Any, arrays: Any) -> Any:
-        new = dict(zip(positions, arrays, strict=True))
-        return run(
-            weights,
-            params,
-            *jax.tree.unflatten(structure, [new.get(i, x) for i, x in enumerate(leaves)]),
-        )
-
-    return _once(call, weights, params, [leaves[i] for i in positions])
+    return _once(run, weights, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _once(run: Callable[..., Any], weights: Any, params: Any, inputs: Any) -> Any:
-    return run(_read(weights, inputs), params, inputs)
+def _once(run: Callable[..., Any], weights: Any, inputs: Any) -> Any:
+    return run(_read(weights, inputs), inputs)
 
 
-def _forward(run: Callable[..., Any], weights: Any, params: Any, inputs: Any) -> Any:
-    return run(_read(weights, inputs), params, inputs), (weights, params, inputs)
+def _forward(run: Callable[..., Any], weights: Any, inputs: Any) -> Any:
+    return run(_read(weights, inputs), inputs), (weights, inputs)
 
 
 def _backward(run: Callable[..., Any], kept: Any, gradient: Any) -> Any:
-    weights, params, inputs = kept
+    weights, inputs = kept
     floats = _read(weights, gradient)
-    _, pull = jax.vjp(functools.partial(run, floats), params, inputs)
+    _, pull = jax.vjp(functools.partial(run, floats), inputs)
     return None, *pull(gradient)
 
 

@@ -30,8 +30,8 @@ def _step(state: aj.TrainState, loss: Any, batch: Any) -> common.FlaxStep:
         return state, metrics["loss"], state.adapters
 
     def lower() -> Any:
-        moving, base = jax.eval_shape(lambda *x: x, replace(state, base=None), state.base)
-        return step.jitted.lower(moving, base, batch)
+        rest, base = jax.eval_shape(lambda *x: x, replace(state, base=None), state.base)
+        return step.jitted.lower(rest, base, batch)
 
     return common.FlaxStep(advance, state, state.adapters, lower, "adapters-jax")
 

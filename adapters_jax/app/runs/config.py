@@ -21,7 +21,7 @@ from adapters_jax.app.options.stored import from_plain, plain
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import FORMAT, Run, RunError
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, as_compared
 from adapters_jax.tasks import task_of
 
 _ELSEWHERE = ("--runs=", "--name=")  # the run's directory, which is not among its options
@@ -107,13 +107,15 @@ def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of the settings in which two configurations of runs differ.
 
-    A data option at its default is no difference, since newer versions have more of them.
+    A data option at its default is no difference, since newer versions have more of them. Nor is
+    `{a,b}` for `{a|b}` in a recipe.
     """
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
         stored = {**json.loads(json.dumps(config)), "format": FORMAT}
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+        stored["recipe"] = as_compared(stored.get("recipe"))
         stored["task_type"] = stored.get("task_type") or task_of(stored).name
         return stored
 

@@ -15,6 +15,7 @@ from adapters_jax.distributed.hosts import PROCESSES
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.locate import pinned
+from adapters_jax.recipe import checked_before
 
 
 def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -81,4 +82,6 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
     config = run.read_config(None)
     options = read_options(run, config)
     check_unfinished(run, config)
-    return open_run(prepare_run(options, run, console, began))
+    with checked_before():
+        job = prepare_run(options, run, console, began)
+    return open_run(job)

@@ -32,7 +32,7 @@ def changes(
     for path in ours.keys() & theirs.keys():
         pair = old.owner(path), new.owner(path)
         if pair[0] and pair[1]:
-            fields |= dict.fromkeys(_fields(pair[0][1], pair[1][1]))
+            fields |= dict.fromkeys(_fields(pair[0].method, pair[1].method))
     return found + sorted(fields)
 
 

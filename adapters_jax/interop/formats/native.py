@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import OtherBaseError
+from adapters_jax.errors import AdapterMismatchError, OtherBaseError
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.base import CONFIG, HEAD, Adapter, Head
-from adapters_jax.io.adapter import TENSORS, read_adapter, save_adapter
+from adapters_jax.io.adapter import FILES, STATE, TENSORS, read_adapter, save_adapter
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.manifest import Manifest
 from adapters_jax.io.tensors import open_tensors
@@ -22,7 +22,7 @@ class Native:
     """The format of this library."""
 
     name, owner, library = "native", "adapters_jax", "adapters_jax"
-    files: tuple[str, ...] = (CONFIG, TENSORS)
+    files: tuple[str, ...] = FILES
     names_classes = True  # in the run's configuration, which is saved with it
 
     def detects(self, values: Mapping[str, Any]) -> bool:
@@ -44,8 +44,14 @@ class Native:
         return Head(head.shape[-1])
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
-        """See `read_adapter`; raises an `OtherBaseError` if the adapter has another base."""
-        found = Manifest.read(directory / CONFIG).base or BaseIdentity()
+        """See `read_adapter`.
+
+        Raises:
+            OtherBaseError: the adapter has another base.
+            AdapterMismatchError: it has state that is not parameters, which no such base has.
+        """
+        manifest = Manifest.read(directory / CONFIG)
+        found = manifest.base or BaseIdentity()
         if base.classifies:  # the width of its head may be unknown
             found = dataclasses.replace(found, tree_sha256=None)
         differences = found.differences(base.identity)
@@ -53,6 +59,11 @@ class Native:
             raise OtherBaseError(
                 f"the adapter in {directory} was trained on another base than {base.name!r}: "
                 f"{differences}; give the base that it was trained on"
+            )
+        if manifest.state_tensors:
+            raise AdapterMismatchError(
+                f"{directory / STATE} holds state that is not parameters, and {base.name!r} has "
+                "none; give the base that the adapter was trained on"
             )
         return read_adapter(directory)
 

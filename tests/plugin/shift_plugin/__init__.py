@@ -21,7 +21,7 @@ class Shift(aj.Method):
     strength: float = 1.0
 
     def fits(self, point):
-        return point.call == "__call__" and point.width > 0
+        return point.width > 0
 
     def leaves(self, point):
         return {"bias": aj.Leaf((point.width,), lambda key, shape: jnp.zeros(shape))}

@@ -1,0 +1,292 @@
+"""Where the adapters of a recipe are: from the shapes of a tree, or from how a model reads leaves.
+
+A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. Weights that
+are targets by their own path, or of which a module has several, have a node each,
+`layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
+shapes of the arrays; where other roles would fit them before, the node says them:
+`layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.targets import join, selects
+from adapters_jax.weights.axes import Axes, from_reads, from_text
+from adapters_jax.weights.changes import RANK
+from adapters_jax.weights.lazy import Tracked
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One method on one module or weight.
+
+    Attributes:
+        method: the method.
+        prefix: path of the node that holds its arrays.
+        point: where it is attached; `point.path` is the path of the target.
+        module: path of the module.
+    """
+
+    method: Any
+    prefix: str
+    point: AttachmentPoint
+    module: str
+
+    def leaves(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's arrays by name, out of a tree's leaves by path."""
+        return {name: flat[join(self.prefix, name)] for name in self.method.leaf_names}
+
+    def own(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The module's own leaves by name, out of a tree's leaves by path."""
+        paths = {name: join(self.module, name) for name in self.point.own}
+        return {name: flat[path] for name, path in paths.items() if path in flat}
+
+
+def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
+    """The shapes of each module's own leaves by name, out of the base's leaves by path."""
+    owned: dict[str, dict[str, Shape]] = {}
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        owned.setdefault(module, {})[name] = shape
+    return owned
+
+
+def in_tree(
+    recipe: Recipe, shapes: Shapes, prefixes: Container[str] | None = None
+) -> list[Attached]:
+    """The weights that a tree's adapters change.
+
+    Args:
+        recipe: the recipe of the adapters.
+        shapes: the shapes of all leaves by path, the base's and the adapters'.
+        prefixes: the adapters to look at, by the nodes that hold their arrays; by default all.
+
+    Raises:
+        MismatchError: an adapter lacks arrays, or fits no weight of its module.
+    """
+    groups: dict[str, tuple[Any, dict[str, Shape]]] = {}
+    base: dict[str, Shape] = {}
+    for path, shape in shapes.items():
+        owner = recipe.owner(path)
+        if owner is None:
+            base[path] = shape
+        elif isinstance(owner.method, LeafMethod):
+            groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
+    owned = own_leaves(base)
+    return [
+        _located(owner, parts, owned)
+        for prefix, (owner, parts) in groups.items()
+        if prefixes is None or prefix in prefixes
+    ]
+
+
+def _located(owner: Any, parts: Shapes, owned: Mapping[str, dict[str, Shape]]) -> Attached:
+    """The weight that one adapter changes."""
+    method = owner.method
+    lacking = sorted(set(method.leaf_names) - set(parts))
+    if lacking:
+        raise MismatchError(
+            f"the adapter {owner.prefix} ({type(method).__name__}) lacks {', '.join(lacking)}"
+        )
+    names = owner.prefix.split("/")
+    start = len(names) - 1 if names[-1] == method.slot else len(names) - 2
+    module, node = "/".join(names[:start]), "".join(names[start + 1 :])
+    own = owned.get(module, {})
+    found = _weight(method, owner.path, module, node, parts, own)
+    if found is None:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in parts.items())
+        weights = ", ".join(f"{name} {list(shape)}" for name, shape in own.items()) or "no leaves"
+        raise MismatchError(
+            f"the adapter {owner.prefix} ({type(method).__name__}) has {shapes}, which fits no "
+            f"weight of {module!r}: it has {weights}"
+        )
+    name, axes = found
+    return Attached(method, owner.prefix, AttachmentPoint(owner.path, 0, name, axes, own), module)
+
+
+def _weight(
+    method: Any, path: str, module: str, node: str, parts: Shapes, own: Shapes
+) -> tuple[str, Axes] | None:
+    """The name of the weight that arrays of these shapes change, and the roles of its axes."""
+    weight, stated, text = node.partition(":")
+    by_axes = sorted(own.items(), key=lambda item: -len(item[1]))  # biases last
+    for name, shape in by_axes:
+        selected = selects(method.targets, module, join(module, name))
+        if len(shape) < 2 or not selected or weight not in ("", name):
+            continue
+        if not stated:
+            axes = method.infer(parts, shape, path)
+        else:
+            axes = from_text(text)
+            own_axes = method.weight_axes(axes, path)
+            if any(not _fits(parts[part], shape, each) for part, each in own_axes.items()):
+                axes = None
+        if axes is not None:
+            return name, axes
+    return None
+
+
+def _fits(part: Shape, weight: Shape, axes: Sequence[int]) -> bool:
+    """Whether an array has these axes of a weight; slices of an axis are shorter."""
+    return len(part) == len(axes) and all(
+        axis == RANK or (axis < len(weight) and size <= weight[axis])
+        for size, axis in zip(part, axes, strict=True)
+    )
+
+
+def chosen(
+    recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes, layers: Mapping[str, int]
+) -> dict[Method, list[Attached]]:
+    """The weights that each method of a recipe changes in a model.
+
+    Args:
+        recipe: the recipe.
+        reads: how the model reads each float leaf of two or more axes, by path.
+        shapes: the shapes of all of the base's leaves by path.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
+
+    Raises:
+        RecipeError: two methods keep their arrays for one weight in one place, or a method that
+            reads the weight comes after one that changes it.
+    """
+    owned, found = own_leaves(shapes), dict[Method, list[Attached]]()
+    methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
+    taken = {m: [p for p, leaf in reads.items() if _changes(m, p, leaf)] for m in methods}
+    for method, paths in taken.items():
+        found[method] = []
+        for path in paths:
+            module, _, name = path.rpartition("/")
+            recipe.check([other for other in methods if path in taken[other]], module)
+            beside = [
+                other
+                for m, others in taken.items()
+                if m.slot == method.slot
+                for other in others
+                if other.rpartition("/")[0] == module
+            ]
+            own = owned[module]
+            axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
+            alone = len(beside) == 1 and selects(method.targets, module)
+            point = AttachmentPoint(module if alone else path, 0, name, axes, own)
+            found[method].append(_placed(method, point, module))
+    return found
+
+
+def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
+    """Whether a method changes a leaf: it is a target, and meets an input or is named."""
+    meets = any(read.inputs for read in leaf.reads)
+    selected = selects(method.targets, path.rpartition("/")[0], path)
+    return selected and (meets or _named(method.targets, path))
+
+
+def _named(targets: Sequence[str], path: str) -> bool:
+    """Whether a pattern names a leaf: its last name has no wildcard."""
+    return any(
+        selects((p,), path) and "*" not in p.rpartition("/")[2] for p in targets if p[0] != "!"
+    )
+
+
+def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached:
+    """A method at a point, with the node whose path and shapes tell all of the point."""
+    parts = {name: leaf.shape for name, leaf in method.leaves(point).items()}
+    usual = join(module, method.slot)
+    axes: Any = point.axes
+    roles = method.roles(axes, point.path)
+    stated = f":{axes.text}"
+    nodes = ["", stated] if point.path == module else []
+    for node in (*nodes, point.weight):
+        found = _weight(method, point.path, module, node, parts, point.own)
+        if found and found[0] == point.weight and method.roles(found[1], point.path) == roles:
+            return Attached(method, join(usual, node), point, module)
+    path = join(module, point.weight)
+    point = AttachmentPoint(path, 0, point.weight, axes, point.own, point.precision)
+    return Attached(method, join(usual, point.weight + stated), point, module)
+
+
+def check_targets(
+    recipe: Recipe,
+    found: Sequence[Attached],
+    modules: Mapping[str, Any],
+    fitting: Callable[[Method], Sequence[str]],
+    reads: Mapping[str, Tracked],
+    leaves: Mapping[str, Any],
+    tied: Mapping[str, str],
+) -> None:
+    """Checks that the patterns of a recipe match what its methods can adapt in a model.
+
+    Args:
+        recipe: the recipe.
+        found: where its methods attach.
+        modules: the model's modules by path.
+        fitting: the paths of the modules that a method on outputs or attention can attach to.
+        reads: how the model reads each weight, by path; of the weights whose use is known.
+        leaves: all of the base's leaves by path.
+        tied: further paths of shared modules and leaves, each with the path to use.
+
+    Raises:
+        TargetError: a pattern matches nothing, or nothing that its method can attach to.
+    """
+    for method in recipe:
+        other: dict[str, str | None] = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in tied.items()
+        }
+        targeted = [each.point.path for each in found if each.method == method]
+        if method.slot is None:
+            usable = list(leaves)
+        elif isinstance(method, LeafMethod):
+            usable = usable_paths(method, reads)
+            other |= dict.fromkeys(modules, None)
+            other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
+        else:
+            usable = list(fitting(method))
+            other |= {path: method.why_not(module) for path, module in modules.items()}
+        unusable = {path: why for path, why in other.items() if path not in set(usable)}
+        require_points(method, usable, unusable, targeted)
+
+
+def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
+    """What a method can target: weights that meet an input or are named, and their modules."""
+    meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
+    named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
+    return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
+
+
+def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
+    """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
+
+    That is so for scales and biases: they have one axis, beside those of stacked layers.
+    """
+    named = _named(method.targets, path)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"it is of {leaf.dtype}, expected floats" if named else None
+    seen = reads[path].reads if path in reads else []
+    layers = frozenset[int]().union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in layers]
+    if len(wide) < 2:
+        shape = list(leaf.shape)
+        return f"it has the shape {shape}, expected two axes or more" if named else None
+    if path not in reads:
+        return "pass example_inputs=(...), which show how the model uses it"
+    if not seen:
+        return "the example inputs run nothing that reads it; pass a method=... that does"
+    return "it meets no input in a product or lookup; name it by its own path to adapt it"
+
+
+def taken(module: str, method: Method) -> RecipeError:
+    """The error for a base that already uses the name of a method's arrays."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(module, method.slot)}, but the "
+        "base has something of that name there; rename it or do not target it"
+    )

@@ -1,0 +1,68 @@
+"""The roles of the axes of weights of flax's own layers, which need no example inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from adapters_jax.weights.axes import Axes
+
+
+def _dense(layer: Any) -> tuple[str, int, Axes]:
+    return "kernel", 2, Axes((0,), (1,))
+
+
+def _dense_general(layer: Any) -> tuple[str, int, Axes]:
+    def count(axes: Any) -> int:
+        return 1 if isinstance(axes, int) else len(tuple(axes))
+
+    shared, inputs = len(layer.batch_axis), count(layer.axis)
+    n = shared + inputs + count(layer.out_features)
+    roles = tuple(range(shared, shared + inputs)), tuple(range(shared + inputs, n))
+    return "kernel", n, Axes(*roles, tuple(range(shared)))
+
+
+def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
+    equation = (layer.einsum_str or "").replace(" ", "")
+    left, arrow, y = equation.partition("->")
+    x, _, w = left.partition(",")
+    if not arrow or "." in w:
+        return None
+    inputs = tuple(i for i, c in enumerate(w) if c in x and c not in y)
+    outputs = tuple(i for i, c in enumerate(w) if c not in x)
+    shared = tuple(i for i, c in enumerate(w) if c in x and c in y)
+    return "kernel", len(w), Axes(inputs, outputs, shared)
+
+
+def _conv(layer: Any) -> tuple[str, int, Axes]:
+    size = layer.kernel_size
+    n = 1 if isinstance(size, int) else len(tuple(size))
+    return "kernel", n + 2, Axes(tuple(range(n + 1)), (n + 1,), (), tuple(range(n)))
+
+
+def _embed(layer: Any) -> tuple[str, int, Axes]:
+    return "embedding", 2, Axes((0,), (1,), lookup=True)
+
+
+_LAYERS: dict[type, Callable[[Any], tuple[str, int, Axes] | None]] = {
+    nnx.Linear: _dense,
+    nnx.LinearGeneral: _dense_general,
+    nnx.Einsum: _einsum,
+    nnx.Conv: _conv,
+    nnx.Embed: _embed,
+}
+
+
+def known_weight(layer: Any) -> tuple[str, Axes, int] | None:
+    """The name of the weight of one of flax's layers, and the roles of its axes.
+
+    Axes in front of the layer's own, whose number comes with them, are layers that it is stacked
+    on. None for other modules.
+    """
+    build = next((_LAYERS[base] for base in type(layer).__mro__ if base in _LAYERS), None)
+    found = build and build(layer)
+    if not found:
+        return None
+    name, ndim, axes = found
+    outside = len(vars(layer)[name].shape) - ndim
+    return name, axes.under(outside), outside

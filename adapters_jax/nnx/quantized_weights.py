@@ -1,0 +1,60 @@
+"""A quantised weight in an NNX model: its Variable."""
+
+import functools
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from adapters_jax.nnx.attachment import refresh
+from adapters_jax.nnx.graph import modules_of, own_params
+from adapters_jax.weights.quantized import Quantized, is_quantized, opened
+
+
+class QuantizedParam(nnx.Param):
+    """A frozen weight in few bits; reading it gives floats."""
+
+    quantized_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+    def get_value(self, *, index: Any = ...) -> Any:
+        """The weight in floats."""
+        value = self.get_raw_value()
+        value = value.unbox() if is_quantized(value) else value
+        return value if index is ... else value[index]
+
+    def set_value(self, value: Any, *, index: Any = ...) -> None:
+        """Raises TypeError: the weight is frozen."""
+        raise TypeError("a quantised weight is frozen; write to the model that aj.dequantize gives")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.get_raw_value().shape
+
+
+@functools.cache
+def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
+    """The `QuantizedParam` that is also an instance of a parameter's own class."""
+    if cls is nnx.Param:
+        return QuantizedParam
+    about = {"quantized_from": cls, "__module__": cls.__module__}
+    return type(f"Quantized{cls.__name__}", (QuantizedParam, cls), about)
+
+
+def quantized_in_place(module: Any, name: str, value: Quantized) -> None:
+    """Replaces a module's weight, in place, by a quantised one; its adapters stay."""
+    variable = vars(module)[name]
+    variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
+    variable.set_raw_value(value)
+    refresh(module)
+
+
+def float_again(model: nnx.Module) -> None:
+    """Restores the float weights and the modules' classes of a model, in place."""
+    for module in list(modules_of(model).values()):
+        own = [x for x in own_params(module).values() if isinstance(x, QuantizedParam)]
+        for variable in own:
+            value = variable.get_raw_value()
+            variable.__class__ = type(variable).quantized_from  # type: ignore[assignment]
+            variable.set_raw_value(opened(value))
+        if own:
+            refresh(module, root=hasattr(module, "adapter_recipe"))

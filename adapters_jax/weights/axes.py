@@ -1,0 +1,207 @@
+"""Which axes of a weight each low-rank factor has: it follows from how the model uses the weight.
+
+Axes that are contracted with an input, or looked up, are A's; axes that the output keeps are B's;
+axes of which each use sees one index (experts, stacked layers, batch letters of an einsum) belong
+to both, so that each of them has a pair of its own. `ecd,edf->ecf` has experts e, inputs d and
+outputs f: A is (e, d, r) and B is (e, r, f).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adapters_jax.weights.changes import RANK
+from adapters_jax.weights.lazy import Read
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The roles of a weight's axes, by their numbers; every axis has one role.
+
+    Attributes:
+        inputs: axes that only A has.
+        outputs: axes that only B has.
+        shared: axes that both have.
+        window: those of the inputs that run over positions of the input, as a convolution's do.
+        lookup: the inputs are looked up (an embedding), so A starts at zero and B random.
+
+    Example:
+        >>> experts = Axes(inputs=(1,), outputs=(2,), shared=(0,))
+        >>> experts.a_shape((8, 16, 32), rank=4), experts.b_shape((8, 16, 32), rank=4)
+        ((8, 16, 4), (8, 4, 32))
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    lookup: bool = False
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The inputs that are features of the input, not positions."""
+        return tuple(i for i in self.inputs if i not in self.window)
+
+    def under(self, layers: int) -> "Axes":
+        """The roles of the axes of weights that are stacked on layer axes in front."""
+        inputs, outputs, shared, window = (
+            tuple(i + layers for i in axes)
+            for axes in (self.inputs, self.outputs, self.shared, self.window)
+        )
+        return Axes(inputs, outputs, (*range(layers), *shared), window, self.lookup)
+
+    def inside(self, layers: int) -> "Axes":
+        """The roles of the axes of one of the weights that are stacked on layer axes in front."""
+        inputs, outputs, shared, window = (
+            tuple(i - layers for i in axes if i >= layers)
+            for axes in (self.inputs, self.outputs, self.shared, self.window)
+        )
+        return Axes(inputs, outputs, shared, window, self.lookup)
+
+    @property
+    def ndim(self) -> int:
+        """The number of the weight's axes."""
+        return len(self.inputs) + len(self.outputs) + len(self.shared)
+
+    @property
+    def a(self) -> tuple[int, ...]:
+        """The axes of A; the last one is the rank."""
+        return (*self.shared, *self.inputs, RANK)
+
+    @property
+    def b(self) -> tuple[int, ...]:
+        """The axes of B; the rank is before the outputs."""
+        return (*self.shared, RANK, *self.outputs)
+
+    def a_shape(self, shape: Shape, rank: int) -> Shape:
+        """The shape of A for a weight of a shape."""
+        return tuple(rank if i == RANK else shape[i] for i in self.a)
+
+    def b_shape(self, shape: Shape, rank: int) -> Shape:
+        """The shape of B for a weight of a shape."""
+        return tuple(rank if i == RANK else shape[i] for i in self.b)
+
+    def sizes(self, shape: Shape) -> tuple[int, int, int]:
+        """The fan-in, the fan-out and the number of pairs of factors."""
+        inputs, outputs, shared = (
+            math.prod(shape[i] for i in axes) for axes in (self.inputs, self.outputs, self.shared)
+        )
+        return inputs, outputs, shared
+
+    def as_matrix(self, weight: Float[Array, "..."]) -> Float[Array, "*shared in out"]:
+        """The weight as matrices, one for each index of the shared axes."""
+        shape = tuple(weight.shape[i] for i in self.shared)
+        ordered = weight.transpose((*self.shared, *self.inputs, *self.outputs))
+        return ordered.reshape(*shape, math.prod(weight.shape[i] for i in self.inputs), -1)
+
+    def from_matrix(
+        self, matrix: Float[Array, "*shared in out"], shape: Shape
+    ) -> Float[Array, "..."]:
+        """The inverse of `as_matrix`."""
+        order = (*self.shared, *self.inputs, *self.outputs)
+        whole = matrix.reshape([shape[i] for i in order])
+        return whole.transpose([order.index(i) for i in range(len(shape))])
+
+    def norm(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The norm of the weight over its inputs, in float32; (*shared, *outputs)."""
+        squares = jnp.square(weight.astype(jnp.float32)).sum(axis=self.inputs)
+        left = [i for i in range(weight.ndim) if i not in self.inputs]
+        return jnp.sqrt(squares).transpose([left.index(i) for i in (*self.shared, *self.outputs)])
+
+    @property
+    def text(self) -> str:
+        """The roles in few characters: `1>0` for inputs and outputs, `0;1>2` with shared axes."""
+        parts = ("".join(map(str, axes)) for axes in (self.shared, self.inputs, self.outputs))
+        shared, inputs, outputs = parts
+        return f"{shared};{inputs}>{outputs}" if shared else f"{inputs}>{outputs}"
+
+
+def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
+    """The roles of the axes of a weight with these reads, of which the first that says it counts.
+
+    A lookup counts before a product, so that the tied weight of an embedding and an output layer
+    is an embedding. A weight that meets no input has its last axis as output.
+
+    Args:
+        reads: the reads.
+        ndim: the number of the weight's axes.
+        layers: how many of its first axes are layers that its module is stacked on.
+    """
+    front = frozenset(range(layers))
+    known = [r for r in reads if r.how == "lookup"] or [r for r in reads if r.inputs]
+    if not known:
+        return Axes(tuple(range(layers, ndim - 1)), (ndim - 1,), tuple(sorted(front)))
+    shared = front.union(*(r.shared for r in known)) - (known[0].inputs - front)
+    inputs = known[0].inputs - shared
+    outputs = set(range(ndim)) - inputs - shared
+    return Axes(
+        tuple(sorted(inputs)),
+        tuple(sorted(outputs)),
+        tuple(sorted(shared)),
+        tuple(sorted(known[0].window)),
+        lookup=known[0].how == "lookup",
+    )
+
+
+def from_factors(a: Shape, b: Shape, weight: Shape, widths: bool = True) -> Axes | None:
+    """The roles of a weight's axes by the shapes of its factors; None where they do not fit.
+
+    Where several fit, the first in order: shared axes before inputs before outputs. Factors whose
+    roles this does not find have them in their path.
+
+    Args:
+        a: the shape of A.
+        b: the shape of B.
+        weight: the shape of the weight.
+        widths: whether B is as wide as the outputs, and not for slices of them.
+
+    Example:
+        >>> from_factors((768, 8), (8, 12, 64), (768, 12, 64))
+        Axes(inputs=(0,), outputs=(1, 2), shared=(), window=(), lookup=False)
+    """
+    n = len(a) + len(b) - 2 - len(weight)
+    every = range(len(weight))
+    if n < 0 or min(len(a), len(b)) < n + 2 or a[:n] != b[:n] or a[-1] != b[n]:
+        return None
+    for shared in itertools.combinations(every, n):
+        if tuple(weight[i] for i in shared) != a[:n]:
+            continue
+        rest = [i for i in every if i not in shared]
+        for inputs in itertools.combinations(rest, len(a) - 1 - n):
+            outputs = tuple(i for i in rest if i not in inputs)
+            fits = tuple(weight[i] for i in outputs) == b[n + 1 :] or not widths
+            if tuple(weight[i] for i in inputs) == a[n:-1] and fits:
+                return Axes(inputs, outputs, shared)
+    return None
+
+
+def from_text(text: str) -> Axes:
+    """The roles that `Axes.text` is of."""
+    shared, _, rest = text.rpartition(";")
+    inputs, _, outputs = rest.partition(">")
+    numbers = [tuple(map(int, axes)) for axes in (inputs, outputs, shared)]
+    return Axes(*numbers[:2], shared=numbers[2])
+
+
+def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | None:
+    """The axes of a weight along which an array of a shape scales it; None where it does not fit.
+
+    Args:
+        shape: the array's; its shared axes first.
+        weight: the weight's.
+        before: whether the axes are before the last one: a weight's inputs, not its outputs.
+    """
+    for layers in reversed(range(len(shape))):
+        own = len(shape) - layers
+        ends = [len(weight)] if not before else range(len(weight) - 1, layers + own - 1, -1)
+        for end in ends:
+            axes = (*range(layers), *range(end - own, end))
+            if end - own >= layers and tuple(weight[i] for i in axes) == shape:
+                return axes
+    return None

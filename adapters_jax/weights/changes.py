@@ -1,0 +1,446 @@
+"""A changed weight, `W' = scale * (W + A B)`, which is not computed until something reads it.
+
+Everything here is arithmetic on arrays: what the change is (`LowRank`, `Scale`), how it looks after
+the weight was transposed, sliced or cast (`Changed`), and its sum in the weight's own shape. How a
+model's operations meet a changed weight is in `lazy`.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adapters_jax.weights.quantized import is_quantized, once
+
+RANK = -1  # the axis of a factor that is no axis of the weight
+LETTERS = "abcdefghijklmnopqrstuvwxyABCDEFGHIJKLMNOPQRSTUVWXY"
+_RANK_LETTER = "Z"
+_DONE = -2  # new axis i is _DONE - i while others still have old numbers
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An array whose axes are axes of a weight.
+
+    Attributes:
+        array: the array.
+        axes: for each axis of the array the axis of the weight that it is, or `RANK`.
+    """
+
+    array: Array
+    axes: tuple[int, ...]
+
+    def letters(self, of_weight: Sequence[str]) -> str:
+        """The axes as letters of an einsum, given the letters of the weight's axes."""
+        return "".join(_RANK_LETTER if axis == RANK else of_weight[axis] for axis in self.axes)
+
+    def renamed(self, new: Callable[[int], int]) -> "Factor":
+        """The factor of a weight whose axes have new numbers."""
+        return replace(self, axes=tuple(i if i == RANK else new(i) for i in self.axes))
+
+    def on_axes(self, change: Callable[[Array, dict[int, int]], Array]) -> "Factor":
+        """The factor after a change that keeps its axes, given the position of each axis."""
+        return replace(self, array=change(self.array, {a: i for i, a in enumerate(self.axes)}))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Adds a product of two factors to a weight, or to a range of one of its axes.
+
+    Attributes:
+        a: one factor.
+        b: the other, with the scale in it.
+        start: `(axis, index)` of the first entry of the range; None for the whole weight.
+        dropout: probability of zeroing an entry of the input of the product, while training.
+        key: the key of the dropout, or one for each index of the weight's first axis; None in
+            evaluation.
+    """
+
+    a: Factor
+    b: Factor
+    start: tuple[int, int] | None = None
+    dropout: float = 0.0
+    key: Any = None
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Both factors."""
+        return self.a, self.b
+
+    def with_factors(self, a: Factor, b: Factor) -> "LowRank":
+        """The change with other factors."""
+        return replace(self, a=a, b=b)
+
+    def renamed(self, new: Callable[[int], int]) -> "LowRank":
+        """The change of a weight whose axes have new numbers."""
+        start = self.start and (new(self.start[0]), self.start[1])
+        return replace(self, a=self.a.renamed(new), b=self.b.renamed(new), start=start)
+
+    def product(self, ndim: int, dtype: Any = jnp.float32) -> Array:
+        """A B in the axes of the weight; axes that neither has are of size one."""
+        letters, a, b = (LETTERS[:ndim], *(f.array.astype(dtype) for f in self.factors))
+        left, right = (f.letters(letters) for f in self.factors)
+        out = "".join(c for c in letters if c in left + right)
+        whole = jnp.einsum(f"{left},{right}->{out}", a, b, precision="highest")
+        return jnp.expand_dims(whole, [i for i, c in enumerate(letters) if c not in out])
+
+    def applied(self, weight: Array) -> Array:
+        """The changed weight."""
+        change = self.product(weight.ndim, weight.dtype)
+        if self.start is not None:
+            axis = self.start[0]
+            change = self.placed(change, weight.shape[axis], axis)
+        return weight + change
+
+    def placed(self, part: Array, size: int, axis: int) -> Array:
+        """A part that is for the range alone, with zeros around it.
+
+        Args:
+            part: the part.
+            size: how many entries the whole has along the axis.
+            axis: the axis of the part that has the range.
+        """
+        if self.start is None:
+            return part
+        edges = [(0, 0, 0)] * part.ndim
+        edges[axis] = (self.start[1], size - self.start[1] - part.shape[axis], 0)
+        return jax.lax.pad(part, jnp.zeros((), part.dtype), edges)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplies a weight by a factor along some of its axes."""
+
+    by: Factor
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factor."""
+        return (self.by,)
+
+    def with_factors(self, by: Factor) -> "Scale":
+        """The change with another factor."""
+        return Scale(by)
+
+    def renamed(self, new: Callable[[int], int]) -> "Scale":
+        """The change of a weight whose axes have new numbers."""
+        return Scale(self.by.renamed(new))
+
+    def applied(self, weight: Array) -> Array:
+        """The changed weight."""
+        return weight * beside(self.by, range(weight.ndim), weight.dtype)
+
+
+Change = LowRank | Scale
+
+
+_EVALUATION = contextvars.ContextVar("evaluation", default=False)
+
+
+@contextlib.contextmanager
+def without_dropout(evaluation: bool = True) -> Iterator[None]:
+    """Reads of changed weights in its body are without dropout, where `evaluation` is true."""
+    token = _EVALUATION.set(evaluation)
+    try:
+        yield
+    finally:
+        _EVALUATION.reset(token)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."]:
+    """Zeroes entries with probability `rate` and scales the rest; x itself where `key` is None."""
+    if key is None or rate == 0.0 or _EVALUATION.get():
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def beside(factor: Factor, axes: Sequence[int], dtype: Any) -> Array:
+    """A factor with its axes in the order of `axes`, and axes of size one for the others."""
+    order = sorted(range(len(factor.axes)), key=lambda i: list(axes).index(factor.axes[i]))
+    array = factor.array.transpose(order).astype(dtype)
+    return jnp.expand_dims(array, [i for i, axis in enumerate(axes) if axis not in factor.axes])
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A weight as some code sees it, with its changes; equal to `formed()`.
+
+    Attributes:
+        base: the weight, an array or `Quantized`, in its stored dtype.
+        changes: the changes in their order.
+        shape: the shape that the code sees.
+        dtype: the dtype that the code sees.
+        views: what the code did to a quantised weight, which is in floats only where it is used.
+    """
+
+    base: Any
+    changes: tuple[Change, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    views: tuple[Callable[[Array], Array], ...] = field(default=())
+
+    @classmethod
+    def of(cls, base: Any, changes: Sequence[Change] = ()) -> "Changed":
+        """A weight with its changes."""
+        return cls(base, tuple(changes), tuple(base.shape), jnp.dtype(base.dtype))
+
+    def floats(self, base: Any) -> Array:
+        """The unchanged weight in floats as the code sees it, from the value of `base`."""
+        array = base.unbox() if is_quantized(base) else base
+        for view in self.views:
+            array = view(array)
+        return array.astype(self.dtype)
+
+    def formed(self, wide: bool = True) -> Float[Array, "..."]:
+        """The changed weight: sums and products in float32 and cast once, or in its own dtype."""
+        if not self.changes:
+            return self.floats(self.base)
+        dtype = jnp.promote_types(self.base.dtype, jnp.float32) if wide else self.dtype
+        whole = replace(self, dtype=dtype).floats(self.base)
+        for change in self.changes:
+            whole = change.applied(whole)
+        return whole.astype(self.dtype)
+
+    def cast(self, dtype: Any) -> "Changed":
+        """The weight in another float dtype."""
+        return replace(self, dtype=jnp.dtype(dtype))
+
+    def viewed(
+        self, view: Callable[[Array], Array], changes: Sequence[Change] | None = None
+    ) -> "Changed":
+        """The weight after an operation such as a transposition.
+
+        Args:
+            view: the operation on the unchanged weight.
+            changes: the changes after it; by default those of now.
+        """
+        changed = self.changes if changes is None else tuple(changes)
+        if not is_quantized(self.base):
+            base = view(self.base)
+            return Changed(base, changed, tuple(base.shape), self.dtype)
+        shape = jax.eval_shape(view, jax.ShapeDtypeStruct(self.shape, self.dtype)).shape
+        return Changed(self.base, changed, tuple(shape), self.dtype, (*self.views, view))
+
+    def transposed(self, order: Sequence[int]) -> "Changed":
+        """The transposed weight."""
+        new = {old: i for i, old in enumerate(order)}
+        changes = [change.renamed(new.__getitem__) for change in self.changes]
+        return self.viewed(lambda w: w.transpose(order), changes)
+
+    def reshaped(self, shape: Sequence[int]) -> "Changed | None":
+        """The reshaped weight; None where axes of both factors would become one axis."""
+        blocks = _blocks(self.shape, shape)
+        changes = [_reshaped(change, blocks, shape) for change in self.changes]
+        if any(change is None for change in changes):
+            return None
+        kept = [change for change in changes if change is not None]
+        return self.viewed(lambda w: w.reshape(shape), kept)
+
+    def axes_after(
+        self, shape: Sequence[int], axes: Sequence[frozenset[int]]
+    ) -> tuple[frozenset[int], ...]:
+        """What is found in each axis of the reshaped weight, given what is in each of its axes."""
+        after: list[frozenset[int]] = [frozenset()] * len(shape)
+        for left, right in _blocks(self.shape, shape):
+            inside: frozenset[int] = frozenset().union(*(axes[i] for i in left))
+            for i in right:
+                after[i] = inside if shape[i] > 1 or len(right) == 1 else frozenset()
+        return tuple(after)
+
+    def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Changed":
+        """The weight with new axes.
+
+        Args:
+            shape: the shape with the new axes.
+            where: for each axis of the weight its position in `shape`.
+        """
+        changes = [change.renamed(where.__getitem__) for change in self.changes]
+        return self.viewed(lambda w: jax.lax.broadcast_in_dim(w, shape, where), changes)
+
+    def scaled(self, number: Array) -> "Changed":
+        """The weight times a number."""
+        return replace(self, changes=(*self.changes, Scale(Factor(jnp.asarray(number), ()))))
+
+    def sliced(
+        self, cut: Callable[[Array, dict[int, int]], Array], axes: Sequence[int]
+    ) -> "Changed | None":
+        """A part of the weight.
+
+        Args:
+            cut: cuts an array, given where it has each axis of the weight.
+            axes: the axes that are cut.
+        """
+        changes = []
+        for change in self.changes:
+            if isinstance(change, LowRank) and change.start and change.start[0] in axes:
+                return None
+            changes.append(change.with_factors(*(f.on_axes(cut) for f in change.factors)))
+        own = {i: i for i in range(len(self.shape))}
+        return self.viewed(lambda w: cut(w, own), changes)
+
+    def taken(
+        self,
+        take: Callable[[Array, dict[int, int]], Array],
+        axis: int,
+        rows: Sequence[int],
+        others: Mapping[int, int],
+    ) -> "Changed | None":
+        """Rows of the weight along an axis.
+
+        Args:
+            take: takes the rows of an array, given where it has each axis of the weight, and puts
+                the axes of the rows in front; an array that lacks the axis stays as it is.
+            axis: the axis.
+            rows: the axes that the rows have in the result.
+            others: the axes of the result by those of the weight.
+        """
+
+        def one(factor: Factor) -> Factor:
+            kept = tuple(i if i == RANK else others[i] for i in factor.axes if i != axis)
+            front = rows if axis in factor.axes else ()
+            return Factor(factor.on_axes(take).array, (*front, *kept))
+
+        changes = []
+        for change in self.changes:
+            if isinstance(change, LowRank):
+                if change.start and change.start[0] == axis:
+                    return None
+                start = change.start and (others[change.start[0]], change.start[1])
+                change = replace(change, start=start)
+            changes.append(change.with_factors(*map(one, change.factors)))
+
+        def view(weight: Array) -> Array:
+            whole = one(Factor(weight, tuple(range(weight.ndim))))
+            order = sorted(range(len(whole.axes)), key=whole.axes.__getitem__)
+            return whole.array.transpose(order)
+
+        if is_quantized(self.base):
+            rows = once(lambda weight, _: view(self.floats(weight)), self.base, ())
+            return Changed(rows, tuple(changes), tuple(rows.shape), self.dtype)
+        return self.viewed(view, changes)
+
+    def layers(self, length: int) -> "Layers":
+        """The weight as a stack of layers on its first axis."""
+        whole = self
+        starts = [c.start for c in self.changes if isinstance(c, LowRank)]
+        if any(start and start[0] == 0 for start in starts):
+            whole = Changed.of(self.formed())
+        elif self.views:
+            whole = replace(self, base=self.floats(self.base), views=())
+        rows, rest = [], []
+        for change in whole.changes:
+            front = [f.on_axes(_to_front) if 0 in f.axes else f for f in change.factors]
+            rows.append([f.array if 0 in f.axes else None for f in front])
+            key = change.key if isinstance(change, LowRank) else None
+            rows[-1].append(None if key is None else jax.random.split(key, length))
+            rest.append(change.with_factors(*front))
+        return Layers((whole.base, rows), whole, tuple(rest))
+
+
+def _to_front(array: Array, position: dict[int, int]) -> Array:
+    return jnp.moveaxis(array, position[0], 0)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A changed weight as a stack of layers.
+
+    Attributes:
+        rows: the arrays that have an entry for each layer, on their first axis.
+        whole: the weight.
+        changes: its changes, whose factors have the layers first.
+    """
+
+    rows: Any
+    whole: Changed
+    changes: tuple[Change, ...]
+
+    def layer(self, row: Any) -> Changed:
+        """The weight of one layer, of which `row` has the arrays."""
+        base, arrays = row
+        changes = []
+        for change, (*own, key) in zip(self.changes, arrays, strict=True):
+            factors = [
+                factor if array is None else Factor(array, tuple(i for i in factor.axes if i != 0))
+                for factor, array in zip(change.factors, own, strict=True)
+            ]
+            change = change.with_factors(*factors).renamed(lambda axis: axis - 1)
+            changes.append(replace(change, key=key) if isinstance(change, LowRank) else change)
+        return Changed(base, tuple(changes), self.whole.shape[1:], self.whole.dtype)
+
+
+for _cls, _data in (
+    (Factor, ["array"]),
+    (LowRank, ["a", "b", "key"]),
+    (Scale, ["by"]),
+    (Changed, ["base", "changes"]),
+):
+    _static = [f.name for f in fields(_cls) if f.name not in _data]
+    jax.tree_util.register_dataclass(_cls, data_fields=_data, meta_fields=_static)
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest groups of consecutive axes of equal sizes in two shapes of one array.
+
+    Example:
+        >>> _blocks((4, 6, 5), (4, 2, 3, 5))
+        [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
+        i, j = i + len(left), j + len(right)
+        while (size := math.prod(old[a] for a in left)) != (
+            other := math.prod(new[a] for a in right)
+        ):
+            if size < other:
+                left.append(i)
+                i += 1
+            else:
+                right.append(j)
+                j += 1
+        blocks.append((left, right))
+    return blocks
+
+
+def _reshaped(
+    change: Change, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
+) -> Change | None:
+    """A change of the reshaped weight; None where it is no such change."""
+    factors = [_reshaped_factor(factor, blocks, shape) for factor in change.factors]
+    kept = [factor for factor in factors if factor is not None]
+    if len(kept) < len(factors):
+        return None
+    if isinstance(change, LowRank) and change.start:
+        left, right = next(block for block in blocks if change.start[0] in block[0])
+        if len(left) > 1 or len(right) > 1:
+            return None
+        change = replace(change, start=(right[0], change.start[1]))
+    return change.with_factors(*kept)
+
+
+def _reshaped_factor(
+    factor: Factor, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
+) -> Factor | None:
+    """A factor of the reshaped weight; None where its axes become parts of one axis."""
+    array, axes = factor.array, list(factor.axes)
+    for left, right in blocks:
+        own = [axes.index(axis) for axis in left if axis in axes]
+        if not own:
+            continue
+        size = math.prod(array.shape[i] for i in own)
+        new = [] if size == 1 else right
+        if size not in (1, math.prod(shape[i] for i in right)):
+            return None
+        rest = [i for i in range(len(axes)) if i not in own]
+        array = array.transpose(*own, *rest)
+        array = array.reshape(*(shape[i] for i in new), *array.shape[len(own) :])
+        axes = [*(_DONE - i for i in new), *(axes[i] for i in rest)]
+    return Factor(array, tuple(_DONE - axis if axis <= _DONE else axis for axis in axes))

@@ -1,0 +1,419 @@
+"""Styles of models: whatever a model does with its weights, adapted it is the merged model.
+
+Each style is run in both APIs, adapted and merged, and compared with a plain formula in float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from helpers.arrays import double, drawn, drawn_like
+
+import adapters_jax as aj
+from adapters_jax.abstract import Inputs
+from adapters_jax.linen import reads_of
+from adapters_jax.trees import flatten, unflatten
+
+RANK, ALPHA = 2, 3.0
+X, IDS, KEY = drawn((3, 4), 1), np.array([[0, 6, 2], [2, 5, 6]]), jax.random.key(0)
+
+
+def changed(weight, a, b, shared=(), inputs=(0,), rank=RANK):
+    """weight + alpha/r * A B in float64, by one einsum over the rank."""
+    w = "abcdefg"[: np.ndim(weight)]
+    s, i = ("".join(w[axis] for axis in axes) for axes in (shared, inputs))
+    o = "".join(c for c in w if c not in s + i)
+    product = np.einsum(f"{s}{i}r,{s}r{o}->{w}", double(a), double(b))
+    return double(weight) + ALPHA / rank * product
+
+
+class Raw(nn.Module):
+    """A module with parameters of its own and a function of them."""
+
+    shapes: Any
+    run: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x):
+        zeros = nn.initializers.zeros
+        return self.run({name: self.param(name, zeros, s) for name, s in self.shapes.items()}, x)
+
+
+class RawNnx(nnx.Module):
+    """The same."""
+
+    def __init__(self, shapes, run):
+        self.names, self.run = tuple(shapes), run
+        for name, shape in shapes.items():
+            setattr(self, name, nnx.Param(jnp.zeros(shape)))
+
+    def __call__(self, x):
+        return self.run({name: getattr(self, name)[...] for name in self.names}, x)
+
+
+@dataclass
+class Style:
+    """A model of one style.
+
+    Attributes:
+        shapes: the shapes of its weights.
+        run: its output, given its weights and its input.
+        formula: the same in numpy.
+        roles: for each weight that is adapted, the path of its factors, its shared axes and its
+            input axes.
+        x: its input.
+        how: how each weight is read, where not in products alone.
+        targets: the targets of LoRA.
+        linen: the linen model, if it is not one of raw parameters.
+        nnx: a function that makes the NNX model, likewise.
+    """
+
+    shapes: dict[str, Any]
+    run: Any
+    formula: Any
+    roles: dict[str, Any]
+    x: Any = None
+    how: Any = "product"
+    targets: Any = "**"
+    linen: Any = None
+    nnx: Any = None
+
+    def __post_init__(self):
+        self.x = X if self.x is None else self.x
+        self.linen = self.linen or Raw(self.shapes, self.run)
+        self.nnx = self.nnx or (lambda: RawNnx(self.shapes, self.run))
+
+    @property
+    def recipe(self):
+        return aj.Recipe(aj.LoRA(self.targets, RANK, ALPHA))
+
+    def weights(self):
+        """Weights, drawn."""
+        return {path: drawn(shape, i) for i, (path, shape) in enumerate(self.shapes.items())}
+
+    def expected(self, flat):
+        """The output by the formula, given all parameters by path."""
+        weights = {path: double(flat[path]) for path in self.shapes}
+        for path, (node, shared, inputs) in self.roles.items():
+            weights[path] = changed(
+                weights[path], flat[f"{node}/a"], flat[f"{node}/b"], shared, inputs
+            )
+        return self.formula(weights, double(self.x) if self.x.dtype != int else self.x)
+
+
+@jax.custom_vjp
+def straight_through(w):
+    """A function with a gradient of its own: signs forwards, the identity backwards."""
+    return jnp.sign(w)
+
+
+straight_through.defvjp(lambda w: (jnp.sign(w), None), lambda _, g: (g,))
+
+
+def standardised(w, of=np):
+    return (w - w.mean((0, 1))) / of.sqrt(w.var((0, 1)) + 1e-3)
+
+
+def convolution(x, w):
+    """A convolution without padding, by its definition."""
+    n = len(w)
+    windows = [x[:, i : i + n] for i in range(x.shape[1] - n + 1)]
+    return np.stack([np.einsum("bwi,wio->bo", window, w) for window in windows], 1)
+
+
+def lax_convolution(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+class StandardisedConv(nn.Conv):
+    """A subclass that standardises its kernel, as BiT's."""
+
+    def param(self, name, *args, **kwargs):
+        weight = super().param(name, *args, **kwargs)
+        return standardised(weight, jnp) if name == "kernel" else weight
+
+
+class StandardisedConvNnx(nnx.Conv):
+    def __call__(self, x):
+        return lax_convolution(x, standardised(self.kernel[...], jnp))
+
+
+class PositiveDense(nn.Dense):
+    """A subclass that transforms its kernel."""
+
+    def param(self, name, *args, **kwargs):
+        weight = super().param(name, *args, **kwargs)
+        return nn.relu(weight) if name == "kernel" else weight
+
+
+class PositiveLinear(nnx.Linear):
+    def __call__(self, x):
+        return x @ nnx.relu(self.kernel[...]) + self.bias[...]
+
+
+class Reader(nn.Module):
+    """Reads the kernel of a layer that it never calls."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(5, use_bias=False, name="layer")
+        if self.is_initializing():
+            layer(x)
+        return x @ layer.variables["params"]["kernel"]
+
+
+class ReaderNnx(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return x @ self.layer.kernel[...]
+
+
+class Equation(nn.Module):
+    """A layer of another library that gets its equation with its input."""
+
+    shape: Any
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
+
+
+class EquationNnx(nnx.Module):
+    def __init__(self, shape):
+        self.w = nnx.Param(jnp.zeros(shape))
+
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.w[...])
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = Equation((2, 4, 5), name="heads")("bd,ndh->bnh", x)
+        return Equation((2, 5, 4), name="out")("bnh,nhd->bd", heads)
+
+
+class HeadsNnx(nnx.Module):
+    def __init__(self):
+        self.heads, self.out = EquationNnx((2, 4, 5)), EquationNnx((2, 5, 4))
+
+    def __call__(self, x):
+        return self.out("bnh,nhd->bd", self.heads("bd,ndh->bnh", x))
+
+
+SIZES = np.array([2, 0, 3, 1])
+
+
+def ragged(w, x):
+    """Rows in groups, each of which has a matrix."""
+    return np.concatenate(
+        [part @ m for part, m in zip(np.split(x, np.cumsum(SIZES)[:-1]), w, strict=True)]
+    )
+
+
+STYLES = {
+    "tied_head": Style(
+        {"embedding": (7, 5)},
+        lambda w, ids: jnp.tanh(w["embedding"][ids]) @ w["embedding"].T,
+        lambda w, ids: np.tanh(w["embedding"][ids]) @ w["embedding"].T,
+        {"embedding": ("lora", (), (0,))},
+        IDS,
+        {"lookup", "product"},
+    ),
+    "standardised_convolution": Style(
+        {"kernel": (3, 4, 6)},
+        None,
+        lambda w, x: convolution(x, standardised(w["kernel"])),
+        {"kernel": ("lora", (), (0, 1))},
+        drawn((2, 6, 4), 1),
+        "sum",
+        linen=StandardisedConv(6, (3,), padding="VALID", use_bias=False),
+        nnx=lambda: StandardisedConvNnx(4, 6, (3,), use_bias=False, rngs=nnx.Rngs(0)),
+    ),
+    "transformed_dense": Style(
+        {"kernel": (4, 5), "bias": (5,)},
+        None,
+        lambda w, x: x @ np.maximum(w["kernel"], 0) + w["bias"],
+        {"kernel": ("lora", (), (0,))},
+        how="sum",
+        targets="kernel",
+        linen=PositiveDense(5),
+        nnx=lambda: PositiveLinear(4, 5, rngs=nnx.Rngs(0)),
+    ),
+    "read_not_called": Style(
+        {"layer/kernel": (4, 5)},
+        None,
+        lambda w, x: x @ w["layer/kernel"],
+        {"layer/kernel": ("layer/lora", (), (0,))},
+        linen=Reader(),
+        nnx=ReaderNnx,
+    ),
+    "two_raw_weights": Style(
+        {"up": (4, 6), "down": (6, 4)},
+        lambda w, x: jnp.tanh(x @ w["up"]) @ w["down"],
+        lambda w, x: np.tanh(x @ w["up"]) @ w["down"],
+        {"up": ("lora/up", (), (0,)), "down": ("lora/down", (), (0,))},
+    ),
+    "indexed": Style(
+        {"w": (2, 4, 4)},
+        lambda w, x: jnp.tanh(x @ w["w"][0]) @ w["w"][1],
+        lambda w, x: np.tanh(x @ w["w"][0]) @ w["w"][1],
+        {"w": ("lora", (0,), (1,))},
+    ),
+    "experts": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: jnp.einsum("ecd,edf->ecf", x, w["w"]),
+        lambda w, x: np.einsum("ecd,edf->ecf", x, w["w"]),
+        {"w": ("lora", (0,), (1,))},
+        drawn((3, 2, 4), 1),
+    ),
+    "square_turned": Style(
+        {"kernel": (4, 4)},
+        lambda w, x: x @ w["kernel"].T,
+        lambda w, x: x @ w["kernel"].T,
+        {"kernel": ("lora/:1>0", (), (1,))},
+    ),
+    "outputs_first": Style(
+        {"kernel": (5, 4)},
+        lambda w, x: x @ w["kernel"].T,
+        lambda w, x: x @ w["kernel"].T,
+        {"kernel": ("lora", (), (1,))},
+    ),
+    "equation_at_the_call": Style(
+        {"heads/w": (2, 4, 5), "out/w": (2, 5, 4)},
+        None,
+        lambda w, x: np.einsum("bd,ndh,nhe->be", x, w["heads/w"], w["out/w"]),
+        {"heads/w": ("heads/lora", (), (1,)), "out/w": ("out/lora", (), (0, 1))},
+        linen=Heads(),
+        nnx=HeadsNnx,
+    ),
+    "fused_and_split": Style(
+        {"qkv": (4, 12)},
+        lambda w, x: jnp.multiply(*jnp.split(x @ w["qkv"], 3, -1)[:2]) + x @ w["qkv"][:, 8:],
+        lambda w, x: (x @ w["qkv"][:, :4]) * (x @ w["qkv"][:, 4:8]) + x @ w["qkv"][:, 8:],
+        {"qkv": ("lora", (), (0,))},
+    ),
+    "reshaped": Style(
+        {"kernel": (4, 6)},
+        lambda w, x: jnp.einsum("bd,dnh->bnh", x, w["kernel"].reshape(4, 2, 3)),
+        lambda w, x: (x @ w["kernel"]).reshape(3, 2, 3),
+        {"kernel": ("lora", (), (0,))},
+    ),
+    "scanned": Style(
+        {"w": (3, 4, 4)},
+        lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w["w"])[0],
+        lambda w, x: np.tanh(np.tanh(np.tanh(x @ w["w"][0]) @ w["w"][1]) @ w["w"][2]),
+        {"w": ("lora", (0,), (1,))},
+    ),
+    "one_weight_in_every_step": Style(
+        {"w": (4, 4)},
+        lambda w, x: jax.lax.scan(lambda h, _: (jnp.tanh(h @ w["w"]), None), x, None, 2)[0],
+        lambda w, x: np.tanh(np.tanh(x @ w["w"]) @ w["w"]),
+        {"w": ("lora", (), (0,))},
+    ),
+    "checkpointed": Style(
+        {"w": (4, 5)},
+        lambda w, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w["w"], x),
+        lambda w, x: np.tanh(x @ w["w"]),
+        {"w": ("lora", (), (0,))},
+    ),
+    "vmapped": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: jax.vmap(lambda w, x: jnp.tanh(x @ w))(w["w"], x),
+        lambda w, x: np.tanh(np.einsum("ed,edf->ef", x, w["w"])),
+        {"w": ("lora", (0,), (1,))},
+    ),
+    "conditional": Style(
+        {"w": (4, 5)},
+        lambda w, x: jax.lax.cond(x[0, 0] > 9, lambda w: x @ w, lambda w: 2 * (x @ w), w["w"]),
+        lambda w, x: 2 * (x @ w["w"]),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+        targets="w",
+    ),
+    "while_loop": Style(
+        {"w": (4, 4)},
+        lambda w, x: jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w["w"]), x),
+        lambda w, x: np.tanh(np.tanh(x @ w["w"]) @ w["w"]),
+        {"w": ("lora", (), (0,))},
+    ),
+    "gradient_of_its_own": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ straight_through(w["w"]),
+        lambda w, x: x @ np.sign(w["w"]),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+        targets="w",
+    ),
+    "ragged": Style(
+        {"w": (4, 4, 5)},
+        lambda w, x: jax.lax.ragged_dot(x, w["w"], jnp.asarray(SIZES)),
+        lambda w, x: ragged(w["w"], x),
+        {"w": ("lora", (0,), (1,))},
+        drawn((6, 4), 1),
+    ),
+    "normalised_rows": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (w["w"] / jnp.linalg.norm(w["w"], axis=0)),
+        lambda w, x: x @ (w["w"] / np.linalg.norm(w["w"], axis=0)),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "added_to_another": Style(
+        {"w": (4, 5), "v": (4, 5)},
+        lambda w, x: x @ (w["w"] + w["v"]),
+        lambda w, x: x @ (w["w"] + w["v"]),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+        targets="w",
+    ),
+    "gathered_experts": Style(
+        {"w": (5, 4, 3)},
+        lambda w, x: jnp.einsum("bd,bdf->bf", x, w["w"][jnp.array([4, 0, 4])]),
+        lambda w, x: np.einsum("bd,bdf->bf", x, w["w"][[4, 0, 4]]),
+        {"w": ("lora", (0,), (1,))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_adapted_is_merged_is_the_formula(name):
+    style = STYLES[name]
+    base = unflatten(style.weights())
+    model = aj.adapt(style.linen, style.recipe)
+    params = drawn_like(aj.init_adapters(model, base, KEY, style.x), 7)
+    flat = flatten(params)
+    added = {path.rpartition("/")[0] for path in flat.keys() - style.shapes.keys()}
+    assert added == {node for node, *_ in style.roles.values()}
+    expected = style.expected(flat)
+    before = style.formula({path: double(flat[path]) for path in style.shapes}, style.x)
+    assert np.abs(expected - before).mean() > 0.1
+    merged = aj.merge(model, params, style.x)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(model.apply({"params": params}, style.x), expected, **close)
+    np.testing.assert_allclose(style.linen.apply({"params": merged}, style.x), expected, **close)
+
+    other = aj.adapt(style.nnx(), style.recipe, rngs=nnx.Rngs(0), example_inputs=(style.x,))
+    nnx.update(other, params)
+    np.testing.assert_allclose(other(style.x), expected, **close)
+    np.testing.assert_allclose(aj.merge(other)(style.x), expected, **close)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_record_says_how_each_weight_is_read(name):
+    style = STYLES[name]
+    variables = {"params": unflatten(jax.eval_shape(lambda: style.weights()))}
+    reads = reads_of(style.linen, variables, Inputs((style.x,), {}))
+    for path in style.roles:
+        how = {read.how for read in reads[path].reads}
+        assert how == (style.how if isinstance(style.how, set) else {style.how}), path
