@@ -54,6 +54,7 @@ from adapters_jax.presets import (
     prefix_tuning,
 )
 from adapters_jax.recipe import Recipe
+from adapters_jax.suggest import Suggestion, suggest
 from adapters_jax.training.optimizers import freeze_base, lora_plus
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
@@ -89,6 +90,7 @@ __all__ = [
     "RecipeError",
     "ShardingError",
     "Stack",
+    "Suggestion",
     "TargetError",
     "TrainState",
     "Unfreeze",
@@ -138,6 +140,7 @@ __all__ = [
     "shard",
     "shard_batch",
     "stack_layers",
+    "suggest",
     "unmerge",
     "unstack_layers",
 ]

@@ -222,6 +222,7 @@ def check_targets(
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
+    hint: str = "",
 ) -> None:
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
 
@@ -233,6 +234,7 @@ def check_targets(
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
+        hint: the end of a sentence about a module whose output is not known.
 
     Raises:
         TargetError: a pattern matches nothing, or nothing that its method can attach to.
@@ -251,7 +253,7 @@ def check_targets(
             other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
         else:
             usable = list(fitting(method))
-            other |= {path: method.why_not(module) for path, module in modules.items()}
+            other |= {path: method.why_not(module) + hint for path, module in modules.items()}
         unusable = {path: why for path, why in other.items() if path not in set(usable)}
         require_points(method, usable, unusable, targeted)
 

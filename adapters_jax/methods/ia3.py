@@ -106,11 +106,13 @@ class IA3(LeafMethod):
     ) -> dict[str, tuple[Change, ...]]:
         """The weight times l; where outputs are scaled, the module's biases as well."""
         scale = leaves["scale"]
-        whole = (Scale(Factor(scale, tuple(range(scale.ndim)))),)
-        axes = self.roles(axes_of(point), point.path)
-        return dict.fromkeys(self.names(point), whole) | {
-            point.weight: (Scale(Factor(scale, axes)),)
-        }
+        found: dict[str, tuple[Change, ...]] = {}
+        for name in self.names(point):
+            axes = tuple(range(scale.ndim))  # of a bias
+            if name == point.weight:
+                axes = self.roles(axes_of(point), point.path)
+            found[name] = (Scale(Factor(scale, axes)),)
+        return found
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """The leaves 1 / l.

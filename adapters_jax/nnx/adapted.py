@@ -80,7 +80,8 @@ def _adapted(
         return [path for path, point in points.items() if method.fits(point)]
 
     attached, tied = [each for each, _ in found], _other_names(adapted)
-    check_targets(recipe, attached, modules, fitting, reads, frozen, tied)
+    hint = "" if inputs else "; pass example_inputs=(...) so that its output is known"
+    check_targets(recipe, attached, modules, fitting, reads, frozen, tied, hint)
     for each, layers in found:
         before = holds(modules[each.module])
         there = [held.method for held in before if held.weight == each.point.weight]

@@ -185,8 +185,7 @@ def from_text(text: str) -> Axes:
     """The roles that `Axes.text` is of."""
     shared, _, rest = text.rpartition(";")
     inputs, _, outputs = rest.partition(">")
-    numbers = [tuple(map(int, axes)) for axes in (inputs, outputs, shared)]
-    return Axes(*numbers[:2], shared=numbers[2])
+    return Axes(tuple(map(int, inputs)), tuple(map(int, outputs)), tuple(map(int, shared)))
 
 
 def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | None:

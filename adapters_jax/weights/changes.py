@@ -322,8 +322,8 @@ class Changed:
             return whole.array.transpose(order)
 
         if is_quantized(self.base):
-            rows = once(lambda weight, _: view(self.floats(weight)), self.base, ())
-            return Changed(rows, tuple(changes), tuple(rows.shape), self.dtype)
+            read = once(lambda weight, _: view(self.floats(weight)), self.base, ())
+            return Changed(read, tuple(changes), tuple(read.shape), self.dtype)
         return self.viewed(view, changes)
 
     def layers(self, length: int) -> "Layers":
