@@ -95,6 +95,8 @@ class ChangedWeight:
         variable = vars(module)[self.name]
         if not isinstance(variable, nnx.Variable) or variable.get_raw_value() is None:
             return variable
+        if isinstance(variable.get_raw_value(), Lazy):  # whose reads are recorded
+            return variable
         return _seen(variable, _changed(module, self.name))
 
     def __set__(self, module: Any, value: Any) -> None:
