@@ -1,6 +1,7 @@
 """One model of the zoo with one method: what has to hold, and which pairs are refused."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,13 @@ def adapted(name: str, method: str) -> tuple[aj.Recipe, Pair, Pair]:
     """The recipe, the base that it is for, and the adapted pair; here a refused one raises."""
     recipe, zoo = aj.Recipe(METHODS[method](MODELS[name])), subject(name)
     base = zoo.quantized() if method.startswith("int8") else zoo.base
-    return recipe, base, zoo.adapt(recipe, base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", aj.AdapterWarning)
+        pair = zoo.adapt(recipe, base)
+    skipped = MODELS[name].skipped if method == "lora all" else ()
+    said = " ".join(str(warning.message) for warning in caught)
+    assert len(caught) == bool(skipped) and all(path in said for path in skipped), said
+    return recipe, base, pair
 
 
 def check(name: str, method: str, directory: Path) -> Cell:

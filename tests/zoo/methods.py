@@ -68,7 +68,7 @@ def _weights(model: Model, targets: Targets, shapes: Mapping[str, Shape]) -> dic
     return {
         path: shape
         for path, shape in shapes.items()
-        if len(shape) > 1 and not selects(model.unread or ("!",), path) and _selected(targets, path)
+        if sum(n > 1 for n in shape) > 1 and path not in model.skipped and _selected(targets, path)
     }
 
 

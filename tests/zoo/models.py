@@ -27,7 +27,7 @@ class Model:
         axes: a letter for each axis of a weight, by the pattern of its path, where it is not the
             usual (inputs ..., outputs): `i` is contracted, `o` is kept, `e` is both, as experts
             are.
-        unread: patterns of the parameters with two or more axes that meet no input.
+        skipped: the parameters that LoRA("**") warns of, since they meet no input.
         stopped: patterns of the modules through which the model lets no gradient.
     """
 
@@ -43,5 +43,5 @@ class Model:
     norms: Targets
     slices: tuple[tuple[int, int], ...] = ()
     axes: Mapping[str, str] = field(default_factory=dict)
-    unread: Targets = ()
+    skipped: Targets = ()
     stopped: Targets = ()

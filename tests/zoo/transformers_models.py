@@ -281,7 +281,6 @@ TRANSFORMERS = (
         attention=CROSS,
         embedding=("model/shared",),
         norms=("**/*{layer_norm,layernorm_embedding}/{scale,bias}",),
-        unread=("final_logits_bias",),
         **LIKE_BART,
     ),
     model(
@@ -294,7 +293,7 @@ TRANSFORMERS = (
         attention=("**/attention/attention",),
         embedding=("**/projection",),
         norms=("**/layernorm*/{scale,bias}",),
-        unread=("**/{cls_token,position_embeddings}",),
+        skipped=("vit/embeddings/position_embeddings",),
     ),
     model(
         "Whisper",
