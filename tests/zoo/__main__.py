@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 
-from . import table
-from .cells import MODELS
-
 
 class Results:
     """A plugin of pytest that keeps what the cells reported."""
@@ -28,6 +25,9 @@ def main(arguments: list[str]) -> int:
     tests = str(Path(__file__).with_name("test_cells.py"))
     status = pytest.main(["--slow", *arguments, tests], plugins=[results])
     if status == 0:
+        from . import table  # after pytest, which wants to be first to import its plugins
+        from .cells import MODELS
+
         for library in {MODELS[name].library for name, _ in results.cells}:
             table.write(library, results.cells)
         print(table.PAGE)

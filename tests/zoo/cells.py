@@ -98,7 +98,7 @@ def check(name: str, method: str, directory: Path) -> Cell:
     noisy = pair[0], shaken(pair[1], recipe)
     output = run(noisy[1], zoo.inputs)
     assert away(output, zoo.run_base(zoo.base[1], zoo.inputs)) > 0.01, "other leaves act"
-    comes_back(zoo, recipe, noisy, base, output, directory)
+    comes_back(zoo, recipe, noisy, base, directory)
     merged, tree = merges(zoo, recipe, noisy, output)
     return Cell(count, start, merged, generates(zoo, noisy, run, tree))
 
@@ -153,16 +153,12 @@ def _under(modules: Targets, path: str) -> bool:
     return bool(modules) and any(selects((f"{pattern}/**",), path) for pattern in modules)
 
 
-def comes_back(
-    zoo: Any, recipe: aj.Recipe, pair: Pair, base: Pair, output: Any, directory: Path
-) -> None:
-    """The loaded model has the same leaves, to the bit, and the same output."""
-    leaves = zoo.trained(pair, recipe)
-    aj.save_adapter(directory, leaves, recipe)
+def comes_back(zoo: Any, recipe: aj.Recipe, pair: Pair, base: Pair, directory: Path) -> None:
+    """The loaded model is the saved one, to the bit."""
+    aj.save_adapter(directory, zoo.trained(pair, recipe), recipe)
     loaded = zoo.loaded(directory, base)
-    assert bits(zoo.trained(loaded, recipe)) == bits(leaves), "loaded leaves differ"
-    again = jax.jit(functools.partial(zoo.run, loaded[0]))(loaded[1], zoo.inputs)
-    assert bits(again) == bits(output), "the loaded model computes something else"
+    assert loaded[0] == pair[0], "the loaded model has another structure"
+    assert bits(loaded[1]) == bits(pair[1]), "the loaded model has other arrays"
 
 
 def merges(zoo: Any, recipe: aj.Recipe, pair: Pair, output: Any) -> tuple[float | None, Any]:

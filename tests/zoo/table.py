@@ -26,7 +26,8 @@ def part(library: str, cells: Cells) -> str:
     notes = [f"[{i}] {why}." for i, why in enumerate(reasons, 1)]
     merged = max(cell["merged"] or 0.0 for (name, _), cell in cells.items() if name in names)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([_versions(library), table, *notes, f"Merged and adapted: {merged:.1e}."])
+    away = f"Merged and adapted outputs differ by at most {merged:.1e} of the largest output."
+    return "\n\n".join([f"{_versions(library)}. {away}", table, *notes])
 
 
 def _cell(name: str, method: str, cells: Cells, reasons: list[str]) -> str:
