@@ -57,10 +57,12 @@ class Tracked:
     Attributes:
         path: the path of the leaf.
         reads: its reads so far.
+        reaches: whether the model's outputs depend on it.
     """
 
     path: str
     reads: list[Read] = field(default_factory=list)
+    reaches: bool = True
 
 
 _RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=None)
