@@ -102,18 +102,19 @@ def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
     return Attached(method, owner.prefix, point, owner.module)
 
 
-def weight_shape(owner: Owner, parts: Shapes, own: Shapes) -> Shape:
-    """The shape of the weight that an adapter changes, also where its arrays do not fit it.
+def weight_of(owner: Owner, parts: Shapes, own: Shapes) -> str:
+    """The name of the weight that an adapter changes, also where its arrays do not fit it.
 
     Args:
         owner: the adapter.
         parts: the shapes of its arrays by name.
         own: the shapes of its module's own leaves by name.
+
+    Returns:
+        The name; empty where the module has no leaves.
     """
     found = _weight(owner.method, owner.path, owner.module, _node(owner), parts, own)
-    if found:
-        return own[found[0]]
-    return max(own.values(), key=len, default=())
+    return found[0] if found else max(own, key=lambda name: len(own[name]), default="")
 
 
 def _node(owner: Owner) -> str:
@@ -232,6 +233,7 @@ def check_targets(
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
+    layers: Mapping[str, int],
     hint: str = "",
 ) -> None:
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
@@ -244,6 +246,7 @@ def check_targets(
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
         hint: the end of a sentence about a module whose output is not known.
 
     Raises:
@@ -260,7 +263,7 @@ def check_targets(
         elif isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
             other |= dict.fromkeys(modules, None)
-            other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
+            other |= {path: why_not(method, path, x, reads, layers) for path, x in leaves.items()}
         else:
             usable = list(fitting(method))
             other |= {path: method.why_not(module) + hint for path, module in modules.items()}
@@ -272,10 +275,16 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
     meeting = {path for path, leaf in reads.items() if _meets(leaf)}
     named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
-    return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
+    return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
-def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
+def why_not(
+    method: Method,
+    path: str,
+    leaf: Any,
+    reads: Mapping[str, Tracked],
+    layers: Mapping[str, int],
+) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
     That is so for scales and biases: they have one axis, beside those of stacked layers, or are
@@ -285,12 +294,12 @@ def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) 
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"it is of {leaf.dtype}, expected floats" if named else None
     seen = reads[path].reads if path in reads else []
-    layers = frozenset[int]().union(*(read.shared for read in seen))
-    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in layers]
+    module = path.rpartition("/")[0]
+    stacked = frozenset(range(layers.get(module, 0))).union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in stacked]
     if len(wide) < 2:
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
-    module = path.rpartition("/")[0]
     beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
     if any(map(_meets, beside)) and not named:
         return None  # a bias

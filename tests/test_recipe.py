@@ -350,7 +350,7 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     ):
         assert recipe.owner(path) is None and not recipe.trains(path), path
     assert recipe.trains("head/kernel") and recipe.owner("head/kernel") is None
-    assert Recipe(LoRA("**")).owner("lora/b") == ("", LoRA("**"))
+    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "lora", "b")
 
 
 def test_patterns_for_ranks_and_alphas_must_match_a_target():

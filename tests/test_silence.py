@@ -20,11 +20,11 @@ X = jnp.ones((3, D))
 
 
 class Raw(nn.Module):
-    """A weight that is read in a way of its own."""
+    """A weight that meets no input in a product."""
 
     @nn.compact
     def __call__(self, x):
-        return jnp.tanh(x @ self.param("w", nn.initializers.ones, (D, D)))
+        return jnp.tanh(x * self.param("w", nn.initializers.ones, (D, D)).mean())
 
 
 class Grouped(Raw):
@@ -58,7 +58,7 @@ class NnxRaw(nnx.Module):
         self.w = nnx.Param(jnp.ones((D, D)))
 
     def __call__(self, x):
-        return jnp.tanh(x @ self.w[...])
+        return jnp.tanh(x * self.w[...].mean())
 
 
 class NnxNet(nnx.Module):
@@ -93,11 +93,11 @@ def warned(make):
 
 
 LINEN = {  # targets: what each warning names
-    "**": [("LoRA: ", " 6 ", "3 such as layer_0/raw (Raw ", "3 such as layer_0/mix (Grouped ")],
-    "layer_1/*": [(" 2 ", "layer_1/raw (", "layer_1/mix (")],
-    ("**", "!**/mix"): [(" 3 ", "3 such as layer_0/raw (")],
-    ("**", "!**/{mix,raw}"): [],
-    "**/{up|raw}": [(" 3 ", "layer_0/raw (")],
+    "**": [("LoRA: ", " 6 paths", "6 such as layer_0/mix/w (it meets no input")],
+    "layer_1/**": [(" 2 paths", "2 such as layer_1/mix/w (")],
+    ("**", "!**/mix/*"): [(" 3 ", "3 such as layer_0/raw/w (")],
+    ("**", "!**/{mix,raw}/w"): [],
+    "**/{up|raw}/*": [(" 3 ", "layer_0/raw/w (")],
     "**/{up|nothing}": [],
     "**/{up,head}": [],
     "**/*{up,d}": [],
@@ -122,18 +122,18 @@ def test_a_bottleneck_skips_what_returns_no_array():
 
 def test_scanned_norms_are_no_weights_that_are_skipped():
     (text,) = warned(lambda: linen(aj.LoRA("**", R), scan=True))
-    assert "layers/raw (" in text and "layers/mix (" in text
+    assert "2 such as layers/mix/w (" in text and "norm" not in text
     assert warned(lambda: linen(aj.IA3("**/up"), scan=True)) == []
     (text,) = warned(lambda: linen(aj.IA3("**"), scan=True))
-    assert text.startswith("IA3: ") and "layers/raw (" in text
+    assert text.startswith("IA3: ") and "layers/mix/w (" in text
     llama = nnx.eval_shape(lambda: Llama(LlamaConfig(11, 8, 12, 2, 2), scan=True, rngs=nnx.Rngs(0)))
     assert warned(lambda: aj.adapt(llama, aj.LoRA("**", R), rngs=nnx.Rngs(1))) == []
 
 
 def test_nnx_and_two_names_of_one_module():
     (text,) = warned(lambda: in_nnx(aj.LoRA("**", R)))
-    assert " 1 " in text and "raw (NnxRaw" in text and "tail" not in text
-    assert warned(lambda: in_nnx(aj.LoRA(("**", "!raw"), R))) == []
+    assert " 1 " in text and "raw/w (pass example_inputs" in text and "tail" not in text
+    assert warned(lambda: in_nnx(aj.LoRA(("**", "!raw/*"), R))) == []
     (text,) = warned(lambda: in_nnx(aj.LoRA("{up|tail}", R)))
     assert "tail (shared with head; use that path)" in text
     (text,) = warned(lambda: in_nnx(aj.Bottleneck("**", 2)))  # without example inputs

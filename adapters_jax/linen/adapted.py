@@ -228,7 +228,8 @@ def points_of(
     def fitting(method: Method) -> list[str]:
         return sorted(path for path, point in points.items() if method.fits(point))
 
-    check_targets(recipe, found, modules, fitting, reads, own, {})
+    layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
+    check_targets(recipe, found, modules, fitting, reads, own, {}, layers)
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)

@@ -19,7 +19,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lowered, thin
+from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lazy, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
@@ -49,14 +49,14 @@ def changed_weights(
     added = {join(each.prefix, name) for each in attached for name in each.method.leaf_names}
     seen = {path: leaf for path, leaf in flat.items() if path not in added}
     for path, several in changes.items():
-        seen[path] = _seen(flat[path], several, trace)
+        seen[path] = _seen(path, flat[path], several, trace)
     return unflatten(seen)
 
 
-def _seen(leaf: Any, changes: list[Any], trace: Thin) -> Any:
+def _seen(path: str, leaf: Any, changes: list[Any], trace: Thin) -> Any:
     """A changed weight in the box of the weight, from which flax takes it."""
-    lazy = Lazy(trace, Changed.of(unboxed(leaf), changes))
-    return lazy if is_quantized(leaf) else nn.meta.replace_boxed(leaf, lazy)
+    changed = lazy(trace, Changed.of(unboxed(leaf), changes), path)
+    return changed if is_quantized(leaf) else nn.meta.replace_boxed(leaf, changed)
 
 
 def reads_of(
@@ -103,6 +103,23 @@ def reads_of(
 
     jax.eval_shape(run, dict(variables))
     return tracked, interceptors[-1]
+
+
+def run_abstractly(model: nn.Module, params: Tree, inputs: Inputs) -> Any:
+    """The shapes of a model's outputs; collections other than parameters are initialised."""
+
+    def run(params: Tree) -> Any:
+        given = inputs.zeros()
+        key = jax.random.key(0)
+        y, _ = model.apply(
+            {"params": params},
+            rngs={"params": key, "dropout": key},
+            mutable=DenyList("params"),
+            method=lambda base: given.call(base),
+        )
+        return [x for x in jax.tree.leaves(y) if is_array(x)]
+
+    return jax.eval_shape(run, params)
 
 
 def leaf_methods(recipe: Recipe) -> list[LeafMethod]:

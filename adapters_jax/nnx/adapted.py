@@ -74,7 +74,7 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads = points_of(adapted, recipe, inputs)
+    found, points, reads, counts = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
 
     def fitting(method: Method) -> list[str]:
@@ -82,7 +82,7 @@ def _adapted(
 
     attached, tied = [each for each, _ in found], _other_names(adapted)
     hint = "" if inputs else "; pass example_inputs=(...) so that its output is known"
-    check_targets(recipe, attached, modules, fitting, reads, frozen, tied, hint)
+    check_targets(recipe, attached, modules, fitting, reads, frozen, tied, counts, hint)
     for each, layers in found:
         if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
             raise RecipeError(

@@ -21,11 +21,12 @@ from adapters_jax.attached import Attached, taken
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after, started
 from adapters_jax.nnx.graph import frozen_of, own_params
+from adapters_jax.trees import join
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, computed_thin, current
+from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -56,6 +57,7 @@ class Held(NamedTuple):
         weight: the name of the weight that it changes; empty for other methods.
         axes: the roles of that weight's axes.
         attention: the sizes of the attention module that a prompt is in.
+        module: the path of the module.
     """
 
     method: Any
@@ -64,6 +66,7 @@ class Held(NamedTuple):
     weight: str = ""
     axes: Axes | None = None
     attention: Attention | None = None
+    module: str = ""
 
 
 def holds(module: Any) -> tuple[Held, ...]:
@@ -100,7 +103,8 @@ class ChangedWeight:
         changed = _changed(module, self.name, training=trace is not None)
         if trace is None and not changed.changes:
             return variable  # of a quantised weight, which opens itself
-        return _seen(variable, changed.formed() if trace is None else Lazy(trace, changed))
+        path = next((join(held.module, self.name) for held in holds(module)), self.name)
+        return _seen(variable, lazy(trace, changed, path) if trace else changed.formed())
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self.name] = value
@@ -271,7 +275,7 @@ def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -
     """
     method, point = each.method, each.point
     node = tuple(each.prefix.removeprefix(each.module).strip("/").split("/", 1))
-    held = Held(method, point.path, node, point.weight, point.axes, point.attention)
+    held = Held(method, point.path, node, point.weight, point.axes, point.attention, each.module)
     children = nnx.Dict(children_of(method, point, layers, rngs))
     if len(node) == 1:
         if hasattr(module, method.slot):

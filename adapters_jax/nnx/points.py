@@ -4,7 +4,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,38 @@ from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
 Layers = tuple[int, ...]
 
 
-def points_of(
-    model: nnx.Module, recipe: Recipe, inputs: Inputs | None
-) -> tuple[list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked]]:
+class Points(NamedTuple):
+    """Where a recipe's methods attach in a model, and what an abstract run of it shows.
+
+    Attributes:
+        attached: each method on each module or weight, with the layer axes that the module is
+            stacked on.
+        points: the attachment point of every module, for methods on outputs and attention.
+        reads: how the model reads its weights, by path.
+        layers: how many layer axes each module is stacked on.
+    """
+
+    attached: list[tuple[Attached, Layers]]
+    points: dict[str, AttachmentPoint]
+    reads: dict[str, Tracked]
+    layers: dict[str, int]
+
+
+def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
     """Finds where the methods of a recipe attach.
 
     Args:
         model: an NNX model.
         recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
-
-    Returns:
-        Each method on each module or weight, with the layer axes that the module is stacked on;
-        the attachment point of every module, for methods on outputs and attention; and how the
-        model reads its weights.
     """
     modules = modules_of(model)
     traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
     stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
+    if not inputs:
+        stacked |= _layers_of_others(modules, stacked)
     points, layers = {}, {}
     for path, module in modules.items():
         width, layers[path] = traced.get(path, (_known_width(module), stacked[path]))
@@ -70,7 +82,8 @@ def points_of(
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
-    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads
+    found.sort(key=lambda pair: order[pair[0].method])
+    return Points(found, points, reads, counts)
 
 
 def _is_weight(x: Any) -> bool:
@@ -142,6 +155,26 @@ def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
     layer = getattr(module, names.key, None) if names else module
     known = known_weight(layer)
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
+
+
+def _layers_of_others(
+    modules: Mapping[str, Any], stacked: Mapping[str, Layers]
+) -> dict[str, Layers]:
+    """The layer axes of modules that are not flax's: those of all of flax's beside them."""
+    found = {}
+    for path, module in modules.items():
+        parent = path.rpartition("/")[0]
+        known = {
+            stacked[other]
+            for other, layer in modules.items()
+            if other.startswith(f"{parent}/") and known_weight(layer)
+        }
+        own = own_params(module).values()
+        if not stacked[path] and len(known) == 1 and own:
+            (axes,) = known
+            if all(tuple(x.shape[: len(axes)]) == axes for x in own):
+                found[path] = axes
+    return found
 
 
 # Not an attribute of modules: jax keeps the structure of every traced model and compares it.

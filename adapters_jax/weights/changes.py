@@ -264,7 +264,7 @@ class Changed:
         changes = [change.renamed(where.__getitem__) for change in self.changes]
         return self.viewed(lambda w: jax.lax.broadcast_in_dim(w, shape, where), changes)
 
-    def scaled(self, number: Array) -> "Changed":
+    def scaled(self, number: Any) -> "Changed":
         """The weight times a number."""
         return replace(self, changes=(*self.changes, Scale(Factor(jnp.asarray(number), ()))))
 

@@ -13,6 +13,7 @@ has for them. Only changed weights are its values; all others pass through it as
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,29 @@ class Tracked:
 
     path: str
     reads: list[Read] = field(default_factory=list)
+
+
+_RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Tracked]]:
+    """Records how adapted models read their changed weights in its body, by path."""
+    records: dict[str, Tracked] = {}
+    token = _RECORDS.set(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.reset(token)
+
+
+def lazy(trace: "Thin", changed: Changed, path: str) -> "Lazy":
+    """A changed weight for the code that reads it, recorded where somebody asks."""
+    records = _RECORDS.get()
+    if records is None:
+        return Lazy(trace, changed)
+    axes = tuple(frozenset({i}) for i in range(len(changed.shape)))
+    return Lazy(trace, changed, records.setdefault(path, Tracked(path)), axes)
 
 
 class Lazy(jax.core.Tracer):
@@ -196,6 +220,7 @@ class Thin(jax.core.Trace):
     def _by_sum(self, primitive: Any, values: Any, params: Any) -> Any:
         """The operation on the formed sums."""
         weights = [x for x in values if isinstance(x, Lazy)]
+        weights.sort(key=lambda x: -len(frozenset().union(*x.axes)))  # matrices before their scales
         alone = self.known is not None and all(map(self.knows, values))
         # Of several weights the one with the most axes is followed.
         weight = max(weights, key=lambda x: len(_union(x.axes, range(len(x.axes)))))
