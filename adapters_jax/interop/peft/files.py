@@ -42,8 +42,12 @@ def load_peft(
             `models.llama`), or a mapping from PEFT's module names to our module paths:
             `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a module of PEFT's
             that fuses several of ours along its outputs; prompts need the attention module's path.
-            Only a `NameTable` can state that PyTorch stores weights as `(in, out)`, which matters
-            for weights that the file holds whole.
+            PEFT's `target_parameters` need the names of parameters, in the order in which PyTorch's
+            module defines them: `{"mlp.experts.gate_up_proj": "experts/gate_up_proj",
+            "mlp.experts.down_proj": "experts/down_proj"}`. Name an embedding that is also the
+            output layer twice, the embedding's name first. Only a `NameTable` can state how
+            PyTorch's axes lie: that its weights are `(in, out)`, which matters for those that the
+            file holds whole, and what a `ParameterRule` says.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module;
             their shapes tell the kinds of layers apart.
         revision: a branch, tag or commit on the Hub.
