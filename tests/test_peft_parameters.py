@@ -279,6 +279,38 @@ def test_parameters_that_peft_cannot_wrap_are_named(tmp_path):
         save_peft(tmp_path / "c", aj.LoRA("experts/w1", 2), one, {"words": "words"}, PARAMS)
 
 
+def test_a_module_with_a_parameter_of_its_own(tmp_path):
+    table = NameTable(
+        (Rule("gate", "gate"),), parameters=(ParameterRule("gate/extra", "gate.extra"),)
+    )
+    base = {"gate": {"extra": jnp.ones((4, 3)), "kernel": jnp.ones((4, 5))}}
+    tensors = pair("gate", 4, 5, rows=2)
+    source = written(tmp_path / "a", tensors, target_modules=["gate"])
+    recipe, adapters = load_peft(source, table, base)
+    assert recipe.attached[0].targets == ("gate/kernel",)
+    delta = (tensors["gate.lora_B.weight"] @ tensors["gate.lora_A.weight"]).T
+    np.testing.assert_allclose(product(adapters["gate"]["lora"]["kernel"]), delta, rtol=1e-6)
+    both = {f"gate/lora/extra/{n}": x for n, x in (("a", drawn(4, 2)), ("b", drawn(2, 3)))}
+    own = {f"gate/lora/kernel/{n}": x for n, x in (("a", drawn(4, 2)), ("b", drawn(2, 5)))}
+    with raises(UserError, "gate/extra", "gate"):
+        save_peft(tmp_path / "b", aj.LoRA("gate", 2), unflatten(both | own), table, base)
+    directory = save_peft(tmp_path / "c", aj.LoRA("gate/extra", 2), unflatten(both), table, base)
+    (name,) = json.loads((directory / CONFIG).read_text())["target_parameters"]
+    assert name == "gate.extra"
+
+
+def test_a_square_kernel_by_the_name_of_its_weight(tmp_path):
+    base = {"q": {"kernel": jnp.ones((4, 4))}}
+    tensors = pair("m.q", 4, 4, rows=2)
+    source = written(tmp_path / "a", tensors, target_parameters=["q.weight"])
+    recipe, adapters = load_peft(source, {"m.q.weight": "q/kernel"}, base)
+    a, b = tensors.values()
+    np.testing.assert_allclose(product(adapters["q"]["lora"]["kernel"]), (b @ a).T, rtol=1e-6)
+    directory = save_peft(tmp_path / "b", recipe, adapters, {"m.q.weight": "q/kernel"}, base)
+    for name, tensor in tensors_of(source).items():
+        np.testing.assert_array_equal(tensors_of(directory)[name], tensor)
+
+
 def test_a_square_kernel_that_is_read_turned_is_written_turned(tmp_path):
     own = {"q/lora/:1>0/a": drawn(4, 2), "q/lora/:1>0/b": drawn(2, 4, seed=1)}
     base = {"q": {"kernel": jnp.ones((4, 4))}}
@@ -392,3 +424,6 @@ def test_a_table_ties_only_what_has_no_output_layer_of_its_own(tmp_path):
     load_peft(source, table, base)
     with raises(AdapterFileError, "words", "lm_head"):
         load_peft(source, table, PARAMS)
+    gate = written(tmp_path / "b", pair("gate", 4, 5, rows=2), target_modules=["gate"])
+    part = NameTable((Rule("gate", "gate"),), tied=("lm_head", "words"))
+    assert load_peft(gate, part, {"gate": PARAMS["gate"]})[0].attached[0].rank == 2

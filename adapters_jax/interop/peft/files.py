@@ -108,7 +108,9 @@ def save_peft(
     """Writes an adapter that PEFT loads; the directory appears whole or not at all.
 
     Where PEFT's module fuses several of ours (GPT-2's `c_attn`) that do not share one A, their
-    factors are written side by side, as one pair of a higher rank with the same product. Ranks and
+    factors are written side by side, as one pair of a higher rank with the same product. An
+    embedding that is also the output layer gets its pair for both, with `ensure_weight_tying`, and
+    parameters of modules, such as experts, become `target_parameters` of PEFT 0.20. Ranks and
     alphas that a pattern sets are written for every module by its whole name.
 
     Args:

@@ -66,7 +66,7 @@ def read(
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
         return [], leaves
-    among = [*module_map.paths, *(module_map.base if parameters else ())]
+    among = [*module_map.paths, *module_map.base]
     method = (DoRA if config.get("use_dora") else LoRA)(
         shortest(ranks, among),
         rank=value(config, "r"),
@@ -183,8 +183,18 @@ def _of_module(
         factors = our_factors(reference, a, b, magnitude)
         if factors is None:
             return _shape_problem(module, found, reference), {}
-        made[reference.path] = (f"{reference.path}/lora", factors)
+        target, node = reference.path, join(reference.path, "lora")
+        if _has_several(reference, module_map):
+            target, node = join(target, reference.weight), join(node, reference.weight)
+        made[target] = (node, factors)
     return None, made
+
+
+def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
+    """Whether a module of ours has several weights, which then are targets by their own path."""
+    weights = [n for n, x in reference.leaves.items() if n != "bias" and len(x.shape) > 1]
+    others = (own.path.rpartition("/")[0] for own in module_map.parameters.values())
+    return len(weights) > 1 or reference.path in others
 
 
 def _wrong_rank(name: str, rank: int, expected: int) -> str:

@@ -183,6 +183,9 @@ def _of_parameters(
     for module in dict.fromkeys(map(module_of, mine)):
         names = [name for name in mine if module_of(name) == module]
         full = module_map.full(module, prefix)
+        if full in numbers.ranks:
+            paths = ", ".join(module_map.parameters[name].path for name in names)
+            problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
         for key, name in zip(nested(full, len(names)), names, strict=True):
             reference = module_map.parameters[name]
             pair = pairs.pop(reference.path)
