@@ -48,13 +48,13 @@ class _Pair:
 class _Numbers:
     """The rank and the alpha of every module and parameter in the file."""
 
-    root: bool
+    rank_stabilized: bool
     ranks: dict[str, int]
     alphas: dict[str, float]
 
     def add(self, name: str, rank: int, scale: float) -> None:
         self.ranks[name] = rank
-        self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.root else rank))
+        self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.rank_stabilized else rank))
 
 
 def write(
