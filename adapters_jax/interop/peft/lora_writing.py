@@ -104,11 +104,11 @@ def _pairs(
     problems: list[str],
 ) -> dict[str, _Pair]:
     """The factors of each weight, by its path; only those of `added`, which are complete."""
-    shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **leaves}.items()}
-    owners = [owner for path in leaves if (owner := recipe.owner(path))]
-    prefixes = {owner.prefix for owner in owners if owner.path in added}
+    owners = {path: owner for path in leaves if (owner := recipe.owner(path))}
+    complete = {path: leaves[path] for path, owner in owners.items() if owner.path in added}
+    shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **complete}.items()}
     pairs = {}
-    for each in in_tree(recipe, shapes, prefixes):
+    for each in in_tree(recipe, shapes):
         own = _inputs_first(each.method, axes_of(each.point), each.leaves(leaves))
         if own is None:
             shape = list(each.point.weight_shape)
