@@ -58,10 +58,14 @@ class Inputs:
         """Example inputs as functions take them: `aj.inputs(...)`, or a tuple of inputs."""
         return given if given is None or isinstance(given, cls) else cls(tuple(given), {})
 
-    def call(self, model: Any) -> Any:
-        """Calls a model, on zeros."""
+    def zeros(self) -> "Inputs":
+        """The inputs with zeros for their arrays."""
         args, kwargs = filled((self.args, dict(self.kwargs)))
-        return self.function(model)(*args, **kwargs)
+        return Inputs(args, kwargs, self.method)
+
+    def call(self, model: Any) -> Any:
+        """Calls a model on the inputs."""
+        return self.function(model)(*self.args, **self.kwargs)
 
     def function(self, model: Any) -> Callable[..., Any]:
         """The function of a model that takes the inputs."""

@@ -7,7 +7,7 @@ shapes of the arrays; where other roles would fit them before, the node says the
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.recipe import Owner, Recipe, require_points
 from adapters_jax.targets import join, selects
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.changes import RANK
@@ -62,20 +62,17 @@ def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
     return owned
 
 
-def in_tree(
-    recipe: Recipe, shapes: Shapes, prefixes: Container[str] | None = None
-) -> list[Attached]:
+def in_tree(recipe: Recipe, shapes: Shapes) -> list[Attached]:
     """The weights that a tree's adapters change.
 
     Args:
         recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
-        prefixes: the adapters to look at, by the nodes that hold their arrays; by default all.
 
     Raises:
         MismatchError: an adapter lacks arrays, or fits no weight of its module.
     """
-    groups: dict[str, tuple[Any, dict[str, Shape]]] = {}
+    groups: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     base: dict[str, Shape] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
@@ -84,35 +81,45 @@ def in_tree(
         elif isinstance(owner.method, LeafMethod):
             groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
     owned = own_leaves(base)
-    return [
-        _located(owner, parts, owned)
-        for prefix, (owner, parts) in groups.items()
-        if prefixes is None or prefix in prefixes
-    ]
+    return [_located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups.values()]
 
 
-def _located(owner: Any, parts: Shapes, owned: Mapping[str, dict[str, Shape]]) -> Attached:
+def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
     """The weight that one adapter changes."""
-    method = owner.method
+    method, kind = owner.method, type(owner.method).__name__
     lacking = sorted(set(method.leaf_names) - set(parts))
     if lacking:
-        raise MismatchError(
-            f"the adapter {owner.prefix} ({type(method).__name__}) lacks {', '.join(lacking)}"
-        )
-    names = owner.prefix.split("/")
-    start = len(names) - 1 if names[-1] == method.slot else len(names) - 2
-    module, node = "/".join(names[:start]), "".join(names[start + 1 :])
-    own = owned.get(module, {})
-    found = _weight(method, owner.path, module, node, parts, own)
+        raise MismatchError(f"the adapter {owner.prefix} ({kind}) lacks {', '.join(lacking)}")
+    found = _weight(method, owner.path, owner.module, _node(owner), parts, own)
     if found is None:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in parts.items())
         weights = ", ".join(f"{name} {list(shape)}" for name, shape in own.items()) or "no leaves"
         raise MismatchError(
-            f"the adapter {owner.prefix} ({type(method).__name__}) has {shapes}, which fits no "
-            f"weight of {module!r}: it has {weights}"
+            f"the adapter {owner.prefix} ({kind}) has {shapes}, which fits no weight of "
+            f"{owner.module!r}: it has {weights}"
         )
-    name, axes = found
-    return Attached(method, owner.prefix, AttachmentPoint(owner.path, 0, name, axes, own), module)
+    point = AttachmentPoint(owner.path, 0, *found, own)
+    return Attached(method, owner.prefix, point, owner.module)
+
+
+def weight_of(owner: Owner, parts: Shapes, own: Shapes) -> str:
+    """The name of the weight that an adapter changes, also where its arrays do not fit it.
+
+    Args:
+        owner: the adapter.
+        parts: the shapes of its arrays by name.
+        own: the shapes of its module's own leaves by name.
+
+    Returns:
+        The name; empty where the module has no leaves.
+    """
+    found = _weight(owner.method, owner.path, owner.module, _node(owner), parts, own)
+    return found[0] if found else max(own, key=lambda name: len(own[name]), default="")
+
+
+def _node(owner: Owner) -> str:
+    """The name of an adapter's node below the method's slot; empty for the slot itself."""
+    return owner.prefix.removeprefix(join(owner.module, owner.method.slot)).strip("/")
 
 
 def _weight(
@@ -185,9 +192,13 @@ def chosen(
 
 def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
     """Whether a method changes a leaf: it is a target, and meets an input or is named."""
-    meets = any(read.inputs for read in leaf.reads)
     selected = selects(method.targets, path.rpartition("/")[0], path)
-    return selected and (meets or _named(method.targets, path))
+    return selected and (_meets(leaf) or _named(method.targets, path))
+
+
+def _meets(leaf: Tracked) -> bool:
+    """Whether a leaf meets an input in a product or lookup that reaches the model's outputs."""
+    return leaf.reaches and any(read.inputs for read in leaf.reads)
 
 
 def _named(targets: Sequence[str], path: str) -> bool:
@@ -222,6 +233,7 @@ def check_targets(
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
+    layers: Mapping[str, int],
     hint: str = "",
 ) -> None:
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
@@ -234,6 +246,7 @@ def check_targets(
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
         hint: the end of a sentence about a module whose output is not known.
 
     Raises:
@@ -249,38 +262,61 @@ def check_targets(
             usable = list(leaves)
         elif isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
-            other |= dict.fromkeys(modules, None)
-            other |= {path: why_not(method, path, x, reads) for path, x in leaves.items()}
+            other |= {
+                path: "none of its weights meets an input that reaches the model's outputs"
+                if _named(method.targets, path)
+                else None
+                for path in modules
+            }
+            other |= {path: why_not(method, path, x, reads, layers) for path, x in leaves.items()}
         else:
             usable = list(fitting(method))
             other |= {path: method.why_not(module) + hint for path, module in modules.items()}
-        unusable = {path: why for path, why in other.items() if path not in set(usable)}
+        fitting_paths = set(usable)
+        unusable = {path: why for path, why in other.items() if path not in fitting_paths}
         require_points(method, usable, unusable, targeted)
 
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
-    meeting = {path for path, leaf in reads.items() if any(read.inputs for read in leaf.reads)}
-    named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
-    return sorted({path.rpartition("/")[0] for path in meeting} | meeting | named)
+    meeting = {path for path, leaf in reads.items() if _meets(leaf)}
+    named = {
+        path
+        for path, leaf in reads.items()
+        if leaf.reads and leaf.reaches and _named(method.targets, path)
+    }
+    return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
-def why_not(method: Method, path: str, leaf: Any, reads: Mapping[str, Tracked]) -> str | None:
+def why_not(
+    method: Method,
+    path: str,
+    leaf: Any,
+    reads: Mapping[str, Tracked],
+    layers: Mapping[str, int],
+) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
-    That is so for scales and biases: they have one axis, beside those of stacked layers.
+    That is so for scales and biases: they have one axis, beside those of stacked layers, or are
+    beside a weight that meets an input.
     """
     named = _named(method.targets, path)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"it is of {leaf.dtype}, expected floats" if named else None
     seen = reads[path].reads if path in reads else []
-    layers = frozenset[int]().union(*(read.shared for read in seen))
-    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in layers]
+    module = path.rpartition("/")[0]
+    stacked = frozenset(range(layers.get(module, 0))).union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in stacked]
     if len(wide) < 2:
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
+    beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
+    if any(map(_meets, beside)) and not named:
+        return None  # a bias
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
+    if not reads[path].reaches and seen:
+        return "the model's outputs do not depend on it, so that an adapter could not act"
     if not seen:
         return "the example inputs run nothing that reads it; pass a method=... that does"
     return "it meets no input in a product or lookup; name it by its own path to adapt it"

@@ -10,14 +10,16 @@ import jax
 import optax
 from flax import nnx
 
-from adapters_jax.attached import in_tree
+from adapters_jax.abstract import Inputs, explained
+from adapters_jax.attached import own_leaves, weight_of
 from adapters_jax.errors import MismatchError
-from adapters_jax.linen import Adapted
-from adapters_jax.nnx import recipe_of
+from adapters_jax.linen import Adapted, run_abstractly
+from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, selects
 from adapters_jax.training.state import in_full
-from adapters_jax.trees import Tree, flatten, unflatten
+from adapters_jax.trees import Tree, flatten, join, unflatten
+from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
 Shape = tuple[int, ...]
@@ -34,6 +36,8 @@ class AuditEntry:
         formula: the closed form with its numbers, `8*(768 + 768)`.
         expected: how many parameters the closed form gives.
         actual: how many parameters the arrays hold.
+        reads: how the model reads the changed weight, if the audit has inputs: "dot_general: thin",
+            or "custom_vjp_call: sum" where the sum W + A B is formed.
     """
 
     path: str
@@ -42,6 +46,7 @@ class AuditEntry:
     formula: str
     expected: int
     actual: int
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,23 @@ class Audit:
             for key, entries in groups.items()
         ]
 
+    def computed(self) -> list[str]:
+        """How the changed weights are computed; empty for an audit without inputs."""
+        read = [entry for entry in self.entries if entry.reads]
+        if not read:
+            return []
+        formed = [entry for entry in read if any(how.endswith("sum") for how in entry.reads)]
+        lines = [f"computed thin: {len(read) - len(formed)} of {len(read)} changed weights"]
+        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for entry in read:
+            if entry in formed or len(entry.reads) > 1:
+                key = (re.sub(r"\d+", "*", entry.path), entry.reads)
+                groups.setdefault(key, []).append(entry.path)
+        for (pattern, reads), paths in groups.items():
+            path = (pattern if len(paths) > 1 else paths[0]) or "(the model itself)"
+            lines.append(f"{path} is read by {', '.join(reads)}")
+        return lines
+
     def totals(self) -> list[str]:
         """The lines below the table."""
         lines = [
@@ -119,6 +141,7 @@ class Audit:
         if self.quantized_parameters:
             floats = self.frozen_parameters - self.quantized_parameters
             lines.append(f"quantized {self.quantized_parameters:,} of the frozen, float {floats:,}")
+        lines += self.computed()
         return lines + [f"the pattern {p!r} matches nothing" for p in self.unmatched]
 
     def __repr__(self) -> str:
@@ -165,6 +188,7 @@ def audit(
     model: Adapted | nnx.Module | Recipe,
     params: Tree = None,
     tx: optax.GradientTransformation | None = None,
+    inputs: Inputs | tuple[Any, ...] | None = None,
 ) -> Audit:
     """Counts what a recipe adds and trains, each adapter against its closed form.
 
@@ -172,6 +196,8 @@ def audit(
         model: an adapted model; or a recipe, for a parameter tree without its model.
         params: the whole parameter tree, arrays or abstract; omit it for an NNX model.
         tx: the optimiser whose state is counted; Adam by default.
+        inputs: example inputs of an adapted model, `aj.inputs(x, mask=m)` or a tuple; with them,
+            the table says how each changed weight is computed, by an abstract run.
 
     Returns:
         The counts. Nothing is allocated: a tree of `jax.eval_shape` may have any size.
@@ -194,7 +220,9 @@ def audit(
     """
     recipe, leaves = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    entries = (*_in_order(_adapters(recipe, shapes)), *_in_order(_unfrozen(recipe, shapes)))
+    computed = _computed(model, params, Inputs.of(inputs)) if inputs is not None else {}
+    adapters = _in_order(_adapters(recipe, shapes, computed))
+    entries = (*adapters, *_in_order(_unfrozen(recipe, shapes)))
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
@@ -227,26 +255,44 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
     return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 
 
-def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
+def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tuple[str, ...]]:
+    """How an adapted model computes each changed weight, by its path."""
+    if inputs is None or not isinstance(model, Adapted | nnx.Module):
+        return {}
+    with recording() as records, explained(model, inputs):
+        if isinstance(model, Adapted):
+            run_abstractly(model, params, inputs)
+        else:
+            nnx.eval_shape(lambda m: jax.tree.leaves(inputs.call(m)), copy(model))
+    how = {"sum": "sum", "product": "thin", "lookup": "thin"}
+    return {
+        path: tuple(dict.fromkeys(f"{read.operation}: {how[read.how]}" for read in leaf.reads))
+        for path, leaf in records.items()
+    }
+
+
+def _adapters(
+    recipe: Recipe, shapes: Mapping[str, Shape], computed: Mapping[str, tuple[str, ...]]
+) -> list[AuditEntry]:
     """An entry for each adapter of the tree; raises MismatchError where arrays differ from it."""
     found: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
         if owner:
             found.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
-    counts, problems, whole = [], [], {}
+    base = {path: shape for path, shape in shapes.items() if recipe.owner(path) is None}
+    owned, counts, problems = own_leaves(base), [], []
     for prefix, (owner, parts) in found.items():
         names = owner.method.leaf_names
         where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
         held = [path.removeprefix(f"{prefix}/") for path in shapes if path.startswith(f"{prefix}/")]
-        if set(held) == set(names):
-            whole[prefix] = owner, parts
-        else:
+        if set(held) != set(names):
             problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
-    weights = {each.prefix: each.point.weight_shape for each in in_tree(recipe, shapes, whole)}
-    for prefix, (owner, parts) in whole.items():
-        where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
-        count = _count(owner, parts, weights.get(prefix, ()))
+            continue
+        own = owned.get(owner.module, {})
+        name = weight_of(owner, parts, own) if owner.method.acts_on == "leaf" else ""
+        reads = computed.get(join(owner.module, name), ()) if name else ()
+        count = _count(owner, parts, own.get(name, ()), reads)
         counts.append(count)
         if count.expected != count.actual:
             problems.append(
@@ -258,7 +304,9 @@ def _adapters(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
     return counts
 
 
-def _count(owner: Owner, parts: Mapping[str, Shape], weight: Shape) -> AuditEntry:
+def _count(
+    owner: Owner, parts: Mapping[str, Shape], weight: Shape, reads: tuple[str, ...]
+) -> AuditEntry:
     """One adapter against the closed form of its method."""
     count = owner.method.count(owner.path, parts, weight)
     return AuditEntry(
@@ -268,6 +316,7 @@ def _count(owner: Owner, parts: Mapping[str, Shape], weight: Shape) -> AuditEntr
         count.formula if count.copies == 1 else f"{count.copies}*({count.formula})",
         count.parameters * count.copies,
         sum(map(math.prod, parts.values())),
+        reads,
     )
 
 

@@ -141,7 +141,8 @@ class Recipe:
                     return Owner(module, module, method, prefix, leaf)
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                nested = method.acts_on == "leaf" and leaf in method.leaf_names
+                own_node = node not in method.leaf_names
+                nested = method.acts_on == "leaf" and leaf in method.leaf_names and own_node
                 if nested and selects(method.targets, module, own):
                     return Owner(own, module, method, join(prefix, node), leaf)
         return None

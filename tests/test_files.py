@@ -153,7 +153,7 @@ def test_nnx_round_trip_is_bit_exact(tmp_path):
     loaded = aj.load_adapter(tmp_path / "adapter", base)
     assert bits(nnx.state(loaded, AdapterParam)) == bits(state)
     assert bits(nnx.state(base)) == before
-    assert loaded.mlp["up"].kernel[...] is base.mlp["up"].kernel[...]
+    assert nnx.state(loaded)["mlp"]["up"]["kernel"][...] is base.mlp["up"].kernel[...]
     np.testing.assert_array_equal(loaded(X), model(X))
 
 

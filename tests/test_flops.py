@@ -24,6 +24,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from test_styles import Raw
 
 import adapters_jax as aj
 
@@ -162,3 +163,90 @@ def test_outputs_and_optimiser_grow_with_the_adapters_and_not_with_the_base(api)
     assert size(large.adapters) == 2 * size(small.adapters) == 4 * LAYERS * 2 * 8 * WIDTH * 2
     for state in (small, large):
         assert size(state.opt_state) == 2 * size(state.adapters) + 4
+
+
+# --- what a product with a changed weight costs, whatever the model does with it
+
+IN, OUT, RANK = 64, 48, 4
+COSTS = {
+    "dense": (
+        {"w": (IN, OUT)},
+        (16, IN),
+        lambda w, x: jnp.sin(x @ w["w"]),
+        lambda w, a, b, x: jnp.sin(x @ w + (x @ a) @ b),
+    ),
+    "turned": (
+        {"w": (OUT, IN)},
+        (16, IN),
+        lambda w, x: jnp.sin(x @ w["w"].T),
+        lambda w, a, b, x: jnp.sin(x @ w.T + (x @ a) @ b),
+    ),
+    "tied_head": (
+        {"w": (96, IN)},
+        (16,),
+        lambda w, ids: jnp.sin(w["w"][ids]) @ w["w"].T,
+        lambda w, a, b, ids: (h := jnp.sin(w[ids] + a[ids] @ b)) @ w.T + (h @ b.T) @ a.T,
+    ),
+    "experts": (
+        {"w": (3, IN, OUT)},
+        (3, 16, IN),
+        lambda w, x: jnp.sin(jnp.einsum("ecd,edf->ecf", x, w["w"])),
+        lambda w, a, b, x: jnp.sin(
+            jnp.einsum("ecd,edf->ecf", x, w)
+            + jnp.einsum("ecr,erf->ecf", jnp.einsum("ecd,edr->ecr", x, a), b)
+        ),
+    ),
+    "scan": (
+        {"w": (3, IN, IN)},
+        (16, IN),
+        lambda w, x: jax.lax.scan(lambda h, w: (jnp.sin(h @ w), None), x, w["w"])[0],
+        lambda w, a, b, x: jax.lax.scan(
+            lambda h, p: (jnp.sin(h @ p[0] + (h @ p[1]) @ p[2]), None), x, (w, a, b)
+        )[0],
+    ),
+    "remat": (
+        {"w": (IN, OUT)},
+        (16, IN),
+        lambda w, x: jax.checkpoint(lambda w, x: jnp.sin(x @ w))(w["w"], x),
+        lambda w, a, b, x: jax.checkpoint(lambda w, a, b, x: jnp.sin(x @ w + (x @ a) @ b))(
+            w, a, b, x
+        ),
+    ),
+    "convolution": (
+        {"w": (3, 16, 24)},
+        (2, 12, 16),
+        lambda w, x: jnp.sin(convolution(x, w["w"])),
+        lambda w, a, b, x: jnp.sin(convolution(x, w) + convolution(x, a) @ b),
+    ),
+}
+
+
+def convolution(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def gradient_flops(loss, *args):
+    gradient = jax.jit(jax.grad(lambda *args: loss(*args).sum()))
+    return gradient.lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_gradient_costs_what_it_does_by_hand(name):
+    shapes, of_x, run, by_hand = COSTS[name]
+    x = jax.ShapeDtypeStruct(of_x, jnp.int32 if name == "tied_head" else jnp.float32)
+    base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    model = aj.adapt(Raw(shapes, run), aj.LoRA("**", RANK))
+    params = aj.init_adapters(model, base, jax.random.key(0), x)
+    adapters, frozen = aj.partition(params, model.recipe)
+    whole = lambda adapters, frozen, x: model.apply(  # noqa: E731
+        {"params": aj.merge_trees(adapters, frozen)}, x
+    )
+    thin_cost = gradient_flops(whole, adapters, frozen, x)
+    factors = adapters["lora"]
+    hand = gradient_flops(lambda f, w, x: by_hand(w, f["a"], f["b"], x), factors, base["w"], x)
+    merged = lambda adapters, frozen, x: model.inner.apply(  # noqa: E731
+        {"params": aj.merge(model, aj.merge_trees(adapters, frozen), x)}, x
+    )
+    summed = gradient_flops(merged, adapters, frozen, x)
+    assert thin_cost <= 1.01 * hand
+    assert 1.1 * hand < summed

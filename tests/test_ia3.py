@@ -97,7 +97,7 @@ def test_beside_lora_the_order_of_the_recipe_counts(inner, last, api):
 
 def test_dora_reads_the_weight_and_so_comes_first():
     recipe = aj.Recipe(aj.IA3("**"), aj.DoRA("**", 2))
-    with raises(aj.RecipeError, "DoRA", "'kernel'"):
+    with raises(aj.RecipeError, "DoRA", "''"):
         aj.adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
     model, _, params = trained(nn.Dense(3), aj.Recipe(recipe.methods[::-1]), X)
     merged = nn.Dense(3).apply({"params": aj.merge(model, params, X)}, X)

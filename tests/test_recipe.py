@@ -13,6 +13,7 @@ from adapters_jax.methods import METHODS
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.lora import INITS
 from adapters_jax.recipe import require_points
+from adapters_jax.targets import join
 
 PRESETS = {
     "houlsby": aj.houlsby(32, head="head"),
@@ -326,9 +327,17 @@ def test_two_methods_of_one_slot_on_one_module():
 def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     lora, adapter = LoRA("**/query"), Bottleneck("**/{output,adapter}", 4)
     recipe = Recipe(lora, adapter, Unfreeze("head/**"))
-    assert recipe.owner("l/query/lora/a") == ("l/query", lora)
-    assert recipe.owner("l/output/adapter/down/kernel") == ("l/output", adapter)
-    assert recipe.owner("adapter/adapter/up/bias") == ("adapter", adapter)
+    query, output = "l/query/lora", "l/output/adapter"
+    assert recipe.owner("l/query/lora/a") == ("l/query", "l/query", lora, query, "a")
+    down = "down/kernel"
+    assert recipe.owner(join(output, down)) == ("l/output", "l/output", adapter, output, down)
+    assert recipe.owner("adapter/adapter/up/bias")[:3] == ("adapter", "adapter", adapter)
+    experts = Recipe(LoRA("**/experts/{up,down}"))
+    nested = experts.owner("l/experts/lora/up/a")
+    assert nested[:2] == ("l/experts/up", "l/experts") and nested.name == "a"
+    assert experts.owner("l/experts/lora/a") is None
+    turned = recipe.owner("l/query/lora/:1>0/a")
+    assert turned[:2] == ("l/query", "l/query") and turned.prefix == "l/query/lora/:1>0"
     for path in (
         "l/key/lora/a",
         "l/query/lora/c",
@@ -341,7 +350,7 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     ):
         assert recipe.owner(path) is None and not recipe.trains(path), path
     assert recipe.trains("head/kernel") and recipe.owner("head/kernel") is None
-    assert Recipe(LoRA("**")).owner("lora/b") == ("", LoRA("**"))
+    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "lora", "b")
 
 
 def test_patterns_for_ranks_and_alphas_must_match_a_target():

@@ -14,17 +14,18 @@ import adapters_jax as aj
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.presets import LAYER_NORMS, OUTPUTS
 from adapters_jax.recipe import checked_before, require_points
+from adapters_jax.trees import flatten
 
 D, R = 4, 2
 X = jnp.ones((3, D))
 
 
 class Raw(nn.Module):
-    """A weight that is read in a way of its own."""
+    """A weight that meets no input in a product."""
 
     @nn.compact
     def __call__(self, x):
-        return jnp.tanh(x @ self.param("w", nn.initializers.ones, (D, D)))
+        return jnp.tanh(x * self.param("w", nn.initializers.ones, (D, D)).mean())
 
 
 class Grouped(Raw):
@@ -58,7 +59,7 @@ class NnxRaw(nnx.Module):
         self.w = nnx.Param(jnp.ones((D, D)))
 
     def __call__(self, x):
-        return jnp.tanh(x @ self.w[...])
+        return jnp.tanh(x * self.w[...].mean())
 
 
 class NnxNet(nnx.Module):
@@ -93,11 +94,11 @@ def warned(make):
 
 
 LINEN = {  # targets: what each warning names
-    "**": [("LoRA: ", " 6 ", "3 such as layer_0/raw (Raw ", "3 such as layer_0/mix (Grouped ")],
-    "layer_1/*": [(" 2 ", "layer_1/raw (", "layer_1/mix (")],
-    ("**", "!**/mix"): [(" 3 ", "3 such as layer_0/raw (")],
-    ("**", "!**/{mix,raw}"): [],
-    "**/{up|raw}": [(" 3 ", "layer_0/raw (")],
+    "**": [("LoRA: ", " 6 paths", "6 such as layer_0/mix/w (it meets no input")],
+    "layer_1/**": [(" 2 paths", "2 such as layer_1/mix/w (")],
+    ("**", "!**/mix/*"): [(" 3 ", "3 such as layer_0/raw/w (")],
+    ("**", "!**/{mix,raw}/w"): [],
+    "**/{up|raw}/*": [(" 3 ", "layer_0/raw/w (")],
     "**/{up|nothing}": [],
     "**/{up,head}": [],
     "**/*{up,d}": [],
@@ -122,18 +123,18 @@ def test_a_bottleneck_skips_what_returns_no_array():
 
 def test_scanned_norms_are_no_weights_that_are_skipped():
     (text,) = warned(lambda: linen(aj.LoRA("**", R), scan=True))
-    assert "layers/raw (" in text and "layers/mix (" in text
+    assert "2 such as layers/mix/w (" in text and "norm" not in text
     assert warned(lambda: linen(aj.IA3("**/up"), scan=True)) == []
     (text,) = warned(lambda: linen(aj.IA3("**"), scan=True))
-    assert text.startswith("IA3: ") and "layers/raw (" in text
+    assert text.startswith("IA3: ") and "layers/mix/w (" in text
     llama = nnx.eval_shape(lambda: Llama(LlamaConfig(11, 8, 12, 2, 2), scan=True, rngs=nnx.Rngs(0)))
     assert warned(lambda: aj.adapt(llama, aj.LoRA("**", R), rngs=nnx.Rngs(1))) == []
 
 
 def test_nnx_and_two_names_of_one_module():
     (text,) = warned(lambda: in_nnx(aj.LoRA("**", R)))
-    assert " 1 " in text and "raw (NnxRaw" in text and "tail" not in text
-    assert warned(lambda: in_nnx(aj.LoRA(("**", "!raw"), R))) == []
+    assert " 1 " in text and "raw/w (pass example_inputs" in text and "tail" not in text
+    assert warned(lambda: in_nnx(aj.LoRA(("**", "!raw/*"), R))) == []
     (text,) = warned(lambda: in_nnx(aj.LoRA("{up|tail}", R)))
     assert "tail (shared with head; use that path)" in text
     (text,) = warned(lambda: in_nnx(aj.Bottleneck("**", 2)))  # without example inputs
@@ -330,3 +331,44 @@ def test_the_parts_of_a_recipes_other_patterns_must_match_a_target():
     with raises(aj.TargetError, "IA3 feed_forward: '**/kye' of target"):
         wrong = aj.IA3("**/query", feed_forward=("**", "!{layer_0/**,**/kye}"))
         require_points(wrong, usable, {})
+
+
+# Adapters that could not act
+
+
+class Dead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        nn.Dense(D, name="dead")(x)
+        return nn.Dense(D, name="up")(x)
+
+
+class NnxDead(nnx.Module):
+    def __init__(self):
+        self.up, self.dead = (nnx.Linear(D, D, rngs=nnx.Rngs(i)) for i in range(2))
+        self.never = nnx.Linear(D, D, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        self.dead(x)
+        return self.up(x)
+
+
+def adapted_dead(api, targets):
+    if api == "linen":
+        params = jax.eval_shape(Dead().init, jax.random.key(0), X)["params"]
+        model = aj.adapt(Dead(), aj.LoRA(targets, R))
+        return set(flatten(aj.init_adapters(model, params, jax.random.key(1), X)))
+    model = aj.adapt(NnxDead(), aj.LoRA(targets, R), rngs=nnx.Rngs(1), example_inputs=(X,))
+    return set(flatten(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_an_adapter_on_a_weight_that_the_outputs_do_not_depend_on_is_an_error(api):
+    for target in ("dead", "dead/kernel") + (("never",) if api == "nnx" else ()):
+        with raises(aj.TargetError, f"'{target}'", f"{target} ("):
+            adapted_dead(api, target)
+    found = []
+    (text,) = warned(lambda: found.append(adapted_dead(api, "**")))
+    assert "dead/kernel (" in text and "up" not in text
+    added = {path for path in found[0] if "/lora/" in path}
+    assert added == {"up/lora/a", "up/lora/b"}

@@ -244,7 +244,7 @@ STYLES = {
         {"kernel": (4, 5), "bias": (5,)},
         None,
         lambda w, x: x @ np.maximum(w["kernel"], 0) + w["bias"],
-        {"kernel": ("lora", (), (0,))},
+        {"kernel": ("lora/kernel", (), (0,))},
         how="sum",
         targets="kernel",
         linen=PositiveDense(5),
@@ -338,10 +338,24 @@ STYLES = {
         lambda w, x: jax.lax.cond(x[0, 0] > 9, lambda w: x @ w, lambda w: 2 * (x @ w), w["w"]),
         lambda w, x: 2 * (x @ w["w"]),
         {"w": ("lora", (), (0,))},
+    ),
+    "switched": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: jax.lax.switch(1, [lambda i=i: x @ w["w"][i] for i in range(3)]),
+        lambda w, x: x @ w["w"][1],
+        {"w": ("lora", (0,), (1,))},
+    ),
+    "repeated_until": Style(
+        {"w": (4, 4)},
+        lambda w, x: jax.lax.while_loop(
+            lambda state: state[0] < 2, lambda state: (state[0] + 1, state[1] @ w["w"]), (0, x)
+        )[1],
+        lambda w, x: x @ w["w"] @ w["w"],
+        {"w": ("lora/w", (), (0,))},
         how="sum",
         targets="w",
     ),
-    "while_loop": Style(
+    "counted_loop": Style(
         {"w": (4, 4)},
         lambda w, x: jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w["w"]), x),
         lambda w, x: np.tanh(np.tanh(x @ w["w"]) @ w["w"]),
@@ -351,7 +365,7 @@ STYLES = {
         {"w": (4, 5)},
         lambda w, x: x @ straight_through(w["w"]),
         lambda w, x: x @ np.sign(w["w"]),
-        {"w": ("lora", (), (0,))},
+        {"w": ("lora/w", (), (0,))},
         how="sum",
         targets="w",
     ),
@@ -361,6 +375,74 @@ STYLES = {
         lambda w, x: ragged(w["w"], x),
         {"w": ("lora", (0,), (1,))},
         drawn((6, 4), 1),
+    ),
+    "positions": Style(
+        {"pos": (1, 4), "w": (4, 5)},
+        lambda w, x: (x[:1] + w["pos"]) @ w["w"],
+        lambda w, x: (x[:1] + w["pos"]) @ w["w"],
+        {"w": ("lora", (), (0,))},
+    ),
+    "masked": Style(
+        {"w": (4, 4)},
+        lambda w, x: x @ (w["w"] * jnp.tril(jnp.ones((4, 4)))),
+        lambda w, x: x @ np.tril(w["w"]),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "scaled_by_a_parameter": Style(
+        {"w": (4, 5), "gain": (5,)},
+        lambda w, x: x @ (w["gain"] * w["w"] / jnp.linalg.norm(w["w"], axis=0)),
+        lambda w, x: x @ (w["gain"] * w["w"] / np.linalg.norm(w["w"], axis=0)),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "times_an_input": Style(
+        {"w": (3, 4)},
+        lambda w, x: (x * w["w"]).T @ x,
+        lambda w, x: (x * w["w"]).T @ x,
+        {"w": ("lora/w", (), (0,))},
+        how="sum",
+        targets="w",
+    ),
+    "times_a_number": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (-2.0 * w["w"] / np.sqrt(5)),
+        lambda w, x: x @ (-2.0 * w["w"] / np.sqrt(5)),
+        {"w": ("lora", (), (0,))},
+    ),
+    "negated": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ -w["w"],
+        lambda w, x: -x @ w["w"],
+        {"w": ("lora", (), (0,))},
+    ),
+    "over_a_weight": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (3.0 / (w["w"] ** 2 + 1)),
+        lambda w, x: x @ (3.0 / (w["w"] ** 2 + 1)),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "concatenated": Style(
+        {"w": (4, 5), "v": (4, 3)},
+        lambda w, x: x @ jnp.concatenate([w["w"], w["v"]], 1),
+        lambda w, x: np.concatenate([x @ w["w"], x @ w["v"]], 1),
+        {"w": ("lora/w", (), (0,)), "v": ("lora/v", (), (0,))},
+        how="sum",
+        targets=("w", "v"),
+    ),
+    "twice_in_a_row": Style(
+        {"w": (4, 4)},
+        lambda w, x: x @ (w["w"] @ w["w"]),
+        lambda w, x: x @ w["w"] @ w["w"],
+        {"w": ("lora/:1>0", (), (1,))},
+        how={"product", "sum"},
+    ),
+    "dynamic_index": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: x @ jax.lax.dynamic_index_in_dim(w["w"], jnp.int32(1), 0, keepdims=False),
+        lambda w, x: x @ w["w"][1],
+        {"w": ("lora", (0,), (1,))},
     ),
     "normalised_rows": Style(
         {"w": (4, 5)},
@@ -373,7 +455,7 @@ STYLES = {
         {"w": (4, 5), "v": (4, 5)},
         lambda w, x: x @ (w["w"] + w["v"]),
         lambda w, x: x @ (w["w"] + w["v"]),
-        {"w": ("lora", (), (0,))},
+        {"w": ("lora/w", (), (0,))},
         how="sum",
         targets="w",
     ),
@@ -397,7 +479,7 @@ def test_adapted_is_merged_is_the_formula(name):
     assert added == {node for node, *_ in style.roles.values()}
     expected = style.expected(flat)
     before = style.formula({path: double(flat[path]) for path in style.shapes}, style.x)
-    assert np.abs(expected - before).mean() > 0.1
+    assert np.abs(expected - before).mean() > 0.05
     merged = aj.merge(model, params, style.x)
     close = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(model.apply({"params": params}, style.x), expected, **close)
@@ -413,7 +495,7 @@ def test_adapted_is_merged_is_the_formula(name):
 def test_the_record_says_how_each_weight_is_read(name):
     style = STYLES[name]
     variables = {"params": unflatten(jax.eval_shape(lambda: style.weights()))}
-    reads = reads_of(style.linen, variables, Inputs((style.x,), {}))
+    reads, _ = reads_of(style.linen, variables, Inputs((style.x,), {}))
     for path in style.roles:
         how = {read.how for read in reads[path].reads}
         assert how == (style.how if isinstance(style.how, set) else {style.how}), path

@@ -522,9 +522,8 @@ def test_what_is_no_feed_forward_layer_no_attention_with_weights_and_no_head():
 def test_a_preset_that_matches_nothing_names_suggest():
     model = aj.adapt(Odd(), aj.lora(2))
     params = jax.eval_shape(Odd().init, jax.random.key(0), X)["params"]
-    with raises(aj.TargetError, "**/{query,value}") as error:
+    with raises(aj.TargetError, "**/{query,value}", "aj.suggest("):
         aj.init_adapters(model, params, jax.random.key(1), X)
-    assert "aj.suggest(" in error.value.__notes__[0]
 
 
 def test_what_is_no_model_and_inputs_that_do_not_fit():

@@ -8,7 +8,7 @@
 
 from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points, seen, shapes_of
 from adapters_jax.linen.modules import Bottleneck, LoRADense
-from adapters_jax.linen.weights import reads_of
+from adapters_jax.linen.weights import reads_of, run_abstractly
 
 __all__ = [
     "Adapted",
@@ -18,6 +18,7 @@ __all__ = [
     "init_adapters",
     "points",
     "reads_of",
+    "run_abstractly",
     "seen",
     "shapes_of",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import FlaxError
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract
@@ -87,7 +88,7 @@ class Adapted(nn.Module):
                 weight = join(each.module, each.point.weight)
                 if isinstance(each.method, LeafMethod) and weight in own:
                     grow_in(inner.scope.rewound(), each)
-        return Part(self, y) if isinstance(y, nn.Module) else y
+        return jax.tree.map(lambda part: Part(self, part) if _is_module(part) else part, y)
 
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
@@ -111,6 +112,10 @@ class Adapted(nn.Module):
             inner.scope._variables["params"] = own
 
 
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
+
+
 class Part:
     """A submodule of a bound adapted model: its calls run with the model's adapters.
 
@@ -125,14 +130,16 @@ class Part:
         return self._model._call(lambda _, *a, **k: self._module(*a, **k), args, kwargs)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module):
-            return Part(self._model, value)
+        def read(_: Any) -> Any:  # within a call, since `setup` may read weights
+            return getattr(self._module, name)
+
+        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self._module, name)(*args, **kwargs)
+
+        value = self._model._call(read, (), {})
         if not inspect.ismethod(value):
             return value
-        return lambda *args, **kwargs: self._model._call(
-            lambda _, *a, **k: value(*a, **k), args, kwargs
-        )
+        return lambda *args, **kwargs: self._model._call(call, args, kwargs)
 
 
 @functools.cache
@@ -149,9 +156,8 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
 
     def read(name: str) -> property:
         def value(self: Adapted) -> Any:
-            found = getattr(self.inner, name)
-            bound = isinstance(found, nn.Module) and found.scope is not None
-            return Part(self, found) if bound else found
+            bound = self.inner.scope is not None
+            return getattr(Part(self, self.inner) if bound else self.inner, name)
 
         return property(value)
 
@@ -193,20 +199,20 @@ def points(
     return points_of(model.inner, model.recipe, Inputs(args, kwargs, method))
 
 
-def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Attached], Tree]:
-    """Finds where a recipe's methods attach in a base; see `points`."""
-    interceptor, variables = seen(base, recipe, inputs)
-    params = flatten(variables.get("params", {}))
-    owners = {path: owner for path in params if (owner := recipe.owner(path))}
-    for owner in owners.values():
-        if owner.method.acts_on == "leaf":  # none of them is there yet
-            raise taken(owner.module, owner.method)
-    own = {path: x for path, x in params.items() if path not in owners}
+def points_of(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree = None
+) -> tuple[list[Attached], Tree]:
+    """Finds where a recipe's methods attach in a base; see `points`.
+
+    Args:
+        base: the base.
+        recipe: the recipe.
+        inputs: example inputs.
+        params: the base's parameters, abstract, if they are known, which may save a run.
+    """
+    interceptor, params, own, reads = _runs(base, recipe, inputs, params)
     changed: dict[Method, list[Attached]] = {}
-    reads: dict[str, Tracked] = {}
-    if leaf_methods(recipe):
-        with explained(base, inputs):
-            reads = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
+    if reads:
         shapes = {path: tuple(x.shape) for path, x in own.items()}
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     found = [each for several in changed.values() for each in several]
@@ -222,7 +228,8 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
     def fitting(method: Method) -> list[str]:
         return sorted(path for path, point in points.items() if method.fits(point))
 
-    check_targets(recipe, found, modules, fitting, reads, own, {})
+    layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
+    check_targets(recipe, found, modules, fitting, reads, own, {}, layers)
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)
@@ -231,6 +238,39 @@ def points_of(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[list[Att
             for name, leaf in each.method.leaves(each.point).items():
                 params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     return found, unflatten(params)
+
+
+def _runs(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
+) -> tuple[Interceptor, dict[str, Any], dict[str, Any], dict[str, Tracked]]:
+    """What abstract runs of a base show: its modules, all leaves, its own, and reads of weights."""
+    changing = leaf_methods(recipe)
+    if params is not None and len(changing) == len(recipe.attached):
+        own = flatten(params)
+        try:
+            with explained(base, inputs):
+                reads, interceptor = reads_of(base, {"params": params}, inputs)
+        except FlaxError:
+            reads = {}  # these are not its parameters: another run shows what its are
+        if reads and all(path in reads and reads[path].reads for path in own):
+            return interceptor, dict(own), own, _weights(reads, own)
+    interceptor, variables = seen(base, recipe, inputs)
+    whole = flatten(variables.get("params", {}))
+    owners = {path: owner for path in whole if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in whole.items() if path not in owners}
+    if not changing:
+        return interceptor, whole, own, {}
+    with explained(base, inputs):
+        reads, _ = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
+    return interceptor, whole, own, _weights(reads, own)
+
+
+def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
+    """The reads of leaves with two axes or more."""
+    return {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
 
 
 def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -250,7 +290,7 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, 
     def run(module: nn.Module) -> Any:
         interceptors.append(Interceptor(recipe, module, init=True))
         with nn.intercept_methods(interceptors[-1]):
-            return inputs.call(module)
+            return inputs.zeros().call(module)
 
     with explained(base, inputs):
         variables = jax.eval_shape(
@@ -307,10 +347,12 @@ def init_adapters(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
-    found, whole = points(model, *args, method=method, **kwargs)
+    given = shapes_of(without_adapters(params, model.recipe))
+    inputs = Inputs(args, kwargs, method)
+    found, whole = points_of(model.inner, model.recipe, inputs, given)
     compare_trees(
         "params",
-        flatten(without_adapters(shapes_of(params), model.recipe)),
+        flatten(given),
         flatten(without_adapters(whole, model.recipe)),
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )

@@ -1,23 +1,27 @@
 """The weights of a linen model: how it reads them, and its parameters with the changed ones."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import DenyList
 from jaxtyping import PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, is_array
 from adapters_jax.attached import in_tree
+from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import arrays
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
-from adapters_jax.trees import Tree, flatten, unflatten
+from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lowered, thin
+from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lazy, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.reach import reaching
 
 
 def changed_weights(
@@ -46,48 +50,81 @@ def changed_weights(
     added = {join(each.prefix, name) for each in attached for name in each.method.leaf_names}
     seen = {path: leaf for path, leaf in flat.items() if path not in added}
     for path, several in changes.items():
-        seen[path] = _seen(flat[path], several, trace)
+        seen[path] = _seen(path, flat[path], several, trace)
     return unflatten(seen)
 
 
-def _seen(leaf: Any, changes: list[Any], trace: Thin) -> Any:
+def _seen(path: str, leaf: Any, changes: list[Any], trace: Thin) -> Any:
     """A changed weight in the box of the weight, from which flax takes it."""
-    lazy = Lazy(trace, Changed.of(unboxed(leaf), changes))
-    return lazy if is_quantized(leaf) else nn.meta.replace_boxed(leaf, lazy)
+    changed = lazy(trace, Changed.of(unboxed(leaf), changes), path)
+    return changed if is_quantized(leaf) else nn.meta.replace_boxed(leaf, changed)
 
 
-def reads_of(base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs) -> dict[str, Tracked]:
-    """How a model reads each float leaf of two or more axes, by an abstract run.
+def reads_of(
+    base: nn.Module, variables: Mapping[str, Tree], inputs: Inputs
+) -> tuple[dict[str, Tracked], Interceptor]:
+    """How a model reads each float leaf, by an abstract run, and the modules that it ran.
 
     Args:
         base: the model.
-        variables: all of its variables, abstract, without boxes.
+        variables: its parameters, abstract, without boxes; of other collections, those that are
+            missing are initialised.
         inputs: example inputs.
     """
+    leaves = flatten(variables["params"])
     tracked = {
         path: Tracked(path)
-        for path, leaf in flatten(variables["params"]).items()
-        if len(leaf.shape) > 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        for path, leaf in leaves.items()
+        if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
+    interceptors: list[Interceptor] = []
+
+    def call(given: Inputs, module: nn.Module) -> Any:
+        interceptors.append(Interceptor(Recipe(), module, init=False))
+        with nn.intercept_methods(interceptors[-1]):
+            return given.call(module)
 
     def run(variables: Any) -> Any:
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(variables))
             flat = dict(flatten(variables["params"]))
             for path, leaf in tracked.items():
                 axes = tuple(frozenset({i}) for i in range(flat[path].ndim))
                 flat[path] = Lazy(trace, Changed.of(flat[path]), leaf, axes)
             key = jax.random.key(0)
-            y = nn.Module.apply(
+            y, _ = nn.Module.apply(
                 base,
                 {**variables, "params": unflatten(flat)},
                 rngs={"params": key, "dropout": key},
-                mutable=[name for name in variables if name != "params"],
-                method=inputs.call,
+                mutable=DenyList("params"),
+                method=functools.partial(call, given),
             )
             return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
 
-    jax.eval_shape(run, dict(variables))
-    return tracked
+    traced = jax.make_jaxpr(run)(dict(variables))
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(dict(variables))]
+    for path, reaches in zip(paths, reaching(traced.jaxpr), strict=True):
+        if path.removeprefix("params/") in tracked and path.startswith("params/"):
+            tracked[path.removeprefix("params/")].reaches = reaches
+    return tracked, interceptors[-1]
+
+
+def run_abstractly(model: nn.Module, params: Tree, inputs: Inputs) -> Any:
+    """The shapes of a model's outputs; collections other than parameters are initialised."""
+
+    def run(params: Tree) -> Any:
+        given = inputs.zeros()
+        key = jax.random.key(0)
+        y, _ = model.apply(
+            {"params": params},
+            rngs={"params": key, "dropout": key},
+            mutable=DenyList("params"),
+            method=lambda base: given.call(base),
+        )
+        return [x for x in jax.tree.leaves(y) if is_array(x)]
+
+    return jax.eval_shape(run, params)
 
 
 def leaf_methods(recipe: Recipe) -> list[LeafMethod]:

@@ -36,7 +36,7 @@ class LeafMethod(Method):
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
-        return f"{type(module).__name__} has no float weight of two or more axes that is read"
+        return f"{type(module).__name__} has no weight that meets an input"
 
     def names(self, point: AttachmentPoint) -> tuple[str, ...]:
         """The names of the module's own leaves that it changes."""

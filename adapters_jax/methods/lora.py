@@ -192,7 +192,8 @@ class LoRA(LeafMethod):
     ) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
         rank, a, b = self.rank_at(path), shapes["a"], shapes["b"]
-        copies = a[: len(a) + len(b) - 2 - len(weight)]
+        n = len(a) + len(b) - 2 - len(weight)
+        copies = a[:n] if a[:n] == b[:n] else weight[:n]
         fan_in = math.prod(a[len(copies) : -1])
         fan_out = math.prod(weight) // (math.prod(copies) * fan_in)
         fan_out = sum(stop - start for start, stop in self.slices) or fan_out

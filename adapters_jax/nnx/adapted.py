@@ -3,10 +3,11 @@
 from typing import Any
 
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_targets, taken
-from adapters_jax.errors import UserError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
@@ -73,7 +74,7 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads = points_of(adapted, recipe, inputs)
+    found, points, reads, counts = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
 
     def fitting(method: Method) -> list[str]:
@@ -81,8 +82,14 @@ def _adapted(
 
     attached, tied = [each for each, _ in found], _other_names(adapted)
     hint = "" if inputs else "; pass example_inputs=(...) so that its output is known"
-    check_targets(recipe, attached, modules, fitting, reads, frozen, tied, hint)
+    check_targets(recipe, attached, modules, fitting, reads, frozen, tied, counts, hint)
     for each, layers in found:
+        if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
+            raise RecipeError(
+                f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, which is "
+                "in a linen module or a container of an NNX model; adapt the linen module itself, "
+                f"or exclude it: '!{each.point.path}'"
+            )
         before = holds(modules[each.module])
         there = [held.method for held in before if held.weight == each.point.weight]
         whole.check([*there, each.method], each.point.path)

@@ -21,11 +21,12 @@ from adapters_jax.attached import Attached, taken
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, after, started
 from adapters_jax.nnx.graph import frozen_of, own_params
+from adapters_jax.trees import join
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, computed_thin, current
+from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -56,6 +57,7 @@ class Held(NamedTuple):
         weight: the name of the weight that it changes; empty for other methods.
         axes: the roles of that weight's axes.
         attention: the sizes of the attention module that a prompt is in.
+        module: the path of the module.
     """
 
     method: Any
@@ -64,6 +66,7 @@ class Held(NamedTuple):
     weight: str = ""
     axes: Axes | None = None
     attention: Attention | None = None
+    module: str = ""
 
 
 def holds(module: Any) -> tuple[Held, ...]:
@@ -93,11 +96,15 @@ class ChangedWeight:
         if module is None:
             return self
         variable = vars(module)[self.name]
-        if not isinstance(variable, nnx.Variable) or variable.get_raw_value() is None:
+        value = variable.get_raw_value() if isinstance(variable, nnx.Variable) else None
+        if value is None or isinstance(value, Lazy):  # a weight whose reads are recorded
             return variable
-        if isinstance(variable.get_raw_value(), Lazy):  # whose reads are recorded
-            return variable
-        return _seen(variable, _changed(module, self.name))
+        trace = current()
+        changed = _changed(module, self.name, training=trace is not None)
+        if trace is None and not changed.changes:
+            return variable  # of a quantised weight, which opens itself
+        path = next((join(held.module, self.name) for held in holds(module)), self.name)
+        return _seen(variable, lazy(trace, changed, path) if trace else changed.formed())
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self.name] = value
@@ -106,13 +113,13 @@ class ChangedWeight:
         del vars(module)[self.name]
 
 
-def _changed(module: Any, name: str) -> Changed:
-    """A weight of a module with the changes of its methods."""
+def _changed(module: Any, name: str, training: bool) -> Changed:
+    """A weight of a module with the changes of its methods, whose dropout may be in training."""
     changes: list[Any] = []
     for held in holds(module):
         if held.method.acts_on == "leaf":
             read = functools.partial(_floats, module, held.weight)
-            key = key_of(node_of(module, held))
+            key = key_of(node_of(module, held)) if training else None
             found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)
             changes += found.get(name, ())
     return Changed.of(vars(module)[name].get_raw_value(), changes)
@@ -123,10 +130,8 @@ def _floats(module: Any, name: str) -> Array:
     return value.unbox() if is_quantized(value) else value
 
 
-def _seen(variable: nnx.Variable[Any], changed: Changed) -> Any:
+def _seen(variable: nnx.Variable[Any], value: Any) -> Any:
     """A weight as the module's code sees it: a Variable of the same class with another value."""
-    trace = current()
-    value = changed.formed() if trace is None else Lazy(trace, changed)
     seen = variable.copy(value, seen_from=variable)
     seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
     return seen
@@ -270,7 +275,7 @@ def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -
     """
     method, point = each.method, each.point
     node = tuple(each.prefix.removeprefix(each.module).strip("/").split("/", 1))
-    held = Held(method, point.path, node, point.weight, point.axes, point.attention)
+    held = Held(method, point.path, node, point.weight, point.axes, point.attention, each.module)
     children = nnx.Dict(children_of(method, point, layers, rngs))
     if len(node) == 1:
         if hasattr(module, method.slot):

@@ -4,7 +4,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +16,49 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
 from adapters_jax.recipe import Recipe
-from adapters_jax.trees import join
+from adapters_jax.trees import join, path_of
 from adapters_jax.weights import attention
 from adapters_jax.weights.attention import Attention
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
+from adapters_jax.weights.reach import reaching
 
 Layers = tuple[int, ...]
 
 
-def points_of(
-    model: nnx.Module, recipe: Recipe, inputs: Inputs | None
-) -> tuple[list[tuple[Attached, Layers]], dict[str, AttachmentPoint], dict[str, Tracked]]:
+class Points(NamedTuple):
+    """Where a recipe's methods attach in a model, and what an abstract run of it shows.
+
+    Attributes:
+        attached: each method on each module or weight, with the layer axes that the module is
+            stacked on.
+        points: the attachment point of every module, for methods on outputs and attention.
+        reads: how the model reads its weights, by path.
+        layers: how many layer axes each module is stacked on.
+    """
+
+    attached: list[tuple[Attached, Layers]]
+    points: dict[str, AttachmentPoint]
+    reads: dict[str, Tracked]
+    layers: dict[str, int]
+
+
+def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
     """Finds where the methods of a recipe attach.
 
     Args:
         model: an NNX model.
         recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
-
-    Returns:
-        Each method on each module or weight, with the layer axes that the module is stacked on;
-        the attachment point of every module, for methods on outputs and attention; and how the
-        model reads its weights.
     """
     modules = modules_of(model)
     traced, reads = _traced(model, inputs) if inputs else ({}, known_reads(modules))
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
     stacked = {path: _layers(path, module, axes) for path, module in modules.items()}
+    if not inputs:
+        stacked |= _layers_of_others(modules, stacked)
     points, layers = {}, {}
     for path, module in modules.items():
         width, layers[path] = traced.get(path, (_known_width(module), stacked[path]))
@@ -59,7 +72,7 @@ def points_of(
         points[path] = AttachmentPoint(path, width, weight, None, own, precision, sizes)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
-        (each, layers[each.module])
+        (each, layers.get(each.module, ()))
         for several in chosen(recipe, reads, shapes, counts).values()
         for each in several
     ]
@@ -70,7 +83,8 @@ def points_of(
                 each = Attached(method, join(path, method.slot), bare, path)
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
-    return sorted(found, key=lambda pair: order[pair[0].method]), points, reads
+    found.sort(key=lambda pair: order[pair[0].method])
+    return Points(found, points, reads, counts)
 
 
 def _is_weight(x: Any) -> bool:
@@ -144,6 +158,26 @@ def _layers(path: str, module: Any, axes: Mapping[str, Axes]) -> Layers:
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
 
 
+def _layers_of_others(
+    modules: Mapping[str, Any], stacked: Mapping[str, Layers]
+) -> dict[str, Layers]:
+    """The layer axes of modules that are not flax's: those of all of flax's beside them."""
+    found = {}
+    for path, module in modules.items():
+        parent = path.rpartition("/")[0]
+        known = {
+            stacked[other]
+            for other, layer in modules.items()
+            if other.startswith(f"{parent}/") and known_weight(layer)
+        }
+        own = own_params(module).values()
+        if not stacked[path] and len(known) == 1 and own:
+            (axes,) = known
+            if all(tuple(x.shape[: len(axes)]) == axes for x in own):
+                found[path] = axes
+    return found
+
+
 # Not an attribute of modules: jax keeps the structure of every traced model and compares it.
 _RECORDER: contextvars.ContextVar[Callable[..., None]] = contextvars.ContextVar("recorder")
 
@@ -154,7 +188,7 @@ def _recording_class(cls: type[Any]) -> type[Any]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = cls.__call__(self, *args, **kwargs)
-        _RECORDER.get()(*self.adapter_trace, self, y)
+        _RECORDER.get()(*self.to_nnx__adapter_trace, self, y)
         return y
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -176,27 +210,35 @@ def _traced(
     bare = {path for path, module in modules.items() if not _first_shape(module)}
     for path, module in list(modules.items()):
         if callable(module):
-            module.adapter_trace = (path, _first_shape(module))
+            # flax's bridge takes all attributes for variables, but those with this prefix.
+            module.to_nnx__adapter_trace = (path, _first_shape(module))
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
     tracked = {path: Tracked(path) for path in weights}
 
     def run(probe: nnx.Module) -> Any:
         probe = copy(probe)  # whose Variables may hold values of the trace below
-        with thin(recording=True) as trace:
+        given = inputs.zeros()
+        with thin(known={}) as trace:
+            trace.learn(jax.tree.leaves(nnx.state(probe)))
             for path, variable in params_of(probe).items():
                 if path in tracked:
                     value = variable.get_raw_value()
                     axes = tuple(frozenset({i}) for i in range(value.ndim))
                     variable.set_raw_value(Lazy(trace, Changed.of(value), tracked[path], axes))
-            return [x for x in jax.tree.leaves(lowered(inputs.call(probe))) if is_array(x)]
+            return [x for x in jax.tree.leaves(lowered(given.call(probe))) if is_array(x)]
 
     token = _RECORDER.set(record)
     try:
         with explained(model, inputs):
-            nnx.eval_shape(run, probe)
+            graphdef, state = nnx.split(probe)
+            traced = jax.make_jaxpr(lambda state: run(nnx.merge(graphdef, state)))(state)
     finally:
         _RECORDER.reset(token)
+    keys = jax.tree_util.tree_leaves_with_path(state)
+    for (key, _), reaches in zip(keys, reaching(traced.jaxpr), strict=True):
+        if path_of(key) in tracked:
+            tracked[path_of(key)].reaches = reaches
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))

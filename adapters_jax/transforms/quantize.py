@@ -240,12 +240,14 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         "Pass the base's own parameter tree, variables['params'], of this very model.",
     )
     with explained(base, inputs):
-        reads = reads_of(base, variables, inputs)
+        reads, _ = reads_of(base, variables, inputs)
     shapes = flatten(whole)
     weights = {
         path: from_reads(leaf.reads, len(shapes[path].shape))
         for path, leaf in reads.items()
-        if any(read.inputs for read in leaf.reads) and not recipe.trains(path)
+        if len(shapes[path].shape) > 1
+        and any(read.inputs for read in leaf.reads)
+        and not recipe.trains(path)
     }
     others = dict.fromkeys(interceptor.visited, "it has no weight that meets an input")
     others |= {path: "it is trained" for path in shapes if recipe.trains(path)}

@@ -264,7 +264,7 @@ class Changed:
         changes = [change.renamed(where.__getitem__) for change in self.changes]
         return self.viewed(lambda w: jax.lax.broadcast_in_dim(w, shape, where), changes)
 
-    def scaled(self, number: Array) -> "Changed":
+    def scaled(self, number: Any) -> "Changed":
         """The weight times a number."""
         return replace(self, changes=(*self.changes, Scale(Factor(jnp.asarray(number), ()))))
 
@@ -436,11 +436,13 @@ def _reshaped_factor(
         if not own:
             continue
         size = math.prod(array.shape[i] for i in own)
-        new = [] if size == 1 else right
-        if size not in (1, math.prod(shape[i] for i in right)):
+        same = len(left) == len(right) == 1  # an axis that stays, of which a range has a part
+        new = [] if size == 1 and not same else right
+        if not same and size not in (1, math.prod(shape[i] for i in right)):
             return None
         rest = [i for i in range(len(axes)) if i not in own]
         array = array.transpose(*own, *rest)
-        array = array.reshape(*(shape[i] for i in new), *array.shape[len(own) :])
+        sizes = [size] if same else [shape[i] for i in new]
+        array = array.reshape(*sizes, *array.shape[len(own) :])
         axes = [*(_DONE - i for i in new), *(axes[i] for i in rest)]
     return Factor(array, tuple(_DONE - axis if axis <= _DONE else axis for axis in axes))

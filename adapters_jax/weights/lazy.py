@@ -12,7 +12,8 @@ has for them. Only changed weights are its values; all others pass through it as
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +57,35 @@ class Tracked:
     Attributes:
         path: the path of the leaf.
         reads: its reads so far.
+        reaches: whether the model's outputs depend on it.
     """
 
     path: str
     reads: list[Read] = field(default_factory=list)
+    reaches: bool = True
+
+
+_RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Tracked]]:
+    """Records how adapted models read their changed weights in its body, by path."""
+    records: dict[str, Tracked] = {}
+    token = _RECORDS.set(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.reset(token)
+
+
+def lazy(trace: "Thin", changed: Changed, path: str) -> "Lazy":
+    """A changed weight for the code that reads it, recorded where somebody asks."""
+    records = _RECORDS.get()
+    if records is None:
+        return Lazy(trace, changed)
+    axes = tuple(frozenset({i}) for i in range(len(changed.shape)))
+    return Lazy(trace, changed, records.setdefault(path, Tracked(path)), axes)
 
 
 class Lazy(jax.core.Tracer):
@@ -149,12 +175,13 @@ class Thin(jax.core.Trace):
 
     Args:
         parent: the trace that it stands on.
-        recording: whether results of a weight that keep its shape are followed too.
+        known: None, or while reads are recorded: the values that follow from variables and
+            constants alone, by id. A weight is followed through operations with these.
     """
 
-    def __init__(self, parent: Any, recording: bool = False):
+    def __init__(self, parent: Any, known: dict[int, Any] | None = None):
         super().__init__()
-        self.parent, self.recording = parent, recording
+        self.parent, self.known = parent, known
         # flax compares traces by this reference: for it and for caches this is the parent's trace.
         self._weakref = parent._weakref
 
@@ -167,6 +194,23 @@ class Thin(jax.core.Trace):
 
     def process_primitive(self, primitive: Any, values: Any, params: Any, /) -> Any:
         """Computes an operation; see the module."""
+        result = self._computed(primitive, values, params)
+        if self.known is not None and all(map(self.knows, values)):
+            self.learn(result if primitive.multiple_results else [result])
+        return result
+
+    def knows(self, x: Any) -> bool:
+        """Whether a value follows from variables and constants alone, not from inputs."""
+        if isinstance(x, Lazy):
+            return not x.looked_up
+        return not isinstance(x, jax.core.Tracer) or id(x) in (self.known or ())
+
+    def learn(self, values: Iterable[Any]) -> None:
+        """Remembers values that follow from variables and constants alone."""
+        if self.known is not None:
+            self.known.update((id(x), x) for x in values)
+
+    def _computed(self, primitive: Any, values: Any, params: Any) -> Any:
         where = next((i for i, x in enumerate(values) if isinstance(x, Lazy)), None)
         if where is None:
             return self.parent.process_primitive(primitive, values, params)
@@ -177,23 +221,22 @@ class Thin(jax.core.Trace):
 
     def _by_sum(self, primitive: Any, values: Any, params: Any) -> Any:
         """The operation on the formed sums."""
-        for x in values:
-            if isinstance(x, Lazy) and not x.spent:
-                how = "lookup" if x.looked_up else "sum"
-                if not self._followed(x):
-                    x.record(primitive.name, how)
+        weights = [x for x in values if isinstance(x, Lazy)]
+        weights.sort(key=lambda x: -len(frozenset().union(*x.axes)))  # matrices before their scales
+        alone = self.known is not None and all(map(self.knows, values))
+        # Of several weights the one with the most axes is followed.
+        weight = max(weights, key=lambda x: len(_union(x.axes, range(len(x.axes)))))
+        for x in weights:
+            if not alone or x is not weight:
+                x.record(primitive.name, "lookup" if x.looked_up else "sum")
         result = primitive.bind(*map(formed, values), **params)
-        weight = next((x for x in values if isinstance(x, Lazy) and self._followed(x)), None)
-        if weight is None:
+        if not alone:
             return result
         several = primitive.multiple_results
         made = [self._spent(weight, y) for y in (result if several else [result])]
         if not any(isinstance(y, Lazy) for y in made) and not weight.spent:
             weight.record(primitive.name, "sum")
         return made if several else made[0]
-
-    def _followed(self, x: Lazy) -> bool:
-        return self.recording and not x.looked_up
 
     def _spent(self, weight: Lazy, y: Any) -> Any:
         """A result in which the axes of the weight are found, if it has the weight's shape."""
@@ -230,14 +273,18 @@ def formed(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def thin(recording: bool = False) -> Iterator[Thin]:
-    """Computes with changed weights in its body; nested ones do nothing more."""
+def thin(known: dict[int, Any] | None = None) -> Iterator[Thin]:
+    """Computes with changed weights in its body; nested ones do nothing more.
+
+    Args:
+        known: see `Thin`.
+    """
     with jex.take_current_trace() as current:
         if isinstance(current, Thin):
             with jex.set_current_trace(current):
                 yield current
         else:
-            inner = Thin(current, recording)
+            inner = Thin(current, known)
             with jex.set_current_trace(inner):
                 yield inner
 
@@ -403,14 +450,22 @@ def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, w
     return x.seen_as(x.changed.scaled(number), x.axes)
 
 
+def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A weight over a number."""
+    x, number = values
+    if where or isinstance(number, Lazy) or jnp.ndim(number):
+        return None
+    return x.seen_as(x.changed.scaled(1 / number), x.axes)
+
+
 def _product(compute: Callable[..., Any]) -> Rule:
     """The rule of an operation in which a weight meets its input."""
 
     def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
         x = values[where]
         others = [formed(value) for i, value in enumerate(values) if i != where]
-        for value in values:
-            if value is not x and isinstance(value, Lazy):
+        for i, value in enumerate(values):
+            if i != where and isinstance(value, Lazy):
                 value.record(primitive.name, "sum")
         found = compute(primitive, x.changed, others, params, where)
         how = "sum" if found.y is None else "product"
@@ -431,14 +486,35 @@ def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wh
 def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
     split, join = _parts(values)
+    known = [trace.knows(x) for x in values]
 
     def body(parts: Any) -> Any:
-        with thin(trace.recording) as inner:
+        with thin(trace.known) as inner:
+            inner.learn(part for part, own in zip(parts, known, strict=True) if own)
             inside = join(inner, parts)
             return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *inside))
 
     again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
     return again(split)
+
+
+def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """One of several branches, each with the changed weights."""
+    index, *operands = values
+    if isinstance(index, Lazy):
+        return None
+    split, join = _parts(operands)
+    known = [trace.knows(x) for x in operands]
+
+    def thinly(jaxpr: Any) -> Callable[[Any], Any]:
+        def branch(parts: Any) -> Any:
+            with thin(trace.known) as inner:
+                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+                return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
+
+        return branch
+
+    return jax.lax.switch(index, [thinly(jaxpr) for jaxpr in params["branches"]], split)
 
 
 def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list[Any]]]:
@@ -465,9 +541,11 @@ def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     length = params["length"]
     stacked = [x.changed.layers(length) if isinstance(x, Lazy) else x for x in xs]
     rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
+    known = [trace.knows(x) for x in xs]
 
     def body(carry: Any, rows: Any) -> Any:
-        with thin(trace.recording) as inner:
+        with thin(trace.known) as inner:
+            inner.learn(row for row, own in zip(rows, known, strict=True) if own)
             inside = [
                 Lazy(
                     inner,
@@ -515,6 +593,8 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "sharding_constraint": _constraint,
     "mul": _multiply,
+    "div": _divide,
+    "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
     "dot_general": _product(multiplied),
     "conv_general_dilated": _product(convolved),
     "ragged_dot_general": _product(grouped),
@@ -523,4 +603,5 @@ RULES: dict[str, Rule] = {
     "remat2": _remat,
     "checkpoint": _remat,
     "scan": _scan,
+    "cond": _cond,
 }

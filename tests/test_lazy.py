@@ -1,0 +1,314 @@
+"""Changed weights by themselves: their axes, their views, and their products."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.arrays import double, drawn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
+from adapters_jax.weights.changes import RANK, Changed, Factor, LowRank, Scale
+from adapters_jax.weights.lazy import Lazy, Read, formed, thin
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+F = frozenset
+
+
+# --- axes
+
+
+def read(how, inputs=(), shared=(), outputs=(), window=()):
+    return Read("op", how, F(inputs), F(shared), F(outputs), F(window))
+
+
+@pytest.mark.parametrize(
+    ("reads", "ndim", "axes"),
+    [
+        ([], 2, Axes((0,), (1,))),
+        ([], 3, Axes((0, 1), (2,))),
+        ([read("product", {1}, (), {0})], 2, Axes((1,), (0,))),
+        ([read("sum"), read("product", {1}, (), {0})], 2, Axes((1,), (0,))),
+        ([read("product", {0, 1}, (), {2}, {0})], 3, Axes((0, 1), (2,), (), (0,))),
+        ([read("product", {1}, {0}, {2})], 3, Axes((1,), (2,), (0,))),
+        (
+            [read("product", {1}, (), {0}), read("lookup", {0}, (), {1})],
+            2,
+            Axes((0,), (1,), lookup=True),
+        ),
+        (
+            [read("product", {1}, (), {0, 2}), read("product", {2}, {0}, {1})],
+            3,
+            Axes((1,), (2,), (0,)),
+        ),
+    ],
+)
+def test_the_roles_of_axes_by_reads(reads, ndim, axes):
+    assert from_reads(reads, ndim) == axes
+
+
+def test_layer_axes_that_the_reads_do_not_show_are_the_first():
+    assert from_reads([read("product", {0, 1}, (), {2})], 3, layers=1) == Axes((1,), (2,), (0,))
+    assert from_reads([], 3, layers=1) == Axes((1,), (2,), (0,))
+    assert from_reads([read("product", {0}, {1}, {2})], 3, layers=1) == Axes((0,), (2,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("weight", "axes", "a", "b", "sizes", "text"),
+    [
+        ((4, 5), Axes((0,), (1,)), (4, 2), (2, 5), (4, 5, 1), "0>1"),
+        ((5, 4), Axes((1,), (0,)), (4, 2), (2, 5), (4, 5, 1), "1>0"),
+        ((3, 4, 5), Axes((0, 1), (2,), (), (0,)), (3, 4, 2), (2, 5), (12, 5, 1), "01>2"),
+        ((3, 4, 5), Axes((0,), (1, 2)), (3, 2), (2, 4, 5), (3, 20, 1), "0>12"),
+        ((3, 4, 5), Axes((1,), (2,), (0,)), (3, 4, 2), (3, 2, 5), (4, 5, 3), "0;1>2"),
+        ((3, 4, 5), Axes((2,), (0,), (1,)), (4, 5, 2), (4, 2, 3), (5, 3, 4), "1;2>0"),
+    ],
+)
+def test_the_shapes_of_factors_and_back(weight, axes, a, b, sizes, text):
+    assert (axes.a_shape(weight, 2), axes.b_shape(weight, 2)) == (a, b)
+    assert axes.sizes(weight) == sizes
+    assert axes.text == text
+    bare = Axes(axes.inputs, axes.outputs, axes.shared)
+    assert from_text(text) == bare
+    found = from_factors(a, b, weight)
+    assert (found.a_shape(weight, 2), found.b_shape(weight, 2)) == (a, b)
+    assert found == bare  # all sizes differ, so nothing else fits
+    matrix = drawn(weight)
+    as_matrix = axes.as_matrix(matrix)
+    assert as_matrix.shape == (*(weight[i] for i in axes.shared), sizes[0], sizes[1])
+    np.testing.assert_array_equal(axes.from_matrix(as_matrix, weight), matrix)
+    norm = np.sqrt((double(matrix) ** 2).sum(axes.inputs))
+    left = [i for i in range(len(weight)) if i not in axes.inputs]
+    norm = norm.transpose([left.index(i) for i in (*axes.shared, *axes.outputs)])
+    np.testing.assert_allclose(axes.norm(matrix), norm, rtol=1e-5)
+
+
+def test_factors_that_fit_no_weight():
+    for a, b in (((4, 2), (3, 5)), ((3, 2), (2, 5)), ((4, 2), (2, 6)), ((4,), (5,))):
+        assert from_factors(a, b, (4, 5)) is None
+    assert from_factors((4, 2), (2, 3), (4, 5), widths=False) == Axes((0,), (1,))
+    square = from_factors((4, 2), (2, 4), (4, 4))
+    assert square == Axes((0,), (1,))  # of several the first; others have their roles in the path
+
+
+def test_the_axes_that_a_scale_has():
+    assert last_axes((5,), (4, 5), before=False) == (1,)
+    assert last_axes((4,), (4, 5), before=True) == (0,)
+    assert last_axes((4,), (4, 4), before=False) == (1,)
+    assert last_axes((4,), (4, 4), before=True) == (0,)
+    assert last_axes((3, 5), (3, 4, 5), before=False) == (0, 2)
+    assert last_axes((7,), (4, 5), before=False) is None
+
+
+# --- views of changed weights
+
+
+def low_rank(shape, axes, seed=0, rank=2, start=None, width=None):
+    """A change with factors that are nowhere zero, and the weight that it makes in float64."""
+    b_shape = list(axes.b_shape(shape, rank))
+    if width:
+        b_shape[-1] = width
+    a, b = drawn(axes.a_shape(shape, rank), seed + 1), drawn(b_shape, seed + 2)
+    return LowRank(Factor(jnp.asarray(a), axes.a), Factor(jnp.asarray(b), axes.b), start)
+
+
+def plain(changed):
+    """The changed weight in float64, by numpy alone."""
+    whole = double(changed.base)
+    for change in changed.changes:
+        if isinstance(change, Scale):
+            axes = change.by.axes
+            order = np.argsort(axes)
+            by = double(change.by.array).transpose(order)
+            whole = whole * np.expand_dims(by, [i for i in range(whole.ndim) if i not in axes])
+            continue
+        letters = "abcdefg"[: whole.ndim]
+        names = [
+            "".join("z" if i == RANK else letters[i] for i in factor.axes)
+            for factor in change.factors
+        ]
+        both = [c for c in letters if any(c in name for name in names)]
+        arrays = [double(f.array) for f in change.factors]
+        part = np.einsum(f"{names[0]},{names[1]}->{''.join(both)}", *arrays)
+        part = np.expand_dims(part, [i for i, c in enumerate(letters) if c not in both])
+        if change.start:
+            axis, first = change.start
+            where = [slice(None)] * whole.ndim
+            where[axis] = slice(first, first + part.shape[axis])
+            whole[tuple(where)] += part
+        else:
+            whole = whole + part
+    return whole
+
+
+DENSE = Axes((0,), (1,))
+
+
+def some_changed():
+    """A weight (4, 6) with a change, a scale of its outputs, and a change of a range."""
+    shape = (4, 6)
+    scale = Scale(Factor(jnp.asarray(drawn(6, 9)), (1,)))
+    ranged = low_rank(shape, DENSE, 5, start=(1, 2), width=3)
+    return Changed.of(jnp.asarray(drawn(shape)), (low_rank(shape, DENSE), scale, ranged))
+
+
+def test_the_sum_is_that_of_numpy():
+    changed = some_changed()
+    np.testing.assert_allclose(changed.formed(), plain(changed), **CLOSE)
+    assert np.abs(plain(changed) - double(changed.base)).mean() > 0.5
+    half = Changed.of(changed.base.astype(jnp.bfloat16), changed.changes[:1])
+    exact = plain(half)
+    assert half.formed().dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half.formed(), exact.astype(np.float32).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("new", "kept"),
+    [
+        ((4, 2, 3), True),
+        ((2, 2, 6), True),
+        ((1, 4, 6), True),
+        ((4, 1, 6), True),
+        ((24,), False),
+        ((2, 12), False),
+        ((8, 3), False),
+    ],
+)
+def test_reshapes_keep_a_change_where_its_axes_stay_apart(new, kept):
+    shape = (4, 6)
+    changed = Changed.of(jnp.asarray(drawn(shape)), (low_rank(shape, DENSE),))
+    found = changed.reshaped(new)
+    assert (found is not None) == kept
+    if found is not None:
+        np.testing.assert_allclose(found.formed(), plain(changed).reshape(new), **CLOSE)
+
+
+def test_reshapes_of_ranges():
+    changed = some_changed()
+    assert changed.reshaped((4, 2, 3)) is None  # the range is no range of two axes
+    found = changed.reshaped((2, 2, 6))
+    np.testing.assert_allclose(found.formed(), plain(changed).reshape(2, 2, 6), **CLOSE)
+
+
+def test_transpositions_and_slices():
+    changed = some_changed()
+    turned = changed.transposed((1, 0))
+    np.testing.assert_allclose(turned.formed(), plain(changed).T, **CLOSE)
+    cut = lambda w, where: jax.lax.slice_in_dim(w, 1, 3, axis=where[0]) if 0 in where else w  # noqa: E731
+    np.testing.assert_allclose(changed.sliced(cut, [0]).formed(), plain(changed)[1:3], **CLOSE)
+    assert changed.sliced(cut, [1]) is None  # a range is cut no further
+
+
+@pytest.mark.parametrize("axes", [Axes((1,), (2,), (0,)), Axes((0, 1), (2,)), Axes((1,), (0, 2))])
+def test_layers_of_a_stack(axes):
+    shape = (3, 4, 5)
+    scale = Scale(Factor(jnp.asarray(drawn((3, 5), 9)), (0, 2)))
+    changed = Changed.of(jnp.asarray(drawn(shape)), (low_rank(shape, axes), scale))
+    layers = changed.layers(3)
+    for i in range(3):
+        layer = layers.layer(jax.tree.map(lambda x, i=i: x[i], layers.rows))
+        assert layer.shape == (4, 5)
+        np.testing.assert_allclose(layer.formed(), plain(changed)[i], **CLOSE)
+
+
+def test_ranges_of_layers_are_formed():
+    ranged = low_rank((5, 6), Axes((1,), (0,)), start=(0, 1), width=2)
+    changed = Changed.of(jnp.ones((5, 6)), (ranged,))
+    layers = changed.layers(5)
+    got = [layers.layer(jax.tree.map(lambda x, i=i: x[i], layers.rows)).formed() for i in range(5)]
+    np.testing.assert_allclose(got, plain(changed), **CLOSE)
+
+
+# --- any chain of views, then a product
+
+SHAPE = (2, 4, 6)
+ROLES = [
+    Axes(inputs, outputs, shared)
+    for order in itertools.permutations(range(3))
+    for inputs, outputs, shared in (
+        (order[:1], order[1:2], order[2:]),
+        (tuple(sorted(order[:2])), order[2:], ()),
+        (order[:1], tuple(sorted(order[1:])), ()),
+    )
+]
+
+
+@st.composite
+def views(draw):
+    """A chain of ways to look at a weight of SHAPE, each a function and what it is of."""
+    shape, steps, rough = SHAPE, [], False
+    for kind in draw(
+        st.lists(
+            st.sampled_from(["turn", "merge", "split", "cut", "index", "cast", "new"]), max_size=4
+        )
+    ):
+        n = len(shape)
+        if kind == "turn":
+            order = tuple(draw(st.permutations(range(n))))
+            steps.append(lambda w, order=order: jnp.transpose(w, order))
+            shape = tuple(shape[i] for i in order)
+        elif kind == "merge" and n > 1:
+            i = draw(st.integers(0, n - 2))
+            shape = (*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :])
+            steps.append(lambda w, shape=shape: jnp.reshape(w, shape))
+        elif kind == "split" and any(size % 2 == 0 and size > 2 for size in shape) and n < 4:
+            i = next(i for i, size in enumerate(shape) if size % 2 == 0 and size > 2)
+            shape = (*shape[:i], 2, shape[i] // 2, *shape[i + 1 :])
+            steps.append(lambda w, shape=shape: jnp.reshape(w, shape))
+        elif kind == "cut":
+            i = draw(st.integers(0, n - 1))
+            start = draw(st.integers(0, shape[i] - 1))
+            steps.append(lambda w, i=i, a=start: jax.lax.slice_in_dim(w, a, None, axis=i))
+            shape = (*shape[:i], shape[i] - start, *shape[i + 1 :])
+        elif kind == "index" and n > 1:
+            at = draw(st.integers(0, shape[0] - 1))
+            steps.append(lambda w, at=at: w[at])
+            shape = shape[1:]
+        elif kind == "cast":
+            steps.append(lambda w: w.astype(jnp.float16).astype(jnp.float32))
+            rough = True
+        elif kind == "new" and n < 4:
+            steps.append(lambda w: w[None])
+            shape = (1, *shape)
+    contracted = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True))
+    batch = [i for i in range(len(shape)) if i not in contracted and draw(st.booleans())]
+    return (steps, shape, contracted, batch), rough
+
+
+def use(steps, shape, contracted, batch, w):
+    """The views of a weight, then its product with an input."""
+    for step in steps:
+        w = step(w)
+    letters = "abcdefg"[: len(shape)]
+    inner, outer = ("".join(letters[i] for i in axes) for axes in (contracted, batch))
+    x = jnp.asarray(drawn([3, *(shape[i] for i in (*contracted, *batch))], 5))
+    out = "".join(c for c in letters if c not in inner)
+    return jnp.einsum(f"z{inner}{outer},{letters}->z{out}", x, w)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(views(), st.sampled_from(ROLES), st.booleans())
+def test_any_chain_of_views_and_a_product_is_that_of_the_sum(drawn_chain, axes, scaled):
+    chain, rough = drawn_chain
+    base = jnp.asarray(drawn(SHAPE))
+    change = low_rank(SHAPE, axes)
+    changes = (change, Scale(Factor(jnp.asarray(drawn(6, 8)), (2,)))) if scaled else (change,)
+
+    def lazily(changes):
+        with thin() as trace:
+            return formed(use(*chain, Lazy(trace, Changed.of(base, changes))))
+
+    def summed(changes):
+        return use(*chain, Changed.of(base, changes).formed())
+
+    def with_gradient(function):
+        y, back = jax.vjp(function, changes)
+        return y, *jax.tree.leaves(back(jnp.ones_like(y)))
+
+    got, expected = jax.jit(lambda: (with_gradient(lazily), with_gradient(summed)))()
+    for a, b in zip(got, expected, strict=True):
+        # A cast to half precision rounds the sum and its parts apart.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=0.05 if rough else 2e-4)
