@@ -197,8 +197,8 @@ def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
 
 
 def _meets(leaf: Tracked) -> bool:
-    """Whether a leaf meets an input in a product or lookup."""
-    return any(read.inputs for read in leaf.reads)
+    """Whether a leaf meets an input in a product or lookup that reaches the model's outputs."""
+    return leaf.reaches and any(read.inputs for read in leaf.reads)
 
 
 def _named(targets: Sequence[str], path: str) -> bool:
@@ -261,19 +261,29 @@ def check_targets(
             usable = list(leaves)
         elif isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
-            other |= dict.fromkeys(modules, None)
+            other |= {
+                path: "none of its weights meets an input that reaches the model's outputs"
+                if _named(method.targets, path)
+                else None
+                for path in modules
+            }
             other |= {path: why_not(method, path, x, reads, layers) for path, x in leaves.items()}
         else:
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
             other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
-        unusable = {path: why for path, why in other.items() if path not in set(usable)}
+        fitting = set(usable)
+        unusable = {path: why for path, why in other.items() if path not in fitting}
         require_points(method, usable, unusable, targeted)
 
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
     meeting = {path for path, leaf in reads.items() if _meets(leaf)}
-    named = {path for path, leaf in reads.items() if leaf.reads and _named(method.targets, path)}
+    named = {
+        path
+        for path, leaf in reads.items()
+        if leaf.reads and leaf.reaches and _named(method.targets, path)
+    }
     return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
@@ -304,6 +314,8 @@ def why_not(
         return None  # a bias
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
+    if not reads[path].reaches and seen:
+        return "the model's outputs do not depend on it, so that an adapter could not act"
     if not seen:
         return "the example inputs run nothing that reads it; pass a method=... that does"
     return "it meets no input in a product or lookup; name it by its own path to adapt it"

@@ -145,6 +145,7 @@ def test_to_dict_is_json_and_holds_everything():
         "formula": "2*(4 + 6)",
         "expected": 20,
         "actual": 20,
+        "reads": [],
     }
 
 
@@ -328,3 +329,40 @@ def test_boxed_parameters_are_counted():
     audit = aj.audit(aj.Recipe(aj.LoRA("**", 2)), params)
     assert (audit.adapter_parameters, audit.frozen_parameters) == (20, 24)
     np.testing.assert_allclose(audit.percent, 100 * 20 / 24)
+
+
+class Reads(nn.Module):
+    """A tied embedding, a layer, and a weight that is normalised before its product."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(20, 8, name="embed")
+        x = nn.Dense(8, name="dense")(embed(ids))
+        w = self.param("w", nn.initializers.lecun_normal(), (8, 8))
+        x = x @ (w - w.mean(0, keepdims=True))
+        return x @ embed.embedding.T
+
+
+def test_with_inputs_it_shows_how_each_changed_weight_is_computed():
+    ids = jnp.ones((2, 3), jnp.int32)
+    params = jax.eval_shape(Reads().init, jax.random.key(0), ids)["params"]
+    model = aj.adapt(Reads(), aj.LoRA("**", 2))
+    params = aj.init_adapters(model, params, jax.random.key(1), ids)
+    plain = aj.audit(model, params)
+    assert all(entry.reads == () for entry in plain.entries)
+    audit = aj.audit(model, params, inputs=(ids,))
+    reads = {entry.path: entry.reads for entry in audit.entries}
+    assert reads == {
+        "": ("reduce_sum: sum", "sub: sum"),
+        "dense": ("dot_general: thin",),
+        "embed": ("gather: thin", "dot_general: thin"),
+    }
+    assert audit.computed() == [
+        "computed thin: 2 of 3 changed weights",
+        "(the model itself) is read by reduce_sum: sum, sub: sum",
+        "embed is read by gather: thin, dot_general: thin",
+    ]
+    assert audit.totals()[:2] == plain.totals()[:2]
+    other = aj.adapt(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), aj.LoRA("**", 2), rngs=nnx.Rngs(1))
+    (entry,) = aj.audit(other, inputs=aj.inputs(jnp.ones((1, 8)))).entries
+    assert entry.reads == ("dot_general: thin",)

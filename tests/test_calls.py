@@ -104,6 +104,14 @@ def test_every_way_into_a_linen_model_has_its_adapters(name):
     np.testing.assert_allclose(jitted(params), expected, **CLOSE)
 
 
+def test_looking_for_an_evaluation_flag_reads_no_weights():
+    """`setup` of the model itself reads a raw weight, which must be the changed one."""
+    method = aj.LoRA("**", 2, 3.0, dropout=0.5)
+    model, params, merged = adapted(Autoencoder(), X, method=method)
+    expected = Autoencoder().apply({"params": merged}, X)
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, **CLOSE)
+
+
 def test_a_method_by_its_name():
     model, params, merged = adapted(Autoencoder(), X)
     for name, x in (("encode", X), ("decode", H)):

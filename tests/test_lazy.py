@@ -50,6 +50,12 @@ def test_the_roles_of_axes_by_reads(reads, ndim, axes):
     assert from_reads(reads, ndim) == axes
 
 
+def test_layer_axes_that_the_reads_do_not_show_are_the_first():
+    assert from_reads([read("product", {0, 1}, (), {2})], 3, layers=1) == Axes((1,), (2,), (0,))
+    assert from_reads([], 3, layers=1) == Axes((1,), (2,), (0,))
+    assert from_reads([read("product", {0}, {1}, {2})], 3, layers=1) == Axes((0,), (2,), (1,))
+
+
 @pytest.mark.parametrize(
     ("weight", "axes", "a", "b", "sizes", "text"),
     [

@@ -3,8 +3,12 @@
 import warnings
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import linen as nn
 from helpers.finished import decoder_run, encoder_run
 from helpers.trained import trained
 from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
@@ -12,7 +16,9 @@ from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors
+from adapters_jax.interop.peft import TENSORS, load_peft, save_peft
+from adapters_jax.models import llama
 from adapters_jax.models.llama import Llama
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
@@ -21,6 +27,7 @@ transformers = pytest.importorskip("transformers", reason=WHY)
 peft = pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+IDS = np.array([[2, 5, 9, 7, 3], [2, 8, 12, 4, 3]])
 FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 RECIPES = {
     "bert": [
@@ -33,6 +40,8 @@ RECIPES = {
         aj.lora(4, 8.0),  # query and value, which have no A in common
         aj.lora(2, dora=True, targets=("**/{query,key,value}", "**/mlp/output/dense")),
         aj.ia3(),  # key and value, two parts of three
+        aj.Recipe(aj.LoRA("**/{word,position}", 2, 6.0), aj.LoRA("**/query", 3)),  # word is tied
+        aj.Recipe(aj.LoRA("**/query", 3), aj.Unfreeze("**/word/*")),
         aj.lora(3, targets="**/attention/*", rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
     ],
     "llama": [
@@ -78,7 +87,10 @@ def test_what_is_trained_here_has_the_same_logits_in_peft(base, index, tmp_path)
     assert np.abs(seen(base, plain) - seen(base, logits)).max() > 1e-2
 
 
-@pytest.mark.parametrize("fixture", [name for name in FIXTURE_NAMES if not name.startswith("net")])
+ON_CHECKPOINTS = [name for name in FIXTURE_NAMES if name.split("_")[0] not in ("net", "moe")]
+
+
+@pytest.mark.parametrize("fixture", ON_CHECKPOINTS)
 def test_what_came_from_peft_goes_back(fixture, tmp_path):
     base = fixture.split("_")[0]
     names, _, params, _ = base_of(fixture)
@@ -113,3 +125,139 @@ def test_converted_runs_have_the_same_logits_in_peft(tmp_path, monkeypatch):
     wanted = load_generator("runs/meanings").model(ids % 12)
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     assert np.abs(plain - wanted).max() > 0.1
+
+
+class TheirExperts(torch.nn.Module):
+    """Two layers of experts with a linear layer, in the layouts that models in PyTorch have."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, inputs, hidden, swapped, is_transposed):
+            super().__init__()
+            self.swapped = swapped
+            for name, shape in (("up", (inputs, hidden)), ("down", (hidden, inputs))):
+                shape = shape[::-1] if swapped else shape
+                setattr(self, name, torch.nn.Parameter(torch.randn(3, *shape)))
+            if is_transposed:
+                self.is_transposed = True
+
+        def forward(self, x):
+            up, down = (w.transpose(1, 2) if self.swapped else w for w in (self.up, self.down))
+            return torch.bmm(torch.relu(torch.bmm(x, up)), down)
+
+    def __init__(self, inputs, *args):
+        super().__init__()
+        self.experts = self.Experts(inputs, *args)
+        self.gate = torch.nn.Linear(inputs, inputs)
+
+    def forward(self, x):
+        return self.gate(self.experts(x))
+
+
+class OurExperts(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        inputs = x.shape[-1]
+        init = nn.initializers.normal()
+        up = self.param("up", init, (3, inputs, self.hidden))
+        down = self.param("down", init, (3, self.hidden, inputs))
+        x = nn.relu(jnp.einsum("ecd,edf->ecf", x, up))
+        return nn.Dense(inputs, name="gate")(jnp.einsum("ecf,efd->ecd", x, down))
+
+
+@pytest.mark.parametrize("hidden", [6, 4])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_experts_compute_and_merge_as_in_peft(swapped, is_transposed, hidden, tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(TheirExperts(4, hidden, swapped, is_transposed))
+    tensors = {name: x.detach().numpy().copy() for name, x in base.state_dict().items()}
+    names = NameTable(
+        (Rule("gate", "0.gate"),),
+        parameters=tuple(
+            ParameterRule(name, f"0.experts.{name}", swapped, is_transposed)
+            for name in ("up", "down")
+        ),
+    )
+    model, x = OurExperts(hidden), np.random.default_rng(0).normal(size=(3, 5, 4)).astype("f4")
+    like = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = from_tensors(tensors, names, like)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[],
+        target_parameters=["experts.up", "experts.down", "gate.weight"],
+        rank_pattern={"experts.up": 1},
+        alpha_pattern={"experts.down": 7},
+        init_lora_weights=False,
+    )
+    adapted = peft.get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = adapted(torch.tensor(x)).numpy()
+    recipe, adapters = load_peft(tmp_path / "theirs", names, params)
+    whole, ours = aj.merge_trees(adapters, params), aj.adapt(model, recipe)
+    got = ours.apply({"params": whole}, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(model.apply({"params": params}, x) - expected).max() > 0.1
+
+    ours_saved = save_peft(tmp_path / "ours", recipe, adapters, names, params)
+    theirs, back = (
+        safetensors.numpy.load_file(each / TENSORS) for each in (tmp_path / "theirs", ours_saved)
+    )
+    assert theirs.keys() == back.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+    fresh = torch.nn.Sequential(TheirExperts(4, hidden, swapped, is_transposed))
+    fresh.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()})
+    merged = peft.PeftModel.from_pretrained(fresh, ours_saved).merge_and_unload().state_dict()
+    values = from_tensors({k: v.detach().numpy() for k, v in merged.items()}, names, like)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5),
+        aj.merge(ours, whole, x),
+        values,
+    )
+
+
+def randomised(model):
+    """The model, with values in all that trains; tied parameters have one storage."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_tied_embeddings_of_llama_go_both_ways(fields, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig.from_pretrained(BASES / "llama")
+    config.tie_word_embeddings = True
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    _, model = llama.load_llama(tmp_path / "base")
+
+    def logits(adapted):
+        with torch.no_grad():
+            return adapted.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
+
+    def their_base():
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+
+    lora = peft.LoraConfig(r=2, lora_alpha=3, ensure_weight_tying=True, **fields)
+    theirs = randomised(peft.get_peft_model(their_base(), lora))
+    theirs.save_pretrained(tmp_path / "theirs")
+    recipe, adapters = load_peft(tmp_path / "theirs", llama.NAMES, model)
+    native = aj.save_adapter(tmp_path / "native", adapters, recipe)
+    np.testing.assert_allclose(aj.load_adapter(native, model)(IDS), logits(theirs), atol=1e-4)
+    assert np.abs(logits(their_base()) - logits(theirs)).max() > 1
+    ours = save_peft(tmp_path / "ours", recipe, adapters, llama.NAMES, model)
+    again = peft.PeftModel.from_pretrained(their_base(), ours)
+    np.testing.assert_allclose(logits(again), logits(theirs), atol=1e-6)

@@ -41,6 +41,7 @@ OTHER = {
         "init_std": 0.0,
         "norm_before": True,
         "norm_after": True,
+        "output": "0/hidden",
     },
     "lora": {
         "targets": ("a", "{b,c}"),

@@ -14,6 +14,7 @@ import adapters_jax as aj
 from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.presets import LAYER_NORMS, OUTPUTS
 from adapters_jax.recipe import checked_before, require_points
+from adapters_jax.trees import flatten
 
 D, R = 4, 2
 X = jnp.ones((3, D))
@@ -348,3 +349,44 @@ def test_the_parts_of_a_recipes_other_patterns_must_match_a_target():
     with raises(aj.TargetError, "IA3 feed_forward: '**/kye' of target"):
         wrong = aj.IA3("**/query", feed_forward=("**", "!{layer_0/**,**/kye}"))
         require_points(wrong, usable, {})
+
+
+# Adapters that could not act
+
+
+class Dead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        nn.Dense(D, name="dead")(x)
+        return nn.Dense(D, name="up")(x)
+
+
+class NnxDead(nnx.Module):
+    def __init__(self):
+        self.up, self.dead = (nnx.Linear(D, D, rngs=nnx.Rngs(i)) for i in range(2))
+        self.never = nnx.Linear(D, D, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        self.dead(x)
+        return self.up(x)
+
+
+def adapted_dead(api, targets):
+    if api == "linen":
+        params = jax.eval_shape(Dead().init, jax.random.key(0), X)["params"]
+        model = aj.adapt(Dead(), aj.LoRA(targets, R))
+        return set(flatten(aj.init_adapters(model, params, jax.random.key(1), X)))
+    model = aj.adapt(NnxDead(), aj.LoRA(targets, R), rngs=nnx.Rngs(1), example_inputs=(X,))
+    return set(flatten(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_an_adapter_on_a_weight_that_the_outputs_do_not_depend_on_is_an_error(api):
+    for target in ("dead", "dead/kernel") + (("never",) if api == "nnx" else ()):
+        with raises(aj.TargetError, f"'{target}'", f"{target} ("):
+            adapted_dead(api, target)
+    found = []
+    (text,) = warned(lambda: found.append(adapted_dead(api, "**")))
+    assert "dead/kernel (" in text and "up" not in text
+    added = {path for path in found[0] if "/lora/" in path}
+    assert added == {"up/lora/a", "up/lora/b"}

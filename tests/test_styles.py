@@ -337,11 +337,25 @@ STYLES = {
         {"w": (4, 5)},
         lambda w, x: jax.lax.cond(x[0, 0] > 9, lambda w: x @ w, lambda w: 2 * (x @ w), w["w"]),
         lambda w, x: 2 * (x @ w["w"]),
+        {"w": ("lora", (), (0,))},
+    ),
+    "switched": Style(
+        {"w": (3, 4, 5)},
+        lambda w, x: jax.lax.switch(1, [lambda i=i: x @ w["w"][i] for i in range(3)]),
+        lambda w, x: x @ w["w"][1],
+        {"w": ("lora", (0,), (1,))},
+    ),
+    "repeated_until": Style(
+        {"w": (4, 4)},
+        lambda w, x: jax.lax.while_loop(
+            lambda state: state[0] < 2, lambda state: (state[0] + 1, state[1] @ w["w"]), (0, x)
+        )[1],
+        lambda w, x: x @ w["w"] @ w["w"],
         {"w": ("lora/w", (), (0,))},
         how="sum",
         targets="w",
     ),
-    "while_loop": Style(
+    "counted_loop": Style(
         {"w": (4, 4)},
         lambda w, x: jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w["w"]), x),
         lambda w, x: np.tanh(np.tanh(x @ w["w"]) @ w["w"]),

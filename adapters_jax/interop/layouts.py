@@ -47,6 +47,23 @@ class ModuleReference:
         return self.shape[-1]
 
 
+@dataclass(frozen=True)
+class ParameterReference:
+    """A parameter that a module of ours holds itself, as the counterpart of one in PyTorch.
+
+    Attributes:
+        path: its path in our model.
+        shape: its shape, `(in, out)` or `(experts, in, out)`.
+        swapped: whether theirs has the last two axes the other way round.
+        is_transposed: whether their module says that it is `(experts, in, out)`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    swapped: bool
+    is_transposed: bool
+
+
 def our_factors(
     reference: ModuleReference, a: Array, b: Array, magnitude: Array | None = None
 ) -> dict[str, Array] | None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop.layouts import Array, ModuleReference
+from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference
 from adapters_jax.interop.names import NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
@@ -37,9 +37,11 @@ class ModuleMap:
         base: the base's arrays by path.
         prefixes: prefixes that their names may have.
         fan_in_fan_out: whether their linear weights are `(in, out)`.
-        tied: whether the word embeddings are also the output layer.
+        tied: their output layer and their embedding where these are one weight; else None.
         scanned: the number of layers that the base scans, 0 if it unrolls them. Paths are always
             those of unrolled layers.
+        parameters: our parameters by their name without prefix, those of one of their modules in
+            the order in which it defines them.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -47,8 +49,9 @@ class ModuleMap:
     base: Mapping[str, Any]
     prefixes: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
-    tied: bool = False
+    tied: tuple[str, str] | None = None
     scanned: int = 0
+    parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -76,7 +79,9 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
 
     Args:
         names: the model's table, or a mapping from their module names to our paths: a tuple of
-            paths where theirs fuses ours, an attention module's path for prompts.
+            paths where theirs fuses ours, an attention module's path for prompts; or from the name
+            of a parameter to ours. Two names for one embedding are the embedding's, and then that
+            of the output layer that is tied to it.
         base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
 
     Raises:
@@ -102,7 +107,11 @@ def _by_table(
 ) -> ModuleMap:
     modules: dict[str, list[ModuleReference]] = {}
     attention = {}
-    for path, leaves in by_path.items():
+    raw = {path: own for path in base if (own := names.parameter(path))}
+    for path, every in by_path.items():
+        leaves = {name: leaf for name, leaf in every.items() if f"{path}/{name}" not in raw}
+        if not leaves:
+            continue
         try:
             source = names.module(path)
         except UserError:
@@ -110,14 +119,28 @@ def _by_table(
         modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
-    if not modules:
+    if not modules and not raw:
         raise UserError(
             f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
             "of the model's package, and the parameters of that model"
         )
     ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
-    tied = r"lm_head\.weight" in names.ignored and "lm_head" not in modules
-    return ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
+    tied = names.tied
+    if tied and (tied[0] in modules or tied[1] not in modules):
+        tied = None
+    parameters = {
+        name: _parameter(path, base[path], *names.parameters[number][2:])
+        for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
+    }
+    module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
+    return replace(module_map, parameters=parameters)
+
+
+def _parameter(
+    path: str, leaf: Any, swapped: bool = False, is_transposed: bool | None = None
+) -> ParameterReference:
+    said = not swapped if is_transposed is None else is_transposed
+    return ParameterReference(path, tuple(leaf.shape), swapped, said)
 
 
 def _index(reference: ModuleReference) -> int:
@@ -129,23 +152,31 @@ def _by_mapping(
     by_path: Mapping[str, Mapping[str, Any]],
     base: Mapping[str, Any],
 ) -> ModuleMap:
-    modules, attention, problems = {}, {}, []
+    modules, attention, parameters, problems = {}, {}, {}, []
+    named: dict[str, str] = {}
+    tied = None
     for theirs, ours in names.items():
         paths = [ours] if isinstance(ours, str) else list(ours)
-        if all(path in by_path for path in paths):
+        other = named.setdefault(paths[0], theirs)
+        if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
+            tied = (theirs, other)
+        elif all(path in by_path for path in paths):
             parts = [(i, len(paths)) if len(paths) > 1 else None for i in range(len(paths))]
             pairs = zip(paths, parts, strict=True)
             modules[theirs] = tuple(
                 ModuleReference(path, by_path[path], part) for path, part in pairs
             )
+        elif len(paths) == 1 and paths[0] in base:
+            kernel = paths[0].endswith("/kernel")
+            parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)
         elif len(paths) == 1 and any(path.startswith(f"{paths[0]}/") for path in by_path):
             attention[theirs] = paths[0]
         else:
-            near = difflib.get_close_matches(paths[0], by_path, 3) or list(by_path)[:3]
+            near = difflib.get_close_matches(paths[0], [*by_path, *base], 3) or list(by_path)[:3]
             problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
     if problems:
         raise UserError(f"names maps to paths that the base does not have: {'; '.join(problems)}")
-    return ModuleMap(modules, attention, base)
+    return ModuleMap(modules, attention, base, tied=tied, parameters=parameters)
 
 
 @dataclass(frozen=True)

@@ -31,22 +31,50 @@ class Rule(NamedTuple):
     part: tuple[int, int] | None = None
 
 
+class ParameterRule(NamedTuple):
+    """One line of a `NameTable` for a parameter that a module holds itself, such as its experts'.
+
+    Attributes:
+        ours: a pattern over the paths of our parameters.
+        theirs: the whole name of their parameter, `layers.0.mlp.experts.down_proj`.
+        swapped: whether its last two axes are the other way round than ours.
+        is_transposed: the attribute of this name of their module, by which PEFT tells a stack of
+            matrices `(experts, in, out)`, True, from `(experts, out, in)`. None where it tells the
+            truth if ours is `(experts, in, out)`; say False for a stack `(experts, in, out)` in a
+            module that does not have the attribute, such as Llama 4's.
+    """
+
+    ours: str
+    theirs: str
+    swapped: bool = False
+    is_transposed: bool | None = None
+
+
 class Source(NamedTuple):
     """The tensor that one of our arrays comes from, and how its axes differ from ours."""
 
     name: str
     transposed: bool = False
     part: tuple[int, int] | None = None
+    swapped: bool = False
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of their tensor if ours has `shape`."""
         if self.part:
             shape = (*shape[:-1], shape[-1] * self.part[1])
+        if self.swapped:
+            return (*shape[:-2], shape[-1], shape[-2])
         return shape[::-1] if self.transposed else shape
+
+    def turn(self, array: np.ndarray) -> np.ndarray:
+        """Our array with its axes in their order, or theirs with its axes in ours."""
+        if self.swapped:
+            return np.swapaxes(array, -1, -2)
+        return array.T if self.transposed else array
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
         """Takes our array out of their tensor."""
-        tensor = tensor.T if self.transposed else tensor
+        tensor = self.turn(tensor)
         if self.part:
             index, count = self.part
             tensor = np.split(tensor, count, axis=-1)[index]
@@ -87,11 +115,15 @@ class NameTable:
         ignored: patterns of tensors that may remain unused, such as buffers and other heads.
         fan_in_fan_out: whether linear weights are stored `(in, out)` like ours, not `(out, in)`.
         stack: the model's names of unrolled and of scanned layers; None if it cannot scan them.
+        parameters: rules for parameters that modules hold themselves. Those of one module are in
+            the order in which PyTorch's module defines them, by which PEFT nests their factors.
+        tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
+            weight in a model that has no such output layer of its own.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
         >>> table.source("layer_3/query/kernel")
-        Source(name='layer.3.self.q.weight', transposed=True, part=None)
+        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False)
     """
 
     rules: tuple[Rule, ...]
@@ -99,6 +131,16 @@ class NameTable:
     ignored: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     stack: Stack | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    tied: tuple[str, str] | None = None
+
+    def parameter(self, path: str) -> tuple[int, str] | None:
+        """The number of the rule for our parameter at `path`, and its name; None without a rule."""
+        for number, rule in enumerate(self.parameters):
+            match = re.fullmatch(rule.ours, path)
+            if match:
+                return number, match.expand(rule.theirs)
+        return None
 
     def module(self, path: str) -> Source:
         """Their module for ours at `path`, without the leaf (`weight`, `bias`)."""
@@ -110,8 +152,10 @@ class NameTable:
 
     def source(self, path: str) -> Source:
         """Their tensor for our parameter at `path`."""
+        if own := self.parameter(path):
+            return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
-        name, _, part = self.module(module)
+        name, _, part, _ = self.module(module)
         transposed = leaf == "kernel" and not self.fan_in_fan_out
         return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
 
@@ -248,6 +292,5 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
                     f"{source.name} fuses several of our arrays, which to_tensors does not support."
                 )
             prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
-            turned = own.T if source.transposed else own
-            tensors[prefix + source.name] = np.ascontiguousarray(turned)
+            tensors[prefix + source.name] = np.ascontiguousarray(source.turn(own))
     return tensors

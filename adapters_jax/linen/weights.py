@@ -17,10 +17,11 @@ from adapters_jax.methods import arrays
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
-from adapters_jax.trees import Tree, flatten, unflatten
+from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lazy, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.reach import reaching
 
 
 def changed_weights(
@@ -101,7 +102,11 @@ def reads_of(
             )
             return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
 
-    jax.eval_shape(run, dict(variables))
+    traced = jax.make_jaxpr(run)(dict(variables))
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(dict(variables))]
+    for path, reaches in zip(paths, reaching(traced.jaxpr), strict=True):
+        if path.removeprefix("params/") in tracked and path.startswith("params/"):
+            tracked[path.removeprefix("params/")].reaches = reaches
     return tracked, interceptors[-1]
 
 

@@ -92,7 +92,7 @@ class IA3(LeafMethod):
         shape = shapes["scale"]
         for n in reversed(range(len(shape))):
             layers, own, rest = shape[:n], shape[n:], weight[n:]
-            ends = [len(rest)] if not self.scales_input(path) else range(len(own), len(rest))
+            ends = range(len(own), len(rest) + 1)
             if layers == weight[:n] and any(rest[e - len(own) : e] == own for e in ends):
                 return Count("*".join(map(str, own)), math.prod(own), math.prod(layers))
         return Count(f"an axis of {list(weight)}", 0)

@@ -17,13 +17,14 @@ from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
 from adapters_jax.recipe import Recipe
-from adapters_jax.trees import join
+from adapters_jax.trees import join, path_of
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
+from adapters_jax.weights.reach import reaching
 
 Layers = tuple[int, ...]
 
@@ -248,9 +249,14 @@ def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[st
     token = _RECORDER.set(record)
     try:
         with explained(model, inputs):
-            nnx.eval_shape(run, probe)
+            graphdef, state = nnx.split(probe)
+            traced = jax.make_jaxpr(lambda state: run(nnx.merge(graphdef, state)))(state)
     finally:
         _RECORDER.reset(token)
+    keys = jax.tree_util.tree_leaves_with_path(state)
+    for (key, _), reaches in zip(keys, reaching(traced.jaxpr), strict=True):
+        if path_of(key) in tracked:
+            tracked[path_of(key)].reaches = reaches
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))

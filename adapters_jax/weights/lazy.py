@@ -57,10 +57,12 @@ class Tracked:
     Attributes:
         path: the path of the leaf.
         reads: its reads so far.
+        reaches: whether the model's outputs depend on it.
     """
 
     path: str
     reads: list[Read] = field(default_factory=list)
+    reaches: bool = True
 
 
 _RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=None)
@@ -505,6 +507,25 @@ def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wher
     return again(split)
 
 
+def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """One of several branches, each with the changed weights."""
+    index, *operands = values
+    if isinstance(index, Lazy):
+        return None
+    split, join = _parts(operands)
+    known = [trace.knows(x) for x in operands]
+
+    def thinly(jaxpr: Any) -> Callable[[Any], Any]:
+        def branch(parts: Any) -> Any:
+            with thin(trace.known) as inner:
+                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+                return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
+
+        return branch
+
+    return jax.lax.switch(index, [thinly(jaxpr) for jaxpr in params["branches"]], split)
+
+
 def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list[Any]]]:
     """Values as a tree of plain arrays, and the function that makes them of it again."""
 
@@ -582,7 +603,7 @@ RULES: dict[str, Rule] = {
     "sharding_constraint": _constraint,
     "mul": _multiply,
     "div": _divide,
-    "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(-1.0), x.axes)),
+    "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
     "dot_general": _product(multiplied),
     "conv_general_dilated": _product(convolved),
     "ragged_dot_general": _product(grouped),
@@ -591,4 +612,5 @@ RULES: dict[str, Rule] = {
     "remat2": _remat,
     "checkpoint": _remat,
     "scan": _scan,
+    "cond": _cond,
 }

@@ -1,8 +1,9 @@
 """Adapters of Hugging Face PEFT, both ways.
 
-`lora`, `prompts` and `ia3` convert one `peft_type` each, and `kinds` is their registry. `trained`
-converts the base's own parameters that train beside them, `config` checks the settings, and `files`
-reads and writes the directory.
+`lora` with `lora_writing`, `prompts` and `ia3` convert one `peft_type` each, and `kinds` is their
+registry. `parameters` has the layout of factors of `target_parameters`. `trained` converts the
+base's own parameters that train beside them, `config` checks the settings, and `files` reads and
+writes the directory.
 """
 
 from adapters_jax.interop.peft.files import CONFIG, PICKLE, TENSORS, load_peft, save_peft

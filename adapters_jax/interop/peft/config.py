@@ -12,8 +12,9 @@ from adapters_jax.interop.directories import field_problems
 Config = Mapping[str, Any]
 ROOT = "base_model.model."
 TIED = (
-    "{}: PEFT adapts word embeddings alone, but this base ties its output layer to them, so the "
-    "factors would change both; leave them out, or use a model with tie_word_embeddings=False"
+    "{} is one weight with {} in this base, but the file changes one of them alone, or both "
+    "differently; train it in PEFT with ensure_weight_tying=True, or use a model with "
+    "tie_word_embeddings=False"
 )
 
 SUPPORTED = {
@@ -21,6 +22,7 @@ SUPPORTED = {
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
         *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
         *("layers_pattern", "bias", "modules_to_save", "init_lora_weights", "fan_in_fan_out"),
+        *("target_parameters", "ensure_weight_tying"),
     },
     "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
     "IA3": {
@@ -47,6 +49,8 @@ _ADVICE = (
     " (this initialisation changes the base; to convert it, call PEFT's save_pretrained with "
     "path_initial_model_for_weight_conversion)"
 )
+# What PEFT does not do on parameters.
+NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out")
 _NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
 _NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -57,6 +61,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
         "feedforward_modules": (str, list),
         "layers_pattern": (str, list),
         "layers_to_transform": (int, list),
+        "target_parameters": (list,),
+        "ensure_weight_tying": (bool,),
     },
 }
 
@@ -85,7 +91,14 @@ def config_problems(config: Config) -> list[str]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in SUPPORTED:
         return [f"peft_type={kind!r}, expected {' or '.join(SUPPORTED)}"]
-    return field_problems(config, SUPPORTED[kind], IDLE, _expected)
+    problems = field_problems(config, SUPPORTED[kind], IDLE, _expected)
+    if config.get("target_parameters"):
+        problems += [
+            f"{field}={config[field]!r} with target_parameters is not supported"
+            for field in NOT_ON_PARAMETERS
+            if config.get(field)
+        ]
+    return problems
 
 
 def _expected(field: str, found: Any) -> list[str]:
@@ -151,6 +164,16 @@ def is_target(config: Config, module: str) -> bool:
         return True  # PEFT chose the modules; the file's tensors show which
     exact = not isinstance(targets, str) and module in targets
     return exact or (_listed(targets, module) and _in_layers(config, module))
+
+
+def is_parameter(config: Config, name: str) -> bool:
+    """Whether PEFT adapts the parameter of this name as such, and not with its module.
+
+    Example:
+        >>> is_parameter({"target_parameters": ["experts.up"]}, "layers.0.experts.up")
+        True
+    """
+    return _listed(config.get("target_parameters") or [], name)
 
 
 def _listed(names: str | list[str], module: str) -> bool:

@@ -42,8 +42,12 @@ def load_peft(
             `models.llama`), or a mapping from PEFT's module names to our module paths:
             `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a module of PEFT's
             that fuses several of ours along its outputs; prompts need the attention module's path.
-            Only a `NameTable` can state that PyTorch stores weights as `(in, out)`, which matters
-            for weights that the file holds whole.
+            PEFT's `target_parameters` need the names of parameters, in the order in which PyTorch's
+            module defines them: `{"mlp.experts.gate_up_proj": "experts/gate_up_proj",
+            "mlp.experts.down_proj": "experts/down_proj"}`. Name an embedding that is also the
+            output layer twice, the embedding's name first. Only a `NameTable` can state how
+            PyTorch's axes lie: that its weights are `(in, out)`, which matters for those that the
+            file holds whole, and what a `ParameterRule` says.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module;
             their shapes tell the kinds of layers apart.
         revision: a branch, tag or commit on the Hub.
@@ -104,7 +108,9 @@ def save_peft(
     """Writes an adapter that PEFT loads; the directory appears whole or not at all.
 
     Where PEFT's module fuses several of ours (GPT-2's `c_attn`) that do not share one A, their
-    factors are written side by side, as one pair of a higher rank with the same product. Ranks and
+    factors are written side by side, as one pair of a higher rank with the same product. An
+    embedding that is also the output layer gets its pair for both, with `ensure_weight_tying`, and
+    parameters of modules, such as experts, become `target_parameters` of PEFT 0.20. Ranks and
     alphas that a pattern sets are written for every module by its whole name.
 
     Args:

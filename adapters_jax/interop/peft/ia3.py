@@ -92,7 +92,12 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
 
 
 def write(
-    recipe: Recipe, added: Added, module_map: ModuleMap, prefix: str | None, problems: list[str]
+    recipe: Recipe,
+    added: Added,
+    leaves: Mapping[str, Array],
+    module_map: ModuleMap,
+    prefix: str | None,
+    problems: list[str],
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Returns the fields, and the vector of every module."""
     tensors: dict[str, Array] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.module_map import ModuleMap, by_module, shortest
-from adapters_jax.interop.peft import ia3, lora, prompts
+from adapters_jax.interop.peft import ia3, lora, lora_writing, prompts
 from adapters_jax.interop.peft.config import ROOT, Config
 from adapters_jax.interop.peft.trained import Tensors, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
@@ -22,7 +22,8 @@ class Kind:
         methods: the names of the methods that it stores; a file has one of them.
         leaves: our leaf's name for each of PEFT's tensor names.
         read: returns methods and leaves by path, given configuration, added tensors and module map.
-        write: returns fields and tensors, given recipe, leaves by module, module map and prefix.
+        write: returns fields and tensors, given recipe, leaves by module and by path, module map
+            and prefix.
         trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
             as well as modules.
     """
@@ -35,7 +36,7 @@ class Kind:
 
 
 KINDS = {
-    "LORA": Kind(("lora", "dora"), lora.LEAVES, lora.read, lora.write, "biases"),
+    "LORA": Kind(("lora", "dora"), lora.LEAVES, lora.read, lora_writing.write, "biases"),
     "ADAPTION_PROMPT": Kind(
         ("llama_adapter",), prompts.LEAVES, prompts.read, prompts.write, "nothing"
     ),
@@ -96,15 +97,19 @@ def write(
             "IA3 alone"
         )
         return {}, {}, problems
-    fields, tensors = kind.write(recipe, added, module_map, prefix, problems)
+    fields, tensors = kind.write(recipe, added, leaves, module_map, prefix, problems)
     if kind.trains == "nothing":
         problems += [
             f"{path}: PEFT's prompts do not support other trained leaves beside them"
             for path in trained
         ]
         return fields, tensors, problems
-    more, trains = write_trained(trained, added, module_map, prefix, problems)
+    owners = [owner for path in leaves if (owner := recipe.owner(path))]
+    adapted = {owner.module for owner in owners}
+    more, trains = write_trained(trained, adapted, module_map, prefix, problems)
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
         problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
+    if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
+        problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
     return fields | trains, tensors | more, problems

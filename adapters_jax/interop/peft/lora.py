@@ -1,22 +1,28 @@
-"""LoRA and DoRA in PEFT's files: factors, ranks and alphas of every module.
+"""LoRA and DoRA out of PEFT's files: factors, ranks and alphas of every module and parameter.
 
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, ModuleReference, our_factors, rounded, their_factors
-from adapters_jax.interop.module_map import Added, ModuleMap, in_order, shortest
-from adapters_jax.interop.peft.config import ROOT, STARTS, TIED, Config, is_target, number_at, value
+from adapters_jax.interop.layouts import Array, ModuleReference, our_factors
+from adapters_jax.interop.module_map import ModuleMap, shortest
+from adapters_jax.interop.peft.config import (
+    STARTS,
+    TIED,
+    Config,
+    is_parameter,
+    is_target,
+    number_at,
+    value,
+)
+from adapters_jax.interop.peft.parameters import our_pair, parameters_by_key
 from adapters_jax.methods import DoRA, LoRA, Method
-from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
 
-Tensors = dict[str, Array]
 LEAVES = {
     "lora_A": "a",
     "lora_B": "b",
@@ -24,7 +30,6 @@ LEAVES = {
     "lora_embedding_B": "b",
     "lora_magnitude_vector": "magnitude",
 }
-_THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
 def read(
@@ -33,29 +38,37 @@ def read(
     module_map: ModuleMap,
     problems: list[str],
 ) -> tuple[list[Method], dict[str, Array]]:
-    """Returns one LoRA or DoRA for all modules, with patterns where ranks or alphas differ."""
+    """Returns one LoRA or DoRA for all targets, with patterns where ranks or alphas differ."""
     leaves: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for module, found in added.items():
-        rank = number_at(config, "r", "rank_pattern", module)
-        problem = _misfit(config, module, found, rank, module_map)
-        for reference in () if problem else module_map.at(module):
-            factors = our_factors(reference, found["a"], found["b"], found.get("magnitude"))
-            if factors is None:
-                problem = _shape_problem(module, found, reference)
-                break
-            leaves |= {
-                f"{reference.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()
-            }
-            ranks[reference.path] = rank
-            alphas[reference.path] = number_at(config, "lora_alpha", "alpha_pattern", module)
-        problems += [problem] if problem else []
+    added = _without_tied(config, added, module_map, problems)
+    parameters = parameters_by_key(config, added, module_map, problems)
+    problems += _unmatched(config, added, parameters.values())
+    for key, found in added.items():
+        name = parameters.get(key, key)
+        if name is None:
+            continue
+        numbers = _number_name(config, name)
+        rank = number_at(config, "r", "rank_pattern", numbers)
+        problem = _lacking(config, name, found)
+        if problem is None and key in parameters:
+            problem, made = _of_parameter(config, name, found, rank, module_map)
+        elif problem is None:
+            problem, made = _of_module(config, key, found, rank, module_map)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        for path, (prefix, factors) in made.items():
+            leaves |= {f"{prefix}/{k}": x.astype(np.float32) for k, x in factors.items()}
+            ranks[path] = rank
+            alphas[path] = number_at(config, "lora_alpha", "alpha_pattern", numbers)
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
         return [], leaves
+    among = [*module_map.paths, *module_map.base]
     method = (DoRA if config.get("use_dora") else LoRA)(
-        shortest(ranks, module_map.paths),
+        shortest(ranks, among),
         rank=value(config, "r"),
         alpha=value(config, "lora_alpha"),
         dropout=value(config, "lora_dropout"),
@@ -67,37 +80,136 @@ def read(
     return [method], leaves
 
 
-def _misfit(
-    config: Config, module: str, found: Mapping[str, Array], rank: int, module_map: ModuleMap
-) -> str | None:
-    """The problem of a module's factors, if any, apart from their shapes."""
+def _without_tied(
+    config: Config,
+    added: Mapping[str, Mapping[str, Array]],
+    module_map: ModuleMap,
+    problems: list[str],
+) -> dict[str, Mapping[str, Array]]:
+    """The factors without those of a tied output layer, which repeat the embedding's."""
+    if module_map.tied is None:
+        return dict(added)
+    bare = {module_map.bare(key): key for key in added}
+    head, embedding = (bare.get(name) for name in module_map.tied)
+    rest = {key: found for key, found in added.items() if key != head}
+    alike = head and embedding and _alike(config, added, head, embedding)
+    if (head or embedding) and not alike:
+        names = (embedding or module_map.tied[1], head or module_map.tied[0])
+        problems.append(TIED.format(*names))
+        rest.pop(embedding or "", None)
+    return rest
+
+
+def _alike(
+    config: Config, added: Mapping[str, Mapping[str, Array]], head: str, embedding: str
+) -> bool:
+    """Whether an output layer's factors are the embedding's the other way round, as PEFT ties."""
+    one, other = added[head], added[embedding]
+    numbers = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+    scaled = all(number_at(config, *n, head) == number_at(config, *n, embedding) for n in numbers)
+    pairs = one.keys() == other.keys() == {"a", "b"}
+    return (
+        scaled
+        and pairs
+        and np.array_equal(one["a"], other["b"].T)
+        and np.array_equal(one["b"], other["a"].T)
+    )
+
+
+def _unmatched(
+    config: Config, added: Iterable[str], parameters: Iterable[str | None]
+) -> Iterator[str]:
+    """A sentence for each target parameter whose factors the file does not have."""
+    names = {*filter(None, parameters), *(f"{module}.weight" for module in added)}
+    for target in config.get("target_parameters") or ():
+        if not any(is_parameter({"target_parameters": [target]}, name) for name in names):
+            yield (
+                f"target_parameters={[target]}: names has no such parameter with factors in the "
+                "file; add it, as 'layers.0.mlp.experts.down_proj'"
+            )
+
+
+def _number_name(config: Config, name: str) -> str:
+    """The name by which patterns give a rank and an alpha: a parameter's, or the module's."""
+    return f"{name}.weight" if is_parameter(config, f"{name}.weight") else name
+
+
+def _lacking(config: Config, name: str, found: Mapping[str, Array]) -> str | None:
     expected = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
+    if found.keys() == expected:
+        return None
+    return f"{name} has the tensors of {', '.join(sorted(found))}, expected {sorted(expected)}"
+
+
+_Made = dict[str, tuple[str, dict[str, Array]]]  # by target: the node's path, and its leaves
+
+
+def _of_parameter(
+    config: Config, name: str, found: Mapping[str, Array], rank: int, module_map: ModuleMap
+) -> tuple[str | None, _Made]:
+    """The problem of a parameter's factors, or our leaves of them."""
+    reference = module_map.parameters[module_map.bare(name)]
+    pair = our_pair(reference, found, config.get("peft_version"))
+    if len(reference.shape) not in (2, 3) or pair is None:
+        return _misfit(name, found, reference.path, reference.shape), {}
+    if pair["a"].shape[-1] != rank:
+        return _wrong_rank(name, pair["a"].shape[-1], rank), {}
+    module, _, own = reference.path.rpartition("/")
+    return None, {reference.path: (join(module, "lora", own), pair)}
+
+
+def _of_module(
+    config: Config, module: str, found: Mapping[str, Array], rank: int, module_map: ModuleMap
+) -> tuple[str | None, _Made]:
+    """The problem of a module's factors, or our leaves of them, for each of its parts."""
     there = module_map.at(module)
-    if found.keys() != expected:
-        return (
-            f"{module} has the tensors of {', '.join(sorted(found))}, expected {sorted(expected)}"
-        )
     if not there:
-        return f"names maps {module} to no layer of the base"
-    if found["a"].ndim < 2 or found["b"].ndim < 2:
-        return _shape_problem(module, found, there[0])
-    if not is_target(config, module):
-        return f"{module} has factors but is not among the target modules"
-    if len(found["a"]) != rank:
-        return f"{module} has rank {len(found['a'])}, expected {rank} by the configuration"
-    if there[0].weight == "embedding" and "magnitude" in expected:
-        return f"{module}: DoRA on an embedding is not supported"
-    if there[0].weight == "embedding" and module_map.tied:
-        return TIED.format(module)
-    return None
+        return f"names maps {module} to no layer of the base", {}
+    a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+    if a.ndim < 2 or b.ndim < 2:
+        return _shape_problem(module, found, there[0]), {}
+    is_embedding = there[0].weight == "embedding"
+    if is_parameter(config, f"{module}.weight"):
+        # As a parameter, an embedding and GPT-2's kernels are (out, in) to PEFT.
+        a, b = (b.T, a.T) if is_embedding or module_map.fan_in_fan_out else (a, b)
+    elif not is_target(config, module):
+        return f"{module} has factors but is not among the target modules", {}
+    if len(a) != rank:
+        return _wrong_rank(module, len(a), rank), {}
+    if is_embedding and magnitude is not None:
+        return f"{module}: DoRA on an embedding is not supported", {}
+    made: _Made = {}
+    for reference in there:
+        factors = our_factors(reference, a, b, magnitude)
+        if factors is None:
+            return _shape_problem(module, found, reference), {}
+        target, node = reference.path, join(reference.path, "lora")
+        if _has_several(reference, module_map):
+            target, node = join(target, reference.weight), join(node, reference.weight)
+        made[target] = (node, factors)
+    return None, made
+
+
+def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
+    """Whether a module of ours has several weights, which then are targets by their own path."""
+    weights = [n for n, x in reference.leaves.items() if n != "bias" and len(x.shape) > 1]
+    others = (own.path.rpartition("/")[0] for own in module_map.parameters.values())
+    return len(weights) > 1 or reference.path in others
+
+
+def _wrong_rank(name: str, rank: int, expected: int) -> str:
+    return f"{name} has rank {rank}, expected {expected} by the configuration"
 
 
 def _shape_problem(module: str, found: Mapping[str, Array], reference: ModuleReference) -> str:
+    return _misfit(module, found, reference.path, reference.shape)
+
+
+def _misfit(name: str, found: Mapping[str, Array], path: str, shape: tuple[int, ...]) -> str:
     """A sentence that names the shapes of factors and weight."""
     names = {"a": "A", "b": "B", "magnitude": "magnitude"}
-    shapes = ", ".join(f"{names[name]} {list(x.shape)}" for name, x in found.items())
-    path, shape = reference.path, list(reference.shape)
-    return f"{module} has {shapes}, which do not fit {path} of {shape}"
+    shapes = ", ".join(f"{names[own]} {list(x.shape)}" for own, x in found.items())
+    return f"{name} has {shapes}, which do not fit {path} of {list(shape)}"
 
 
 def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
@@ -105,132 +217,3 @@ def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     others = sorted({number for number in numbers.values() if number != usual})
     groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
     return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
-
-
-def write(
-    recipe: Recipe, added: Added, module_map: ModuleMap, prefix: str | None, problems: list[str]
-) -> tuple[dict[str, Any], Tensors]:
-    """Returns the fields, and the factors of every module."""
-    tensors: Tensors = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    methods: list[Any] = list(recipe.attached)
-    if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
-        problems.append(
-            "PEFT has one dropout and one rank_stabilized for all modules; these differ"
-        )
-    if any(m.a_init == "pissa" for m in methods):
-        problems.append(
-            "a_init='pissa' changed the base's weights, but PEFT adapts the original base"
-        )
-    unknown = set(added)
-    for bare, parts in module_map.modules.items():
-        mine = [added.get(reference.path) for reference in parts]
-        unknown -= {reference.path for reference in parts}
-        if not any(mine):
-            continue
-        name = module_map.full(bare, prefix)
-        wrong = [
-            p for p, each in zip(parts, mine, strict=True) if each and not _fits(recipe, p, each)
-        ]
-        problems += [f"{p.path}: its factors do not fit its weight {list(p.shape)}" for p in wrong]
-        if parts[0].weight == "embedding" and module_map.tied:
-            problems.append(TIED.format(parts[0].path))
-            continue
-        if wrong:
-            continue
-        a, b, scale = _factors(recipe, parts, mine)
-        ranks[name] = len(a)
-        alphas[name] = rounded(
-            scale * (math.sqrt(len(a)) if methods[0].rank_stabilized else len(a))
-        )
-        tensors |= _named(name, parts[0], a, b)
-        if methods[0].name == "dora":
-            if not all(mine):
-                problems.append(f"{bare}: PEFT's DoRA adapts all parts of a module or none")
-                continue
-            magnitudes = [each["magnitude"].ravel() for each in mine if each]
-            tensors[f"{ROOT}{name}.lora_magnitude_vector"] = _magnitude(magnitudes, a)
-    problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
-    return _fields(methods, ranks, alphas, module_map), tensors
-
-
-def _fits(recipe: Recipe, reference: ModuleReference, leaves: Mapping[str, Array]) -> bool:
-    """Whether factors fit one weight; those of stacked layers do not."""
-    inputs, outputs = leaves["a"].shape[:-1], leaves["b"].shape[1:]
-    sliced = _lora_at(recipe, reference.path).slices
-    return inputs + outputs == reference.shape or (sliced and inputs == reference.shape[:-1])
-
-
-def _factors(
-    recipe: Recipe, parts: Sequence[ModuleReference], mine: Sequence[Mapping[str, Array] | None]
-) -> tuple[Array, Array, float]:
-    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
-
-    If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets
-    its own rows of A, and B has zeros for the rows of the others.
-    """
-    made: list[tuple[Array, Array] | None] = []
-    scales: list[float] = []
-    for reference, leaves in zip(parts, mine, strict=True):
-        if leaves is None:
-            made.append(None)
-            continue
-        method = _lora_at(recipe, reference.path)
-        scales.append(method.scale_at(reference.path))
-        a, b = their_factors(reference, leaves, method.slices)
-        made.append((a, b if scales[-1] == scales[0] else b * (scales[-1] / scales[0])))
-    if len(made) == 1 and made[0]:
-        return *made[0], scales[0]
-    present = [pair for pair in made if pair]
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    a = present[0][0] if shared else np.concatenate([a for a, _ in present])
-    rows, start = [], 0
-    for reference, pair in zip(parts, made, strict=True):
-        block = np.zeros((reference.width, len(a)), a.dtype)
-        if pair:
-            block[:, start : start + len(pair[0])] = pair[1]
-            start += 0 if shared else len(pair[0])
-        rows.append(block)
-    return a, np.concatenate(rows), scales[0]
-
-
-def _named(name: str, reference: ModuleReference, a: Array, b: Array) -> Tensors:
-    if reference.weight == "embedding":
-        return {f"{ROOT}{name}.lora_embedding_A": a, f"{ROOT}{name}.lora_embedding_B": b}
-    return {f"{ROOT}{name}.lora_A.weight": a, f"{ROOT}{name}.lora_B.weight": b}
-
-
-def _magnitude(parts: Sequence[Array], a: Array) -> Array:
-    """The magnitudes of all outputs; for a convolution they lie along the second axis."""
-    whole = np.concatenate(parts)
-    return whole if a.ndim == 2 else whole.reshape(1, -1, *(1,) * (a.ndim - 2))
-
-
-def _fields(
-    methods: Sequence[Any],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    module_map: ModuleMap,
-) -> dict[str, Any]:
-    """Returns the configuration: the commonest rank and alpha, and patterns for the others."""
-    (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
-    (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": methods[0].dropout,
-        "use_rslora": methods[0].rank_stabilized,
-        "use_dora": methods[0].name == "dora",
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": sorted(ranks, key=in_order),
-        "fan_in_fan_out": module_map.fan_in_fan_out,
-        "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
-    }
-
-
-def _lora_at(recipe: Recipe, path: str) -> Any:
-    """The LoRA or DoRA that adapts one module."""
-    return next(method for method in recipe.at(path) if method.slot == "lora")

@@ -50,7 +50,12 @@ def read(
 
 
 def write(
-    recipe: Recipe, added: Added, module_map: ModuleMap, prefix: str | None, problems: list[str]
+    recipe: Recipe,
+    added: Added,
+    leaves: Mapping[str, Array],
+    module_map: ModuleMap,
+    prefix: str | None,
+    problems: list[str],
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
     names = {ours: bare for bare, ours in module_map.attention.items()}

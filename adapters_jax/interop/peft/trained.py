@@ -1,11 +1,13 @@
 """The base's own parameters that train beside a method: biases, heads, `modules_to_save`."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import numpy as np
+
 from adapters_jax.interop.layouts import Array, our_leaf, their_leaf
-from adapters_jax.interop.module_map import Added, ModuleMap, as_in_base, in_order, trained_value
-from adapters_jax.interop.peft.config import ROOT
+from adapters_jax.interop.module_map import ModuleMap, as_in_base, in_order, trained_value
+from adapters_jax.interop.peft.config import ROOT, TIED
 
 Tensors = dict[str, Array]
 
@@ -15,7 +17,7 @@ def read_trained(
 ) -> dict[str, Array]:
     """Returns the base's own parameters that the file holds, by path."""
     leaves: dict[str, Array] = {}
-    for key, tensor in plain.items():
+    for key, tensor in _without_tied(plain, module_map, problems).items():
         name, _, kind = key.rpartition(".")
         module = name.removesuffix(".base_layer").removesuffix(".modules_to_save")
         there = module_map.at(module)
@@ -37,9 +39,28 @@ def read_trained(
     return leaves
 
 
+def _without_tied(
+    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> dict[str, Array]:
+    """The tensors without those of a tied output layer, which repeat the embedding's."""
+    rest = dict(plain)
+    for inner in ("", ".base_layer") if module_map.tied else ():
+        pair = [f"{name}{inner}.weight" for name in module_map.tied or ()]
+        keys = [next((k for k in plain if module_map.bare(k) == each), None) for each in pair]
+        reference = module_map.at(pair[1].removesuffix(f"{inner}.weight"))[0]
+        path = f"{reference.path}/{reference.weight}"
+        found = [plain[key] for key in keys if key is not None]
+        alike = len(found) == 2 and np.array_equal(found[0], found[1])
+        if not alike and not all(as_in_base({path: x}, module_map) for x in found):
+            problems.append(TIED.format(keys[1] or pair[1], keys[0] or pair[0]))
+        if keys[0] is not None:
+            del rest[keys[0]]
+    return rest
+
+
 def write_trained(
     trained: Mapping[str, Array],
-    added: Added,
+    adapted_modules: Container[str],
     module_map: ModuleMap,
     prefix: str | None,
     problems: list[str],
@@ -53,7 +74,7 @@ def write_trained(
         mine = paths & trained.keys()
         if not mine:
             continue
-        adapted = any(reference.path in added for reference in parts)
+        adapted = any(reference.path in adapted_modules for reference in parts)
         alone = all(path.endswith("/bias") for path in mine) and len(paths) > len(mine)
         if adapted and not alone:
             problems.append(
@@ -71,6 +92,13 @@ def write_trained(
             inner = ".base_layer" if adapted else ""
             whole = their_leaf(leaf, arrays, module_map.fan_in_fan_out)
             tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
+        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
+            tied = module_map.full(module_map.tied[0], prefix)
+            saved.append(tied)
+            tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
     problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
-    return tensors, {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
+    fields: dict[str, Any] = {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
+    if module_map.tied and module_map.full(module_map.tied[0], prefix) in saved:
+        fields["ensure_weight_tying"] = True
+    return tensors, fields

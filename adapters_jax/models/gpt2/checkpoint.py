@@ -34,6 +34,7 @@ NAMES = NameTable(
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
     fan_in_fan_out=True,
     stack=Stack("layer_{}", "layers"),
+    tied=("lm_head", "wte"),
 )
 
 

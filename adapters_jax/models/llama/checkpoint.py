@@ -37,6 +37,7 @@ NAMES = NameTable(
     # Rotary tables of older files; a head that is a copy of tied embeddings.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     stack=Stack("layers/{}", "layers"),
+    tied=("lm_head", "embed_tokens"),
 )
 
 

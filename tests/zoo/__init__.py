@@ -1,0 +1,11 @@
+"""Tiny random models of other libraries, each adapted by every method and checked.
+
+    python -m tests.zoo        # checks the models of the libraries that are installed, and writes
+                               # their part of docs/zoo.md
+
+- `models`: what a model of the zoo is, and all of them; `transformers_models`, `tunix_models`.
+- `subjects`: a model in linen or NNX, with the same functions for the checks.
+- `methods`: the recipe of each method for a model, and how many parameters it should add.
+- `cells`: one model with one method: what has to hold, and `EXPECTED`, the refused ones.
+- `table`: the results as Markdown.
+"""
