@@ -7,13 +7,13 @@ shapes of the arrays; where other roles would fit them before, the node says the
 `layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
@@ -274,6 +274,30 @@ def check_targets(
         fitting = set(usable)
         unusable = {path: why for path, why in other.items() if path not in fitting}
         require_points(method, usable, unusable, targeted)
+
+
+def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:
+    """Checks that the model's outputs depend on the modules that methods on outputs adapt.
+
+    Args:
+        found: where methods attach.
+        reached: the paths of the modules whose results the model's outputs depend on.
+
+    Raises:
+        TargetError: they do not depend on some, whose adapters could not act.
+    """
+    idle = [x for x in found if x.method.acts_on != "leaf" and x.module not in reached]
+    if idle:
+        paths = ", ".join(each.module or "(the model itself)" for each in idle[:_SHOWN])
+        more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
+        raise TargetError(
+            f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
+            f"{paths}{more} returns, so that an adapter there could not act; exclude it with "
+            f"'!{idle[0].module}'"
+        )
+
+
+_SHOWN = 5
 
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:

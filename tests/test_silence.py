@@ -390,3 +390,17 @@ def test_an_adapter_on_a_weight_that_the_outputs_do_not_depend_on_is_an_error(ap
     assert "dead/kernel (" in text and "up" not in text
     added = {path for path in found[0] if "/lora/" in path}
     assert added == {"up/lora/a", "up/lora/b"}
+
+
+def test_a_bottleneck_on_a_module_that_the_outputs_do_not_depend_on_is_an_error():
+    params = jax.eval_shape(Dead().init, jax.random.key(0), X)["params"]
+    for targets in ("dead", "**", "{dead,up}"):
+        model = aj.adapt(Dead(), aj.Bottleneck(targets, R))
+        with raises(aj.TargetError, "Bottleneck: ", "what dead returns", "'!dead'"):
+            aj.init_adapters(model, params, jax.random.key(1), X)
+        with raises(aj.TargetError, "Bottleneck: ", "what dead returns", "'!dead'"):
+            methods = aj.Bottleneck(targets if targets != "**" else ("**", "!never"), R)
+            aj.adapt(NnxDead(), methods, rngs=nnx.Rngs(1), example_inputs=(X,))
+    model = aj.adapt(Dead(), aj.Bottleneck(("**", "!dead"), R))
+    whole = aj.init_adapters(model, params, jax.random.key(1), X)
+    assert "adapter" in whole["up"] and "adapter" not in whole["dead"]

@@ -12,8 +12,8 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.abstract import Inputs, explained, is_abstract
-from adapters_jax.attached import Attached, check_targets, chosen, taken
+from adapters_jax.abstract import Inputs, explained, is_abstract, is_array
+from adapters_jax.attached import Attached, check_reached, check_targets, chosen, taken
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -27,6 +27,7 @@ from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
 from adapters_jax.weights.lazy import Tracked, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.reach import reaching
 
 
 class Adapted(nn.Module):
@@ -240,6 +241,7 @@ def points_of(
     modules = {**interceptor.uncalled, **called}
     layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
     check_targets(recipe, found, modules, points, reads, own, {}, layers)
+    check_reached(found, interceptor.reached)
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)
@@ -302,11 +304,15 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, 
         with nn.intercept_methods(interceptors[-1]):
             return inputs.zeros().call(module)
 
+    def init(key: PRNGKeyArray) -> tuple[list[Any], Tree]:
+        y, variables = nn.Module.init_with_output(base, key, method=run)
+        return [x for x in jax.tree.leaves(y) if is_array(x)], nn.meta.unbox(variables)
+
     with explained(base, inputs):
-        variables = jax.eval_shape(
-            lambda key: nn.meta.unbox(nn.Module.init(base, key, method=run)), jax.random.key(0)
-        )
+        traced, (y, variables) = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
     (interceptor,) = interceptors
+    counted = [i < len(y) for i in range(len(traced.jaxpr.outvars))]
+    interceptor.reached = reaching(traced.jaxpr, counted).names
     return interceptor, variables
 
 

@@ -28,6 +28,7 @@ from adapters_jax.trees import flatten
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.changes import without_dropout
+from adapters_jax.weights.reach import named
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -106,6 +107,7 @@ class Interceptor:
     def __init__(self, recipe: Recipe, module: Any, init: bool):
         self.recipe, self.root = recipe, tuple(module.scope.path)
         self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
+        self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
@@ -181,7 +183,8 @@ class Interceptor:
             if method.fits(outputs.seen_by(method, point)) or _has_leaves(module, method)
         ]
         again = calls.with_input(run, module, args, kwargs)
-        return outputs.adapted(acting, path, again, x, y)
+        y = outputs.adapted(acting, path, again, x, y)
+        return named(y, path) if self._init and self.recipe.at(path) else y
 
     def _attending(
         self, module: Any, path: str, here: _Running

@@ -104,7 +104,7 @@ def reads_of(
 
     traced = jax.make_jaxpr(run)(dict(variables))
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(dict(variables))]
-    for path, reaches in zip(paths, reaching(traced.jaxpr), strict=True):
+    for path, reaches in zip(paths, reaching(traced.jaxpr).inputs, strict=True):
         if path.removeprefix("params/") in tracked and path.startswith("params/"):
             tracked[path.removeprefix("params/")].reaches = reaches
     return tracked, interceptors[-1]

@@ -6,7 +6,7 @@ from flax import nnx
 from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import check_targets, taken
+from adapters_jax.attached import check_reached, check_targets, taken
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
@@ -73,10 +73,11 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads, counts = points_of(adapted, recipe, inputs)
+    found, points, reads, counts, reached = points_of(adapted, recipe, inputs)
     modules, frozen = modules_of(adapted), params_of(adapted)
     attached, tied = [each for each, _ in found], _other_names(adapted)
     check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
+    check_reached(attached, reached)
     for each, layers in found:
         if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
             raise RecipeError(

@@ -3,7 +3,7 @@
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
-from adapters_jax.weights.reach import reaching
+from adapters_jax.weights.reach import named, reaching
 
 Layers = tuple[int, ...]
 
@@ -38,12 +38,15 @@ class Points(NamedTuple):
         points: the attachment point of every module, for methods on outputs and attention.
         reads: how the model reads its weights, by path.
         layers: how many layer axes each module is stacked on.
+        reached: the paths of modules whose results the model's outputs depend on; all, where no
+            example inputs show it.
     """
 
     attached: list[tuple[Attached, Layers]]
     points: dict[str, AttachmentPoint]
     reads: dict[str, Tracked]
     layers: dict[str, int]
+    reached: Container[str]
 
 
 def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
@@ -56,7 +59,8 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     """
     modules = modules_of(model)
     known = _known_calls(modules)
-    traced, reads = _traced(model, inputs) if inputs else (known, known_reads(modules))
+    run = _traced(model, inputs) if inputs else (known, known_reads(modules), modules)
+    traced, reads, reached = run
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
     points, layers = {}, {}
@@ -86,7 +90,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
                 found.append((each, layers[path]))
     order = {method: i for i, method in enumerate(recipe.attached)}
     found.sort(key=lambda pair: order[pair[0].method])
-    return Points(found, points, reads, counts)
+    return Points(found, points, reads, counts, reached)
 
 
 def _is_weight(x: Any) -> bool:
@@ -208,13 +212,20 @@ def _recording_class(cls: type[Any]) -> type[Any]:
             y = cls.__call__(self, *args, **kwargs)
         x = calls.input_of(self, args, kwargs)
         _RECORDER.get()(*self.to_nnx__adapter_trace, self, Returned.of(x, y), bool(attended))
-        return y
+        return named(y, self.to_nnx__adapter_trace[0])
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[str, Tracked]]:
-    """Runs a model abstractly; gives the call of each module that ran, and all reads."""
+def _traced(
+    model: nnx.Module, inputs: Inputs
+) -> tuple[dict[str, Call], dict[str, Tracked], set[str]]:
+    """Runs a model abstractly.
+
+    Returns:
+        The call of each module that ran; all reads; and the paths of modules whose results the
+        model's outputs depend on.
+    """
     seen: dict[str, Call] = {}
 
     def record(
@@ -253,8 +264,9 @@ def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[st
             traced = jax.make_jaxpr(lambda state: run(nnx.merge(graphdef, state)))(state)
     finally:
         _RECORDER.reset(token)
+    reach = reaching(traced.jaxpr)
     keys = jax.tree_util.tree_leaves_with_path(state)
-    for (key, _), reaches in zip(keys, reaching(traced.jaxpr), strict=True):
+    for (key, _), reaches in zip(keys, reach.inputs, strict=True):
         if path_of(key) in tracked:
             tracked[path_of(key)].reaches = reaches
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
@@ -262,7 +274,7 @@ def _traced(model: nnx.Module, inputs: Inputs) -> tuple[dict[str, Call], dict[st
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
-    return seen, tracked
+    return seen, tracked, reach.names
 
 
 def _first_shape(module: nnx.Module) -> Layers:

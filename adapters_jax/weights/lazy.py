@@ -597,6 +597,7 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": _view(_broadcast),
     "convert_element_type": _view(_cast),
     "copy": _view(lambda x, params: x),
+    "name": _view(lambda x, params: x),
     "slice": _view(_slice),
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,

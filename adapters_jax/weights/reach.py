@@ -1,43 +1,78 @@
-"""Which inputs of a traced function its outputs depend on."""
+"""What the outputs of a traced function depend on: its inputs, and values that were named."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
-def reaching(jaxpr: jex.Jaxpr, outputs: Sequence[bool] | None = None) -> list[bool]:
-    """For each input of a jaxpr, whether some output depends on it.
+class Reach(NamedTuple):
+    """What outputs depend on.
+
+    Attributes:
+        inputs: for each input, whether some output depends on it.
+        names: the names of values that some output depends on.
+    """
+
+    inputs: list[bool]
+    names: set[str]
+
+
+def named(tree: Any, name: str) -> Any:
+    """A tree whose float arrays have a name that `reaching` finds."""
+
+    def mark(x: Any) -> Any:
+        floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+        return checkpoint_name(x, name) if floats else x
+
+    return jax.tree.map(mark, tree)
+
+
+def reaching(jaxpr: jex.Jaxpr, outputs: Sequence[bool] | None = None) -> Reach:
+    """What the outputs of a jaxpr depend on.
 
     Args:
         jaxpr: the jaxpr.
         outputs: which of the outputs count; by default all.
 
     Example:
-        >>> import jax
-        >>> traced = jax.make_jaxpr(lambda x, y: (x + 1.0, y * 2.0)[:1])(1.0, 2.0)
-        >>> reaching(traced.jaxpr)
-        [True, False]
+        >>> traced = jax.make_jaxpr(lambda x, y: (named(x, "one") + 1.0, named(y, "two"))[:1])
+        >>> reaching(traced(1.0, 2.0).jaxpr)
+        Reach(inputs=[True, False], names={'one'})
     """
     wanted = [True] * len(jaxpr.outvars) if outputs is None else outputs
     live = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
+    names: set[str] = set()
     for eqn in reversed(jaxpr.eqns):
         given = [v in live for v in eqn.outvars]
-        if any(given) or eqn.effects:
-            used = _inside(eqn, given)
-            live |= {v for v, use in zip(eqn.invars, used, strict=True) if use and _is_var(v)}
-    return [v in live for v in jaxpr.invars]
+        if not any(given) and not eqn.effects:
+            continue
+        if eqn.primitive.name == "name":
+            names.add(eqn.params["name"])
+        used = [True] * len(eqn.invars)
+        for inner in _inside(eqn):
+            is_call = len(inner.outvars) == len(given) and eqn.primitive.name in _CALLS
+            below = reaching(inner, given if is_call else None)
+            names |= below.names
+            used = below.inputs if is_call and len(below.inputs) == len(used) else used
+        live |= {v for v, use in zip(eqn.invars, used, strict=True) if use and _is_var(v)}
+    return Reach([v in live for v in jaxpr.invars], names)
+
+
+_CALLS = ("jit", "pjit", "remat2", "checkpoint", "closed_call")
 
 
 def _is_var(v: Any) -> bool:
     return not isinstance(v, jex.Literal)
 
 
-def _inside(eqn: Any, outputs: Sequence[bool]) -> list[bool]:
-    """Which operands of an operation its outputs depend on; all, unless it is a function's call."""
-    inner = eqn.params.get("jaxpr")
-    jaxpr = getattr(inner, "jaxpr", inner)
-    is_call = eqn.primitive.name in ("jit", "pjit", "remat2", "checkpoint", "closed_call")
-    if not is_call or len(jaxpr.invars) != len(eqn.invars):
-        return [True] * len(eqn.invars)
-    return reaching(jaxpr, outputs)
+def _inside(eqn: Any) -> Iterator[jex.Jaxpr]:
+    """The jaxprs among an operation's parameters."""
+    for value in eqn.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(each, "jaxpr", each)
+            if isinstance(jaxpr, jex.Jaxpr):
+                yield jaxpr
