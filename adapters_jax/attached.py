@@ -251,6 +251,7 @@ def check_targets(
     Raises:
         TargetError: a pattern matches nothing, or nothing that its method can attach to.
     """
+    holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
     for method in recipe:
         other: dict[str, str | None] = {
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
@@ -263,7 +264,7 @@ def check_targets(
             usable = usable_paths(method, reads)
             other |= {
                 path: "none of its weights meets an input that reaches the model's outputs"
-                if _named(method.targets, path)
+                if path in holding and _named(method.targets, path)
                 else None
                 for path in modules
             }

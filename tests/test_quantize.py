@@ -329,7 +329,7 @@ def test_mistakes_raise_errors_that_name_them():
     wrong(TypeError, ("params = aj.quantize(model, params, *example_inputs)",), base)
     wrong(TypeError, ("got dict",), params)
     small = aj.quantize(base, params, x)
-    wrong(aj.UserError, ("up/kernel", "quantised already"), base, small, x)
+    wrong(aj.UserError, ("out/kernel", "quantised already"), base, small, x)
     with raises(TypeError, "aj.dequantize"):
         nn.meta.replace_boxed(small, params)
     with raises(TypeError, "aj.dequantize"):

@@ -1,7 +1,11 @@
-"""How a weight meets its input.
+"""Weights that change, and how a model's code reads them.
 
-- `contraction`: which axes of a weight each low-rank factor has, from an einsum's equation.
-- `linear`: which contraction a module computes: flax's own layers, and registered ones.
+- `changes`: the arithmetic of a changed weight, `W' = scale * (W + A B)`.
+- `lazy`: the trace in which operations read changed weights without forming them; `products`: the
+  products, convolutions and lookups that it computes thin.
+- `axes`: which axes of a weight each factor has; it follows from the reads.
+- `reach`: what a model's outputs depend on.
+- `calls`: the input and the output of a module's call.
 - `attention`: how an attention module passes query, key and value to its attention function.
-- `quantized`: a frozen weight in few bits, and how a layer reads it.
+- `quantized`: a frozen weight in few bits, and how it is read.
 """
