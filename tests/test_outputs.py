@@ -172,7 +172,7 @@ def Shift():
     @aj.register_method
     @dataclasses.dataclass(frozen=True)
     class Shift(aj.Method):
-        name, slot, leaf_names = "shift_of_outputs", "shift", ("bias",)
+        name, slot, leaf_names = "shift_of_outputs", "shift_of_outputs", ("bias",)
         output = "1/copy"
 
         def fits(self, point):
@@ -198,12 +198,12 @@ def test_two_methods_on_one_module(Shift, placement):
     recipe = aj.Recipe(Shift(("**", "!*")), bottleneck(placement=placement, output=output))
     model, params = grown(Both(), recipe, X)
     first = dense(params["dense"], X)
-    second = np.sin(double(X)) + double(params["shift"]["bias"])
+    second = np.sin(double(X)) + double(params["shift_of_outputs"]["bias"])
     if placement == "sequential":
         first = first + branch(params["adapter"], first)
     else:
         moved = double(X) + branch(params["adapter"], second)
-        second = np.sin(moved) + double(params["shift"]["bias"])
+        second = np.sin(moved) + double(params["shift_of_outputs"]["bias"])
     for got in (
         model.apply({"params": params}, X),
         in_nnx(NnxBoth(), recipe, params, (X,))(X),
