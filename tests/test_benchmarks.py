@@ -118,6 +118,7 @@ def test_ours_and_by_hand_do_equal_work(case):
         assert -0.03 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
 
 
+@pytest.mark.slow
 def test_the_decoder_by_hand_does_equal_work():
     size = llama.Size(replace(llama.TINY, num_hidden_layers=2), batch=2, length=6)
     base, ids = llama.Llama(size.config, rngs=nnx.Rngs(0)), size.ids(size.length)

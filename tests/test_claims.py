@@ -166,6 +166,7 @@ class Here:
         self.made = None
 
 
+@pytest.mark.slow
 def test_memory_of_a_toy(report, monkeypatch):
     monkeypatch.setattr(memory, "Worker", Here)
     monkeypatch.setattr(memory, "TOYS", (TRAINED,))
@@ -177,6 +178,7 @@ def test_memory_of_a_toy(report, monkeypatch):
     assert row["claim"] == "memory of training, full / LoRA, toy BERT, 2 x 16"
 
 
+@pytest.mark.slow
 def test_memory_of_a_process():
     found = memory.measured(TOY_GPT, LORA)
     assert found["trainable"] == 2 * 8 * (64 + 64)

@@ -227,6 +227,7 @@ def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatc
     assert (status, summary) == (0, whole[0]), last
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_continues_to_the_same_result(
     whole, copy, directory, monkeypatch
 ):
@@ -319,6 +320,7 @@ def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypat
     assert again[:2] == (0, summary)
 
 
+@pytest.mark.slow
 def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
     write_llama(tmp_path / "llama", num_hidden_layers=1)
     write_meanings(tmp_path / "rows.csv", rows=40)

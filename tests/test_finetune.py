@@ -161,6 +161,7 @@ def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
     assert (orders[0] != orders[1]).any()
 
 
+@pytest.mark.slow
 def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     flags = ("--task", "regression", "--label", "stars", "--text-pair", "topic")
     lora = ("--method", "lora", "--rank", 4, "--epochs", 12, "--max-length", 12)

@@ -324,6 +324,7 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, comma
     assert aj.read_adapter("card")[0] == aj.lora(2, head="head")
 
 
+@pytest.mark.slow
 def test_the_three_lines_of_the_card_run(server, command, monkeypatch):
     found, printed = {}, io.StringIO()
     for run in ("reviews", "meanings"):

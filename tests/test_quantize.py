@@ -375,6 +375,7 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
     assert not (tmp_path / "nf4").exists()
 
 
+@pytest.mark.slow
 def test_a_decoders_run_is_merged_into_floats_with_the_flag(tmp_path):
     write_llama(tmp_path / "tiny")
     data = DataOptions(train=write_meanings(tmp_path / "rows.csv"), prompt="mr", completion="ref")

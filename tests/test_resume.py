@@ -274,6 +274,7 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
         assert str(other) in error and datum in error, key
 
 
+@pytest.mark.slow
 def test_a_mesh_is_part_of_a_run(straight, place):
     run = place / "meshed"
     assert main([*map(str, finetune(place, run.name)), "--mesh", "data=1,model=1"]) == 0
@@ -285,6 +286,7 @@ def test_a_mesh_is_part_of_a_run(straight, place):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_resumes_later(straight, place, capsys, monkeypatch):
     run = place / "full"
 
