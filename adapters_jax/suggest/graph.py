@@ -11,6 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
+from adapters_jax.weights.reach import operands_of_scan
+
 Value = int | None  # None is a number written in the program
 # Operations whose outputs are their first input's numbers, moved or cast.
 _MOVES = ("concatenate", "expand_dims", "gather", "pad", "reshape", "rev", "squeeze", "transpose")
@@ -110,13 +112,14 @@ class Graph:
 
     def _scan(self, params: Mapping[str, Any], inputs: list[Value], outvars: Any) -> list[Value]:
         """The outputs of a scan; its carry enters the body as what it is before the first layer."""
-        body, before = params["jaxpr"], params["num_consts"] + params["num_carry"]
+        body = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+        consts, carry, xs = operands_of_scan(inputs, params)
+        variables = body.invars[len(consts) + len(carry) :]
         layers = [
-            self._new("layer", [x], [var.aval], {})[0]
-            for x, var in zip(inputs[before:], body.jaxpr.invars[before:], strict=True)
+            self._new("layer", [x], [var.aval], {})[0] for x, var in zip(xs, variables, strict=True)
         ]
-        ends = self._inlined(body, [*inputs[:before], *layers])
-        n = params["num_carry"]
+        ends = self._inlined(params["jaxpr"], [*consts, *carry, *layers])
+        n = len(carry)
         stacked = [
             self._new("stack", [x], [var.aval], {})[0]
             for x, var in zip(ends[n:], outvars[n:], strict=True)

@@ -4,7 +4,7 @@
 - `lazy`: the trace in which operations read changed weights without forming them; `products`: the
   products, convolutions and lookups that it computes thin.
 - `axes`: which axes of a weight each factor has; it follows from the reads.
-- `reach`: what a model's outputs depend on.
+- `reach`: what the outputs of a traced function depend on, and the operands of its scans.
 - `calls`: the input and the output of a module's call.
 - `attention`: how an attention module passes query, key and value to its attention function.
 - `quantized`: a frozen weight in few bits, and how it is read.

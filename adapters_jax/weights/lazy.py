@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.products import convolved, grouped, multiplied
+from adapters_jax.weights.reach import operands_of_scan
 
 Axes = frozenset[int]
 
@@ -542,9 +543,9 @@ def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list
 
 def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A scan over layers, each with its own part of stacked weights."""
-    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
-    consts, carry, xs = list(values[:n]), [formed(x) for x in values[n:m]], values[m:]
-    for x in values[n:m]:
+    consts, initial, xs = operands_of_scan(values, params)
+    carry = [formed(x) for x in initial]
+    for x in initial:
         if isinstance(x, Lazy):
             x.record("scan", "sum")
     length = params["length"]

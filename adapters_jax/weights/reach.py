@@ -1,6 +1,6 @@
-"""What the outputs of a traced function depend on: its inputs, and values that were named."""
+"""What the outputs of a traced function depend on, and the operands of its scans."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,17 @@ def reaching(jaxpr: jex.Jaxpr, outputs: Sequence[bool] | None = None) -> Reach:
             used = below.inputs if is_call and len(below.inputs) == len(used) else used
         live |= {v for v, use in zip(eqn.invars, used, strict=True) if use and _is_var(v)}
     return Reach([v in live for v in jaxpr.invars], names)
+
+
+def operands_of_scan(
+    operands: Sequence[Any], params: Mapping[str, Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """The constants, the initial carry and the stacked operands of a scan, given its parameters."""
+    if "ft_in" in params:  # since jax 0.12
+        consts, carry, xs = (list(part) for part in params["ft_in"].update(operands).unpack())
+        return consts, carry, xs
+    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(operands[:n]), list(operands[n:m]), list(operands[m:])
 
 
 _CALLS = ("jit", "pjit", "remat2", "checkpoint", "closed_call")
