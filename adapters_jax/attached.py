@@ -2,11 +2,12 @@
 
 A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. Weights that
 are targets by their own path, or of which a module has several, have a node each,
-`layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the
-shapes of the arrays; where other roles would fit them before, the node says them:
-`layer_0/out/lora/:1>0/{a,b}` for the square kernel of a layer that computes `x @ kernel.T`.
+`layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the shapes of the arrays;
+where other roles would fit them before, the node says them: `layer_0/out/lora/:1>0/{a,b}` for the
+square kernel of a layer that computes `x @ kernel.T`.
 """
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,22 +170,16 @@ def chosen(
     """
     owned, found = own_leaves(shapes), dict[Method, list[Attached]]()
     methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
-    taken = {m: [p for p, leaf in reads.items() if _changes(m, p, leaf)] for m in methods}
+    taken = {m: {p: None for p, leaf in reads.items() if _changes(m, p, leaf)} for m in methods}
+    beside = Counter((m.slot, p.rpartition("/")[0]) for m, paths in taken.items() for p in paths)
     for method, paths in taken.items():
         found[method] = []
         for path in paths:
             module, _, name = path.rpartition("/")
             recipe.check([other for other in methods if path in taken[other]], module)
-            beside = [
-                other
-                for m, others in taken.items()
-                if m.slot == method.slot
-                for other in others
-                if other.rpartition("/")[0] == module
-            ]
             own = owned[module]
             axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
-            alone = len(beside) == 1 and selects(method.targets, module)
+            alone = beside[method.slot, module] == 1 and selects(method.targets, module)
             point = AttachmentPoint(module if alone else path, 0, name, axes, own)
             found[method].append(_placed(method, point, module))
     return found
@@ -251,6 +246,7 @@ def check_targets(
     Raises:
         TargetError: a pattern matches nothing, or nothing that its method can attach to.
     """
+    meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
     holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
     for method in recipe:
         other: dict[str, str | None] = {
@@ -268,7 +264,10 @@ def check_targets(
                 else None
                 for path in modules
             }
-            other |= {path: why_not(method, path, x, reads, layers) for path, x in leaves.items()}
+            other |= {
+                path: _why_not(method, path, x, reads, layers, meeting)
+                for path, x in leaves.items()
+            }
         else:
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
             other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
@@ -312,12 +311,13 @@ def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
 
-def why_not(
+def _why_not(
     method: Method,
     path: str,
     leaf: Any,
     reads: Mapping[str, Tracked],
     layers: Mapping[str, int],
+    meeting: Container[str],
 ) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
@@ -334,8 +334,7 @@ def why_not(
     if len(wide) < 2:
         shape = list(leaf.shape)
         return f"it has the shape {shape}, expected two axes or more" if named else None
-    beside = (leaf for other, leaf in reads.items() if other.rpartition("/")[0] == module)
-    if any(map(_meets, beside)) and not named:
+    if module in meeting and not named:
         return None  # a bias
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"

@@ -9,10 +9,12 @@ import pytest
 from helpers.arrays import double, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas
+from jax.sharding import PartitionSpec
 
 from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
 from adapters_jax.weights.changes import RANK, Changed, Factor, LowRank, Scale
-from adapters_jax.weights.lazy import Lazy, Read, formed, thin
+from adapters_jax.weights.lazy import Lazy, Read, Tracked, formed, lowered, thin, watched
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 F = frozenset
@@ -312,3 +314,48 @@ def test_any_chain_of_views_and_a_product_is_that_of_the_sum(drawn_chain, axes, 
     for a, b in zip(got, expected, strict=True):
         # A cast to half precision rounds the sum and its parts apart.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=0.05 if rough else 2e-4)
+
+
+# --- operations that the sum is formed for, and that say so
+
+
+def in_shards(w, x):
+    mesh = jax.make_mesh((1,), ("data",))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec()), "out_specs": PartitionSpec()}
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)(w, x)
+
+
+def in_a_kernel(w, x):
+    def kernel(w, x, y):
+        y[...] = x[...] @ w[...]
+
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), w.dtype)
+    return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(w, x)
+
+
+def in_ragged_parts(w, x):
+    numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])
+    return jax.lax.ragged_dot_general(x, w, jnp.array([3, 2]), numbers)
+
+
+@pytest.mark.parametrize(
+    ("function", "operation"),
+    [
+        (in_shards, "shard_map"),
+        (in_a_kernel, "pallas_call"),
+        (in_ragged_parts, "ragged_dot_general"),
+    ],
+)
+def test_what_has_no_thin_form_gets_the_sum_and_the_record_says_so(function, operation):
+    w, a, b, x = drawn((5, 4), 1), drawn((5, 2), 2), drawn((2, 4), 3), drawn((3, 5), 4)
+    change = LowRank(Factor(a, (0, RANK)), Factor(b, (RANK, 1)))
+    expected = function(jnp.asarray(w + a @ b), x)
+    for run in (lambda f: f, jax.jit):
+        leaf = Tracked("w")
+
+        def changed(w, x, leaf=leaf):
+            with thin() as trace:
+                return lowered(function(watched(trace, Changed.of(w, [change]), leaf), x))
+
+        np.testing.assert_allclose(run(changed)(jnp.asarray(w), x), expected, **CLOSE)
+        assert [(read.operation, read.how) for read in leaf.reads] == [(operation, "sum")]

@@ -19,7 +19,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, Thin, Tracked, lazy, lowered, thin
+from adapters_jax.weights.lazy import Thin, Tracked, lazy, lowered, thin, watched
 from adapters_jax.weights.quantized import is_quantized, unboxed
 from adapters_jax.weights.reach import reaching
 
@@ -90,8 +90,7 @@ def reads_of(
             trace.learn(jax.tree.leaves(variables))
             flat = dict(flatten(variables["params"]))
             for path, leaf in tracked.items():
-                axes = tuple(frozenset({i}) for i in range(flat[path].ndim))
-                flat[path] = Lazy(trace, Changed.of(flat[path]), leaf, axes)
+                flat[path] = watched(trace, Changed.of(flat[path]), leaf)
             key = jax.random.key(0)
             y, _ = nn.Module.apply(
                 base,

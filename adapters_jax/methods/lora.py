@@ -60,7 +60,8 @@ class LoRA(LeafMethod):
         targets: patterns of modules, or of leaves.
         rank: r.
         alpha: None means r, for a scale of 1 (the paper sets alpha to the first r tried).
-        dropout: probability of zeroing an entry of the branch's input while training.
+        dropout: probability of zeroing an entry of the product's input while training; a lookup,
+            and a sum that is formed, have no such input, and so no dropout.
         a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
             1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
             "gaussian"); "pissa" sets A and B to the weight's r principal components and

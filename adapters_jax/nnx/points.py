@@ -23,7 +23,7 @@ from adapters_jax.weights.attention import Attention
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, Read, Tracked, lowered, thin
+from adapters_jax.weights.lazy import Read, Tracked, lowered, thin, watched
 from adapters_jax.weights.reach import named, reaching
 
 Layers = tuple[int, ...]
@@ -253,8 +253,7 @@ def _traced(
             for path, variable in params_of(probe).items():
                 if path in tracked:
                     value = variable.get_raw_value()
-                    axes = tuple(frozenset({i}) for i in range(value.ndim))
-                    variable.set_raw_value(Lazy(trace, Changed.of(value), tracked[path], axes))
+                    variable.set_raw_value(watched(trace, Changed.of(value), tracked[path]))
             return [x for x in jax.tree.leaves(lowered(given.call(probe))) if is_array(x)]
 
     token = _RECORDER.set(record)

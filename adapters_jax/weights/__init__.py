@@ -1,11 +1,13 @@
 """Weights that change, and how a model's code reads them.
 
 - `changes`: the arithmetic of a changed weight, `W' = scale * (W + A B)`.
-- `lazy`: the trace in which operations read changed weights without forming them; `products`: the
-  products, convolutions and lookups that it computes thin.
+- `lazy`: the trace in which operations read changed weights without forming them; `rules`: how each
+  operation does; `products`: products and convolutions of an input and a changed weight.
 - `axes`: which axes of a weight each factor has; it follows from the reads.
 - `reach`: what the outputs of a traced function depend on, and the operands of its scans.
 - `calls`: the input and the output of a module's call.
 - `attention`: how an attention module passes query, key and value to its attention function.
 - `quantized`: a frozen weight in few bits, and how it is read.
 """
+
+from adapters_jax.weights import rules as rules  # fills the table of `lazy`

@@ -24,8 +24,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.products import convolved, grouped, multiplied
-from adapters_jax.weights.reach import operands_of_scan
 
 Axes = frozenset[int]
 
@@ -83,10 +81,14 @@ def recording() -> Iterator[dict[str, Tracked]]:
 def lazy(trace: "Thin", changed: Changed, path: str) -> "Lazy":
     """A changed weight for the code that reads it, recorded where somebody asks."""
     records = _RECORDS.get()
-    if records is None:
-        return Lazy(trace, changed)
+    leaf = None if records is None else records.setdefault(path, Tracked(path))
+    return Lazy(trace, changed) if leaf is None else watched(trace, changed, leaf)
+
+
+def watched(trace: "Thin", changed: Changed, leaf: Tracked) -> "Lazy":
+    """A weight whose reads are recorded."""
     axes = tuple(frozenset({i}) for i in range(len(changed.shape)))
-    return Lazy(trace, changed, records.setdefault(path, Tracked(path)), axes)
+    return Lazy(trace, changed, leaf, axes)
 
 
 class Lazy(jax.core.Tracer):
@@ -146,6 +148,11 @@ class Lazy(jax.core.Tracer):
             self.spent,
         )
 
+    def within(self, trace: "Thin", changed: Changed | None = None) -> "Lazy":
+        """This weight, or what another trace has of it, as a value of that trace."""
+        own = self.changed if changed is None else changed
+        return Lazy(trace, own, self.leaf, self.axes, self.indexed, self.looked_up, self.spent)
+
     def record(
         self,
         operation: str,
@@ -157,18 +164,25 @@ class Lazy(jax.core.Tracer):
         """Records a read that contracts or batches the given axes, as the code sees them."""
         if self.leaf is None:
             return
-        shared = self.indexed | self.looked_up | _union(self.axes, batch)
-        used = _union(self.axes, inputs) - shared
-        every = _union(self.axes, range(len(self.axes)))
+        shared = self.indexed | self.looked_up | union(self.axes, batch)
+        used = union(self.axes, inputs) - shared
+        every = union(self.axes, range(len(self.axes)))
         how = "sum" if self.spent else how
         if how == "lookup":
             used, shared = self.looked_up, self.indexed
-        outputs, positions = every - used - shared, _union(self.axes, window) & used
+        outputs, positions = every - used - shared, union(self.axes, window) & used
         self.leaf.reads.append(Read(operation, how, used, shared, outputs, positions))
 
 
-def _union(axes: Sequence[Axes], which: Any) -> Axes:
+def union(axes: Sequence[Axes], which: Any) -> Axes:
+    """The leaf's axes in those that the code sees at some positions."""
     return frozenset().union(*(axes[i] for i in which))
+
+
+# By the name of a primitive: `rule(trace, primitive, values, params, where)` computes it for the
+# `Lazy` at a position, and returns None where the sum is to be formed. `rules` fills the table.
+Rule = Callable[["Thin", Any, Sequence[Any], Any, int], Any]
+RULES: dict[str, Rule] = {}
 
 
 class Thin(jax.core.Trace):
@@ -223,10 +237,9 @@ class Thin(jax.core.Trace):
     def _by_sum(self, primitive: Any, values: Any, params: Any) -> Any:
         """The operation on the formed sums."""
         weights = [x for x in values if isinstance(x, Lazy)]
-        weights.sort(key=lambda x: -len(frozenset().union(*x.axes)))  # matrices before their scales
         alone = self.known is not None and all(map(self.knows, values))
         # Of several weights the one with the most axes is followed.
-        weight = max(weights, key=lambda x: len(_union(x.axes, range(len(x.axes)))))
+        weight = max(weights, key=lambda x: len(union(x.axes, range(len(x.axes)))))
         for x in weights:
             if not alone or x is not weight:
                 x.record(primitive.name, "lookup" if x.looked_up else "sum")
@@ -259,6 +272,11 @@ class Thin(jax.core.Trace):
         """A function with a gradient of its own gets the sums."""
         values = self._sums(primitive, values)
         return self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, values, **params)
+
+    def process_shard_map(self, primitive: Any, fun: Any, values: Any, /, **params: Any) -> Any:
+        """A function on the parts of arrays gets the parts of the sums."""
+        values = self._sums(primitive, values)
+        return self.parent.process_shard_map(primitive, fun, values, **params)
 
     def _sums(self, primitive: Any, values: Any) -> list[Any]:
         for x in values:
@@ -321,298 +339,3 @@ def lowered(tree: Any) -> Any:
 
 def _is_lazy(x: Any) -> bool:
     return isinstance(x, Lazy)
-
-
-# --- rules: `rule(trace, primitive, values, params, where)` is None where the sum is to be formed
-
-Rule = Callable[[Thin, Any, Sequence[Any], Any, int], Any]
-
-
-def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
-    """The rule of an operation of one weight that only looks at it in another way."""
-
-    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-        return function(values[where], params) if len(values) == 1 else None
-
-    return rule
-
-
-def _transpose(x: Lazy, params: Any) -> Lazy | None:
-    order = params["permutation"]
-    return x.seen_as(x.changed.transposed(order), [x.axes[i] for i in order] if x.axes else ())
-
-
-def _reshape(x: Lazy, params: Any) -> Lazy | None:
-    shape = params["new_sizes"]
-    if params["dimensions"] is not None or 0 in shape:
-        return None
-    axes = x.changed.axes_after(shape, x.axes) if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes)
-
-
-def _squeeze(x: Lazy, params: Any) -> Lazy | None:
-    gone = {axis % x.ndim for axis in params["dimensions"]}
-    kept = [i for i in range(x.ndim) if i not in gone]
-    shape = [x.shape[i] for i in kept]
-    axes = [x.axes[i] for i in kept] if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes, _union(x.axes, gone) if x.axes else Axes())
-
-
-def _broadcast(x: Lazy, params: Any) -> Lazy | None:
-    shape, where = params["shape"], params["broadcast_dimensions"]
-    if any(x.shape[i] != shape[j] for i, j in enumerate(where)):
-        return None
-    axes = [x.axes[where.index(j)] if x.axes and j in where else Axes() for j in range(len(shape))]
-    return x.seen_as(x.changed.broadcast(shape, where), axes if x.axes else ())
-
-
-def _cast(x: Lazy, params: Any) -> Lazy | None:
-    dtype = params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return x.seen_as(x.changed.cast(dtype), x.axes)
-
-
-def _slice(x: Lazy, params: Any) -> Lazy | None:
-    starts, limits = params["start_indices"], params["limit_indices"]
-    steps = params["strides"] or (1,) * x.ndim
-    cut = [i for i in range(x.ndim) if (starts[i], limits[i], steps[i]) != (0, x.shape[i], 1)]
-
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.slice_in_dim(
-                    array, starts[axis], limits[axis], steps[axis], position[axis]
-                )
-        return array
-
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
-
-
-def _dynamic_slice(
-    trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int
-) -> Any:
-    x, *starts = values
-    sizes = params["slice_sizes"]
-    if where or any(isinstance(i, Lazy) for i in starts):
-        return None
-    cut = [i for i in range(x.ndim) if sizes[i] != x.shape[i]]
-
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.dynamic_slice_in_dim(
-                    array, starts[axis], sizes[axis], position[axis]
-                )
-        return array
-
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
-
-
-def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
-    x, ids = values
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if where or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    (axis,) = numbers.start_index_map
-    whole = all(size == (1 if i == axis else x.shape[i]) for i, size in enumerate(sizes))
-    if not whole or numbers.collapsed_slice_dims != (axis,):
-        return None
-    rows = ids.ndim - 1
-    outside = [i for i in range(rows + x.ndim - 1) if i not in numbers.offset_dims]
-
-    def take(array: Array, position: dict[int, int]) -> Array:
-        """The rows, whose axes are in front of the others."""
-        if axis not in position:
-            return array
-        array = jnp.moveaxis(array, position[axis], 0)
-        rest = array.ndim - 1
-        own = jax.lax.GatherDimensionNumbers(tuple(range(rows, rows + rest)), (0,), (0,))
-        new = {**params, "dimension_numbers": own, "slice_sizes": (1, *array.shape[1:])}
-        return primitive.bind(array, ids, **new)
-
-    others = dict(zip((i for i in range(x.ndim) if i != axis), numbers.offset_dims, strict=True))
-    changed = x.changed.taken(take, axis, outside, others)
-    axes = [Axes()] * (rows + x.ndim - 1)
-    for old, new in others.items():
-        axes[new] = x.axes[old] if x.axes else Axes()
-    seen = x.seen_as(
-        changed, axes if x.axes else (), looked_up=x.axes[axis] if x.axes else Axes({0})
-    )
-    if seen is None or x.ndim > 2:
-        return seen
-    seen.record("gather", "lookup")
-    return seen.formed()
-
-
-def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """A sharding is asked of the weight alone; the sum of parts is as the parts are."""
-    x = values[where]
-    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)), x.axes)
-
-
-def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """A number times a weight."""
-    x, number = values[where], values[1 - where]
-    if isinstance(number, Lazy) or jnp.ndim(number):
-        return None
-    return x.seen_as(x.changed.scaled(number), x.axes)
-
-
-def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """A weight over a number."""
-    x, number = values
-    if where or isinstance(number, Lazy) or jnp.ndim(number):
-        return None
-    return x.seen_as(x.changed.scaled(1 / number), x.axes)
-
-
-def _product(compute: Callable[..., Any]) -> Rule:
-    """The rule of an operation in which a weight meets its input."""
-
-    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-        x = values[where]
-        others = [formed(value) for i, value in enumerate(values) if i != where]
-        for i, value in enumerate(values):
-            if i != where and isinstance(value, Lazy):
-                value.record(primitive.name, "sum")
-        found = compute(primitive, x.changed, others, params, where)
-        how = "sum" if found.y is None else "product"
-        x.record(primitive.name, how, found.inputs, found.batch, found.window)
-        if found.y is not None:
-            return found.y
-        return primitive.bind(*(formed(value) for value in values), **params)
-
-    return rule
-
-
-def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """The body of a jitted function, in place of its call."""
-    with jex.set_current_trace(trace):
-        return jex.jaxpr_as_fun(params["jaxpr"])(*values)
-
-
-def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
-    split, join = _parts(values)
-    known = [trace.knows(x) for x in values]
-
-    def body(parts: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(part for part, own in zip(parts, known, strict=True) if own)
-            inside = join(inner, parts)
-            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *inside))
-
-    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return again(split)
-
-
-def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """One of several branches, each with the changed weights."""
-    index, *operands = values
-    if isinstance(index, Lazy):
-        return None
-    split, join = _parts(operands)
-    known = [trace.knows(x) for x in operands]
-
-    def thinly(jaxpr: Any) -> Callable[[Any], Any]:
-        def branch(parts: Any) -> Any:
-            with thin(trace.known) as inner:
-                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
-                return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
-
-        return branch
-
-    return jax.lax.switch(index, [thinly(jaxpr) for jaxpr in params["branches"]], split)
-
-
-def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list[Any]]]:
-    """Values as a tree of plain arrays, and the function that makes them of it again."""
-
-    def join(trace: Thin, parts: Any) -> list[Any]:
-        return [
-            Lazy(trace, part, x.leaf, x.axes, x.indexed, x.looked_up, x.spent)
-            if isinstance(x, Lazy)
-            else part
-            for x, part in zip(values, parts, strict=True)
-        ]
-
-    return [x.changed if isinstance(x, Lazy) else x for x in values], join
-
-
-def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-    """A scan over layers, each with its own part of stacked weights."""
-    consts, initial, xs = operands_of_scan(values, params)
-    carry = [formed(x) for x in initial]
-    for x in initial:
-        if isinstance(x, Lazy):
-            x.record("scan", "sum")
-    length = params["length"]
-    stacked = [x.changed.layers(length) if isinstance(x, Lazy) else x for x in xs]
-    rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
-    known = [trace.knows(x) for x in xs]
-
-    def body(carry: Any, rows: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(row for row, own in zip(rows, known, strict=True) if own)
-            inside = [
-                Lazy(
-                    inner,
-                    part.layer(row),
-                    x.leaf,
-                    x.axes[1:],
-                    x.indexed | (x.axes[0] if x.axes else Axes()),
-                    x.looked_up,
-                    x.spent,
-                )
-                if isinstance(x, Lazy)
-                else row
-                for x, part, row in zip(xs, stacked, rows, strict=True)
-            ]
-            results = lowered(
-                jex.jaxpr_as_fun(params["jaxpr"])(*_over(inner, consts), *carry, *inside)
-            )
-        return results[: len(carry)], results[len(carry) :]
-
-    carry, made = jax.lax.scan(
-        body, carry, rows, length, reverse=params["reverse"], unroll=params["unroll"]
-    )
-    return [*carry, *made]
-
-
-def _over(trace: Thin, values: Sequence[Any]) -> list[Any]:
-    """Changed weights of an outer trace, as values of this one."""
-    return [
-        Lazy(trace, x.changed, x.leaf, x.axes, x.indexed, x.looked_up, x.spent)
-        if isinstance(x, Lazy)
-        else x
-        for x in values
-    ]
-
-
-RULES: dict[str, Rule] = {
-    "transpose": _view(_transpose),
-    "reshape": _view(_reshape),
-    "squeeze": _view(_squeeze),
-    "broadcast_in_dim": _view(_broadcast),
-    "convert_element_type": _view(_cast),
-    "copy": _view(lambda x, params: x),
-    "name": _view(lambda x, params: x),
-    "slice": _view(_slice),
-    "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
-    "sharding_constraint": _constraint,
-    "mul": _multiply,
-    "div": _divide,
-    "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
-    "dot_general": _product(multiplied),
-    "conv_general_dilated": _product(convolved),
-    "ragged_dot_general": _product(grouped),
-    "jit": _inlined,
-    "pjit": _inlined,
-    "remat2": _remat,
-    "checkpoint": _remat,
-    "scan": _scan,
-    "cond": _cond,
-}

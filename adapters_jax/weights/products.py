@@ -34,7 +34,7 @@ class Product(NamedTuple):
     """
 
     y: Array | None
-    inputs: Sequence[int]
+    inputs: Sequence[int] = ()
     batch: Sequence[int] = ()
     window: Sequence[int] = ()
 
@@ -234,7 +234,7 @@ def grouped(
         for c in changed.changes
     )
     if where != 1 or given != usual or not fits or not jnp.issubdtype(x.dtype, jnp.floating):
-        return Product(None, *((1,), (0,)) if (where, given) == (1, usual) else ())
+        return Product(None, (1,), (0,)) if (where, given) == (1, usual) else Product(None)
 
     def branch(change: LowRank, x: Array) -> Array:
         a, b = sorted(change.factors, key=lambda f: 2 in f.axes)

@@ -1,0 +1,307 @@
+"""How each operation is computed for a changed weight; what has no rule gets the formed sum.
+
+An operation that only looks at the weight in another way gives another `Lazy`; a product is
+computed thin; jit, checkpoint, cond and scan are entered with the parts of the weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from adapters_jax.weights.lazy import (
+    RULES,
+    Axes,
+    Lazy,
+    Rule,
+    Thin,
+    formed,
+    lowered,
+    thin,
+    union,
+)
+from adapters_jax.weights.products import convolved, grouped, multiplied
+from adapters_jax.weights.reach import operands_of_scan
+
+
+def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
+    """The rule of an operation of one weight that only looks at it in another way."""
+
+    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+        return function(values[where], params) if len(values) == 1 else None
+
+    return rule
+
+
+def _transpose(x: Lazy, params: Any) -> Lazy | None:
+    order = params["permutation"]
+    return x.seen_as(x.changed.transposed(order), [x.axes[i] for i in order] if x.axes else ())
+
+
+def _reshape(x: Lazy, params: Any) -> Lazy | None:
+    shape = params["new_sizes"]
+    if params["dimensions"] is not None or 0 in shape:
+        return None
+    axes = x.changed.axes_after(shape, x.axes) if x.axes else ()
+    return x.seen_as(x.changed.reshaped(shape), axes)
+
+
+def _squeeze(x: Lazy, params: Any) -> Lazy | None:
+    gone = {axis % x.ndim for axis in params["dimensions"]}
+    kept = [i for i in range(x.ndim) if i not in gone]
+    shape = [x.shape[i] for i in kept]
+    axes = [x.axes[i] for i in kept] if x.axes else ()
+    return x.seen_as(x.changed.reshaped(shape), axes, union(x.axes, gone) if x.axes else Axes())
+
+
+def _broadcast(x: Lazy, params: Any) -> Lazy | None:
+    shape, where = params["shape"], params["broadcast_dimensions"]
+    if any(x.shape[i] != shape[j] for i, j in enumerate(where)):
+        return None
+    axes = [x.axes[where.index(j)] if x.axes and j in where else Axes() for j in range(len(shape))]
+    return x.seen_as(x.changed.broadcast(shape, where), axes if x.axes else ())
+
+
+def _cast(x: Lazy, params: Any) -> Lazy | None:
+    dtype = params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return x.seen_as(x.changed.cast(dtype), x.axes)
+
+
+def _slice(x: Lazy, params: Any) -> Lazy | None:
+    starts, limits = params["start_indices"], params["limit_indices"]
+    steps = params["strides"] or (1,) * x.ndim
+    cut = [i for i in range(x.ndim) if (starts[i], limits[i], steps[i]) != (0, x.shape[i], 1)]
+
+    def one(array: Array, position: dict[int, int]) -> Array:
+        for axis in cut:
+            if axis in position:
+                array = jax.lax.slice_in_dim(
+                    array, starts[axis], limits[axis], steps[axis], position[axis]
+                )
+        return array
+
+    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+
+
+def _dynamic_slice(
+    trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int
+) -> Any:
+    x, *starts = values
+    sizes = params["slice_sizes"]
+    if where or any(isinstance(i, Lazy) for i in starts):
+        return None
+    cut = [i for i in range(x.ndim) if sizes[i] != x.shape[i]]
+
+    def one(array: Array, position: dict[int, int]) -> Array:
+        for axis in cut:
+            if axis in position:
+                array = jax.lax.dynamic_slice_in_dim(
+                    array, starts[axis], sizes[axis], position[axis]
+                )
+        return array
+
+    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+
+
+def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
+    x, ids = values
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if where or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,) = numbers.start_index_map
+    whole = all(size == (1 if i == axis else x.shape[i]) for i, size in enumerate(sizes))
+    if not whole or numbers.collapsed_slice_dims != (axis,):
+        return None
+    rows = ids.ndim - 1
+    outside = [i for i in range(rows + x.ndim - 1) if i not in numbers.offset_dims]
+
+    def take(array: Array, position: dict[int, int]) -> Array:
+        """The rows, whose axes are in front of the others."""
+        if axis not in position:
+            return array
+        array = jnp.moveaxis(array, position[axis], 0)
+        rest = array.ndim - 1
+        own = jax.lax.GatherDimensionNumbers(tuple(range(rows, rows + rest)), (0,), (0,))
+        new = {**params, "dimension_numbers": own, "slice_sizes": (1, *array.shape[1:])}
+        return primitive.bind(array, ids, **new)
+
+    others = dict(zip((i for i in range(x.ndim) if i != axis), numbers.offset_dims, strict=True))
+    changed = x.changed.taken(take, axis, outside, others)
+    axes = [Axes()] * (rows + x.ndim - 1)
+    for old, new in others.items():
+        axes[new] = x.axes[old] if x.axes else Axes()
+    seen = x.seen_as(
+        changed, axes if x.axes else (), looked_up=x.axes[axis] if x.axes else Axes({0})
+    )
+    if seen is None or x.ndim > 2:
+        return seen
+    seen.record("gather", "lookup")
+    return seen.formed()
+
+
+def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A sharding is asked of the weight alone; the sum of parts is as the parts are."""
+    x = values[where]
+    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)), x.axes)
+
+
+def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A number times a weight."""
+    x, number = values[where], values[1 - where]
+    if isinstance(number, Lazy) or jnp.ndim(number):
+        return None
+    return x.seen_as(x.changed.scaled(number), x.axes)
+
+
+def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A weight over a number."""
+    x, number = values
+    if where or isinstance(number, Lazy) or jnp.ndim(number):
+        return None
+    return x.seen_as(x.changed.scaled(1 / number), x.axes)
+
+
+def _product(compute: Callable[..., Any]) -> Rule:
+    """The rule of an operation in which a weight meets its input."""
+
+    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+        x = values[where]
+        others = [formed(value) for i, value in enumerate(values) if i != where]
+        for i, value in enumerate(values):
+            if i != where and isinstance(value, Lazy):
+                value.record(primitive.name, "sum")
+        found = compute(primitive, x.changed, others, params, where)
+        how = "sum" if found.y is None else "product"
+        x.record(primitive.name, how, found.inputs, found.batch, found.window)
+        if found.y is not None:
+            return found.y
+        return primitive.bind(*(formed(value) for value in values), **params)
+
+    return rule
+
+
+def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """The body of a jitted function, in place of its call."""
+    with jex.set_current_trace(trace):
+        return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+
+
+def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
+    split, join = _parts(values)
+    known = [trace.knows(x) for x in values]
+
+    def body(parts: Any) -> Any:
+        with thin(trace.known) as inner:
+            inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+            inside = join(inner, parts)
+            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *inside))
+
+    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return again(split)
+
+
+def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """One of several branches, each with the changed weights."""
+    index, *operands = values
+    if isinstance(index, Lazy):
+        return None
+    split, join = _parts(operands)
+    known = [trace.knows(x) for x in operands]
+
+    def thinly(jaxpr: Any) -> Callable[[Any], Any]:
+        def branch(parts: Any) -> Any:
+            with thin(trace.known) as inner:
+                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+                return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
+
+        return branch
+
+    return jax.lax.switch(index, [thinly(jaxpr) for jaxpr in params["branches"]], split)
+
+
+def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list[Any]]]:
+    """Values as a tree of plain arrays, and the function that makes them of it again."""
+
+    def join(trace: Thin, parts: Any) -> list[Any]:
+        return [
+            x.within(trace, part) if isinstance(x, Lazy) else part
+            for x, part in zip(values, parts, strict=True)
+        ]
+
+    return [x.changed if isinstance(x, Lazy) else x for x in values], join
+
+
+def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A scan over layers, each with its own part of stacked weights."""
+    consts, initial, xs = operands_of_scan(values, params)
+    carry = [formed(x) for x in initial]
+    for x in initial:
+        if isinstance(x, Lazy):
+            x.record("scan", "sum")
+    length = params["length"]
+    stacked = [x.changed.layers(length) if isinstance(x, Lazy) else x for x in xs]
+    rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
+    known = [trace.knows(x) for x in xs]
+
+    def body(carry: Any, rows: Any) -> Any:
+        with thin(trace.known) as inner:
+            inner.learn(row for row, own in zip(rows, known, strict=True) if own)
+            inside = [
+                Lazy(
+                    inner,
+                    part.layer(row),
+                    x.leaf,
+                    x.axes[1:],
+                    x.indexed | (x.axes[0] if x.axes else Axes()),
+                    x.looked_up,
+                    x.spent,
+                )
+                if isinstance(x, Lazy)
+                else row
+                for x, part, row in zip(xs, stacked, rows, strict=True)
+            ]
+            outer = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
+            results = lowered(jex.jaxpr_as_fun(params["jaxpr"])(*outer, *carry, *inside))
+        return results[: len(carry)], results[len(carry) :]
+
+    carry, made = jax.lax.scan(
+        body, carry, rows, length, reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *made]
+
+
+RULES.update(
+    {
+        "transpose": _view(_transpose),
+        "reshape": _view(_reshape),
+        "squeeze": _view(_squeeze),
+        "broadcast_in_dim": _view(_broadcast),
+        "convert_element_type": _view(_cast),
+        "copy": _view(lambda x, params: x),
+        "name": _view(lambda x, params: x),
+        "slice": _view(_slice),
+        "dynamic_slice": _dynamic_slice,
+        "gather": _gather,
+        "sharding_constraint": _constraint,
+        "mul": _multiply,
+        "div": _divide,
+        "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
+        "dot_general": _product(multiplied),
+        "conv_general_dilated": _product(convolved),
+        "ragged_dot_general": _product(grouped),
+        "jit": _inlined,
+        "pjit": _inlined,
+        "remat2": _remat,
+        "checkpoint": _remat,
+        "scan": _scan,
+        "cond": _cond,
+    }
+)
