@@ -219,11 +219,21 @@ def zoo(method):
     return model, noise(aj.init_adapters(model, base, jax.random.key(0), X))
 
 
-def test_an_attention_of_another_library_is_one_line(known):
-    with raises(aj.TargetError, "aj.register_attention(ZooAttention, key='key'"):
-        zoo(aj.LlamaAdapter("attention", K))
+@jax.custom_vjp
+def kernel(query, key, value, bias=None):
+    """An attention function that cannot be seen into."""
+    return nn.dot_product_attention(query, key, value, bias)
+
+
+kernel.defvjp(lambda *args: (kernel(*args), args), lambda args, change: args)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_an_attention_of_another_library(known, registered):
+    """The softmax is found; what is registered computes the same by its attention function."""
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention_fn": "attend"}
-    aj.register_attention(ZooAttention, **names)
+    if registered:
+        aj.register_attention(ZooAttention, **names)
     model, params = zoo(aj.LlamaAdapter("attention", K))
     p = double(params["attention"])
     query, key, value = (
@@ -240,14 +250,53 @@ def test_an_attention_of_another_library_is_one_line(known):
     np.testing.assert_allclose(
         model.apply({"params": params}, X), expected.reshape(X.shape), atol=2e-6
     )
-    model, params = zoo(aj.PrefixTuning("attention", K))
-    assert np.isfinite(model.apply({"params": params}, X)).all()
+
+
+def test_a_kernel_needs_a_registration(known):
+    class KernelZoo(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return ZooAttention(attend=kernel, name="attention")(x)
+
+    model = aj.adapt(KernelZoo(), aj.PrefixTuning("attention", K))
+    with raises(aj.TargetError, "attention (ZooAttention", "no softmax between two products"):
+        model.init(jax.random.key(0), X)
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    params = noise(model.init(jax.random.key(0), X)["params"])
+    seen, expected = zoo(aj.PrefixTuning("attention", K))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, X), seen.apply({"params": params}, X), atol=2e-6
+    )
 
 
 def test_a_wrong_name_in_a_registration_is_named(known):
-    aj.register_attention(ZooAttention, key="keys", value="v_proj", attention_fn="attend")
-    with raises(aj.RecipeError, "'keys'", "key=", "aj.register_attention"):
+    names = {"query": "q_proj", "key": "keys", "value": "v_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    with raises(aj.RecipeError, "'keys'", "'k_proj'", "aj.register_attention"):
         zoo(aj.LlamaAdapter("attention", K))
+
+
+def test_projections_in_the_wrong_places_of_a_registration_are_named(known):
+    names = {"query": "q_proj", "key": "v_proj", "value": "k_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    with raises(aj.RecipeError, "ZooAttention", "attend", "key", "'k_proj'", "'v_proj'"):
+        zoo(aj.LlamaAdapter("attention", K))
+
+    class Swapped(nnx.MultiHeadAttention):
+        """An attention whose projections have other names than flax's."""
+
+    def call(self, x):
+        one, two, three = (f(x) for f in (self.query, self.value, self.key))
+        return self.out(self.attention_fn(one, two, three))
+
+    Swapped.__call__ = call
+    aj.register_attention(Swapped)
+    model = NnxAround()
+    model.attention = Swapped(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+    with raises(aj.RecipeError, "Swapped", "key", "'attention/value'", "'attention/key'"):
+        aj.adapt(model, aj.LlamaAdapter("attention"), rngs=nnx.Rngs(0), example_inputs=(X,))
 
 
 @pytest.mark.parametrize(
@@ -337,28 +386,13 @@ def test_prompts_keep_the_dtype_of_a_half_precision_base():
     }
 
 
-class Inline(nn.Module):
-    """Attention that is computed in line."""
-
-    @nn.compact
-    def __call__(self, x):
-        query, key, value = (nn.Dense(D, name=n)(x) for n in ("query", "key", "value"))
-        return jax.nn.softmax(query @ key.swapaxes(-1, -2)) @ value
-
-
 class NnxInline(nnx.MultiHeadAttention):
     """A known class whose call does not use its attention function."""
 
     def __call__(self, x):
         query, key, value = self.query(x), self.key(x), self.value(x)
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key)
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(WIDTH)
         return self.out(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value))
-
-
-class Around(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return Inline(name="attention")(x)
 
 
 class NnxAround(nnx.Module):
@@ -370,12 +404,12 @@ class NnxAround(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", [aj.LlamaAdapter, aj.PrefixTuning])
-def test_attention_in_line_is_refused_with_what_was_looked_for(kind):
-    method = kind("attention", K)
-    data = ("attention (Inline ", "query, key and value", "aj.register_attention(Inline,")
-    with raises(aj.TargetError, *data):
-        aj.adapt(Around(), method).init(jax.random.key(0), X)
-    with raises(
-        aj.TargetError, "attention (NnxInline ", "its attention_fn", "query, key and value"
-    ):
-        aj.adapt(NnxAround(), method, rngs=nnx.Rngs(0), example_inputs=(X,))
+def test_a_class_that_overrides_the_call_of_a_known_one(kind):
+    """Its call is read, not that of the known class; flax's own computes the same."""
+    model = aj.adapt(NnxAround(), kind("attention", K), rngs=nnx.Rngs(0), example_inputs=(X,))
+    nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
+    known = NnxAround()
+    known.attention = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+    known = aj.adapt(known, kind("attention", K), rngs=nnx.Rngs(0))
+    nnx.update(known, nnx.state(model))
+    np.testing.assert_allclose(model(X), known(X), atol=2e-6)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,7 +16,7 @@ from adapters_jax import checks
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Prompt, grouped
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
 from adapters_jax.weights.attention import AttentionFn
 
 
@@ -54,6 +55,7 @@ class PrefixTuning(Prompt):
     name: ClassVar[str] = "prefix"
     slot: ClassVar[str] = "prefix"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]
+    shares_softmax: ClassVar[bool] = True
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
@@ -82,6 +84,18 @@ class PrefixTuning(Prompt):
             math.prod(copies),
         )
 
+    def tokens(
+        self, leaves: Leaves, point: AttachmentPoint, project: Callable[[str, Array], Array]
+    ) -> Tokens:
+        """The trained keys and values, each (K, kv_heads, head_dim)."""
+        return leaves["key"], leaves["value"]
+
+    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+        """The output of one softmax over the prefix and the context."""
+        share = jax.nn.sigmoid(prompt.total - context.total)[..., None]
+        mixed = (1 - share) * context.output.astype(jnp.float32) + share * prompt.output
+        return mixed.astype(context.output.dtype)
+
     def attend(
         self,
         leaves: Leaves,
@@ -97,7 +111,7 @@ class PrefixTuning(Prompt):
     ) -> Float[Array, "... length heads head_dim"]:
         """The attention's output over the prefix and the context.
 
-        Args: as in `LlamaAdapter.attend`; `mask` and `bias` cover the context without the prefix.
+        Args: as in `Method.attend`; `mask` and `bias` cover the context without the prefix.
 
         Raises:
             RecipeError: `is_causal=True`, with which the function would mask the prefix too.
