@@ -85,6 +85,11 @@ class Style:
     biased: bool = False
 
 
+def partial(x, angles, np=jnp):
+    """Rotates the first four positions of a head, in halves, and leaves the others."""
+    return np.concatenate([halves(x[..., :4], angles[:, :2], np), x[..., 4:]], -1)
+
+
 def softmax(x):
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
@@ -222,6 +227,7 @@ STYLES = {
     "rotary as a sum": Style(separate(added_halves), flat, 2, halves, biased=True),
     "rotary in pairs": Style(separate(pairs), flat, 2, pairs, biased=True),
     "complex rotary": Style(separate(complex_pairs), flat, 2, pairs, biased=True),
+    "partial rotary": Style(separate(partial), flat, 2, partial, biased=True),
     "fused": Style(fused, fused_layout, biased=True),
     "fused by head": Style(
         by_head, lambda w: {"qkv": np.stack([w[n] for n in "qkv"], 2).reshape(D, -1)}
@@ -316,7 +322,7 @@ def flash(w, x):
     return jnp.moveaxis(mixed / total, 0, 2).reshape(B, T, -1)
 
 
-def weighed(change=lambda s: s, mask=None, after=None, order="bthw"):
+def weighed(change=lambda s: s, mask=None, after=None, axis=-1, sink=0.0):
     """An attention with something between its products that is not alike for all scores."""
 
     def run(w, x):
@@ -324,13 +330,20 @@ def weighed(change=lambda s: s, mask=None, after=None, order="bthw"):
         scores = change(jnp.einsum("bthw,bshw->bhts", q, k) * W**-0.5)
         weight = jnp.exp(scores - scores.max(-1, keepdims=True))
         weight = weight if mask is None else weight * mask
-        total = weight.sum(-1, keepdims=True)
+        total = weight.sum(axis, keepdims=True) + sink
         if after:
             mixed = jnp.einsum("bhts,bshw->bthw", weight, v) / total.swapaxes(1, 2)
             return mixed.reshape(B, T, -1)
         return jnp.einsum("bhts,bshw->bthw", weight / total, v).reshape(B, T, -1)
 
     return run
+
+
+def two_products(w, x):
+    """Scores that are sums of two products, as those of latent attention are."""
+    q, k, v = (jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")
+    scores = jnp.einsum("bthw,bshw->bhts", q, k) + jnp.einsum("bthw,bshw->bhts", q, v)
+    return jnp.einsum("bhts,bshw->bthw", jax.nn.softmax(scores), v).reshape(B, T, -1)
 
 
 def tiled(w, x):
@@ -359,6 +372,8 @@ REFUSED = {
         Style(weighed(lambda s: s * jnp.arange(1.0, H + 1)[:, None, None])),
         "scores that are changed by mul",
     ),
+    "a softmax over queries": (Style(weighed(axis=-2)), "its softmax over other axes"),
+    "two products": (Style(two_products), "scores that are computed from several products"),
     "divided after": (Style(weighed(after=True)), "divides by the sum of its softmax after"),
     "other groups": (Style(tiled, kv=2), "heads in another order"),
     "something added": (Style(moved), "keys that have something else added"),
@@ -375,16 +390,20 @@ def test_what_cannot_be_derived_is_refused_with_the_reason(style, why):
         aj.adapt(NnxModel(style), method, rngs=nnx.Rngs(0), example_inputs=(X,))
 
 
-def test_a_mask_on_exponentials_hides_the_logits_from_a_prefix():
-    style = Style(weighed(mask=MASK))
-    gated = aj.adapt(Model(style), aj.LlamaAdapter("attention", K))
+@pytest.mark.parametrize("hidden", [{"mask": MASK}, {"sink": 1.0}], ids=str)
+def test_a_softmax_that_does_not_show_its_logits_has_no_prefix(hidden):
+    """A mask on its exponentials, or more in the sum, which leave a gated prompt as it is."""
+    style = Style(weighed(**hidden))
+    gated = aj.adapt(Model(style), METHODS["gated"])
     params = gated.init(jax.random.key(0), X)["params"]
-    params["attention"]["prompt"] = noise(params["attention"]["prompt"])
-    expected = formula(style, params["attention"]["prompt"], METHODS["gated"])
-    np.testing.assert_allclose(gated.apply({"params": params}, X), expected, atol=2e-5)
-    prefix = aj.adapt(Model(style), aj.PrefixTuning("attention", K))
+    params["attention"]["prompt"] = own = noise(params["attention"]["prompt"])
+    base = Model(style).init_with_output(jax.random.key(0), X)[0]
+    plain = Style(weighed(mask=MASK))
+    branch = formula(plain, own, METHODS["gated"])
+    branch -= Model(plain).init_with_output(jax.random.key(0), X)[0]
+    np.testing.assert_allclose(gated.apply({"params": params}, X), base + branch, atol=2e-5)
     with raises(aj.TargetError, "attention (Attention", "does not show the logits"):
-        prefix.init(jax.random.key(0), X)
+        aj.adapt(Model(style), METHODS["prefix"]).init(jax.random.key(0), X)
     with raises(aj.TargetError, "attention (NnxAttention", "does not show the logits"):
         aj.adapt(NnxModel(style), METHODS["prefix"], rngs=nnx.Rngs(0), example_inputs=(X,))
 

@@ -36,6 +36,7 @@ class PrefixTuning(Prompt):
 
     One softmax runs over the prefix and the context, so that the output does not start as the
     base's: even a prefix of zeros takes a share of the attention. Keys have no rotary embedding.
+    What the module does to its weights after the softmax, as dropout does, leaves out the prefix.
     The prefix is trained directly, without the paper's reparametrisation by an MLP.
     Leaves are float32 and are cast to the dtypes of the module's keys and values.
 

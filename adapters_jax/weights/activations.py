@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from adapters_jax.weights.parts import Axis
+from adapters_jax.weights.parts import Axis, Part
 
 Step = Callable[[Array], Array]  # what is done to every number alike
 
@@ -82,6 +82,7 @@ class Softmax:
         stage: "logits", "exponentials" or "weights".
         logits: the activation, with masks, whose exponentials are taken.
         statistic: whether the numbers are maxima or sums over others.
+        over: the parts of the axes over which the statistic was taken, or the one divided by.
         lost: why it is not known what was done to the scores; empty if it is.
     """
 
@@ -90,6 +91,7 @@ class Softmax:
     stage: str = "logits"
     logits: "Seen | None" = None
     statistic: bool = False
+    over: frozenset[Part] = frozenset()
     lost: str = ""
 
 

@@ -107,21 +107,36 @@ def _cut(
 
 
 def _concatenate(watch: Watch, op: Operation) -> Found:
-    """Halves that were rotated; rows after those of a cache."""
+    """Parts of a head, some of them rotated; rows after those of a cache."""
     axis, pieces = op.params["dimension"], [seen for seen in op.known if seen and seen.columns]
     if not pieces:
         return None
-    columns = _together([seen.columns for seen in pieces])
-    own = pieces[0].axes[axis]
+    columns, size = _together([seen.columns for seen in pieces]), op.shapes[0][axis]
+    own = [parts.of(seen.axes[axis], columns.projection) for seen in pieces]
     joined = parts.rows(op.shapes[0])[axis]
-    if parts.of(own, columns.projection):
-        alike = len(own) == 1 and all(seen and seen.axes[axis] == own for seen in op.known)
-        stride = _stride(own[0], columns, len(pieces)) if alike else 0
+    if any(own):
+        stride = _stride(pieces, axis, size) if len(pieces) == len(op.known) else 0
         if not stride:
             columns = replace(columns, lost="are joined with others")
-        joined = (replace(own[0], size=op.shapes[0][axis], stride=stride or 1),)
+        first = next(found[0] for found in own if found)
+        joined = (replace(first, size=size, stride=stride or 1),)
+        columns = replace(columns, high=columns.low)
     axes = (*pieces[0].axes[:axis], joined, *pieces[0].axes[axis + 1 :])
     return [Seen(None, axes, columns)]
+
+
+def _stride(pieces: Sequence[Any], axis: int, size: int) -> int:
+    """The stride of the columns of which pieces are made that are joined; 0 if they have gaps."""
+    if any(len(seen.axes[axis]) != 1 for seen in pieces):
+        return 0
+    each = [(seen.axes[axis][0], seen.columns) for seen in pieces]
+    begin = min(columns.low for _, columns in each)
+    end = max(columns.high + (part.size - 1) * part.stride for part, columns in each)
+    stride = each[0][0].stride
+    alike = all(part.stride == stride for part, _ in each)
+    # One after the other, as halves are, or every second column in each.
+    fitting = [n for n in (stride, stride // len(each)) if n and begin + (size - 1) * n == end]
+    return fitting[0] if alike and fitting else 0
 
 
 def _stack(watch: Watch, op: Operation) -> Found:
@@ -132,14 +147,6 @@ def _stack(watch: Watch, op: Operation) -> Found:
     axis, axes = op.params["axis"], pieces[0].axes
     columns = _together([seen.columns for seen in pieces])
     return [Seen(None, (*axes[:axis], (Part(len(pieces)),), *axes[axis:]), columns)]
-
-
-def _stride(part: Part, columns: Columns, pieces: int) -> int:
-    """The stride of columns that are joined of pieces like this one; 0 if that is not known."""
-    between = columns.high - columns.low
-    if between == part.size * part.stride * (pieces - 1):  # halves
-        return part.stride
-    return part.stride // pieces if between < part.stride else 0  # every second column
 
 
 def _together(several: Sequence[Any]) -> Columns:
@@ -264,12 +271,20 @@ def _each_score(watch: Watch, op: Operation, scores: Sequence[Seen], active: int
     """An operation on scores one by one, on the way to the softmax or in it."""
     seen = next((s for s in scores if s.softmax and not s.softmax.statistic), scores[0])
     state: Any = seen.softmax
-    beside = any(s is not seen and s.softmax and s.softmax.statistic for s in scores)
-    if state.statistic or state.stage == "weights":
+    others: list[Any] = [s.softmax for s in scores if s is not seen]
+    beside = [other for other in others if other.statistic]
+    if state.statistic and op.name in _SUMS:
+        state = replace(state, lost="are divided by more than their sum")
+    elif state.statistic or state.stage == "weights":
         pass
+    elif len(beside) < len(others) and any(s.scores is not state.scores for s in others):
+        state = replace(state, lost="are computed from several products")
     elif state.stage == "exponentials":
-        divided = beside and op.name in ("div", "mul")
-        state = replace(state, stage="weights") if divided else replace(state, logits=None)
+        if beside and op.name in ("div", "mul"):
+            logits = None if beside[0].lost else state.logits
+            state = replace(state, stage="weights", logits=logits, over=beside[0].over)
+        else:
+            state = replace(state, logits=None)
     elif op.name == "exp":
         logits = state.logits or seen
         state = replace(state, stage="exponentials", logits=logits)
@@ -290,8 +305,10 @@ def _reduce(watch: Watch, op: Operation) -> Found:
     seen = op.known[0]
     if seen is None or seen.softmax is None:
         return None
-    axes = tuple(axis for i, axis in enumerate(seen.axes) if i not in op.params["axes"])
-    return [Seen(None, axes, None, replace(seen.softmax, statistic=True))]
+    gone = op.params["axes"]
+    axes = tuple(axis for i, axis in enumerate(seen.axes) if i not in gone)
+    over = frozenset(part for i in gone for part in seen.axes[i])
+    return [Seen(None, axes, None, replace(seen.softmax, statistic=True, over=over))]
 
 
 def _product(watch: Watch, op: Operation) -> Found:

@@ -119,6 +119,8 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     if state.lost:
         raise UnknownAttention(f"computes a softmax of scores that {state.lost}")
     position = _position(second, scores)
+    if state.over != frozenset(second.weights.axes[second.summed[0]]):
+        raise UnknownAttention("takes its softmax over other axes than the positions of its keys")
     side = 0 if scores.axes[position][0] is not None else 1  # of the keys
     query, key = scores.operands[1 - side], scores.operands[side]
     columns = {"key": _known(key, "keys"), "value": _known(second.value, "values")}

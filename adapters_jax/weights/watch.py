@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.extend.linear_util as lu
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -231,12 +232,16 @@ class Watch(jax.core.Trace):
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
         """A function with a derivative of its own is called as it is; its code is read."""
-        results = self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
         known = [self._seen.get(id(x)) for x in values]
+        closed = None
         if any(seen and seen.softmax for seen in known):
             shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in values]
             with jex.set_current_trace(self.parent):
                 closed = jax.make_jaxpr(lambda *xs: fun.call_wrapped(*xs))(*shapes)
+            # It can be called once.
+            fun = lu.wrap_init(jex.jaxpr_as_fun(closed), debug_info=fun.debug_info)
+        results = self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
+        if closed is not None:
             self._note(results, self._read(closed, known))
         if any(known):
             self.begin(results)
