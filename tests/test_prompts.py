@@ -9,9 +9,9 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.attention import registry
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
-from adapters_jax.weights import attention
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]
@@ -204,7 +204,7 @@ class ZooAttention(nn.Module):
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(attention, "_REGISTRY", dict(attention._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 class Zoo(nn.Module):
@@ -356,7 +356,7 @@ def test_more_layers_than_there_are():
 
 
 def test_heads_that_do_not_divide():
-    point = AttachmentPoint("attention", D, attention=attention.Attention(D, 4, 3, 4))
+    point = AttachmentPoint("attention", D, attention=registry.Attention(D, 4, 3, 4))
     for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
         with raises(aj.RecipeError, "'attention'", "4 query heads", "3 key heads"):
             method.leaves(point)

@@ -18,6 +18,10 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from adapters_jax.attached import taken
+from adapters_jax.attention import registry
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
+from adapters_jax.attention.watch import check_names, looking, note_returned, watched
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method
 from adapters_jax.methods import Method, outputs
@@ -25,12 +29,9 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights import calls
 from adapters_jax.weights.changes import without_dropout
-from adapters_jax.weights.heads import Inline
 from adapters_jax.weights.reach import named
-from adapters_jax.weights.watch import check_names, looking, note_returned, watched
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -212,13 +213,13 @@ class Interceptor:
         if not prompts or watched_now:
             return run(*args, **kwargs)
         here.watches = True
-        names = attention.names_of(module)
+        names = registry.names_of(module)
         if names is not None:
             attend = functools.partial(self._attend, module, path, here, names)
             look = looking((args, kwargs)) if self._init else contextlib.nullcontext()
-            with attention.replaced(module, names.attention_fn, attend), look:
+            with registry.replaced(module, names.attention_fn, attend), look:
                 y = run(*args, **kwargs)
-            here.no_attention = "" if here.attention else attention.why_not(module)
+            here.no_attention = "" if here.attention else registry.why_not(module)
             return y
         point = AttachmentPoint(path, precision=getattr(module, "precision", None))
         each = [(m, _held(module, m), point) for m in prompts if _has_leaves(module, m)]
@@ -260,7 +261,7 @@ class Interceptor:
         module: Any,
         path: str,
         here: _Running,
-        names: attention.Names,
+        names: registry.Names,
         function: AttentionFn,
         query: Array,
         key: Array,

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
 from adapters_jax.targets import as_patterns
-from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.calls import Returned
-from adapters_jax.weights.heads import Inline
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax import checks
+from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
-from adapters_jax.weights.attention import AttentionFn
 
 
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
-from adapters_jax.weights.attention import Attention, AttentionFn
-from adapters_jax.weights.heads import Inline
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
 

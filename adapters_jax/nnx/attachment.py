@@ -18,18 +18,19 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.attached import Attached, taken
+from adapters_jax.attention import registry
+from adapters_jax.attention.registry import Attention, AttentionFn
+from adapters_jax.attention.watch import watched
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.nnx.graph import frozen_of, own_params
 from adapters_jax.trees import join
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights import calls
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
 from adapters_jax.weights.quantized import is_quantized
-from adapters_jax.weights.watch import watched
 
 
 class AdapterParam(nnx.Param):
@@ -178,7 +179,7 @@ _FLAX = {*nnx.Module.__mro__, nnx.Module}
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function of a module class, computed thin; `__call__` with the adapters on outputs."""
 
-    @attention.calls_base
+    @registry.calls_base
     @functools.wraps(call)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         with attending(self, name) as enter:
@@ -192,7 +193,7 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
-    return attention.calls_base(computed_thin(method))
+    return registry.calls_base(computed_thin(method))
 
 
 # The paths of the modules whose attention is being watched.
@@ -212,7 +213,7 @@ def attending(module: Any, call: str) -> Iterator[Callable[[Any], Any]]:
     if not prompts or prompts[0].module in _WATCHING.get():
         yield lambda inputs: inputs
         return
-    names = attention.names_of(module)
+    names = registry.names_of(module)
     if names is None:
         with _watching(module, prompts, call) as enter:
             yield enter
@@ -225,7 +226,7 @@ def attending(module: Any, call: str) -> Iterator[Callable[[Any], Any]]:
             function = functools.partial(held.method.attend, leaves, point, project, function)
         return function(*args, **kwargs)
 
-    with attention.replaced(module, names.attention_fn, attend):
+    with registry.replaced(module, names.attention_fn, attend):
         yield lambda inputs: inputs
 
 

@@ -13,20 +13,21 @@ from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained, is_array
 from adapters_jax.attached import Attached, chosen
+from adapters_jax.attention import registry
+from adapters_jax.attention.registry import Attention
+from adapters_jax.attention.watch import Found, check_names, looking, note_returned
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join, path_of
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention
+from adapters_jax.weights import calls
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Read, Tracked, lowered, thin, watched
 from adapters_jax.weights.reach import named, reaching
-from adapters_jax.weights.watch import Found, check_names, looking, note_returned
 
 Layers = tuple[int, ...]
 
@@ -137,7 +138,7 @@ def _attention(
     path: str, module: Any, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
 ) -> Attention | None:
     """The sizes of an attention module, read off its projections; None for other modules."""
-    names = attention.names_of(module)
+    names = registry.names_of(module)
     found = names and [_projection(join(path, n), axes, shapes) for n in (names.query, names.key)]
     if not names or not found or not all(found):
         return None
@@ -161,7 +162,7 @@ def _layers(module: Any) -> Layers:
     """The layer axes that a module of flax is stacked on, read off its weights."""
     if isinstance(module, _NORMS):
         return _first_shape(module)[:-1]
-    names = attention.names_of(module)
+    names = registry.names_of(module)
     layer = getattr(module, names.key, None) if names else module
     known = known_weight(layer)
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
@@ -213,21 +214,21 @@ class Call(NamedTuple):
 def _recording_class(cls: type[Any]) -> type[Any]:
     """The subclass of a module class that passes every call to the `_RECORDER`."""
 
-    @attention.calls_base
+    @registry.calls_base
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         path, outside, prompted, total = self.to_nnx__adapter_trace
         look = looking((args, kwargs), total) if prompted else contextlib.nullcontext(Found())
         check = functools.partial(check_names, self, children=f"{path}/" if path else "")
-        with look as found, attention.noted(self, check) as attended:
+        with look as found, registry.noted(self, check) as attended:
             y = cls.__call__(self, *args, **kwargs)
         note_returned(path, y)
         returned = Returned.of(calls.input_of(self, args, kwargs), y)
         seen = Call(returned, outside, bool(attended))
-        if prompted and not attention.names_of(self):
+        if prompted and not registry.names_of(self):
             seen = seen._replace(attention=found.attention, no_attention=found.why_not())
         elif prompted and not attended:
-            seen = seen._replace(no_attention=attention.why_not(self))
+            seen = seen._replace(no_attention=registry.why_not(self))
         _RECORDER.get()(path, self, seen)
         return named(y, path)
 

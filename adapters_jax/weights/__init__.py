@@ -6,11 +6,7 @@
 - `axes`: which axes of a weight each factor has; it follows from the reads.
 - `reach`: what the outputs of a traced function depend on, and the operands of its scans.
 - `calls`: the input and the output of a module's call.
-- `attention`: how an attention module passes query, key and value to its attention function.
-- `watch`: the trace that finds the attention that a module computes in line; `activations`: what it
-  knows of them, `parts`: of their axes, `following`: by each operation; `heads`: the attention.
 - `quantized`: a frozen weight in few bits, and how it is read.
 """
 
-from adapters_jax.weights import following as following  # fills the table of `watch`
-from adapters_jax.weights import rules as rules  # that of `lazy`
+from adapters_jax.weights import rules as rules  # fills the table of `lazy`

@@ -12,6 +12,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.llama.config import LlamaConfig
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
@@ -24,7 +25,6 @@ from adapters_jax.models.parts.functions import (
 )
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import rotary_angles, rotate
-from adapters_jax.weights.attention import register_attention
 
 
 class LlamaAttention(nnx.Module):

@@ -9,9 +9,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
-from adapters_jax.weights.attention import register_attention
 
 
 def check_heads(width: int, heads: int) -> None:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adapters_jax.weights import parts
-from adapters_jax.weights.activations import Columns, Scores, Seen, Softmax, Step
-from adapters_jax.weights.attention import Attention
-from adapters_jax.weights.parts import Axis
+from adapters_jax.attention import parts
+from adapters_jax.attention.activations import Columns, Scores, Seen, Softmax, Step
+from adapters_jax.attention.parts import Axis
+from adapters_jax.attention.registry import Attention
 
 VALUE = -1  # stands for the width of a head's values among the axes of the scores
 

@@ -22,11 +22,11 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
 
+from adapters_jax.attention import parts
+from adapters_jax.attention.activations import Seen
+from adapters_jax.attention.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.attention.registry import Attention, Names
 from adapters_jax.errors import RecipeError
-from adapters_jax.weights import parts
-from adapters_jax.weights.activations import Seen
-from adapters_jax.weights.attention import Attention, Names
-from adapters_jax.weights.heads import Inline, Second, UnknownAttention, attention_at
 
 Insert = Callable[[Inline, Array], Array]  # takes and gives (..., heads, head_dim)
 Facts = Sequence[Seen | None]
@@ -170,7 +170,8 @@ class Watch(jax.core.Trace):
         self._seen: dict[int, Seen] = {}  # activations, by the id of the value
         self._repeated: dict[int, tuple[Any, frozenset[int]]] = {}  # other values; see `repeats`
         self._returned: dict[Any, str] = {}  # the module that returned a projection's columns
-        self._weakref = parent._weakref  # as in `Thin`
+        # flax compares traces by this reference, which is to be the parent's.
+        self._weakref = parent._weakref
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.parent, name)

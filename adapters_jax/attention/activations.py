@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from adapters_jax.weights.parts import Axis, Part
+from adapters_jax.attention.parts import Axis, Part
 
 Step = Callable[[Array], Array]  # what is done to every number alike
 

@@ -11,10 +11,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.weights import parts
-from adapters_jax.weights.activations import Columns, Projection, Scores, Seen, Softmax, Step
-from adapters_jax.weights.parts import Axis, Part
-from adapters_jax.weights.watch import RULES, Operation, Rule, Watch
+from adapters_jax.attention import parts
+from adapters_jax.attention.activations import Columns, Projection, Scores, Seen, Softmax, Step
+from adapters_jax.attention.parts import Axis, Part
+from adapters_jax.attention.watch import RULES, Operation, Rule, Watch
 
 Found = list[Seen] | None
 _SUMS = ("add", "add_any", "sub")
