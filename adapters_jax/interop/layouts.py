@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from adapters_jax.interop.names import Part
+
 Array = Shaped[np.ndarray, "..."]
 
 
@@ -24,12 +26,17 @@ class ModuleReference:
     Attributes:
         path: its path in our model.
         leaves: the base's arrays in it, by name; only their shapes are needed.
-        part: `(index, count)` if their module fuses `count` of ours along the outputs.
+        part: its share of their module if that fuses several of ours along the outputs.
     """
 
     path: str
     leaves: Mapping[str, Any]
-    part: tuple[int, int] | None = None
+    part: Part | None = None
+
+    def own(self, whole: Array) -> Array | None:
+        """Its outputs, the last axis, of those of their module; None if the parts do not fit."""
+        columns = self.part.columns(whole.shape[-1]) if self.part else slice(None)
+        return None if columns is None else whole[..., columns]
 
     @property
     def weight(self) -> str:
@@ -76,11 +83,13 @@ def our_factors(
         ((6, 2), (2, 4))
     """
     shape, rank = reference.shape, len(a)
-    index, count = reference.part or (0, 1)
-    if b.size != math.prod(b.shape[:2]) or len(b) % count or b.shape[1] != rank:
+    if b.size != math.prod(b.shape[:2]) or b.shape[1] != rank:
         return None
     a = a.transpose(*range(2, a.ndim), 1, 0)
-    b = np.split(b.reshape(b.shape[:2]).T, count, axis=1)[index]
+    all_outputs, own = b.shape[0], reference.own(b.reshape(b.shape[:2]).T)
+    if own is None:
+        return None
+    b = own
     flat = a.ndim == 2
     for n in range(1, len(shape)):
         inputs, outputs = shape[:n], shape[n:]
@@ -88,10 +97,10 @@ def our_factors(
         if same and math.prod(outputs) == b.shape[1]:
             leaves = {"a": a.reshape(*inputs, rank), "b": b.reshape(rank, *outputs)}
             if magnitude is not None:
-                if magnitude.size != math.prod(outputs) * count:
+                scales = reference.own(magnitude.ravel())
+                if scales is None or magnitude.size != all_outputs:
                     return None
-                own = np.split(magnitude.ravel(), count)[index]
-                leaves["magnitude"] = own.reshape(outputs)
+                leaves["magnitude"] = scales.reshape(outputs)
             return leaves
     return None
 
@@ -120,10 +129,10 @@ def our_leaf(
     shape = tuple(reference.leaves[name].shape)
     if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
         tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
-    index, count = reference.part or (0, 1)
-    if tensor.size != math.prod(shape) * count or (tensor.ndim and tensor.shape[-1] % count):
+    mine = reference.own(tensor) if reference.part and tensor.ndim else tensor
+    if mine is None or mine.size != math.prod(shape):
         return None
-    tensor = np.split(tensor, count, axis=-1)[index] if reference.part else tensor
+    tensor = mine
     # A kernel with an axis for heads has more axes than their matrix.
     split = 0 < tensor.ndim < len(shape) and tensor.shape[0] in accumulate(shape, mul)
     return tensor.reshape(shape) if split or tensor.shape == shape else None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,43 @@ from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.transforms.stacking import Stack
 
 
+class Part(NamedTuple):
+    """The share of one of our arrays in a tensor that fuses several along its outputs.
+
+    Attributes:
+        start: the shares before it.
+        size: its own shares.
+        whole: all shares.
+
+    Example:
+        >>> query, key = parts_of([8, 4])
+        >>> key, key.columns(6)
+        (Part(start=8, size=4, whole=12), slice(4, 6, None))
+    """
+
+    start: int
+    size: int
+    whole: int
+
+    def columns(self, length: int) -> slice | None:
+        """Its columns of `length` ones; None if they do not divide into the shares."""
+        first, last = (length * n for n in (self.start, self.start + self.size))
+        if first % self.whole or last % self.whole:
+            return None
+        return slice(first // self.whole, last // self.whole)
+
+
+def parts_of(sizes: Iterable[int]) -> list[Part]:
+    """The parts of a fused tensor, in order, by the sizes of our arrays or in equal ratios."""
+    ends = list(accumulate(sizes, initial=0))
+    return [Part(start, end - start, ends[-1]) for start, end in pairwise(ends)]
+
+
 class Rule(NamedTuple):
     """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
-    `part` is `(index, count)` if their module fuses `count` of ours along its output axis.
+    `part` is `(index, count)` if their module fuses `count` of ours along its output axis. These
+    may differ in width.
     """
 
     ours: str
@@ -51,17 +85,21 @@ class ParameterRule(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensor that one of our arrays comes from, and how its axes differ from ours."""
+    """The tensor that one of our arrays comes from, and how its axes differ from ours.
+
+    `part` is that of the `Rule`, and `share` the columns that it is, which depend on the others.
+    """
 
     name: str
     transposed: bool = False
     part: tuple[int, int] | None = None
     swapped: bool = False
+    share: Part | None = None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of their tensor if ours has `shape`."""
-        if self.part:
-            shape = (*shape[:-1], shape[-1] * self.part[1])
+        if self.share:
+            shape = (*shape[:-1], shape[-1] * self.share.whole // self.share.size)
         if self.swapped:
             return (*shape[:-2], shape[-1], shape[-2])
         return shape[::-1] if self.transposed else shape
@@ -75,10 +113,7 @@ class Source(NamedTuple):
     def take(self, tensor: np.ndarray) -> np.ndarray:
         """Takes our array out of their tensor."""
         tensor = self.turn(tensor)
-        if self.part:
-            index, count = self.part
-            tensor = np.split(tensor, count, axis=-1)[index]
-        return tensor
+        return tensor[..., self.share.columns(tensor.shape[-1])] if self.share else tensor
 
 
 @dataclass(frozen=True)
@@ -122,8 +157,8 @@ class NameTable:
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
-        >>> table.source("layer_3/query/kernel")
-        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False)
+        >>> table.source("layer_3/query/kernel").name
+        'layer.3.self.q.weight'
     """
 
     rules: tuple[Rule, ...]
@@ -155,19 +190,46 @@ class NameTable:
         if own := self.parameter(path):
             return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
-        name, _, part, _ = self.module(module)
+        theirs = self.module(module)
         transposed = leaf == "kernel" and not self.fan_in_fan_out
-        return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
+        return Source(
+            f"{theirs.name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, theirs.part
+        )
 
-    def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
-        """Their tensors for our parameter at `path`, by our path; and whether it is stacked.
+    def sources(self, leaves: Iterable[tuple[Any, Any]]) -> list[tuple[dict[str, Source], bool]]:
+        """Their tensors for each of our leaves, by our path; and whether the leaf is stacked.
 
         A leaf of scanned layers has one tensor for each layer.
+
+        Args:
+            leaves: the keys and the array of every leaf of the parameters.
+
+        Raises:
+            UserError: their tensor fuses several of our arrays, of which some are not here.
         """
-        if self.stack and self.stack.holds(path):
-            each = (str(self.stack.layer(path, i)) for i in range(shape[0]))
-            return {layer: self.source(layer) for layer in each}, True
-        return {path: self.source(path)}, False
+        found = []
+        for keys, leaf in leaves:
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            rows = [path]
+            if stacked := bool(self.stack and self.stack.holds(path)):
+                rows = [str(self.stack.layer(path, i)) for i in range(leaf.shape[0])]  # type: ignore[union-attr]
+            found.append(({own: self.source(own) for own in rows}, stacked, leaf.shape))
+        fused: dict[str, dict[tuple[int, int], int]] = {}
+        for sources, _, shape in found:
+            for source in sources.values():
+                if source.part:
+                    fused.setdefault(source.name, {})[source.part] = shape[-1]
+        shares = {name: _shares(name, widths) for name, widths in fused.items()}
+
+        def shared(source: Source) -> Source:
+            if source.part is None:
+                return source
+            return source._replace(share=shares[source.name][source.part])
+
+        return [
+            ({own: shared(source) for own, source in sources.items()}, stacked)
+            for sources, stacked, _ in found
+        ]
 
     def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by their names without prefix; gamma and beta of old files are renamed."""
@@ -188,6 +250,17 @@ class NameTable:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+def _shares(name: str, widths: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], Part]:
+    """The share of each part of a fused tensor, by the widths of our arrays."""
+    parts = sorted(widths)
+    if parts != [(i, parts[0][1]) for i in range(parts[0][1])]:
+        raise UserError(
+            f"{name} fuses {parts[0][1]} of our arrays, but the tree has {len(parts)} of them; "
+            "give the whole model's parameters"
+        )
+    return dict(zip(parts, parts_of(widths[part] for part in parts), strict=True))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
@@ -218,9 +291,7 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     expected: dict[str, Any] = {}
     got: dict[str, Any] = {}
     used, reads = set(), []
-    for keys, leaf in leaves:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        sources, stacked = names.sources(path, leaf.shape)
+    for (_, leaf), (sources, stacked) in zip(leaves, names.sources(leaves), strict=True):
         reads.append((tuple(sources.values()), stacked, leaf))
         for own, source in sources.items():
             label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
@@ -270,11 +341,10 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
 
     Args:
         tree: the parameters, also of scanned layers.
-        names: the model's table, which must not fuse modules; its first prefix begins every name
-            but the head's.
+        names: the model's table; its first prefix begins every name but the head's.
 
     Raises:
-        UserError: one of their tensors fuses several of ours.
+        UserError: one of their tensors fuses several of our arrays, of which some are not here.
 
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
@@ -282,15 +352,16 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         >>> tensors["model.q_proj.weight"].shape
         (3, 2)
     """
-    tensors = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array, path = np.asarray(leaf), jax.tree_util.keystr(keys, simple=True, separator="/")
-        sources, stacked = names.sources(path, array.shape)
+    found: dict[str, list[tuple[Source, np.ndarray]]] = {}
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    for (_, leaf), (sources, stacked) in zip(leaves, names.sources(leaves), strict=True):
+        array = np.asarray(leaf)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
-            if source.part:
-                raise UserError(
-                    f"{source.name} fuses several of our arrays, which to_tensors does not support."
-                )
-            prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
-            tensors[prefix + source.name] = np.ascontiguousarray(source.turn(own))
+            found.setdefault(source.name, []).append((source, own))
+    tensors = {}
+    for name, parts in found.items():
+        parts = sorted(parts, key=lambda each: each[0].part or (0, 1))
+        whole = np.concatenate([own for _, own in parts], -1) if len(parts) > 1 else parts[0][1]
+        prefix = "" if name.startswith("lm_head") else "".join(names.prefixes[:1])
+        tensors[prefix + name] = np.ascontiguousarray(parts[0][0].turn(whole))
     return tensors
