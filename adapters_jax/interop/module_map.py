@@ -14,7 +14,7 @@ from flax import nnx
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference
-from adapters_jax.interop.names import NameTable, parts_of
+from adapters_jax.interop.names import HEADS, NameTable, parts_of
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -25,7 +25,6 @@ from adapters_jax.weights.quantized import unboxed
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
 Added = dict[str, Leaves]  # by module, then by the leaf's name
-HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not in it
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ModuleMap:
             those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
+        heads: their modules beside the base, whose names have no prefix.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -53,6 +53,7 @@ class ModuleMap:
     tied: tuple[str, str] | None = None
     scanned: int = 0
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    heads: tuple[str, ...] = HEADS
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -67,7 +68,7 @@ class ModuleMap:
     def full(self, name: str, prefix: str | None) -> str:
         """A bare name with `prefix`, by default the table's first; heads have none."""
         prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
-        return name if name.split(".")[0] in HEADS else prefix + name
+        return name if name.split(".")[0] in self.heads else prefix + name
 
     @property
     def paths(self) -> list[str]:
@@ -138,7 +139,7 @@ def _by_table(
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters)
+    return replace(module_map, parameters=parameters, heads=names.heads)
 
 
 def _parameter(

@@ -20,6 +20,8 @@ from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import UserError, compare_trees
 from adapters_jax.transforms.stacking import Stack
 
+HEADS = ("lm_head", "classifier", "score")
+
 
 class Part(NamedTuple):
     """The share of one of our arrays in a tensor that fuses several along its outputs.
@@ -154,6 +156,7 @@ class NameTable:
             the order in which PyTorch's module defines them, by which PEFT nests their factors.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
             weight in a model that has no such output layer of its own.
+        heads: their modules beside the base, whose names have no prefix.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -168,6 +171,7 @@ class NameTable:
     stack: Stack | None = None
     parameters: tuple[ParameterRule, ...] = ()
     tied: tuple[str, str] | None = None
+    heads: tuple[str, ...] = HEADS
 
     def parameter(self, path: str) -> tuple[int, str] | None:
         """The number of the rule for our parameter at `path`, and its name; None without a rule."""
@@ -341,7 +345,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
 
     Args:
         tree: the parameters, also of scanned layers.
-        names: the model's table; its first prefix begins every name but the head's.
+        names: the model's table; its first prefix begins every name but the heads'.
 
     Raises:
         UserError: one of their tensors fuses several of our arrays, of which some are not here.
@@ -362,6 +366,6 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
     for name, parts in found.items():
         parts = sorted(parts, key=lambda each: each[0].part or (0, 1))
         whole = np.concatenate([own for _, own in parts], -1) if len(parts) > 1 else parts[0][1]
-        prefix = "" if name.startswith("lm_head") else "".join(names.prefixes[:1])
+        prefix = "" if name.split(".")[0] in names.heads else "".join(names.prefixes[:1])
         tensors[prefix + name] = np.ascontiguousarray(parts[0][0].turn(whole))
     return tensors

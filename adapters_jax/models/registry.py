@@ -13,7 +13,7 @@ from adapters_jax.models.family import Family
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        bert.FAMILY,
+        *bert.FAMILIES,
         gpt2.FAMILY,
         llama.FAMILY,
     )
@@ -45,7 +45,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
 
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name
-        'bert'
+        'roberta'
         >>> family_of({"model_type": "t5"}, "mine")
         Traceback (most recent call last):
         adapters_jax.errors.UserError: 'mine' has model_type='t5'; expected one of bert, ...

@@ -15,7 +15,7 @@ from adapters_jax.io.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
-_HEADS = re.compile(r"(?:.*\.)?(?:classifier|heads\.[^.]+\.[14])\.weight")
+_HEADS = re.compile(r"(?:.*\.)?(?:classifier(?:\.out_proj)?|heads\.[^.]+\.[14])\.weight")
 
 
 class AdapterHub:

@@ -64,6 +64,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
     "silu": silu,
     "swish": silu,
+    "tanh": jnp.tanh,
 }
 
 

@@ -1,0 +1,193 @@
+"""Every encoder: values of transformers, padding, scans, dtypes, methods, the command line."""
+
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.arrays import read_arrays
+from helpers.errors import raises
+
+import adapters_jax as aj
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.names import to_tensors
+from adapters_jax.models import FAMILIES, family_of
+from adapters_jax.trees import flatten, unflatten
+
+FIXTURES = Path(__file__).parent / "fixtures"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ENCODERS = ("bert", "xlm_roberta", "distilbert", "electra")
+SCANNED = ("bert", "xlm_roberta", "distilbert", "electra")
+
+
+def family_at(name):
+    return family_of(huggingface.read_json(FIXTURES / name / "config.json"), name)
+
+
+@cache
+def loaded(name, **options):
+    """The family, configuration and parameters of a fixture's encoder, with the pooler."""
+    family = family_at(name)
+    return family, *family.load(FIXTURES / name, pooler=True, **options)
+
+
+@cache
+def expected(name):
+    with np.load(FIXTURES / name / "expected.npz") as file:
+        arrays = dict(file)
+    return {key: arrays[key] for key in INPUTS if key in arrays}, arrays
+
+
+@cache
+def classifier(name, **options):
+    """The classifier of a fixture with its own head, and all its parameters."""
+    family, config, params = loaded(name)
+    own = family.classifier
+    source = own.names.source("head/kernel").name.removesuffix(".weight")
+    tensors = read_arrays(FIXTURES / name)
+    head = {"kernel": tensors[f"{source}.weight"].T, "bias": tensors[f"{source}.bias"]}
+    model = own.build(config, len(head["bias"]), "pooler", **options)
+    return model, {own.base: params, "head": head}
+
+
+def kept(name, hidden):
+    """The hidden states without those of padding."""
+    return np.asarray(hidden)[expected(name)[0]["attention_mask"] == 1]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_hidden_states_and_logits_are_those_of_transformers(name):
+    inputs, wanted = expected(name)
+    family, config, params = loaded(name)
+    hidden = jax.jit(family.build(config).apply)({"params": params}, **inputs)
+    np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
+    model, whole = classifier(name)
+    logits = jax.jit(model.apply)({"params": whole}, **inputs)
+    np.testing.assert_allclose(logits, wanted["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_parameter_shows_in_the_logits(name):
+    """A part whose values do not matter would pass the comparison untested."""
+    inputs, _ = expected(name)
+    model, whole = classifier(name)
+    gradient = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, **inputs) ** 2).sum()))
+    idle = [path for path, leaf in flatten(gradient(whole)).items() if not np.abs(leaf).max() > 0]
+    # A bias of the keys adds the same number to all scores of a query.
+    assert [path for path in idle if not path.endswith("key/bias")] == []
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_is_like_rows_on_their_own(name):
+    inputs, _ = expected(name)
+    model, whole = classifier(name)
+    apply = jax.jit(partial(model.apply, {"params": whole}))
+    every = apply(**inputs)
+    for row, length in enumerate(inputs["attention_mask"].sum(1)):
+        alone = {key: value[row : row + 1, :length] for key, value in inputs.items()}
+        np.testing.assert_allclose(apply(**alone)[0], every[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scanned_blocks_compute_what_unrolled_ones_do(name):
+    inputs, wanted = expected(name)
+    family, config, params = loaded(name, scan=True)
+    assert not any("layer_0" in path for path in flatten(params))
+    hidden = jax.jit(family.build(config, scan=True).apply)({"params": params}, **inputs)
+    np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_bfloat16_is_within_its_rounding(name):
+    inputs, wanted = expected(name)
+    model, whole = classifier(name, dtype=jnp.bfloat16)
+    logits = jax.jit(model.apply)({"params": whole}, **inputs)
+    assert logits.dtype == jnp.float32
+    scale = np.abs(wanted["logits"]).max()
+    assert 1e-4 < np.abs(logits - wanted["logits"]).max() < 0.05 * scale
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_tensors_go_back_as_they_came(name):
+    family, _, _ = loaded(name)
+    _, whole = classifier(name)
+    tensors, stored = to_tensors(whole, family.classifier.names), read_arrays(FIXTURES / name)
+    assert tensors.keys() == stored.keys()
+    for key, tensor in stored.items():
+        np.testing.assert_array_equal(tensors[key], tensor, err_msg=key)
+
+
+PRESETS = {
+    "houlsby": aj.houlsby(4, head="head"),
+    "pfeiffer": aj.pfeiffer(4),
+    "parallel": aj.parallel(4),
+    "lora": aj.lora(2),
+    "ia3": aj.ia3(),
+    "llama_adapter": aj.llama_adapter(3, targets="**/layer_{}/attention"),
+    "prefix": aj.prefix_tuning(3, targets="**/layer_{}/attention"),
+    "sums": aj.Recipe(aj.Bottleneck("**/{attention,mlp}_sum", 4)),
+}
+
+
+def count(preset, d, layers):
+    """The adapters' parameters of an encoder of width d with four heads, without norms and head."""
+    bottleneck, inner = 2 * 4 * d + 4 + d, 32
+    return (
+        layers
+        * {
+            "houlsby": 2 * bottleneck,
+            "pfeiffer": bottleneck,
+            "parallel": bottleneck,
+            "lora": 2 * 2 * 2 * d,
+            "ia3": 2 * d + inner,
+            "llama_adapter": 3 * d + 4,
+            "prefix": 2 * 3 * d,
+            "sums": 2 * bottleneck,
+        }[preset]
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", [each for each in ENCODERS if each != "bert"])
+def test_presets_work_unchanged(name, preset):
+    inputs, wanted = expected(name)
+    model, params = classifier(name)
+    recipe = PRESETS[preset]
+    adapted = aj.adapt(model, recipe)
+    whole = aj.init_adapters(adapted, params, jax.random.key(0), **inputs)
+    added = {k: x for k, x in flatten(whole).items() if recipe.owner(k) is not None}
+    config = loaded(name)[1]
+    assert sum(x.size for x in added.values()) == count(preset, 24, config.num_layers)
+    apply = jax.jit(adapted.apply)
+    logits = apply({"params": whole}, **inputs)
+    if preset != "prefix":  # whose keys take a share of the attention from the start
+        near = 1e-4 if preset in ("lora", "ia3", "llama_adapter") else 1e-2
+        np.testing.assert_allclose(logits, wanted["logits"], atol=near)
+    draw = np.random.default_rng(0).normal
+    noise = {path: x + draw(0, 0.3, x.shape).astype(x.dtype) for path, x in added.items()}
+    moved = unflatten({**flatten(whole), **noise})
+    assert np.abs(apply({"params": moved}, **inputs) - wanted["logits"]).max() > 1e-2
+
+
+def test_every_encoder_family_is_tested():
+    tested = {family_at(name).name for name in ENCODERS}
+    assert tested >= {name for name, family in FAMILIES.items() if family.kind == "encoder"} - {
+        "roberta"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "data"),
+    [
+        ("distilbert", {"activation": "mish"}, ["activation='mish'", "'gelu'"]),
+        ("distilbert", {"dim": 10, "n_heads": 4}, [10, 4]),
+        ("electra", {"position_embedding_type": "relative_key"}, ["'relative_key'", "'absolute'"]),
+        ("electra", {"is_decoder": True}, ["is_decoder=True", False]),
+    ],
+)
+def test_unsupported_settings_are_named_with_the_nearest_supported_one(name, settings, data):
+    values = huggingface.read_json(FIXTURES / name / "config.json")
+    with raises(aj.UserError, *data):
+        family_at(name).config.from_dict({**values, **settings})
