@@ -18,7 +18,7 @@ from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-ENCODERS = ("bert", "xlm_roberta", "distilbert", "electra")
+ENCODERS = ("bert", "xlm_roberta", "distilbert", "electra", "modernbert")
 SCANNED = ("bert", "xlm_roberta", "distilbert", "electra")
 
 
@@ -97,6 +97,27 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(name):
     assert not any("layer_0" in path for path in flatten(params))
     hidden = jax.jit(family.build(config, scan=True).apply)({"params": params}, **inputs)
     np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
+
+
+def test_blocks_that_differ_are_not_scanned():
+    family = family_at("modernbert")
+    assert not family.scans
+    with raises(aj.UserError, "scan=True", "ModernBERT", "remat=True"):
+        family.load(FIXTURES / "modernbert", scan=True)
+    assert FAMILIES["bert"].scans
+
+
+def test_remat_of_blocks_that_differ_changes_no_gradient():
+    family, config, params = loaded("modernbert")
+    ids = expected("modernbert")[0]["input_ids"]
+
+    def gradient(remat):
+        model = family.build(config, remat=remat)
+        return jax.jit(jax.grad(lambda p: (model.apply({"params": p}, ids) ** 2).sum()))(params)
+
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient(True), gradient(False)
+    )
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -185,6 +206,11 @@ def test_every_encoder_family_is_tested():
         ("distilbert", {"dim": 10, "n_heads": 4}, [10, 4]),
         ("electra", {"position_embedding_type": "relative_key"}, ["'relative_key'", "'absolute'"]),
         ("electra", {"is_decoder": True}, ["is_decoder=True", False]),
+        ("modernbert", {"hidden_activation": "mish"}, ["hidden_activation='mish'", "'gelu'"]),
+        ("modernbert", {"rope_scaling": {"type": "yarn"}}, ["rope_scaling={'type': 'yarn'}", None]),
+        ("modernbert", {"classifier_pooling": "max"}, ["classifier_pooling='max'", "'mean'"]),
+        ("modernbert", {"num_attention_heads": 8}, [24, 8, "odd"]),
+        ("modernbert", {"global_attn_every_n_layers": 0}, ["global_attn_every_n_layers=0", 1]),
     ],
 )
 def test_unsupported_settings_are_named_with_the_nearest_supported_one(name, settings, data):

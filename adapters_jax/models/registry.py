@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, gpt2, llama, modernbert
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *bert.FAMILIES,
+        modernbert.FAMILY,
         gpt2.FAMILY,
         llama.FAMILY,
     )
