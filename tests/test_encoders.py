@@ -14,12 +14,16 @@ import adapters_jax as aj
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
 from adapters_jax.models import FAMILIES, family_of
+from adapters_jax.models.deberta import DebertaConfig, relative_positions
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-ENCODERS = ("bert", "xlm_roberta", "distilbert", "electra", "modernbert")
-SCANNED = ("bert", "xlm_roberta", "distilbert", "electra")
+ENCODERS = (
+    *("bert", "xlm_roberta", "distilbert", "electra"),
+    *("modernbert", "deberta_v3", "deberta_v2"),
+)
+SCANNED = ("bert", "xlm_roberta", "distilbert", "electra", "deberta_v3")
 
 
 def family_at(name):
@@ -99,12 +103,22 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(name):
     np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
 
 
+def test_distances_have_the_buckets_of_the_published_models():
+    """Rounding in another precision would move the edge of some bucket."""
+    index = relative_positions(512, DebertaConfig())
+    buckets = expected("deberta_v3")[1]["buckets"].astype(int)
+    np.testing.assert_array_equal(index[:, 0], np.clip(buckets + 256, 0, 511))
+    np.testing.assert_array_equal(index[0], np.clip(256 - buckets, 0, 511))
+
+
 def test_blocks_that_differ_are_not_scanned():
     family = family_at("modernbert")
     assert not family.scans
     with raises(aj.UserError, "scan=True", "ModernBERT", "remat=True"):
         family.load(FIXTURES / "modernbert", scan=True)
     assert FAMILIES["bert"].scans
+    with raises(aj.UserError, "scan=True", "conv_kernel_size=3", "remat=True"):
+        family_at("deberta_v2").load(FIXTURES / "deberta_v2", scan=True)
 
 
 def test_remat_of_blocks_that_differ_changes_no_gradient():
@@ -211,6 +225,13 @@ def test_every_encoder_family_is_tested():
         ("modernbert", {"classifier_pooling": "max"}, ["classifier_pooling='max'", "'mean'"]),
         ("modernbert", {"num_attention_heads": 8}, [24, 8, "odd"]),
         ("modernbert", {"global_attn_every_n_layers": 0}, ["global_attn_every_n_layers=0", 1]),
+        ("deberta_v3", {"relative_attention": False}, ["relative_attention=False", True]),
+        ("deberta_v3", {"pos_att_type": "p2p"}, ["pos_att_type=('p2p',)", "'c2p' and 'p2c'"]),
+        ("deberta_v3", {"norm_rel_ebd": "rms"}, ["norm_rel_ebd='rms'", "'layer_norm'"]),
+        ("deberta_v3", {"embedding_size": 8}, ["embedding_size=8", 24]),
+        ("deberta_v3", {"attention_head_size": 8}, ["attention_head_size=8", 6]),
+        ("deberta_v2", {"conv_groups": 2}, ["conv_groups=2", 1]),
+        ("deberta_v2", {"conv_kernel_size": 4}, ["conv_kernel_size=4", "odd"]),
     ],
 )
 def test_unsupported_settings_are_named_with_the_nearest_supported_one(name, settings, data):

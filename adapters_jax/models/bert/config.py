@@ -59,6 +59,11 @@ position_embedding_type='relative_key' (supported: 'absolute').
         return self.hidden_size
 
     @property
+    def pooler_dropout(self) -> float:
+        """The dropout rate before the pooler; in RoBERTa's classifier it is that of the head."""
+        return self.head_dropout if self.model_type in (*ROBERTA_TYPES, "electra") else 0.0
+
+    @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier's head."""
         own = self.classifier_dropout

@@ -157,6 +157,7 @@ class Bert(Typed):
         else:
             self.layer = [block() for _ in range(self.config.num_hidden_layers)]
         init = nn.initializers.normal(self.config.initializer_range)
+        self.pooler_dropout = nn.Dropout(self.config.pooler_dropout)
         self.pooler = Output(self.config.hidden_size, kernel_init=init, **self.types)
 
     def __call__(
@@ -188,10 +189,12 @@ class Bert(Typed):
         self,
         hidden: Float[Array, "batch length d"],
         attention_mask: Num[Array, "batch length"] | None = None,
+        deterministic: bool = True,
     ) -> Float[Array, "batch d"]:
         """Applies the pooler to the first token; its parameters exist if `init` calls it.
 
         It is BERT's pre-trained one, or the layer that the classifiers of the others in
         transformers have before their last one.
         """
-        return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+        first = self.pooler_dropout(hidden[:, 0], deterministic=deterministic)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))

@@ -207,10 +207,11 @@ class ModernBert(_Configured):
         self,
         hidden: Float[Array, "batch length d"],
         attention_mask: Num[Array, "batch length"] | None = None,
+        deterministic: bool = True,
     ) -> Float[Array, "batch d"]:
         """Applies the classifier's first layers to the first token or the mean, as configured.
 
-        Their parameters exist if `init` calls it.
+        Their parameters exist if `init` calls it. They have no dropout.
         """
         if self.config.classifier_pooling == "mean":
             return self.pooler(mean_pool(hidden, attention_mask).astype(hidden.dtype))

@@ -94,7 +94,7 @@ class EncoderClassifier(Typed):
         if self.pooling == "mean":
             pooled = mean_pool(hidden, attention_mask)
         elif self.pooling == "pooler":
-            pooled = encoder.pool(hidden, attention_mask)
+            pooled = encoder.pool(hidden, attention_mask, deterministic)
         else:
             pooled = hidden[:, 0]
         return self.head(self.dropout(pooled, deterministic=deterministic)).astype(jnp.float32)
