@@ -1,5 +1,6 @@
 """Every encoder: values of transformers, padding, scans, dtypes, methods, the command line."""
 
+import json
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.app.cli.main import main
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
-from adapters_jax.models import FAMILIES, family_of
+from adapters_jax.models import FAMILIES, KNOWN, family_of
 from adapters_jax.models.deberta import DebertaConfig, relative_positions
 from adapters_jax.trees import flatten, unflatten
 
@@ -101,6 +103,50 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(name):
     assert not any("layer_0" in path for path in flatten(params))
     hidden = jax.jit(family.build(config, scan=True).apply)({"params": params}, **inputs)
     np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("google-bert/bert-base-cased", 107_719_680),
+        ("google-bert/bert-large-cased", 332_529_664),
+        ("google-bert/bert-base-multilingual-cased", 177_262_848),
+        ("distilbert/distilbert-base-uncased", 66_362_880),  # 66 million in the paper
+        ("distilbert/distilbert-base-cased", 65_190_912),
+        ("distilbert/distilbert-base-multilingual-cased", 134_734_080),  # 134 million
+        ("distilbert/distilroberta-base", 81_527_808),  # 82 million on the card, with the pooler
+        ("FacebookAI/xlm-roberta-base", 277_453_056),
+        ("FacebookAI/xlm-roberta-large", 558_840_832),  # 550 million in the paper
+        ("almanach/camembert-base", 110_031_360),  # 110 million in the paper
+        ("google/electra-small-discriminator", 13_483_008),  # 14 million in the paper
+        ("google/electra-base-discriminator", 108_891_648),  # 110 million
+        ("google/electra-large-discriminator", 334_092_288),  # 335 million
+        ("answerdotai/ModernBERT-base", 149_014_272),  # 149 million in the paper
+        ("answerdotai/ModernBERT-large", 394_781_696),  # 395 million
+        ("microsoft/deberta-v3-xsmall", 70_682_112),  # 22 + 48 million on the card
+        ("microsoft/deberta-v3-small", 141_304_320),  # 44 + 98 million
+        ("microsoft/deberta-v3-base", 183_831_552),  # 86 + 98 million
+        ("microsoft/deberta-v3-large", 434_012_160),  # 304 + 131 million
+        ("microsoft/mdeberta-v3-base", 278_218_752),  # 86 + 190 million
+        ("microsoft/deberta-v2-xlarge", 884_593_152),  # 900 million on the card
+        ("microsoft/deberta-v2-xxlarge", 1_564_549_632),  # 1.5 billion
+    ],
+)
+def test_published_names_have_the_published_counts(name, count):
+    model, inputs = KNOWN[name]()
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(
+    "name", ["distilbert-base", "electra-small", "modernbert-base", "deberta-v3-xsmall"]
+)
+def test_audit_takes_known_names(name, capsys):
+    lora = ["--model", name, "--method", "lora", "--rank", "2", "--json"]
+    assert main(["audit", *lora]) == 0
+    counted = json.loads(capsys.readouterr().out)["adapter_parameters"]
+    config = KNOWN[name]()[0].config
+    assert counted == config.num_layers * 2 * 2 * 2 * config.hidden_size
 
 
 def test_distances_have_the_buckets_of_the_published_models():

@@ -4,7 +4,7 @@ Reference: Sanh et al., DistilBERT (2019), https://arxiv.org/abs/1910.01108
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from adapters_jax.interop.names import NameTable, Rule
@@ -80,7 +80,13 @@ NAMES = NameTable(
     heads=(*BERT_NAMES.heads, "pre_classifier"),
 )
 
-KNOWN = {"distilbert-base": DISTILBERT_BASE}
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+KNOWN = {
+    "distilbert-base": DISTILBERT_BASE,
+    "distilbert/distilbert-base-uncased": DISTILBERT_BASE,
+    "distilbert/distilbert-base-cased": replace(DISTILBERT_BASE, vocab_size=28996),
+    "distilbert/distilbert-base-multilingual-cased": replace(DISTILBERT_BASE, vocab_size=119547),
+}
 
 FAMILY = encoder_family(
     "distilbert",

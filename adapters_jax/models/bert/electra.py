@@ -56,10 +56,14 @@ ELECTRA_LARGE = ElectraConfig(
     embedding_size=1024,
 )
 
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
 KNOWN = {
     "electra-small": ELECTRA_SMALL,
     "electra-base": ELECTRA_BASE,
     "electra-large": ELECTRA_LARGE,
+    "google/electra-small-discriminator": ELECTRA_SMALL,
+    "google/electra-base-discriminator": ELECTRA_BASE,
+    "google/electra-large-discriminator": ELECTRA_LARGE,
 }
 
 FAMILY = encoder_family(

@@ -1,5 +1,6 @@
 """The families that are a `Bert`, and the loader of them all."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from adapters_jax.models.bert.classifier import BertClassifier
 from adapters_jax.models.bert.config import BERT_BASE, BERT_LARGE, BertConfig
 from adapters_jax.models.parts.encoder import encoder_family
 
-KNOWN = {"bert-base": BERT_BASE, "bert-large": BERT_LARGE}
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+KNOWN = {
+    "bert-base": BERT_BASE,
+    "bert-large": BERT_LARGE,
+    "google-bert/bert-base-uncased": BERT_BASE,
+    "google-bert/bert-large-uncased": BERT_LARGE,
+    "google-bert/bert-base-cased": replace(BERT_BASE, vocab_size=28996),
+    "google-bert/bert-large-cased": replace(BERT_LARGE, vocab_size=28996),
+    "google-bert/bert-base-multilingual-cased": replace(BERT_BASE, vocab_size=119547),
+}
 
 FAMILY = encoder_family(
     "bert",

@@ -28,7 +28,23 @@ ROBERTA_LARGE = replace(BERT_LARGE, **_ROBERTA)
 # Its classifier in transformers has the pooler's layer itself.
 NAMES = like_bert("roberta.", Rule(r"pooler/dense", r"classifier.dense"))
 
-KNOWN = {"roberta-base": ROBERTA_BASE, "roberta-large": ROBERTA_LARGE}
+_XLM_R: dict[str, Any] = {"model_type": "xlm-roberta", "vocab_size": 250002}
+XLM_ROBERTA_BASE = replace(ROBERTA_BASE, **_XLM_R)
+XLM_ROBERTA_LARGE = replace(ROBERTA_LARGE, **_XLM_R)
+
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+KNOWN = {
+    "roberta-base": ROBERTA_BASE,
+    "roberta-large": ROBERTA_LARGE,
+    "xlm-roberta-base": XLM_ROBERTA_BASE,
+    "xlm-roberta-large": XLM_ROBERTA_LARGE,
+    "FacebookAI/roberta-base": ROBERTA_BASE,
+    "FacebookAI/roberta-large": ROBERTA_LARGE,
+    "FacebookAI/xlm-roberta-base": XLM_ROBERTA_BASE,
+    "FacebookAI/xlm-roberta-large": XLM_ROBERTA_LARGE,
+    "distilbert/distilroberta-base": replace(ROBERTA_BASE, num_hidden_layers=6),
+    "almanach/camembert-base": replace(ROBERTA_BASE, model_type="camembert", vocab_size=32005),
+}
 
 FAMILY = encoder_family(
     "roberta",

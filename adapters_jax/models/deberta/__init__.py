@@ -40,7 +40,7 @@ NAMES = NameTable(
     heads=(*HEADS, "pooler"),
 )
 
-KNOWN = {
+_PUBLISHED = {
     "deberta-v3-xsmall": config.DEBERTA_V3_XSMALL,
     "deberta-v3-small": config.DEBERTA_V3_SMALL,
     "deberta-v3-base": config.DEBERTA_V3_BASE,
@@ -49,6 +49,8 @@ KNOWN = {
     "deberta-v2-xlarge": config.DEBERTA_V2_XLARGE,
     "deberta-v2-xxlarge": config.DEBERTA_V2_XXLARGE,
 }
+# The shapes of `config.json` in the repositories `microsoft/...` on huggingface.co.
+KNOWN = {**_PUBLISHED, **{f"microsoft/{name}": shape for name, shape in _PUBLISHED.items()}}
 
 FAMILY = encoder_family(
     "deberta",

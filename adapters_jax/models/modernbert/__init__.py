@@ -30,7 +30,13 @@ NAMES = NameTable(
     heads=(*HEADS, "head", "decoder"),
 )
 
-KNOWN = {"modernbert-base": MODERNBERT_BASE, "modernbert-large": MODERNBERT_LARGE}
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+KNOWN = {
+    "modernbert-base": MODERNBERT_BASE,
+    "modernbert-large": MODERNBERT_LARGE,
+    "answerdotai/ModernBERT-base": MODERNBERT_BASE,
+    "answerdotai/ModernBERT-large": MODERNBERT_LARGE,
+}
 
 FAMILY = encoder_family(
     "modernbert",
