@@ -1,6 +1,7 @@
 """Every encoder: values of transformers, padding, scans, dtypes, methods, the command line."""
 
 import json
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 from helpers.arrays import read_arrays
 from helpers.errors import raises
+from helpers.finished import finished_run
+from helpers.tiny import write_reviews, write_words
+from tokenizers import Tokenizer
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.inference import load_predictor
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
 from adapters_jax.models import FAMILIES, KNOWN, family_of
@@ -250,6 +255,56 @@ def test_presets_work_unchanged(name, preset):
     noise = {path: x + draw(0, 0.3, x.shape).astype(x.dtype) for path, x in added.items()}
     moved = unflatten({**flatten(whole), **noise})
     assert np.abs(apply({"params": moved}, **inputs) - wanted["logits"]).max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory with a file of reviews."""
+    directory = tmp_path_factory.mktemp("encoders")
+    write_reviews(directory / "reviews.jsonl", rows=40)
+    return directory
+
+
+def flags(name):
+    """A checkpoint with a tokenizer here, and the flags of a run on pairs with it."""
+    if not Path(name).exists():
+        shutil.copytree(FIXTURES / name, name)
+        write_words(Path(name))
+    return (
+        f"--model ./{name} --train reviews.jsonl --text review --text-pair topic --max-length 12 "
+        "--pooling pooler --method houlsby --bottleneck-dim 2 --dropout 0.1"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each for each in ENCODERS if each != "bert"])
+def test_finetune_works(name, directory, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
+    words = f"finetune {flags(name)} --epochs 1 --no-baselines --json --name {name}-trained"
+    assert main(words.split()) == 0
+    summary = json.loads(capsys.readouterr().out)
+    bottlenecks = loaded(name)[1].num_layers * 2 * (2 * 2 * 24 + 2 + 24)
+    assert summary["results"][0]["trainable_parameters"] > bottlenecks
+
+
+@pytest.mark.parametrize("name", [each for each in ENCODERS if each != "bert"])
+def test_predict_works(name, directory, monkeypatch, capsys):
+    """On a run that is made without training, on pairs, so that token types show."""
+    monkeypatch.chdir(directory)
+    finished_run(f"{flags(name)} --name {name}", {"accuracy": 0.75, "f1": 0.8})
+    assert main(["predict", f"runs/{name}", "good film", "plot", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    run = load_predictor(f"runs/{name}")
+    ids, mask, types = run_inputs(name, "good film", "plot")
+    logits = run.model.apply({"params": run.params}, ids, mask, types)
+    wanted = dict(zip(("no", "yes"), jax.nn.softmax(logits)[0].tolist(), strict=True))
+    assert found["probabilities"] == pytest.approx(wanted, abs=1e-5)
+
+
+def run_inputs(name, *texts):
+    """The token ids, the mask and the token types of a pair."""
+    encoding = Tokenizer.from_file(f"{name}/tokenizer.json").encode(*texts)
+    return (np.array([x]) for x in (encoding.ids, encoding.attention_mask, encoding.type_ids))
 
 
 def test_every_encoder_family_is_tested():
