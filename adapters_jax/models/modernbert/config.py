@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
@@ -67,6 +67,11 @@ class ModernBertConfig(huggingface.CheckpointConfig):
                 f"global_attn_every_n_layers={self.global_attn_every_n_layers}, expected at least 1"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Takes the fields from a parsed `config.json`, of transformers 4 or 5."""
+        return super().from_dict({**values, **_of_layers(values)})
+
     @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier's head."""
@@ -81,6 +86,27 @@ class ModernBertConfig(huggingface.CheckpointConfig):
         if self.is_global(layer) or self.local_rope_theta is None:
             return self.global_rope_theta
         return self.local_rope_theta
+
+
+def _of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 says for each kind of layer, in the fields of transformers 4."""
+    flat: dict[str, Any] = {}
+    ropes = values.get("rope_parameters") or {}
+    for kind, name in (("full", "global_rope_theta"), ("sliding", "local_rope_theta")):
+        rope = ropes.get(f"{kind}_attention") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(f"rope_type={rope['rope_type']!r}, expected 'default'")
+        flat |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
+    if types := values.get("layer_types"):
+        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        every = full[1] if len(full) > 1 else len(types)
+        if full != list(range(0, len(types), every)):
+            raise UserError(
+                f"layer_types={types!r}, expected 'full_attention' at regular distances from the "
+                "first layer on, and 'sliding_attention' between"
+            )
+        flat["global_attn_every_n_layers"] = every
+    return flat
 
 
 MODERNBERT_BASE = ModernBertConfig()
