@@ -158,7 +158,6 @@ def test_audit_takes_known_names(name, capsys):
 
 
 def test_distances_have_the_buckets_of_the_published_models():
-    """Rounding in another precision would move the edge of some bucket."""
     index = relative_positions(512, DebertaConfig())
     buckets = expected("deberta_v3")[1]["buckets"].astype(int)
     np.testing.assert_array_equal(index[:, 0], np.clip(buckets + 256, 0, 511))

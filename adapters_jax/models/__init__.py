@@ -6,8 +6,8 @@
   shape and lists the published ones, `model` is the arithmetic, `checkpoint` names, loads and saves
   the tensors, and `FAMILY` is the record through which the rest of the package uses the family.
 - `family`: the record's class. `registry`: all records, `FAMILIES`, and published shapes, `KNOWN`.
-- `parts`: the layers and functions that families share. Models scan their blocks where these are alike, and
-  recompute them in the backward pass.
+- `parts`: the layers and functions that families share. Models scan their blocks where these are
+  alike, and recompute them in the backward pass.
 - `generation`: generates text with a decoder.
 
 Attention children are `attention/{query,key,value,output}` and the feed-forward's last is

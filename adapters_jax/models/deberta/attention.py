@@ -28,7 +28,7 @@ def relative_positions(length: int, config: DebertaConfig) -> Int[np.ndarray, "l
     """The number of the embedding for each query (first axis) and key.
 
     Distances below half the buckets have a bucket each; larger ones share them. The arithmetic is
-    in float32 as in transformers, since rounding decides at the edge of a bucket.
+    in float32 as in transformers, since rounding can decide at the edge of a bucket.
 
     Example:
         >>> relative_positions(4, DebertaConfig(position_buckets=4, max_relative_positions=9))

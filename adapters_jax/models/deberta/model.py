@@ -105,10 +105,9 @@ class Convolution(Typed):
         self,
         embedded: Float[Array, "batch length d"],
         x: Float[Array, "batch length d"],
-        seen: Bool[Array, "batch length 1"] | None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
-        """Computes the hidden states before the second block; those of padding are zero."""
+        """Computes the hidden states before the second block; `embedded` is zero at padding."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         conv = nn.Conv(
@@ -116,8 +115,7 @@ class Convolution(Typed):
         )
         y = nn.Dropout(c.hidden_dropout_prob)(conv(embedded), deterministic=deterministic)
         norm = LayerNorm(epsilon=c.layer_norm_eps, name="norm", **self.types)
-        x = norm(x + ACTIVATIONS[c.conv_act](y))
-        return x if seen is None else jnp.where(seen, x, 0)
+        return norm(x + ACTIVATIONS[c.conv_act](y))
 
 
 class Deberta(Typed):
@@ -213,7 +211,7 @@ class Deberta(Typed):
             return run(self.layers, embedded, c.num_hidden_layers)
         if not c.conv_kernel_size:
             return run(self.layer, embedded, c.num_hidden_layers)
-        x = self.conv(embedded, run(self.layer[:1], embedded, 1), seen, deterministic)
+        x = self.conv(embedded, run(self.layer[:1], embedded, 1), deterministic)
         return run(self.layer[1:], x, c.num_hidden_layers - 1)
 
     def pool(
