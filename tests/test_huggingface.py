@@ -140,8 +140,9 @@ def test_a_fused_tensor_needs_all_of_its_parts():
     some = {"layer_0": {"query": layer["query"], "value": layer["value"]}}
     with raises(UserError, "h.0.qkv", 3, 2):
         to_tensors(some, names)
-    with raises(UserError, "h.0.qkv", 3, 2):
-        from_tensors({}, names, some)
+    whole = {"h.0.qkv.weight": np.ones((10, 4)), "h.0.qkv.bias": np.ones(10)}
+    with raises(MismatchError, "h.0.qkv.weight", [10, 4], [8, 4]):
+        from_tensors(whole, names, some)
 
 
 def test_bfloat16_and_float16_are_read(tmp_path):

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference
-from adapters_jax.interop.names import HEADS, NameTable, parts_of
+from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference, spans
+from adapters_jax.interop.names import HEADS, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -107,7 +107,7 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
 def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> ModuleMap:
-    modules: dict[str, list[tuple[tuple[int, int], ModuleReference]]] = {}
+    modules: dict[str, dict[int, ModuleReference]] = {}
     attention = {}
     raw = {path: own for path in base if (own := names.parameter(path))}
     for path, every in by_path.items():
@@ -118,8 +118,8 @@ def _by_table(
             source = names.module(path)
         except UserError:
             continue  # a module without counterpart, such as another head
-        reference = source.part or (0, 1), ModuleReference(path, leaves)
-        modules.setdefault(source.name, []).append(reference)
+        index = source.part[0] if source.part else 0
+        modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules and not raw:
@@ -127,10 +127,7 @@ def _by_table(
             f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
             "of the model's package, and the parameters of that model"
         )
-    ordered = {
-        name: _parts(each for _, each in sorted(every, key=lambda own: own[0]))
-        for name, every in modules.items()
-    }
+    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
     tied = names.tied
     if tied and (tied[0] in modules or tied[1] not in modules):
         tied = None
@@ -149,13 +146,12 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said)
 
 
-def _parts(references: Iterable[ModuleReference]) -> tuple[ModuleReference, ...]:
-    """Our modules that one of theirs fuses, with the share of each, which is that of its weight."""
-    each = tuple(references)
-    if len(each) == 1:
-        return each
-    shares = parts_of(math.prod(reference.shape) for reference in each)
-    return tuple(replace(own, part=part) for own, part in zip(each, shares, strict=True))
+def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+    """Modules of ours that one of theirs fuses, each with its part of the outputs."""
+    if len(references) == 1:
+        return tuple(references)
+    parts = spans([math.prod(each.shape) for each in references])
+    return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
 
 
 def _by_mapping(
@@ -172,7 +168,7 @@ def _by_mapping(
         if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
             tied = (theirs, other)
         elif all(path in by_path for path in paths):
-            modules[theirs] = _parts(ModuleReference(path, by_path[path]) for path in paths)
+            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
         elif len(paths) == 1 and paths[0] in base:
             kernel = paths[0].endswith("/kernel")
             parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)

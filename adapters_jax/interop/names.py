@@ -3,11 +3,11 @@
 Each model's package has its own `NameTable`; this module has the code that all models share.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -18,48 +18,17 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.interop.layouts import WHOLE, Span, spans
 from adapters_jax.transforms.stacking import Stack
 
 HEADS = ("lm_head", "classifier", "score")
 
 
-class Part(NamedTuple):
-    """The share of one of our arrays in a tensor that fuses several along its outputs.
-
-    Attributes:
-        start: the shares before it.
-        size: its own shares.
-        whole: all shares.
-
-    Example:
-        >>> query, key = parts_of([8, 4])
-        >>> key, key.columns(6)
-        (Part(start=8, size=4, whole=12), slice(4, 6, None))
-    """
-
-    start: int
-    size: int
-    whole: int
-
-    def columns(self, length: int) -> slice | None:
-        """Its columns of `length` ones; None if they do not divide into the shares."""
-        first, last = (length * n for n in (self.start, self.start + self.size))
-        if first % self.whole or last % self.whole:
-            return None
-        return slice(first // self.whole, last // self.whole)
-
-
-def parts_of(sizes: Iterable[int]) -> list[Part]:
-    """The parts of a fused tensor, in order, by the sizes of our arrays or in equal ratios."""
-    ends = list(accumulate(sizes, initial=0))
-    return [Part(start, end - start, ends[-1]) for start, end in pairwise(ends)]
-
-
 class Rule(NamedTuple):
     """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
-    `part` is `(index, count)` if their module fuses `count` of ours along its output axis. These
-    may differ in width.
+    `part` is `(index, count)` if their module fuses `count` of ours along its output axis, in the
+    order of their indices and as wide as they are.
     """
 
     ours: str
@@ -87,21 +56,17 @@ class ParameterRule(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensor that one of our arrays comes from, and how its axes differ from ours.
-
-    `part` is that of the `Rule`, and `share` the columns that it is, which depend on the others.
-    """
+    """The tensor that one of our arrays comes from, and how its axes differ from ours."""
 
     name: str
     transposed: bool = False
     part: tuple[int, int] | None = None
     swapped: bool = False
-    share: Part | None = None
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of their tensor if ours has `shape`."""
-        if self.share:
-            shape = (*shape[:-1], shape[-1] * self.share.whole // self.share.size)
+    def shape(self, shape: tuple[int, ...], span: Span = WHOLE) -> tuple[int, ...]:
+        """The shape of their tensor if ours has `shape` and is this part of it."""
+        own = span.stop - span.start
+        shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
             return (*shape[:-2], shape[-1], shape[-2])
         return shape[::-1] if self.transposed else shape
@@ -112,10 +77,10 @@ class Source(NamedTuple):
             return np.swapaxes(array, -1, -2)
         return array.T if self.transposed else array
 
-    def take(self, tensor: np.ndarray) -> np.ndarray:
-        """Takes our array out of their tensor."""
-        tensor = self.turn(tensor)
-        return tensor[..., self.share.columns(tensor.shape[-1])] if self.share else tensor
+    def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
+        """Takes our array, this part of their tensor, out of it; their shape is checked before."""
+        turned = self.turn(tensor)
+        return turned if span is WHOLE else span.of(turned)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -160,8 +125,8 @@ class NameTable:
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
-        >>> table.source("layer_3/query/kernel").name
-        'layer.3.self.q.weight'
+        >>> table.source("layer_3/query/kernel")
+        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False)
     """
 
     rules: tuple[Rule, ...]
@@ -194,46 +159,19 @@ class NameTable:
         if own := self.parameter(path):
             return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
-        theirs = self.module(module)
+        name, _, part, _ = self.module(module)
         transposed = leaf == "kernel" and not self.fan_in_fan_out
-        return Source(
-            f"{theirs.name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, theirs.part
-        )
+        return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
 
-    def sources(self, leaves: Iterable[tuple[Any, Any]]) -> list[tuple[dict[str, Source], bool]]:
-        """Their tensors for each of our leaves, by our path; and whether the leaf is stacked.
+    def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
+        """Their tensors for our parameter at `path`, by our path; and whether it is stacked.
 
         A leaf of scanned layers has one tensor for each layer.
-
-        Args:
-            leaves: the keys and the array of every leaf of the parameters.
-
-        Raises:
-            UserError: their tensor fuses several of our arrays, of which some are not here.
         """
-        found = []
-        for keys, leaf in leaves:
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
-            rows = [path]
-            if stacked := bool(self.stack and self.stack.holds(path)):
-                rows = [str(self.stack.layer(path, i)) for i in range(leaf.shape[0])]  # type: ignore[union-attr]
-            found.append(({own: self.source(own) for own in rows}, stacked, leaf.shape))
-        fused: dict[str, dict[tuple[int, int], int]] = {}
-        for sources, _, shape in found:
-            for source in sources.values():
-                if source.part:
-                    fused.setdefault(source.name, {})[source.part] = shape[-1]
-        shares = {name: _shares(name, widths) for name, widths in fused.items()}
-
-        def shared(source: Source) -> Source:
-            if source.part is None:
-                return source
-            return source._replace(share=shares[source.name][source.part])
-
-        return [
-            ({own: shared(source) for own, source in sources.items()}, stacked)
-            for sources, stacked, _ in found
-        ]
+        if self.stack and self.stack.holds(path):
+            each = (str(self.stack.layer(path, i)) for i in range(shape[0]))
+            return {layer: self.source(layer) for layer in each}, True
+        return {path: self.source(path)}, False
 
     def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by their names without prefix; gamma and beta of old files are renamed."""
@@ -254,17 +192,6 @@ class NameTable:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
-
-
-def _shares(name: str, widths: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], Part]:
-    """The share of each part of a fused tensor, by the widths of our arrays."""
-    parts = sorted(widths)
-    if parts != [(i, parts[0][1]) for i in range(parts[0][1])]:
-        raise UserError(
-            f"{name} fuses {parts[0][1]} of our arrays, but the tree has {len(parts)} of them; "
-            "give the whole model's parameters"
-        )
-    return dict(zip(parts, parts_of(widths[part] for part in parts), strict=True))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
@@ -295,22 +222,43 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     expected: dict[str, Any] = {}
     got: dict[str, Any] = {}
     used, reads = set(), []
-    for (_, leaf), (sources, stacked) in zip(leaves, names.sources(leaves), strict=True):
-        reads.append((tuple(sources.values()), stacked, leaf))
+    for keys, leaf in leaves:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        reads.append((*names.sources(path, leaf.shape), leaf))
+    parts = _parts(reads)
+    for sources, stacked, leaf in reads:
         for own, source in sources.items():
             label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
-            expected[label] = jax.ShapeDtypeStruct(source.shape(shape), leaf.dtype)
+            whole = source.shape(shape, parts.get(own, WHOLE))
+            expected[label] = jax.ShapeDtypeStruct(whole, leaf.dtype)
             used.add(source.name)
             if source.name in found:
                 got[label] = found[source.name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
     compare_trees("the checkpoint", got, expected, "Is it of this architecture and size?")
 
-    def read(sources: Sequence[Source], stacked: bool, leaf: Any) -> jax.Array:
-        arrays = (source.take(np.asarray(found[source.name])) for source in sources)
+    def read(sources: Mapping[str, Source], stacked: bool, leaf: Any) -> jax.Array:
+        arrays = (
+            source.take(np.asarray(found[source.name]), parts.get(own, WHOLE))
+            for own, source in sources.items()
+        )
         return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
 
     return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
+
+
+def _parts(reads: Iterable[tuple[Mapping[str, Source], bool, Any]]) -> dict[str, Span]:
+    """Which part of their tensor each of our arrays is, by our path, where theirs is fused."""
+    fused: dict[str, list[tuple[int, str, int]]] = {}
+    for sources, stacked, leaf in reads:
+        size = math.prod(leaf.shape[1:] if stacked else leaf.shape)
+        for own, source in sources.items():
+            if source.part:
+                fused.setdefault(source.name, []).append((source.part[0], own, size))
+    found: dict[str, Span] = {}
+    for each in map(sorted, fused.values()):
+        found |= zip((own for _, own, _ in each), spans([size for *_, size in each]), strict=True)
+    return found
 
 
 def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
@@ -348,7 +296,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         names: the model's table; its first prefix begins every name but the heads'.
 
     Raises:
-        UserError: one of their tensors fuses several of our arrays, of which some are not here.
+        UserError: the tree lacks some of the arrays that one of their tensors fuses.
 
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
@@ -356,16 +304,22 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         >>> tensors["model.q_proj.weight"].shape
         (3, 2)
     """
-    found: dict[str, list[tuple[Source, np.ndarray]]] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for (_, leaf), (sources, stacked) in zip(leaves, names.sources(leaves), strict=True):
-        array = np.asarray(leaf)
+    parts: dict[str, list[tuple[Source, np.ndarray]]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array, path = np.asarray(leaf), jax.tree_util.keystr(keys, simple=True, separator="/")
+        sources, stacked = names.sources(path, array.shape)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
-            found.setdefault(source.name, []).append((source, own))
-    tensors = {}
-    for name, parts in found.items():
-        parts = sorted(parts, key=lambda each: each[0].part or (0, 1))
-        whole = np.concatenate([own for _, own in parts], -1) if len(parts) > 1 else parts[0][1]
-        prefix = "" if name.split(".")[0] in names.heads else "".join(names.prefixes[:1])
-        tensors[prefix + name] = np.ascontiguousarray(parts[0][0].turn(whole))
-    return tensors
+            own_head = source.name.split(".")[0] in names.heads
+            prefix = "" if own_head else "".join(names.prefixes[:1])
+            parts.setdefault(prefix + source.name, []).append((source, own))
+    return {name: np.ascontiguousarray(_fused(name, each)) for name, each in parts.items()}
+
+
+def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
+    """Their tensor, of the arrays of ours that it fuses."""
+    ordered = sorted(parts, key=lambda each: each[0].part or (0, 1))
+    arrays, (source, first) = [array for _, array in ordered], ordered[0]
+    count = source.part[1] if source.part else 1
+    if len(arrays) != count:
+        raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
+    return source.turn(np.concatenate(arrays, axis=-1) if count > 1 else first)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, ModuleReference
+from adapters_jax.interop.layouts import WHOLE, Array, ModuleReference
 from adapters_jax.interop.module_map import Added, ModuleMap, in_order, shortest
 from adapters_jax.interop.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
@@ -83,10 +83,10 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
         numbers: Array = vector.ravel()
     else:
         axes = [shape[n:] for n in range(len(shape) - 1, 0, -1)]
-        mine = reference.own(vector.ravel())
-        if mine is None:
+        part = (reference.part or WHOLE).of(vector.ravel())
+        if part is None:
             return None
-        numbers = mine
+        numbers = part
     own = next((own for own in axes if math.prod(own) == numbers.size), None)
     return None if own is None else numbers.reshape(own)
 
