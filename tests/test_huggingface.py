@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
 from adapters_jax.interop.huggingface import resolve
-from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.models.llama import load_llama
+from adapters_jax.transforms.stacking import Stack
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TABLE = NameTable(
@@ -99,6 +100,51 @@ def test_fused_tensors_are_split_in_either_layout():
     assert_same_tree(straight, turned)
 
 
+def fused_layers(scan):
+    """Projections of unequal widths, as of grouped queries, and their two layers in one tree."""
+    draw = np.random.default_rng(0).normal
+    widths = {"query": 6, "key": 2, "value": 2}
+    rules = (Rule(rf"layer_(\d+)/{name}", r"h.\1.qkv", (i, 3)) for i, name in enumerate(widths))
+    names = NameTable(tuple(rules), prefixes=("model.",), stack=Stack("layer_{}", "layers"))
+    layers = [
+        {
+            name: {"kernel": draw(size=(4, width)), "bias": draw(size=width)}
+            for name, width in widths.items()
+        }
+        for _ in range(2)
+    ]
+    if scan:
+        return names, layers, {"layers": jax.tree.map(lambda *rows: np.stack(rows), *layers)}
+    return names, layers, {f"layer_{i}": layer for i, layer in enumerate(layers)}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_arrays_of_unequal_widths_are_fused_and_taken_apart(scan):
+    names, layers, tree = fused_layers(scan)
+    tensors = to_tensors(tree, names)
+    assert sorted(tensors) == [
+        f"model.h.{i}.qkv.{leaf}" for i in (0, 1) for leaf in ("bias", "weight")
+    ]
+    whole = np.concatenate([layers[1][name]["kernel"].T for name in ("query", "key", "value")])
+    np.testing.assert_array_equal(tensors["model.h.1.qkv.weight"], whole)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tree)
+    read = from_tensors(tensors, names, like)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(y)), read, tree)
+    tensors["model.h.1.qkv.weight"] = whole[:-1]
+    with raises(UserError, "h.1.qkv.weight", [9, 4], [10, 4]):
+        from_tensors(tensors, names, like)
+
+
+def test_a_fused_tensor_needs_all_of_its_parts():
+    names, (layer, _), _ = fused_layers(scan=False)
+    some = {"layer_0": {"query": layer["query"], "value": layer["value"]}}
+    with raises(UserError, "h.0.qkv", 3, 2):
+        to_tensors(some, names)
+    whole = {"h.0.qkv.weight": np.ones((10, 4)), "h.0.qkv.bias": np.ones(10)}
+    with raises(MismatchError, "h.0.qkv.weight", [10, 4], [8, 4]):
+        from_tensors(whole, names, some)
+
+
 def test_bfloat16_and_float16_are_read(tmp_path):
     stored = {"a": np.array([1.5], ml_dtypes.bfloat16), "b": np.array([2.5], np.float16)}
     save_file(stored, tmp_path / "model.safetensors")
@@ -173,7 +219,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(tiny):
 
 def test_a_pooler_that_is_asked_for_must_be_there():
     load_bert(FIXTURES / "roberta")
-    with raises(MismatchError, "2 missing", "pooler/dense/bias (pooler.dense.bias)"):
+    with raises(MismatchError, "2 missing", "pooler/dense/bias (classifier.dense.bias)"):
         load_bert(FIXTURES / "roberta", pooler=True)
 
 

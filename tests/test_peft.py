@@ -507,6 +507,34 @@ def test_parts_of_a_fused_module_go_side_by_side(tmp_path):
         save_peft(tmp_path / "b", aj.DoRA("layer_1/*/query", 2), unflatten(only), names, params)
 
 
+def test_parts_of_unequal_widths_take_their_own_rows(tmp_path):
+    params = {"q": {"kernel": drawn(4, 6)}, "k": {"kernel": drawn(4, 2)}}
+    fused, recipe = {"h.qk": ("q", "k")}, aj.Recipe(aj.DoRA(("q", "k"), 2, 2))
+    own = {
+        f"{path}/lora/{leaf}": drawn(*shape, seed=width)
+        for path, width in (("q", 6), ("k", 2))
+        for leaf, shape in (("a", (4, 2)), ("b", (2, width)), ("magnitude", (width,)))
+    }
+    directory = save_peft(tmp_path / "a", recipe, unflatten(own), fused, params)
+    tensors = tensors_of(directory)
+    delta = (
+        tensors["base_model.model.h.qk.lora_B.weight"]
+        @ tensors["base_model.model.h.qk.lora_A.weight"]
+    )
+    for path, columns in (("q", slice(0, 6)), ("k", slice(6, 8))):
+        made = own[f"{path}/lora/a"] @ own[f"{path}/lora/b"]
+        np.testing.assert_allclose(delta[columns], made.T, atol=1e-5)
+    _, back = load_peft(directory, fused, params)
+    for path in ("q", "k"):
+        leaves = back[path]["lora"]
+        np.testing.assert_array_equal(leaves["magnitude"], own[f"{path}/lora/magnitude"])
+        made = own[f"{path}/lora/a"] @ own[f"{path}/lora/b"]
+        np.testing.assert_allclose(leaves["a"] @ leaves["b"], made, atol=1e-5)
+    scales = {"q/ia3/scale": drawn(6), "k/ia3/scale": drawn(2)}
+    directory = save_peft(tmp_path / "b", aj.IA3(("q", "k")), unflatten(scales), fused, params)
+    equal(flatten(load_peft(directory, fused, params)[1]), scales)
+
+
 def test_slices_become_rows_of_zeros(tmp_path):
     sliced = aj.LoRA("block_0/q", 2, slices=((1, 3),))
     leaves = factors("block_0/q", width=6, out=2)

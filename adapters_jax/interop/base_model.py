@@ -28,6 +28,7 @@ class BaseModel:
         sha256: the checksum of the weights' files.
         classifies: whether a head for labels is on top of it.
         pooling: what that head reads; None if there is no head or its pooling is unknown.
+        model_type: its type in `config.json`.
         one_layer: whether its architecture's classifier in transformers also has one layer.
     """
 
@@ -40,6 +41,7 @@ class BaseModel:
     sha256: str
     classifies: bool = False
     pooling: str | None = None
+    model_type: str = ""
     one_layer: bool = False
 
     @property

@@ -1,6 +1,7 @@
 """The module map: a model's modules by the names that files of other libraries have for them."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference
-from adapters_jax.interop.names import NameTable
+from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference, spans
+from adapters_jax.interop.names import HEADS, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -24,7 +25,6 @@ from adapters_jax.weights.quantized import unboxed
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
 Added = dict[str, Leaves]  # by module, then by the leaf's name
-HEADS = ("lm_head", "classifier", "score")  # beside the encoder or decoder, not in it
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ModuleMap:
             those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
+        heads: their modules beside the base, whose names have no prefix.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -52,6 +53,7 @@ class ModuleMap:
     tied: tuple[str, str] | None = None
     scanned: int = 0
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    heads: tuple[str, ...] = HEADS
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -66,7 +68,7 @@ class ModuleMap:
     def full(self, name: str, prefix: str | None) -> str:
         """A bare name with `prefix`, by default the table's first; heads have none."""
         prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
-        return name if name.split(".")[0] in HEADS else prefix + name
+        return name if name.split(".")[0] in self.heads else prefix + name
 
     @property
     def paths(self) -> list[str]:
@@ -105,7 +107,7 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
 def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> ModuleMap:
-    modules: dict[str, list[ModuleReference]] = {}
+    modules: dict[str, dict[int, ModuleReference]] = {}
     attention = {}
     raw = {path: own for path in base if (own := names.parameter(path))}
     for path, every in by_path.items():
@@ -116,7 +118,8 @@ def _by_table(
             source = names.module(path)
         except UserError:
             continue  # a module without counterpart, such as another head
-        modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
+        index = source.part[0] if source.part else 0
+        modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules and not raw:
@@ -124,7 +127,7 @@ def _by_table(
             f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
             "of the model's package, and the parameters of that model"
         )
-    ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
+    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
     tied = names.tied
     if tied and (tied[0] in modules or tied[1] not in modules):
         tied = None
@@ -133,7 +136,7 @@ def _by_table(
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters)
+    return replace(module_map, parameters=parameters, heads=names.heads)
 
 
 def _parameter(
@@ -143,8 +146,12 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said)
 
 
-def _index(reference: ModuleReference) -> int:
-    return reference.part[0] if reference.part else 0
+def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+    """Modules of ours that one of theirs fuses, each with its part of the outputs."""
+    if len(references) == 1:
+        return tuple(references)
+    parts = spans([math.prod(each.shape) for each in references])
+    return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
 
 
 def _by_mapping(
@@ -161,11 +168,7 @@ def _by_mapping(
         if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
             tied = (theirs, other)
         elif all(path in by_path for path in paths):
-            parts = [(i, len(paths)) if len(paths) > 1 else None for i in range(len(paths))]
-            pairs = zip(paths, parts, strict=True)
-            modules[theirs] = tuple(
-                ModuleReference(path, by_path[path], part) for path, part in pairs
-            )
+            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
         elif len(paths) == 1 and paths[0] in base:
             kernel = paths[0].endswith("/kernel")
             parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)

@@ -1,12 +1,13 @@
 """Small, exact models that load Hugging Face checkpoints.
 
-- One folder per family: `bert` (linen; BERT and RoBERTa encoders and classifiers), `gpt2` (linen;
+- One folder per model: the encoders `bert` (linen; also RoBERTa, DistilBERT and ELECTRA),
+  `modernbert` and `deberta` (linen), with classifiers; `gpt2` (linen;
   GPT-3 has the same architecture), `llama` (NNX; also loads GGUF). In each, `config` describes the
   shape and lists the published ones, `model` is the arithmetic, `checkpoint` names, loads and saves
   the tensors, and `FAMILY` is the record through which the rest of the package uses the family.
 - `family`: the record's class. `registry`: all records, `FAMILIES`, and published shapes, `KNOWN`.
-- `parts`: the layers and functions that families share. Every model can scan its blocks and
-  recompute them in the backward pass.
+- `parts`: the layers and functions that families share. Models scan their blocks where these are
+  alike, and recompute them in the backward pass.
 - `generation`: generates text with a decoder.
 
 Attention children are `attention/{query,key,value,output}` and the feed-forward's last is

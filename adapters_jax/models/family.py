@@ -50,6 +50,7 @@ class Family:
         layer: the pattern of one layer, with `{}` for its number.
         save: `save(directory, config, model, **more)` writes a checkpoint; None if the family
             cannot write one.
+        scans: whether the model can scan its layers, which must be alike for that.
         generates: whether the model generates text with a cache, which a decoder's tasks need.
         classifier: the classification model; None if there is none.
     """
@@ -64,6 +65,7 @@ class Family:
     known: Mapping[str, Any] = field(default_factory=dict)
     layer: str = "**/layer_{}"
     save: Callable[..., None] | None = None
+    scans: bool = True
     generates: bool = False
     classifier: Classifier | None = None
 

@@ -7,13 +7,15 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, deberta, gpt2, llama, modernbert
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        bert.FAMILY,
+        *bert.FAMILIES,
+        modernbert.FAMILY,
+        deberta.FAMILY,
         gpt2.FAMILY,
         llama.FAMILY,
     )
@@ -45,7 +47,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
 
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name
-        'bert'
+        'roberta'
         >>> family_of({"model_type": "t5"}, "mine")
         Traceback (most recent call last):
         adapters_jax.errors.UserError: 'mine' has model_type='t5'; expected one of bert, ...

@@ -55,5 +55,6 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         sha256=sha256_of(files),
         classifies=classifies,
         pooling=pooling,
+        model_type=values["model_type"],
         one_layer=classifier is not None and values["model_type"] in classifier.one_layer,
     )

@@ -33,8 +33,6 @@ from adapters_jax.weights.quantized import is_quantized
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
 
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -64,8 +62,8 @@ class Encoder:
         """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
         config = self.config
         if dropout is not None:
-            rates: Any = dict.fromkeys(_DROPOUTS, dropout)
-            config = dataclasses.replace(config, **rates)
+            names = [field.name for field in dataclasses.fields(config) if "dropout" in field.name]
+            config = dataclasses.replace(config, **dict.fromkeys(names, dropout))
         return self.architecture.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
 
     def init(self, width: int, key: Any) -> Any:

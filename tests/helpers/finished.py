@@ -30,7 +30,7 @@ def encoder_run(flags=LORA, name="reviews"):
     if not Path("tiny").exists():
         write_model(Path("tiny"), pooler=True)
         write_reviews(Path("reviews.jsonl"), rows=40)
-    return _run(f"{REVIEWS} {flags} --name {name}", {"accuracy": 0.75, "f1": 0.8})
+    return finished_run(f"{REVIEWS} {flags} --name {name}", {"accuracy": 0.75, "f1": 0.8})
 
 
 def decoder_run(flags=LORA, name="meanings"):
@@ -39,10 +39,11 @@ def decoder_run(flags=LORA, name="meanings"):
         write_llama(Path("llama"))
         write_meanings(Path("rows.csv"), rows=40)
     flags = f"{MEANINGS} {flags} --exact-match 0 --name {name}"
-    return _run(flags, {"perplexity": 2.5}, samples=[SAMPLE])
+    return finished_run(flags, {"perplexity": 2.5}, samples=[SAMPLE])
 
 
-def _run(flags, metrics, **of_rows):
+def finished_run(flags, metrics, **of_rows):
+    """Makes a run with the flags of `finetune` in the current directory; returns its path."""
     with contextlib.redirect_stderr(io.StringIO()):
         job = parse(Finetune, flags.split()).prepare(Console(json=True))
     problem = job.problem

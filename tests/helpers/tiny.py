@@ -43,6 +43,11 @@ def write_model(directory, seed=0, pooler=False, **settings):
         source = NAMES.source(path)
         tensors[source.name] = np.array(leaf.T if source.transposed else leaf, order="C")
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return write_words(directory)
+
+
+def write_words(directory):
+    """A tokenizer of whole words, beside a checkpoint of any encoder."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -38,8 +38,8 @@ class PlanTraining:
     No weights are needed. The step is compiled for the devices of the mesh, which are simulated on
     the CPU, and XLA's memory analysis of it is read. XLA has no half precision on a CPU, so with
     bfloat16 the working memory is half that of the float32 program. Trained parameters, their
-    gradients and AdamW's moments are float32. Layers are scanned unless the recipe numbers them,
-    and recomputed in the backward pass.
+    gradients and AdamW's moments are float32. Layers are scanned unless they differ or the recipe
+    numbers them, and recomputed in the backward pass.
 
     Args:
         model: a known shape such as llama-7b, a directory with config.json, a GGUF file, or an id
@@ -98,7 +98,8 @@ class PlanTraining:
 
     def _state(self, method: MethodOptions) -> tuple[Any, Any, Any]:
         """The shapes of the model, of its parameters in linen, and of the training state."""
-        scan = method.recipe is None and method.method not in BY_NUMBER
+        alike = find_shape(self.model)[0].scans
+        scan = alike and method.recipe is None and method.method not in BY_NUMBER
         options = {"scan": scan, "remat": self.remat}
         model, params = adapted_shape(self.model, method, **options)
         return model, params, abstract_state(model, params, tx=optax.adamw(1e-4))

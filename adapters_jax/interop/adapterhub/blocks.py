@@ -21,45 +21,106 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The names of one architecture, and whether its norms follow the residual sums."""
+    """One architecture of AdapterHub.
+
+    Attributes:
+        model_type: its type in `config.json`.
+        model_class: AdapterHub's class.
+        prefix: begins the names of the base's modules in that class.
+        block: the name of the sequence of blocks.
+        bottlenecks: a block's two bottleneck layers by their location.
+        loras: the modules in a block to which LoRA attaches, by location and matrix.
+        post_norm: whether its norms follow the residual sums.
+        pooler: the activation of the layer that its classifier has before the last one.
+        pooled: whether the base itself has that layer.
+    """
 
     model_type: str
+    model_class: str
+    prefix: str
     block: str
     bottlenecks: Mapping[str, Layer]
     loras: Mapping[str, Mapping[str, str]]
     post_norm: bool = False
+    pooler: str = "tanh"
+    pooled: bool = True
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression over the names of its modules: what is before, and the number."""
+        names = [name for layer in self.bottlenecks.values() for name in layer[1:]]
+        names += [name for matrices in self.loras.values() for name in matrices.values()]
+        return rf"((?:.*\.)?){re.escape(self.block)}\.(\d+)\.({'|'.join(map(re.escape, names))})"
 
 
 def _architecture(
-    model_type: str,
+    which: tuple[str, str, str],
     block: str,
     layers: tuple[Layer, Layer],
     matrices: tuple[str, str, str],
     feed_forward: tuple[str, str],
-    post_norm: bool = False,
+    **fields: Any,
 ) -> Architecture:
-    """Builds an architecture; `feed_forward` are `intermediate_lora` and `output_lora`."""
+    """Builds an architecture.
+
+    Args:
+        which: its type, class and prefix.
+        block, layers: see `Architecture`.
+        matrices: the query, key and value.
+        feed_forward: `intermediate_lora` and `output_lora`.
+        **fields: further fields of `Architecture`.
+    """
     loras = {"selfattn_lora": dict(zip("qkv", matrices, strict=True))}
     for location, module in zip(("intermediate_lora", "output_lora"), feed_forward, strict=True):
         loras[location] = {"": module}
     bottlenecks = dict(zip(("mh_adapter", "output_adapter"), layers, strict=True))
-    return Architecture(model_type, block, bottlenecks, loras, post_norm)
+    return Architecture(*which, block, bottlenecks, loras, **fields)
 
 
-ARCHITECTURES = (
-    _architecture(
-        "bert",
+def _like_bert(
+    which: tuple[str, str, str], query: str = "attention.self.{}", **fields: Any
+) -> Architecture:
+    """An architecture with BERT's blocks; `query` is the pattern of its three matrices."""
+    return _architecture(
+        which,
         "encoder.layer",
         (
             Layer("attention.output", "attention.output.dense", "attention.output.LayerNorm"),
             Layer("output", "output.dense", "output.LayerNorm"),
         ),
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        (query.format("query"), query.format("key"), query.format("value")),
         ("intermediate.dense", "output.dense"),
         post_norm=True,
+        **fields,
+    )
+
+
+# Of architectures with the same blocks, the first is that of a model whose prefix is no other's.
+ARCHITECTURES = (
+    _like_bert(("bert", "BertAdapterModel", "bert.")),
+    _like_bert(("roberta", "RobertaAdapterModel", "roberta.")),
+    _like_bert(("electra", "ElectraAdapterModel", "electra."), pooler="gelu", pooled=False),
+    _like_bert(
+        ("deberta-v2", "DebertaV2AdapterModel", "deberta."),
+        "attention.self.{}_proj",
+        pooler="gelu",
+        pooled=False,
     ),
     _architecture(
-        "gpt2",
+        ("distilbert", "DistilBertAdapterModel", "distilbert."),
+        "transformer.layer",
+        (
+            Layer("attention_adapters", "attention.out_lin", "sa_layer_norm"),
+            Layer("output_adapters", "ffn.lin2", "output_layer_norm"),
+        ),
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        ("ffn.lin1", "ffn.lin2"),
+        post_norm=True,
+        pooler="relu",
+        pooled=False,
+    ),
+    _architecture(
+        ("gpt2", "GPT2AdapterModel", "transformer."),
         "h",
         (
             Layer("attention_adapters", "attn.c_proj", "ln_1"),
@@ -69,7 +130,7 @@ ARCHITECTURES = (
         ("mlp.c_fc", "mlp.c_proj"),
     ),
     _architecture(
-        "llama",
+        ("llama", "LlamaAdapterModel", "model."),
         "layers",
         (
             Layer("attention_adapters", "self_attn.o_proj", "input_layernorm"),
@@ -163,10 +224,10 @@ def find_blocks(names: Names, base: Any) -> Blocks:
         sums = {k: v for k, v in names.items() if _is_bottleneck(k) and isinstance(v, str)}
         names = {k: v for k, v in names.items() if k not in sums}
     ours, module_map = isinstance(names, NameTable), find_modules(names, base)
-    for architecture in ARCHITECTURES:
-        block = rf"((?:.*\.)?){re.escape(architecture.block)}\.(\d+)\..+"
-        found = [match for name in module_map.modules if (match := re.fullmatch(block, name))]
-        if found:
+    own = names.prefixes[:1] if isinstance(names, NameTable) else ()
+    for architecture in sorted(ARCHITECTURES, key=lambda each: each.prefix not in own):
+        each = (re.fullmatch(architecture.pattern, name) for name in module_map.modules)
+        if found := [match for match in each if match]:
             break
     else:
         known = ", ".join(each.model_type for each in ARCHITECTURES)

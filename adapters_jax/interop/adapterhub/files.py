@@ -15,7 +15,7 @@ from typing import Any
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.adapterhub import heads, reading, writing
-from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
+from adapters_jax.interop.adapterhub.blocks import ARCHITECTURES, Blocks, find_blocks
 from adapters_jax.interop.adapterhub.config import VERSION
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_module, shortest
@@ -144,8 +144,9 @@ def save_adapterhub(
         pooling: as in `load_adapterhub`.
         labels: the names of a head's classes.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
-        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; the prefix
-            "roberta." sets `model_class` to RobertaAdapterModel.
+        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; by default
+            `model_type` and `model_class` are those with this prefix, RobertaAdapterModel for
+            "roberta.".
 
     Returns:
         The directory.
@@ -177,13 +178,12 @@ def save_adapterhub(
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     """The fields that describe the adapter's model."""
-    model_type = "roberta" if prefix == "roberta." else blocks.architecture.model_type
-    classes = {"bert": "BertAdapterModel", "gpt2": "GPT2AdapterModel", "llama": "LlamaAdapterModel"}
+    own = next((each for each in ARCHITECTURES if each.prefix == prefix), blocks.architecture)
     return {
         "name": name,
         "version": VERSION,
-        "model_type": model_type,
-        "model_class": (classes | {"roberta": "RobertaAdapterModel"})[model_type],
+        "model_type": own.model_type,
+        "model_class": own.model_class,
         "model_name": None,
         "hidden_size": max(blocks.width(blocks.layers[0], where) for where in _LOCATIONS) or None,
     }

@@ -12,13 +12,15 @@ import numpy as np
 from adapters_jax.interop.adapterhub.blocks import Blocks
 from adapters_jax.interop.adapterhub.config import Config
 from adapters_jax.interop.directories import field_problems
-from adapters_jax.interop.layouts import Array, our_leaf, their_leaf
+from adapters_jax.interop.layouts import Array, ModuleReference, our_leaf, their_leaf
 from adapters_jax.interop.module_map import Leaves, ModuleMap, as_in_base, trained_value
 
-HEAD, POOLER = "classifier", "pooler.dense"
+HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
+_OURS = {HEAD: "head", POOLER: "pooler/dense"}
 POOLINGS = ("pooler", "cls")
 _FIELDS = {"head_type", "num_labels", "layers", "activation_function", "use_pooler", "bias"}
-_STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD}  # RoBERTa's
+# The names of other architectures' own classifiers.
+_STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD, "pre_classifier": POOLER}
 _ADVICE = "load_adapterhub(..., with_head=False) omits the head"
 _WORDS_DIFFER = (
     "lm_head.weight differs from the base's, which is tied to the word embeddings, and adapters do "
@@ -35,10 +37,11 @@ def read(
     if config is None:
         by_module, needed = _static(tensors, module_map, problems)
     else:
-        by_module, needed = _flexible(whole, config, tensors, problems)
+        activation = blocks.architecture.pooler
+        by_module, needed = _flexible(whole, config, tensors, activation, problems)
     leaves: Leaves = {}
     for (module, kind), tensor in {} if problems else by_module.items():
-        reference = next(iter(module_map.at(module)), None)
+        reference = next(iter(_at(module_map, module)), None)
         leaf = "bias" if kind == "bias" else reference.weight if reference else ""
         fits = reference is not None and leaf in reference.leaves
         array = our_leaf(reference, leaf, tensor, False) if reference and fits else None
@@ -52,15 +55,25 @@ def read(
         else:
             leaves[f"{reference.path}/{leaf}"] = array
     leaves = {path: x.astype(module_map.base[path].dtype) for path, x in leaves.items()}
-    known = pooling or ("pooler" if module_map.at(POOLER) else None)
+    known = pooling or ("pooler" if _at(module_map, POOLER) else None)
     if needed and leaves and known != needed:
         problems.append(
             f"its head reads {needed!r}: give pooling={needed!r}, and as base the parameters of "
-            f"BertClassifier(..., pooling={needed!r})"
+            f"a classifier with pooling={needed!r}"
         )
     if not needed and as_in_base(leaves, module_map):
         return {}, problems  # an output layer that the file only repeats
     return leaves, problems
+
+
+def _at(module_map: ModuleMap, name: str) -> tuple[ModuleReference, ...]:
+    """The head or the pooler, by BERT's name or, in tables with another, by our path."""
+    end = _OURS.get(name)
+    return module_map.at(name) or tuple(
+        reference
+        for (reference, *rest) in module_map.modules.values()
+        if end and not rest and f"/{reference.path}".endswith(f"/{end}")
+    )
 
 
 def _static(
@@ -80,7 +93,7 @@ def _static(
 
 
 def _flexible(
-    whole: Config, config: Any, tensors: Mapping[str, Array], problems: list[str]
+    whole: Config, config: Any, tensors: Mapping[str, Array], activation: str, problems: list[str]
 ) -> tuple[dict[tuple[str, str], Array], str]:
     """The tensors of a named head by module and kind, and the pooling it reads."""
     if not isinstance(config, Mapping):
@@ -95,7 +108,7 @@ def _flexible(
         "bias": (True,),
     }
     if layers == 2:
-        expected["activation_function"] = ("tanh",)
+        expected["activation_function"] = (activation,)
 
     def reasons(field: str, found: Any) -> list[str]:
         allowed = expected.get(field, (found,))
@@ -141,7 +154,7 @@ def write(
     modules = {
         path: m
         for m in (HEAD, POOLER)
-        for reference in module_map.at(m)
+        for reference in _at(module_map, m)
         for path in _own(reference)
     }
     problems += [
@@ -153,27 +166,29 @@ def write(
     mine = {modules[path] for path in trained if path in modules}
     if not mine:
         return {}, {}
-    pooled = bool(module_map.at(POOLER))
+    pooled = bool(_at(module_map, POOLER))
     known = pooling or ("pooler" if pooled else None)
-    if known not in POOLINGS or not module_map.at(HEAD) or (known == "pooler") != pooled:
+    if known not in POOLINGS or not _at(module_map, HEAD) or (known == "pooler") != pooled:
         problems.append(
             "AdapterHub's heads read the pooler or the first token, but this base's parameters do "
             'not show that its head does; if it reads the first token, give pooling="cls"'
         )
         return {}, {}
-    order = (POOLER, HEAD) if POOLER in mine else (HEAD,)
+    # A head can read the pooler of a base that has one; otherwise the pooler is its first layer.
+    both = POOLER in mine or (known == "pooler" and not blocks.architecture.pooled)
+    order = (POOLER, HEAD) if both else (HEAD,)
     tensors: Leaves = {}
     for number, module in zip((1, 4), order, strict=False):
-        (reference,) = module_map.at(module)
+        (reference,) = _at(module_map, module)
         for leaf in reference.leaves:
             value = trained_value(f"{reference.path}/{leaf}", trained, module_map, problems)
             kind = "bias" if leaf == "bias" else "weight"
             tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
     config = {
         "head_type": "classification",
-        "num_labels": module_map.at(HEAD)[0].width,
+        "num_labels": _at(module_map, HEAD)[0].width,
         "layers": len(order),
-        "activation_function": "tanh",
+        "activation_function": blocks.architecture.pooler,
         "use_pooler": known == "pooler" and len(order) == 1,
         "bias": True,
         "dropout_prob": None,

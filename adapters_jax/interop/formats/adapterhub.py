@@ -15,7 +15,9 @@ from adapters_jax.io.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
-_HEADS = re.compile(r"(?:.*\.)?(?:classifier|heads\.[^.]+\.[14])\.weight")
+_HEADS = re.compile(r"(?:.*\.)?(?:classifier(?:\.out_proj)?|heads\.[^.]+\.[14])\.weight")
+
+_CLASSES = {"xlm-roberta": "XLMRobertaAdapterModel"}  # of types that share RoBERTa's prefix
 
 
 class AdapterHub:
@@ -51,6 +53,8 @@ class AdapterHub:
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapterhub`."""
+        own = _CLASSES.get(base.model_type)
+        about = {"model_type": base.model_type, "model_class": own} if own else {}
         adapterhub.save_adapterhub(
             directory,
             adapter.recipe,
@@ -63,6 +67,7 @@ class AdapterHub:
             labels=adapter.labels,
             beside=adapter.beside,
             model_name=base.public,
+            **about,
         )
 
     def head_problem(self, base: BaseModel) -> str:

@@ -22,7 +22,7 @@ from adapters_jax.io.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
-_CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?\.weight")
+_CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
 _CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
 

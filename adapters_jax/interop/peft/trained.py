@@ -58,6 +58,16 @@ def _without_tied(
     return rest
 
 
+def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
+    """PEFT's heads that have several layers, of which some train: PEFT saves all of them."""
+    return {
+        bare.split(".")[0]
+        for bare, parts in module_map.modules.items()
+        if "." in bare and bare.split(".")[0] in module_map.heads
+        if any(f"{own.path}/{leaf}" in trained for own in parts for leaf in own.leaves)
+    }
+
+
 def write_trained(
     trained: Mapping[str, Array],
     adapted_modules: Container[str],
@@ -67,15 +77,20 @@ def write_trained(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
     tensors: Tensors = {}
-    saved, biases, unknown = [], set(), set(trained)
+    saved, biases, unknown = list[str](), set(), set(trained)
+    heads = _heads(trained, module_map)
     for bare, parts in module_map.modules.items():
         paths = {f"{reference.path}/{name}" for reference in parts for name in reference.leaves}
         unknown -= paths
-        mine = paths & trained.keys()
-        if not mine:
+        mine, head = paths & trained.keys(), bare.split(".")[0]
+        if not mine and head not in heads:
             continue
         adapted = any(reference.path in adapted_modules for reference in parts)
-        alone = all(path.endswith("/bias") for path in mine) and len(paths) > len(mine)
+        alone = (
+            head not in heads
+            and all(path.endswith("/bias") for path in mine)
+            and len(paths) > len(mine)
+        )
         if adapted and not alone:
             problems.append(
                 f"{bare} has factors and its weight trains as well, which PEFT does not support"
@@ -83,7 +98,8 @@ def write_trained(
             continue
         name = module_map.full(bare, prefix)
         biases |= {adapted} if alone else set()
-        saved += [] if alone else [name]
+        whole_head = head if head in heads else name
+        saved += [] if alone or whole_head in saved else [whole_head]
         for leaf in ["bias"] if alone else parts[0].leaves:
             arrays = [
                 trained_value(f"{p.path}/{leaf}", trained, module_map, problems) for p in parts

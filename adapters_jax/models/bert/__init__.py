@@ -1,41 +1,25 @@
-"""BERT and RoBERTa (linen): the encoder and a classifier on it."""
+"""BERT-shaped encoders (linen): one model for BERT, RoBERTa, DistilBERT and ELECTRA.
+
+- `model`: the encoder. `classifier`: the encoder with a pooled head.
+- `config`, `checkpoint`: BERT's configuration and the names of its tensors. `roberta`,
+  `distilbert` and `electra` say in what their files differ.
+- `families`: the records of all of them, and `load_bert`.
+"""
 
 from adapters_jax.models.bert import classifier
-from adapters_jax.models.bert.checkpoint import NAMES, load_bert
-from adapters_jax.models.bert.classifier import BertClassifier, load_pooled, mean_pool
-from adapters_jax.models.bert.config import (
-    BERT_BASE,
-    BERT_LARGE,
-    KNOWN,
-    ROBERTA_BASE,
-    ROBERTA_LARGE,
-    ROBERTA_TYPES,
-    BertConfig,
-)
+from adapters_jax.models.bert.checkpoint import NAMES
+from adapters_jax.models.bert.classifier import BertClassifier, mean_pool
+from adapters_jax.models.bert.config import BERT_BASE, BERT_LARGE, ROBERTA_TYPES, BertConfig
+from adapters_jax.models.bert.distilbert import DistilBertConfig
+from adapters_jax.models.bert.electra import ElectraConfig
+from adapters_jax.models.bert.families import FAMILIES, FAMILY, load_bert
 from adapters_jax.models.bert.model import Bert
-from adapters_jax.models.family import Classifier, Family
-
-FAMILY = Family(
-    name="bert",
-    kind="encoder",
-    config=BertConfig,
-    build=Bert,
-    load=load_bert,
-    names=NAMES,
-    prefixes={"bert": "bert.", **dict.fromkeys(ROBERTA_TYPES, "roberta.")},
-    known=KNOWN,
-    classifier=Classifier(
-        base="bert",
-        names=classifier.NAMES,
-        build=BertClassifier,
-        load=load_pooled,
-        one_layer=("bert",),
-    ),
-)
+from adapters_jax.models.bert.roberta import ROBERTA_BASE, ROBERTA_LARGE
 
 __all__ = [
     "BERT_BASE",
     "BERT_LARGE",
+    "FAMILIES",
     "FAMILY",
     "NAMES",
     "ROBERTA_BASE",
@@ -44,6 +28,8 @@ __all__ = [
     "Bert",
     "BertClassifier",
     "BertConfig",
+    "DistilBertConfig",
+    "ElectraConfig",
     "classifier",
     "load_bert",
     "mean_pool",

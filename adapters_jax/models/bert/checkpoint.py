@@ -1,20 +1,8 @@
-"""Loads BERT and RoBERTa encoders from Hugging Face checkpoints; the names of their tensors."""
+"""The names of the tensors of BERT-shaped encoders in Hugging Face checkpoints."""
 
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-from flax.typing import Dtype
-from jax.sharding import Mesh
-from jaxtyping import Array
-
-from adapters_jax.distributed.sharding import Rules, laid_out
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import NameTable, Rule, from_tensors
-from adapters_jax.models.bert.config import BertConfig
-from adapters_jax.models.bert.model import Bert
+from adapters_jax.interop.names import NameTable, Rule
 from adapters_jax.transforms.stacking import Stack
 
 NAMES = NameTable(
@@ -39,45 +27,11 @@ NAMES = NameTable(
 )
 
 
-def load_bert(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    pooler: bool = False,
-    param_dtype: Dtype = jnp.float32,
-    scan: bool = False,
-) -> tuple[BertConfig, dict[str, Any]]:
-    """Loads a BERT or RoBERTa encoder from a directory or the Hugging Face Hub.
-
-    Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: the devices that get the parameters, each when it is read; see
-            `adapters_jax.layout`. None means the default device.
-        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
-        pooler: whether to load the pooler, for `BertClassifier(pooling="pooler")`.
-        param_dtype: the dtype of the parameters returned.
-        scan: whether they are for a model with scanned blocks.
-
-    Returns:
-        The configuration, and the parameters of `Bert(config, scan=scan)`, which a
-        `BertClassifier` has under `bert`.
-
-    Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
-    """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = BertConfig.from_json(directory / "config.json")
-    bert = Bert(config, param_dtype=param_dtype, scan=scan)
-
-    def forward(bert: Bert, ids: Array) -> Array:
-        return bert.pool(bert(ids)) if pooler else bert(ids)
-
-    ids = jnp.zeros((1, 1), jnp.int32)
-    init = partial(bert.init, method=forward)
-    like = jax.eval_shape(init, jax.random.key(0), ids)["params"]
-    like = laid_out(like, mesh, rules)
-    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)
+def like_bert(prefix: str, *rules: Rule, ignored: tuple[str, ...] = ()) -> NameTable:
+    """BERT's table with another prefix, other rules before its own, and more tensors unused."""
+    return replace(
+        NAMES,
+        rules=(*rules, *NAMES.rules),
+        prefixes=(prefix,),
+        ignored=(*NAMES.ignored, *ignored),
+    )

@@ -1,4 +1,4 @@
-"""The configuration of a BERT or RoBERTa encoder, and the published ones."""
+"""The configuration of a BERT-shaped encoder, and that of the published BERTs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -50,6 +50,25 @@ position_embedding_type='relative_key' (supported: 'absolute').
         super().__post_init__()
         check_heads(self.hidden_size, self.num_attention_heads)
 
+    pooler_activation: ClassVar[str] = "tanh"
+    attention_output_drops: ClassVar[bool] = True  # dropout behind the attention's output
+
+    @property
+    def embedding_size(self) -> int:
+        """The width of the embeddings; where it is not that of the blocks, they are projected."""
+        return self.hidden_size
+
+    @property
+    def pooler_dropout(self) -> float:
+        """The dropout rate before the pooler; in RoBERTa's classifier it is that of the head."""
+        return self.head_dropout if self.model_type in (*ROBERTA_TYPES, "electra") else 0.0
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout rate before a classifier's head."""
+        own = self.classifier_dropout
+        return self.hidden_dropout_prob if own is None else own
+
     @property
     def first_position(self) -> int:
         """The position of the first token; RoBERTa leaves positions up to `pad_token_id` unused."""
@@ -64,20 +83,3 @@ BERT_LARGE = replace(
     num_attention_heads=16,
     intermediate_size=4096,
 )
-_ROBERTA: dict[str, Any] = {
-    "model_type": "roberta",
-    "vocab_size": 50265,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-}
-ROBERTA_BASE = replace(BERT_BASE, **_ROBERTA)
-ROBERTA_LARGE = replace(BERT_LARGE, **_ROBERTA)
-
-KNOWN = {
-    "bert-base": BERT_BASE,
-    "bert-large": BERT_LARGE,
-    "roberta-base": ROBERTA_BASE,
-    "roberta-large": ROBERTA_LARGE,
-}

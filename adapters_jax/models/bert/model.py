@@ -1,4 +1,4 @@
-"""BERT and RoBERTa encoders (flax.linen), exact to the published checkpoints.
+"""BERT-shaped encoders (flax.linen), exact to the published checkpoints.
 
 Each block is post-norm: `norm(x + output(attention(x)))`, then the same around the feed-forward.
 `output` is a projection with its dropout, so a Houlsby adapter on `**/attention/output` and
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.models.bert.config import BertConfig
 from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import dot_product_attention
+from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.parts.layers import (
     FeedForward,
     LayerNorm,
@@ -33,7 +33,11 @@ from adapters_jax.models.parts.layers import (
 
 
 class BertEmbeddings(Typed):
-    """The sum of word, position and token type embeddings, normalised."""
+    """The sum of word, position and token type embeddings, normalised.
+
+    There are no token types where `type_vocab_size` is 0. Embeddings that are narrower than the
+    blocks are projected.
+    """
 
     config: BertConfig
 
@@ -51,17 +55,21 @@ class BertEmbeddings(Typed):
             token_type_ids = jnp.zeros_like(input_ids)
         if position_ids is None:
             position_ids = self._positions(input_ids)
-        init = nn.initializers.normal(config.initializer_range)
+        init, width = nn.initializers.normal(config.initializer_range), config.embedding_size
         x: Any = sum(
-            nn.Embed(size, config.hidden_size, embedding_init=init, name=name, **self.types)(ids)
+            nn.Embed(size, width, embedding_init=init, name=name, **self.types)(ids)
             for name, size, ids in (
                 ("word", config.vocab_size, input_ids),
                 ("position", config.max_position_embeddings, position_ids),
                 ("token_type", config.type_vocab_size, token_type_ids),
             )
+            if size
         )
         x = LayerNorm(epsilon=config.layer_norm_eps, name="norm", **self.types)(x)
-        return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
+        x = nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
+        if width == config.hidden_size:
+            return x
+        return nn.Dense(config.hidden_size, kernel_init=init, name="project", **self.types)(x)
 
     def _positions(self, input_ids: Array) -> Array:
         """0, 1, 2, ...; RoBERTa counts only tokens, and padding has the position `pad_token_id`."""
@@ -91,7 +99,7 @@ class BertLayer(Typed):
         attention = SelfAttention(
             config.num_attention_heads,
             config.attention_probs_dropout_prob,
-            config.hidden_dropout_prob,
+            config.hidden_dropout_prob if config.attention_output_drops else 0.0,
             self.attention_fn,
             name="attention",
             **inits,
@@ -149,6 +157,7 @@ class Bert(Typed):
         else:
             self.layer = [block() for _ in range(self.config.num_hidden_layers)]
         init = nn.initializers.normal(self.config.initializer_range)
+        self.pooler_dropout = nn.Dropout(self.config.pooler_dropout)
         self.pooler = Output(self.config.hidden_size, kernel_init=init, **self.types)
 
     def __call__(
@@ -164,7 +173,7 @@ class Bert(Typed):
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
-            token_type_ids: the segment of each token, 0 by default.
+            token_type_ids: the segment of each token, 0 by default; DistilBERT reads none.
             position_ids: by default 0, 1, 2, ...; RoBERTa counts from `pad_token_id + 1` on.
             deterministic: True turns dropout off; False needs an rng named `dropout`.
         """
@@ -176,6 +185,16 @@ class Bert(Typed):
         x = run_linen(layers, x, mask, deterministic, length=length, remat=self.remat)
         return x
 
-    def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:
-        """Applies the pre-trained pooler; its parameters exist if `init` calls it."""
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+    def pool(
+        self,
+        hidden: Float[Array, "batch length d"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch d"]:
+        """Applies the pooler to the first token; its parameters exist if `init` calls it.
+
+        It is BERT's pre-trained one, or the layer that the classifiers of the others in
+        transformers have before their last one.
+        """
+        first = self.pooler_dropout(hidden[:, 0], deterministic=deterministic)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))

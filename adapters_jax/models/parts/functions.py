@@ -64,6 +64,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
     "silu": silu,
     "swish": silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -156,6 +157,7 @@ def dot_product_attention(
     key: Float[Array, "*batch keys kv_heads width"],
     value: Float[Array, "*batch keys kv_heads width"],
     *,
+    bias: Float[Array, "*#batch #heads #length keys"] | None = None,
     mask: Bool[Array, "*#batch #heads #length keys"] | None = None,
     dropout_rng: PRNGKeyArray | None = None,
     dropout_rate: float = 0.0,
@@ -170,6 +172,7 @@ def dot_product_attention(
             head.
         key: the keys.
         value: the values, with as many heads as the keys.
+        bias: added to the scores, which are products divided by the root of the width.
         mask: True where a query sees a key.
         dropout_rng: the random key of the dropout.
         dropout_rate: the dropout rate of the attention weights.
@@ -187,6 +190,8 @@ def dot_product_attention(
     grouped = grouped / jnp.sqrt(width).astype(query.dtype)
     scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, key)
     groups, scores = scores.shape, scores.reshape(*batch, heads, length, -1)
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
+from adapters_jax.models.parts.rotary import rotate
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -67,11 +68,13 @@ class Output(Typed):
     features: int
     dropout_rate: float = 0.0
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"], deterministic: bool = True) -> Array:
         """Projects `x`, and applies dropout unless deterministic."""
-        dense = nn.Dense(self.features, kernel_init=self.kernel_init, name="dense", **self.types)
+        inits = {"kernel_init": self.kernel_init, "use_bias": self.use_bias, **self.types}
+        dense = nn.Dense(self.features, name="dense", **inits)
         return nn.Dropout(self.dropout_rate)(dense(x), deterministic=deterministic)
 
 
@@ -92,40 +95,50 @@ class LayerNorm(Typed):
     """Layer normalisation over the last axis, as in flax, with the derivative of `normalize`."""
 
     epsilon: float
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Normalises, scales and shifts each row of `x`."""
-        scale, bias = (
-            self.param(name, init, x.shape[-1:], self.param_dtype)
-            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
-        )
-        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        return (normalize(x, scale, self.epsilon, True) + bias).astype(dtype)
+        """Normalises, scales and, with a bias, shifts each row of `x`."""
+        width, kind = x.shape[-1:], self.param_dtype
+        scale = self.param("scale", nn.initializers.ones, width, kind)
+        dtype = canonicalize_dtype(x, scale, dtype=self.dtype)
+        y = normalize(x, scale, self.epsilon, True)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, width, kind)
+        return y.astype(dtype)
 
 
 class SelfAttention(Typed):
-    """Multi-head self-attention with separate projections `query`, `key`, `value` and `output`."""
+    """Multi-head self-attention with separate projections `query`, `key`, `value` and `output`.
+
+    With `angles`, queries and keys are rotated by their positions.
+    """
 
     num_heads: int
     dropout_rate: float = 0.0
     output_dropout_rate: float = 0.0
     attention_fn: Callable[..., Array] = dot_product_attention
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        mask: Bool[Array, "batch 1 #length length"] | None = None,
+        mask: Bool[Array, "#batch 1 #length length"] | None = None,
         deterministic: bool = True,
+        angles: Float[Array, "#batch length half"] | None = None,
     ) -> Float[Array, "batch length d"]:
         """Mixes, for each position, the values of the positions that `mask` lets it see."""
-        width, inits = x.shape[-1], {"kernel_init": self.kernel_init, **self.types}
+        inits = {"kernel_init": self.kernel_init, "use_bias": self.use_bias, **self.types}
+        width = x.shape[-1]
         query, key, value = (
             nn.Dense(width, name=name, **inits)(x).reshape(*x.shape[:-1], self.num_heads, -1)
             for name in ("query", "key", "value")
         )
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
         drops = self.dropout_rate > 0 and not deterministic
         mixed = self.attention_fn(
             query,

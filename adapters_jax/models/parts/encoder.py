@@ -1,0 +1,230 @@
+"""What the encoders share: loading, the model that classifies texts, and the family's record."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Num
+
+from adapters_jax.distributed.sharding import Rules, laid_out
+from adapters_jax.errors import UserError
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.names import NameTable, Rule, from_tensors
+from adapters_jax.models.family import Classifier, Family
+from adapters_jax.models.parts.functions import dot_product_attention
+from adapters_jax.models.parts.layers import Typed
+
+
+def mean_pool(
+    hidden: Float[Array, "batch length d"], attention_mask: Num[Array, "batch length"] | None = None
+) -> Float[Array, "batch d"]:
+    """The mean over the tokens without the padding, in float32.
+
+    Example:
+        >>> hidden = jnp.array([[[1.0], [3.0], [9.0]]])
+        >>> mean_pool(hidden, jnp.array([[1, 1, 0]])).tolist()
+        [[2.0]]
+    """
+    hidden = hidden.astype(jnp.float32)
+    if attention_mask is None:
+        return hidden.mean(axis=1)
+    weights = (attention_mask != 0).astype(jnp.float32)[:, :, None]
+    return (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
+
+
+class EncoderClassifier(Typed):
+    """An encoder whose pooled output goes through dropout and a dense `head`.
+
+    A subclass for each encoder names its class and the module that holds it.
+
+    Args:
+        config: the encoder's shape.
+        num_labels: the width of the head; 1 for regression.
+        pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the layers that
+            the architecture's classifier in transformers has before its last one.
+        dtype, param_dtype, attention_fn, remat, scan: as in the encoder.
+    """
+
+    config: Any
+    num_labels: int
+    pooling: str = "mean"
+    attention_fn: Callable[..., Array] = dot_product_attention
+    remat: bool | str = False
+    scan: bool = False
+
+    base: ClassVar[str]
+    encoder: ClassVar[Callable[..., Any]]
+
+    def setup(self) -> None:
+        """Checks the settings and creates the submodules."""
+        if self.pooling not in ("mean", "cls", "pooler"):
+            raise UserError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
+        if self.num_labels < 1:
+            raise UserError(f"num_labels must be at least 1, got {self.num_labels}.")
+        encoder = type(self).encoder(
+            self.config,
+            attention_fn=self.attention_fn,
+            remat=self.remat,
+            scan=self.scan,
+            **self.types,
+        )
+        setattr(self, self.base, encoder)
+        self.dropout = nn.Dropout(self.config.head_dropout)
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.head = nn.Dense(self.num_labels, kernel_init=init, **self.types)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch labels"]:
+        """Computes float32 logits; the arguments are those of the encoder."""
+        encoder = getattr(self, self.base)
+        hidden = encoder(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
+        if self.pooling == "mean":
+            pooled = mean_pool(hidden, attention_mask)
+        elif self.pooling == "pooler":
+            pooled = encoder.pool(hidden, attention_mask, deterministic)
+        else:
+            pooled = hidden[:, 0]
+        return self.head(self.dropout(pooled, deterministic=deterministic)).astype(jnp.float32)
+
+
+def classifier_names(base: str, names: NameTable, head: str = "classifier") -> NameTable:
+    """The name table of a classifier, from that of its encoder and their name of the head."""
+    rules = (*(rule._replace(ours=f"{base}/{rule.ours}") for rule in names.rules),)
+    return replace(names, rules=(*rules, Rule(r"head", head)), ignored=())
+
+
+def load_encoder(
+    build: Callable[..., Any],
+    config_class: Any,
+    names: NameTable,
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    pooler: bool = False,
+    param_dtype: Dtype = jnp.float32,
+    scan: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Loads an encoder from a directory or the Hugging Face Hub.
+
+    Args:
+        build: the class of the encoder.
+        config_class: the class of its configuration.
+        names: its name table.
+        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        pooler: whether to load the pooler, for a classifier with `pooling="pooler"`.
+        param_dtype: the dtype of the parameters returned.
+        scan: whether they are for a model with scanned blocks.
+
+    Returns:
+        The configuration, and the parameters of `build(config, scan=scan)`.
+
+    Raises:
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
+    """
+    directory = huggingface.resolve(name_or_path, revision)
+    config = config_class.from_json(directory / "config.json")
+    like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler)
+    like = laid_out(like, mesh, rules)
+    return config, from_tensors(huggingface.read_tensors(directory), names, like)
+
+
+def abstract(encoder: Any, pooler: bool = False) -> Any:
+    """The shapes of an encoder's parameters, with or without the pooler."""
+
+    def forward(encoder: Any, ids: Array) -> Array:
+        return encoder.pool(encoder(ids)) if pooler else encoder(ids)
+
+    ids, init = jnp.zeros((1, 1), jnp.int32), partial(encoder.init, method=forward)
+    return jax.eval_shape(init, jax.random.key(0), ids)["params"]
+
+
+def load_pooled(
+    family: Family, directory: Path, pooling: str | None, *, absent: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Loads the encoder's parameters that a classifier has.
+
+    Args:
+        family: the encoder's.
+        directory: the checkpoint's directory.
+        pooling: the classifier's; with "pooler" the pooler is loaded too.
+        absent: whether the files may lack the pooler. It is filled with zeros then, for an adapter
+            that trains it.
+
+    Returns:
+        The configuration and the parameters.
+
+    Raises:
+        UserError: as for `load_encoder`.
+    """
+    pooler, names = pooling == "pooler", family.names
+    kernel = names.source("pooler/dense/kernel").name
+    stored = not absent or kernel in names.canonical(huggingface.read_tensors(directory))
+    config, params = family.load(directory, pooler=pooler and stored)
+    if pooler and not stored:
+        like = abstract(family.build(config), pooler=True)["pooler"]
+        params["pooler"] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return config, params
+
+
+def encoder_family(
+    name: str,
+    classifier: Any,
+    config: Any,
+    names: NameTable,
+    prefixes: Mapping[str, str],
+    known: Mapping[str, Any],
+    *,
+    head: str = "classifier",
+    **fields: Any,
+) -> Family:
+    """Makes the record of an encoder's family.
+
+    Args:
+        name: the family's name.
+        classifier: its subclass of `EncoderClassifier`.
+        config: the class of its configuration.
+        names: the name table of the encoder.
+        prefixes, known: see `Family`.
+        head: the name of the classifier's last layer in transformers.
+        **fields: further fields of `Family`; `one_layer` is that of `Classifier`.
+    """
+    one_layer = fields.pop("one_layer", ())
+    family = Family(
+        name=name,
+        kind="encoder",
+        config=config,
+        build=classifier.encoder,
+        load=partial(load_encoder, classifier.encoder, config, names),
+        names=names,
+        prefixes=prefixes,
+        known=known,
+        **fields,
+    )
+    whole = Classifier(
+        base=classifier.base,
+        names=classifier_names(classifier.base, names, head),
+        build=classifier,
+        load=partial(load_pooled, family),
+        one_layer=one_layer,
+    )
+    return replace(family, classifier=whole)

@@ -1,0 +1,205 @@
+"""Adapters on every encoder go both ways with PEFT and AdapterHub; needs `interop-test`."""
+
+import warnings
+from functools import cache
+
+import numpy as np
+import pytest
+from helpers.trained import trained
+from test_encoders import FIXTURES, classifier, expected, loaded
+
+import adapters_jax as aj
+from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.interop.peft import load_peft, save_peft
+
+WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[interop-test]'"
+torch = pytest.importorskip("torch", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+peft = pytest.importorskip("peft", reason=WHY)
+hub = pytest.importorskip("adapters", reason=WHY)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NAMES = ("xlm_roberta", "distilbert", "electra", "modernbert", "deberta_v3", "deberta_v2")
+IN_HUB = tuple(name for name in NAMES if name != "modernbert")  # which AdapterHub does not support
+
+
+@cache
+def base_of(name):
+    """The name table, the classifier, its parameters and its inputs."""
+    return loaded(name)[0].classifier.names, *classifier(name), expected(name)[0]
+
+
+def theirs(name):
+    """The classifier in transformers."""
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        FIXTURES / name, attn_implementation="eager"
+    ).eval()
+
+
+def logits_there(name, model):
+    inputs = {key: torch.tensor(value) for key, value in expected(name)[0].items()}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.numpy()
+
+
+def logits_here(name, recipe, adapters):
+    _, model, params, inputs = base_of(name)
+    whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
+    return aj.adapt(model, recipe).apply({"params": whole}, **inputs)
+
+
+PEFT_RECIPES = {
+    "lora": aj.lora(2, 3.0, targets="**/attention/{query,key,value,output/dense}"),
+    "mlp": aj.lora(
+        3, targets="**/mlp/{intermediate,output/dense}", rank_pattern={"**/layer_1/**": 2}
+    ),
+    "dora": aj.lora(
+        2, dora=True, targets=("**/attention/{query,key,value}", "**/mlp/output/dense")
+    ),
+    "ia3": aj.ia3(),
+    "word": aj.Recipe(aj.LoRA("**/embeddings/word", 2, 3.0), aj.Unfreeze("**/mlp_norm/*")),
+}
+
+
+@pytest.mark.parametrize("recipe", PEFT_RECIPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_trained_here_has_the_same_logits_in_peft(name, recipe, tmp_path):
+    recipe = aj.Recipe(PEFT_RECIPES[recipe])
+    names, _, params, _ = base_of(name)
+    adapters, logits = trained(base_of(name), recipe)
+    saved = save_peft(tmp_path / "a", recipe, adapters, names, params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        there = peft.PeftModel.from_pretrained(theirs(name), saved)
+    np.testing.assert_allclose(logits_there(name, there), logits, atol=1e-4)
+    assert np.abs(expected(name)[1]["logits"] - logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_with_its_pooler_goes_to_peft_and_back(name, tmp_path):
+    base = loaded(name)[0].classifier.base
+    recipe = aj.lora(2, head="head") + aj.Unfreeze(f"{base}/pooler/**")
+    names, _, params, _ = base_of(name)
+    adapters, logits = trained(base_of(name), recipe)
+    options = {"task_type": "SEQ_CLS"}
+    saved = save_peft(tmp_path / "a", recipe, adapters, names, params, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        there = peft.PeftModel.from_pretrained(theirs(name), saved)
+    np.testing.assert_allclose(logits_there(name, there), logits, atol=1e-4)
+    again, back = load_peft(saved, names, params)
+    np.testing.assert_allclose(logits_here(name, again, back), logits, atol=1e-4)
+
+
+QUERIES = {
+    "distilbert": ["q_lin", "v_lin"],
+    "modernbert": ["Wqkv", "Wi"],
+    "deberta_v3": ["query_proj", "key_proj"],
+    "deberta_v2": ["query_proj", "pos_key_proj"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_made_in_peft_has_the_same_logits_here(name, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=QUERIES.get(name, ["query", "value"]),
+        init_lora_weights=False,
+        task_type="SEQ_CLS",
+    )
+    made = peft.get_peft_model(theirs(name), config)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if "modules_to_save" in key:
+                parameter += 0.3 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path / "a")
+    names, _, params, _ = base_of(name)
+    recipe, adapters = load_peft(tmp_path / "a", names, params)
+    wanted = logits_there(name, made)
+    np.testing.assert_allclose(logits_here(name, recipe, adapters), wanted, atol=1e-4)
+    assert np.abs(expected(name)[1]["logits"] - wanted).max() > 1e-2
+
+
+HUB_RECIPES = {
+    "houlsby": aj.houlsby(4, layer_norms=None),
+    "seq": aj.pfeiffer(4, targets="**/mlp_norm", placement="norm", activation="relu"),
+    "par": aj.parallel(4, targets="**/mlp_sum", activation="relu"),
+    "lora": aj.lora(4, 2.0, targets=("**/{query,key,value}", "**/mlp/intermediate")),
+}
+
+
+def hub_model(name):
+    model = theirs(name)
+    hub.init(model)
+    return model
+
+
+@pytest.mark.parametrize("recipe", HUB_RECIPES)
+@pytest.mark.parametrize("name", IN_HUB)
+def test_what_is_trained_here_has_the_same_logits_in_adapterhub(name, recipe, tmp_path):
+    recipe = aj.Recipe(HUB_RECIPES[recipe])
+    names, _, params, _ = base_of(name)
+    adapters, logits = trained(base_of(name), recipe)
+    saved = save_adapterhub(tmp_path / "a", recipe, adapters, names, params)
+    there, info = hub_model(name), {}
+    there.load_adapter(str(saved), use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    np.testing.assert_allclose(logits_there(name, there), logits, atol=1e-4)
+    assert np.abs(expected(name)[1]["logits"] - logits).max() > 1e-2
+
+
+HUB_CONFIGS = {
+    "double": lambda: hub.DoubleSeqBnConfig(reduction_factor=6, non_linearity="gelu_new"),
+    "seq": lambda: hub.SeqBnConfig(reduction_factor=6),
+    "par": lambda: hub.ParBnConfig(reduction_factor=6),
+    "lora": lambda: hub.LoRAConfig(
+        r=3, alpha=7, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
+    ),
+}
+
+
+@pytest.mark.parametrize("config", HUB_CONFIGS)
+@pytest.mark.parametrize("name", IN_HUB)
+def test_what_is_made_in_adapterhub_has_the_same_logits_here(name, config, tmp_path):
+    torch.manual_seed(1)
+    made = hub_model(name)
+    made.add_adapter("made", config=HUB_CONFIGS[config](), set_active=True)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if ".made." in key:
+                parameter += 0.2 * torch.randn_like(parameter)
+    made.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True, with_head=False)
+    names, _, params, _ = base_of(name)
+    recipe, adapters = load_adapterhub(tmp_path / "a", names, params)
+    wanted = logits_there(name, made)
+    np.testing.assert_allclose(logits_here(name, recipe, adapters), wanted, atol=1e-4)
+    assert np.abs(expected(name)[1]["logits"] - wanted).max() > 1e-2
+
+
+CLASSES = {
+    "xlm_roberta": "XLMRobertaAdapterModel",
+    "distilbert": "DistilBertAdapterModel",
+    "electra": "ElectraAdapterModel",
+    "deberta_v3": "DebertaV2AdapterModel",
+    "deberta_v2": "DebertaV2AdapterModel",
+}
+
+
+@pytest.mark.parametrize("name", IN_HUB)
+def test_a_head_with_its_pooler_goes_to_adapterhub_and_back(name, tmp_path):
+    base = loaded(name)[0].classifier.base
+    recipe = aj.houlsby(4, layer_norms=None, head="head") + aj.Unfreeze(f"{base}/pooler/**")
+    names, _, params, _ = base_of(name)
+    adapters, logits = trained(base_of(name), recipe)
+    types = {"xlm_roberta": {"model_type": "xlm-roberta", "model_class": CLASSES[name]}}
+    saved = save_adapterhub(
+        tmp_path / "a", recipe, adapters, names, params, pooling="pooler", **types.get(name, {})
+    )
+    there, info = getattr(hub, CLASSES[name]).from_pretrained(FIXTURES / name), {}
+    there.load_adapter(str(saved), use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    np.testing.assert_allclose(logits_there(name, there), logits, atol=1e-4)
+    again, back = load_adapterhub(saved, names, params, pooling="pooler")
+    np.testing.assert_allclose(logits_here(name, again, back), logits, atol=1e-4)
