@@ -9,12 +9,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
 Array = Shaped[np.ndarray, "..."]
+
+
+class Span(NamedTuple):
+    """The part of a fused axis that is ours, from `start` to `stop` of `total`, in any unit."""
+
+    start: int
+    stop: int
+    total: int
+
+    def of(self, array: Array, axis: int = -1) -> Array | None:
+        """Our part of an array; None if the axis does not divide so.
+
+        Example:
+            >>> Span(2, 3, 3).of(np.arange(6))
+            array([4, 5])
+        """
+        size = array.shape[axis]
+        if size * self.start % self.total or size * self.stop % self.total:
+            return None
+        bounds = [bound * size // self.total for bound in (self.start, self.stop)]
+        return np.split(array, bounds, axis=axis)[1]
+
+
+WHOLE = Span(0, 1, 1)
+
+
+def spans(sizes: Sequence[int]) -> list[Span]:
+    """The span of each of several parts of these sizes, in their order.
+
+    Example:
+        >>> spans([4, 2, 2])
+        [Span(start=0, stop=4, total=8), Span(start=4, stop=6, total=8), Span(start=6, stop=8, ...
+    """
+    stops = list(accumulate(sizes))
+    return [Span(stop - size, stop, stops[-1]) for size, stop in zip(sizes, stops, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -24,12 +59,12 @@ class ModuleReference:
     Attributes:
         path: its path in our model.
         leaves: the base's arrays in it, by name; only their shapes are needed.
-        part: `(index, count)` if their module fuses `count` of ours along the outputs.
+        part: our part of the outputs if their module fuses several of ours.
     """
 
     path: str
     leaves: Mapping[str, Any]
-    part: tuple[int, int] | None = None
+    part: Span | None = None
 
     @property
     def weight(self) -> str:
@@ -75,12 +110,12 @@ def our_factors(
         >>> factors["a"].shape, factors["b"].shape
         ((6, 2), (2, 4))
     """
-    shape, rank = reference.shape, len(a)
-    index, count = reference.part or (0, 1)
-    if b.size != math.prod(b.shape[:2]) or len(b) % count or b.shape[1] != rank:
+    shape, rank, part = reference.shape, len(a), reference.part or WHOLE
+    own = part.of(b, axis=0)
+    if b.size != math.prod(b.shape[:2]) or own is None or b.shape[1] != rank:
         return None
     a = a.transpose(*range(2, a.ndim), 1, 0)
-    b = np.split(b.reshape(b.shape[:2]).T, count, axis=1)[index]
+    b = own.reshape(len(own), rank).T
     flat = a.ndim == 2
     for n in range(1, len(shape)):
         inputs, outputs = shape[:n], shape[n:]
@@ -88,10 +123,10 @@ def our_factors(
         if same and math.prod(outputs) == b.shape[1]:
             leaves = {"a": a.reshape(*inputs, rank), "b": b.reshape(rank, *outputs)}
             if magnitude is not None:
-                if magnitude.size != math.prod(outputs) * count:
+                lengths = part.of(magnitude.ravel())
+                if lengths is None or lengths.size != math.prod(outputs):
                     return None
-                own = np.split(magnitude.ravel(), count)[index]
-                leaves["magnitude"] = own.reshape(outputs)
+                leaves["magnitude"] = lengths.reshape(outputs)
             return leaves
     return None
 
@@ -120,10 +155,13 @@ def our_leaf(
     shape = tuple(reference.leaves[name].shape)
     if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
         tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
-    index, count = reference.part or (0, 1)
-    if tensor.size != math.prod(shape) * count or (tensor.ndim and tensor.shape[-1] % count):
+    if reference.part and tensor.ndim:
+        own = reference.part.of(tensor)
+        if own is None:
+            return None
+        tensor = own
+    if tensor.size != math.prod(shape):
         return None
-    tensor = np.split(tensor, count, axis=-1)[index] if reference.part else tensor
     # A kernel with an axis for heads has more axes than their matrix.
     split = 0 < tensor.ndim < len(shape) and tensor.shape[0] in accumulate(shape, mul)
     return tensor.reshape(shape) if split or tensor.shape == shape else None

@@ -1,6 +1,7 @@
 """The module map: a model's modules by the names that files of other libraries have for them."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference
+from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference, spans
 from adapters_jax.interop.names import NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
@@ -105,7 +106,7 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
 def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> ModuleMap:
-    modules: dict[str, list[ModuleReference]] = {}
+    modules: dict[str, dict[int, ModuleReference]] = {}
     attention = {}
     raw = {path: own for path in base if (own := names.parameter(path))}
     for path, every in by_path.items():
@@ -116,7 +117,8 @@ def _by_table(
             source = names.module(path)
         except UserError:
             continue  # a module without counterpart, such as another head
-        modules.setdefault(source.name, []).append(ModuleReference(path, leaves, source.part))
+        index = source.part[0] if source.part else 0
+        modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules and not raw:
@@ -124,7 +126,7 @@ def _by_table(
             f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
             "of the model's package, and the parameters of that model"
         )
-    ordered = {name: tuple(sorted(each, key=_index)) for name, each in modules.items()}
+    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
     tied = names.tied
     if tied and (tied[0] in modules or tied[1] not in modules):
         tied = None
@@ -143,8 +145,12 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said)
 
 
-def _index(reference: ModuleReference) -> int:
-    return reference.part[0] if reference.part else 0
+def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+    """Modules of ours that one of theirs fuses, each with its part of the outputs."""
+    if len(references) == 1:
+        return tuple(references)
+    parts = spans([math.prod(each.shape) for each in references])
+    return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
 
 
 def _by_mapping(
@@ -161,11 +167,7 @@ def _by_mapping(
         if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
             tied = (theirs, other)
         elif all(path in by_path for path in paths):
-            parts = [(i, len(paths)) if len(paths) > 1 else None for i in range(len(paths))]
-            pairs = zip(paths, parts, strict=True)
-            modules[theirs] = tuple(
-                ModuleReference(path, by_path[path], part) for path, part in pairs
-            )
+            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
         elif len(paths) == 1 and paths[0] in base:
             kernel = paths[0].endswith("/kernel")
             parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)

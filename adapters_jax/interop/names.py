@@ -3,6 +3,7 @@
 Each model's package has its own `NameTable`; this module has the code that all models share.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.interop.layouts import WHOLE, Span, spans
 from adapters_jax.transforms.stacking import Stack
 
 
 class Rule(NamedTuple):
     """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
-    `part` is `(index, count)` if their module fuses `count` of ours along its output axis.
+    `part` is `(index, count)` if their module fuses `count` of ours along its output axis, in the
+    order of their indices and as wide as they are.
     """
 
     ours: str
@@ -58,10 +61,10 @@ class Source(NamedTuple):
     part: tuple[int, int] | None = None
     swapped: bool = False
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of their tensor if ours has `shape`."""
-        if self.part:
-            shape = (*shape[:-1], shape[-1] * self.part[1])
+    def shape(self, shape: tuple[int, ...], span: Span = WHOLE) -> tuple[int, ...]:
+        """The shape of their tensor if ours has `shape` and is this part of it."""
+        own = span.stop - span.start
+        shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
             return (*shape[:-2], shape[-1], shape[-2])
         return shape[::-1] if self.transposed else shape
@@ -72,13 +75,10 @@ class Source(NamedTuple):
             return np.swapaxes(array, -1, -2)
         return array.T if self.transposed else array
 
-    def take(self, tensor: np.ndarray) -> np.ndarray:
-        """Takes our array out of their tensor."""
-        tensor = self.turn(tensor)
-        if self.part:
-            index, count = self.part
-            tensor = np.split(tensor, count, axis=-1)[index]
-        return tensor
+    def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
+        """Takes our array, this part of their tensor, out of it; their shape is checked before."""
+        turned = self.turn(tensor)
+        return turned if span is WHOLE else span.of(turned)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -220,22 +220,41 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     used, reads = set(), []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        sources, stacked = names.sources(path, leaf.shape)
-        reads.append((tuple(sources.values()), stacked, leaf))
+        reads.append((*names.sources(path, leaf.shape), leaf))
+    parts = _parts(reads)
+    for sources, stacked, leaf in reads:
         for own, source in sources.items():
             label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
-            expected[label] = jax.ShapeDtypeStruct(source.shape(shape), leaf.dtype)
+            whole = source.shape(shape, parts.get(own, WHOLE))
+            expected[label] = jax.ShapeDtypeStruct(whole, leaf.dtype)
             used.add(source.name)
             if source.name in found:
                 got[label] = found[source.name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
     compare_trees("the checkpoint", got, expected, "Is it of this architecture and size?")
 
-    def read(sources: Sequence[Source], stacked: bool, leaf: Any) -> jax.Array:
-        arrays = (source.take(np.asarray(found[source.name])) for source in sources)
+    def read(sources: Mapping[str, Source], stacked: bool, leaf: Any) -> jax.Array:
+        arrays = (
+            source.take(np.asarray(found[source.name]), parts.get(own, WHOLE))
+            for own, source in sources.items()
+        )
         return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
 
     return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
+
+
+def _parts(reads: Iterable[tuple[Mapping[str, Source], bool, Any]]) -> dict[str, Span]:
+    """Which part of their tensor each of our arrays is, by our path, where theirs is fused."""
+    fused: dict[str, list[tuple[int, str, int]]] = {}
+    for sources, stacked, leaf in reads:
+        size = math.prod(leaf.shape[1:] if stacked else leaf.shape)
+        for own, source in sources.items():
+            if source.part:
+                fused.setdefault(source.name, []).append((source.part[0], own, size))
+    found: dict[str, Span] = {}
+    for each in map(sorted, fused.values()):
+        found |= zip((own for _, own, _ in each), spans([size for *_, size in each]), strict=True)
+    return found
 
 
 def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
@@ -270,11 +289,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
 
     Args:
         tree: the parameters, also of scanned layers.
-        names: the model's table, which must not fuse modules; its first prefix begins every name
-            but the head's.
-
-    Raises:
-        UserError: one of their tensors fuses several of ours.
+        names: the model's table; its first prefix begins every name but the head's.
 
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
@@ -282,15 +297,18 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         >>> tensors["model.q_proj.weight"].shape
         (3, 2)
     """
-    tensors = {}
+    parts: dict[str, list[tuple[Source, np.ndarray]]] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         array, path = np.asarray(leaf), jax.tree_util.keystr(keys, simple=True, separator="/")
         sources, stacked = names.sources(path, array.shape)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
-            if source.part:
-                raise UserError(
-                    f"{source.name} fuses several of our arrays, which to_tensors does not support."
-                )
             prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
-            tensors[prefix + source.name] = np.ascontiguousarray(source.turn(own))
-    return tensors
+            parts.setdefault(prefix + source.name, []).append((source, own))
+    return {name: np.ascontiguousarray(_fused(each)) for name, each in parts.items()}
+
+
+def _fused(parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
+    """Their tensor, of the arrays of ours that it fuses."""
+    ordered = sorted(parts, key=lambda each: each[0].part or (0, 1))
+    arrays = [array for _, array in ordered]
+    return ordered[0][0].turn(np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0])

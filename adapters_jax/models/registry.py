@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, decoder, gpt2
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         bert.FAMILY,
         gpt2.FAMILY,
-        llama.FAMILY,
+        *decoder.FAMILIES,
     )
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.interop.layouts import Array, ModuleReference
+from adapters_jax.interop.layouts import WHOLE, Array, ModuleReference
 from adapters_jax.interop.module_map import Added, ModuleMap, in_order, shortest
 from adapters_jax.interop.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
@@ -73,7 +73,6 @@ def read(
 def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array | None:
     """One module's scale in our layout; None if the vector does not fit its weight."""
     shape, window = reference.shape, vector.ndim > 2
-    index, count = reference.part or (0, 1)
     end = 0 if inputs or window else 1  # the axis of size 1 before or behind the numbers
     if reference.weight != "kernel" or vector.ndim < 2 or vector.size != max(vector.shape):
         return None
@@ -84,9 +83,10 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
         numbers: Array = vector.ravel()
     else:
         axes = [shape[n:] for n in range(len(shape) - 1, 0, -1)]
-        if vector.size % count:
+        part = (reference.part or WHOLE).of(vector.ravel())
+        if part is None:
             return None
-        numbers = np.split(vector.ravel(), count)[index]
+        numbers = part
     own = next((own for own in axes if math.prod(own) == numbers.size), None)
     return None if own is None else numbers.reshape(own)
 
