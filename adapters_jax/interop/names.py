@@ -291,6 +291,9 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         tree: the parameters, also of scanned layers.
         names: the model's table; its first prefix begins every name but the head's.
 
+    Raises:
+        UserError: the tree lacks some of the arrays that one of their tensors fuses.
+
     Example:
         >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
         >>> tensors = to_tensors({"query": {"kernel": np.ones((2, 3))}}, table)
@@ -304,11 +307,14 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
             prefix = "" if source.name.startswith("lm_head") else "".join(names.prefixes[:1])
             parts.setdefault(prefix + source.name, []).append((source, own))
-    return {name: np.ascontiguousarray(_fused(each)) for name, each in parts.items()}
+    return {name: np.ascontiguousarray(_fused(name, each)) for name, each in parts.items()}
 
 
-def _fused(parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
+def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
     """Their tensor, of the arrays of ours that it fuses."""
     ordered = sorted(parts, key=lambda each: each[0].part or (0, 1))
-    arrays = [array for _, array in ordered]
-    return ordered[0][0].turn(np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0])
+    arrays, (source, first) = [array for _, array in ordered], ordered[0]
+    count = source.part[1] if source.part else 1
+    if len(arrays) != count:
+        raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
+    return source.turn(np.concatenate(arrays, axis=-1) if count > 1 else first)

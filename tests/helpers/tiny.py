@@ -67,6 +67,7 @@ LLAMA = DecoderConfig(
     num_key_value_heads=2,
     initializer_range=0.1,
     tie_word_embeddings=True,
+    max_position_embeddings=64,
 )
 
 
@@ -78,7 +79,7 @@ def write_llama(directory, seed=0, chat_template=CHAT, **settings):
     draw = np.random.default_rng(seed).normal
     state = jax.tree.map(lambda x: jnp.asarray(draw(0, 0.15, x.shape), x.dtype), nnx.state(model))
     nnx.update(model, state)
-    save_decoder(directory, config, model, max_position_embeddings=64)
+    save_decoder(directory, config, model)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPOKEN)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<end>", "<user>", "<bot>"])
