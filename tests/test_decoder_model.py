@@ -172,7 +172,7 @@ def test_every_parameter_path():
 
 
 def test_llama_7b_has_the_published_count_without_allocating():
-    model, _ = KNOWN["llama-7b"]()
+    model, _ = KNOWN["huggyllama/llama-7b"]()
     arrays = jax.tree.leaves(nnx.state(model))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays)
     assert sum(leaf.size for leaf in arrays) == 6_738_415_616

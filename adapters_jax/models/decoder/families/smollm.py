@@ -6,7 +6,7 @@ NoPE and back again (2025), https://arxiv.org/abs/2501.18795
 
 from typing import Any
 
-from adapters_jax.models.decoder.architecture import Architecture, Values
+from adapters_jax.models.decoder.architecture import Architecture, Values, shape
 from adapters_jax.models.decoder.families.windows import as_switched, switched
 
 
@@ -30,6 +30,11 @@ SMOLLM3 = Architecture(
         **{"rope_theta": 2_000_000.0, "tie_word_embeddings": True},
     },
     settings=("attention_bias", "mlp_bias"),
+    known={
+        "HuggingFaceTB/SmolLM3-3B": shape(
+            2048, 11008, 36, 16, 4, vocab_size=128256, rope_theta=5e6, max_position_embeddings=65536
+        )
+    },
     read=_read,
     write=_write,
 )
