@@ -1,5 +1,6 @@
 """Every family of decoders computes what transformers computes, in each way of running it."""
 
+import contextlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from helpers.arrays import read_arrays
 
+from adapters_jax.errors import UserError
 from adapters_jax.models.decoder import (
     ARCHITECTURES,
     Decoder,
@@ -174,3 +176,19 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     exact, theirs = (seen(mask, expected[key]) for key in ("logits", "bfloat16"))
     assert 0 < np.abs(seen(mask, logits) - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
+
+
+NUMBERS = (-1, 0, 1.5, 2**40, float("nan"), float("inf"))
+WRONG = (*NUMBERS, None, True, "", "x", [], ["x"], [2**40], {}, {"a": 1})
+
+
+@every
+def test_any_value_of_a_setting_is_taken_or_is_a_user_error_at_once(name):
+    whole = json.loads((FIXTURES / name / "config.json").read_text())
+    for key in whole.keys() | {"rope_parameters", "sliding_window_pattern", "hidden_activation"}:
+        for value in WRONG:
+            with contextlib.suppress(UserError):
+                config = DecoderConfig.from_dict({**whole, key: value})
+                assert config.num_hidden_layers <= 10_000
+                assert len(config.layer_kinds) == config.num_hidden_layers
+                json.dumps(config.to_dict())

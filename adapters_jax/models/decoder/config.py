@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
-from adapters_jax.checks import check_choice, check_number, check_size
+from adapters_jax.checks import check_choice, check_number, check_size, shown
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.decoder import rope
@@ -20,11 +20,13 @@ _SIZES = (
     *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
 )
 
-_NUMBERS = {
-    *("hidden_size", "num_hidden_layers", "max_position_embeddings", "query_pre_attn_scalar"),
-    *("sliding_window", "sliding_window_pattern", "max_window_layers", "no_rope_layer_interval"),
-    "original_max_position_embeddings",
+# The settings from which others are computed.
+_COUNTS = {
+    *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
+    *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
 }
+_NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
+_LISTS = {"layer_types", "no_rope_layers"}
 
 
 class LayerKind(NamedTuple):
@@ -135,7 +137,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         self._check(vars(self), {"model_type": tuple(ARCHITECTURES)})
         for name in _SIZES:
             check_size("DecoderConfig", name, getattr(self, name))
-        _check_numbers(vars(self))
+        _check_given(vars(self))
         check_choice("DecoderConfig", "norm_placement", self.norm_placement, PLACEMENTS)
         if self.qk_norm is not None:
             check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
@@ -178,7 +180,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         cls._check(values, {"model_type": tuple(ARCHITECTURES)})
         architecture = ARCHITECTURES[values["model_type"]]
         cls._check(values, {**cls.supported, **architecture.supported})
-        _check_numbers(values)
+        _check_given(values)
         found = architecture.fields(values)
         longest = found.get("max_position_embeddings", cls.max_position_embeddings)
         return cls(**found, rope_scaling=rope.read_scaling(values, longest))
@@ -235,13 +237,18 @@ class DecoderConfig(huggingface.CheckpointConfig):
         return LayerKind(window, self.rope_theta, self.rope_scaling)
 
 
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Checks the numbers from which others are computed, before they are."""
-    for name in _NUMBERS & values.keys():
-        if values[name] is not None:
-            check_number("DecoderConfig", name, values[name], closed=True)
-    if (values.get("num_hidden_layers") or 0) > MOST_LAYERS:
+def _check_given(values: Mapping[str, Any]) -> None:
+    """Checks the settings from which others are computed, before they are."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in _COUNTS & given.keys():
+        check_size("DecoderConfig", name, given[name])
+    for name in _NUMBERS.keys() & given.keys():
+        check_number("DecoderConfig", name, given[name], closed=_NUMBERS[name])
+    for name in _LISTS & given.keys():
+        if not isinstance(given[name], list | tuple):
+            raise UserError(f"DecoderConfig: {name}={shown(given[name])}, expected a list")
+    if given.get("num_hidden_layers", 1) > MOST_LAYERS:
         raise UserError(
-            f"DecoderConfig: num_hidden_layers={values['num_hidden_layers']}, expected at most "
+            f"DecoderConfig: num_hidden_layers={given['num_hidden_layers']}, expected at most "
             f"{MOST_LAYERS}"
         )

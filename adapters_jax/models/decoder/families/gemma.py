@@ -22,7 +22,6 @@ DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 8192,
 }
 LATER: dict[str, Any] = {
-    "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "num_key_value_heads": 4,
 }
@@ -38,7 +37,7 @@ def _first(values: Values) -> dict[str, Any]:
 
 
 def _later(values: Values, every: int) -> dict[str, Any]:
-    scores = {"attention_multiplier": values["query_pre_attn_scalar"] ** -0.5}
+    scores = {"attention_multiplier": values.get("query_pre_attn_scalar", 256) ** -0.5}
     return {**_scaled(values), **scores, **alternating(values, every)}
 
 
