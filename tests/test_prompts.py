@@ -11,12 +11,12 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.attention import registry
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
+from adapters_jax.models.decoder import LLAMA_7B, Decoder, DecoderConfig
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]
 LAYERS = 3
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=17,
     hidden_size=D,
     intermediate_size=16,
@@ -131,7 +131,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
         return model
 
     def build(attention_fn):
-        return Llama(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+        return Decoder(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
 
     recipe = aj.llama_adapter(K, last=2, num_layers=LAYERS, gate=gate)
     model = open_gates(aj.adapt(build(watched), recipe, rngs=nnx.Rngs(1)))
@@ -153,7 +153,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
 
 
 def test_the_prompt_has_no_position_and_hides_behind_no_mask():
-    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
+    model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, nnx.Param)))
     near = model(IDS, positions=jnp.arange(T)[None])
     far = model(IDS, positions=100 + jnp.arange(T)[None])
@@ -164,7 +164,7 @@ def test_the_prompt_has_no_position_and_hides_behind_no_mask():
 
 
 def test_llama_7b_has_the_published_counts_without_allocating():
-    base = nnx.eval_shape(lambda: Llama(LLAMA_7B, rngs=nnx.Rngs(0)))
+    base = nnx.eval_shape(lambda: Decoder(LLAMA_7B, rngs=nnx.Rngs(0)))
     for gate, count in (("head", 1_229_760), ("layer", 1_228_830)):
         recipe = aj.llama_adapter(last=30, num_layers=32, gate=gate)
         model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
@@ -176,9 +176,9 @@ def test_llama_7b_has_the_published_counts_without_allocating():
 
 def test_lora_on_the_key_projection_also_projects_the_prompt():
     recipe = aj.llama_adapter(K) + aj.LoRA("layers/*/attention/key", 2)
-    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
-    base = Llama(TINY, rngs=nnx.Rngs(0))
+    base = Decoder(TINY, rngs=nnx.Rngs(0))
     folded = aj.adapt(base, aj.LoRA("layers/*/attention/key", 2), rngs=nnx.Rngs(1))
     for here, there in zip(model.layers, folded.layers, strict=True):
         nnx.update(there.attention.key, nnx.state(here.attention.key))
@@ -348,7 +348,7 @@ def test_a_prefix_has_no_bias_and_no_mask():
 
 
 def test_more_layers_than_there_are():
-    model = Llama(TINY, rngs=nnx.Rngs(0))
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
     with raises(
         aj.TargetError, "'layers/3/attention'", "'layers/4/attention'", " layers/2/attention"
     ):
@@ -377,7 +377,7 @@ def test_a_function_that_masks_by_itself_would_hide_the_prefix():
 
 def test_prompts_keep_the_dtype_of_a_half_precision_base():
     half = jnp.bfloat16
-    model = Llama(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))
+    model = Decoder(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))
     adapted = aj.adapt(model, aj.llama_adapter(K), rngs=nnx.Rngs(1))
     assert adapted.hidden(IDS).dtype == model.hidden(IDS).dtype == half
     np.testing.assert_array_equal(adapted(IDS), model(IDS))

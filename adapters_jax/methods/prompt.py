@@ -78,7 +78,13 @@ class Prompt(Method):
         mixed = attention_fn(query, *args, **kwargs)
         key, value = self.tokens(leaves, point, _cast(project, query))
         scale = 1 / jnp.sqrt(query.shape[-1]).astype(jnp.float32)
-        prompt = attend_to(query, key, value, lambda x: x * scale, point.precision)
+        cap = kwargs.get("softcap")  # the one of this library's decoders
+
+        def logits(products: Array) -> Array:
+            scores = products * scale
+            return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+        prompt = attend_to(query, key, value, logits, point.precision)
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
     def attend_inline(
