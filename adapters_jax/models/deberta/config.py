@@ -34,7 +34,7 @@ class DebertaConfig(huggingface.CheckpointConfig):
     type_vocab_size: int = 0
     position_biased_input: bool = False
     pos_att_type: tuple[str, ...] = ("c2p", "p2c")
-    max_relative_positions: int = -1
+    max_relative_positions: int = 0
     position_buckets: int = 256
     share_att_key: bool = True
     norm_rel_ebd: str = "layer_norm"
@@ -71,6 +71,9 @@ class DebertaConfig(huggingface.CheckpointConfig):
         found = theirs["pos_att_type"] or ()
         split = found.lower().split("|") if isinstance(found, str) else found
         theirs["pos_att_type"] = tuple(sorted(each.strip() for each in split))
+        for name in ("max_relative_positions", "position_buckets"):
+            if theirs.get(name) == -1:  # none, as 0
+                theirs[name] = 0
         width = theirs.get("hidden_size", cls.hidden_size)
         heads = theirs.get("num_attention_heads", cls.num_attention_heads)
         for name, expected in (
@@ -94,12 +97,12 @@ class DebertaConfig(huggingface.CheckpointConfig):
     def longest(self) -> int:
         """The largest distance between positions, which the last bucket reaches."""
         given = self.max_relative_positions
-        return self.max_position_embeddings if given < 1 else given
+        return given or self.max_position_embeddings
 
     @property
     def span(self) -> int:
         """The number of embeddings of relative positions to each side."""
-        return self.position_buckets if self.position_buckets > 0 else self.longest
+        return self.position_buckets or self.longest
 
 
 # The values of keys that a `config.json` lacks, where ours differ.
@@ -107,7 +110,7 @@ _ABSENT: dict[str, Any] = {
     "relative_attention": False,
     "position_biased_input": True,
     "pos_att_type": None,
-    "position_buckets": -1,
+    "position_buckets": 0,
     "share_att_key": False,
     "norm_rel_ebd": "none",
 }
