@@ -25,6 +25,7 @@ BENCHMARKS = {
     "step": "a training step beside one written by hand; adapting and auditing; import time",
     "switch": "another task's adapter under a jitted function: time, bytes, compilations",
     "tasks": "whether training another task changes the outputs of the first one",
+    "tracing": "tracing models of 32 layers with LoRA, beside tracing their bases",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
         for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))

@@ -1,5 +1,7 @@
 """Times our training step and one written by hand, adapting and auditing BERT-large, and importing.
 
+Where tunix is installed, its Llama is adapted by us and by qwix, see `benchmarks.tunix_llama`.
+
 The four sides of a case (linen and NNX, ours and by hand) start from the same weights. They must
 have equal losses and trainable counts before they are timed. XLA counts the FLOPs of the compiled
 step. The rate of the machine is that of a 2048^3 float32 matmul, timed in the same rounds.
@@ -21,7 +23,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.models.bert import BERT_LARGE, BertClassifier, BertConfig
 from adapters_jax.trees import flatten, path_of, unflatten
-from benchmarks import by_hand
+from benchmarks import by_hand, tunix_llama
 from benchmarks.by_hand import NnxBert, Sizes, cross_entropy
 from benchmarks.harness import Spread, fresh, interleave, ratio
 from benchmarks.report import Report
@@ -326,5 +328,6 @@ def run(report: Report, quick: bool) -> None:
         rounds=3 if quick else 21,
         matmul=256 if quick else MATMUL,
     )
+    tunix_llama.run_steps(report, tunix_llama.TOY if quick else tunix_llama.Size())
     run_audit(report, rounds=1 if quick else 7)
     run_imports(report, rounds=1 if quick else 11)
