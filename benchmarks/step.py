@@ -320,14 +320,16 @@ def run_imports(report: Report, rounds: int) -> None:
         report.add("What import adapters_jax adds to import flax (one run of -X importtime)", **row)
 
 
-def run(report: Report, quick: bool) -> None:
-    """Runs the whole benchmark; at toy sizes if quick."""
+def run(report: Report, quick: bool, part: str = "") -> None:
+    """Runs the whole benchmark, or its part on tunix's Llama; at toy sizes if quick."""
+    tunix_llama.run_steps(report, tunix_llama.TOY if quick else tunix_llama.Size())
+    if part == "tunix":
+        return
     run_steps(
         report,
         TINY if quick else Sizes(),
         rounds=3 if quick else 21,
         matmul=256 if quick else MATMUL,
     )
-    tunix_llama.run_steps(report, tunix_llama.TOY if quick else tunix_llama.Size())
     run_audit(report, rounds=1 if quick else 7)
     run_imports(report, rounds=1 if quick else 11)

@@ -7,6 +7,7 @@ They must have equal losses and trainable counts before they are timed.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -151,6 +152,8 @@ def run_steps(report: Report, size: Size) -> None:
     check_equal(found)
     seconds = interleave(found, size.rounds)
     report.samples(CASE, seconds)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES.values())
+    report.add("Versions", libraries=versions)
     for who, side in found.items():
         row = {"trainable": side.trainable, "seconds": Spread.of(seconds[who])}
         counted = {"GFLOP": side.flops / 1e9, "GB accessed": side.bytes / 1e9}
