@@ -23,8 +23,10 @@ BENCHMARKS = {
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
     "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
+    "step-tunix": "the row of `step` on tunix's Llama alone: ours beside qwix's",
     "switch": "another task's adapter under a jitted function: time, bytes, compilations",
     "tasks": "whether training another task changes the outputs of the first one",
+    "tracing": "tracing models of 32 layers with LoRA, beside tracing their bases",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
         for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))

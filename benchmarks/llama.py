@@ -76,12 +76,13 @@ def adapted(base: Decoder, recipe: aj.Recipe, seed: int = 1) -> Any:
 
 
 class Side:
-    """A training step with its state; `flops` is the count of XLA."""
+    """A training step with its state; `flops` and `bytes` are XLA's counts."""
 
     def __init__(self, advance: Callable[[Any], Any], carry: Any, lowered: Any, trained: Any):
         self.advance, self.carry, self.loss = advance, carry, float("nan")
         self.trainable = sum(x.size for x in jax.tree.leaves(trained))
-        self.flops = float(lowered.compile().cost_analysis()["flops"])
+        cost = lowered.compile().cost_analysis()
+        self.flops, self.bytes = float(cost["flops"]), float(cost["bytes accessed"])
 
     def __call__(self) -> None:
         self.carry, self.loss = jax.block_until_ready(self.advance(self.carry))

@@ -1,5 +1,7 @@
 """Times our training step and one written by hand, adapting and auditing BERT-large, and importing.
 
+Where tunix is installed, its Llama is adapted by us and by qwix, see `benchmarks.tunix_llama`.
+
 The four sides of a case (linen and NNX, ours and by hand) start from the same weights. They must
 have equal losses and trainable counts before they are timed. XLA counts the FLOPs of the compiled
 step. The rate of the machine is that of a 2048^3 float32 matmul, timed in the same rounds.
@@ -21,7 +23,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.models.bert import BERT_LARGE, BertClassifier, BertConfig
 from adapters_jax.trees import flatten, path_of, unflatten
-from benchmarks import by_hand
+from benchmarks import by_hand, tunix_llama
 from benchmarks.by_hand import NnxBert, Sizes, cross_entropy
 from benchmarks.harness import Spread, fresh, interleave, ratio
 from benchmarks.report import Report
@@ -318,8 +320,11 @@ def run_imports(report: Report, rounds: int) -> None:
         report.add("What import adapters_jax adds to import flax (one run of -X importtime)", **row)
 
 
-def run(report: Report, quick: bool) -> None:
-    """Runs the whole benchmark; at toy sizes if quick."""
+def run(report: Report, quick: bool, part: str = "") -> None:
+    """Runs the whole benchmark, or its part on tunix's Llama; at toy sizes if quick."""
+    tunix_llama.run_steps(report, tunix_llama.TOY if quick else tunix_llama.Size())
+    if part == "tunix":
+        return
     run_steps(
         report,
         TINY if quick else Sizes(),

@@ -10,8 +10,20 @@ import jax
 import pytest
 from flax import nnx
 from helpers.errors import raises
+from helpers.programs import operations
 
-from benchmarks import __main__, harness, llama, readme, scale, step, tradeoff, workers
+from benchmarks import (
+    __main__,
+    harness,
+    llama,
+    readme,
+    scale,
+    step,
+    tracing,
+    tradeoff,
+    tunix_llama,
+    workers,
+)
 from benchmarks.harness import Spread
 from benchmarks.report import Report, _processor
 
@@ -128,6 +140,30 @@ def test_the_decoder_by_hand_does_equal_work():
         llama.check_equal(sides)
         ours, hand = sides.values()
         assert -0.03 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
+
+
+@pytest.mark.skipif(bool(tunix_llama.missing()), reason="needs google-tunix and qwix")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what tunix and qwix use
+def test_ours_and_qwix_do_equal_work_on_the_llama_of_tunix():
+    sides = tunix_llama.sides(tunix_llama.TOY)
+    llama.check_equal(sides)
+    assert sides["ours"].flops <= sides["qwix"].flops
+    assert sides["ours"].bytes <= sides["qwix"].bytes
+
+
+def test_packages_that_are_missing_are_a_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(tunix_llama, "PACKAGES", {"no_such_module": "no-such-package"})
+    report = Report("toy", "toy", tmp_path)
+    tunix_llama.run_steps(report, tunix_llama.TOY)
+    assert "pip install no-such-package" in report.rows[0]["skipped"]
+
+
+def test_layers_traced_by_hand_have_the_operations_of_ours():
+    sides = tracing.nnx_sides(layers=1)
+    names = tracing.BASE, "LoRA on all linear layers", tracing.HAND
+    base, ours, hand = (operations(sides[name]["outputs"]()) for name in names)
+    assert ours == hand
+    assert ours - base == {"dot_general": 14, "mul": 7, "add": 7}
 
 
 @pytest.mark.parametrize("api", ["linen", "NNX"])

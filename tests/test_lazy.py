@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.arrays import double, drawn
+from helpers.programs import operations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas
 from jax.sharding import PartitionSpec
 
+from adapters_jax.weights import products
 from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
-from adapters_jax.weights.changes import RANK, Changed, Factor, LowRank, Scale
+from adapters_jax.weights.changes import RANK, Changed, Factor, LowRank, Scale, contracted
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, formed, lowered, thin, watched
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -114,7 +116,8 @@ def low_rank(shape, axes, seed=0, rank=2, start=None, width=None):
     if width:
         b_shape[-1] = width
     a, b = drawn(axes.a_shape(shape, rank), seed + 1), drawn(b_shape, seed + 2)
-    return LowRank(Factor(jnp.asarray(a), axes.a), Factor(jnp.asarray(b), axes.b), start)
+    factors = Factor(jnp.asarray(a), axes.a), Factor(jnp.asarray(b), axes.b)
+    return LowRank(*factors, start, scale=1.5)
 
 
 def plain(changed):
@@ -134,7 +137,7 @@ def plain(changed):
         ]
         both = [c for c in letters if any(c in name for name in names)]
         arrays = [double(f.array) for f in change.factors]
-        part = np.einsum(f"{names[0]},{names[1]}->{''.join(both)}", *arrays)
+        part = change.scale * np.einsum(f"{names[0]},{names[1]}->{''.join(both)}", *arrays)
         part = np.expand_dims(part, [i for i, c in enumerate(letters) if c not in both])
         if change.start:
             axis, first = change.start
@@ -275,18 +278,18 @@ def views(draw):
         elif kind == "new" and n < 4:
             steps.append(lambda w: w[None])
             shape = (1, *shape)
-    contracted = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True))
-    batch = [i for i in range(len(shape)) if i not in contracted and draw(st.booleans())]
-    return (steps, shape, contracted, batch), rough
+    inner = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True))
+    batch = [i for i in range(len(shape)) if i not in inner and draw(st.booleans())]
+    return (steps, shape, inner, batch), rough
 
 
-def use(steps, shape, contracted, batch, w):
+def use(steps, shape, summed, batch, w):
     """The views of a weight, then its product with an input."""
     for step in steps:
         w = step(w)
     letters = "abcdefg"[: len(shape)]
-    inner, outer = ("".join(letters[i] for i in axes) for axes in (contracted, batch))
-    x = jnp.asarray(drawn([3, *(shape[i] for i in (*contracted, *batch))], 5))
+    inner, outer = ("".join(letters[i] for i in axes) for axes in (summed, batch))
+    x = jnp.asarray(drawn([3, *(shape[i] for i in (*summed, *batch))], 5))
     out = "".join(c for c in letters if c not in inner)
     return jnp.einsum(f"z{inner}{outer},{letters}->z{out}", x, w)
 
@@ -314,6 +317,65 @@ def test_any_chain_of_views_and_a_product_is_that_of_the_sum(drawn_chain, axes, 
     for a, b in zip(got, expected, strict=True):
         # A cast to half precision rounds the sum and its parts apart.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=0.05 if rough else 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "kept"),
+    [
+        ((0, RANK), (RANK, 1), (0, 1)),
+        ((1, 0), (RANK, 0), (1, RANK)),
+        ((2, 0, 1), (2, RANK, 1), (2, 0, RANK)),  # a batch
+        ((0, 1), (2, RANK), (2, 0, RANK, 1)),  # an outer product
+        ((0, 1), (1, 2, RANK), (2,)),  # axes of one array alone are summed
+    ],
+)
+def test_a_contraction_is_the_einsum(x, y, kept):
+    sizes = {RANK: 2, 0: 3, 1: 4, 2: 5}
+    letters = {RANK: "r", 0: "a", 1: "b", 2: "c"}
+    a, b = (drawn([sizes[i] for i in axes], seed) for seed, axes in enumerate((x, y)))
+    found = contracted(Factor(jnp.asarray(a), x), Factor(jnp.asarray(b), y), kept, "highest")
+    assert set(found.axes) == set(kept)
+    sides = ["".join(letters[i] for i in axes) for axes in (x, y, found.axes)]
+    expected = np.einsum("{},{}->{}".format(*sides), double(a), double(b))
+    np.testing.assert_allclose(found.array, expected, **CLOSE)
+
+
+# --- what a product adds to a traced program
+
+
+def layers(changes, x, n=3):
+    """Layers that are alike, each with a weight of its own."""
+    for i in range(n):
+        with thin() as trace:
+            x = jnp.tanh(x @ Lazy(trace, Changed.of(jnp.full((4, 4), 0.1 * i), changes)))
+    return x
+
+
+def test_a_product_adds_two_products_a_scale_and_a_sum():
+    x, change = jnp.ones((2, 4)), low_rank((4, 4), DENSE)
+    adapted, base = (operations(jax.make_jaxpr(layers)(c, x)) for c in ((change,), ()))
+    assert adapted - base == {"dot_general": 6, "mul": 3, "add": 3}
+
+
+def test_a_weight_on_the_left_needs_no_transposition():
+    def product(change, x):
+        with thin() as trace:
+            weight = Lazy(trace, Changed.of(jnp.ones((4, 5)), (change,)))
+            return jax.lax.dot_general(weight, x, (((0,), (1,)), ((), ())))
+
+    traced = jax.make_jaxpr(product)(low_rank((4, 5), DENSE), jnp.ones((2, 4)))
+    assert "transpose" not in operations(traced)
+
+
+def test_products_of_layers_that_are_alike_are_traced_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        products, "contracted", lambda *given: calls.append(given) or contracted(*given)
+    )
+    jax.clear_caches()
+    changes, x = (low_rank((4, 4), DENSE),), jnp.ones((2, 4))
+    jax.make_jaxpr(jax.grad(lambda changes: layers(changes, x).sum()))(changes)
+    assert len(calls) == 2  # x A and (x A) B
 
 
 # --- operations that the sum is formed for, and that say so

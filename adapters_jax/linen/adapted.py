@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -81,14 +82,11 @@ class Adapted(nn.Module):
         if inner.scope is None:
             return function(*args, **kwargs)
         init = self.is_initializing()
-        interceptor = inner.scope.flags.get(Interceptor.flag(inner))
-        if interceptor is None or interceptor.recipe != self.recipe:
-            interceptor = Interceptor(self.recipe, inner, init)
         called = "__call__" if method is None else method
         unbound = getattr(type(inner), called) if isinstance(called, str) else called
         unbound = getattr(unbound, "__func__", unbound)
         with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
-            with nn.intercept_methods(interceptor):
+            with self._intercepted():
                 y = lowered(function(*args, **kwargs))
         if init and method is None:
             own = flatten(inner.scope.variables().get("params", {}))
@@ -101,6 +99,18 @@ class Adapted(nn.Module):
         if not any(map(_is_module, jax.tree.leaves(y))):
             return y  # the very tree, since jax would sort its dictionaries
         return jax.tree.map(lambda part: Part(self, part) if _is_module(part) else part, y)
+
+    @nn.nowrap
+    def _intercepted(self) -> AbstractContextManager[Any]:
+        """Adapts the calls of submodules; changed weights without dropout need no look at them."""
+        inner: Any = self.inner
+        init, methods = self.is_initializing(), self.recipe.attached
+        if not init and not any(m.acts_on != "leaf" or m.dropout for m in methods):
+            return contextlib.nullcontext()
+        interceptor = inner.scope.flags.get(Interceptor.flag(inner))
+        if interceptor is None or interceptor.recipe != self.recipe:
+            interceptor = Interceptor(self.recipe, inner, init)
+        return nn.intercept_methods(interceptor)
 
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:

@@ -114,6 +114,6 @@ class LoRADense(nn.Dense):
         changes = method.changes(leaves_in(scope, method, point), point, lambda: kernel, key)
         change: Any = changes["kernel"][0]
         x = dropout(inputs.astype(y.dtype), change.dropout, change.key)
-        for factor in change.factors:
+        for factor in change.scaled:
             x = jnp.matmul(x, factor.array.astype(y.dtype), precision=self.precision)
         return y + x

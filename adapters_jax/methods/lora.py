@@ -227,15 +227,15 @@ class LoRA(LeafMethod):
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change of the weight, one for each slice."""
         axes = axes_of(point)
-        a, b = Factor(leaves["a"], axes.a), leaves["b"] * self.scale_at(point.path)
+        a, b, scale = Factor(leaves["a"], axes.a), leaves["b"], self.scale_at(point.path)
         if not self.slices:
-            whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key)
+            whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key, scale)
             return {point.weight: (whole,)}
         ends = list(itertools.accumulate(stop - start for start, stop in self.slices))[:-1]
-        parts = jnp.split(b, ends, axis=-1)
+        parts, (output,) = jnp.split(b, ends, axis=-1), axes.outputs
         return {
             point.weight: tuple(
-                LowRank(a, Factor(part, axes.b), (axes.outputs[0], start), self.dropout, key)
+                LowRank(a, Factor(part, axes.b), (output, start), self.dropout, key, scale)
                 for part, (start, _) in zip(parts, self.slices, strict=True)
             )
         }

@@ -58,6 +58,8 @@ class Axes:
 
     def inside(self, layers: int) -> "Axes":
         """The roles of the axes of one of the weights that are stacked on layer axes in front."""
+        if not layers:
+            return self
         inputs, outputs, shared, window = (
             tuple(i - layers for i in axes if i >= layers)
             for axes in (self.inputs, self.outputs, self.shared, self.window)

@@ -8,7 +8,7 @@ model's operations meet a changed weight is in `lazy`.
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,8 +19,6 @@ from jaxtyping import Array, Float
 from adapters_jax.weights.quantized import is_quantized, once
 
 RANK = -1  # the axis of a factor that is no axis of the weight
-LETTERS = "abcdefghijklmnopqrstuvwxyABCDEFGHIJKLMNOPQRSTUVWXY"
-_RANK_LETTER = "Z"
 _DONE = -2  # new axis i is _DONE - i while others still have old numbers
 
 
@@ -36,13 +34,17 @@ class Factor:
     array: Array
     axes: tuple[int, ...]
 
-    def letters(self, of_weight: Sequence[str]) -> str:
-        """The axes as letters of an einsum, given the letters of the weight's axes."""
-        return "".join(_RANK_LETTER if axis == RANK else of_weight[axis] for axis in self.axes)
-
     def renamed(self, new: Callable[[int], int]) -> "Factor":
         """The factor of a weight whose axes have new numbers."""
         return replace(self, axes=tuple(i if i == RANK else new(i) for i in self.axes))
+
+    def at(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The positions of axes of the weight."""
+        return tuple(map(self.axes.index, axes))
+
+    def cast(self, dtype: Any) -> "Factor":
+        """The factor in another dtype."""
+        return Factor(cast(self.array, dtype), self.axes)
 
     def on_axes(self, change: Callable[[Array, dict[int, int]], Array]) -> "Factor":
         """The factor after a change that keeps its axes, given the position of each axis."""
@@ -55,11 +57,12 @@ class LowRank:
 
     Attributes:
         a: one factor.
-        b: the other, with the scale in it.
+        b: the other.
         start: `(axis, index)` of the first entry of the range; None for the whole weight.
         dropout: probability of zeroing an entry of the input of the product, while training.
         key: the key of the dropout, or one for each index of the weight's first axis; None in
             evaluation.
+        scale: multiplies the product.
     """
 
     a: Factor
@@ -67,11 +70,17 @@ class LowRank:
     start: tuple[int, int] | None = None
     dropout: float = 0.0
     key: Any = None
+    scale: float = 1.0
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """Both factors."""
         return self.a, self.b
+
+    @property
+    def scaled(self) -> tuple[Factor, Factor]:
+        """Both factors, the second times the scale."""
+        return self.a, Factor(self.b.array * self.scale, self.b.axes)
 
     def with_factors(self, a: Factor, b: Factor) -> "LowRank":
         """The change with other factors."""
@@ -83,12 +92,9 @@ class LowRank:
         return replace(self, a=self.a.renamed(new), b=self.b.renamed(new), start=start)
 
     def product(self, ndim: int, dtype: Any = jnp.float32) -> Array:
-        """A B in the axes of the weight; axes that neither has are of size one."""
-        letters, a, b = (LETTERS[:ndim], *(f.array.astype(dtype) for f in self.factors))
-        left, right = (f.letters(letters) for f in self.factors)
-        out = "".join(c for c in letters if c in left + right)
-        whole = jnp.einsum(f"{left},{right}->{out}", a, b, precision="highest")
-        return jnp.expand_dims(whole, [i for i, c in enumerate(letters) if c not in out])
+        """The scaled A B in the axes of the weight; axes that neither has are of size one."""
+        a, b = (f.cast(dtype) for f in self.scaled)
+        return beside(contracted(a, b, range(ndim), "highest"), range(ndim), dtype)
 
     def applied(self, weight: Array) -> Array:
         """The changed weight."""
@@ -161,11 +167,48 @@ def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def cast(array: Array, dtype: Any) -> Array:
+    """An array in a dtype; the array itself, and no operation, where it has that dtype."""
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
 def beside(factor: Factor, axes: Sequence[int], dtype: Any) -> Array:
     """A factor with its axes in the order of `axes`, and axes of size one for the others."""
-    order = sorted(range(len(factor.axes)), key=lambda i: list(axes).index(factor.axes[i]))
-    array = factor.array.transpose(order).astype(dtype)
-    return jnp.expand_dims(array, [i for i, axis in enumerate(axes) if axis not in factor.axes])
+    array, found = cast(factor.array, dtype), factor.axes
+    order = [found.index(axis) for axis in axes if axis in found]
+    if order != sorted(order):
+        array = array.transpose(order)
+    new = [i for i, axis in enumerate(axes) if axis not in found]
+    return jnp.expand_dims(array, new) if new else array
+
+
+def contracted(x: Factor, y: Factor, kept: Collection[int], precision: Any) -> Factor:
+    """The product of two arrays, summed over all axes that are not kept.
+
+    It is an einsum, which itself takes ten times as long to trace. The result has first the kept
+    axes of both, then those of x, then those of y.
+
+    Example:
+        >>> x, y = Factor(jnp.ones((5, 2)), (0, RANK)), Factor(jnp.ones((2, 3)), (RANK, 1))
+        >>> contracted(x, y, (0, 1), None).array.shape
+        (5, 3)
+    """
+    x, y = _summed(x, (*kept, *y.axes)), _summed(y, (*kept, *x.axes))
+    shared = [axis for axis in x.axes if axis in y.axes]
+    batch = [axis for axis in shared if axis in kept]
+    inner = [axis for axis in shared if axis not in kept]
+    numbers = (x.at(inner), y.at(inner)), (x.at(batch), y.at(batch))
+    array = jax.lax.dot_general(x.array, y.array, numbers, precision=precision)
+    free = [axis for f in (x, y) for axis in f.axes if axis not in shared]
+    return Factor(array, (*batch, *free))
+
+
+def _summed(factor: Factor, kept: Collection[int]) -> Factor:
+    """A factor summed over the axes that are not kept."""
+    gone = tuple(i for i, axis in enumerate(factor.axes) if axis not in kept)
+    if not gone:
+        return factor
+    return Factor(factor.array.sum(gone), tuple(axis for axis in factor.axes if axis in kept))
 
 
 @dataclass(frozen=True)
@@ -196,7 +239,7 @@ class Changed:
         array = base.unbox() if is_quantized(base) else base
         for view in self.views:
             array = view(array)
-        return array.astype(self.dtype)
+        return cast(array, self.dtype)
 
     def formed(self, wide: bool = True) -> Float[Array, "..."]:
         """The changed weight: sums and products in float32 and cast once, or in its own dtype."""
@@ -207,6 +250,13 @@ class Changed:
         for change in self.changes:
             whole = change.applied(whole)
         return whole.astype(self.dtype)
+
+    def settled(self) -> "Changed":
+        """The weight without the keys of dropout that does not act in an evaluation."""
+        if not _EVALUATION.get():
+            return self
+        changes = (replace(c, key=None) if isinstance(c, LowRank) else c for c in self.changes)
+        return replace(self, changes=tuple(changes))
 
     def cast(self, dtype: Any) -> "Changed":
         """The weight in another float dtype."""

@@ -7,17 +7,20 @@ weight's position.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from adapters_jax.weights.changes import (
-    LETTERS,
     RANK,
     Change,
     Changed,
     Factor,
     LowRank,
     Scale,
+    beside,
+    cast,
+    contracted,
     dropout,
 )
 from adapters_jax.weights.quantized import is_quantized, once
@@ -56,7 +59,7 @@ def _evaluate(
     changes: Sequence[Change],
     x: Array,
     unchanged: Callable[[Array], Array],
-    branch: Callable[[LowRank, Array], Array],
+    added: Callable[[LowRank, Array, Array], Array],
     on_input: Callable[[Factor, Array], Array | None],
     on_output: Callable[[Factor, Array], Array],
 ) -> Array:
@@ -66,17 +69,48 @@ def _evaluate(
     *before, last = changes
 
     def rest(x: Array) -> Array:
-        return _evaluate(before, x, unchanged, branch, on_input, on_output)
+        return _evaluate(before, x, unchanged, added, on_input, on_output)
 
     if isinstance(last, LowRank):
-        y = rest(x)
-        return y + branch(last, x).astype(y.dtype)
+        return added(last, dropout(x, last.dropout, last.key), rest(x))
     scaled = on_input(last.by, x)
     return on_output(last.by, rest(x)) if scaled is None else rest(scaled)
 
 
-def _dropped(change: LowRank, x: Array) -> Array:
-    return dropout(x, change.dropout, change.key)
+class _Meeting(NamedTuple):
+    """How an input meets a weight in a `dot_general`; axes have the numbers of the weight's.
+
+    Attributes:
+        primitive: `dot_general`.
+        params: its parameters, as pairs.
+        where: the weight's position among the operands.
+        inner: the axes that are contracted.
+        batch: the axes that are batched.
+        seen: the axes of the input; those that the weight does not have come after its own.
+        out: the axes of the product.
+    """
+
+    primitive: Any
+    params: tuple[tuple[str, Any], ...]
+    where: int
+    inner: tuple[int, ...]
+    batch: tuple[int, ...]
+    seen: tuple[int, ...]
+    out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, primitive: Any, params: Any, where: int, n: int, ndim: int) -> "_Meeting":
+        """How an input of `ndim` axes meets a weight of `n` axes."""
+        sides, batches = params["dimension_numbers"]
+        inner, batch = tuple(sides[where]), tuple(batches[where])
+        seen = list(range(n, n + ndim))
+        yours = (*sides[1 - where], *batches[1 - where])
+        for mine, other in zip((*inner, *batch), yours, strict=True):
+            seen[other] = mine
+        kept = [i for i in range(n) if i not in seen]
+        free = [i for i in seen if i >= n]
+        out = (*batch, *kept, *free) if where == 0 else (*batch, *free, *kept)
+        return cls(primitive, tuple(params.items()), where, inner, batch, tuple(seen), out)
 
 
 def multiplied(
@@ -84,57 +118,49 @@ def multiplied(
 ) -> Product:
     """`dot_general`: any axes contracted, any batched."""
     (x,) = others
-    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
-    inner, own = (left, right) if where == 0 else (right, left)
-    batch, own_batch = (left_batch, right_batch) if where == 0 else (right_batch, left_batch)
-    n, outer = len(changed.shape), [*inner, *batch]
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not _separable(changed.changes, inner, outer):
+    meeting = _Meeting.of(primitive, params, where, len(changed.shape), x.ndim)
+    inner, batch = meeting.inner, meeting.batch
+    separable = _separable(changed.changes, inner, (*inner, *batch))
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not separable:
         return Product(None, inner, batch)
-    w = list(LETTERS[:n])
-    xs = list(LETTERS[n : n + x.ndim])
-    for mine, yours in zip(outer, (*own, *own_batch), strict=True):
-        xs[yours] = w[mine]
-    kept = [c for i, c in enumerate(w) if i not in outer]
-    free = [c for i, c in enumerate(xs) if i not in (*own, *own_batch)]
-    shared = [w[i] for i in batch]
-    out = [*shared, *kept, *free] if where == 0 else [*shared, *free, *kept]
-    precision = params["precision"]
+    compute = _product if is_quantized(changed.base) else _jitted_product
+    return Product(compute(changed.settled(), x, meeting), inner, batch)
 
-    def einsum(form: str, *operands: Array) -> Array:
-        return jnp.einsum(form, *(a.astype(x.dtype) for a in operands), precision=precision)
 
-    def branch(change: LowRank, x: Array) -> Array:
-        both = sorted(change.factors, key=lambda f: -len(set(f.axes) & set(inner)))
-        first, second = (f.letters(w) for f in both)
-        needed = {*second, *out}
-        hidden = [c for c in xs if c in needed]
-        hidden += [c for c in first if c in needed and c not in hidden]
-        result = [c for c in out if c in hidden or c in second]
-        middle = "".join(hidden)
-        h = einsum(f"{''.join(xs)},{first}->{middle}", _dropped(change, x), both[0].array)
-        y = einsum(f"{middle},{second}->{''.join(result)}", h, both[1].array)
-        y = jnp.expand_dims(y, [i for i, c in enumerate(out) if c not in result])
-        return _ranged(change, y, changed.shape, lambda axis: out.index(w[axis]))
+def _product(changed: Changed, x: Array, meeting: _Meeting) -> Array:
+    """The product of an input and a changed weight."""
+    primitive, pairs, where, inner, batch, seen, out = meeting
+    params = dict(pairs)
 
-    def on(letters: Sequence[str], factor: Factor, array: Array) -> Array:
-        own = factor.letters(w)
-        order = sorted(range(len(own)), key=lambda i: letters.index(own[i]))
-        by = factor.array.transpose(order).astype(array.dtype)
-        return array * jnp.expand_dims(by, [i for i, c in enumerate(letters) if c not in own])
+    def added(change: LowRank, x: Array, y: Array) -> Array:
+        both = sorted(change.scaled, key=lambda f: -len(set(f.axes) & set(inner)))
+        first, second = (f.cast(x.dtype) for f in both)
+        h = contracted(Factor(x, seen), first, (*second.axes, *out), params["precision"])
+        last = (second, h) if where == 0 else (h, second)
+        part = beside(contracted(*last, out, params["precision"]), out, x.dtype)
+        return _sum(y, _ranged(change, part, changed.shape, out.index))
 
     def on_input(factor: Factor, x: Array) -> Array | None:
         inside = factor.axes and set(factor.axes) <= {*inner, *batch}
-        return on(xs, factor, x) if inside else None
+        return x * beside(factor, seen, x.dtype) if inside else None
 
-    y = _evaluate(
+    return _evaluate(
         changed.changes,
         x,
         lambda x: _unchanged(primitive, changed, [x], params, where),
-        branch,
+        added,
         on_input,
-        lambda factor, y: on(out, factor, y),
+        lambda factor, y: y * beside(factor, out, y.dtype),
     )
-    return Product(y, inner, batch)
+
+
+# So it is traced and differentiated once for all layers that are alike.
+_jitted_product = jax.jit(_product, static_argnums=2, inline=True)
+
+
+def _sum(y: Array, part: Array) -> Array:
+    """y + part in the dtype of y."""
+    return y + cast(part, y.dtype)
 
 
 def _separable(changes: Sequence[Change], inner: Sequence[int], outer: Sequence[int]) -> bool:
@@ -180,18 +206,18 @@ def convolved(
     def along(array: Array, axis: int, ndim: int) -> Array:
         return array.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
-    def branch(change: LowRank, x: Array) -> Array:
-        a, b = sorted(change.factors, key=lambda f: kept in f.axes)
+    def added(change: LowRank, x: Array, y: Array) -> Array:
+        a, b = sorted(change.scaled, key=lambda f: kept in f.axes)
         place = [RANK if axis == kept else axis for axis in range(len(changed.shape))]
         kernel = a.array.transpose([a.axes.index(axis) for axis in place]).astype(x.dtype)
         matrix = (b.array if b.axes[0] == RANK else b.array.T).astype(x.dtype)
-        h = primitive.bind(_dropped(change, x), kernel, **params).astype(x.dtype)
-        y = jnp.moveaxis(
+        h = primitive.bind(x, kernel, **params).astype(x.dtype)
+        part = jnp.moveaxis(
             jnp.matmul(jnp.moveaxis(h, feature, -1), matrix, precision=_one(params["precision"])),
             -1,
             feature,
         )
-        return _ranged(change, y, changed.shape, lambda axis: feature)
+        return _sum(y, _ranged(change, part, changed.shape, lambda axis: feature))
 
     def on_input(factor: Factor, x: Array) -> Array | None:
         if factor.axes != (inner[0],):
@@ -205,7 +231,7 @@ def convolved(
         changed.changes,
         x,
         lambda x: _unchanged(primitive, changed, [x], params, where),
-        branch,
+        added,
         on_input,
         on_output,
     )
@@ -236,19 +262,19 @@ def grouped(
     if where != 1 or given != usual or not fits or not jnp.issubdtype(x.dtype, jnp.floating):
         return Product(None, (1,), (0,)) if (where, given) == (1, usual) else Product(None)
 
-    def branch(change: LowRank, x: Array) -> Array:
-        a, b = sorted(change.factors, key=lambda f: 2 in f.axes)
+    def added(change: LowRank, x: Array, y: Array) -> Array:
+        a, b = sorted(change.scaled, key=lambda f: 2 in f.axes)
         left = a.array.transpose([a.axes.index(i) for i in (0, 1, RANK)]).astype(x.dtype)
         right = b.array.transpose([b.axes.index(i) for i in (0, RANK, 2)]).astype(x.dtype)
-        h = primitive.bind(_dropped(change, x), left, *sizes, **params).astype(x.dtype)
-        y = primitive.bind(h, right, *sizes, **params)
-        return _ranged(change, y, changed.shape, lambda axis: 1)
+        h = primitive.bind(x, left, *sizes, **params).astype(x.dtype)
+        part = primitive.bind(h, right, *sizes, **params)
+        return _sum(y, _ranged(change, part, changed.shape, lambda axis: 1))
 
     y = _evaluate(
         changed.changes,
         x,
         lambda x: _unchanged(primitive, changed, [x, *sizes], params, where),
-        branch,
+        added,
         lambda factor, x: None,
         lambda factor, y: y,
     )

@@ -1,0 +1,151 @@
+"""Times tracing of deep models with LoRA, beside tracing of their bases.
+
+Tracing is Python's work before XLA compiles: `jax.make_jaxpr` of the outputs, and of the gradient
+of what trains; of a base alone that is every parameter. The caches of jax are cleared before each.
+Models are abstract. Tracing is one thread's work, so its CPU time is measured, without Python's
+garbage collector, as `timeit` does. `by hand` is a Llama whose linear layers compute
+`x W + (x A) (s B)` in their own code.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.models.bert import BertClassifier, BertConfig
+from adapters_jax.models.llama import Llama, LlamaConfig
+from benchmarks.harness import Spread, interleave, ratio
+from benchmarks.report import Report
+
+SLACK, RANK, SCALE = 1.3, 8, 2.0
+BASE, HAND = "none", "by hand on all linear layers"
+TARGETS = {
+    "LoRA on q, v": "**/attention/{query,value}",
+    "LoRA on q, k, v": "**/attention/{query,key,value}",
+    "LoRA on all linear layers": "**/layer*/**",
+}
+RECIPES = {
+    name: aj.Recipe(aj.LoRA(targets, RANK, alpha=SCALE * RANK)) for name, targets in TARGETS.items()
+}
+IDS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+Traces = dict[str, Callable[[], Any]]
+
+
+def linen_sides(layers: int) -> dict[str, Traces]:
+    """BERT, alone and with LoRA."""
+    config = BertConfig(30522, 768, layers, 12, 3072, max_position_embeddings=512)
+    base = BertClassifier(config, 2)
+    params = jax.eval_shape(base.init, jax.random.key(0), IDS)["params"]
+    sides = {BASE: _linen(base, params, {})}
+    for name, recipe in RECIPES.items():
+        model = aj.adapt(base, recipe)
+        whole = aj.init_adapters(model, params, jax.random.key(0), IDS)
+        sides[name] = _linen(model, *aj.partition(whole, recipe))
+    return sides
+
+
+def _linen(model: Any, trained: Any, frozen: Any) -> Traces:
+    def outputs(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
+        return model.apply({"params": aj.merge_trees(trained, frozen)}, ids)
+
+    return traces(outputs, trained, frozen)
+
+
+class Projection(nnx.Linear):
+    """A linear layer with LoRA in its code."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x) + x @ self.a[...] @ (SCALE * self.b[...])
+
+
+class Factor(nnx.Param):
+    """A factor of LoRA."""
+
+
+def nnx_sides(layers: int) -> dict[str, Traces]:
+    """A Llama, alone, with LoRA, and with LoRA by hand."""
+    config = LlamaConfig(32000, 4096, 11008, layers, 32)
+
+    def by_hand() -> Llama:
+        model = Llama(config, rngs=nnx.Rngs(0))
+        for path, module in list(nnx.iter_modules(model)):
+            if isinstance(module, nnx.Linear) and path[0] == "layers":
+                fan_in, fan_out = module.kernel.shape
+                module.__class__ = Projection
+                module.a = Factor(jnp.zeros((fan_in, RANK)))
+                module.b = Factor(jnp.zeros((RANK, fan_out)))
+        return model
+
+    base = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    sides = {BASE: _nnx(base, nnx.Param), HAND: _nnx(nnx.eval_shape(by_hand), Factor)}
+    for name, recipe in RECIPES.items():
+        model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
+        sides[name] = _nnx(model, aj.nnx.AdapterParam)
+    return sides
+
+
+def _nnx(model: nnx.Module, trains: type[nnx.Param]) -> Traces:
+    parts: Any = nnx.split(model, trains, ...)
+    graphdef, trained, frozen = parts
+
+    def outputs(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, trained, frozen)(ids)
+
+    return traces(outputs, trained, frozen)
+
+
+def traces(outputs: Callable[..., jax.Array], trained: Any, frozen: Any) -> Traces:
+    """What is timed, by name."""
+
+    def gradient(trained: Any, frozen: Any, ids: jax.Array) -> Any:
+        return jax.value_and_grad(lambda trained: outputs(trained, frozen, ids).sum())(trained)
+
+    return {
+        "outputs": lambda: jax.make_jaxpr(outputs)(trained, frozen, IDS),
+        "gradient": lambda: jax.make_jaxpr(gradient)(trained, frozen, IDS),
+    }
+
+
+def seconds_of(trace: Callable[[], Any]) -> float:
+    """The seconds of one trace, of which nothing is cached."""
+    jax.clear_caches()
+    gc.collect()
+    gc.disable()
+    start = time.process_time()
+    trace()
+    took = time.process_time() - start
+    gc.enable()
+    return took
+
+
+MODELS = {"BERT, linen": linen_sides, "Llama, NNX": nnx_sides}
+
+
+def run(report: Report, quick: bool) -> None:
+    """Runs the whole benchmark; with two layers if quick."""
+    layers, rounds = (2, 2) if quick else (32, 9)
+    for name, make in MODELS.items():
+        sides = make(layers)
+        for what in ("outputs", "gradient"):
+            _compare(report, f"{name}, {what}", {k: v[what] for k, v in sides.items()}, rounds)
+
+
+def _compare(
+    report: Report, what: str, sides: Mapping[str, Callable[[], Any]], rounds: int
+) -> None:
+    """Times the sides in turn."""
+    equations = {name: len(trace().jaxpr.eqns) for name, trace in sides.items()}
+    runs = {name: lambda trace=trace: seconds_of(trace) for name, trace in sides.items()}
+    seconds = interleave(runs, rounds)
+    report.samples(what, seconds)
+    for name, took in seconds.items():
+        over = ratio(seconds, name, BASE)
+        row = {"equations": equations[name], "seconds": Spread.of(took), "of the base's": over}
+        report.add("Tracing", of=what, adapters=name, **row)
+        if name in RECIPES:
+            report.claim(f"time to trace {what}, {name} / {BASE}", over, SLACK)
