@@ -3,6 +3,7 @@
 from adapters_jax import linen, nnx
 from adapters_jax.abstract import inputs
 from adapters_jax.adapt import adapt
+from adapters_jax.attention.registry import register_attention
 from adapters_jax.audit import Audit, audit
 from adapters_jax.distributed.hosts import join_hosts
 from adapters_jax.distributed.mesh import ShardingError, local_rows, make_mesh, shard_batch
@@ -63,7 +64,6 @@ from adapters_jax.transforms.merge import merge, unmerge
 from adapters_jax.transforms.quantize import dequantize, quantize
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
 from adapters_jax.trees import merge_trees, partition
-from adapters_jax.weights.attention import register_attention
 
 __all__ = [
     "IA3",

@@ -297,6 +297,25 @@ def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:
         )
 
 
+def check_nested(found: Sequence[Attached]) -> None:
+    """Checks that no attention is adapted twice by one method, at its module and around it.
+
+    Raises:
+        TargetError: a prompt is attached to a module and to one inside it.
+    """
+    prompts = [each for each in found if each.method.acts_on == "attention"]
+    places = {(each.method, each.module) for each in prompts}
+    for each in prompts:
+        names = each.module.split("/")
+        for i in range(1, len(names)):
+            around = "/".join(names[:i])
+            if (each.method, around) in places:
+                raise TargetError(
+                    f"{type(each.method).__name__}: the targets {around} and {each.module} hold "
+                    f"the same attention; exclude one of them, as with '!{around}'"
+                )
+
+
 _SHOWN = 5
 
 

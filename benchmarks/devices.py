@@ -25,14 +25,14 @@ COMPILED = """
 import json, sys, jax, jax.numpy as jnp, optax
 from flax import nnx
 import adapters_jax as aj
-from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.distributed.plan import abstract_state
 from benchmarks.collectives import collective_bytes
 
 layers, d, batch, length = json.loads(sys.argv[1])
-config = LlamaConfig(8192, d, 4 * d, num_hidden_layers=layers, num_attention_heads=d // 64)
+config = DecoderConfig(8192, d, 4 * d, num_hidden_layers=layers, num_attention_heads=d // 64)
 model = nnx.eval_shape(lambda: aj.adapt(
-    Llama(config, rngs=nnx.Rngs(0)), aj.lora(8), rngs=nnx.Rngs(1)))
+    Decoder(config, rngs=nnx.Rngs(0)), aj.lora(8), rngs=nnx.Rngs(1)))
 ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 def loss(model, ids, key):

@@ -17,14 +17,14 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.models import generation as generation
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder
 from adapters_jax.pretrained.assets import cached
 from adapters_jax.trees import flatten
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of
 from benchmarks.report import Report
 
-SMOLLM2 = LlamaConfig(
+SMOLLM2 = DecoderConfig(
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
@@ -43,7 +43,7 @@ STEP_SLACK, DECODE_SLACK = 1.03, 1.08
 class Size:
     """The sizes of a benchmark."""
 
-    config: LlamaConfig = SMOLLM2
+    config: DecoderConfig = SMOLLM2
     batch: int = 4
     length: int = 256
     prompt: int = 32
@@ -65,7 +65,7 @@ class Size:
         return jnp.asarray(rng.integers(0, self.config.vocab_size, shape), jnp.int32)
 
 
-def adapted(base: Llama, recipe: aj.Recipe, seed: int = 1) -> Any:
+def adapted(base: Decoder, recipe: aj.Recipe, seed: int = 1) -> Any:
     """The base with adapters that have noise on every leaf, so that a wrong scale shows."""
     model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def ours(model: Any, ids: jax.Array) -> Side:
     return Side(advance, state, lowered, state.adapters)
 
 
-def by_hand(model: Any, config: LlamaConfig, ids: jax.Array) -> Side:
+def by_hand(model: Any, config: DecoderConfig, ids: jax.Array) -> Side:
     _, trained, frozen = nnx.split(model, aj.nnx.AdapterParam, ...)
     adapters, base = jax.tree.map(jnp.copy, flatten(trained)), flatten(frozen)
     step, opt_state = step_of(config, TX), TX.init(adapters)
@@ -127,7 +127,7 @@ def check_equal(sides: dict[str, Side], steps: int = 3) -> None:
             raise ValueError(f"the sides differ at step {i}: trainable {counts}, losses {losses}")
 
 
-def run_steps(report: Report, size: Size, base: Llama) -> None:
+def run_steps(report: Report, size: Size, base: Decoder) -> None:
     """Times our step and the one written by hand, for each recipe."""
     ids = size.ids(size.length)
     for name, recipe in size.recipes.items():
@@ -155,7 +155,7 @@ def program(model: Any, ids: jax.Array, tokens: int) -> Any:
     return generation._generate.lower(*nnx.split(model), ids, mask, sampling, tokens)
 
 
-def run_decode(report: Report, size: Size, base: Llama) -> None:
+def run_decode(report: Report, size: Size, base: Decoder) -> None:
     """Times decoding and compiling of the base, of LoRA, and of merged LoRA."""
     ids = size.ids(size.prompt, batch=1)
     lora = adapted(base, size.recipes["LoRA r=8 on q, v"])
@@ -200,7 +200,7 @@ def run(report: Report, quick: bool) -> None:
     """Runs the whole benchmark; at toy sizes if quick."""
     size = Size(TINY, batch=2, length=8, prompt=4, tokens=3, rounds=2) if quick else Size()
     weights = None if quick else cached("smollm2-135m")
-    base = load_llama(weights)[1] if weights else Llama(size.config, rngs=nnx.Rngs(0))
+    base = load_decoder(weights)[1] if weights else Decoder(size.config, rngs=nnx.Rngs(0))
     report.add("Base", weights="SmolLM2-135M-Instruct" if weights else "random")
     run_steps(report, size, base)
     run_decode(report, size, base)

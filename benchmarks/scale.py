@@ -12,8 +12,8 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.distributed.plan import abstract_state
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
-from adapters_jax.models.llama import Llama, LlamaConfig
 from benchmarks import devices
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report
@@ -42,8 +42,8 @@ class Deep:
         if self.api == "linen":
             config = GPT2Config(VOCAB, LENGTH, WIDTH, self.layers, HEADS)
             return GPT2(config, scan=self.scan)
-        size = LlamaConfig(VOCAB, WIDTH, 3 * WIDTH, self.layers, HEADS)
-        return nnx.eval_shape(lambda: Llama(size, scan=self.scan, rngs=nnx.Rngs(0)))
+        size = DecoderConfig(VOCAB, WIDTH, 3 * WIDTH, self.layers, HEADS)
+        return nnx.eval_shape(lambda: Decoder(size, scan=self.scan, rngs=nnx.Rngs(0)))
 
     def state(self) -> aj.TrainState:
         """The training state of the adapted model."""

@@ -80,7 +80,7 @@ def linen_case(subject: Subject, name: str) -> Case:
 
 def llama_case(size: llama.Size) -> Case:
     """Makes the case of a decoder in NNX."""
-    base, name = llama.Llama(size.config, rngs=nnx.Rngs(0)), "LoRA r=8 on q, v"
+    base, name = llama.Decoder(size.config, rngs=nnx.Rngs(0)), "LoRA r=8 on q, v"
     first, second = (
         aj.TrainState.create(
             llama.adapted(base, size.recipes[name], seed), tx=llama.TX, key=jax.random.key(0)

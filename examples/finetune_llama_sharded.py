@@ -20,9 +20,9 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama
+from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder
 
-TOY = LlamaConfig(
+TOY = DecoderConfig(
     vocab_size=256,
     hidden_size=64,
     intermediate_size=128,
@@ -46,23 +46,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama, np.ndarray]:
+def load(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Decoder, np.ndarray]:
     """The base on the mesh, and the text as sequences of tokens, (rows, length)."""
     dtype, text = jnp.dtype(options.dtype), Path(options.text).read_text(encoding="utf-8")
     if options.model is None:
-        new = partial(Llama, TOY, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        new = partial(Decoder, TOY, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
         base, tokens = aj.shard(new(), mesh), list(text.encode())
     else:
         import tokenizers
 
-        _, base = load_llama(options.model, dtype=dtype, param_dtype=dtype, mesh=mesh)
+        _, base = load_decoder(options.model, dtype=dtype, param_dtype=dtype, mesh=mesh)
         file = str(Path(options.model, "tokenizer.json"))
         tokens = tokenizers.Tokenizer.from_file(file).encode(text).ids
     rows = len(tokens) // options.length
     return base, np.array(tokens[: rows * options.length], np.int32).reshape(rows, -1)
 
 
-def loss_fn(model: Llama, ids: jax.Array, key: jax.Array) -> jax.Array:
+def loss_fn(model: Decoder, ids: jax.Array, key: jax.Array) -> jax.Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(
         model(ids[:, :-1]).astype(jnp.float32), ids[:, 1:]
     )

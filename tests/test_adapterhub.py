@@ -24,9 +24,9 @@ from adapters_jax.interop.adapterhub import (
     load_adapterhub,
     save_adapterhub,
 )
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, decoder, gpt2
 from adapters_jax.models.bert import classifier
-from adapters_jax.models.llama import Llama
+from adapters_jax.models.decoder import Decoder
 from adapters_jax.trees import flatten, unflatten
 
 BASES = Path(__file__).parent / "fixtures"
@@ -56,10 +56,10 @@ def base_of(base, pooling="pooler"):
     if base == "gpt2":
         config, params = gpt2.load_gpt2(BASES / "gpt2")
         return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
-    _, model = llama.load_llama(BASES / "llama")
+    _, model = decoder.load_decoder(BASES / "llama")
     inputs = inputs_of("llama")
     inputs["positions"] = inputs.pop("position_ids")
-    return llama.NAMES, model, model, inputs
+    return decoder.NAMES, model, model, inputs
 
 
 def of_fixture(fixture):
@@ -76,7 +76,7 @@ def loaded(fixture, **options):
 def logits_of(of, recipe, adapters, tmp_path, by_file=True):
     """The logits of an adapted model, loaded from our own adapter files or merged by hand."""
     _, model, params, inputs = of
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         directory = aj.save_adapter(tmp_path / "ours", adapters, recipe)
         return aj.load_adapter(directory, model, None, *inputs.values())(**inputs)
     adapted = aj.adapt(model, recipe)
@@ -90,7 +90,7 @@ def logits_of(of, recipe, adapters, tmp_path, by_file=True):
 def plain_logits(of, changed):
     """The logits of the base with some of its parameters changed."""
     _, model, params, inputs = of
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         return model(**inputs)
     return model.apply({"params": unflatten(flatten(params) | changed)}, **inputs)
 

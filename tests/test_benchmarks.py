@@ -121,7 +121,7 @@ def test_ours_and_by_hand_do_equal_work(case):
 @pytest.mark.slow
 def test_the_decoder_by_hand_does_equal_work():
     size = llama.Size(replace(llama.TINY, num_hidden_layers=2), batch=2, length=6)
-    base, ids = llama.Llama(size.config, rngs=nnx.Rngs(0)), size.ids(size.length)
+    base, ids = llama.Decoder(size.config, rngs=nnx.Rngs(0)), size.ids(size.length)
     for recipe in size.recipes.values():
         model = llama.adapted(base, recipe)
         sides = {"ours": llama.ours(model, ids), "by hand": llama.by_hand(model, size.config, ids)}

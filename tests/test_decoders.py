@@ -15,9 +15,9 @@ from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.tiny import CHAT, FOODS, write_llama, write_meanings
+from test_decoder_model import TINY, build
 from test_generate import shaken
 from test_gguf import tensors_of, write
-from test_llama import TINY, build
 
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
@@ -33,9 +33,9 @@ from adapters_jax.data.tables import Table
 from adapters_jax.errors import RecipeError, TargetError, UserError
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.pretrained.decoder import load_decoder
+from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
 from adapters_jax.tasks.prompts import Prompts, encode_table
@@ -206,10 +206,12 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_pa
     assert json.loads(printed) == {"out": out.as_posix(), "files": files}
     ids = jnp.array([[4, 9, 5, 6]])
     adapted = full_pass(load_generator(f"runs/{name}").model, ids)
-    merged, base = (full_pass(load_llama(path)[1], ids) for path in (out, "tiny"))
+    merged, base = (full_pass(load_decoder(path)[1], ids) for path in (out, "tiny"))
     np.testing.assert_allclose(merged, adapted, atol=1e-4)
     assert np.abs(base - adapted).max() > 0.01
-    assert load_decoder(str(out)).chat("food Thai") == load_decoder("tiny").chat("food Thai")
+    assert load_pretrained_decoder(str(out)).chat("food Thai") == load_pretrained_decoder(
+        "tiny"
+    ).chat("food Thai")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
@@ -233,9 +235,9 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     model = build(replace(TINY, intermediate_size=32, rope_theta=500.0, rms_norm_eps=1e-5))
     fields = {"llama.context_length": 99, "tokenizer.ggml.bos_token_id": 1}
     path = write(tmp_path / "tiny.gguf", tensors_of(model), **fields)
-    decoder = load_decoder(str(path))
+    decoder = load_pretrained_decoder(str(path))
     write_checkpoint(tmp_path / "merged", decoder, decoder.model)
-    again = load_decoder(str(tmp_path / "merged"))
+    again = load_pretrained_decoder(str(tmp_path / "merged"))
     assert again.end == decoder.end == 0
     assert again.chat("ab12") == decoder.chat("ab12") == "<|user|>ab12<|end|><|user|>"
     assert again.tokenizer.encode("ab 12.").ids == decoder.tokenizer.encode("ab 12.").ids
@@ -264,7 +266,7 @@ def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jin
     tiny = write_llama(tmp_path / "tiny", chat_template=template, num_hidden_layers=1)
     if jinja is not None:
         (tiny / "chat_template.jinja").write_text(jinja)
-    decoder = load_decoder(str(tiny))
+    decoder = load_pretrained_decoder(str(tiny))
     assert decoder.chat_template == expected
     if expected is None:
         with raises(UserError, tiny, "--no-chat"):
@@ -272,7 +274,7 @@ def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jin
 
 
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
-    decoder = load_decoder(str(directory / "tiny"))
+    decoder = load_pretrained_decoder(str(directory / "tiny"))
     table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
     (example,), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
@@ -382,7 +384,7 @@ def test_an_adapter_that_changes_no_weight_is_not_merged(command, fails, tmp_pat
     shutil.copytree("runs/lora", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     recipe = aj.LlamaAdapter("layers/0/attention", 2)
-    adapted = shaken(load_decoder("tiny").model, recipe)
+    adapted = shaken(load_pretrained_decoder("tiny").model, recipe)
     aj.save_adapter(tmp_path / "run" / "adapter", nnx.state(adapted, AdapterParam), recipe)
     words = f"merge {tmp_path / 'run'} --out {tmp_path / 'merged'}"
     fails(words, RecipeError, "LlamaAdapter", "layers/0/attention")

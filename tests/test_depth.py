@@ -19,10 +19,10 @@ from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterR
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.interop.names import Stored, from_tensors, to_tensors
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, decoder, gpt2
 from adapters_jax.models.bert import classifier
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.generation import generate
-from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.models.parts import blocks
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, unflatten
@@ -32,7 +32,7 @@ LINEN = {
     "bert": (bert.NAMES, bert.load_bert, bert.Bert),
     "gpt2": (gpt2.NAMES, gpt2.load_gpt2, gpt2.GPT2),
 }
-NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": llama.NAMES}
+NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": decoder.NAMES}
 RECIPE = aj.Recipe(
     aj.LoRA("**/attention/{query,value}", 2, alpha=6.0),
     aj.LlamaAdapter("**/attention", 3),
@@ -55,7 +55,7 @@ def inputs_of(name):
 def loaded(name, scan, remat=False):
     """A model and its parameters; those of NNX are its state."""
     if name == "llama":
-        model = llama.load_llama(FIXTURES / name, scan=scan, remat=remat)[1]
+        model = decoder.load_decoder(FIXTURES / name, scan=scan, remat=remat)[1]
         return model, nnx.state(model, nnx.Param)
     _, load, cls = LINEN[name]
     config, params = load(FIXTURES / name, scan=scan)
@@ -117,7 +117,7 @@ def test_every_layer_begins_by_itself():
     tiny = gpt2.GPT2Config(11, 4, 4, 2, 1)
     init = jax.jit(gpt2.GPT2(tiny, scan=True).init)
     params = init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
-    llama = nnx.jit(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
+    llama = nnx.jit(lambda: Decoder(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
     for kernel in (
         params["layers"]["attention"]["query"]["kernel"],
         llama.layers.attention.query.kernel[...],
@@ -201,7 +201,7 @@ def products(name, scan, remat):
     model, params = loaded(name, scan)
     ids = jnp.ones((1, 4), int)
     if name == "llama":
-        new = lambda: Llama(model.config, scan=scan, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+        new = lambda: Decoder(model.config, scan=scan, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
         graphdef = nnx.split(nnx.eval_shape(new))[0]
         run = lambda params: nnx.merge(graphdef, params, copy=True)(ids)  # noqa: E731
     else:
@@ -219,7 +219,7 @@ def test_policies_choose_what_is_computed_again(name, scan):
 
 def test_an_unknown_policy_is_refused():
     with raises(aj.UserError, "remat='dots'", "'dots_saveable'"):
-        Llama(LlamaConfig(num_hidden_layers=1), remat="dots", rngs=nnx.Rngs(0))
+        Decoder(DecoderConfig(num_hidden_layers=1), remat="dots", rngs=nnx.Rngs(0))
     with raises(aj.UserError, "remat='dots'", "'dots_saveable'"):
         jax.eval_shape(
             gpt2.GPT2(gpt2.GPT2_SMALL, remat="dots").init, jax.random.key(0), jnp.ones((1, 2), int)
@@ -230,7 +230,7 @@ def test_generation_with_a_stacked_cache():
     prompts, mask = jnp.array([[9, 9, 3, 4], [5, 6, 7, 8]]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     recipe = aj.Recipe(RECIPE.methods[:2])
     scanned, _, trained = adapted("llama", True, recipe)
-    model, _, _ = adapted("llama", False, recipe, aj.unstack_layers(trained, llama.NAMES))
+    model, _, _ = adapted("llama", False, recipe, aj.unstack_layers(trained, decoder.NAMES))
     expected = generate(model, prompts, mask, max_new_tokens=6)
     got = generate(scanned, prompts, mask, max_new_tokens=6)
     assert got.ids.tolist() == expected.ids.tolist()
@@ -261,7 +261,7 @@ def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
 
 
 def test_a_file_of_unrolled_layers_goes_onto_scanned_ones(tmp_path):
-    names, ids = llama.NAMES, inputs_of("llama")["input_ids"]
+    names, ids = decoder.NAMES, inputs_of("llama")["input_ids"]
     model, _, trained = adapted("llama", False)
     state = aj.TrainState.create(model, tx=optax.sgd(0.1), key=jax.random.key(0))
     saved = aj.save_adapter(tmp_path / "unrolled", state)
@@ -483,7 +483,7 @@ def base_of(name):
 
 
 def test_layers_by_number_are_for_unrolled_models():
-    scanned = nnx.eval_shape(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))
+    scanned = nnx.eval_shape(lambda: Decoder(LLAMA, scan=True, rngs=nnx.Rngs(0)))
     every = aj.llama_adapter()
     assert aj.audit(aj.adapt(scanned, every, rngs=nnx.Rngs(0))).adapter_parameters == 2 * (80 + 2)
     assert aj.audit(aj.adapt(scanned, aj.prefix_tuning(5), rngs=nnx.Rngs(0))).entries[0].path == (
@@ -502,12 +502,12 @@ def test_layers_by_number_are_for_unrolled_models():
     assert "scan=False" not in str(error.value)
 
 
-LLAMA = LlamaConfig(11, 8, 12, 2, 2)
+LLAMA = DecoderConfig(11, 8, 12, 2, 2)
 
 
 def test_a_checkpoint_is_read_layer_by_layer():
     mesh = aj.make_mesh("data=-1")
-    model = nnx.eval_shape(lambda: Llama(LLAMA, scan=True, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(LLAMA, scan=True, rngs=nnx.Rngs(0)))
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "data"))
     plain = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -518,7 +518,7 @@ def test_a_checkpoint_is_read_layer_by_layer():
         shapes,
     )
     tree = drawn_like(shapes)
-    arrays = to_tensors(tree, llama.NAMES)
+    arrays = to_tensors(tree, decoder.NAMES)
     assert arrays["model.layers.1.mlp.down_proj.weight"].shape == (8, 12)
     read = []
 
@@ -529,7 +529,7 @@ def test_a_checkpoint_is_read_layer_by_layer():
 
         return Stored(arrays[name].shape, fetch)
 
-    got = from_tensors({name: stored(name) for name in arrays}, llama.NAMES, like)
+    got = from_tensors({name: stored(name) for name in arrays}, decoder.NAMES, like)
     jax.tree.map(
         lambda x, y, z: np.testing.assert_array_equal(x, y.astype(z.dtype)), got, tree, like
     )
@@ -537,4 +537,4 @@ def test_a_checkpoint_is_read_layer_by_layer():
     assert sorted(read) == sorted(arrays)
     del arrays["model.layers.1.mlp.up_proj.weight"]
     with raises(aj.MismatchError, "1 missing: layers/1/mlp/up/kernel (layers.1.mlp"):
-        from_tensors(arrays, llama.NAMES, like)
+        from_tensors(arrays, decoder.NAMES, like)

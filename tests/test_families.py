@@ -4,13 +4,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from flax import nnx
 from helpers.arrays import read_arrays
 from helpers.errors import raises
 from helpers.tiny import write_llama, write_meanings, write_model
@@ -18,10 +15,8 @@ from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.distributed.sharding import laid_out
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import from_tensors
-from adapters_jax.models import FAMILIES, KNOWN, family_of, llama
+from adapters_jax.models import FAMILIES, KNOWN, family_of
+from adapters_jax.models.decoder import ARCHITECTURES, decoder_family
 from adapters_jax.pretrained.base_model import load_base_model
 from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.pretrained.locate import find_family, is_decoder, sha256_of
@@ -30,29 +25,11 @@ from adapters_jax.trees import unflatten
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@dataclass(frozen=True)
-class OtherConfig(llama.LlamaConfig):
-    """A Llama under another name."""
-
-    supported: ClassVar = {**llama.LlamaConfig.supported, "model_type": ("other",)}
-
-
-def load_other(files, **options):
-    """The configuration and the model of a directory."""
-    config = OtherConfig.from_json(files / "config.json")
-    model = llama.FAMILY.build(config, **options)
-    tensors, like = huggingface.read_tensors(files), laid_out(nnx.state(model), None, None)
-    nnx.update(model, from_tensors(tensors, llama.NAMES, like))
-    return config, model
-
-
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 OTHER = dataclasses.replace(
-    llama.FAMILY,
-    name="other",
-    config=OtherConfig,
-    load=load_other,
-    prefixes={"other": "model."},
-    known={"other-tiny": OtherConfig(64, 16, 24, 2, 4)},
+    ARCHITECTURES["llama"],
+    model_type="other",
+    known={"other-tiny": {**TINY, "num_attention_heads": 4}},
 )
 
 
@@ -64,7 +41,8 @@ def other(monkeypatch, tmp_path):
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "other"}))
     assert main(["audit", "--model", "base"]) == 2  # nothing reads it yet
-    monkeypatch.setitem(FAMILIES, "other", OTHER)
+    monkeypatch.setitem(ARCHITECTURES, "other", OTHER)
+    monkeypatch.setitem(FAMILIES, "other", decoder_family(OTHER))
     return path.parent
 
 
@@ -81,7 +59,7 @@ def run(capsys):
 
 def test_a_record_is_enough_for_every_command(other, run, capsys):
     capsys.readouterr()
-    assert find_family("base") is OTHER
+    assert find_family("base").name == "other"
     assert is_decoder("base")
     lora = "--method lora --rank 2"
     counts = run(f"audit --model base {lora}")

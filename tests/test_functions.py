@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 from scipy.special import expit, ndtr
 
-from adapters_jax.models.llama.model import RMSNorm
+from adapters_jax.models.decoder.layers import RMSNorm
 from adapters_jax.models.parts import functions
 from adapters_jax.models.parts.layers import LayerNorm
 

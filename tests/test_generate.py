@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from helpers.arrays import drawn_like
 from helpers.errors import raises
-from test_llama import TINY, build
+from test_decoder_model import TINY, build
 
 import adapters_jax as aj
 from adapters_jax.models import generation as module
@@ -274,5 +274,5 @@ def test_shapes_that_do_not_fit_raise(model):
 
 
 def test_only_decoders_generate():
-    with raises(TypeError, "generate", "Linear", "Llama"):
+    with raises(TypeError, "generate", "Linear", "Decoder"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LEFT[0], max_new_tokens=1)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.errors import raises
-from test_llama import TINY, build
+from test_decoder_model import TINY, build
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
 from adapters_jax.interop import chat
 from adapters_jax.interop.gguf import find_gguf, read_gguf
 from adapters_jax.interop.gguf.tensors import half_split
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.pretrained.assets import cached
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
@@ -144,7 +144,7 @@ def file(tensors, tmp_path):
 
 
 def test_a_file_is_the_model_it_was_written_from(model, file, tensors):
-    config, loaded = load_llama(file)
+    config, loaded = load_decoder(file)
     assert replace(config, rms_norm_eps=1e-5, head_dim=None) == CONFIG
     assert config.rms_norm_eps == pytest.approx(1e-5)
     expected, got = nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(loaded))
@@ -158,7 +158,7 @@ def test_a_file_is_the_model_it_was_written_from(model, file, tensors):
 
 def test_a_directory_with_one_file_and_an_open_file_load_alike(model, file):
     for source in (file.parent, read_gguf(file)):
-        _, loaded = load_llama(source, param_dtype=jnp.bfloat16)
+        _, loaded = load_decoder(source, param_dtype=jnp.bfloat16)
         kernel = loaded.layers[0].mlp.output.kernel[...]
         np.testing.assert_array_equal(kernel, model.layers[0].mlp.output.kernel[...])
     (file.parent / "config.json").write_text("{}")
@@ -166,12 +166,12 @@ def test_a_directory_with_one_file_and_an_open_file_load_alike(model, file):
     (file.parent / "config.json").unlink()
     (file.parent / "other.gguf").write_bytes(b"")
     with raises(UserError, file.parent, "other.gguf, tiny.gguf"):
-        load_llama(file.parent)
+        load_decoder(file.parent)
 
 
 def test_without_an_output_the_embeddings_are_tied(tensors, tmp_path):
     rest = {name: weight for name, weight in tensors.items() if name != "output.weight"}
-    config, loaded = load_llama(write(tmp_path / "tied.gguf", rest))
+    config, loaded = load_decoder(write(tmp_path / "tied.gguf", rest))
     assert config.tie_word_embeddings
     assert not hasattr(loaded, "head")
 
@@ -245,7 +245,7 @@ def test_unsupported_files_raise_an_error_that_names_the_fields(
 ):
     path = write(tmp_path / "wrong.gguf", tensors, architecture, **changes)
     with raises(UserError, *data):
-        load_llama(path)
+        load_decoder(path)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_tensors_of_another_shape_or_name_are_named(tmp_path, tensors):
     changed["blk.0.attn_q.weight"] = changed["blk.0.attn_q.weight"][:8]
     name = "layers.0.self_attn.q_proj.weight"
     with raises(MismatchError, "1 unexpected", "rope_freqs.weight", name, [8, 16], [16, 16]):
-        load_llama(write(tmp_path / "odd.gguf", changed))
+        load_decoder(write(tmp_path / "odd.gguf", changed))
     for rows in (7, 6):
         with raises(UserError, "blk.0.attn_q", rows, 2):
             half_split(np.ones((rows, 16)), heads=2, name="blk.0.attn_q")
@@ -304,12 +304,12 @@ def test_a_field_that_is_not_utf8_is_damage(file):
 def test_weights_that_are_no_floats_are_named(tmp_path, tensors):
     integers = tensors | {"output_norm.weight": np.ones(16, np.int32)}
     with raises(UserError, "output_norm.weight", "I32"):
-        load_llama(write(tmp_path / "integers.gguf", integers))
+        load_decoder(write(tmp_path / "integers.gguf", integers))
 
 
 def test_an_absent_file_and_an_absent_package(file, monkeypatch):
     with raises(UserError, "'no.gguf'"):
-        load_llama("no.gguf")
+        load_decoder("no.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with raises(MissingPackageError, file.name, "gguf", "adapters-jax[finetune]"):
         read_gguf(file)
@@ -327,7 +327,7 @@ def test_smollm2_reads_wikitext_as_well_as_it_should():
     tokenizer, text = opened.tokenizer(), WIKITEXT.read_text(encoding="utf-8")[1000:9000]
     tokens = tokenizer.encode(text).ids
     assert tokenizer.decode(tokens) == text
-    _, model = load_llama(opened)
+    _, model = load_decoder(opened)
 
     @nnx.jit
     def perplexity(model, ids):

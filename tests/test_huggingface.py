@@ -19,8 +19,8 @@ from adapters_jax.errors import MismatchError, MissingPackageError, UserError
 from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.models.gpt2 import load_gpt2
-from adapters_jax.models.llama import load_llama
 from adapters_jax.transforms.stacking import Stack
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -174,10 +174,10 @@ def test_shards_are_one_checkpoint(tiny):
 
 def test_a_sharded_llama_is_the_whole_one(tmp_path):
     whole = shutil.copytree(FIXTURES / "llama", tmp_path / "llama")
-    _, expected = load_llama(whole)
+    _, expected = load_decoder(whole)
     shard(whole)
     assert len(list(whole.glob("part-*.safetensors"))) == 2
-    _, parts = load_llama(whole)
+    _, parts = load_decoder(whole)
     assert_same_tree(nnx.to_pure_dict(nnx.state(parts)), nnx.to_pure_dict(nnx.state(expected)))
 
 
@@ -228,7 +228,7 @@ def test_a_pooler_that_is_asked_for_must_be_there():
     [
         (load_bert, "gpt2", "BertConfig"),
         (load_gpt2, "llama", "GPT2Config"),
-        (load_llama, "bert", "LlamaConfig"),
+        (load_decoder, "bert", "DecoderConfig"),
     ],
 )
 def test_another_architecture_is_recognised_by_its_config(load, name, config):

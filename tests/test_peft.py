@@ -21,9 +21,9 @@ from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tens
 from adapters_jax.interop.peft import CONFIG, PICKLE, TENSORS, load_peft, save_peft
 from adapters_jax.interop.peft.config import is_target
 from adapters_jax.interop.peft.ia3 import scales_input
-from adapters_jax.models import bert, gpt2, llama
+from adapters_jax.models import bert, decoder, gpt2
 from adapters_jax.models.bert import classifier
-from adapters_jax.models.llama import Llama
+from adapters_jax.models.decoder import Decoder
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 
@@ -92,10 +92,10 @@ def base_of(fixture):
         config, params = gpt2.load_gpt2(BASES / "gpt2")
         return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
     if kind == "llama":
-        _, model = llama.load_llama(BASES / "llama")
+        _, model = decoder.load_decoder(BASES / "llama")
         inputs = inputs_of("llama")
         inputs["positions"] = inputs.pop("position_ids")
-        return llama.NAMES, model, model, inputs
+        return decoder.NAMES, model, model, inputs
     if kind == "moe":
         ids = jnp.arange(24).reshape(3, 8) % 11
         like = jax.eval_shape(Moe().init, jax.random.key(0), ids)["params"]
@@ -113,7 +113,7 @@ def base_of(fixture):
 
 def adapted_logits(fixture, recipe, adapters, tmp_path):
     _, model, params, inputs = base_of(fixture)
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         grown = aj.load_adapter(aj.save_adapter(tmp_path / "ours", adapters, recipe), model)
         return grown(**inputs)
     whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
@@ -137,7 +137,7 @@ def test_logits_are_those_of_peft(fixture, tmp_path):
     logits = adapted_logits(fixture, recipe, adapters, tmp_path)
     expected = np.load(FIXTURES / fixture / "logits.npy")
     plain = (
-        model(**inputs) if isinstance(model, Llama) else model.apply({"params": params}, **inputs)
+        model(**inputs) if isinstance(model, Decoder) else model.apply({"params": params}, **inputs)
     )
     seen = slice(None)
     if logits.ndim == 3:

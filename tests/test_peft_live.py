@@ -18,8 +18,8 @@ from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors
 from adapters_jax.interop.peft import TENSORS, load_peft, save_peft
-from adapters_jax.models import llama
-from adapters_jax.models.llama import Llama
+from adapters_jax.models import decoder
+from adapters_jax.models.decoder import Decoder
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -82,7 +82,7 @@ def test_what_is_trained_here_has_the_same_logits_in_peft(base, index, tmp_path)
     directory = save_peft(tmp_path / "a", recipe, adapters, names, params)
     np.testing.assert_allclose(seen(base, theirs(base, directory)), seen(base, logits), atol=1e-4)
     plain = (
-        model(**inputs) if isinstance(model, Llama) else model.apply({"params": params}, **inputs)
+        model(**inputs) if isinstance(model, Decoder) else model.apply({"params": params}, **inputs)
     )
     assert np.abs(seen(base, plain) - seen(base, logits)).max() > 1e-2
 
@@ -242,7 +242,7 @@ def test_tied_embeddings_of_llama_go_both_ways(fields, tmp_path):
     config = transformers.LlamaConfig.from_pretrained(BASES / "llama")
     config.tie_word_embeddings = True
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    _, model = llama.load_llama(tmp_path / "base")
+    _, model = decoder.load_decoder(tmp_path / "base")
 
     def logits(adapted):
         with torch.no_grad():
@@ -254,10 +254,10 @@ def test_tied_embeddings_of_llama_go_both_ways(fields, tmp_path):
     lora = peft.LoraConfig(r=2, lora_alpha=3, ensure_weight_tying=True, **fields)
     theirs = randomised(peft.get_peft_model(their_base(), lora))
     theirs.save_pretrained(tmp_path / "theirs")
-    recipe, adapters = load_peft(tmp_path / "theirs", llama.NAMES, model)
+    recipe, adapters = load_peft(tmp_path / "theirs", decoder.NAMES, model)
     native = aj.save_adapter(tmp_path / "native", adapters, recipe)
     np.testing.assert_allclose(aj.load_adapter(native, model)(IDS), logits(theirs), atol=1e-4)
     assert np.abs(logits(their_base()) - logits(theirs)).max() > 1
-    ours = save_peft(tmp_path / "ours", recipe, adapters, llama.NAMES, model)
+    ours = save_peft(tmp_path / "ours", recipe, adapters, decoder.NAMES, model)
     again = peft.PeftModel.from_pretrained(their_base(), ours)
     np.testing.assert_allclose(logits(again), logits(theirs), atol=1e-6)

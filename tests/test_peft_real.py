@@ -13,7 +13,7 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import llama
+from adapters_jax.models import decoder
 from adapters_jax.models.bert import BertClassifier, classifier, load_bert
 from adapters_jax.pretrained import assets
 
@@ -130,8 +130,8 @@ def test_minilm_trained_here_has_equal_logits_in_peft(minilm, tmp_path):
 def smollm(tmp_path_factory):
     """SmolLM2 in Hugging Face's layout, and the first tokens of a text."""
     place = tmp_path_factory.mktemp("smollm")
-    config, model = llama.load_llama(fetched("smollm2-135m"))
-    llama.save_llama(place, config, model)
+    config, model = decoder.load_decoder(fetched("smollm2-135m"))
+    decoder.save_decoder(place, config, model)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)).astype(np.int32)
     return place, model, ids
 
@@ -148,7 +148,7 @@ def test_smollm2_trained_in_peft_has_equal_logits_here(smollm, tmp_path):
     trained.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = trained(tokens).logits.numpy()
-    recipe, adapters = load_peft(tmp_path, llama.NAMES, model)
+    recipe, adapters = load_peft(tmp_path, decoder.NAMES, model)
     grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
     aj.save_adapter(tmp_path / "ours", adapters, recipe)
     grown = aj.load_adapter(tmp_path / "ours", model)
@@ -167,7 +167,7 @@ def test_smollm2_trained_here_has_equal_logits_in_peft(smollm, tmp_path):
 
     state = train_ours(adapted, None, loss)
     expected = np.asarray(state.model(ids))
-    save_peft(tmp_path / "a", recipe, state.trained, llama.NAMES, model)
+    save_peft(tmp_path / "a", recipe, state.trained, decoder.NAMES, model)
     theirs = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()

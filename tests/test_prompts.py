@@ -9,14 +9,14 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.attention import registry
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.models.llama import LLAMA_7B, Llama, LlamaConfig
-from adapters_jax.weights import attention
+from adapters_jax.models.decoder import LLAMA_7B, Decoder, DecoderConfig
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]
 LAYERS = 3
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=17,
     hidden_size=D,
     intermediate_size=16,
@@ -131,7 +131,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
         return model
 
     def build(attention_fn):
-        return Llama(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+        return Decoder(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
 
     recipe = aj.llama_adapter(K, last=2, num_layers=LAYERS, gate=gate)
     model = open_gates(aj.adapt(build(watched), recipe, rngs=nnx.Rngs(1)))
@@ -153,7 +153,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
 
 
 def test_the_prompt_has_no_position_and_hides_behind_no_mask():
-    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
+    model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, nnx.Param)))
     near = model(IDS, positions=jnp.arange(T)[None])
     far = model(IDS, positions=100 + jnp.arange(T)[None])
@@ -164,7 +164,7 @@ def test_the_prompt_has_no_position_and_hides_behind_no_mask():
 
 
 def test_llama_7b_has_the_published_counts_without_allocating():
-    base = nnx.eval_shape(lambda: Llama(LLAMA_7B, rngs=nnx.Rngs(0)))
+    base = nnx.eval_shape(lambda: Decoder(LLAMA_7B, rngs=nnx.Rngs(0)))
     for gate, count in (("head", 1_229_760), ("layer", 1_228_830)):
         recipe = aj.llama_adapter(last=30, num_layers=32, gate=gate)
         model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
@@ -176,9 +176,9 @@ def test_llama_7b_has_the_published_counts_without_allocating():
 
 def test_lora_on_the_key_projection_also_projects_the_prompt():
     recipe = aj.llama_adapter(K) + aj.LoRA("layers/*/attention/key", 2)
-    model = aj.adapt(Llama(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
-    base = Llama(TINY, rngs=nnx.Rngs(0))
+    base = Decoder(TINY, rngs=nnx.Rngs(0))
     folded = aj.adapt(base, aj.LoRA("layers/*/attention/key", 2), rngs=nnx.Rngs(1))
     for here, there in zip(model.layers, folded.layers, strict=True):
         nnx.update(there.attention.key, nnx.state(here.attention.key))
@@ -204,7 +204,7 @@ class ZooAttention(nn.Module):
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(attention, "_REGISTRY", dict(attention._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 class Zoo(nn.Module):
@@ -219,11 +219,21 @@ def zoo(method):
     return model, noise(aj.init_adapters(model, base, jax.random.key(0), X))
 
 
-def test_an_attention_of_another_library_is_one_line(known):
-    with raises(aj.TargetError, "aj.register_attention(ZooAttention, key='key'"):
-        zoo(aj.LlamaAdapter("attention", K))
+@jax.custom_vjp
+def kernel(query, key, value, bias=None):
+    """An attention function that cannot be seen into."""
+    return nn.dot_product_attention(query, key, value, bias)
+
+
+kernel.defvjp(lambda *args: (kernel(*args), args), lambda args, change: args)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_an_attention_of_another_library(known, registered):
+    """The softmax is found; what is registered computes the same by its attention function."""
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention_fn": "attend"}
-    aj.register_attention(ZooAttention, **names)
+    if registered:
+        aj.register_attention(ZooAttention, **names)
     model, params = zoo(aj.LlamaAdapter("attention", K))
     p = double(params["attention"])
     query, key, value = (
@@ -240,14 +250,53 @@ def test_an_attention_of_another_library_is_one_line(known):
     np.testing.assert_allclose(
         model.apply({"params": params}, X), expected.reshape(X.shape), atol=2e-6
     )
-    model, params = zoo(aj.PrefixTuning("attention", K))
-    assert np.isfinite(model.apply({"params": params}, X)).all()
+
+
+def test_a_kernel_needs_a_registration(known):
+    class KernelZoo(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return ZooAttention(attend=kernel, name="attention")(x)
+
+    model = aj.adapt(KernelZoo(), aj.PrefixTuning("attention", K))
+    with raises(aj.TargetError, "attention (ZooAttention", "no softmax between two products"):
+        model.init(jax.random.key(0), X)
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    params = noise(model.init(jax.random.key(0), X)["params"])
+    seen, expected = zoo(aj.PrefixTuning("attention", K))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, X), seen.apply({"params": params}, X), atol=2e-6
+    )
 
 
 def test_a_wrong_name_in_a_registration_is_named(known):
-    aj.register_attention(ZooAttention, key="keys", value="v_proj", attention_fn="attend")
-    with raises(aj.RecipeError, "'keys'", "key=", "aj.register_attention"):
+    names = {"query": "q_proj", "key": "keys", "value": "v_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    with raises(aj.RecipeError, "'keys'", "'k_proj'", "aj.register_attention"):
         zoo(aj.LlamaAdapter("attention", K))
+
+
+def test_projections_in_the_wrong_places_of_a_registration_are_named(known):
+    names = {"query": "q_proj", "key": "v_proj", "value": "k_proj", "attention_fn": "attend"}
+    aj.register_attention(ZooAttention, **names)
+    with raises(aj.RecipeError, "ZooAttention", "attend", "key", "'k_proj'", "'v_proj'"):
+        zoo(aj.LlamaAdapter("attention", K))
+
+    class Swapped(nnx.MultiHeadAttention):
+        """An attention whose projections have other names than flax's."""
+
+    def call(self, x):
+        one, two, three = (f(x) for f in (self.query, self.value, self.key))
+        return self.out(self.attention_fn(one, two, three))
+
+    Swapped.__call__ = call
+    aj.register_attention(Swapped)
+    model = NnxAround()
+    model.attention = Swapped(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+    with raises(aj.RecipeError, "Swapped", "key", "'attention/value'", "'attention/key'"):
+        aj.adapt(model, aj.LlamaAdapter("attention"), rngs=nnx.Rngs(0), example_inputs=(X,))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +348,7 @@ def test_a_prefix_has_no_bias_and_no_mask():
 
 
 def test_more_layers_than_there_are():
-    model = Llama(TINY, rngs=nnx.Rngs(0))
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
     with raises(
         aj.TargetError, "'layers/3/attention'", "'layers/4/attention'", " layers/2/attention"
     ):
@@ -307,7 +356,7 @@ def test_more_layers_than_there_are():
 
 
 def test_heads_that_do_not_divide():
-    point = AttachmentPoint("attention", D, attention=attention.Attention(D, 4, 3, 4))
+    point = AttachmentPoint("attention", D, attention=registry.Attention(D, 4, 3, 4))
     for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
         with raises(aj.RecipeError, "'attention'", "4 query heads", "3 key heads"):
             method.leaves(point)
@@ -328,7 +377,7 @@ def test_a_function_that_masks_by_itself_would_hide_the_prefix():
 
 def test_prompts_keep_the_dtype_of_a_half_precision_base():
     half = jnp.bfloat16
-    model = Llama(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))
+    model = Decoder(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))
     adapted = aj.adapt(model, aj.llama_adapter(K), rngs=nnx.Rngs(1))
     assert adapted.hidden(IDS).dtype == model.hidden(IDS).dtype == half
     np.testing.assert_array_equal(adapted(IDS), model(IDS))
@@ -337,28 +386,13 @@ def test_prompts_keep_the_dtype_of_a_half_precision_base():
     }
 
 
-class Inline(nn.Module):
-    """Attention that is computed in line."""
-
-    @nn.compact
-    def __call__(self, x):
-        query, key, value = (nn.Dense(D, name=n)(x) for n in ("query", "key", "value"))
-        return jax.nn.softmax(query @ key.swapaxes(-1, -2)) @ value
-
-
 class NnxInline(nnx.MultiHeadAttention):
     """A known class whose call does not use its attention function."""
 
     def __call__(self, x):
         query, key, value = self.query(x), self.key(x), self.value(x)
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key)
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(WIDTH)
         return self.out(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value))
-
-
-class Around(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return Inline(name="attention")(x)
 
 
 class NnxAround(nnx.Module):
@@ -370,12 +404,12 @@ class NnxAround(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", [aj.LlamaAdapter, aj.PrefixTuning])
-def test_attention_in_line_is_refused_with_what_was_looked_for(kind):
-    method = kind("attention", K)
-    data = ("attention (Inline ", "query, key and value", "aj.register_attention(Inline,")
-    with raises(aj.TargetError, *data):
-        aj.adapt(Around(), method).init(jax.random.key(0), X)
-    with raises(
-        aj.TargetError, "attention (NnxInline ", "its attention_fn", "query, key and value"
-    ):
-        aj.adapt(NnxAround(), method, rngs=nnx.Rngs(0), example_inputs=(X,))
+def test_a_class_that_overrides_the_call_of_a_known_one(kind):
+    """Its call is read, not that of the known class; flax's own computes the same."""
+    model = aj.adapt(NnxAround(), kind("attention", K), rngs=nnx.Rngs(0), example_inputs=(X,))
+    nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
+    known = NnxAround()
+    known.attention = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+    known = aj.adapt(known, kind("attention", K), rngs=nnx.Rngs(0))
+    nnx.update(known, nnx.state(model))
+    np.testing.assert_allclose(model(X), known(X), atol=2e-6)

@@ -27,7 +27,7 @@ from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.distributed.plan import abstract_state, plan
 from adapters_jax.errors import MissingPackageError
 from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import Quantized, is_quantized, once
 
@@ -390,7 +390,7 @@ def test_a_decoders_run_is_merged_into_floats_with_the_flag(tmp_path):
         command.prepare(Console(json=True))
     dataclasses.replace(command, dequantize=True).prepare(Console(json=True))()
     tokens = jnp.array([[4, 9, 5, 6]])
-    merged, adapted = load_llama(tmp_path / "merged")[1], nnx.merge(parts[0], adapters, parts[2])
+    merged, adapted = load_decoder(tmp_path / "merged")[1], nnx.merge(parts[0], adapters, parts[2])
     np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)
     assert is_quantized(load_generator(job.run.path).model.layers[0].mlp.up.kernel.get_raw_value())
 

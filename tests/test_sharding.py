@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import adapters_jax as aj
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, shard_batch
 from adapters_jax.distributed.sharding import layout, shard
-from adapters_jax.models.llama import Llama, LlamaConfig, save_llama
+from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
 from benchmarks.collectives import collective_bytes
 
 HERE = Path(__file__).parent
@@ -302,7 +302,7 @@ def free_port():
 
 LOADING = """
 import json, sys, threading, jax, numpy as np
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.distributed.mesh import make_mesh
 from flax import nnx
 
@@ -319,7 +319,7 @@ jax.block_until_ready(jax.device_put(np.ones(8), jax.devices()[-1]))
 before, peak, done = anonymous(), [0], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-_, model = load_llama(sys.argv[1], mesh=mesh)
+_, model = load_decoder(sys.argv[1], mesh=mesh)
 leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
 done.set()
 watcher.join()
@@ -332,7 +332,7 @@ print(json.dumps([whole, max(held), peak[0] - before, sum(total)]))
 
 
 def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=8192,
         hidden_size=512,
         intermediate_size=2048,
@@ -340,10 +340,10 @@ def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
         num_attention_heads=8,
         tie_word_embeddings=True,
     )
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     state = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), nnx.state(model))
     nnx.update(model, state)
-    save_llama(tmp_path, config, model)
+    save_decoder(tmp_path, config, model)
     run = [sys.executable, "-c", LOADING, tmp_path]
     ran = subprocess.run(run, env=environment(8), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -11,7 +11,7 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.models.llama import Llama, LlamaConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.presets import LAYER_NORMS, OUTPUTS
 from adapters_jax.recipe import checked_before, require_points
 from adapters_jax.trees import flatten
@@ -145,7 +145,9 @@ def test_scanned_norms_are_no_weights_that_are_skipped():
     assert warned(lambda: linen(aj.IA3("**/up"), scan=True)) == []
     (text,) = warned(lambda: linen(aj.IA3("**"), scan=True))
     assert text.startswith("IA3: ") and "layers/mix/w (" in text
-    llama = nnx.eval_shape(lambda: Llama(LlamaConfig(11, 8, 12, 2, 2), scan=True, rngs=nnx.Rngs(0)))
+    llama = nnx.eval_shape(
+        lambda: Decoder(DecoderConfig(11, 8, 12, 2, 2), scan=True, rngs=nnx.Rngs(0))
+    )
     assert warned(lambda: aj.adapt(llama, aj.LoRA("**", R), rngs=nnx.Rngs(1))) == []
 
 
@@ -263,12 +265,14 @@ def test_a_file_with_half_matched_braces_loads_in_nnx(tmp_path):
 
 
 def test_llamas_down_projection_is_not_left_out_in_silence():
-    config = LlamaConfig(num_hidden_layers=1)  # one layer of LLaMA-7B
+    config = DecoderConfig(num_hidden_layers=1)  # one layer of LLaMA-7B
     names = "**/{query,key,value,up,down}"
 
     def adapted(targets):
         return nnx.eval_shape(
-            lambda: aj.adapt(Llama(config, rngs=nnx.Rngs(0)), aj.LoRA(targets, R), rngs=nnx.Rngs(1))
+            lambda: aj.adapt(
+                Decoder(config, rngs=nnx.Rngs(0)), aj.LoRA(targets, R), rngs=nnx.Rngs(1)
+            )
         )
 
     with raises(aj.TargetError, f"LoRA: 'down' of target '{names}' matches nothing"):

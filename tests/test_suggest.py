@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 import adapters_jax as aj
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
-from adapters_jax.models.llama import Llama, LlamaConfig
 from adapters_jax.suggest.patterns import numbered, of_parameters, shortest
 from adapters_jax.suggest.suggestion import PRESETS
 from adapters_jax.targets import selects
@@ -29,7 +29,7 @@ BERT = BertConfig(
     max_position_embeddings=16,
 )
 GPT = GPT2Config(vocab_size=40, n_embd=D, n_layer=2, n_head=HEADS, n_positions=16)
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=40,
     hidden_size=D,
     intermediate_size=12,
@@ -41,7 +41,7 @@ NORMS = "**/*norm/{scale,bias}"
 
 
 def llama(**options):
-    return nnx.eval_shape(lambda: Llama(LLAMA, rngs=nnx.Rngs(0), **options))
+    return nnx.eval_shape(lambda: Decoder(LLAMA, rngs=nnx.Rngs(0), **options))
 
 
 def proposed(down, prompts, norms):
@@ -127,7 +127,7 @@ def test_adapters_that_a_model_has_already_are_left_out():
 
 
 def test_a_quantized_model():
-    quantized = nnx.eval_shape(lambda: aj.quantize(Llama(LLAMA, rngs=nnx.Rngs(0))))
+    quantized = nnx.eval_shape(lambda: aj.quantize(Decoder(LLAMA, rngs=nnx.Rngs(0))))
     assert aj.suggest(quantized, IDS) == aj.suggest(llama(), IDS)
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.gpt2 import GPT2, GPT2Config
-from adapters_jax.models.llama import Llama, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("optimized", "placeless")
 IDS = np.zeros((2, 8), np.int32)
@@ -22,7 +22,7 @@ BERT = BertConfig(
     intermediate_size=32,
     max_position_embeddings=16,
 )
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=32,
@@ -70,7 +70,7 @@ def test_the_program_of_a_merged_model_is_that_of_its_base(name):
     lowered = {
         "bert": lambda: linen_texts(Bert(BERT)),
         "gpt2": lambda: linen_texts(GPT2(GPT)),
-        "llama": lambda: nnx_texts(Llama(LLAMA, rngs=nnx.Rngs(0))),
+        "llama": lambda: nnx_texts(Decoder(LLAMA, rngs=nnx.Rngs(0))),
     }[name]()
     base, adapted, merged = (x.compile().as_text() for x in lowered)
     assert merged == base
@@ -80,7 +80,7 @@ def test_the_program_of_a_merged_model_is_that_of_its_base(name):
 @pytest.mark.parametrize("half", [False, True])
 def test_and_so_are_its_dtypes(half):
     dtype = jnp.bfloat16 if half else jnp.float32
-    base = Llama(LLAMA, param_dtype=dtype, rngs=nnx.Rngs(0))
+    base = Decoder(LLAMA, param_dtype=dtype, rngs=nnx.Rngs(0))
     merged = aj.merge(aj.adapt(base, RECIPE, rngs=nnx.Rngs(0)))
     kinds = [[x.dtype for x in jax.tree.leaves(nnx.state(m))] for m in (base, merged)]
     assert kinds[0] == kinds[1] == [dtype] * len(kinds[0])

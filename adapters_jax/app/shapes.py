@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,12 @@ from flax import nnx
 from adapters_jax.adapt import adapt
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.audit import Audit, audit
+from adapters_jax.errors import UserError
 from adapters_jax.linen import init_adapters
 from adapters_jax.models.family import Family
-from adapters_jax.models.registry import FAMILIES, family_of
+from adapters_jax.models.known import find_known, near_known
+from adapters_jax.models.registry import family_of
+from adapters_jax.pretrained.assets import ASSETS
 from adapters_jax.pretrained.locate import read_config
 
 
@@ -20,8 +24,8 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
     """Audits a model by its name, without its weights.
 
     Args:
-        name: a key of `KNOWN`, a pinned asset, a directory with `config.json`, a GGUF file, or an
-            id on the Hub.
+        name: a published name (see `find_known`), a pinned asset, a directory with `config.json`,
+            a GGUF file, or an id on the Hub.
         method: the recipe; an encoder is audited without a head.
 
     Raises:
@@ -59,10 +63,20 @@ def adapted_shape(name: str, method: MethodOptions, **options: Any) -> tuple[Any
 
 
 def find_shape(name: str) -> tuple[Family, Any]:
-    """Finds the family and the configuration of a published shape or of a checkpoint."""
-    for family in FAMILIES.values():
-        if name in family.known:
-            return family, family.known[name]
+    """Finds the family and the configuration of a published shape or of a checkpoint.
+
+    Raises:
+        UserError: no family reads the checkpoint; there is none; or the name is nearly that of a
+            published shape, in which case the Hub is not asked for it.
+    """
+    local = name in ASSETS or Path(name).exists()
+    if not local and (known := find_known(name)):
+        return known
+    if not local and (near := near_known(name)):
+        raise UserError(
+            f"{name!r} is no known shape; did you mean {' or '.join(near)}? For a model of this "
+            f"name on the Hub, write {name}@main"
+        )
     values = read_config(name)
     family = family_of(values, name)
     return family, family.config.from_dict(values)

@@ -4,9 +4,10 @@ Only `config.json` and safetensors are read. A pickled `pytorch_model.bin` is ne
 unpickling runs whatever code the file holds.
 """
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from adapters_jax.checks import check_settings, shown
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.interop.names import Stored
 from adapters_jax.io import hub
@@ -137,13 +139,21 @@ class CheckpointConfig:
         return self.num_hidden_layers
 
     def __post_init__(self) -> None:
+        check_settings(type(self).__name__, self)
         self._check(vars(self))
 
+    def identity(self) -> dict[str, Any]:
+        """What tells a base from others in an adapter's manifest; JSON can hold it."""
+        return asdict(self)  # type: ignore[call-overload]
+
     @classmethod
-    def _check(cls, values: Mapping[str, Any]) -> None:
+    def _check(
+        cls, values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]] | None = None
+    ) -> None:
+        """Raises `UserError` for values that are not supported, by default those of the class."""
         unsupported = [
-            f"{key}={values[key]!r} (supported: {', '.join(map(repr, allowed))})"
-            for key, allowed in cls.supported.items()
+            f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
+            for key, allowed in (cls.supported if supported is None else supported).items()
             if key in values and values[key] not in allowed
         ]
         if unsupported:
@@ -160,6 +170,14 @@ class CheckpointConfig:
     def from_json(cls, path: str | Path) -> Self:
         """Reads the file at `path`, usually a `config.json`; see `from_dict`."""
         return cls.from_dict(read_json(path))
+
+
+def _nearest(value: Any, allowed: Iterable[Any]) -> str:
+    """The supported values, and the one that is spelt most like this one."""
+    texts = [each for each in allowed if isinstance(each, str)]
+    near = difflib.get_close_matches(value, texts, 1) if isinstance(value, str) else []
+    nearest = f"nearest: {near[0]!r}; " if near else ""
+    return f"{nearest}supported: {', '.join(map(repr, allowed))}"
 
 
 def _shortened(names: Iterable[str], limit: int = 8) -> str:

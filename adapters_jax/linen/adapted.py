@@ -13,7 +13,14 @@ from flax.errors import FlaxError
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract, is_array
-from adapters_jax.attached import Attached, check_reached, check_targets, chosen, taken
+from adapters_jax.attached import (
+    Attached,
+    check_nested,
+    check_reached,
+    check_targets,
+    chosen,
+    taken,
+)
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -242,6 +249,7 @@ def points_of(
     layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
     check_targets(recipe, found, modules, points, reads, own, {}, layers)
     check_reached(found, interceptor.reached)
+    check_nested(found)
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)

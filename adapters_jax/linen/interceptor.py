@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +18,18 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from adapters_jax.attached import taken
+from adapters_jax.attention import registry
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
+from adapters_jax.attention.watch import check_names, looking, note_returned, watched
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.prompt import inserted
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights import calls
 from adapters_jax.weights.changes import without_dropout
 from adapters_jax.weights.reach import named
 
@@ -82,6 +85,12 @@ def _has_leaves(module: Any, method: Method) -> bool:
     return any(name in leaves for name in method.leaf_names)
 
 
+def _held(module: Any, method: Method) -> dict[str, Array]:
+    """A method's arrays by name, which the module has."""
+    held = flatten(module.scope.get_variable("params", method.slot))
+    return {name: nn.meta.unbox(held[name]) for name in method.leaf_names}
+
+
 @dataclass
 class _Running:
     """A call in progress.
@@ -92,13 +101,17 @@ class _Running:
         hashed: the number of times that it was hashed.
         children: the submodules called so far, each with its arguments.
         attention: the sizes of its attention, once it has called its attention function.
+        no_attention: why it has none.
+        watches: whether prompts are added to its attention.
     """
 
-    where: tuple[tuple[str, ...], str] | None = None
+    where: tuple[tuple[str, ...], str] = ((), "")
     evaluation: bool | None = None
     hashed: int = 0
     children: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     attention: Attention | None = None
+    no_attention: str = ""
+    watches: bool = False
 
 
 class Interceptor:
@@ -112,7 +125,6 @@ class Interceptor:
         self._init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
-        self._prompts = any(method.acts_on == "attention" for method in recipe.attached)
         self._running = [_Running()]
         module.scope.flags = module.scope.flags.copy({self.flag(module): self})
 
@@ -150,8 +162,10 @@ class Interceptor:
             self._running[-1].children[names[-1]] = (module, (args, kwargs))
         self._running.append(here)
         try:
-            with self._attending(module, path, here), without_dropout(evaluation is True):
-                y = run(*args, **kwargs)
+            with without_dropout(evaluation is True):
+                y = self._prompted(module, path, here, run, args, kwargs)
+            if self._init and names:
+                note_returned(names[-1], y)
         finally:
             self._running.pop()
         if reentrant or call != "__call__":
@@ -173,7 +187,11 @@ class Interceptor:
         """The output after every method that targets the module and acts on its output."""
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
         x = calls.input_of(module, args, kwargs)
-        point = dataclasses.replace(point_of(module, path, x, y), attention=here.attention)
+        point = dataclasses.replace(
+            point_of(module, path, x, y),
+            attention=here.attention,
+            no_attention=here.no_attention,
+        )
         if self._init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
         self.visited[path] = (module, point)
@@ -186,22 +204,64 @@ class Interceptor:
         y = outputs.adapted(acting, path, again, x, y)
         return named(y, path) if self._init and self.recipe.at(path) else y
 
-    def _attending(
-        self, module: Any, path: str, here: _Running
-    ) -> AbstractContextManager[None, bool | None]:
-        """Wraps an attention module's function in the prompts for the time of a call."""
-        names = attention.names_of(module) if self._prompts else None
-        if names is None:
-            return contextlib.nullcontext()
-        attend = functools.partial(self._attend, module, path, here, names)
-        return attention.replaced(module, names.attention_fn, attend)
+    def _prompted(
+        self, module: Any, path: str, here: _Running, run: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Runs a call with the prompts that target its module in its attention."""
+        prompts = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
+        watched_now = any(x.watches and x.where[0] == here.where[0] for x in self._running)
+        if not prompts or watched_now:
+            return run(*args, **kwargs)
+        here.watches = True
+        names = registry.names_of(module)
+        if names is not None:
+            attend = functools.partial(self._attend, module, path, here, names)
+            look = looking((args, kwargs)) if self._init else contextlib.nullcontext()
+            with registry.replaced(module, names.attention_fn, attend), look:
+                y = run(*args, **kwargs)
+            here.no_attention = "" if here.attention else registry.why_not(module)
+            return y
+        point = AttachmentPoint(path, precision=getattr(module, "precision", None))
+        each = [(m, _held(module, m), point) for m in prompts if _has_leaves(module, m)]
+
+        def make(sizes: Attention) -> None:
+            if self._init and not each:
+                sized = dataclasses.replace(point, attention=sizes)
+                each.extend((m, self._made(module, m, sized), point) for m in prompts)
+
+        def insert(inline: Inline, mixed: Array) -> Array:
+            if not watch.found.checkpoints:  # flax makes no parameters in there
+                make(inline.sizes)
+            return inserted(each, inline, mixed)
+
+        with watched(insert) as watch:
+            args, kwargs = watch.enter((args, kwargs))
+            y = run(*args, **kwargs)
+        found = watch.found
+        here.attention = found.attention
+        if found.attention:
+            make(found.attention)
+        if found.attention is None:
+            here.no_attention = found.why_not()
+            if self._init:
+                for method, *_ in each:
+                    module.scope._mutable_collection("params").pop(method.slot)
+            elif each and here.where[1] == "__call__":
+                found.check(type(each[0][0]).__name__, path, module)
+        return y
+
+    def _made(self, module: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
+        """The initial arrays of a prompt."""
+        if point.path not in self.visited:
+            self._refuse_taken_names(module, point, [method])
+        return leaves_in(module.scope.push(method.slot, reuse=True), method, point)
 
     def _attend(
         self,
         module: Any,
         path: str,
         here: _Running,
-        names: attention.Names,
+        names: registry.Names,
         function: AttentionFn,
         query: Array,
         key: Array,
@@ -219,6 +279,7 @@ class Interceptor:
                 )
             return here.children[own]
 
+        check_names(module, names, (query, key, *args))
         projection, given = child("key")
         width = calls.input_of(projection, *given).shape[-1]
         here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
 from adapters_jax.targets import as_patterns
-from adapters_jax.weights.attention import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.quantized import is_quantized
@@ -36,7 +37,9 @@ class AttachmentPoint:
         axes: the roles of that weight's axes; None for a module without one.
         own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
-        attention: the sizes of a known attention module; None for any other module.
+        attention: the sizes of the attention that the module computes; None where it computes none
+            in which a prompt can act.
+        no_attention: why it computes none, as the end of a sentence; empty where that is not known.
         again: runs the module, with the methods before this one, on another input, and gives the
             output that the method acts on; None outside of a call.
         returned: what the module's `__call__` returned, as shapes; None where it did not run.
@@ -49,6 +52,7 @@ class AttachmentPoint:
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
     attention: Attention | None = None
+    no_attention: str = ""
     again: Callable[[Array], Array] | None = None
     returned: Returned | None = None
 
@@ -108,8 +112,9 @@ class Method:
         count(path, shapes, weight): the closed form of the parameters at one module, computed
             from the settings; the audit compares it with the arrays.
         forward(leaves, point, x, y, key, frozen): the module's output with the method. Methods
-            that act inside attention modules have `acts_on = "attention"` and `attend` instead;
-            methods that change weights derive from `LeafMethod` and have `changes`.
+            that act inside attention modules have `acts_on = "attention"`, `attend` and
+            `attend_inline` instead, as `Prompt` has; methods that change weights derive from
+            `LeafMethod` and have `changes`.
 
     Optional:
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
@@ -264,6 +269,20 @@ class Method:
             **kwargs: further arguments of `attention_fn`.
         """
         return attention_fn(*args, **kwargs)
+
+    def attend_inline(
+        self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
+    ) -> Array:
+        """The output of an attention that its module computes in line, with the method.
+
+        Args:
+            leaves: the arrays by name.
+            point: the attention module that they adapt.
+            inline: what the attention reads.
+            mixed: its output without the method, (..., heads, head_dim), before the output
+                projection.
+        """
+        return mixed
 
     def merged(
         self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]

@@ -7,17 +7,15 @@ Attention", arXiv:2303.16199.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from adapters_jax import checks
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Prompt, grouped
-from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
 
@@ -38,10 +36,10 @@ class LlamaAdapter(Prompt):
 
     `attention(q, k, v) + f(gate) * softmax(q k_p^T / sqrt(head_dim)) v_p`, before the output
     projection: two softmaxes with a denominator each. The prompt's keys k_p and values v_p come
-    from the module's own projections, without rotary embedding and without a mask; the query is the
-    one that the module passes to its attention function. Gates start at zero, so that the output
-    starts as the base's. Leaves are float32; the branch computes in the dtype of the query, its
-    softmax in float32.
+    from the module's own projections, without rotary embedding, norms and mask; the query is the
+    one that the module multiplies with its keys. Another scale than 1 / sqrt(head_dim), or a soft
+    cap of the module's, is kept. Gates start at zero, so that the output starts as the base's.
+    Leaves are float32; the branch computes in the dtype of the query, its softmax in float32.
 
     Args:
         targets: patterns of attention modules.
@@ -101,59 +99,18 @@ class LlamaAdapter(Prompt):
             math.prod(shapes["embedding"][:-2]),
         )
 
-    def attend(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        project: Callable[[str, Array], Array],
-        attention_fn: AttentionFn,
-        query: Float[Array, "... length heads head_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Float[Array, "... length heads head_dim"]:
-        """The attention's output plus the gated output over the prompt.
+    def tokens(
+        self, leaves: Leaves, point: AttachmentPoint, project: Callable[[str, Array], Array]
+    ) -> Tokens:
+        """The module's own projections of the prompt, each (K, kv_heads, head_dim)."""
+        sizes = grouped(point, "LlamaAdapter")
+        shape = (self.prompt_length, sizes.kv_heads, sizes.head_dim)
+        key, value = (project(name, leaves["embedding"]) for name in ("key", "value"))
+        return key.reshape(shape), value.reshape(shape)
 
-        Args:
-            leaves: the arrays by name.
-            point: the attention module that they adapt.
-            project: `project("key", x)` is the module's own projection of x, (K, d).
-            attention_fn: the module's attention function.
-            query: its first argument.
-            *args: its further arguments, key and value first.
-            **kwargs: its arguments by name.
-        """
-        mixed = attention_fn(query, *args, **kwargs)
-        prompt = leaves["embedding"].astype(query.dtype)
-        key, value = (project(name, prompt).astype(query.dtype) for name in ("key", "value"))
-        gate = ACTIVATIONS[self.gate_activation](leaves["gate"]).astype(query.dtype)
-        branch = attend_to_prompt(
-            query, key, value, grouped(point, "LlamaAdapter"), point.precision
-        )
-        gates = gate.reshape((1,) * (branch.ndim - 2) + (-1, 1))
-        return mixed + gates * branch.astype(mixed.dtype)
-
-
-def attend_to_prompt(
-    query: Float[Array, "... length heads head_dim"],
-    key: Float[Array, "prompt ..."],
-    value: Float[Array, "prompt ..."],
-    sizes: Attention,
-    precision: Any = None,
-) -> Float[Array, "... length heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over a prompt, without a mask.
-
-    Args:
-        query: (..., length, heads, head_dim).
-        key: (K, kv_heads, head_dim), or (K, kv_heads * head_dim); query head i reads key head
-            i // (heads / kv_heads).
-        value: like key.
-        sizes: the sizes of the attention module.
-        precision: as in `jnp.einsum`.
-    """
-    shape = (len(key), sizes.kv_heads, sizes.head_dim)
-    groups = query.reshape(*query.shape[:-2], sizes.kv_heads, -1, sizes.head_dim)
-    scaled = groups / jnp.sqrt(sizes.head_dim).astype(query.dtype)
-    scores = jnp.einsum("...tkgh,pkh->...tkgp", scaled, key.reshape(shape), precision=precision)
-    weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(query.dtype)
-    mixed = jnp.einsum("...tkgp,pkh->...tkgh", weights, value.reshape(shape), precision=precision)
-    return mixed.reshape(query.shape)
+    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+        """The attention's output plus the gated output over the prompt."""
+        dtype = prompt.output.dtype
+        gate = ACTIVATIONS[self.gate_activation](leaves["gate"]).astype(dtype)
+        gates = gate.reshape((1,) * (prompt.output.ndim - 2) + (-1, 1))
+        return context.output + (gates * prompt.output).astype(context.output.dtype)

@@ -57,6 +57,8 @@ def why_not(method: Method, module: Any, point: AttachmentPoint | None) -> str:
         module: the module.
         point: its attachment point; None where it has none, since its `__call__` did not run.
     """
+    if method.acts_on == "attention" and point is not None and point.no_attention:
+        return f"{type(module).__name__} {point.no_attention}"
     if method.acts_on != "output":
         return method.why_not(module)
     name, owner = type(module).__name__, type(method).__name__

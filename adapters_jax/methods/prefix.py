@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax import checks
+from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Prompt, grouped
-from adapters_jax.weights.attention import AttentionFn
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
 
 
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
@@ -35,6 +36,7 @@ class PrefixTuning(Prompt):
 
     One softmax runs over the prefix and the context, so that the output does not start as the
     base's: even a prefix of zeros takes a share of the attention. Keys have no rotary embedding.
+    What the module does to its weights after the softmax, as dropout does, leaves out the prefix.
     The prefix is trained directly, without the paper's reparametrisation by an MLP.
     Leaves are float32 and are cast to the dtypes of the module's keys and values.
 
@@ -54,6 +56,7 @@ class PrefixTuning(Prompt):
     name: ClassVar[str] = "prefix"
     slot: ClassVar[str] = "prefix"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]
+    shares_softmax: ClassVar[bool] = True
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
@@ -82,6 +85,18 @@ class PrefixTuning(Prompt):
             math.prod(copies),
         )
 
+    def tokens(
+        self, leaves: Leaves, point: AttachmentPoint, project: Callable[[str, Array], Array]
+    ) -> Tokens:
+        """The trained keys and values, each (K, kv_heads, head_dim)."""
+        return leaves["key"], leaves["value"]
+
+    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+        """The output of one softmax over the prefix and the context."""
+        share = jax.nn.sigmoid(prompt.total - context.total)[..., None]
+        mixed = (1 - share) * context.output.astype(jnp.float32) + share * prompt.output
+        return mixed.astype(context.output.dtype)
+
     def attend(
         self,
         leaves: Leaves,
@@ -97,7 +112,7 @@ class PrefixTuning(Prompt):
     ) -> Float[Array, "... length heads head_dim"]:
         """The attention's output over the prefix and the context.
 
-        Args: as in `LlamaAdapter.attend`; `mask` and `bias` cover the context without the prefix.
+        Args: as in `Method.attend`; `mask` and `bias` cover the context without the prefix.
 
         Raises:
             RecipeError: `is_causal=True`, with which the function would mask the prefix too.

@@ -1,34 +1,149 @@
 """`Prompt`: the base class of methods that act inside an attention module."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adapters_jax.attention.heads import Inline
+from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Method
-from adapters_jax.weights import attention
-from adapters_jax.weights.attention import Attention
+from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
+
+Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
+
+
+class Attended(NamedTuple):
+    """What queries get from some keys and values.
+
+    Attributes:
+        output: softmax(logits) v, (..., heads, head_dim).
+        total: the logarithm of the sum of the exponentials of the logits, (..., heads), float32.
+    """
+
+    output: Array
+    total: Array
 
 
 @dataclass(frozen=True)
 class Prompt(Method):
-    """A method that changes the call of a module's attention function."""
+    """A method whose tokens are read by every query of an attention module.
+
+    Besides what a `Method` needs, it has:
+        tokens(leaves, point, project): the keys and values of its tokens.
+        joined(leaves, context, prompt): the module's output with what the queries get from them.
+
+    Where the module computes its attention in line, `joined` is all; where it calls an attention
+    function, `attend` is run instead. A method that shares the softmax of the context needs
+    `context.total`, and an `attend` of its own, since attention functions do not give that.
+    """
 
     acts_on: ClassVar[Literal["output", "attention"]] = "attention"
+    shares_softmax: ClassVar[bool] = False
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module is a known attention module."""
+        """Whether the module computes an attention."""
         return point.attention is not None
 
-    def why_not(self, module: Any) -> str:
-        """Why the method cannot attach to a module."""
-        return attention.why_not(module)
+    def tokens(
+        self, leaves: Leaves, point: AttachmentPoint, project: Callable[[str, Array], Array]
+    ) -> Tokens:
+        """The keys and values of the tokens, each (K, kv_heads, head_dim).
+
+        Args:
+            leaves: the arrays by name.
+            point: the attention module that they adapt.
+            project: `project("key", x)` is the module's own projection of x, (K, d).
+        """
+        raise NotImplementedError
+
+    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+        """The module's output, (..., heads, head_dim), before its output projection."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        project: Callable[[str, Array], Array],
+        attention_fn: AttentionFn,
+        query: Float[Array, "... length heads head_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Float[Array, "... length heads head_dim"]:
+        """The output of an attention function and what comes of the tokens; see `Method.attend`."""
+        mixed = attention_fn(query, *args, **kwargs)
+        key, value = self.tokens(leaves, point, _cast(project, query))
+        scale = 1 / jnp.sqrt(query.shape[-1]).astype(jnp.float32)
+        cap = kwargs.get("softcap")  # the one of this library's decoders
+
+        def logits(products: Array) -> Array:
+            scores = products * scale
+            return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+        prompt = attend_to(query, key, value, logits, point.precision)
+        return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
+
+    def attend_inline(
+        self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
+    ) -> Array:
+        """What an attention in line gives, (..., heads, head_dim), and what comes of the tokens."""
+        key, value = self.tokens(leaves, point, _cast(inline.project, inline.query))
+        prompt = attend_to(inline.query, key, value, inline.logits, point.precision)
+        total = inline.total() if self.shares_softmax else jnp.zeros(())
+        return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)
+
+
+def _cast(project: Callable[[str, Array], Array], query: Array) -> Callable[[str, Array], Array]:
+    """Projects in the dtype of the query."""
+    return lambda name, x: project(name, x.astype(query.dtype))
+
+
+def attend_to(
+    query: Float[Array, "... heads head_dim"],
+    key: Float[Array, "prompt kv_heads head_dim"],
+    value: Float[Array, "prompt kv_heads head_dim"],
+    logits: Callable[[Array], Array],
+    precision: Any = None,
+) -> Attended:
+    """What queries get from a prompt, without a mask.
+
+    Args:
+        query: query head i reads key head i // (heads / kv_heads).
+        key: the keys.
+        value: the values.
+        logits: the logits of products of queries and keys, float32.
+        precision: as in `jnp.einsum`.
+    """
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
+    products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
+    scores = logits(products.astype(jnp.float32))
+    weights = jax.nn.softmax(scores).astype(query.dtype)
+    output = jnp.einsum("...kgp,pkh->...kgh", weights, value, precision=precision)
+    total = jax.scipy.special.logsumexp(scores, axis=-1).reshape(query.shape[:-1])
+    return Attended(output.reshape(query.shape), total)
+
+
+def inserted(
+    prompts: Sequence[tuple[Any, Leaves, AttachmentPoint]], inline: Inline, mixed: Array
+) -> Array:
+    """What an attention in line gives, after methods that act in it."""
+    first = lambda each: not getattr(each[0], "shares_softmax", False)  # noqa: E731
+    for method, leaves, point in sorted(prompts, key=first):
+        point = replace(point, attention=inline.sizes)
+        mixed = method.attend_inline(leaves, point, inline, mixed)
+    return mixed
 
 
 def grouped(point: AttachmentPoint, owner: str) -> Attention:
     """The sizes at a point; raises RecipeError unless heads are a multiple of key heads."""
     sizes = point.attention
     if sizes is None:
-        raise RecipeError(f"{owner} at {point.path!r}: the module is no known attention module")
+        raise RecipeError(f"{owner} at {point.path!r}: the module computes no attention")
     if sizes.heads % sizes.kv_heads:
         raise RecipeError(
             f"{owner} at {point.path!r}: {sizes.heads} query heads, expected a multiple of the "

@@ -37,7 +37,7 @@ class Family:
     """An architecture, with everything that commands, file formats and messages need about it.
 
     Attributes:
-        name: the family's name, and that of its folder.
+        name: the family's name; that of its folder, or of its architecture in `decoder`.
         kind: "encoder", whose hidden states a head reads, or "decoder", which predicts next tokens.
         config: the configuration class; its `num_layers` is the number of layers.
         build: `build(config, **options)` returns a model; an NNX model is abstract.

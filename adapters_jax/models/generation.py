@@ -20,7 +20,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.models.parts.layers import check_tokens
 
 
-class Decoder(Protocol):
+class CachedModel(Protocol):
     """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree."""
 
     def empty_cache(self, batch: int, slots: int) -> Any:
@@ -81,7 +81,7 @@ def generate(
     was.
 
     Args:
-        model: a decoder such as `Llama`, adapted or not; see `Decoder`.
+        model: a decoder such as `models.decoder.Decoder`, adapted or not; see `CachedModel`.
         input_ids: the prompts, padded on either side.
         attention_mask: 1 for tokens and 0 for padding; by default there is no padding.
         max_new_tokens: the largest number of tokens to generate for a row.
@@ -100,11 +100,11 @@ def generate(
         TypeError: the model is not a decoder.
 
     Example:
-        >>> from adapters_jax.models.llama import Llama, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        >>> from adapters_jax.models.decoder import Decoder, DecoderConfig
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
         ...     num_hidden_layers=1, num_attention_heads=2)
-        >>> llama = Llama(config, rngs=nnx.Rngs(0))
-        >>> ids, lengths = generate(llama, jnp.array([[3, 1, 4]]), max_new_tokens=2)
+        >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
+        >>> ids, lengths = generate(decoder, jnp.array([[3, 1, 4]]), max_new_tokens=2)
         >>> ids.shape, lengths.tolist()
         ((1, 2), [2])
     """
@@ -128,7 +128,7 @@ def _check_model(model: Any) -> None:
     if lacking or not isinstance(model, nnx.Module):
         raise TypeError(
             f"generate: {type(model).__name__} is not a decoder; expected an nnx module with the "
-            "methods of adapters_jax.models.generation.Decoder, such as Llama."
+            "methods of adapters_jax.models.generation.CachedModel, such as Decoder."
         )
 
 

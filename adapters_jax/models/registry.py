@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, deberta, gpt2, llama, modernbert
+from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {
         modernbert.FAMILY,
         deberta.FAMILY,
         gpt2.FAMILY,
-        llama.FAMILY,
+        *decoder.FAMILIES,
     )
 }
 

@@ -6,7 +6,7 @@ from flax import nnx
 from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import check_reached, check_targets, taken
+from adapters_jax.attached import check_nested, check_reached, check_targets, taken
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
@@ -78,6 +78,7 @@ def _adapted(
     attached, tied = [each for each, _ in found], _other_names(adapted)
     check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
     check_reached(attached, reached)
+    check_nested(attached)
     for each, layers in found:
         if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
             raise RecipeError(

@@ -7,23 +7,26 @@ it as `adapters_jax.weights.lazy` describes. Every trained parameter is an `Adap
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.attached import Attached, taken
+from adapters_jax.attention import registry
+from adapters_jax.attention.registry import Attention, AttentionFn
+from adapters_jax.attention.watch import watched
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, started
+from adapters_jax.methods.prompt import inserted
 from adapters_jax.nnx.graph import frozen_of, own_params
 from adapters_jax.trees import join
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention, AttentionFn
+from adapters_jax.weights import calls
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
@@ -176,9 +179,11 @@ _FLAX = {*nnx.Module.__mro__, nnx.Module}
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function of a module class, computed thin; `__call__` with the adapters on outputs."""
 
+    @registry.calls_base
     @functools.wraps(call)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with attending(self):
+        with attending(self, name) as enter:
+            args, kwargs = enter((args, kwargs))
             y = call(self, *args, **kwargs)
         acting = [held for held in holds(self) if held.method.acts_on == "output"]
         if name != "__call__" or not acting:
@@ -188,15 +193,31 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
-    return computed_thin(method)
+    return registry.calls_base(computed_thin(method))
 
 
-def attending(module: Any) -> AbstractContextManager[None, bool | None]:
-    """Wraps an attention module's function in the prompts for the time of a call."""
+# The paths of the modules whose attention is being watched.
+_WATCHING: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "watching", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def attending(module: Any, call: str) -> Iterator[Callable[[Any], Any]]:
+    """Adds the prompts of an attention module for the time of a call of one of its functions.
+
+    Yields:
+        What takes the arguments of the call, and returns those to call it with.
+    """
     prompts = [held for held in holds(module) if held.method.acts_on == "attention"]
-    names = attention.names_of(module)
-    if not prompts or names is None:
-        return contextlib.nullcontext()
+    if not prompts or prompts[0].module in _WATCHING.get():
+        yield lambda inputs: inputs
+        return
+    names = registry.names_of(module)
+    if names is None:
+        with _watching(module, prompts, call) as enter:
+            yield enter
+        return
 
     def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
         for held in prompts:
@@ -205,7 +226,23 @@ def attending(module: Any) -> AbstractContextManager[None, bool | None]:
             function = functools.partial(held.method.attend, leaves, point, project, function)
         return function(*args, **kwargs)
 
-    return attention.replaced(module, names.attention_fn, attend)
+    with registry.replaced(module, names.attention_fn, attend):
+        yield lambda inputs: inputs
+
+
+@contextlib.contextmanager
+def _watching(module: Any, prompts: list[Held], call: str) -> Iterator[Callable[[Any], Any]]:
+    """Adds prompts to an attention that is computed in line."""
+    each = [(held.method, leaves_of(module, held), point_of(module, held)) for held in prompts]
+    path = prompts[0].module
+    token = _WATCHING.set(_WATCHING.get() | {path})
+    try:
+        with watched(functools.partial(inserted, each)) as watch:
+            yield watch.enter
+    finally:
+        _WATCHING.reset(token)
+    if call == "__call__":
+        watch.found.check(type(prompts[0].method).__name__, path, module)
 
 
 def run_method(module: Any, held: Held, again: Callable[[Any], Any], x: Any, y: Array) -> Array:

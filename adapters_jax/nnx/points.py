@@ -1,5 +1,6 @@
 """Where the methods of a recipe attach in an NNX model: from its modules and an abstract run."""
 
+import contextlib
 import contextvars
 import functools
 import math
@@ -12,14 +13,16 @@ from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained, is_array
 from adapters_jax.attached import Attached, chosen
+from adapters_jax.attention import registry
+from adapters_jax.attention.registry import Attention
+from adapters_jax.attention.watch import Found, check_names, looking, note_returned
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join, path_of
-from adapters_jax.weights import attention, calls
-from adapters_jax.weights.attention import Attention
+from adapters_jax.weights import calls
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
@@ -59,7 +62,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     """
     modules = modules_of(model)
     known = _known_calls(modules)
-    run = _traced(model, inputs) if inputs else (known, known_reads(modules), modules)
+    run = _traced(model, inputs, recipe) if inputs else (known, known_reads(modules), modules)
     traced, reads, reached = run
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(reads, shapes)
@@ -71,9 +74,10 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
         n = len(call.layers)
         weight = next((name for name, shape in own.items() if len(shape) > n + 1), "")
         precision = getattr(module, "precision", None)
-        sizes = _attention(path, module, axes, shapes) if call.attends else None
+        sizes = call.attention or (_attention(path, module, axes, shapes) if call.attends else None)
+        why = "" if sizes else call.no_attention
         points[path] = AttachmentPoint(
-            path, 0, weight, None, own, precision, sizes, returned=call.returned
+            path, 0, weight, None, own, precision, sizes, why, returned=call.returned
         )
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
@@ -104,7 +108,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         model: an NNX model.
         inputs: example inputs; None finds the weights of flax's own layers alone.
     """
-    reads = _traced(model, inputs)[1] if inputs else known_reads(modules_of(model))
+    reads = _traced(model, inputs, Recipe())[1] if inputs else known_reads(modules_of(model))
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
 
 
@@ -134,7 +138,7 @@ def _attention(
     path: str, module: Any, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
 ) -> Attention | None:
     """The sizes of an attention module, read off its projections; None for other modules."""
-    names = attention.names_of(module)
+    names = registry.names_of(module)
     found = names and [_projection(join(path, n), axes, shapes) for n in (names.query, names.key)]
     if not names or not found or not all(found):
         return None
@@ -158,7 +162,7 @@ def _layers(module: Any) -> Layers:
     """The layer axes that a module of flax is stacked on, read off its weights."""
     if isinstance(module, _NORMS):
         return _first_shape(module)[:-1]
-    names = attention.names_of(module)
+    names = registry.names_of(module)
     layer = getattr(module, names.key, None) if names else module
     known = known_weight(layer)
     return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
@@ -195,30 +199,44 @@ class Call(NamedTuple):
         returned: what it returns; None where that is unknown.
         layers: the layer axes that the module is stacked on.
         attends: whether it may call its attention function.
+        attention: the sizes of an attention that it computes in line.
+        no_attention: why it computes none in which prompts can act.
     """
 
     returned: Returned | None
     layers: Layers
     attends: bool = False
+    attention: Attention | None = None
+    no_attention: str = ""
 
 
 @functools.cache
 def _recording_class(cls: type[Any]) -> type[Any]:
     """The subclass of a module class that passes every call to the `_RECORDER`."""
 
+    @registry.calls_base
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with attention.noted(self) as attended:
+        path, outside, prompted, total = self.to_nnx__adapter_trace
+        look = looking((args, kwargs), total) if prompted else contextlib.nullcontext(Found())
+        check = functools.partial(check_names, self, children=f"{path}/" if path else "")
+        with look as found, registry.noted(self, check) as attended:
             y = cls.__call__(self, *args, **kwargs)
-        x = calls.input_of(self, args, kwargs)
-        _RECORDER.get()(*self.to_nnx__adapter_trace, self, Returned.of(x, y), bool(attended))
-        return named(y, self.to_nnx__adapter_trace[0])
+        note_returned(path, y)
+        returned = Returned.of(calls.input_of(self, args, kwargs), y)
+        seen = Call(returned, outside, bool(attended))
+        if prompted and not registry.names_of(self):
+            seen = seen._replace(attention=found.attention, no_attention=found.why_not())
+        elif prompted and not attended:
+            seen = seen._replace(no_attention=registry.why_not(self))
+        _RECORDER.get()(path, self, seen)
+        return named(y, path)
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
 def _traced(
-    model: nnx.Module, inputs: Inputs
+    model: nnx.Module, inputs: Inputs, recipe: Recipe
 ) -> tuple[dict[str, Call], dict[str, Tracked], set[str]]:
     """Runs a model abstractly.
 
@@ -228,11 +246,9 @@ def _traced(
     """
     seen: dict[str, Call] = {}
 
-    def record(
-        path: str, outside: Layers, module: nnx.Module, returned: Returned, attends: bool
-    ) -> None:
-        layers = outside[: len(outside) - len(_first_shape(module))]
-        seen[path] = Call(returned, layers, attends)
+    def record(path: str, module: nnx.Module, call: Call) -> None:
+        inside = len(call.layers) - len(_first_shape(module))
+        seen[path] = call._replace(layers=call.layers[:inside])
 
     probe = copy(model)
     modules = modules_of(probe)
@@ -240,7 +256,9 @@ def _traced(
     for path, module in list(modules.items()):
         if callable(module):
             # flax's bridge takes all attributes for variables, but those with this prefix.
-            module.to_nnx__adapter_trace = (path, _first_shape(module))
+            prompts = [method for method in recipe.at(path) if method.acts_on == "attention"]
+            total = any(getattr(method, "shares_softmax", False) for method in prompts)
+            module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
     tracked = {path: Tracked(path) for path in weights}

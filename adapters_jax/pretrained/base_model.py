@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         names,
         family.prefixes[values["model_type"]],
         params,
-        identity=base_identity(params, id=public, config=dataclasses.asdict(config)),
+        identity=base_identity(params, id=public, config=config.identity()),
         sha256=sha256_of(files),
         classifies=classifies,
         pooling=pooling,

@@ -35,7 +35,7 @@ _OF_GGUF = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "pad
 
 
 @dataclass(frozen=True)
-class Decoder:
+class PretrainedDecoder:
     """A pretrained decoder.
 
     Attributes:
@@ -89,7 +89,9 @@ class Decoder:
         )
 
 
-def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None) -> Decoder:
+def load_pretrained_decoder(
+    name: str, dtype: str = "float32", quantize: str | None = None
+) -> PretrainedDecoder:
     """Loads a decoder.
 
     Args:
@@ -127,7 +129,9 @@ def load_decoder(name: str, dtype: str = "float32", quantize: str | None = None)
     if quantize:
         model = quantize_model(model, dtype=quantize)
     sha256 = sha256_of(files)
-    return Decoder(family, files, config, model, tokenizer, special, template, sha256, identity)
+    return PretrainedDecoder(
+        family, files, config, model, tokenizer, special, template, sha256, identity
+    )
 
 
 def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
@@ -160,7 +164,7 @@ def rounded(length: int) -> int:
 
 def complete(
     model: nnx.Module,
-    decoder: Decoder,
+    decoder: PretrainedDecoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     **sampling: Any,

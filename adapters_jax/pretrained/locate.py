@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -127,4 +126,4 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         model: the NNX model; None for a linen one.
     """
     public = None if Path(name).exists() else hub.split(name)[0]
-    return base_identity(model, id=public, config=dataclasses.asdict(config))
+    return base_identity(model, id=public, config=config.identity())

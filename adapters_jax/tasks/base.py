@@ -55,7 +55,7 @@ class Setup:
     """The settings that a task prepares its problem with.
 
     Attributes:
-        model: the base, as `load_encoder` and `load_decoder` take it.
+        model: the base, as `load_encoder` and `load_pretrained_decoder` take it.
         recipe: makes the recipe that trains, from the base's number of layers.
         batch_size: the number of rows in a batch.
         seed: the seed of the head, the adapters and the order of rows.

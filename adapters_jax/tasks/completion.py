@@ -20,7 +20,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
-from adapters_jax.pretrained.decoder import Decoder, complete, load_decoder
+from adapters_jax.pretrained.decoder import PretrainedDecoder, complete, load_pretrained_decoder
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
@@ -92,7 +92,7 @@ class Completion(Task):
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
         """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
-        decoder = load_decoder(setup.model, setup.dtype, setup.quantize)
+        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
         length = setup.max_length or MAX_LENGTH
         builder = RowBuilder(
@@ -134,7 +134,7 @@ class Completion(Task):
             raise RunError(
                 f"{run.config} is damaged: its prompts are {config['prompts']}"
             ) from error
-        decoder = load_decoder(config["model"], config["dtype"], config.get("quantize"))
+        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
         ids = np.zeros((1, 8), np.int32)
         adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
         check_base(run, dict(config), decoder.sha256)
@@ -147,13 +147,13 @@ class Completion(Task):
         return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
 
 
-def _adapted(setup: Setup, decoder: Decoder) -> nnx.Module:
+def _adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
     recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
     example = (np.zeros((1, 8), np.int32),)
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
 
 
-def _prompts(setup: Setup, decoder: Decoder, alone: bool) -> Prompts:
+def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
     """The format of prompts: without a chat template for plain texts, or if the model has none."""
     if alone:
         if setup.prompts != Prompts():
@@ -202,7 +202,7 @@ class Generator:
         prompts: the format of prompts in training, which is used here, too.
     """
 
-    decoder: Decoder
+    decoder: PretrainedDecoder
     model: nnx.Module
     prompts: Prompts
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.nnx import recipe_of
-from adapters_jax.pretrained.decoder import STEP, Decoder, complete
+from adapters_jax.pretrained.decoder import STEP, PretrainedDecoder, complete
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
 from adapters_jax.tasks.metrics import exact_match, perplexity
@@ -64,7 +64,7 @@ class CompletionProblem:
     """
 
     model: Any
-    decoder: Decoder
+    decoder: PretrainedDecoder
     train: BatchSource
     held_out: Mapping[str, HeldOut]
     most: int

@@ -13,7 +13,7 @@ from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, Packed, pack, sequence
 from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
-from adapters_jax.pretrained.decoder import Decoder, rounded
+from adapters_jax.pretrained.decoder import PretrainedDecoder, rounded
 from adapters_jax.tasks.completion_problem import HeldOut
 from adapters_jax.tasks.prompts import Prompts, count_tokens, encode_table
 
@@ -34,7 +34,7 @@ class RowBuilder:
         matched: the number of prompts of a held-out part to generate completions for.
     """
 
-    decoder: Decoder
+    decoder: PretrainedDecoder
     prompts: Prompts
     max_length: int
     packs: bool

@@ -10,7 +10,7 @@ from adapters_jax.data.packing import Example
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table, count_rows, first_few
 from adapters_jax.errors import UserError
-from adapters_jax.pretrained.decoder import Decoder
+from adapters_jax.pretrained.decoder import PretrainedDecoder
 
 PROMPT = "{prompt}"
 
@@ -48,19 +48,19 @@ class Prompts:
         if "prompt" not in fields:
             raise UserError(f"--template {self.template!r}: it lacks the field {PROMPT}")
 
-    def text(self, prompt: str, decoder: Decoder) -> str:
+    def text(self, prompt: str, decoder: PretrainedDecoder) -> str:
         """The formatted prompt."""
         filled = self.template.replace(r"\n", "\n").format(prompt=prompt)
         return decoder.chat(filled) if self.chat else filled
 
-    def encode(self, prompt: str, decoder: Decoder) -> list[int]:
+    def encode(self, prompt: str, decoder: PretrainedDecoder) -> list[int]:
         """The token ids of the formatted prompt; a chat template writes special tokens itself."""
         text = self.text(prompt, decoder)
         return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
 
 def encode_table(
-    table: Table, prompts: Prompts, decoder: Decoder, max_length: int
+    table: Table, prompts: Prompts, decoder: PretrainedDecoder, max_length: int
 ) -> tuple[list[Example], int]:
     """Encodes the rows of a table as token ids, cut at `max_length`.
 
@@ -93,7 +93,9 @@ def encode_table(
     return [Example(p, c[: max_length - len(p)]) for p, c in examples], cut
 
 
-def _example(prompt: str, completion: str | None, prompts: Prompts, decoder: Decoder) -> Example:
+def _example(
+    prompt: str, completion: str | None, prompts: Prompts, decoder: PretrainedDecoder
+) -> Example:
     if completion is None:
         first, *rest = decoder.tokenizer.encode(prompt).ids
         return Example([first], [*rest, decoder.end])

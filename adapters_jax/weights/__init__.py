@@ -6,7 +6,6 @@
 - `axes`: which axes of a weight each factor has; it follows from the reads.
 - `reach`: what the outputs of a traced function depend on, and the operands of its scans.
 - `calls`: the input and the output of a module's call.
-- `attention`: how an attention module passes query, key and value to its attention function.
 - `quantized`: a frozen weight in few bits, and how it is read.
 """
 

@@ -20,8 +20,8 @@ from adapters_jax.interop.names import NameTable, to_tensors
 from adapters_jax.interop.peft import save_peft
 from adapters_jax.models import bert
 from adapters_jax.models.bert import BERT_BASE, BertClassifier, BertConfig, classifier
-from adapters_jax.models.llama import NAMES as LLAMA_NAMES
-from adapters_jax.models.llama import LlamaConfig, save_llama
+from adapters_jax.models.decoder import NAMES as LLAMA_NAMES
+from adapters_jax.models.decoder import DecoderConfig, save_decoder
 from adapters_jax.trees import flatten, unflatten
 from benchmarks import llama
 from benchmarks.sides.job import LABELS, Job
@@ -35,7 +35,7 @@ class Sizes:
     """The sizes of a run; by default the published ones."""
 
     bert: BertConfig = BERT_BASE
-    llama: LlamaConfig = llama.SMOLLM2
+    llama: DecoderConfig = llama.SMOLLM2
     bert_tokens: tuple[int, int] = (8, 128)
     llama_tokens: tuple[int, int] = (4, 256)
     rank: int = 8
@@ -101,10 +101,10 @@ def _write_bert_base(directory: Path, config: BertConfig, params: Any) -> None:
 
 def write_llama(directory: Path, sizes: Sizes) -> None:
     """Writes a decoder, and LoRA for it."""
-    base, recipe = llama.Llama(sizes.llama, rngs=nnx.Rngs(0)), aj.lora(sizes.rank)
+    base, recipe = llama.Decoder(sizes.llama, rngs=nnx.Rngs(0)), aj.lora(sizes.rank)
     adapters = nnx.state(aj.adapt(base, recipe, rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
     (directory / "llama").mkdir(parents=True)
-    save_llama(directory / "llama", sizes.llama, base)
+    save_decoder(directory / "llama", sizes.llama, base)
     for seed, which in enumerate(ADAPTERS, 1):
         formats = Formats(directory / "llama-lora", which, LLAMA_NAMES, base)
         formats.write(recipe, shaken(adapters, seed), peft=True, task_type="CAUSAL_LM")

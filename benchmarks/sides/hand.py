@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import flatten
 from benchmarks import by_hand, llama_by_hand
 from benchmarks.sides import flax_common as common
@@ -29,7 +29,7 @@ def bert_step(job: Job) -> common.FlaxStep:
 
 
 def llama_step(job: Job) -> common.FlaxStep:
-    config, model = load_llama(job.base)
+    config, model = load_decoder(job.base)
     model = aj.load_adapter(job.adapter("ours"), model)
     _, trained, frozen = nnx.split(model, aj.nnx.AdapterParam, ...)
 

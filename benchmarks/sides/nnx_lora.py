@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import flatten, path_of
 from benchmarks.by_hand import NnxBert, make_step, nnx_side
 from benchmarks.llama_by_hand import next_token_loss
@@ -62,7 +62,7 @@ def bert_step(job: Job) -> common.FlaxStep:
 
 
 def llama_step(job: Job) -> common.FlaxStep:
-    _, model = load_llama(job.base)
+    _, model = load_decoder(job.base)
     replace_linears(model, job.rank)
     fill(model, common.factors_of(job))
     graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import adapters_jax as aj
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from benchmarks.by_hand import cross_entropy
 from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common
@@ -50,7 +50,7 @@ def bert_step(job: Job) -> common.FlaxStep:
 
 
 def llama_step(job: Job) -> common.FlaxStep:
-    model = aj.load_adapter(job.adapter("ours"), load_llama(job.base)[1])
+    model = aj.load_adapter(job.adapter("ours"), load_decoder(job.base)[1])
     state = aj.TrainState.create(model, tx=common.TX, key=jax.random.key(0))
     ids = common.batch_of(job)["ids"]
     return _step(state, lambda model, ids, key: next_token_loss(model(ids), ids), ids)

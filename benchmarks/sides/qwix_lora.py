@@ -6,7 +6,7 @@ import jax
 import qwix
 from flax import nnx, traverse_util
 
-from adapters_jax.models.llama import load_llama
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import path_of
 from benchmarks.by_hand import cross_entropy, make_step
 from benchmarks.llama_by_hand import next_token_loss
@@ -60,7 +60,7 @@ def bert_step(job: Job) -> common.FlaxStep:
 def llama_step(job: Job) -> common.FlaxStep:
     ids, factors = common.batch_of(job)["ids"], common.factors_of(job)
     model = qwix.apply_lora_to_model(
-        load_llama(job.base)[1], provider(job), ids[:, :1], rngs=nnx.Rngs(0)
+        load_decoder(job.base)[1], provider(job), ids[:, :1], rngs=nnx.Rngs(0)
     )
     graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     adapters = jax.tree_util.tree_map_with_path(

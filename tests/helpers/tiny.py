@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from adapters_jax.models.bert import NAMES, Bert, BertConfig
-from adapters_jax.models.llama import Llama, LlamaConfig, save_llama
+from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.trees import flatten
 
 GOOD, BAD = ("good", "fine", "lovely"), ("bad", "poor", "dull")
@@ -63,7 +63,7 @@ CHAT = "{% for m in messages %}<user>{{ m.content }}{{ eos_token }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<bot>{% endif %}"
 FOODS = ("French", "Thai", "Greek", "Dutch")
 SPOKEN = ("[UNK]", "<end>", "<user>", "<bot>", "food", "It", "is", "serves", "dishes", *FOODS)
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=len(SPOKEN),
     hidden_size=32,
     intermediate_size=48,
@@ -72,6 +72,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     initializer_range=0.1,
     tie_word_embeddings=True,
+    max_position_embeddings=64,
 )
 
 
@@ -79,11 +80,11 @@ def write_llama(directory, seed=0, chat_template=CHAT, **settings):
     """A random checkpoint in Hugging Face's layout, with a tokenizer of whole words that chats."""
     directory.mkdir(parents=True)
     config = dataclasses.replace(LLAMA, **settings)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(seed).normal
     state = jax.tree.map(lambda x: jnp.asarray(draw(0, 0.15, x.shape), x.dtype), nnx.state(model))
     nnx.update(model, state)
-    save_llama(directory, config, model, max_position_embeddings=64)
+    save_decoder(directory, config, model)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPOKEN)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<end>", "<user>", "<bot>"])

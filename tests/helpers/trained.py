@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.llama import Llama
+from adapters_jax.models.decoder import Decoder
 
 
 def trained(base, recipe):
@@ -15,7 +15,7 @@ def trained(base, recipe):
     `base` is a tuple of the name table, the model, its parameters and its inputs.
     """
     _, model, params, inputs = base
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         examples = tuple(inputs.values())
         grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=examples)
         graph, adapters, rest = nnx.split(grown, aj.nnx.AdapterParam, ...)

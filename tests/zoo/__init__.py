@@ -6,6 +6,6 @@
 - `models`: what a model of the zoo is, and all of them; `transformers_models`, `tunix_models`.
 - `subjects`: a model in linen or NNX, with the same functions for the checks.
 - `methods`: the recipe of each method for a model, and how many parameters it should add.
-- `cells`: one model with one method: what has to hold, and `EXPECTED`, the refused ones.
+- `cells`: one model with one method: what has to hold.
 - `table`: the results as Markdown.
 """

@@ -1,4 +1,4 @@
-"""One model of the zoo with one method: what has to hold, and which pairs are refused."""
+"""One model of the zoo with one method: what has to hold."""
 
 import functools
 import warnings
@@ -24,25 +24,6 @@ from .transformers_models import TRANSFORMERS
 from .tunix_models import TUNIX
 
 MODELS = {model.name: model for model in (*TRANSFORMERS, *TUNIX)}
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A pair that raises an error before training: its type, data in its message, and why."""
-
-    error: type[Exception]
-    data: tuple[str, ...]
-    why: str
-
-
-INLINE = (
-    "Its attention computes inline: no module passes query, key and value to an attention function "
-    "that could get the prompt as well"
-)
-EXPECTED: dict[tuple[str, str], Refused] = {
-    (name, "llama_adapter"): Refused(aj.TargetError, model.attention, INLINE)
-    for name, model in MODELS.items()
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ def away(got: Any, expected: Any) -> float:
 
 
 def adapted(name: str, method: str) -> tuple[aj.Recipe, Pair, Pair]:
-    """The recipe, the base that it is for, and the adapted pair; here a refused one raises."""
+    """The recipe, the base that it is for, and the adapted pair."""
     recipe, zoo = aj.Recipe(METHODS[method](MODELS[name])), subject(name)
     base = zoo.quantized() if method.startswith("int8") else zoo.base
     with warnings.catch_warnings(record=True) as caught:

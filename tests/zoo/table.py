@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cells import EXPECTED, MODELS
+from .cells import MODELS
 from .methods import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
@@ -15,27 +15,17 @@ Cells = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 def part(library: str, cells: Cells) -> str:
-    """The models of a library, by the results of all their cells that are not refused."""
+    """The models of a library, by the results of their cells."""
     names = [name for name, model in MODELS.items() if model.library == library]
-    reasons = list(dict.fromkeys(r.why for (name, _), r in EXPECTED.items() if name in names))
     rows = [["model", *METHODS, "its own generation"], ["---"] * (len(METHODS) + 2)]
     for name in names:
-        row = [_cell(name, method, cells, reasons) for method in METHODS]
-        generates = {cells[name, m]["tokens"] for m in METHODS if (name, m) in cells} == {True}
+        row = [f"{cells[name, method]['parameters']:,}" for method in METHODS]
+        generates = {cells[name, method]["tokens"] for method in METHODS} == {True}
         rows.append([name, *row, "the same tokens" if generates else "has none"])
-    notes = [f"[{i}] {why}." for i, why in enumerate(reasons, 1)]
     merged = max(cell["merged"] or 0.0 for (name, _), cell in cells.items() if name in names)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     away = f"Merged and adapted outputs differ by at most {merged:.1e} of the largest output."
-    return "\n\n".join([f"{_versions(library)}. {away}", table, *notes])
-
-
-def _cell(name: str, method: str, cells: Cells, reasons: list[str]) -> str:
-    """The number of parameters that train, or the number of the reason."""
-    refused = EXPECTED.get((name, method))
-    if refused:
-        return f"refused [{1 + reasons.index(refused.why)}]"
-    return f"{cells[name, method]['parameters']:,}"
+    return f"{_versions(library)}. {away}\n\n{table}"
 
 
 def _versions(library: str) -> str:

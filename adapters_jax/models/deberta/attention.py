@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.deberta.config import DebertaConfig
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import Output, Typed
-from adapters_jax.weights.attention import register_attention
 
 
 def relative_positions(length: int, config: DebertaConfig) -> Int[np.ndarray, "length length"]:

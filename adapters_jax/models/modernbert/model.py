@@ -29,7 +29,7 @@ from adapters_jax.models.parts.layers import (
     Typed,
     check_tokens,
 )
-from adapters_jax.models.parts.rotary import rotary_angles
+from adapters_jax.models.parts.rotary import rotation
 
 
 class _Configured(Typed):
@@ -106,12 +106,10 @@ class ModernBertLayer(_Configured):
             name="attention",
             **self.inits,
         )
-        angles = rotary_angles(
-            positions, c.hidden_size // c.num_attention_heads, c.theta(self.number)
-        )
+        turned = rotation(positions, c.hidden_size // c.num_attention_heads, c.theta(self.number))
         mask = masks[0 if c.is_global(self.number) else 1]
         y = self.norm("attention_norm")(x) if self.number else x
-        x = Sum(name="attention_sum")(x, attention(y, mask, deterministic, angles))
+        x = Sum(name="attention_sum")(x, attention(y, mask, deterministic, turned))
         mlp = GatedFeedForward(config=c, name="mlp", **self.types)
         return Sum(name="mlp_sum")(x, mlp(self.norm("mlp_norm")(x), deterministic))
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -21,6 +22,7 @@ POLICIES = (
     "everything_saveable",
 )
 Module = TypeVar("Module", bound=nnx.Module)
+Contexts = Sequence[Any]  # of one structure each
 
 
 def check_remat(remat: bool | str) -> dict[str, Any]:
@@ -94,32 +96,59 @@ def stack_nnx(make: Callable[[nnx.Rngs], Module], length: int, rngs: nnx.Rngs) -
     return nnx.split_rngs(splits=length)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def run_nnx(layers: nnx.Module, x: Array, *args: Any, remat: bool | str) -> Array:
-    """Runs NNX blocks, an `nnx.List` of them or a module from `stack_nnx`; see `run_linen`."""
+def run_nnx(
+    layers: nnx.Module, x: Array, contexts: Contexts, kinds: Sequence[int], *, remat: bool | str
+) -> Array:
+    """Runs NNX blocks.
+
+    Args:
+        layers: an `nnx.List` of blocks, or a module from `stack_nnx`.
+        x: the input of the first block.
+        contexts: further arguments, for each kind of block.
+        kinds: the number of each block's kind.
+        remat: see `check_remat`.
+
+    Returns:
+        The output of the last block.
+    """
     scanned = not isinstance(layers, nnx.List)
 
-    def block(layer: Any, x: Array) -> Array:
-        return layer(x, *args)
+    def block(layer: Any, x: Array, context: Any) -> Array:
+        return layer(x, *context)
 
     if remat:
         block = nnx.remat(block, prevent_cse=not scanned, **check_remat(remat))
     if not scanned:
-        for layer in layers:  # type: ignore[attr-defined]
-            x = block(layer, x)
+        for layer, kind in zip(layers, kinds, strict=True):  # type: ignore[call-overload]
+            x = block(layer, x, contexts[kind])
         return x
-    scan = nnx.scan(lambda x, layer: block(layer, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-    return scan(x, layers)
+    context = _by_kind(contexts)
+    scan = nnx.scan(
+        lambda x, layer, kind: block(layer, x, context(kind)),
+        in_axes=(nnx.Carry, 0, 0),
+        out_axes=nnx.Carry,
+    )
+    return scan(x, layers, jnp.array(kinds))
 
 
 def extend_nnx(
-    step: Callable[..., Any], layers: Any, x: Array, keys: Any, values: Any
+    step: Callable[..., Any],
+    layers: Any,
+    x: Array,
+    contexts: Contexts,
+    kinds: Sequence[int],
+    keys: Any,
+    values: Any,
 ) -> tuple[Array, Any, Any]:
-    """Runs NNX blocks with a cache.
+    """Runs NNX blocks with a cache; see `run_nnx`.
 
     Args:
-        step: called for each block as `step(x, layer, key, value)`, returns `x, key, value`.
+        step: called for each block as `step(x, layer, context, key, value)`, returns
+            `x, key, value`.
         layers: an `nnx.List` of blocks, or a module from `stack_nnx`.
         x: the input of the first block.
+        contexts: for each kind of block.
+        kinds: the number of each block's kind.
         keys: those in the cache, a tuple or an array with the layers on its first axis.
         values: likewise.
 
@@ -127,10 +156,23 @@ def extend_nnx(
         The output of the last block, the keys and the values, in the form in which they came.
     """
     if not isinstance(layers, nnx.List):
-        scan = nnx.scan(step, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0, 0))
-        return scan(x, layers, keys, values)
+        context = _by_kind(contexts)
+        scan = nnx.scan(
+            lambda x, layer, kind, *pair: step(x, layer, context(kind), *pair),
+            in_axes=(nnx.Carry, 0, 0, 0, 0),
+            out_axes=(nnx.Carry, 0, 0),
+        )
+        return scan(x, layers, jnp.array(kinds), keys, values)
     pairs = []
-    for layer, key, value in zip(layers, keys, values, strict=True):
-        x, *pair = step(x, layer, key, value)
+    for layer, kind, key, value in zip(layers, kinds, keys, values, strict=True):
+        x, *pair = step(x, layer, contexts[kind], key, value)
         pairs.append(pair)
     return x, *zip(*pairs, strict=True)  # type: ignore[return-value]
+
+
+def _by_kind(contexts: Contexts) -> Callable[[Array], Any]:
+    """The context of a kind whose number is traced, of one array for all kinds."""
+    if len(contexts) == 1:
+        return lambda kind: contexts[0]
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *contexts)
+    return lambda kind: jax.tree.map(lambda leaf: leaf[kind], stacked)

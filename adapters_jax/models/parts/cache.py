@@ -83,6 +83,11 @@ class Cache(NamedTuple):
         )
         return cls(rows, rows, held, jnp.zeros((), jnp.int32))
 
+    @property
+    def positions(self) -> Int[Array, "batch slots"]:
+        """The position of the token in each slot, counted without padding."""
+        return jnp.cumsum(self.held, axis=1, dtype=jnp.int32) - 1
+
     def reserve(
         self, attention_mask: Num[Array, "batch length"]
     ) -> tuple[Self, Int[Array, "batch length"], Bool[Array, "batch 1 length slots"]]:

@@ -164,8 +164,9 @@ def dot_product_attention(
     broadcast_dropout: bool = False,
     deterministic: bool = True,
     dtype: Dtype | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "*batch length heads width"]:
-    """Computes what flax's `dot_product_attention` computes, with the same arguments.
+    """Computes what flax's `dot_product_attention` computes, with the same arguments and `softcap`.
 
     Args:
         query: the queries; consecutive heads form groups of equal size, one group for each key
@@ -180,6 +181,7 @@ def dot_product_attention(
         deterministic: True turns dropout off.
         dtype: the computation dtype; None means that of the inputs together. The softmax is
             computed in float32 at least.
+        softcap: the bound of the scores; see `capped`.
 
     Returns:
         The mixed values, one vector for each query.
@@ -190,6 +192,7 @@ def dot_product_attention(
     grouped = grouped / jnp.sqrt(width).astype(query.dtype)
     scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, key)
     groups, scores = scores.shape, scores.reshape(*batch, heads, length, -1)
+    scores = capped(scores, softcap)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     if mask is not None:
@@ -202,6 +205,16 @@ def dot_product_attention(
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0).astype(value.dtype)
     mixed = jnp.einsum("...hgqk,...khd->...qhgd", weights.reshape(groups), value)
     return mixed.reshape(*batch, length, heads, width)
+
+
+def capped(x: Float[Array, "*batch"], bound: float | None) -> Float[Array, "*batch"]:
+    """Keeps numbers between `-bound` and `bound`: `bound * tanh(x / bound)`; None keeps them all.
+
+    Example:
+        >>> capped(jnp.array([0.0, 50.0]), 2.0).tolist()
+        [0.0, 2.0]
+    """
+    return x if bound is None else bound * jnp.tanh(x / bound)
 
 
 def causal_mask(

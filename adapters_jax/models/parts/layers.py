@@ -9,10 +9,10 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
-from adapters_jax.models.parts.rotary import rotate
-from adapters_jax.weights.attention import register_attention
+from adapters_jax.models.parts.rotary import Rotation, rotate
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -112,7 +112,7 @@ class LayerNorm(Typed):
 class SelfAttention(Typed):
     """Multi-head self-attention with separate projections `query`, `key`, `value` and `output`.
 
-    With `angles`, queries and keys are rotated by their positions.
+    With a `rotation`, queries and keys are rotated by their positions.
     """
 
     num_heads: int
@@ -128,7 +128,7 @@ class SelfAttention(Typed):
         x: Float[Array, "batch length d"],
         mask: Bool[Array, "#batch 1 #length length"] | None = None,
         deterministic: bool = True,
-        angles: Float[Array, "#batch length half"] | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "batch length d"]:
         """Mixes, for each position, the values of the positions that `mask` lets it see."""
         inits = {"kernel_init": self.kernel_init, "use_bias": self.use_bias, **self.types}
@@ -137,8 +137,8 @@ class SelfAttention(Typed):
             nn.Dense(width, name=name, **inits)(x).reshape(*x.shape[:-1], self.num_heads, -1)
             for name in ("query", "key", "value")
         )
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         drops = self.dropout_rate > 0 and not deterministic
         mixed = self.attention_fn(
             query,

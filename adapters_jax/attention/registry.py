@@ -1,7 +1,8 @@
 """Which attention modules are known, and how each passes query, key and value to `attention_fn`.
 
 Prompts change that call: after what the module does to its query (rotary embedding, norms) and
-before its output projection. flax's attention modules are known, and so are this library's.
+before its output projection. flax's attention modules are known, and so are this library's. Others
+need no registration where their softmax can be seen; see `watch`.
 """
 
 import contextlib
@@ -59,10 +60,11 @@ def register_attention(
     attention_fn: str = "attention_fn",
     head_dim: str = "head_dim",
 ) -> None:
-    """Makes an attention module of another library known to prompts and prefixes.
+    """Makes an attention module known whose attention function is a kernel, not seen into.
 
-    The module must call `self.<attention_fn>(query, key, value, ...)` with heads and head width as
-    the last two axes, as flax's attention modules do, and its projections must be submodules.
+    A softmax between two products is found without this. The module must call
+    `self.<attention_fn>(query, key, value, ...)` with heads and head width as the last two axes, as
+    flax's attention modules do, and its projections must be submodules.
 
     Args:
         module: the module class, linen or NNX; subclasses are covered.
@@ -83,24 +85,29 @@ def register_attention(
 
 
 def names_of(module: Any) -> Names | None:
-    """The names of a module's parts; None where it is not a known attention module."""
-    return next((_REGISTRY[base] for base in type(module).__mro__ if base in _REGISTRY), None)
+    """The names of a module's parts; None where its call is not that of a known class."""
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY:
+            return _REGISTRY[cls]
+        if "__call__" in vars(cls) and not getattr(vars(cls)["__call__"], "calls_base", False):
+            return None
+    return None
 
 
 def why_not(module: Any) -> str:
-    """Why a prompt cannot attach to a module, and the line that may register it."""
-    name, names = type(module).__name__, names_of(module)
-    if names:
-        return (
-            f"{name} did not call its {names.attention_fn} on what its {names.query}, {names.key} "
-            f"and {names.value} return; prompts act in that call, and cannot in a softmax in line"
-        )
+    """Why the call of a known attention module's function shows no attention."""
+    names = names_of(module)
+    assert names is not None
     return (
-        f"{name} is not a known attention module; prompts need projections of query, key and "
-        "value, and a field with the function that attends, which it calls; if it has them, "
-        f"register it: aj.register_attention({name}, key='key', value='value', "
-        "attention_fn='attention_fn')"
+        f"did not call its {names.attention_fn} on what its {names.query}, {names.key} and "
+        f"{names.value} return; correct their names in aj.register_attention"
     )
+
+
+def calls_base(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the `__call__` of a class that this library derives, which calls the base's."""
+    call.calls_base = True  # type: ignore[attr-defined]
+    return call
 
 
 @contextlib.contextmanager
@@ -127,8 +134,13 @@ def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def noted(module: Any) -> Iterator[list[str]]:
-    """Notes, while its body runs, the calls of a known attention module's function."""
+def noted(module: Any, check: Callable[[Names, Any], None]) -> Iterator[list[str]]:
+    """Notes, while its body runs, the calls of a known attention module's function.
+
+    Args:
+        module: the module.
+        check: gets the names of its parts and the arguments of each call.
+    """
     names, seen = names_of(module), list[str]()
     if names is None or not hasattr(module, names.attention_fn):
         yield seen
@@ -136,6 +148,7 @@ def noted(module: Any) -> Iterator[list[str]]:
 
     def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
         seen.append(names.attention_fn)
+        check(names, args)
         return function(*args, **kwargs)
 
     with replaced(module, names.attention_fn, attend):

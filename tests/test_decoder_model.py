@@ -1,4 +1,4 @@
-"""Llama: values of the reference implementation, grouped heads, paths, counts, dtypes, errors."""
+"""The decoder as a Llama: values of the reference, grouped heads, paths, counts, dtypes, errors."""
 
 import json
 from dataclasses import replace
@@ -15,11 +15,11 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.models import KNOWN
-from adapters_jax.models.llama import Llama, LlamaConfig, load_llama, save_llama
-from adapters_jax.models.parts.rotary import rotary_angles, rotate
+from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from adapters_jax.models.parts.rotary import rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=20,
     hidden_size=16,
     intermediate_size=24,
@@ -39,7 +39,7 @@ def reference():
 def build(config=TINY, **options):
     """A model with random parameters; drawn by numpy, which compiles nothing."""
     draw = np.random.default_rng(0).normal
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
     state = nnx.to_pure_dict(nnx.state(model))
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(draw(0, 0.3, x.shape), x.dtype), state))
     return model
@@ -58,7 +58,7 @@ def leaves(model):
 
 def test_logits_are_those_of_the_reference_behind_padding():
     ids, mask, expected = reference()
-    _, model = load_llama(FIXTURE)
+    _, model = load_decoder(FIXTURE)
     for positions in (expected["position_ids"], None):  # rotary: only differences matter
         logits = model(ids, mask, positions)
         np.testing.assert_allclose(logits[mask == 1], expected["logits"][mask == 1], atol=5e-5)
@@ -93,8 +93,8 @@ def test_attention_fn_gets_rotated_queries_and_few_key_heads():
     assert options["deterministic"] is True
     layer = model.layers[0]
     plain = layer.attention.query(layer.attention_norm(model.embeddings(IDS))).reshape(2, 4, 4, 4)
-    angles = rotary_angles(jnp.arange(4)[None], 4, 10000.0)
-    np.testing.assert_allclose(query, rotate(plain, angles), atol=1e-5)
+    turned = rotate(plain, rotation(jnp.arange(4)[None], 4, 10000.0))
+    np.testing.assert_allclose(query, turned, atol=1e-5)
     assert np.abs(query - plain).max() > 0.1
 
 
@@ -103,7 +103,7 @@ def test_rotation_keeps_lengths_and_depends_on_differences():
 
     def score(at_query, at_key):
         turned = (
-            rotate(x, rotary_angles(np.array([[at]]), 8, 100.0))
+            rotate(x, rotation(np.array([[at]]), 8, 100.0))
             for x, at in ((query, at_query), (key, at_key))
         )
         return np.vdot(*turned)
@@ -111,8 +111,8 @@ def test_rotation_keeps_lengths_and_depends_on_differences():
     np.testing.assert_allclose(score(7, 3), score(14, 10), rtol=1e-4)
     np.testing.assert_allclose(score(5, 5), np.vdot(query, key), rtol=1e-4)
     assert abs(score(7, 3) - score(3, 7)) > 1e-3
-    angles = rotary_angles(np.array([[5]]), 8, 100.0)
-    assert (rotate(jnp.bfloat16(query), angles).dtype, angles.dtype) == (jnp.bfloat16, jnp.float32)
+    by = rotation(np.array([[5]]), 8, 100.0)
+    assert (rotate(jnp.bfloat16(query), by).dtype, by.cos.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_tied_embeddings_are_the_head():
@@ -129,19 +129,19 @@ def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     config = json.loads((FIXTURE / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((FIXTURE / "model.safetensors").read_bytes())
-    _, model = load_llama(tmp_path)
+    _, model = load_decoder(tmp_path)
     logits = model.hidden(IDS) @ model.embeddings.embedding[...].T
     np.testing.assert_allclose(model(IDS), logits, atol=1e-5)
 
 
 def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
-    config, model = load_llama(FIXTURE)
-    save_llama(tmp_path, config, model, eos_token_id=2)
+    config, model = load_decoder(FIXTURE)
+    save_decoder(tmp_path, config, model, eos_token_id=2)
     expected, got = (read_arrays(directory) for directory in (FIXTURE, tmp_path))
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(got[name], tensor, err_msg=name)
-    again = LlamaConfig.from_json(tmp_path / "config.json")
+    again = DecoderConfig.from_json(tmp_path / "config.json")
     assert replace(again, num_key_value_heads=config.kv_heads, head_dim=config.head_width) == (
         replace(config, num_key_value_heads=config.kv_heads, head_dim=config.head_width)
     )
@@ -172,7 +172,7 @@ def test_every_parameter_path():
 
 
 def test_llama_7b_has_the_published_count_without_allocating():
-    model, _ = KNOWN["llama-7b"]()
+    model, _ = KNOWN["huggyllama/llama-7b"]()
     arrays = jax.tree.leaves(nnx.state(model))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays)
     assert sum(leaf.size for leaf in arrays) == 6_738_415_616
@@ -189,7 +189,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
 
 
 def test_parameters_load_in_the_dtype_asked_for():
-    _, model = load_llama(FIXTURE, param_dtype=jnp.bfloat16)
+    _, model = load_decoder(FIXTURE, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in leaves(model).values()} == {jnp.dtype("bfloat16")}
 
 
@@ -212,23 +212,44 @@ def test_remat_changes_neither_values_nor_gradients():
 @pytest.mark.parametrize(
     ("settings", "data"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling={'type': 'linear'"]),
-        ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_type='llama3'", "'default'"]),
-        ({"attention_bias": True, "mlp_bias": True}, ["attention_bias=True", "mlp_bias=True"]),
+        ({"rope_scaling": {"type": "linear"}}, ["'linear'", "factor"]),
+        (
+            {"rope_scaling": {"type": "mrope", "factor": 2.0}},
+            ["rope_type='mrope'", "linear", "yarn"],
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "axes": 3}},
+            ["axes", "low_freq_factor"],
+        ),
+        ({"rope_scaling": 2.0}, ["rope_scaling=2.0"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"hidden_act": "gelu_fast"}, ["hidden_act='gelu_fast'", "nearest: 'gelu"]),
+        ({"attention_dropout": 0.1}, ["attention_dropout=0.1", 0.0]),
         ({"model_type": "bert"}, ["model_type='bert'", "'llama'"]),
         ({"num_attention_heads": 9, "num_key_value_heads": 2}, [9, 2]),
+        ({"num_hidden_layers": 2**40}, ["num_hidden_layers", 2**40]),
+        ({"num_hidden_layers": 20_000}, ["num_hidden_layers", 20_000, 10_000]),
+        ({"hidden_size": -4}, ["hidden_size=-4"]),
+        ({"hidden_size": 0}, ["hidden_size=0"]),
+        ({"hidden_size": "4096"}, ["hidden_size='4096'"]),
+        ({"num_attention_heads": 4.0}, ["num_attention_heads=4.0"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan"]),
+        ({"rope_theta": float("inf")}, ["rope_theta=inf"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
+        ({"hidden_act": ["silu"]}, ["hidden_act=['silu']"]),
+        ({"head_dim": 7}, ["7 of 7 features"]),
     ],
 )
 def test_unsupported_settings_raise_an_error_that_names_them(settings, data):
     with raises(aj.UserError, *data):
-        LlamaConfig.from_dict(settings)
+        DecoderConfig.from_dict(settings)
 
 
 @pytest.mark.parametrize(
     "settings", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0}}]
 )
 def test_rope_theta_is_read_from_old_and_new_files(settings):
-    assert LlamaConfig.from_dict(settings).rope_theta == 500.0
+    assert DecoderConfig.from_dict(settings).rope_theta == 500.0
 
 
 def test_inputs_that_do_not_fit_raise():

@@ -1,0 +1,10 @@
+"""Where attention happens in a module, for methods that act in it.
+
+- `watch`: the trace that finds the attention that a module computes in line, as it runs.
+- `activations`: what the trace knows of activations; `parts`: of their axes.
+- `following`: what each operation does to that.
+- `heads`: what a prompt needs of an attention that was found.
+- `registry`: attention modules whose attention function is called, flax's and registered ones.
+"""
+
+from adapters_jax.attention import following as following  # fills the table of `watch`

@@ -1,0 +1,30 @@
+"""The architectures of decoders: a file for each family, with its settings and published shapes."""
+
+from adapters_jax.models.decoder.architecture import Architecture
+from adapters_jax.models.decoder.families import (
+    gemma,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (
+        llama.LLAMA,
+        mistral.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi.PHI3,
+        olmo.OLMO2,
+        smollm.SMOLLM3,
+        granite.GRANITE,
+    )
+}

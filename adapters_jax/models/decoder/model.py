@@ -1,0 +1,227 @@
+"""The decoder (flax.nnx): one model for all families; their configurations tell them apart.
+
+Rotary positions, grouped-query attention, a gated feed-forward, RMS norms.
+
+Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `families` for the
+others.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from adapters_jax.models.decoder.config import DecoderConfig, LayerKind
+from adapters_jax.models.decoder.layers import DecoderLayer, RMSNorm
+from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
+from adapters_jax.models.parts.cache import Cache, LayerCache
+from adapters_jax.models.parts.functions import capped, causal_mask, dot_product_attention
+from adapters_jax.models.parts.layers import check_tokens
+from adapters_jax.models.parts.rotary import Rotation, rotation
+
+
+class Decoder(nnx.Module):
+    """The language model.
+
+    Args:
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
+        attention_fn: the attention function of every layer; see `DecoderAttention`.
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether `layers` is one block, with leaves stacked on their first axis, instead of a
+            list of blocks.
+        rngs: the random numbers of the initial parameters.
+
+    Raises:
+        UserError: `remat` is not a policy.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> def logits(ids):
+        ...     return Decoder(config, rngs=nnx.Rngs(0))(ids)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]])).shape
+        (1, 3, 16)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        attention_fn: Callable[..., Array] = dot_product_attention,
+        remat: bool | str = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_remat(remat)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        init = nnx.initializers.normal(config.initializer_range)
+        linear: Callable[..., nnx.Linear] = partial(nnx.Linear, kernel_init=init, **types)
+        norm: Callable[..., RMSNorm] = partial(
+            RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types
+        )
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.scan = scan
+
+        def block(rngs: nnx.Rngs) -> DecoderLayer:
+            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
+            return DecoderLayer(config, *parts, attention_fn, dtype)
+
+        self.embeddings = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
+        )
+        length = config.num_hidden_layers
+        self.layers = (
+            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
+        )
+        self.norm = norm(config.hidden_size, rngs=rngs)
+        if not config.tie_word_embeddings:
+            sizes = config.hidden_size, config.vocab_size
+            self.head = linear(*sizes, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Computes float32 logits of the next token; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(input_ids, attention_mask, positions, segments))
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Computes float32 logits of hidden states."""
+        tied = self.config.tie_word_embeddings
+        logits = self.embeddings.attend(hidden) if tied else self.head(hidden)
+        logits = logits.astype(jnp.float32)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
+        return capped(logits, self.config.final_logit_softcapping)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length d"]:
+        """Computes the hidden states after the last norm.
+
+        Args:
+            input_ids: token ids.
+            attention_mask: 1 for tokens and 0 for padding, of any dtype.
+            positions: by default 0, 1, 2, ...; only their differences matter.
+            segments: the number of each token's text, if a row holds several texts; a token sees
+                only its own text.
+        """
+        check_tokens(input_ids, attention_mask)
+        if positions is None:
+            positions = jnp.arange(input_ids.shape[1])[None]
+        mask = causal_mask(input_ids, attention_mask)
+        if segments is not None:
+            mask &= segments[:, None, :, None] == segments[:, None, None, :]
+        at = jnp.arange(input_ids.shape[1])[None]
+        contexts = self._contexts(mask, positions, at, at, input_ids.shape[1])
+        x = run_nnx(self.layers, self._embed(input_ids), contexts, self._kinds, remat=self.remat)
+        return self.norm(x)
+
+    def _embed(self, input_ids: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
+        x, factor = self.embeddings(input_ids), self.config.embedding_multiplier
+        return x if factor == 1.0 else x * factor
+
+    @property
+    def _distinct(self) -> tuple[LayerKind, ...]:
+        return tuple(dict.fromkeys(self.config.layer_kinds))
+
+    @property
+    def _kinds(self) -> tuple[int, ...]:
+        """The number of each layer's kind among the distinct ones."""
+        return tuple(map(self._distinct.index, self.config.layer_kinds))
+
+    def _contexts(
+        self,
+        mask: Bool[Array, "#batch 1 length keys"],
+        positions: Int[Array, "#batch length"],
+        at: Int[Array, "#batch length"],
+        keys_at: Int[Array, "#batch keys"],
+        longest: int,
+    ) -> list[tuple[Bool[Array, "#batch 1 length keys"], Rotation]]:
+        """The mask and the rotation of each kind of layer.
+
+        Args:
+            mask: what a token sees without windows.
+            positions: those of the rotation.
+            at: those of the tokens from which windows count.
+            keys_at: those of what they see.
+            longest: the length of the text, see `RopeScaling.frequencies`.
+        """
+        back = at[:, None, :, None] - keys_at[:, None, None, :]
+        return [
+            (
+                mask if kind.window is None else mask & (back < kind.window),
+                rotation(
+                    positions, self.config.rotated, kind.rope_theta, kind.rope_scaling, longest
+                ),
+            )
+            for kind in self._distinct
+        ]
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
+        config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
+        sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
+        return Cache.empty(*sizes, dtype, stacked=self.scan)
+
+    def extend(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "batch length d"], Cache]:
+        """Computes the hidden states of further tokens, and extends the cache by them.
+
+        Args:
+            input_ids: token ids; the earlier ones are in the cache.
+            attention_mask: 1 for tokens and 0 for padding.
+            cache: from `empty_cache` or an earlier call. It must have room for the tokens; only the
+                first call can check that.
+
+        Returns:
+            The hidden states after the last norm, and the extended cache.
+        """
+        check_tokens(input_ids, attention_mask)
+        start = cache.used
+        cache, positions, mask = cache.reserve(attention_mask)
+        slots = cache.held.shape[1]
+        contexts = self._contexts(mask, positions, positions, cache.positions, slots)
+
+        def step(x: Array, layer: Any, context: Any, key: Array, value: Array) -> tuple[Array, ...]:
+            memory = LayerCache(key, value, start)
+            x = layer(x, *context, memory)
+            return x, memory.key, memory.value
+
+        x, keys, values = extend_nnx(
+            step,
+            self.layers,
+            self._embed(input_ids),
+            contexts,
+            self._kinds,
+            cache.keys,
+            cache.values,
+        )
+        return self.norm(x), cache._replace(keys=keys, values=values)
+
+
+def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:
+    """Returns a decoder without arrays; the options are those of `Decoder`."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))

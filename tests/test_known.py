@@ -1,0 +1,128 @@
+"""Published shapes: their parameters are the published ones, and names find them."""
+
+import jax
+import pytest
+from flax import nnx
+from helpers.commands import command_raises
+from helpers.errors import raises
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.shapes import find_shape
+from adapters_jax.errors import UserError
+from adapters_jax.models import FAMILIES
+from adapters_jax.models.known import find_known, near_known
+
+# Parameters of the Hub's checkpoints, by their safetensors' headers.
+PUBLISHED = {
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    # These two repeat their tied head.
+    "Qwen/Qwen3-0.6B": 751_632_384 - 151_936 * 1024,
+    "Qwen/Qwen3-1.7B": 2_031_739_904 - 151_936 * 2048,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    # These have an image tower of one size, and a projection from its width, 1152, with a norm.
+    "google/gemma-3-4b-pt": 4_300_079_472 - 416_866_032 - 1152 * (2560 + 1),
+    "google/gemma-3-12b-pt": 12_187_325_040 - 416_866_032 - 1152 * (3840 + 1),
+    "google/gemma-3-27b-pt": 27_432_406_640 - 416_866_032 - 1152 * (5376 + 1),
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+    "microsoft/Phi-3-medium-4k-instruct": 13_960_238_080,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
+    "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_parameters_are_the_published_ones(name):
+    family, config = find_known(name)
+    model = family.build(config, scan=True)
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert sum(leaf.size for leaf in leaves) == PUBLISHED[name]
+    assert config.to_dict()["architectures"][0].endswith("ForCausalLM")
+
+
+def test_at_least_sixty_published_decoders_are_known():
+    known = [name for family in FAMILIES.values() for name in family.known if "/" in name]
+    assert len(known) == len(set(known)) >= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("llama-7b", "huggyllama/llama-7b"),
+        ("llama-3.2-1b", "meta-llama/Llama-3.2-1B"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B"),
+        ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B"),
+        ("google/gemma-3-4b-it", "google/gemma-3-4b-pt"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("phi-4", "microsoft/phi-4"),
+    ],
+)
+def test_a_short_name_and_a_tuned_model_find_the_shape(name, known):
+    family, config = find_known(name)
+    assert family.known[known] is config
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen2.5-Coder-7B", "me/Llama-3.2-1B", "bert-base-uncased", "gpt2-large", "mine"]
+)
+def test_another_name_is_neither_known_nor_nearly(name):
+    assert find_known(name) is None
+    assert near_known(name) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("meta-llama/Llama-3.2-2B", "meta-llama/Llama-3.2-1B"),
+        ("llama3.2-1b", "meta-llama/Llama-3.2-1B"),
+        ("qwen3-9b", "Qwen/Qwen3-8B"),
+        ("bert_base", "bert-base"),
+    ],
+)
+def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, monkeypatch):
+    def download(*args):
+        raise AssertionError("nothing is looked up on the Hub")
+
+    monkeypatch.setattr("adapters_jax.app.shapes.read_config", download)
+    with raises(UserError, name, near, f"{name}@main"):
+        find_shape(name)
+
+
+def test_audit_and_plan_take_published_names(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", "--model", "google/gemma-3-1b-pt", "--method", "lora", "--json"]) == 0
+    # query: 1152 -> 4 x 256, value: 1152 -> 256; rank 8, 26 layers
+    assert f'"adapter_parameters": {26 * 8 * (1152 + 1024 + 1152 + 256)}' in capsys.readouterr().out
+    with command_raises(UserError, "qwen3-9b", "Qwen/Qwen3-8B"):
+        assert main(["audit", "--model", "qwen3-9b", "--method", "lora"]) == 2

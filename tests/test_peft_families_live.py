@@ -1,0 +1,126 @@
+"""Adapters of PEFT on decoders of every family, both ways; needs the extra `interop-test`."""
+
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.arrays import drawn_like
+
+import adapters_jax as aj
+from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.nnx import AdapterParam
+
+WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
+torch = pytest.importorskip("torch", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+peft = pytest.importorskip("peft", reason=WHY)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
+FUSED = {"phi3": ("qkv_proj", "gate_up_proj")}
+EVERY = sorted(ARCHITECTURES)
+
+
+def targets(name):
+    """Names of projections: into the attention, into the feed-forward, and out of it."""
+    attention, up = FUSED.get(name, ("k_proj", "up_proj"))
+    return attention, up, "down_proj"
+
+
+def their_base(name):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        FIXTURES / name, attn_implementation="eager"
+    )
+
+
+def inputs_of(name):
+    with np.load(FIXTURES / name / "expected.npz") as file:
+        ids, mask = file["input_ids"], file["attention_mask"]
+    return ids, mask, np.maximum(mask.cumsum(1) - 1, 0)
+
+
+def theirs(name, model):
+    ids, mask, positions = map(torch.tensor, inputs_of(name))
+    with torch.no_grad():
+        made = model.eval()(input_ids=ids, attention_mask=mask, position_ids=positions)
+    return made.logits.numpy()[mask.numpy() == 1]
+
+
+def ours(name, model):
+    ids, mask, _ = inputs_of(name)
+    return np.asarray(nnx.jit(lambda model: model(ids, mask))(model))[mask == 1]
+
+
+def in_peft(name, directory):
+    """The logits of a saved adapter in PEFT, which must miss no tensor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        return theirs(name, peft.PeftModel.from_pretrained(their_base(name), directory))
+
+
+def made_by_peft(name, config, directory):
+    """The logits of an adapter that PEFT made, with values in all that trains, and saved."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(their_base(name), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, mean=1.0 * (parameter.ndim == 1), std=0.15)
+    model.save_pretrained(directory)
+    return theirs(name, model)
+
+
+def lora(name):
+    attention, up, down = targets(name)
+    return peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[attention, up, down],
+        rank_pattern={down: 2},
+        alpha_pattern={f"layers.1.*.{attention}": 9},
+    )
+
+
+def dora(name):
+    attention, up, _ = targets(name)
+    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=[attention, up], use_dora=True)
+
+
+def ia3(name):
+    attention, _, down = targets(name)
+    return peft.IA3Config(target_modules=[attention, down], feedforward_modules=[down])
+
+
+@pytest.mark.parametrize("kind", [lora, dora, ia3])
+@pytest.mark.parametrize("name", EVERY)
+def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
+    expected = made_by_peft(name, kind(name), tmp_path / "theirs")
+    assert np.abs(theirs(name, their_base(name)) - expected).max() > 0.05
+    names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
+    recipe, adapters = load_peft(tmp_path / "theirs", names, model)
+    native = aj.save_adapter(tmp_path / "native", adapters, recipe)
+    np.testing.assert_allclose(ours(name, aj.load_adapter(native, model)), expected, atol=1e-4)
+    back = save_peft(tmp_path / "ours", recipe, adapters, names, model)
+    np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
+    names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
+    norms = "**/attention_post_norm/*" if name == "olmo2" else "**/attention_norm/*"
+    recipe = aj.Recipe(
+        aj.LoRA("**/{query,value}", 2, 5.0), aj.LoRA("**/mlp/*", 3, 4.0), aj.Unfreeze(norms)
+    )
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
+    noise = drawn_like(nnx.state(adapted, AdapterParam))
+    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.2 * x), noise))
+    adapters = nnx.state(adapted, AdapterParam)
+    directory = save_peft(tmp_path / "a", recipe, adapters, names, model)
+    logits = ours(name, adapted)
+    np.testing.assert_allclose(in_peft(name, directory), logits, atol=1e-4)
+    assert np.abs(ours(name, load_decoder(FIXTURES / name)[1]) - logits).max() > 0.05
