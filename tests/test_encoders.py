@@ -368,3 +368,12 @@ def test_unsupported_settings_are_named_with_the_nearest_supported_one(name, set
     values = huggingface.read_json(FIXTURES / name / "config.json")
     with raises(aj.UserError, *data):
         family_at(name).config.from_dict({**values, **settings})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, 2**40, "24", None, [24], True])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_wrong_values_of_a_setting_are_an_error_at_once(name, value):
+    values = huggingface.read_json(FIXTURES / name / "config.json")
+    key = "dim" if name == "distilbert" else "hidden_size"
+    with raises(aj.UserError, "hidden_size"):
+        family_at(name).config.from_dict({**values, key: value})
