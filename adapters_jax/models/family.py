@@ -79,7 +79,6 @@ class Family:
 
     def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch: token ids of a length, or images."""
-        if self.kind != "vision":
-            return jax.ShapeDtypeStruct((batch, length), jnp.int32)
-        size = config.image_size
-        return jax.ShapeDtypeStruct((batch, size, size, config.num_channels), jnp.float32)
+        if self.kind == "vision":
+            return config.images(batch)
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -4,9 +4,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule
 from adapters_jax.models.family import Family
 from adapters_jax.models.parts.encoder import load_encoder
@@ -120,13 +117,8 @@ def _family(
     name: str, config: type[VitConfig], names: NameTable, prefixes: Any, known: Any
 ) -> Family:
     """The record of a family of image encoders."""
-    load = partial(load_encoder, Vit, config, names, inputs=_one_image)
+    load = partial(load_encoder, Vit, config, names, inputs=lambda config: config.images(1))
     return Family(name, "vision", config, Vit, load, names, prefixes, known)
-
-
-def _one_image(config: VitConfig) -> jax.ShapeDtypeStruct:
-    size = config.image_size
-    return jax.ShapeDtypeStruct((1, size, size, config.num_channels), jnp.float32)
 
 
 FAMILIES = (

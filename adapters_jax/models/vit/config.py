@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
+
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.parts.functions import ACTIVATIONS
@@ -57,6 +60,11 @@ class VitConfig(huggingface.CheckpointConfig):
     def patches(self) -> int:
         """The number of an image's patches."""
         return (self.image_size // self.patch_size) ** 2
+
+    def images(self, batch: int) -> jax.ShapeDtypeStruct:
+        """The shape of a batch of images."""
+        size = self.image_size
+        return jax.ShapeDtypeStruct((batch, size, size, self.num_channels), jnp.float32)
 
 
 @dataclass(frozen=True)
