@@ -351,6 +351,12 @@ def test_every_encoder_family_is_tested():
         ("modernbert", {"global_attn_every_n_layers": 0}, ["global_attn_every_n_layers=0", 1]),
         ("deberta_v3", {"relative_attention": False}, ["relative_attention=False", True]),
         ("deberta_v3", {"pos_att_type": "p2p"}, ["pos_att_type=('p2p',)", "'c2p' and 'p2c'"]),
+        ("deberta_v3", {"pos_att_type": 3}, ["pos_att_type=3", "'c2p|p2c'"]),
+        ("modernbert", {"rope_parameters": [1]}, ["rope_parameters=[1]"]),
+        ("modernbert", {"rope_parameters": {"full_attention": 1}}, ["{'full_attention': 1}"]),
+        ("modernbert", {"layer_types": 5}, ["layer_types=5", "'full_attention'"]),
+        ("deberta_v3", {"num_attention_heads": 0}, [24, 0]),
+        ("distilbert", {"n_heads": 0}, [24, 0]),
         ("deberta_v3", {"norm_rel_ebd": "rms"}, ["norm_rel_ebd='rms'", "'layer_norm'"]),
         ("deberta_v3", {"embedding_size": 8}, ["embedding_size=8", 24]),
         ("deberta_v3", {"attention_head_size": 8}, ["attention_head_size=8", 6]),
@@ -362,3 +368,12 @@ def test_unsupported_settings_are_named_with_the_nearest_supported_one(name, set
     values = huggingface.read_json(FIXTURES / name / "config.json")
     with raises(aj.UserError, *data):
         family_at(name).config.from_dict({**values, **settings})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, 2**40, "24", None, [24], True])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_wrong_values_of_a_setting_are_an_error_at_once(name, value):
+    values = huggingface.read_json(FIXTURES / name / "config.json")
+    key = "dim" if name == "distilbert" else "hidden_size"
+    with raises(aj.UserError, "hidden_size"):
+        family_at(name).config.from_dict({**values, key: value})

@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import test_vision as vision
 from helpers.trained import trained
 from test_encoders import FIXTURES, classifier, expected, loaded
 
@@ -203,3 +204,44 @@ def test_a_head_with_its_pooler_goes_to_adapterhub_and_back(name, tmp_path):
     np.testing.assert_allclose(logits_there(name, there), logits, atol=1e-4)
     again, back = load_adapterhub(saved, names, params, pooling="pooler")
     np.testing.assert_allclose(logits_here(name, again, back), logits, atol=1e-4)
+
+
+VISION = {
+    "vit": (transformers.ViTModel, ["query", "value"]),
+    "dinov2": (transformers.Dinov2Model, ["query", "fc2"]),
+    "clip": (transformers.CLIPVisionModel, ["q_proj", "fc1"]),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_adapters_of_image_encoders_go_both_ways_with_peft(name, tmp_path):
+    config, params = vision.family_at(name).load(FIXTURES / name)
+    names, model, wanted = vision.family_at(name).names, vision.Vit(config), vision.expected(name)
+    prefix = "vision_model." if name == "clip" else ""
+    build, targets = VISION[name]
+
+    def hidden_there(adapted):
+        pixels = torch.tensor(wanted["pixels"]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return adapted.eval()(pixel_values=pixels).last_hidden_state.numpy()
+
+    def hidden_here(recipe, adapters):
+        whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
+        return aj.adapt(model, recipe).apply({"params": whole}, wanted["pixels"])
+
+    recipe = aj.lora(2, 3.0, targets=("**/attention/{query,output/dense}", "**/mlp/intermediate"))
+    inputs = {"pixels": wanted["pixels"]}
+    adapters, hidden = trained((names, model, params, inputs), recipe)
+    saved = save_peft(tmp_path / "a", recipe, adapters, names, params, prefix=prefix)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        there = peft.PeftModel.from_pretrained(build.from_pretrained(FIXTURES / name), saved)
+    np.testing.assert_allclose(hidden_there(there), hidden, atol=1e-4)
+    assert np.abs(wanted["hidden"] - hidden).max() > 1e-2
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    made = peft.get_peft_model(build.from_pretrained(FIXTURES / name), lora)
+    made.save_pretrained(tmp_path / "b")
+    back = hidden_here(*load_peft(tmp_path / "b", names, params))
+    np.testing.assert_allclose(back, hidden_there(made), atol=1e-4)
+    assert np.abs(wanted["hidden"] - back).max() > 1e-2

@@ -20,7 +20,7 @@ class BaseModel:
 
     Attributes:
         name: a directory or id, as the user, the run or the file names it.
-        kind: "encoder", or "decoder" for a model that continues texts.
+        kind: "encoder", "decoder" for a model that continues texts, or "vision".
         names: maps its modules to PyTorch's names.
         prefix: begins PyTorch's module names in the class that has a head as well.
         params: a tree of parameters, or an NNX model.
@@ -33,7 +33,7 @@ class BaseModel:
     """
 
     name: str
-    kind: Literal["encoder", "decoder"]
+    kind: Literal["encoder", "decoder", "vision"]
     names: NameTable
     prefix: str
     params: Any

@@ -69,17 +69,24 @@ class Source(NamedTuple):
         shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
             return (*shape[:-2], shape[-1], shape[-2])
-        return shape[::-1] if self.transposed else shape
+        return (*shape[:-3:-1], *shape[:-2]) if self.transposed else shape
 
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """Our array with its axes in their order, or theirs with its axes in ours."""
+    def ours(self, array: np.ndarray) -> np.ndarray:
+        """Their array with its axes in our order: a kernel's outputs last, its window first."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        return array.T if self.transposed else array
+        return array.transpose(*range(2, array.ndim), 1, 0) if self.transposed else array
+
+    def theirs(self, array: np.ndarray) -> np.ndarray:
+        """Our array with its axes in their order."""
+        if self.swapped:
+            return np.swapaxes(array, -1, -2)
+        n = array.ndim
+        return array.transpose(n - 1, n - 2, *range(n - 2)) if self.transposed else array
 
     def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
         """Takes our array, this part of their tensor, out of it; their shape is checked before."""
-        turned = self.turn(tensor)
+        turned = self.ours(tensor)
         return turned if span is WHOLE else span.of(turned)  # type: ignore[return-value]
 
 
@@ -322,4 +329,4 @@ def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
     count = source.part[1] if source.part else 1
     if len(arrays) != count:
         raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
-    return source.turn(np.concatenate(arrays, axis=-1) if count > 1 else first)
+    return source.theirs(np.concatenate(arrays, axis=-1) if count > 1 else first)

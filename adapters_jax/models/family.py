@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapters_jax.interop.names import NameTable
@@ -38,7 +40,8 @@ class Family:
 
     Attributes:
         name: the family's name; that of its folder, or of its architecture in `decoder`.
-        kind: "encoder", whose hidden states a head reads, or "decoder", which predicts next tokens.
+        kind: "encoder", whose hidden states a head reads, "decoder", which predicts next tokens, or
+            "vision", an encoder of images.
         config: the configuration class; its `num_layers` is the number of layers.
         build: `build(config, **options)` returns a model; an NNX model is abstract.
         load: `load(files, **options)` returns the configuration and the parameters or NNX model.
@@ -56,7 +59,7 @@ class Family:
     """
 
     name: str
-    kind: Literal["encoder", "decoder"]
+    kind: Literal["encoder", "decoder", "vision"]
     config: type[Any]
     build: Callable[..., Any]
     load: Callable[..., tuple[Any, Any]]
@@ -71,4 +74,11 @@ class Family:
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
         """Returns a model without arrays, and example inputs."""
-        return self.build(config, **options), (np.zeros((1, 8), np.int32),)
+        inputs = self.inputs(config, 1, 8)
+        return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
+
+    def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """The shape of a batch: token ids of a length, or images."""
+        if self.kind == "vision":
+            return config.images(batch)
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert
+from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert, vit
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
         *bert.FAMILIES,
         modernbert.FAMILY,
         deberta.FAMILY,
+        *vit.FAMILIES,
         gpt2.FAMILY,
         *decoder.FAMILIES,
     )

@@ -108,13 +108,14 @@ class PlanTraining:
         self, method: MethodOptions, shape: Any, mesh: Mesh, console: Console
     ) -> tuple[Plan, Plan | None]:
         """The plan of the given batch, and of the largest batch that fits."""
-        loss = _loss_of(shape[0], find_shape(self.model)[0].kind)
+        family, config = find_shape(self.model)
+        loss = _loss_of(shape[0], family.kind)
 
         @functools.cache
         def of(batch: int) -> Plan:
             console.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
-            ids = jax.ShapeDtypeStruct((batch, self.length), jnp.int32)
-            return self._stored(plan(shape[2], loss, ids, mesh))
+            inputs = family.inputs(config, batch, self.length)
+            return self._stored(plan(shape[2], loss, inputs, mesh))
 
         asked = of(self.batch_size)
         if self.memory is None:
@@ -187,7 +188,7 @@ def _loss_of(model: Any, kind: str) -> Callable[[Any, Any, Any], Any]:
             logits = subject(ids)
         else:
             logits = model.apply({"params": subject}, ids)
-        if kind == "encoder":
+        if kind != "decoder":
             return jnp.mean(jnp.square(logits.astype(jnp.float32)))
         return optax.softmax_cross_entropy_with_integer_labels(
             logits[:, :-1].astype(jnp.float32), ids[:, 1:]

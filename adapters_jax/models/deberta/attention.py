@@ -39,7 +39,7 @@ def relative_positions(length: int, config: DebertaConfig) -> Int[np.ndarray, "l
     """
     each = np.arange(length)
     distance, middle = each[:, None] - each, config.position_buckets // 2
-    if config.position_buckets > 0:
+    if config.position_buckets:
         far = np.maximum(np.abs(distance), middle).astype(np.float32) / np.float32(middle)
         widest = np.log(np.float32((config.longest - 1) / middle))
         steps = np.ceil(np.log(far) / widest * np.float32(middle - 1)) + middle

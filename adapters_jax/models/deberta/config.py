@@ -34,8 +34,8 @@ class DebertaConfig(huggingface.CheckpointConfig):
     type_vocab_size: int = 0
     position_biased_input: bool = False
     pos_att_type: tuple[str, ...] = ("c2p", "p2c")
-    max_relative_positions: int = 0
-    position_buckets: int = 256
+    max_relative_positions: int = 0  # 0 means max_position_embeddings
+    position_buckets: int = 256  # 0 means one for each distance
     share_att_key: bool = True
     norm_rel_ebd: str = "layer_norm"
     conv_kernel_size: int = 0
@@ -69,24 +69,26 @@ class DebertaConfig(huggingface.CheckpointConfig):
         cls._check(values)
         theirs: dict[str, Any] = {**_ABSENT, **values}
         found = theirs["pos_att_type"] or ()
-        split = found.lower().split("|") if isinstance(found, str) else found
-        theirs["pos_att_type"] = tuple(sorted(each.strip() for each in split))
+        if isinstance(found, str):
+            found = [each.strip() for each in found.lower().split("|")]
+        if not isinstance(found, (list, tuple)):
+            raise UserError(f"pos_att_type={found!r}, expected 'c2p|p2c' or a list of these")
+        theirs["pos_att_type"] = tuple(sorted(map(str, found)))
         for name in ("max_relative_positions", "position_buckets"):
-            if theirs.get(name) == -1:  # none, as 0
+            if theirs.get(name) == -1:
                 theirs[name] = 0
-        width = theirs.get("hidden_size", cls.hidden_size)
-        heads = theirs.get("num_attention_heads", cls.num_attention_heads)
+        config = super().from_dict(theirs)
         for name, expected in (
-            ("embedding_size", width),
-            ("attention_head_size", width // heads if heads else 0),
-            ("pooler_hidden_size", width),
+            ("embedding_size", config.hidden_size),
+            ("attention_head_size", config.hidden_size // config.num_attention_heads),
+            ("pooler_hidden_size", config.hidden_size),
         ):
             if theirs.get(name, expected) != expected:
                 raise UserError(
                     f"{cls.__name__} does not implement {name}={theirs[name]} (supported: "
                     f"{expected}, which follows from the width and the heads)."
                 )
-        return super().from_dict(theirs)
+        return config
 
     @property
     def head_dropout(self) -> float:
@@ -96,8 +98,7 @@ class DebertaConfig(huggingface.CheckpointConfig):
     @property
     def longest(self) -> int:
         """The largest distance between positions, which the last bucket reaches."""
-        given = self.max_relative_positions
-        return given or self.max_position_embeddings
+        return self.max_relative_positions or self.max_position_embeddings
 
     @property
     def span(self) -> int:
@@ -110,7 +111,7 @@ _ABSENT: dict[str, Any] = {
     "relative_attention": False,
     "position_biased_input": True,
     "pos_att_type": None,
-    "position_buckets": 0,
+    "position_buckets": -1,
     "share_att_key": False,
     "norm_rel_ebd": "none",
 }

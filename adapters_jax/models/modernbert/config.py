@@ -91,16 +91,19 @@ class ModernBertConfig(huggingface.CheckpointConfig):
 def _of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers 5 says for each kind of layer, in the fields of transformers 4."""
     flat: dict[str, Any] = {}
-    ropes = values.get("rope_parameters") or {}
+    ropes, types = values.get("rope_parameters") or {}, values.get("layer_types")
     for kind, name in (("full", "global_rope_theta"), ("sliding", "local_rope_theta")):
-        rope = ropes.get(f"{kind}_attention") or {}
+        rope = isinstance(ropes, dict) and ropes.get(f"{kind}_attention", {})
+        if not isinstance(rope, dict):
+            raise UserError(f"rope_parameters={ropes!r}, expected an object for each kind of layer")
         if rope.get("rope_type", "default") != "default":
             raise UserError(f"rope_type={rope['rope_type']!r}, expected 'default'")
         flat |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
-    if types := values.get("layer_types"):
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-        every = full[1] if len(full) > 1 else len(types)
-        if full != list(range(0, len(types), every)):
+    if types:
+        each = types if isinstance(types, list) else []
+        full = [i for i, kind in enumerate(each) if kind == "full_attention"]
+        every = full[1] if len(full) > 1 else len(each)
+        if not each or full != list(range(0, len(each), every)):
             raise UserError(
                 f"layer_types={types!r}, expected 'full_attention' at regular distances from the "
                 "first layer on, and 'sliding_attention' between"

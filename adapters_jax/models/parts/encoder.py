@@ -39,6 +39,14 @@ def mean_pool(
     return (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
 
 
+Inputs = Callable[[Any], jax.ShapeDtypeStruct]
+
+
+def one_token(config: Any) -> jax.ShapeDtypeStruct:
+    """The least input of an encoder of texts."""
+    return jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
 class EncoderClassifier(Typed):
     """An encoder whose pooled output goes through dropout and a dense `head`.
 
@@ -118,6 +126,7 @@ def load_encoder(
     pooler: bool = False,
     param_dtype: Dtype = jnp.float32,
     scan: bool = False,
+    inputs: Inputs = one_token,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads an encoder from a directory or the Hugging Face Hub.
 
@@ -133,6 +142,7 @@ def load_encoder(
         pooler: whether to load the pooler, for a classifier with `pooling="pooler"`.
         param_dtype: the dtype of the parameters returned.
         scan: whether they are for a model with scanned blocks.
+        inputs: the shape of its inputs, by its configuration.
 
     Returns:
         The configuration, and the parameters of `build(config, scan=scan)`.
@@ -143,19 +153,19 @@ def load_encoder(
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = config_class.from_json(directory / "config.json")
-    like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler)
+    like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler, inputs)
     like = laid_out(like, mesh, rules)
     return config, from_tensors(huggingface.read_tensors(directory), names, like)
 
 
-def abstract(encoder: Any, pooler: bool = False) -> Any:
+def abstract(encoder: Any, pooler: bool = False, inputs: Inputs = one_token) -> Any:
     """The shapes of an encoder's parameters, with or without the pooler."""
 
-    def forward(encoder: Any, ids: Array) -> Array:
-        return encoder.pool(encoder(ids)) if pooler else encoder(ids)
+    def forward(encoder: Any, x: Array) -> Array:
+        return encoder.pool(encoder(x)) if pooler else encoder(x)
 
-    ids, init = jnp.zeros((1, 1), jnp.int32), partial(encoder.init, method=forward)
-    return jax.eval_shape(init, jax.random.key(0), ids)["params"]
+    init = partial(encoder.init, method=forward)
+    return jax.eval_shape(init, jax.random.key(0), inputs(encoder.config))["params"]
 
 
 def load_pooled(

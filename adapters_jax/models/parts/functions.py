@@ -65,6 +65,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": silu,
     "swish": silu,
     "tanh": jnp.tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 

@@ -17,7 +17,7 @@ from adapters_jax.models.parts.rotary import Rotation, rotate
 
 def check_heads(width: int, heads: int) -> None:
     """Raises `UserError` unless the width divides into the heads."""
-    if width % heads:
+    if heads < 1 or width % heads:
         raise UserError(f"a width of {width} does not divide into {heads} attention heads.")
 
 
