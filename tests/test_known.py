@@ -57,6 +57,10 @@ PUBLISHED = {
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "allenai/OLMo-2-0425-1B": 1_484_916_736,
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
     "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
     "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
 }

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on decoders of every family, both ways; needs the extra `interop-test`."""
+"""Decoders of every family and adapters on them, read by transformers and PEFT, and back."""
 
 import warnings
 from pathlib import Path
@@ -12,7 +12,7 @@ from helpers.arrays import drawn_like
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.models.decoder import ARCHITECTURES, load_decoder, save_decoder
 from adapters_jax.nnx import AdapterParam
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj")}
 EVERY = sorted(ARCHITECTURES)
+DENSE = [name for name in EVERY if not ARCHITECTURES[name].names.parameters]
 
 
 def targets(name):
@@ -96,8 +97,29 @@ def ia3(name):
     return peft.IA3Config(target_modules=[attention, down], feedforward_modules=[down])
 
 
-@pytest.mark.parametrize("kind", [lora, dora, ia3])
 @pytest.mark.parametrize("name", EVERY)
+def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path):
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    save_decoder(tmp_path, *load_decoder(FIXTURES / name), **tokens)
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        for path in (FIXTURES / name, tmp_path)
+    )
+    np.testing.assert_array_equal(theirs(name, other), theirs(name, one))
+    whole, again = (model.config.to_dict() for model in (one, other))
+    # No token ids are known here, and a setting at its default is not written.
+    for rope in (whole.get("rope_scaling") or {}, again.get("rope_scaling") or {}):
+        rope.setdefault("rope_type", rope.pop("type", None))  # some classes write both names
+        rope.pop("type", None)
+    differing = {k: (x, again.get(k)) for k, x in whole.items() if again.get(k) != x}
+    assert differing.keys() <= {
+        *("_name_or_path", "max_window_layers", "head_dim"),
+    }
+    assert whole.get("head_dim") in (None, again.get("head_dim"))
+
+
+@pytest.mark.parametrize("kind", [lora, dora, ia3])
+@pytest.mark.parametrize("name", DENSE)
 def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
     expected = made_by_peft(name, kind(name), tmp_path / "theirs")
     assert np.abs(theirs(name, their_base(name)) - expected).max() > 0.05
@@ -109,7 +131,7 @@ def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_pat
     np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", DENSE)
 def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
     names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
     norms = "**/attention_post_norm/*" if name == "olmo2" else "**/attention_norm/*"

@@ -14,6 +14,7 @@ import numpy as np
 from adapters_jax.attached import in_tree
 from adapters_jax.interop.layouts import Array, ModuleReference, rounded, their_factors
 from adapters_jax.interop.module_map import Added, ModuleMap, in_order
+from adapters_jax.interop.names import ROW
 from adapters_jax.interop.peft.config import NOT_ON_PARAMETERS, ROOT
 from adapters_jax.interop.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
@@ -183,8 +184,11 @@ def _of_parameters(
     for module in dict.fromkeys(map(module_of, mine)):
         names = [name for name in mine if module_of(name) == module]
         full = module_map.full(module, prefix)
+        paths = ", ".join(module_map.parameters[name].path for name in names)
+        if ROW in full:
+            problems.append(f"{paths}: PEFT has a module for each expert, which is not supported")
+            continue
         if full in numbers.ranks:
-            paths = ", ".join(module_map.parameters[name].path for name in names)
             problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
         for key, name in zip(nested(full, len(names)), names, strict=True):
             reference = module_map.parameters[name]
