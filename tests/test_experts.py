@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 from helpers.errors import raises
@@ -13,9 +14,10 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, UserError
 from adapters_jax.interop.names import from_tensors
-from adapters_jax.interop.peft import save_peft
+from adapters_jax.interop.peft import TENSORS, load_peft, save_peft
 from adapters_jax.models.decoder import ARCHITECTURES, load_decoder
 from adapters_jax.nnx import AdapterParam
+from adapters_jax.trees import flatten
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 IDS = np.array([[4, 9, 5, 6, 11, 7]])
@@ -76,11 +78,27 @@ def test_adapters_of_experts_merge_into_them(scan):
     )
 
 
-def test_adapters_of_experts_have_no_place_in_a_file_of_peft(model, tmp_path):
-    names, recipe = ARCHITECTURES["mixtral"].names, aj.LoRA("layers/1/mlp/experts/up", 2)
-    adapted = aj.adapt(nnx.clone(model), recipe, rngs=nnx.Rngs(0), example_inputs=(IDS,))
-    with raises(UserError, "layers/1/mlp/experts/up", "each expert"):
-        save_peft(tmp_path / "a", recipe, nnx.state(adapted, AdapterParam), names, model)
+def test_adapters_of_experts_go_to_peft_and_back(model, tmp_path):
+    names, recipe = ARCHITECTURES["mixtral"].names, aj.LoRA("layers/1/mlp/experts/up", 2, 3.0)
+    leaves = {"a": drawn((4, 16, 2)), "b": drawn((4, 2, 8), seed=1)}
+    tree = {"layers": {"1": {"mlp": {"experts": {"lora": {"up": leaves}}}}}}
+    directory = save_peft(tmp_path / "a", recipe, tree, names, model)
+    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    name = "base_model.model.model.layers.1.block_sparse_moe.experts.{}.w3.lora_{}.weight"
+    assert tensors.keys() == {name.format(i, factor) for i in range(4) for factor in "AB"}
+    for i in range(4):
+        np.testing.assert_array_equal(tensors[name.format(i, "A")], leaves["a"][i].T)
+        np.testing.assert_array_equal(tensors[name.format(i, "B")], leaves["b"][i].T)
+    again, back = load_peft(directory, names, model)
+    (method,) = again.attached
+    assert (method.rank, method.alpha) == (2, 3.0)
+    got = flatten(back)
+    for key, leaf in flatten(tree).items():
+        np.testing.assert_array_equal(got[key], leaf)
+    del tensors[name.format(2, "A")], tensors[name.format(2, "B")]
+    safetensors.numpy.save_file(tensors, directory / TENSORS)
+    with raises(UserError, "layers/1/mlp/experts/up", "layers.1.block_sparse_moe.experts.2.w3"):
+        load_peft(directory, names, model)
 
 
 def test_an_expert_that_a_checkpoint_lacks_is_named(model):

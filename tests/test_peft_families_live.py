@@ -22,15 +22,14 @@ peft = pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
-FUSED = {"phi3": ("qkv_proj", "gate_up_proj")}
+TARGETS = {"phi3": ("qkv_proj", "gate_up_proj", "down_proj"), "mixtral": ("k_proj", "w3", "w2")}
 EVERY = sorted(ARCHITECTURES)
 DENSE = [name for name in EVERY if not ARCHITECTURES[name].names.parameters]
 
 
 def targets(name):
     """Names of projections: into the attention, into the feed-forward, and out of it."""
-    attention, up = FUSED.get(name, ("k_proj", "up_proj"))
-    return attention, up, "down_proj"
+    return TARGETS.get(name, ("k_proj", "up_proj", "down_proj"))
 
 
 def their_base(name):
@@ -83,7 +82,7 @@ def lora(name):
         lora_alpha=6,
         target_modules=[attention, up, down],
         rank_pattern={down: 2},
-        alpha_pattern={f"layers.1.*.{attention}": 9},
+        alpha_pattern={rf"layers.1.*.{attention}": 9},
     )
 
 
@@ -118,27 +117,31 @@ def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path)
     assert whole.get("head_dim") in (None, again.get("head_dim"))
 
 
-@pytest.mark.parametrize("kind", [lora, dora, ia3])
-@pytest.mark.parametrize("name", DENSE)
+CASES = [(name, lora) for name in EVERY] + [(n, kind) for n in DENSE for kind in (dora, ia3)]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
     expected = made_by_peft(name, kind(name), tmp_path / "theirs")
     assert np.abs(theirs(name, their_base(name)) - expected).max() > 0.05
     names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
     recipe, adapters = load_peft(tmp_path / "theirs", names, model)
     native = aj.save_adapter(tmp_path / "native", adapters, recipe)
-    np.testing.assert_allclose(ours(name, aj.load_adapter(native, model)), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        ours(name, aj.load_adapter(native, model, None, inputs_of(name)[0])), expected, atol=1e-4
+    )
     back = save_peft(tmp_path / "ours", recipe, adapters, names, model)
     np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
     names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
     norms = "**/attention_post_norm/*" if name == "olmo2" else "**/attention_norm/*"
-    recipe = aj.Recipe(
-        aj.LoRA("**/{query,value}", 2, 5.0), aj.LoRA("**/mlp/*", 3, 4.0), aj.Unfreeze(norms)
-    )
-    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
+    mlp = aj.LoRA("**/mlp/*" if name in DENSE else "**/{experts/*,router}", 3, 4.0)
+    recipe = aj.Recipe(aj.LoRA("**/{query,value}", 2, 5.0), mlp, aj.Unfreeze(norms))
+    ids, *_ = inputs_of(name)
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(ids,))
     noise = drawn_like(nnx.state(adapted, AdapterParam))
     nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.2 * x), noise))
     adapters = nnx.state(adapted, AdapterParam)
