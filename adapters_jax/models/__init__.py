@@ -1,9 +1,9 @@
 """Small, exact models that load Hugging Face checkpoints.
 
 - `bert` (linen; BERT and RoBERTa encoders and classifiers), `gpt2` (linen; GPT-3 has the same
-  architecture), `decoder` (NNX; Llama, Mistral, Qwen, Gemma, Phi, OLMo, SmolLM and Granite, a file
-  each in `decoder/families`; Llamas also from GGUF). In each, `config` describes the shape, `model`
-  is the arithmetic, `checkpoint` loads and saves the tensors.
+  architecture), `decoder` (NNX; Llama, Mistral, Qwen, Gemma, Phi, OLMo, SmolLM, Granite and those
+  with experts, a file each in `decoder/families`; Llamas also from GGUF). In each, `config`
+  describes the shape, `model` is the arithmetic, `checkpoint` loads and saves the tensors.
 - `family`: the class of the records through which the rest of the package uses a family.
   `registry`: all records, `FAMILIES`, and published shapes, `KNOWN`; `known` finds them by name.
 - `parts`: the layers and functions that families share. Every model can scan its blocks and

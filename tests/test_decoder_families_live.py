@@ -1,6 +1,7 @@
 """Decoders of every family and adapters on them, read by transformers and PEFT, and back."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,12 @@ from helpers.arrays import drawn_like
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.decoder import ARCHITECTURES, load_decoder, save_decoder
+from adapters_jax.models.decoder import (
+    ARCHITECTURES,
+    DecoderConfig,
+    load_decoder,
+    save_decoder,
+)
 from adapters_jax.nnx import AdapterParam
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
@@ -73,6 +79,46 @@ def made_by_peft(name, config, directory):
                 torch.nn.init.normal_(parameter, mean=1.0 * (parameter.ndim == 1), std=0.15)
     model.save_pretrained(directory)
     return theirs(name, model)
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+SCALINGS = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    YARN,
+    {**YARN, "beta_fast": 4.0, "beta_slow": 2.0},
+    {**YARN, "attention_factor": 0.7},
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {**YARN, "truncate": False, "factor": 0.5},
+    {**YARN, "original_max_position_embeddings": 4096, "factor": 40.0},
+    {
+        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+    {
+        **{"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64},
+        **{"short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0] * 8},
+    },
+]
+
+
+@pytest.mark.parametrize("length", [50, 300])
+@pytest.mark.parametrize("given", SCALINGS)
+def test_rotary_frequencies_are_those_of_transformers(given, length):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256}
+    extra = {"original_max_position_embeddings": 64} if given["rope_type"] == "longrope" else {}
+    values = {**sizes, "rope_theta": 500.0, **extra}
+    theirs = transformers.LlamaConfig(**values, rope_scaling=dict(given))
+    expected, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](theirs, None, seq_len=length)
+    config = DecoderConfig.from_dict({**values, "rope_scaling": given})
+    got, ours = config.rope_scaling.frequencies(16, 500.0, length)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5)
+    assert ours == pytest.approx(factor)
+    assert DecoderConfig.from_dict(config.to_dict()) == replace(
+        config, num_key_value_heads=4, head_dim=16
+    )
 
 
 def lora(name):
