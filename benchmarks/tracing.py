@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from adapters_jax.models.llama import Llama, LlamaConfig
 from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.models.bert import BertClassifier, BertConfig
-from adapters_jax.models.llama import Llama, LlamaConfig
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report
 

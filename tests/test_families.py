@@ -181,6 +181,11 @@ def test_each_record_is_whole():
     assert KNOWN["gpt2-medium"]()[0].config.num_layers == 24
 
 
+def test_an_unknown_model_type_is_answered_with_the_nearest():
+    with raises(aj.UserError, "model_type='qwen3_next'", "nearest: 'qwen3"):
+        family_of({"model_type": "qwen3_next"}, "mine")
+
+
 @pytest.mark.parametrize("found", [None, "t5", 3, ["bert"]])
 def test_an_unknown_model_type_is_named(found):
     families = ("bert", "camembert", "gpt2", "llama")

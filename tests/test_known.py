@@ -41,6 +41,7 @@ PUBLISHED = {
     # These two repeat their tied head.
     "Qwen/Qwen3-0.6B": 751_632_384 - 151_936 * 1024,
     "Qwen/Qwen3-1.7B": 2_031_739_904 - 151_936 * 2048,
+    "google/gemma-7b": 8_537_680_896,
     "google/gemma-2-2b": 2_614_341_888,
     "google/gemma-2-9b": 9_241_705_984,
     "google/gemma-2-27b": 27_227_128_320,
@@ -57,6 +58,11 @@ PUBLISHED = {
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "allenai/OLMo-2-0425-1B": 1_484_916_736,
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "allenai/OLMo-2-1124-13B": 13_716_198_400,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
     "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
     "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
 }

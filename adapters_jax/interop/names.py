@@ -22,6 +22,7 @@ from adapters_jax.interop.layouts import WHOLE, Span, spans
 from adapters_jax.transforms.stacking import Stack
 
 HEADS = ("lm_head", "classifier", "score")
+ROW = "{}"  # the number of a row of ours in their name
 
 
 class Rule(NamedTuple):
@@ -41,7 +42,8 @@ class ParameterRule(NamedTuple):
 
     Attributes:
         ours: a pattern over the paths of our parameters.
-        theirs: the whole name of their parameter, `layers.0.mlp.experts.down_proj`.
+        theirs: the whole name of their parameter, `layers.0.mlp.experts.down_proj`. With `{}` for a
+            number, they have a parameter for each row of ours, `layers.0.mlp.experts.{}.w1.weight`.
         swapped: whether its last two axes are the other way round than ours.
         is_transposed: the attribute of this name of their module, by which PEFT tells a stack of
             matrices `(experts, in, out)`, True, from `(experts, out, in)`. None where it tells the
@@ -63,8 +65,15 @@ class Source(NamedTuple):
     part: tuple[int, int] | None = None
     swapped: bool = False
 
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """The names of their tensors if ours has `shape`: one, or one for each of our rows."""
+        if ROW not in self.name:
+            return [self.name]
+        return [self.name.replace(ROW, str(i)) for i in range(shape[0])]
+
     def shape(self, shape: tuple[int, ...], span: Span = WHOLE) -> tuple[int, ...]:
-        """The shape of their tensor if ours has `shape` and is this part of it."""
+        """The shape of each of their tensors if ours has `shape` and is this part of them."""
+        shape = shape[1:] if ROW in self.name else shape
         own = span.stop - span.start
         shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
@@ -235,23 +244,33 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     parts = _parts(reads)
     for sources, stacked, leaf in reads:
         for own, source in sources.items():
-            label, shape = f"{own} ({source.name})", leaf.shape[1:] if stacked else leaf.shape
+            shape = leaf.shape[1:] if stacked else leaf.shape
             whole = source.shape(shape, parts.get(own, WHOLE))
-            expected[label] = jax.ShapeDtypeStruct(whole, leaf.dtype)
-            used.add(source.name)
-            if source.name in found:
-                got[label] = found[source.name]
+            for name in source.names(shape):
+                label = f"{own} ({name})"
+                expected[label] = jax.ShapeDtypeStruct(whole, leaf.dtype)
+                used.add(name)
+                if name in found:
+                    got[label] = found[name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
     compare_trees("the checkpoint", got, expected, "Is it of this architecture and size?")
 
     def read(sources: Mapping[str, Source], stacked: bool, leaf: Any) -> jax.Array:
+        shape = leaf.shape[1:] if stacked else leaf.shape
         arrays = (
-            source.take(np.asarray(found[source.name]), parts.get(own, WHOLE))
-            for own, source in sources.items()
+            _of(source, found, shape, parts.get(own, WHOLE)) for own, source in sources.items()
         )
         return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
 
     return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
+
+
+def _of(
+    source: Source, found: Mapping[str, Tensor], shape: tuple[int, ...], span: Span
+) -> np.ndarray:
+    """Our array of one layer, of their tensors."""
+    rows = [source.take(np.asarray(found[name]), span) for name in source.names(shape)]
+    return np.stack(rows) if ROW in source.name else rows[0]
 
 
 def _parts(reads: Iterable[tuple[Mapping[str, Source], bool, Any]]) -> dict[str, Span]:
@@ -318,7 +337,9 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
             own_head = source.name.split(".")[0] in names.heads
             prefix = "" if own_head else "".join(names.prefixes[:1])
-            parts.setdefault(prefix + source.name, []).append((source, own))
+            rows = own if ROW in source.name else [own]
+            for name, row in zip(source.names(own.shape), rows, strict=True):
+                parts.setdefault(prefix + name, []).append((source, row))
     return {name: np.ascontiguousarray(_fused(name, each)) for name, each in parts.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -57,5 +58,9 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
     for family in FAMILIES.values():
         if isinstance(found, str) and found in family.prefixes:
             return family
-    types = ", ".join(each for family in FAMILIES.values() for each in family.prefixes)
-    raise UserError(f"{name!r} has model_type={found!r}; expected one of {types}")
+    types = [each for family in FAMILIES.values() for each in family.prefixes]
+    near = difflib.get_close_matches(found, types, 1) if isinstance(found, str) else []
+    nearest = f" (nearest: {near[0]!r})" if near else ""
+    raise UserError(
+        f"{name!r} has model_type={found!r}; expected one of {', '.join(types)}{nearest}"
+    )

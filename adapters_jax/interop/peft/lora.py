@@ -19,6 +19,7 @@ from adapters_jax.interop.peft.config import (
     number_at,
     value,
 )
+from adapters_jax.interop.peft.experts import gathered
 from adapters_jax.interop.peft.parameters import our_pair, parameters_by_key
 from adapters_jax.methods import DoRA, LoRA, Method
 from adapters_jax.targets import join
@@ -43,6 +44,12 @@ def read(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     added = _without_tied(config, added, module_map, problems)
+    added, stacks = gathered(config, added, module_map, problems)
+    for path, experts in stacks.items():
+        module, _, own = path.rpartition("/")
+        node = join(module, "lora", own)
+        leaves |= {f"{node}/{k}": x.astype(np.float32) for k, x in experts.pair.items()}
+        ranks[path], alphas[path] = experts.rank, experts.alpha
     parameters = parameters_by_key(config, added, module_map, problems)
     problems += _unmatched(config, added, parameters.values())
     for key, found in added.items():

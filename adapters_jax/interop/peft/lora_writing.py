@@ -14,7 +14,9 @@ import numpy as np
 from adapters_jax.attached import in_tree
 from adapters_jax.interop.layouts import Array, ModuleReference, rounded, their_factors
 from adapters_jax.interop.module_map import Added, ModuleMap, in_order
+from adapters_jax.interop.names import ROW
 from adapters_jax.interop.peft.config import NOT_ON_PARAMETERS, ROOT
+from adapters_jax.interop.peft.experts import modules_of
 from adapters_jax.interop.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.recipe import Recipe
@@ -78,6 +80,7 @@ def write(
     pairs = _pairs(recipe, added, leaves, module_map, problems)
     numbers = _Numbers(methods[0].rank_stabilized, {}, {})
     tensors = _of_modules(pairs, module_map, prefix, numbers, problems)
+    tensors |= _of_experts(pairs, module_map, prefix, numbers, problems)
     modules = set(numbers.ranks)
     tensors |= _of_parameters(pairs, module_map, prefix, numbers, problems)
     parameters = sorted(numbers.ranks.keys() - modules, key=in_order)
@@ -167,6 +170,33 @@ def _of_modules(
             head = module_map.full(module_map.tied[0], prefix)
             numbers.add(head, len(a), scale)
             tensors |= {f"{ROOT}{head}.lora_A.weight": b.T, f"{ROOT}{head}.lora_B.weight": a.T}
+    return tensors
+
+
+def _of_experts(
+    pairs: dict[str, _Pair],
+    module_map: ModuleMap,
+    prefix: str | None,
+    numbers: _Numbers,
+    problems: list[str],
+) -> Tensors:
+    """The factors of experts, each of which is a module of PEFT's; takes them out of `pairs`."""
+    tensors: Tensors = {}
+    for name, reference in module_map.parameters.items():
+        pair = pairs.pop(reference.path, None) if ROW in name else None
+        if pair is None:
+            continue
+        if pair.method.slices or pair.leaves.keys() != {"a", "b"}:
+            problems.append(f"{reference.path}: PEFT's files of experts have LoRA without slices")
+            continue
+        a, b = pair.leaves["a"], pair.leaves["b"]
+        for i, module in enumerate(modules_of(name, reference.shape[0])):
+            full = module_map.full(module, prefix)
+            numbers.add(full, a.shape[-1], pair.scale)
+            tensors |= {
+                f"{ROOT}{full}.lora_A.weight": a[i].T,
+                f"{ROOT}{full}.lora_B.weight": b[i].T,
+            }
     return tensors
 
 

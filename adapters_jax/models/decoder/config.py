@@ -83,6 +83,11 @@ class DecoderConfig(huggingface.CheckpointConfig):
         logits_scaling: the divisor of the logits.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
+        num_experts: the number of feed-forwards of a layer, of which each token takes some; 0 has
+            one that all take.
+        num_experts_per_tok: how many a token takes.
+        norm_topk_prob: whether the weights of a token's experts are scaled to sum to 1.
+        moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.
 
     Raises:
         UserError: a setting is of a wrong type, out of range or not supported.
@@ -126,6 +131,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
     logits_scaling: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
@@ -143,6 +152,11 @@ class DecoderConfig(huggingface.CheckpointConfig):
             check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
         self._check_heads()
         self._check_layers()
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok={self.num_experts_per_tok}, expected a whole number >= 1 and "
+                f"at most num_experts={self.num_experts}."
+            )
 
     def _check_heads(self) -> None:
         if self.num_attention_heads % self.kv_heads:

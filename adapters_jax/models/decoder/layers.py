@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.decoder.config import DecoderConfig
+from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
 from adapters_jax.models.parts.cache import LayerCache
 from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize
 from adapters_jax.models.parts.rotary import Rotation, rotate
@@ -169,6 +170,7 @@ class DecoderLayer(nnx.Module):
         norm: Callable[..., RMSNorm],
         attention_fn: Callable[..., Array],
         dtype: Dtype | None,
+        experts: Callable[[DecoderConfig], DecoderExperts] | None = None,
     ):
         width, placement = config.hidden_size, config.norm_placement
         self.before, self.after = placement != "post", placement != "pre"
@@ -181,7 +183,9 @@ class DecoderLayer(nnx.Module):
         self.attention_sum = DecoderSum()
         if self.before:
             self.mlp_norm = norm(width)
-        self.mlp = DecoderMLP(config, linear)
+        self.mlp = (
+            DecoderMixture(config, linear, experts) if experts else DecoderMLP(config, linear)
+        )
         if self.after:
             self.mlp_post_norm = norm(width)
         self.mlp_sum = DecoderSum()

@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.models.decoder.config import DecoderConfig, LayerKind
+from adapters_jax.models.decoder.experts import DecoderExperts
 from adapters_jax.models.decoder.layers import DecoderLayer, RMSNorm
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
@@ -75,7 +76,8 @@ class Decoder(nnx.Module):
 
         def block(rngs: nnx.Rngs) -> DecoderLayer:
             parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
-            return DecoderLayer(config, *parts, attention_fn, dtype)
+            experts = partial(DecoderExperts, rngs=rngs, **types) if config.num_experts else None
+            return DecoderLayer(config, *parts, attention_fn, dtype, experts)
 
         self.embeddings = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from adapters_jax.interop.names import NameTable, Rule
+from adapters_jax.interop.names import NameTable, ParameterRule, Rule
 from adapters_jax.transforms.stacking import Stack
 
 
@@ -59,3 +59,18 @@ NAMES = NameTable(
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))
 NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED, *PROJECTIONS, *NORMS_BEFORE))
+
+
+def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:
+    """The table of a model with experts: `mlp` is their module, the others those of an expert."""
+    router = Rule(r"layers/(\d+)/mlp/router", rf"layers.\1.{mlp}.gate")
+    ours = {"gate": gate, "up": up, "output": output}
+    parameters = tuple(
+        ParameterRule(
+            rf"layers/(\d+)/mlp/experts/{each}",
+            rf"layers.\1.{mlp}.experts.{{}}.{theirs}.weight",
+            swapped=True,
+        )
+        for each, theirs in ours.items()
+    )
+    return replace(names, rules=(router, *names.rules), parameters=parameters)

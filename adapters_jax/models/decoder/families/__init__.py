@@ -2,6 +2,7 @@
 
 from adapters_jax.models.decoder.architecture import Architecture
 from adapters_jax.models.decoder.families import (
+    experts,
     gemma,
     granite,
     llama,
@@ -26,5 +27,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         olmo.OLMO2,
         smollm.SMOLLM3,
         granite.GRANITE,
+        experts.MIXTRAL,
+        experts.QWEN3_MOE,
+        experts.OLMOE,
     )
 }

@@ -40,7 +40,10 @@ KNOWN = {
 MISTRAL = Architecture(
     "mistral",
     "MistralForCausalLM",
-    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    defaults={
+        **{"num_key_value_heads": 8, "sliding_window": 4096},
+        "max_position_embeddings": 131072,
+    },
     settings=("sliding_window",),
     known=KNOWN,
 )

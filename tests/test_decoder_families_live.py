@@ -1,6 +1,7 @@
-"""Adapters of PEFT on decoders of every family, both ways; needs the extra `interop-test`."""
+"""Decoders of every family and adapters on them, read by transformers and PEFT, and back."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,12 @@ from helpers.arrays import drawn_like
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.models.decoder import (
+    ARCHITECTURES,
+    DecoderConfig,
+    load_decoder,
+    save_decoder,
+)
 from adapters_jax.nnx import AdapterParam
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
@@ -22,14 +28,14 @@ peft = pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
-FUSED = {"phi3": ("qkv_proj", "gate_up_proj")}
+TARGETS = {"phi3": ("qkv_proj", "gate_up_proj", "down_proj"), "mixtral": ("k_proj", "w3", "w2")}
 EVERY = sorted(ARCHITECTURES)
+DENSE = [name for name in EVERY if not ARCHITECTURES[name].names.parameters]
 
 
 def targets(name):
     """Names of projections: into the attention, into the feed-forward, and out of it."""
-    attention, up = FUSED.get(name, ("k_proj", "up_proj"))
-    return attention, up, "down_proj"
+    return TARGETS.get(name, ("k_proj", "up_proj", "down_proj"))
 
 
 def their_base(name):
@@ -75,6 +81,46 @@ def made_by_peft(name, config, directory):
     return theirs(name, model)
 
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+SCALINGS = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    YARN,
+    {**YARN, "beta_fast": 4.0, "beta_slow": 2.0},
+    {**YARN, "attention_factor": 0.7},
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {**YARN, "truncate": False, "factor": 0.5},
+    {**YARN, "original_max_position_embeddings": 4096, "factor": 40.0},
+    {
+        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+    {
+        **{"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64},
+        **{"short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0] * 8},
+    },
+]
+
+
+@pytest.mark.parametrize("length", [50, 300])
+@pytest.mark.parametrize("given", SCALINGS)
+def test_rotary_frequencies_are_those_of_transformers(given, length):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256}
+    extra = {"original_max_position_embeddings": 64} if given["rope_type"] == "longrope" else {}
+    values = {**sizes, "rope_theta": 500.0, **extra}
+    theirs = transformers.LlamaConfig(**values, rope_scaling=dict(given))
+    expected, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](theirs, None, seq_len=length)
+    config = DecoderConfig.from_dict({**values, "rope_scaling": given})
+    got, ours = config.rope_scaling.frequencies(16, 500.0, length)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5)
+    assert ours == pytest.approx(factor)
+    assert DecoderConfig.from_dict(config.to_dict()) == replace(
+        config, num_key_value_heads=4, head_dim=16
+    )
+
+
 def lora(name):
     attention, up, down = targets(name)
     return peft.LoraConfig(
@@ -82,7 +128,7 @@ def lora(name):
         lora_alpha=6,
         target_modules=[attention, up, down],
         rank_pattern={down: 2},
-        alpha_pattern={f"layers.1.*.{attention}": 9},
+        alpha_pattern={rf"layers.1.*.{attention}": 9},
     )
 
 
@@ -96,15 +142,40 @@ def ia3(name):
     return peft.IA3Config(target_modules=[attention, down], feedforward_modules=[down])
 
 
-@pytest.mark.parametrize("kind", [lora, dora, ia3])
 @pytest.mark.parametrize("name", EVERY)
+def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path):
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    save_decoder(tmp_path, *load_decoder(FIXTURES / name), **tokens)
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        for path in (FIXTURES / name, tmp_path)
+    )
+    np.testing.assert_array_equal(theirs(name, other), theirs(name, one))
+    whole, again = (model.config.to_dict() for model in (one, other))
+    # No token ids are known here, and a setting at its default is not written.
+    for rope in (whole.get("rope_scaling") or {}, again.get("rope_scaling") or {}):
+        rope.setdefault("rope_type", rope.pop("type", None))  # some classes write both names
+        rope.pop("type", None)
+    differing = {k: (x, again.get(k)) for k, x in whole.items() if again.get(k) != x}
+    assert differing.keys() <= {
+        *("_name_or_path", "max_window_layers", "head_dim"),
+    }
+    assert whole.get("head_dim") in (None, again.get("head_dim"))
+
+
+CASES = [(name, lora) for name in EVERY] + [(n, kind) for n in DENSE for kind in (dora, ia3)]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
     expected = made_by_peft(name, kind(name), tmp_path / "theirs")
     assert np.abs(theirs(name, their_base(name)) - expected).max() > 0.05
     names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
     recipe, adapters = load_peft(tmp_path / "theirs", names, model)
     native = aj.save_adapter(tmp_path / "native", adapters, recipe)
-    np.testing.assert_allclose(ours(name, aj.load_adapter(native, model)), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        ours(name, aj.load_adapter(native, model, None, inputs_of(name)[0])), expected, atol=1e-4
+    )
     back = save_peft(tmp_path / "ours", recipe, adapters, names, model)
     np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
 
@@ -113,10 +184,10 @@ def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_pat
 def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
     names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
     norms = "**/attention_post_norm/*" if name == "olmo2" else "**/attention_norm/*"
-    recipe = aj.Recipe(
-        aj.LoRA("**/{query,value}", 2, 5.0), aj.LoRA("**/mlp/*", 3, 4.0), aj.Unfreeze(norms)
-    )
-    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0))
+    mlp = aj.LoRA("**/mlp/*" if name in DENSE else "**/{experts/*,router}", 3, 4.0)
+    recipe = aj.Recipe(aj.LoRA("**/{query,value}", 2, 5.0), mlp, aj.Unfreeze(norms))
+    ids, *_ = inputs_of(name)
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(ids,))
     noise = drawn_like(nnx.state(adapted, AdapterParam))
     nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.2 * x), noise))
     adapters = nnx.state(adapted, AdapterParam)

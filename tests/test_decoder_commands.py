@@ -1,0 +1,61 @@
+"""The commands on a tiny checkpoint of every family of decoders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.arrays import read_arrays
+from helpers.tiny import write_llama, write_meanings
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference import load_generator
+from adapters_jax.models.decoder import ARCHITECTURES, load_decoder
+
+FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
+TRAIN = (
+    "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 32 "
+    "--name mine --method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --limit 16 "
+    "--learning-rate 0.1"
+)
+IDS = np.array([[4, 9, 5, 6, 11, 7]])
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command that has to work in a directory with rows, and returns its output."""
+    monkeypatch.chdir(tmp_path)
+    write_meanings(tmp_path / "rows.csv", rows=40)
+
+    def run(words):
+        assert main(words.split()) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def logits(model):
+    return np.asarray(nnx.jit(lambda model: model(IDS))(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_decoder_is_trained_used_merged_converted_and_pushed(name, run):
+    shutil.copytree(FIXTURES / name, "base")
+    write_llama(Path("words"), num_hidden_layers=1)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path("words", file), "base")
+    run(TRAIN)
+    adapted = logits(load_generator("runs/mine").model)
+    assert np.abs(adapted - logits(load_decoder("base")[1])).max() > 1e-2
+    run("generate runs/mine --prompt food --max-new-tokens 2")
+    run("merge runs/mine --out merged")
+    np.testing.assert_allclose(logits(load_decoder("merged")[1]), adapted, atol=1e-4)
+    assert read_arrays("merged").keys() == read_arrays("base").keys()
+    written, read = (json.loads(Path(d, "config.json").read_text()) for d in ("merged", "base"))
+    assert {k: x for k, x in read.items() if written.get(k) != x and x is not None} == {}
+    run("convert runs/mine there --to peft")
+    assert Path("there", "adapter_model.safetensors").exists()
+    run("push runs/mine me/mine --dry-run")
