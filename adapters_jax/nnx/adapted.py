@@ -3,19 +3,19 @@
 from typing import Any
 
 from flax import nnx
-from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_reached, check_targets, taken
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import (
     AdapterParam,
     Held,
     grow,
     holds,
+    module_at,
     point_of,
-    refresh,
+    refresh_all,
     trained_class,
 )
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
@@ -79,24 +79,19 @@ def _adapted(
     check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
     check_reached(attached, reached)
     for each, layers in found:
-        if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
-            raise RecipeError(
-                f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, which is "
-                "in a linen module or a container of an NNX model; adapt the linen module itself, "
-                f"or exclude it: '!{each.point.path}'"
-            )
-        before = holds(modules[each.module])
+        module = module_at(adapted, each.module, each.point.path)
+        before = holds(module)
         there = [held.method for held in before if held.weight == each.point.weight]
         whole.check([*there, each.method], each.point.path)
-        grow(modules[each.module], each, layers, rngs)
+        grow(module, each, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
-    refresh(adapted, root=True)
     adapted.adapter_recipe = whole
+    refresh_all(adapted)
     return adapted
 
 
@@ -129,9 +124,8 @@ def detach(model: Any) -> None:
             delattr(module, name)
         if holds(module):
             del module.adapter_methods
-        if hasattr(type(module), "adapted_from"):
-            refresh(module)
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
     del model.adapter_recipe
+    refresh_all(model)

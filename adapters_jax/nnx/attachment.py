@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 from flax import nnx
+from flax.nnx import bridge
 from jaxtyping import Array
 
 from adapters_jax.attached import Attached, taken
+from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, started
-from adapters_jax.nnx.graph import frozen_of, own_params
+from adapters_jax.nnx.containers import as_module, has_modules, names_of, plain
+from adapters_jax.nnx.graph import frozen_of, modules_of, own_params, params_of
 from adapters_jax.trees import join
 from adapters_jax.weights import attention, calls
 from adapters_jax.weights.attention import Attention, AttentionFn
@@ -83,10 +87,10 @@ def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
     return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
 
 
-class ChangedWeight:
-    """The attribute of a module class whose value is a changed weight.
+class Seen:
+    """The attribute of a module class whose value is a changed weight, or a container of some.
 
-    Under `thin()` it is computed as the reader needs it, elsewhere it is formed.
+    Under `thin()` a weight is computed as the reader needs it, elsewhere it is formed.
     """
 
     def __init__(self, name: str):
@@ -96,7 +100,9 @@ class ChangedWeight:
         if module is None:
             return self
         variable = vars(module)[self.name]
-        value = variable.get_raw_value() if isinstance(variable, nnx.Variable) else None
+        if not isinstance(variable, nnx.Variable):
+            return plain(variable)
+        value = variable.get_raw_value()
         if value is None or isinstance(value, Lazy):  # a weight whose reads are recorded
             return variable
         trace = current()
@@ -107,7 +113,8 @@ class ChangedWeight:
         return _seen(variable, lazy(trace, changed, path) if trace else changed.formed())
 
     def __set__(self, module: Any, value: Any) -> None:
-        vars(module)[self.name] = value
+        given = isinstance(value, dataclasses.Field)  # by nnx.data, which newer flax passes on
+        vars(module)[self.name] = value.metadata["nnx_value"] if given else value
 
     def __delete__(self, module: Any) -> None:
         del vars(module)[self.name]
@@ -148,7 +155,7 @@ def _seen_class(cls: type[Any]) -> type[Any]:
         return method
 
     names = ("set_value", "set_raw_value", "update_from_state", "copy_from")
-    about = {"__module__": cls.__module__, "__slots__": ()}
+    about = {"adapted_from": cls, "__module__": cls.__module__, "__slots__": ()}
     return type(cls.__name__, (cls,), {**about, **{name: forwarded(name) for name in names}})
 
 
@@ -158,19 +165,77 @@ def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
 
     Args:
         cls: the module class.
-        names: the module's weights that are changed, or quantised.
+        names: the module's weights that are changed, or quantised, and its containers of such.
     """
-    body: dict[str, Any] = {name: ChangedWeight(name) for name in names}
+    body: dict[str, Any] = {name: Seen(name) for name in names}
     for base in cls.__mro__:
         for name, function in vars(base).items():
             own = base not in _FLAX and (name == "__call__" or not name.startswith("__"))
             if own and inspect.isfunction(function) and name not in body:
                 body[name] = _thin_call(function, name)
+    if issubclass(cls, bridge.ToNNX):
+        body["__call__"] = _thin_call(_linen_call, "__call__")
+    for container, functions in _CONTAINERS.items():
+        body |= functions if issubclass(cls, container) else {}
     about = {"adapted_from": cls, "__module__": cls.__module__}
     return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
 
 
-_FLAX = {*nnx.Module.__mro__, nnx.Module}
+_FLAX = {*nnx.Dict.__mro__, *nnx.List.__mro__, bridge.ToNNX, nnx.Module}
+# A dictionary has adapters beside its parts, which are none of them; the names of a list's parts
+# become text, since flax sorts them together with the adapters' names.
+_CONTAINERS: dict[type, dict[str, Any]] = {
+    nnx.Dict: {"__iter__": lambda self: iter(names_of(self))},
+    nnx.List: {
+        "_pytree__has_int_keys": False,
+        "_graph_node_set_key": lambda self, key, value: nnx.Pytree._graph_node_set_key(
+            self, str(key), value
+        ),
+    },
+}
+
+
+def _linen_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls the linen module in a `ToNNX` with the changed weights, without their adapters."""
+    cls = original(type(module))
+    view: Any = object.__new__(cls)
+    given = {name: _for_linen(name, getattr(module, name)) for name in names_of(module)}
+    state = {name: x for name, x in vars(module).items() if name.startswith("_pytree__")}
+    vars(view).update(state, **given)
+    y = cls.__call__(view, *args, **kwargs)
+    for name in names_of(view):
+        if vars(view)[name] is not given.get(name):
+            _store(module, name, vars(view)[name])
+    return y
+
+
+def _for_linen(name: str, value: Any) -> Any:
+    """An attribute of a `ToNNX` with Variables of the classes that flax's bridge knows."""
+
+    def known(x: Any) -> Any:
+        if not hasattr(type(x), "adapted_from"):
+            return x
+        bare = x.copy(x.get_raw_value())
+        bare.__class__ = original(type(x))
+        if "seen_from" in bare.get_metadata():
+            bare.del_metadata("seen_from")
+        return bare
+
+    if name.startswith("to_nnx__"):
+        return value
+    return jax.tree.map(known, value, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _store(node: Any, name: str, value: Any) -> None:
+    """Stores what a linen module returned of its state; its parameters stay as they are."""
+    parts = node if isinstance(node, dict) else vars(node)
+    if isinstance(value, dict) and name in parts:
+        for inner, part in value.items():
+            _store(parts[name], inner, part)
+    elif isinstance(node, dict):
+        parts[name] = parts.get(name) if isinstance(value, nnx.Param) else value
+    elif not isinstance(value, nnx.Param):
+        setattr(node, name, nnx.data(value))
 
 
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -297,20 +362,77 @@ def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -
     refresh(module)
 
 
-def refresh(module: Any, root: bool = False) -> None:
+def refresh(module: Any) -> None:
     """Gives a module the class that its adapters and quantised weights need.
 
-    Args:
-        module: the module.
-        root: whether it is a whole model, whose functions compute thin.
+    A whole model computes thin, and so does a linen module inside with parameters that train.
     """
+    for name in names_of(module):
+        value = vars(module)[name]
+        if has_modules(value) and not has_modules(value, _is_needed):
+            vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
+    names = _changed_names(module)
+    names |= {name for name in names_of(module) if has_modules(vars(module)[name])}
+    cls: Any = original(type(module))
+    thin = hasattr(module, "adapter_recipe") or (
+        isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values()))
+    )
+    adapted = names or holds(module) or thin
+    new = adapted_class(cls, frozenset(names)) if adapted else cls
+    object.__setattr__(module, "__class__", new)  # flax would list it among the attributes
+
+
+def _changed_names(module: Any) -> set[str]:
+    """The names of a module's own weights that are quantised or changed by adapters."""
     own = own_params(module)
     names = {name for name, x in own.items() if is_quantized(x.get_raw_value())}
     for held in holds(module):
         if held.method.acts_on == "leaf":
             names |= set(held.method.names(point_of(module, held)))
-    cls: Any = getattr(type(module), "adapted_from", type(module))
-    if names or holds(module) or root:
-        module.__class__ = adapted_class(cls, frozenset(names))
-    else:
-        module.__class__ = cls
+    return names
+
+
+def _is_needed(module: Any) -> bool:
+    """Whether a container has to be a module."""
+    return bool(holds(module) or _changed_names(module))
+
+
+def _is_trained(variable: Any) -> bool:
+    return isinstance(variable, AdapterParam)
+
+
+def original(cls: type[Any]) -> type[Any]:
+    """The class that the author of a model gave a module or Variable of this class."""
+    while hasattr(cls, "adapted_from"):
+        cls = cls.adapted_from
+    return cls
+
+
+def module_at(model: Any, path: str, weight: str) -> Any:
+    """The module at a path, made of the plain container there.
+
+    Args:
+        model: the model.
+        path: the path of the module.
+        weight: the path of the weight for which it is needed, for the message.
+
+    Raises:
+        RecipeError: what is there is no container that can become a module.
+    """
+    node = model
+    for name in path.split("/") if path else ():
+        child = as_module(vars(node).get(name))
+        if child is None:
+            raise RecipeError(
+                f"{weight!r} cannot be changed: the container around it is no nnx.Dict, nnx.List, "
+                "list, tuple or dictionary with names; keep it in one of these, or exclude it: "
+                f"'!{weight}'"
+            )
+        vars(node)[name] = node = child
+    return node
+
+
+def refresh_all(model: Any) -> None:
+    """Gives every module of a model the class that it needs."""
+    for module in list(modules_of(model).values()):
+        refresh(module)
