@@ -3,6 +3,8 @@
 A model of both APIs computes what the same model of one API computes, with the same parameters.
 """
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,12 @@ from test_calls import CLOSE, adapted, shaken
 from test_styles import KEY, X, changed
 
 import adapters_jax as aj
+from adapters_jax.nnx import copy, detach
 from adapters_jax.trees import flatten, unflatten
 
 LORA = aj.LoRA("**", 2, 3.0)
 LEAF_METHODS = [LORA, aj.DoRA("**", 2), aj.IA3("**"), aj.Unfreeze("**")]
+METHODS = [*LEAF_METHODS, aj.Bottleneck("**", 2)]
 names = lambda methods: [type(method).__name__ for method in methods]  # noqa: E731
 
 
@@ -31,13 +35,21 @@ class Layer(nn.Module):
         return x + jnp.tanh(nn.Dense(4, name="up")(x)), None
 
 
+class Tanh(nn.Module):
+    """A module without parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(x)
+
+
 class Block(nn.Module):
     """A linen module with a tied weight, scanned layers and a norm."""
 
     @nn.compact
     def __call__(self, x):
         w = self.param("tied", nn.initializers.normal(1.0), (4, 6))
-        x = nn.LayerNorm(name="norm")(nn.Dense(4, name="head")(jnp.tanh(x @ w) @ w.T))
+        x = nn.LayerNorm(name="norm")(nn.Dense(4, name="head")(Tanh(name="act")(x @ w) @ w.T))
         layers = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=3)
         return layers(name="layers")(x, None)[0]
 
@@ -93,13 +105,23 @@ def loss(y):
 def linen_inside(method):
     """An adapted NNX model with a linen module, with noise in its parameters."""
     model = aj.adapt(LinenInside(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
-    return shaken(model)
+    state = nnx.state(shaken(model), nnx.Param)
+    nnx.update(model, jax.tree.map(lambda x: x / 2, state))
+    return model
 
 
 def params_of(model, kind=nnx.Param):
     """An NNX model's parameters by path."""
     state = nnx.to_flat_state(nnx.state(model, kind))
     return {"/".join(map(str, path)): x[...] for path, x in state}
+
+
+def filled(model, flat):
+    """Gives an NNX model parameters by path, and no others."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    new = [(path, x.replace(flat["/".join(map(str, path))])) for path, x in state]
+    assert len(new) == len(flat)
+    nnx.update(model, nnx.from_flat_state(new))
 
 
 def assert_close(got, expected):
@@ -121,24 +143,60 @@ def assert_same(model, params, linen):
     assert all(np.abs(x).max() > 1e-3 for x in got.values())
 
 
-@pytest.mark.parametrize("method", LEAF_METHODS, ids=names(LEAF_METHODS))
+@pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_linen_inside_nnx_computes_as_linen_alone(method):
     model = linen_inside(method)
     assert_same(model, unflatten(params_of(model)), aj.adapt(OnlyLinen(), method))
-    merged = aj.merge(model)
-    np.testing.assert_allclose(merged(X), model(X), **CLOSE)
+    if method in LEAF_METHODS:
+        merged = aj.merge(model)
+        np.testing.assert_allclose(merged(X), model(X), **CLOSE)
+    else:
+        merged = copy(model)
+        detach(merged)
     assert nnx.graphdef(merged) == nnx.graphdef(LinenInside(nnx.Rngs(0)))
+
+
+class Attends(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.MultiHeadDotProductAttention(2, deterministic=True, name="attention")(x[None])
+        return nn.Dense(4, name="out")(h[0])
+
+
+class AttendsInside(nnx.Module):
+    def __init__(self, rngs):
+        self.block = bridge.ToNNX(Attends(), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x):
+        return self.block(x)
+
+
+class AttendsAlone(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Attends(name="block")(x)
+
+
+def test_prompts_in_the_attention_of_linen_inside_nnx():
+    """With a second method that is attached later, and acts on the same linen module."""
+    first, second = aj.LlamaAdapter("**/attention", 3), aj.Bottleneck("**/attention", 2)
+    model = aj.adapt(AttendsInside(nnx.Rngs(0)), first, rngs=nnx.Rngs(1), example_inputs=(X,))
+    model = shaken(aj.adapt(model, second, rngs=nnx.Rngs(2), example_inputs=(X,)))
+    linen = aj.adapt(AttendsAlone(), aj.Recipe(first, second))
+    assert_same(model, unflatten(params_of(model)), linen)
+
+
+def test_dropout_on_the_outputs_of_linen_inside_nnx_is_refused_by_name():
+    method = aj.Bottleneck("second/head", 2, dropout=0.1)
+    with raises(aj.RecipeError, "'second/head'", "0.1"):
+        aj.adapt(LinenInside(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
 
 
 @pytest.mark.parametrize("method", LEAF_METHODS, ids=names(LEAF_METHODS))
 def test_nnx_inside_linen_computes_as_nnx_alone(method):
     linen, params, merged = adapted(NnxInside(), X, method=method)
     model = aj.adapt(OnlyNnx(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
-    flat = flatten(params)
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    new = [(path, x.replace(flat["/".join(map(str, path))])) for path, x in state]
-    assert len(new) == len(flat)
-    nnx.update(model, nnx.from_flat_state(new))
+    filled(model, flatten(params))
     assert_same(model, params, linen)
     y = linen.apply({"params": params}, X)
     np.testing.assert_allclose(NnxInside().apply({"params": merged}, X), y, **CLOSE)
@@ -228,6 +286,66 @@ def test_a_linen_model_with_an_nnx_list_initialises_its_adapters():
     assert shapes(linen.init(KEY, X)["params"]) == shapes(params)
 
 
+@pytest.mark.parametrize("method", [aj.Bottleneck("**", 2), aj.Bottleneck("second", 2)])
+def test_nnx_inside_linen_with_adapters_on_outputs(method):
+    """On linen's modules, of which the NNX module as a whole is one; not on its parts."""
+    linen = aj.adapt(NnxInside(), method)
+    base = NnxInside().init(KEY, X)["params"]
+    if method.targets == ("**",):
+        with pytest.warns(aj.AdapterWarning, match="second/layers/0"):
+            params = aj.init_adapters(linen, base, KEY, X)
+    else:
+        params = aj.init_adapters(linen, base, KEY, X)
+        assert shapes(linen.init(KEY, X)["params"]) == shapes(params)
+    params = jax.tree.map(lambda x: x / 2, drawn_like(params))
+    targets = tuple(f"!second/{part}" for part in ("layers/**", "layers"))
+    nnx_method = aj.Bottleneck((*method.targets, *targets), 2)
+    model = aj.adapt(OnlyNnx(nnx.Rngs(0)), nnx_method, rngs=nnx.Rngs(1), example_inputs=(X,))
+    filled(model, flatten(params))
+    assert_same(model, params, linen)
+
+
+def test_adapters_on_outputs_of_parts_of_an_nnx_module_are_refused_by_name():
+    model = aj.adapt(NnxInside(), aj.Bottleneck("second/layers/*", 2))
+    with raises(aj.TargetError, "second/layers/0", "around it"):
+        aj.init_adapters(model, NnxInside().init(KEY, X)["params"], KEY, X)
+
+
+class ListInside(nn.Module):
+    """A linen module with an NNX module inside, which has a list."""
+
+    @nn.compact
+    def __call__(self, x):
+        return bridge.to_linen(Stack, name="stack")(nn.Dense(4, name="up")(x))
+
+
+def test_bridges_in_bridges():
+    """NNX in linen in NNX, and all in NNX once more."""
+
+    class Outer(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(4, 4, rngs=rngs)
+            self.second = bridge.ToNNX(ListInside(), rngs=rngs).lazy_init(X)
+
+        def __call__(self, x):
+            return self.second(jnp.tanh(self.first(x)))
+
+    method = aj.LoRA(("second/stack/layers/*", "second/stack/tied", "second/up"), 2, 3.0)
+    model = aj.adapt(Outer(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
+    flat = params_of(shaken(model))
+    assert sum("lora" in path for path in flat) == 8
+    h = np.tanh(double(X) @ double(flat["first/kernel"]) + double(flat["first/bias"]))
+    for i, path in enumerate(("up", "stack/layers/0", "stack/layers/1")):
+        ab = (flat[f"second/{path}/lora/{name}"] for name in "ab")
+        h = h @ changed(flat[f"second/{path}/kernel"], *ab) + double(flat[f"second/{path}/bias"])
+        h = np.tanh(h) if i else h
+    w = changed(flat["second/stack/tied"], *(flat[f"second/stack/lora/tied/{n}"] for n in "ab"))
+    np.testing.assert_allclose(model(X), np.tanh(h @ w) @ w.T, **CLOSE)
+    merged = aj.merge(model)
+    np.testing.assert_allclose(merged(X), model(X), **CLOSE)
+    assert nnx.graphdef(merged) == nnx.graphdef(Outer(nnx.Rngs(0)))
+
+
 class Stateful(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
@@ -256,6 +374,28 @@ def test_state_functions_and_partitioning_of_linen_inside_nnx():
         jax.tree.map(np.testing.assert_array_equal, got[path].get_value(), x.get_value())
     shake_adapters(model)
     np.testing.assert_allclose(model.encode(X), 2 * aj.merge(model)(X), **CLOSE)
+
+
+class TwoFunctions(nn.Module):
+    def setup(self):
+        self.up = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.up(x)
+
+    def twice(self, x):
+        return self.up(self.up(x))
+
+
+def test_the_adapter_on_a_linen_output_acts_in_calls_alone():
+    """As in linen: on `__call__` of the module, and not on other functions of it."""
+    base = bridge.ToNNX(TwoFunctions(), rngs=nnx.Rngs(0)).lazy_init(X)
+    model = aj.adapt(base, aj.Bottleneck(("**", "!up"), 2), rngs=nnx.Rngs(1), example_inputs=(X,))
+    assert set(params_of(shake_adapters(model))) - set(params_of(base)) == {
+        f"adapter/{part}/{name}" for part in ("down", "up") for name in ("kernel", "bias")
+    }
+    np.testing.assert_array_equal(model.twice(X), base.twice(X))
+    assert jnp.abs(model(X) - base(X)).max() > 0.1
 
 
 class Boxed(nnx.Module):
@@ -298,6 +438,12 @@ CONTAINERS = {
     ),
     "nnx.Dict": (lambda: nnx.Dict(named()), by_name, "ws/up", "ws/down"),
     "dict": (lambda: nnx.data(named()), by_name, "ws/up", "ws/down"),
+    "dict of numbers": (
+        lambda: nnx.data(dict(enumerate(raw()))),
+        lambda ws: (ws[0], ws[1]),
+        "ws/0",
+        "ws/1",
+    ),
     "list of dicts": (
         lambda: nnx.data([named()]),
         lambda ws: by_name(ws[0]),
@@ -355,13 +501,16 @@ def test_quantised_weights_in_containers(kind):
     np.testing.assert_allclose(model(X), double(X) @ up @ down, **CLOSE)
 
 
+Pair = collections.namedtuple("Pair", ["up", "down"])
+
+
 def test_other_containers_are_refused_by_name():
-    base = Boxed(nnx.data(dict(enumerate(raw()))), lambda ws: (ws[0], ws[1]))
+    base = Boxed(nnx.data(Pair(*raw())), tuple)
     for change in (
         lambda: aj.adapt(base, LORA, rngs=nnx.Rngs(1), example_inputs=(X,)),
         lambda: aj.quantize(base, X, dtype="int8"),
     ):
-        with raises(aj.RecipeError, "'ws/0'", "'!ws/0'"):
+        with raises(aj.RecipeError, "'ws/down'", "'!ws/down'"):
             change()
 
 

@@ -13,7 +13,14 @@ from flax.errors import FlaxError
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, explained, is_abstract, is_array
-from adapters_jax.attached import Attached, check_reached, check_targets, chosen, taken
+from adapters_jax.attached import (
+    Attached,
+    check_reached,
+    check_targets,
+    chosen,
+    on_outputs,
+    taken,
+)
 from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -21,7 +28,6 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.methods.outputs import seen_by
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trees import (
@@ -241,12 +247,8 @@ def points_of(
         shapes = {path: tuple(x.shape) for path, x in own.items()}
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     found = [each for several in changed.values() for each in several]
-    found += [
-        Attached(method, join(path, method.slot), seen_by(method, point), path)
-        for path, (_, point) in interceptor.visited.items()
-        for method in recipe.at(path)
-        if method.acts_on != "leaf" and method.fits(seen_by(method, point))
-    ]
+    for _, point in interceptor.visited.values():
+        found += on_outputs(recipe, point)
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     points = {path: point for path, (_, point) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
@@ -315,12 +317,22 @@ def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> 
     return found
 
 
-def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, Tree]:
-    """Runs a model abstractly; gives the interceptor that saw every module, and all variables."""
+def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple[Interceptor, Tree]:
+    """Runs a model abstractly.
+
+    Args:
+        base: the model.
+        recipe: a recipe, whose methods on outputs and attention run.
+        inputs: example inputs.
+        at: the path of the model in a larger one.
+
+    Returns:
+        The interceptor that saw every module, and all variables.
+    """
     interceptors: list[Interceptor] = []
 
     def run(module: nn.Module) -> Any:
-        interceptors.append(Interceptor(recipe, module, init=True))
+        interceptors.append(Interceptor(recipe, module, init=True, at=at))
         with nn.intercept_methods(interceptors[-1]):
             return inputs.zeros().call(module)
 

@@ -3,22 +3,16 @@
 from typing import Any
 
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_reached, check_targets, taken
 from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.attachment import (
-    AdapterParam,
-    Held,
-    grow,
-    holds,
-    module_at,
-    point_of,
-    refresh_all,
-    trained_class,
-)
+from adapters_jax.nnx.attachment import grow, module_at, refresh_all
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
+from adapters_jax.nnx.held import AdapterParam, Held, holds, point_of, trained_class
+from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
 from adapters_jax.recipe import Recipe
 
@@ -73,15 +67,18 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads, counts, reached = points_of(adapted, recipe, inputs)
-    modules, frozen = modules_of(adapted), params_of(adapted)
-    attached, tied = [each for each, _ in found], _other_names(adapted)
-    check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
-    check_reached(attached, reached)
-    for each, layers in found:
+    found = points_of(adapted, recipe, inputs)
+    attached, frozen = [each for each, _ in found.attached], params_of(adapted)
+    others = _other_names(adapted)
+    check_targets(
+        recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
+    )
+    check_reached(attached, found.reached)
+    for each, layers in found.attached:
         module = module_at(adapted, each.module, each.point.path)
         before = holds(module)
-        there = [held.method for held in before if held.weight == each.point.weight]
+        weight = each.point.weight if each.method.acts_on == "leaf" else ""
+        there = [held.method for held in before if held.weight == weight]
         whole.check([*there, each.method], each.point.path)
         grow(module, each, layers, rngs)
     for path, variable in frozen.items():
@@ -91,6 +88,10 @@ def _adapted(
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
     adapted.adapter_recipe = whole
+    if any(method.acts_on != "leaf" for method in whole.attached):
+        for path, module in modules_of(adapted).items():
+            if isinstance(module, bridge.ToNNX):
+                setattr(module, INSIDE, (path, whole))
     refresh_all(adapted)
     return adapted
 
@@ -124,6 +125,8 @@ def detach(model: Any) -> None:
             delattr(module, name)
         if holds(module):
             del module.adapter_methods
+        if hasattr(module, INSIDE):
+            delattr(module, INSIDE)
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]

@@ -6,13 +6,26 @@ gets a container of the original type, in which the weights are the changed ones
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
 
 class PlainDict(nnx.Dict):
     """A dictionary."""
+
+    key_type: ClassVar[type] = str
+
+
+class NumberedDict(PlainDict):
+    """A dictionary whose keys are numbers."""
+
+    key_type: ClassVar[type] = int
+    _pytree__has_int_keys = True
+
+
+class AddedDict(PlainDict):
+    """A dictionary that only adapters are in: those of a linen module without parameters."""
 
 
 class PlainList(nnx.List):
@@ -23,19 +36,20 @@ class PlainTuple(nnx.List):
     """A tuple."""
 
 
-_PLAIN: dict[type, type] = {dict: PlainDict, list: PlainList, tuple: PlainTuple}
+_LISTS: dict[type, type] = {list: PlainList, tuple: PlainTuple}
 
 
 def as_module(value: Any) -> nnx.Module | None:
     """A module or container as a module; None for what is neither, or has other names than text."""
     if isinstance(value, nnx.Module):
         return value
-    cls = _PLAIN.get(type(value))
-    if cls is None or (cls is PlainDict and not all(isinstance(name, str) for name in value)):
+    if type(value) in _LISTS:
+        return _LISTS[type(value)](map(nnx.data, value))
+    kinds = {type(name) for name in value} if type(value) is dict else set()
+    cls = PlainDict if kinds <= {str} else NumberedDict
+    if type(value) is not dict or not (kinds <= {str} or kinds <= {int}):
         return None
-    if cls is PlainDict:
-        return cls({name: nnx.data(part) for name, part in value.items()})
-    return cls(map(nnx.data, value))
+    return cls({str(name): nnx.data(part) for name, part in value.items()})
 
 
 def names_of(module: Any) -> list[str]:
@@ -56,7 +70,7 @@ def has_modules(value: Any, keep: Callable[[Any], bool] = lambda module: True) -
         inside = [vars(value)[name] for name in names_of(value)]
         return keep(value) or any(has_modules(part, keep) for part in inside)
     parts = value.values() if isinstance(value, dict) else value
-    return type(value) in _PLAIN and any(has_modules(part, keep) for part in parts)
+    return type(value) in (dict, *_LISTS) and any(has_modules(part, keep) for part in parts)
 
 
 def plain(value: Any, read: Callable[[Any, str], Any] = getattr) -> Any:
@@ -67,7 +81,8 @@ def plain(value: Any, read: Callable[[Any, str], Any] = getattr) -> Any:
         read: gives an attribute of such a module: as code sees it, or as it is stored.
     """
     if isinstance(value, PlainDict):
-        return {name: plain(read(value, name), read) for name in names_of(value)}
+        own = [name for name in names_of(value) if not isinstance(vars(value)[name], AddedDict)]
+        return {type(value).key_type(name): plain(read(value, name), read) for name in own}
     if isinstance(value, PlainList | PlainTuple):
         parts = [plain(read(value, str(i)), read) for i in range(len(value))]
         return parts if isinstance(value, PlainList) else tuple(parts)

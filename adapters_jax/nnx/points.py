@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, explained, is_array
-from adapters_jax.attached import Attached, chosen
+from adapters_jax.attached import Attached, chosen, on_outputs
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
+from adapters_jax.nnx.linen_inside import LinenCall, inside
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join, path_of
 from adapters_jax.weights import attention, calls
@@ -35,6 +36,7 @@ class Points(NamedTuple):
     Attributes:
         attached: each method on each module or weight, with the layer axes that the module is
             stacked on.
+        modules: all modules by path, linen's inside too where example inputs show them.
         points: the attachment point of every module, for methods on outputs and attention.
         reads: how the model reads its weights, by path.
         layers: how many layer axes each module is stacked on.
@@ -43,6 +45,7 @@ class Points(NamedTuple):
     """
 
     attached: list[tuple[Attached, Layers]]
+    modules: dict[str, Any]
     points: dict[str, AttachmentPoint]
     reads: dict[str, Tracked]
     layers: dict[str, int]
@@ -59,13 +62,12 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     """
     modules = modules_of(model)
     known = _known_calls(modules)
-    run = _traced(model, inputs) if inputs else (known, known_reads(modules), modules)
-    traced, reads, reached = run
+    run = _traced(model, inputs) if inputs else Run(known, known_reads(modules), {*modules}, [])
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
-    axes = _roles(reads, shapes)
+    axes = _roles(run.reads, shapes)
     points, layers = {}, {}
     for path, module in modules.items():
-        call = traced.get(path, Call(None, known[path].layers))
+        call = run.calls.get(path, Call(None, known[path].layers))
         layers[path] = call.layers
         own = {name: tuple(x.shape) for name, x in own_params(module).items()}
         n = len(call.layers)
@@ -78,19 +80,18 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
         (each, layers.get(each.module, ()))
-        for several in chosen(recipe, reads, shapes, counts).values()
+        for several in chosen(recipe, run.reads, shapes, counts).values()
         for each in several
     ]
-    for path, point in points.items():
-        for method in recipe.at(path):
-            seen = seen_by(method, point)
-            if method.acts_on != "leaf" and method.fits(seen):
-                bare = AttachmentPoint(path, seen.width, attention=point.attention)
-                each = Attached(method, join(path, method.slot), bare, path)
-                found.append((each, layers[path]))
+    within = inside(recipe, run.linen, run.reached)
+    for path in [path for path in points if path not in within.points]:
+        found += [(each, layers[path]) for each in on_outputs(recipe, points[path])]
+    found += within.attached
     order = {method: i for i, method in enumerate(recipe.attached)}
     found.sort(key=lambda pair: order[pair[0].method])
-    return Points(found, points, reads, counts, reached)
+    modules, points = {**modules, **within.modules}, {**points, **within.points}
+    reached = {*run.reached, *within.reached}
+    return Points(found, modules, points, run.reads, counts, reached)
 
 
 def _is_weight(x: Any) -> bool:
@@ -104,7 +105,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         model: an NNX model.
         inputs: example inputs; None finds the weights of flax's own layers alone.
     """
-    reads = _traced(model, inputs)[1] if inputs else known_reads(modules_of(model))
+    reads = _traced(model, inputs).reads if inputs else known_reads(modules_of(model))
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
 
 
@@ -211,28 +212,39 @@ def _recording_class(cls: type[Any]) -> type[Any]:
         with attention.noted(self) as attended:
             y = cls.__call__(self, *args, **kwargs)
         x = calls.input_of(self, args, kwargs)
-        _RECORDER.get()(*self.to_nnx__adapter_trace, self, Returned.of(x, y), bool(attended))
+        call = Call(Returned.of(x, y), (), bool(attended))
+        _RECORDER.get()(*self.to_nnx__adapter_trace, self, call, args, kwargs)
         return named(y, self.to_nnx__adapter_trace[0])
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _traced(
-    model: nnx.Module, inputs: Inputs
-) -> tuple[dict[str, Call], dict[str, Tracked], set[str]]:
-    """Runs a model abstractly.
+class Run(NamedTuple):
+    """What an abstract run of a model shows.
 
-    Returns:
-        The call of each module that ran; all reads; and the paths of modules whose results the
-        model's outputs depend on.
+    Attributes:
+        calls: the last call of each module that ran, by path.
+        reads: how the model reads its weights, by path.
+        reached: the paths of modules whose results the model's outputs depend on.
+        linen: the calls of linen modules inside.
     """
-    seen: dict[str, Call] = {}
 
-    def record(
-        path: str, outside: Layers, module: nnx.Module, returned: Returned, attends: bool
-    ) -> None:
+    calls: dict[str, Call]
+    reads: dict[str, Tracked]
+    reached: set[str]
+    linen: list[LinenCall]
+
+
+def _traced(model: nnx.Module, inputs: Inputs) -> Run:
+    """Runs a model abstractly."""
+    seen: dict[str, Call] = {}
+    linen: list[LinenCall] = []
+
+    def record(path: str, outside: Layers, module: Any, call: Call, args: Any, kwargs: Any) -> None:
         layers = outside[: len(outside) - len(_first_shape(module))]
-        seen[path] = Call(returned, layers, attends)
+        seen[path] = call._replace(layers=layers)
+        if isinstance(module, bridge.ToNNX):
+            linen.append(LinenCall.of(path, module, args, kwargs, layers))
 
     probe = copy(model)
     modules = modules_of(probe)
@@ -273,7 +285,7 @@ def _traced(
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
-    return seen, tracked, reach.names
+    return Run(seen, tracked, reach.names, linen)
 
 
 def _first_shape(module: nnx.Module) -> Layers:
