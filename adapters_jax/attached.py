@@ -9,7 +9,7 @@ square kernel of a layer that computes `x @ kernel.T`.
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -223,7 +223,7 @@ def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached
 def on_outputs(recipe: Recipe, point: AttachmentPoint) -> Iterator[Attached]:
     """The methods of a recipe that act on the output or attention of the module at a point."""
     for method in recipe.at(point.path):
-        seen = outputs.seen_by(method, point)
+        seen = replace(outputs.seen_by(method, point), weight="")
         if method.acts_on != "leaf" and method.fits(seen):
             yield Attached(method, join(point.path, method.slot), seen, point.path)
 

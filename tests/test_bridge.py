@@ -4,6 +4,7 @@ A model of both APIs computes what the same model of one API computes, with the 
 """
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,53 @@ def test_prompts_in_the_attention_of_linen_inside_nnx():
     assert_same(model, unflatten(params_of(model)), linen)
 
 
+class Unused(LinenInside):
+    def __call__(self, x):
+        self.second(x)
+        return self.first(x)
+
+
+def test_adapters_in_linen_that_the_outputs_do_not_depend_on_are_an_error():
+    base = Unused(nnx.Rngs(0))
+    with raises(aj.TargetError, "second/head"):
+        aj.adapt(base, aj.Bottleneck("second/head", 2), rngs=nnx.Rngs(1), example_inputs=(X,))
+
+
+class Both(nnx.Module):
+    """Raw weights in a container, then a linen module."""
+
+    def __init__(self, rngs):
+        self.ws = nnx.data([nnx.Param(jax.random.normal(rngs.params(), (4, 4)))])
+        self.second = bridge.ToNNX(Attends(), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x):
+        return jnp.tanh(self.second(x @ self.ws[0][...]))
+
+
+class Stacked(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.vmap(Both)(nnx.Rngs(0).split(3))
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(x, self.layers)
+
+
+def test_stacked_layers_of_both_apis():
+    """Each of the layers computes what it computes alone, with its own adapters."""
+    methods = aj.LoRA("{ws,second/out}", 2, 3.0), aj.Bottleneck("second/{out,attention}", 2)
+    whole = [dataclasses.replace(m, targets=f"layers/{m.targets[0]}") for m in methods]
+    model = aj.adapt(Stacked(), aj.Recipe(*whole), rngs=nnx.Rngs(1), example_inputs=(X,))
+    flat, x = params_of(shaken(model)), X
+    for i in range(3):
+        one = aj.adapt(
+            Both(nnx.Rngs(0)), aj.Recipe(*methods), rngs=nnx.Rngs(1), example_inputs=(X,)
+        )
+        filled(one, {path.removeprefix("layers/"): leaf[i] for path, leaf in flat.items()})
+        x = one(x)
+    np.testing.assert_allclose(model(X), x, **CLOSE)
+
+
 def test_dropout_on_the_outputs_of_linen_inside_nnx_is_refused_by_name():
     method = aj.Bottleneck("second/head", 2, dropout=0.1)
     with raises(aj.RecipeError, "'second/head'", "0.1"):
@@ -349,7 +397,9 @@ def test_bridges_in_bridges():
 class Stateful(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(4, name="up")(x))
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        x = nn.Dense(4, kernel_init=init, name="up")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         self.sow("intermediates", "h", x)
         return nn.Dropout(0.5, deterministic=not train)(x)
 
@@ -359,21 +409,32 @@ class Stateful(nn.Module):
 
 def test_state_functions_and_partitioning_of_linen_inside_nnx():
     """State is updated and sown as without adapters, and the parameters stay as they are."""
-    rngs = lambda: nnx.Rngs(0, dropout=1)  # noqa: E731
-    base = bridge.ToNNX(Stateful(), rngs=rngs()).lazy_init(X)
-    model = aj.adapt(base, aj.LoRA("up", 2), rngs=nnx.Rngs(1), example_inputs=(X,))
-    train = nnx.jit(lambda m: m(X, train=True, mutable=True))
-    np.testing.assert_array_equal(train(model), train(base))  # LoRA starts as the base
+    with nnx.use_eager_sharding(False):
+        base = bridge.ToNNX(Stateful(), rngs=nnx.Rngs(0, dropout=1)).lazy_init(X)
+        method = aj.Recipe(aj.LoRA("up", 2), aj.Unfreeze("norm/{scale,bias}"))
+        model = shake_adapters(aj.adapt(base, method, rngs=nnx.Rngs(1), example_inputs=(X,)))
+        merged, own = aj.merge(model), params_of(model)
+        trained = params_of(model, aj.nnx.AdapterParam)
+        np.testing.assert_allclose(model.encode(X), 2 * merged(X), **CLOSE)
+        train = nnx.jit(lambda m: m(X, train=True, mutable=True))
+        np.testing.assert_allclose(train(model), train(merged), **CLOSE)
+    assert_close(params_of(model), own)
+    assert params_of(model, aj.nnx.AdapterParam).keys() == trained.keys()
     got, expected = (
         {"/".join(path): x for path, x in nnx.to_flat_state(nnx.state(m, nnx.Not(nnx.RngState)))}
-        for m in (model, base)
+        for m in (model, merged)
     )
     assert got.keys() - expected.keys() == {"up/lora/a", "up/lora/b"}
+    assert np.abs(expected["norm/mean"][...]).max() > 1e-3
     for path, x in expected.items():
-        assert type(got[path]) is type(x)
-        jax.tree.map(np.testing.assert_array_equal, got[path].get_value(), x.get_value())
-    shake_adapters(model)
-    np.testing.assert_allclose(model.encode(X), 2 * aj.merge(model)(X), **CLOSE)
+        assert got[path].get_metadata() == x.get_metadata()
+        if not isinstance(x, nnx.Param):
+            assert type(got[path]) is type(x)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, **CLOSE),
+                got[path].get_value(),
+                x.get_value(),
+            )
 
 
 class TwoFunctions(nn.Module):

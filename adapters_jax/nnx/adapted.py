@@ -77,8 +77,7 @@ def _adapted(
     for each, layers in found.attached:
         module = module_at(adapted, each.module, each.point.path)
         before = holds(module)
-        weight = each.point.weight if each.method.acts_on == "leaf" else ""
-        there = [held.method for held in before if held.weight == weight]
+        there = [held.method for held in before if held.weight == each.point.weight]
         whole.check([*there, each.method], each.point.path)
         grow(module, each, layers, rngs)
     for path, variable in frozen.items():

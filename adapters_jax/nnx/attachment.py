@@ -46,8 +46,7 @@ def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -
     """
     method, point = each.method, each.point
     node = tuple(each.prefix.removeprefix(each.module).strip("/").split("/", 1))
-    weight = point.weight if method.acts_on == "leaf" else ""
-    held = Held(method, point.path, node, weight, point.axes, point.attention, each.module)
+    held = Held(method, point.path, node, point.weight, point.axes, point.attention, each.module)
     children = nnx.Dict(children_of(method, point, layers, rngs))
     if len(node) == 1:
         if hasattr(module, method.slot):

@@ -2,7 +2,8 @@
 
 Such a container becomes a module, `PlainList`, `PlainTuple` or `PlainDict`, so that adapters can be
 beside its weights under the paths that these have. Code that reads it from the module around it
-gets a container of the original type, in which the weights are the changed ones.
+gets a container of the original type, in which the weights are the changed ones: a copy, so that a
+function of the model can give the container other parts only by assigning it anew.
 """
 
 from collections.abc import Callable
@@ -40,16 +41,15 @@ _LISTS: dict[type, type] = {list: PlainList, tuple: PlainTuple}
 
 
 def as_module(value: Any) -> nnx.Module | None:
-    """A module or container as a module; None for what is neither, or has other names than text."""
+    """A module or plain container as a module; None for what is neither."""
     if isinstance(value, nnx.Module):
         return value
     if type(value) in _LISTS:
         return _LISTS[type(value)](map(nnx.data, value))
-    kinds = {type(name) for name in value} if type(value) is dict else set()
-    cls = PlainDict if kinds <= {str} else NumberedDict
-    if type(value) is not dict or not (kinds <= {str} or kinds <= {int}):
-        return None
-    return cls({str(name): nnx.data(part) for name, part in value.items()})
+    for cls in (PlainDict, NumberedDict) if type(value) is dict else ():
+        if all(type(name) is cls.key_type for name in value):
+            return cls({str(name): nnx.data(part) for name, part in value.items()})
+    return None
 
 
 def names_of(module: Any) -> list[str]:
