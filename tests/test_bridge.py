@@ -511,6 +511,12 @@ CONTAINERS = {
         "ws/0/up",
         "ws/0/down",
     ),
+    "dict of dicts": (
+        lambda: nnx.data({"a": named()}),
+        lambda ws: by_name(ws["a"]),
+        "ws/a/up",
+        "ws/a/down",
+    ),
     "dict of lists": (lambda: nnx.Dict(a=nnx.List(raw())), lambda ws: ws["a"], "ws/a/0", "ws/a/1"),
 }
 

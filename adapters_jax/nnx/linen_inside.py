@@ -40,7 +40,7 @@ def called(module: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
     given = _passed(module)
     state = {name: x for name, x in vars(module).items() if name.startswith("_pytree__")}
     vars(view).update(state, **given)
-    y = cls.__call__(view, *args, method=run, **kwargs)
+    y = cls.__call__(view, *args, **kwargs, **({} if run is None else {"method": run}))
     for name in names_of(view):
         if vars(view)[name] is not given.get(name):
             _store(module, name, vars(view)[name])
