@@ -8,8 +8,8 @@ square kernel of a layer that computes `x @ kernel.T`.
 """
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -220,6 +220,14 @@ def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached
     return Attached(method, join(usual, point.weight + stated), point, module)
 
 
+def on_outputs(recipe: Recipe, point: AttachmentPoint) -> Iterator[Attached]:
+    """The methods of a recipe that act on the output or attention of the module at a point."""
+    for method in recipe.at(point.path):
+        seen = replace(outputs.seen_by(method, point), weight="")
+        if method.acts_on != "leaf" and method.fits(seen):
+            yield Attached(method, join(point.path, method.slot), seen, point.path)
+
+
 def check_targets(
     recipe: Recipe,
     found: Sequence[Attached],
@@ -262,7 +270,7 @@ def check_targets(
                 path: "none of its weights meets an input that reaches the model's outputs"
                 if path in holding and _named(method.targets, path)
                 else None
-                for path in modules
+                for path in {**modules, **dict.fromkeys(holding)}
             }
             other |= {
                 path: _why_not(method, path, x, reads, layers, meeting)
@@ -270,6 +278,7 @@ def check_targets(
             }
         else:
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
+            other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
             other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
         fitting = set(usable)
         unusable = {path: why for path, why in other.items() if path not in fitting}
@@ -317,6 +326,10 @@ def check_nested(found: Sequence[Attached]) -> None:
 
 
 _SHOWN = 5
+_NO_MODULE = (
+    "it holds weights, and no module that this API calls; target the module around it, or pass "
+    "example_inputs=(...) where it is a linen module inside an NNX model"
+)
 
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:

@@ -5,7 +5,7 @@ A partition is two trees without holes: `adapters` has the leaves that train and
 gradients, optimiser state and a step's outputs are as small as the adapters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,8 +27,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
     if isinstance(tree, nnx.State):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
         return {path_of(path): leaf for path, leaf in leaves}
-    flat = traverse_util.flatten_dict(_plain(tree))
-    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+    return {"/".join(map(str, path)): leaf for path, leaf in _flat(tree).items()}
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
@@ -42,9 +41,41 @@ def with_leaves(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(new, tree)
 
 
-def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """The nested mapping of leaves by path; every name is a string."""
-    return traverse_util.unflatten_dict({tuple(path.split("/")): x for path, x in flat.items()})
+def unflatten(flat: Mapping[str, Any], *like: Tree) -> Tree:
+    """The nested mapping of leaves by path.
+
+    Names are strings without a slash, except those that are others in the trees `like`: linen
+    modules that wrap NNX modules number the parts of a list, and weight norms join names.
+    """
+    other = _other_keys(like)
+    return traverse_util.unflatten_dict({_keys(path, other): x for path, x in flat.items()})
+
+
+def _other_keys(trees: Iterable[Tree]) -> dict[str, tuple[Any, ...]]:
+    """The keys that lead to each node by its path, where they are not the names in the path."""
+    keys = {path[:i] for tree in trees for path in _flat(tree) for i in range(1, len(path) + 1)}
+    paths = (("/".join(map(str, each)), each) for each in keys)
+    return {path: each for path, each in paths if each != tuple(path.split("/"))}
+
+
+def _keys(path: str, other: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The keys that lead to the leaf at a path, given those that are not names in a path."""
+    names = path.split("/")
+    for i in range(len(names), 0, -1) if other else ():
+        keys = other.get("/".join(names[:i]))
+        if keys is not None:
+            return (*keys, *names[i:])
+    return tuple(names)
+
+
+def numbered_paths(tree: Tree) -> set[str]:
+    """The paths of leaves whose own key is a number, as in a list of an NNX module."""
+    return {"/".join(map(str, keys)) for keys in _flat(tree) if not isinstance(keys[-1], str)}
+
+
+def _flat(tree: Tree) -> dict[tuple[Any, ...], Any]:
+    """The leaves of a nested mapping by their keys."""
+    return traverse_util.flatten_dict(_plain(tree))
 
 
 def _plain(tree: Tree) -> Any:
@@ -54,8 +85,7 @@ def _plain(tree: Tree) -> Any:
 
 def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
     """The part of a nested mapping whose paths are kept."""
-    flat = traverse_util.flatten_dict(_plain(tree))
-    kept = {path: leaf for path, leaf in flat.items() if keep("/".join(map(str, path)))}
+    kept = {path: x for path, x in _flat(tree).items() if keep("/".join(map(str, path)))}
     return traverse_util.unflatten_dict(kept)
 
 
@@ -95,8 +125,9 @@ def merge_trees(*trees: Tree) -> Tree:
     """
     whole: dict[tuple[Any, ...], Any] = {}
     twice: set[tuple[Any, ...]] = set()
+    other = _other_keys(trees)
     for tree in trees:
-        part = traverse_util.flatten_dict(_plain(tree))
+        part = {_keys("/".join(map(str, path)), other): x for path, x in _flat(tree).items()}
         twice |= part.keys() & whole.keys()
         whole.update(part)
     twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}

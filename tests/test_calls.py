@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.nnx import bridge
 from helpers.arrays import double, drawn, drawn_like, shapes
 from helpers.errors import raises
 from test_styles import KEY, Raw, RawNnx, X, changed, straight_through
@@ -14,7 +13,7 @@ from test_styles import KEY, Raw, RawNnx, X, changed, straight_through
 import adapters_jax as aj
 from adapters_jax.abstract import Inputs
 from adapters_jax.linen import reads_of
-from adapters_jax.trees import flatten, unflatten
+from adapters_jax.trees import unflatten
 
 LORA = aj.LoRA("**", 2, 3.0)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -169,99 +168,6 @@ def test_an_entry_point_and_keywords_in_nnx():
     shaken(model)
     w = changed(vars(model)["w"][...], *(model.lora["w"][n][...] for n in "ab"))
     np.testing.assert_allclose(model.encode(x=X, scale=2.0), 2 * double(X) @ w, **CLOSE)
-
-
-class LinenInside(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 4, rngs=rngs)
-        self.second = bridge.ToNNX(nn.Dense(5), rngs=rngs).lazy_init(X)
-
-    def __call__(self, x):
-        return self.second(jnp.tanh(self.first(x)))
-
-
-class NnxInside(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        h = jnp.tanh(nn.Dense(4, name="first")(x))
-        return bridge.to_linen(nnx.Linear, 4, 5, name="second")(h)
-
-
-TARGETS = ["first", "second", "**"]
-
-
-@pytest.mark.parametrize("targets", TARGETS)
-def test_nnx_inside_linen(targets):
-    model, params, merged = adapted(NnxInside(), X, method=aj.LoRA(targets, 2, 3.0))
-    flat, weights = flatten(params), {}
-    for name in ("first", "second"):
-        weights[name] = double(flat[f"{name}/kernel"])
-        if targets in (name, "**"):
-            a, b = flat[f"{name}/lora/a"], flat[f"{name}/lora/b"]
-            weights[name] = changed(weights[name], a, b)
-    h = np.tanh(double(X) @ weights["first"] + flat["first/bias"])
-    expected = h @ weights["second"] + flat["second/bias"]
-    np.testing.assert_allclose(model.apply({"params": params}, X), expected, **CLOSE)
-    np.testing.assert_allclose(NnxInside().apply({"params": merged}, X), expected, **CLOSE)
-
-
-def test_linen_inside_nnx():
-    """The NNX side is adapted as ever; the linen side is refused."""
-    base = LinenInside(nnx.Rngs(0))
-    for targets in ("second", "**"):
-        with raises(aj.RecipeError, "'second'", "'!second'"):
-            aj.adapt(base, aj.LoRA(targets, 2), rngs=nnx.Rngs(1), example_inputs=(X,))
-    with raises(aj.RecipeError, "Bottleneck", "'second'"):
-        aj.adapt(base, aj.Bottleneck("second", 2), rngs=nnx.Rngs(1), example_inputs=(X,))
-    method = aj.LoRA(("**", "!second"), 2, 3.0)
-    model = shaken(aj.adapt(base, method, rngs=nnx.Rngs(1), example_inputs=(X,)))
-    flat = {
-        "/".join(path): double(x[...]) for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    weight = changed(flat["first/kernel"], flat["first/lora/a"], flat["first/lora/b"])
-    h = np.tanh(double(X) @ weight + flat["first/bias"])
-    expected = h @ flat["second/kernel"] + flat["second/bias"]
-    np.testing.assert_allclose(model(X), expected, **CLOSE)
-    np.testing.assert_allclose(aj.merge(model)(X), expected, **CLOSE)
-
-
-class Boxed(nnx.Module):
-    """Raw weights in a container."""
-
-    def __init__(self, container):
-        self.ws = container
-
-    def __call__(self, x):
-        up, down = (0, 1) if isinstance(self.ws, nnx.List) else ("up", "down")
-        return x @ self.ws[up][...] @ self.ws[down][...]
-
-
-def raw():
-    return nnx.Param(jnp.ones((4, 5))), nnx.Param(jnp.ones((5, 4)))
-
-
-def named(pair):
-    return dict(zip(("up", "down"), pair, strict=True))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: nnx.List(raw()), lambda: nnx.data(dict(zip(("up", "down"), raw(), strict=True)))],
-)
-def test_weights_in_lists_and_plain_dicts_are_refused_by_name(make):
-    with raises(aj.RecipeError, "'ws"):
-        aj.adapt(Boxed(make()), LORA, rngs=nnx.Rngs(1), example_inputs=(X,))
-
-
-def test_weights_in_an_nnx_dict():
-    model = Boxed(nnx.Dict(named(raw())))
-    model = shaken(aj.adapt(model, LORA, rngs=nnx.Rngs(1), example_inputs=(X,)))
-    own = vars(model.ws)
-    up, down = (
-        changed(own[n][...], *(model.ws.lora[n][f][...] for f in "ab")) for n in ("up", "down")
-    )
-    np.testing.assert_allclose(model(X), double(X) @ up @ down, **CLOSE)
-    np.testing.assert_allclose(aj.merge(model)(X), double(X) @ up @ down, **CLOSE)
 
 
 def test_everything_on_shapes():

@@ -7,12 +7,14 @@
 """
 
 from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points, seen, shapes_of
+from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.linen.modules import Bottleneck, LoRADense
 from adapters_jax.linen.weights import reads_of, run_abstractly
 
 __all__ = [
     "Adapted",
     "Bottleneck",
+    "Interceptor",
     "LoRADense",
     "adapt",
     "init_adapters",

@@ -20,19 +20,26 @@ from adapters_jax.attached import (
     check_reached,
     check_targets,
     chosen,
+    on_outputs,
     taken,
 )
-from adapters_jax.errors import compare_trees
+from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
 from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.methods.outputs import seen_by
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
-from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
+from adapters_jax.trees import (
+    Tree,
+    flatten,
+    merge_trees,
+    numbered_paths,
+    unflatten,
+    without_adapters,
+)
 from adapters_jax.weights.lazy import Tracked, lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
 from adapters_jax.weights.reach import reaching
@@ -96,6 +103,9 @@ class Adapted(nn.Module):
                 weight = join(each.module, each.point.weight)
                 if isinstance(each.method, LeafMethod) and weight in own:
                     grow_in(inner.scope.rewound(), each)
+            grown = inner.scope._variables["params"]
+            for name, part in merge_trees(grown).items():  # under the base's own keys
+                grown[name] = part
         if not any(map(_is_module, jax.tree.leaves(y))):
             return y  # the very tree, since jax would sort its dictionaries
         return jax.tree.map(lambda part: Part(self, part) if _is_module(part) else part, y)
@@ -241,18 +251,15 @@ def points_of(
         inputs: example inputs.
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
-    interceptor, params, own, reads = _runs(base, recipe, inputs, params)
+    interceptor, like, own, reads = _runs(base, recipe, inputs, params)
+    params = flatten(like)
     changed: dict[Method, list[Attached]] = {}
     if reads:
         shapes = {path: tuple(x.shape) for path, x in own.items()}
         changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
     found = [each for several in changed.values() for each in several]
-    found += [
-        Attached(method, join(path, method.slot), seen_by(method, point), path)
-        for path, (_, point) in interceptor.visited.items()
-        for method in recipe.at(path)
-        if method.acts_on != "leaf" and method.fits(seen_by(method, point))
-    ]
+    for _, point in interceptor.visited.values():
+        found += on_outputs(recipe, point)
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     points = {path: point for path, (_, point) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
@@ -260,20 +267,28 @@ def points_of(
     check_targets(recipe, found, modules, points, reads, own, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
+    numbered = numbered_paths(like)
     for each in found:
         if each.method.acts_on == "leaf":
             start = join(each.module, each.method.slot)
             if any(path == start or path.startswith(f"{start}/") for path in own):
                 raise taken(each.module, each.method)
+            if join(each.module, each.point.weight) in numbered:
+                raise RecipeError(
+                    f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, a "
+                    "number in a list of an NNX module, since a tree of parameters has no names "
+                    "beside numbers; keep the weights in an nnx.Dict, or exclude it: "
+                    f"'!{each.point.path}'"
+                )
             for name, leaf in each.method.leaves(each.point).items():
                 params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-    return found, unflatten(params)
+    return found, unflatten(params, like)
 
 
 def _runs(
     base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
-) -> tuple[Interceptor, dict[str, Any], dict[str, Any], dict[str, Tracked]]:
-    """What abstract runs of a base show: its modules, all leaves, its own, and reads of weights."""
+) -> tuple[Interceptor, Tree, dict[str, Any], dict[str, Tracked]]:
+    """What abstract runs of a base show: modules, all leaves, its own, and reads of weights."""
     changing = leaf_methods(recipe)
     if params is not None and len(changing) == len(recipe.attached):
         own = flatten(params)
@@ -283,19 +298,20 @@ def _runs(
         except FlaxError:
             reads = {}  # these are not its parameters: another run shows what its are
         if reads and all(path in reads and reads[path].reads for path in own):
-            return interceptor, dict(own), own, _weights(reads, own)
+            return interceptor, params, own, _weights(reads, own)
     interceptor, variables = seen(base, recipe, inputs)
-    whole = flatten(variables.get("params", {}))
+    tree = variables.get("params", {})
+    whole = flatten(tree)
     owners = {path: owner for path in whole if (owner := recipe.owner(path))}
     for owner in owners.values():
         if owner.method.acts_on == "leaf":  # none of them is there yet
             raise taken(owner.module, owner.method)
     own = {path: x for path, x in whole.items() if path not in owners}
     if not changing:
-        return interceptor, whole, own, {}
+        return interceptor, tree, own, {}
     with explained(base, inputs):
-        reads, _ = reads_of(base, {**variables, "params": unflatten(own)}, inputs)
-    return interceptor, whole, own, _weights(reads, own)
+        reads, _ = reads_of(base, {**variables, "params": unflatten(own, tree)}, inputs)
+    return interceptor, tree, own, _weights(reads, own)
 
 
 def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
@@ -313,12 +329,22 @@ def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> 
     return found
 
 
-def seen(base: nn.Module, recipe: Recipe, inputs: Inputs) -> tuple[Interceptor, Tree]:
-    """Runs a model abstractly; gives the interceptor that saw every module, and all variables."""
+def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple[Interceptor, Tree]:
+    """Runs a model abstractly.
+
+    Args:
+        base: the model.
+        recipe: a recipe, whose methods on outputs and attention run.
+        inputs: example inputs.
+        at: the path of the model in a larger one.
+
+    Returns:
+        The interceptor that saw every module, and all variables.
+    """
     interceptors: list[Interceptor] = []
 
     def run(module: nn.Module) -> Any:
-        interceptors.append(Interceptor(recipe, module, init=True))
+        interceptors.append(Interceptor(recipe, module, init=True, at=at))
         with nn.intercept_methods(interceptors[-1]):
             return inputs.zeros().call(module)
 
@@ -421,4 +447,4 @@ def init_adapters(
         for path, leaf in rest.items()
         if not is_quantized(own[path])
     }
-    return unflatten({**own, **boxed, **grown})
+    return unflatten({**own, **boxed, **grown}, params)

@@ -1,7 +1,7 @@
 """One method on one linen module: its attachment point, its leaves, and its call."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -67,6 +67,22 @@ def run_method(
     leaves = leaves_in(scope, method, point)
     key = dropout_key(module, method, evaluation)
     return method.forward(leaves, point, x, y, key, _frozen(module))
+
+
+def without_adapters(
+    module: Any, slots: Sequence[Any], run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a `ToLinen`, which takes all that is in its scope for variables of its NNX module."""
+    scope = module.scope
+    params = scope.variables().get("params", {})
+    if not any(slot in params for slot in slots):
+        return run(*args, **kwargs)
+    kept = scope._variables["params"]
+    scope._variables["params"] = {name: x for name, x in kept.items() if name not in slots}
+    try:
+        return run(*args, **kwargs)
+    finally:
+        scope._variables["params"] = kept
 
 
 def point_of(module: Any, path: str, x: Any, y: Any) -> AttachmentPoint:

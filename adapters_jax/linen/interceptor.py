@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from flax import linen as nn
+from flax.nnx import bridge
 from jaxtyping import Array
 
 from adapters_jax.attached import taken
@@ -23,12 +24,12 @@ from adapters_jax.attention.heads import Inline
 from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.attention.watch import check_names, looking, note_returned, watched
 from adapters_jax.errors import RecipeError
-from adapters_jax.linen.attachment import leaves_in, point_of, run_method
+from adapters_jax.linen.attachment import leaves_in, point_of, run_method, without_adapters
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.recipe import Recipe
-from adapters_jax.trees import flatten
+from adapters_jax.trees import flatten, join
 from adapters_jax.weights import calls
 from adapters_jax.weights.changes import without_dropout
 from adapters_jax.weights.reach import named
@@ -115,10 +116,17 @@ class _Running:
 
 
 class Interceptor:
-    """Adapts the calls that it sees, and records them for checks and error messages."""
+    """Adapts the calls that it sees, and records them for checks and error messages.
 
-    def __init__(self, recipe: Recipe, module: Any, init: bool):
-        self.recipe, self.root = recipe, tuple(module.scope.path)
+    Args:
+        recipe: the recipe.
+        module: the model, bound.
+        init: whether the run initialises the adapters.
+        at: the path of the model in a larger one, to which the recipe's patterns refer.
+    """
+
+    def __init__(self, recipe: Recipe, module: Any, init: bool, at: str = ""):
+        self.recipe, self.root, self.at = recipe, tuple(module.scope.path), at
         self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
@@ -156,7 +164,10 @@ class Interceptor:
             evaluation = self._running[-1].evaluation
         # A method that calls its parent class's method of the same name is one call, not two.
         reentrant = any((names, call) == running.where for running in self._running)
-        path = "/".join(names[len(self.root) :])
+        path = join(self.at, *names[len(self.root) :])
+        if isinstance(module, bridge.ToLinen):
+            slots = [method.slot for method in self.recipe.at(path)]
+            run = functools.partial(without_adapters, module, slots, run)
         here = _Running((names, call), evaluation)
         if names:
             self._running[-1].children[names[-1]] = (module, (args, kwargs))

@@ -51,7 +51,7 @@ def changed_weights(
     seen = {path: leaf for path, leaf in flat.items() if path not in added}
     for path, several in changes.items():
         seen[path] = _seen(path, flat[path], several, trace)
-    return unflatten(seen)
+    return unflatten(seen, params)
 
 
 def _seen(path: str, leaf: Any, changes: list[Any], trace: Thin) -> Any:
@@ -94,7 +94,7 @@ def reads_of(
             key = jax.random.key(0)
             y, _ = nn.Module.apply(
                 base,
-                {**variables, "params": unflatten(flat)},
+                {**variables, "params": unflatten(flat, variables["params"])},
                 rngs={"params": key, "dropout": key},
                 mutable=DenyList("params"),
                 method=functools.partial(call, given),

@@ -2,7 +2,9 @@
 
 - `adapted`: `adapt` copies a model's structure and attaches the adapters.
 - `points`: the attachment points of a model, read off its modules and an abstract run.
-- `attachment`: the Variables and the class of an adapted module.
+- `held`: what a module keeps of its adapters; `attachment` adds it.
+- `classes`: the class of an adapted module, whose calls run its adapters.
+- `containers`: plain containers of weights; `linen_inside`: linen modules in NNX models.
 - `quantized_weights`: the Variable of a quantised weight.
 - `known`: the axes of the weights of flax's own layers.
 - `graph`: modules and parameters by path.
@@ -10,8 +12,8 @@
 """
 
 from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
-from adapters_jax.nnx.attachment import AdapterParam, leaves_of
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
+from adapters_jax.nnx.held import AdapterParam, leaves_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
 from adapters_jax.nnx.points import weights_of
 from adapters_jax.nnx.quantized_weights import QuantizedParam, float_again, quantized_in_place

@@ -7,18 +7,12 @@ from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, is_abstract
 from adapters_jax.attached import check_nested, check_reached, check_targets, taken
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.attachment import (
-    AdapterParam,
-    Held,
-    grow,
-    holds,
-    point_of,
-    refresh,
-    trained_class,
-)
+from adapters_jax.nnx.attachment import grow, module_at, refresh_all
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
+from adapters_jax.nnx.held import AdapterParam, Held, holds, point_of, trained_class
+from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
 from adapters_jax.recipe import Recipe
 
@@ -73,31 +67,32 @@ def _adapted(
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
-    found, points, reads, counts, reached = points_of(adapted, recipe, inputs)
-    modules, frozen = modules_of(adapted), params_of(adapted)
-    attached, tied = [each for each, _ in found], _other_names(adapted)
-    check_targets(recipe, attached, modules, points, reads, frozen, tied, counts)
-    check_reached(attached, reached)
+    found = points_of(adapted, recipe, inputs)
+    attached, frozen = [each for each, _ in found.attached], params_of(adapted)
+    others = _other_names(adapted)
+    check_targets(
+        recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
+    )
+    check_reached(attached, found.reached)
     check_nested(attached)
-    for each, layers in found:
-        if isinstance(modules.get(each.module), bridge.ToNNX | nnx.List | None):
-            raise RecipeError(
-                f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, which is "
-                "in a linen module or a container of an NNX model; adapt the linen module itself, "
-                f"or exclude it: '!{each.point.path}'"
-            )
-        before = holds(modules[each.module])
+    for each, layers in found.attached:
+        module = module_at(adapted, each.module, each.point.path)
+        before = holds(module)
         there = [held.method for held in before if held.weight == each.point.weight]
         whole.check([*there, each.method], each.point.path)
-        grow(modules[each.module], each, layers, rngs)
+        grow(module, each, layers, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
         if recipe.trains(path):
             variable.__class__ = trained_class(type(variable))  # type: ignore[arg-type]
-    refresh(adapted, root=True)
     adapted.adapter_recipe = whole
+    if any(method.acts_on != "leaf" for method in whole.attached):
+        for path, module in modules_of(adapted).items():
+            if isinstance(module, bridge.ToNNX):
+                setattr(module, INSIDE, (path, whole))
+    refresh_all(adapted)
     return adapted
 
 
@@ -130,9 +125,10 @@ def detach(model: Any) -> None:
             delattr(module, name)
         if holds(module):
             del module.adapter_methods
-        if hasattr(type(module), "adapted_from"):
-            refresh(module)
+        if hasattr(module, INSIDE):
+            delattr(module, INSIDE)
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
     del model.adapter_recipe
+    refresh_all(model)

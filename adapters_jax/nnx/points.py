@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.abstract import Inputs, explained, is_array
-from adapters_jax.attached import Attached, chosen
+from adapters_jax.attached import Attached, chosen, on_outputs
 from adapters_jax.attention import registry
 from adapters_jax.attention.registry import Attention
 from adapters_jax.attention.watch import Found, check_names, looking, note_returned
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.methods.outputs import seen_by
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight
+from adapters_jax.nnx.linen_inside import LinenCall, inside
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join, path_of
 from adapters_jax.weights import calls
@@ -38,6 +39,7 @@ class Points(NamedTuple):
     Attributes:
         attached: each method on each module or weight, with the layer axes that the module is
             stacked on.
+        modules: all modules by path, linen's inside too where example inputs show them.
         points: the attachment point of every module, for methods on outputs and attention.
         reads: how the model reads its weights, by path.
         layers: how many layer axes each module is stacked on.
@@ -46,6 +48,7 @@ class Points(NamedTuple):
     """
 
     attached: list[tuple[Attached, Layers]]
+    modules: dict[str, Any]
     points: dict[str, AttachmentPoint]
     reads: dict[str, Tracked]
     layers: dict[str, int]
@@ -62,13 +65,16 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     """
     modules = modules_of(model)
     known = _known_calls(modules)
-    run = _traced(model, inputs, recipe) if inputs else (known, known_reads(modules), modules)
-    traced, reads, reached = run
+    run = (
+        _traced(model, inputs, recipe)
+        if inputs
+        else Run(known, known_reads(modules), {*modules}, [])
+    )
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
-    axes = _roles(reads, shapes)
+    axes = _roles(run.reads, shapes)
     points, layers = {}, {}
     for path, module in modules.items():
-        call = traced.get(path, Call(None, known[path].layers))
+        call = run.calls.get(path, Call(None, known[path].layers))
         layers[path] = call.layers
         own = {name: tuple(x.shape) for name, x in own_params(module).items()}
         n = len(call.layers)
@@ -82,19 +88,18 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
         (each, layers.get(each.module, ()))
-        for several in chosen(recipe, reads, shapes, counts).values()
+        for several in chosen(recipe, run.reads, shapes, counts).values()
         for each in several
     ]
-    for path, point in points.items():
-        for method in recipe.at(path):
-            seen = seen_by(method, point)
-            if method.acts_on != "leaf" and method.fits(seen):
-                bare = AttachmentPoint(path, seen.width, attention=point.attention)
-                each = Attached(method, join(path, method.slot), bare, path)
-                found.append((each, layers[path]))
+    within = inside(recipe, run.linen, run.reached)
+    for path in [path for path in points if path not in within.points]:
+        found += [(each, layers[path]) for each in on_outputs(recipe, points[path])]
+    found += within.attached
     order = {method: i for i, method in enumerate(recipe.attached)}
     found.sort(key=lambda pair: order[pair[0].method])
-    return Points(found, points, reads, counts, reached)
+    modules, points = {**modules, **within.modules}, {**points, **within.points}
+    reached = {*run.reached, *within.reached}
+    return Points(found, modules, points, run.reads, counts, reached)
 
 
 def _is_weight(x: Any) -> bool:
@@ -108,7 +113,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         model: an NNX model.
         inputs: example inputs; None finds the weights of flax's own layers alone.
     """
-    reads = _traced(model, inputs, Recipe())[1] if inputs else known_reads(modules_of(model))
+    reads = _traced(model, inputs, Recipe()).reads if inputs else known_reads(modules_of(model))
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
 
 
@@ -229,26 +234,38 @@ def _recording_class(cls: type[Any]) -> type[Any]:
             seen = seen._replace(attention=found.attention, no_attention=found.why_not())
         elif prompted and not attended:
             seen = seen._replace(no_attention=registry.why_not(self))
-        _RECORDER.get()(path, self, seen)
+        _RECORDER.get()(path, self, seen, args, kwargs)
         return named(y, path)
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _traced(
-    model: nnx.Module, inputs: Inputs, recipe: Recipe
-) -> tuple[dict[str, Call], dict[str, Tracked], set[str]]:
-    """Runs a model abstractly.
+class Run(NamedTuple):
+    """What an abstract run of a model shows.
 
-    Returns:
-        The call of each module that ran; all reads; and the paths of modules whose results the
-        model's outputs depend on.
+    Attributes:
+        calls: the last call of each module that ran, by path.
+        reads: how the model reads its weights, by path.
+        reached: the paths of modules whose results the model's outputs depend on.
+        linen: the calls of linen modules inside.
     """
-    seen: dict[str, Call] = {}
 
-    def record(path: str, module: nnx.Module, call: Call) -> None:
-        inside = len(call.layers) - len(_first_shape(module))
-        seen[path] = call._replace(layers=call.layers[:inside])
+    calls: dict[str, Call]
+    reads: dict[str, Tracked]
+    reached: set[str]
+    linen: list[LinenCall]
+
+
+def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
+    """Runs a model abstractly."""
+    seen: dict[str, Call] = {}
+    linen: list[LinenCall] = []
+
+    def record(path: str, module: Any, call: Call, args: Any, kwargs: Any) -> None:
+        layers = call.layers[: len(call.layers) - len(_first_shape(module))]
+        seen[path] = call._replace(layers=layers)
+        if isinstance(module, bridge.ToNNX):
+            linen.append(LinenCall.of(path, module, args, kwargs, layers))
 
     probe = copy(model)
     modules = modules_of(probe)
@@ -291,7 +308,7 @@ def _traced(
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
-    return seen, tracked, reach.names
+    return Run(seen, tracked, reach.names, linen)
 
 
 def _first_shape(module: nnx.Module) -> Layers:

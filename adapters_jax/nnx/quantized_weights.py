@@ -1,19 +1,20 @@
 """A quantised weight in an NNX model: its Variable."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flax import nnx
 
-from adapters_jax.nnx.attachment import refresh
-from adapters_jax.nnx.graph import modules_of, own_params
+from adapters_jax.nnx.attachment import module_at, refresh_all
+from adapters_jax.nnx.graph import params_of
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened
 
 
 class QuantizedParam(nnx.Param):
     """A frozen weight in few bits; reading it gives floats."""
 
-    quantized_from: ClassVar[type[nnx.Param]] = nnx.Param
+    adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
 
     def get_value(self, *, index: Any = ...) -> Any:
         """The weight in floats."""
@@ -36,25 +37,25 @@ def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
     """The `QuantizedParam` that is also an instance of a parameter's own class."""
     if cls is nnx.Param:
         return QuantizedParam
-    about = {"quantized_from": cls, "__module__": cls.__module__}
+    about = {"adapted_from": cls, "__module__": cls.__module__}
     return type(f"Quantized{cls.__name__}", (QuantizedParam, cls), about)
 
 
-def quantized_in_place(module: Any, name: str, value: Quantized) -> None:
-    """Replaces a module's weight, in place, by a quantised one; its adapters stay."""
-    variable = vars(module)[name]
-    variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
-    variable.set_raw_value(value)
-    refresh(module)
+def quantized_in_place(model: Any, values: Mapping[str, Quantized]) -> None:
+    """Replaces weights of a model by quantised ones, by path, in place; adapters stay."""
+    for path, value in values.items():
+        module, _, name = path.rpartition("/")
+        variable = vars(module_at(model, module, path))[name]
+        variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
+        variable.set_raw_value(value)
+    refresh_all(model)
 
 
 def float_again(model: nnx.Module) -> None:
     """Restores the float weights and the modules' classes of a model, in place."""
-    for module in list(modules_of(model).values()):
-        own = [x for x in own_params(module).values() if isinstance(x, QuantizedParam)]
-        for variable in own:
+    for variable in params_of(model).values():
+        if isinstance(variable, QuantizedParam):
             value = variable.get_raw_value()
-            variable.__class__ = type(variable).quantized_from  # type: ignore[assignment]
+            variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
             variable.set_raw_value(opened(value))
-        if own:
-            refresh(module, root=hasattr(module, "adapter_recipe"))
+    refresh_all(model)

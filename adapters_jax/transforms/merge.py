@@ -137,7 +137,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
         leaves = nn.meta.unbox(each.leaves(flat))
         own = change(each.method, leaves, each.point, nn.meta.unbox(boxed))
         merged |= {join(each.module, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
-    return unflatten(merged)
+    return unflatten(merged, params)
 
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:

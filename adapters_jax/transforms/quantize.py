@@ -253,7 +253,8 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     others |= {path: "it is trained" for path in shapes if recipe.trains(path)}
     flat = flatten(params)
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
-    return unflatten(flat | {p: plan.apply(axes, flat[p]) for p, axes in chosen.items()})
+    made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
+    return unflatten(flat | made, params)
 
 
 def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
@@ -264,7 +265,6 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
     others |= dict.fromkeys(trained, "it is trained")
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
-    for path, axes in chosen.items():
-        module, _, name = path.rpartition("/")
-        quantized_in_place(modules[module], name, plan.apply(axes, params[path].get_raw_value()))
+    values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
+    quantized_in_place(small, values)
     return small

@@ -1,0 +1,269 @@
+"""The class of an NNX module with adapters, whose calls run them.
+
+It is a cached subclass of the module's class, in which the weights that adapters change are
+properties: whoever reads one gets the changed weight, and the functions of the class compute with
+it as `adapters_jax.weights.lazy` describes.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+from flax.nnx import bridge
+from jaxtyping import Array
+
+from adapters_jax.attention import registry
+from adapters_jax.attention.registry import AttentionFn
+from adapters_jax.attention.watch import watched
+from adapters_jax.methods import outputs
+from adapters_jax.methods.prompt import inserted
+from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
+from adapters_jax.nnx.graph import frozen_of, own_params, params_of
+from adapters_jax.nnx.held import (
+    AdapterParam,
+    Held,
+    holds,
+    key_of,
+    leaves_of,
+    node_of,
+    original,
+    point_of,
+)
+from adapters_jax.nnx.linen_inside import called
+from adapters_jax.trees import join
+from adapters_jax.weights import calls
+from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
+from adapters_jax.weights.quantized import is_quantized
+
+
+@functools.cache
+def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
+    """The subclass of a module class that computes with adapters.
+
+    Args:
+        cls: the module class.
+        names: the module's weights that are changed, or quantised, and its containers of such.
+    """
+    body: dict[str, Any] = {name: Seen(name) for name in names}
+    for base in cls.__mro__:
+        for name, function in vars(base).items():
+            own = base not in _FLAX and (name == "__call__" or not name.startswith("__"))
+            if own and inspect.isfunction(function) and name not in body:
+                body[name] = _thin_call(function, name)
+    if issubclass(cls, bridge.ToNNX):
+        body["__call__"] = computed_thin(called)
+    for containers, functions in _CONTAINERS.items():
+        body |= functions if issubclass(cls, containers) else {}
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
+
+
+_FLAX = {*nnx.Dict.__mro__, *nnx.List.__mro__, bridge.ToNNX, nnx.Module}
+# A dictionary has adapters beside its parts, which are none of them. The numbers of a list's parts
+# become names, since flax sorts them together with the adapters' names.
+_CONTAINERS: dict[tuple[type, ...], dict[str, Any]] = {
+    (nnx.Dict,): {"__iter__": lambda self: iter(names_of(self))},
+    (nnx.List, NumberedDict): {
+        "_pytree__has_int_keys": False,
+        "_graph_node_set_key": lambda self, key, value: nnx.Pytree._graph_node_set_key(
+            self, str(key), value
+        ),
+    },
+}
+
+
+def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of a module class, computed thin; `__call__` with the adapters on outputs."""
+
+    @registry.calls_base
+    @functools.wraps(call)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with attending(self, name) as enter:
+            args, kwargs = enter((args, kwargs))
+            y = call(self, *args, **kwargs)
+        acting = [held for held in holds(self) if held.method.acts_on == "output"]
+        if name != "__call__" or not acting:
+            return y
+        methods = [(held.method, functools.partial(run_method, self, held)) for held in acting]
+        x = calls.input_of(self, args, kwargs)
+        again = calls.with_input(functools.partial(call, self), self, args, kwargs)
+        return outputs.adapted(methods, acting[0].path, again, x, y)
+
+    return registry.calls_base(computed_thin(method))
+
+
+# The paths of the modules whose attention is being watched.
+_WATCHING: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "watching", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def attending(module: Any, call: str) -> Iterator[Callable[[Any], Any]]:
+    """Adds the prompts of an attention module for the time of a call of one of its functions.
+
+    Yields:
+        What takes the arguments of the call, and returns those to call it with.
+    """
+    prompts = [held for held in holds(module) if held.method.acts_on == "attention"]
+    if not prompts or prompts[0].module in _WATCHING.get():
+        yield lambda inputs: inputs
+        return
+    names = registry.names_of(module)
+    if names is None:
+        with _watching(module, prompts, call) as enter:
+            yield enter
+        return
+
+    def attend(function: AttentionFn, *args: Any, **kwargs: Any) -> Array:
+        for held in prompts:
+            project = lambda name, x: getattr(module, getattr(names, name))(x)  # noqa: E731
+            leaves, point = leaves_of(module, held), point_of(module, held)
+            function = functools.partial(held.method.attend, leaves, point, project, function)
+        return function(*args, **kwargs)
+
+    with registry.replaced(module, names.attention_fn, attend):
+        yield lambda inputs: inputs
+
+
+@contextlib.contextmanager
+def _watching(module: Any, prompts: list[Held], call: str) -> Iterator[Callable[[Any], Any]]:
+    """Adds prompts to an attention that is computed in line."""
+    each = [(held.method, leaves_of(module, held), point_of(module, held)) for held in prompts]
+    path = prompts[0].module
+    token = _WATCHING.set(_WATCHING.get() | {path})
+    try:
+        with watched(functools.partial(inserted, each)) as watch:
+            yield watch.enter
+    finally:
+        _WATCHING.reset(token)
+    if call == "__call__":
+        watch.found.check(type(prompts[0].method).__name__, path, module)
+
+
+def run_method(module: Any, held: Held, again: Callable[[Any], Any], x: Any, y: Array) -> Array:
+    """Applies a method, whose leaves are in a child of the module, to an output."""
+    point = dataclasses.replace(point_of(module, held, y.shape[-1]), again=again)
+    key = key_of(node_of(module, held))
+    return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))
+
+
+class Seen:
+    """The attribute of a module class whose value is a changed weight, or a container of some.
+
+    Under `thin()` a weight is computed as the reader needs it, elsewhere it is formed.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        variable = vars(module)[self.name]
+        if not isinstance(variable, nnx.Variable):
+            return plain(variable)
+        value = variable.get_raw_value()
+        if value is None or isinstance(value, Lazy):  # a weight whose reads are recorded
+            return variable
+        trace = current()
+        changed = _changed(module, self.name, training=trace is not None)
+        if trace is None and not changed.changes:
+            return variable  # of a quantised weight, which opens itself
+        path = next((join(held.module, self.name) for held in holds(module)), self.name)
+        return _seen(variable, lazy(trace, changed, path) if trace else changed.formed())
+
+    def __set__(self, module: Any, value: Any) -> None:
+        given = isinstance(value, dataclasses.Field)  # by nnx.data, which newer flax passes on
+        vars(module)[self.name] = value.metadata["nnx_value"] if given else value
+
+    def __delete__(self, module: Any) -> None:
+        del vars(module)[self.name]
+
+
+def _changed(module: Any, name: str, training: bool) -> Changed:
+    """A weight of a module with the changes of its methods, whose dropout may be in training."""
+    changes: list[Any] = []
+    for held in holds(module):
+        if held.method.acts_on == "leaf":
+            read = functools.partial(_floats, module, held.weight)
+            key = key_of(node_of(module, held)) if training else None
+            found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)
+            changes += found.get(name, ())
+    return Changed.of(vars(module)[name].get_raw_value(), changes)
+
+
+def _floats(module: Any, name: str) -> Array:
+    value = vars(module)[name].get_raw_value()
+    return value.unbox() if is_quantized(value) else value
+
+
+def _seen(variable: nnx.Variable[Any], value: Any) -> Any:
+    """A weight as the module's code sees it: a Variable of the same class with another value."""
+    seen = variable.copy(value, seen_from=variable)
+    seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
+    return seen
+
+
+@functools.cache
+def _seen_class(cls: type[Any]) -> type[Any]:
+    """The class of a changed weight as code sees it: what is written to it goes to the weight."""
+
+    def forwarded(name: str) -> Callable[..., Any]:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.get_metadata()["seen_from"], name)(*args, **kwargs)
+
+        return method
+
+    names = ("set_value", "set_raw_value", "update_from_state", "copy_from")
+    about = {"adapted_from": cls, "__module__": cls.__module__, "__slots__": ()}
+    return type(cls.__name__, (cls,), {**about, **{name: forwarded(name) for name in names}})
+
+
+def refresh(module: Any) -> None:
+    """Gives a module the class that its adapters and quantised weights need.
+
+    A whole model computes thin, and so does a linen module inside with parameters that train.
+    """
+    for name in names_of(module):
+        value = vars(module)[name]
+        if not has_modules(value) or has_modules(value, _is_needed):
+            continue
+        if isinstance(value, AddedDict):
+            delattr(module, name)
+        else:
+            vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
+    names = _changed_names(module)
+    names |= {name for name in names_of(module) if has_modules(vars(module)[name])}
+    cls: Any = original(type(module))
+    thin = hasattr(module, "adapter_recipe") or (
+        isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values()))
+    )
+    adapted = names or holds(module) or thin
+    new = adapted_class(cls, frozenset(names)) if adapted else cls
+    object.__setattr__(module, "__class__", new)  # flax would list it among the attributes
+
+
+def _changed_names(module: Any) -> set[str]:
+    """The names of a module's own weights that are quantised or changed by adapters."""
+    own = own_params(module)
+    names = {name for name, x in own.items() if is_quantized(x.get_raw_value())}
+    for held in holds(module):
+        if held.method.acts_on == "leaf":
+            names |= set(held.method.names(point_of(module, held)))
+    return names
+
+
+def _is_needed(module: Any) -> bool:
+    """Whether a container has to be a module."""
+    return bool(holds(module) or _changed_names(module))
+
+
+def _is_trained(variable: Any) -> bool:
+    return isinstance(variable, AdapterParam)

@@ -1,0 +1,106 @@
+"""What an NNX module keeps of its adapters: which methods it has, and their Variables.
+
+Every trained parameter is an `AdapterParam`, so `nnx.split`, `nnx.DiffState` and
+`nnx.Optimizer(wrt=AdapterParam)` select what trains.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+from flax import nnx
+from jaxtyping import Array
+
+from adapters_jax.attention.registry import Attention
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.nnx.graph import own_params
+from adapters_jax.weights.axes import Axes
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""
+
+    adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+
+@functools.cache
+def trained_class(cls: type[Any]) -> type[AdapterParam]:
+    """The `AdapterParam` that is also an instance of a parameter's own class."""
+    if issubclass(cls, AdapterParam):
+        return cls
+    if cls is nnx.Param:
+        return AdapterParam
+    about = {"adapted_from": cls, "__module__": cls.__module__}
+    return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
+
+
+class Held(NamedTuple):
+    """One method on one module, as the module keeps it: hashable, without arrays.
+
+    Attributes:
+        method: the method.
+        path: the path of its target.
+        node: where its arrays are within the module: `("lora",)`, or `("lora", "up")`.
+        weight: the name of the weight that it changes; empty for other methods.
+        axes: the roles of that weight's axes.
+        attention: the sizes of the attention module that a prompt is in.
+        module: the path of the module.
+    """
+
+    method: Any
+    path: str
+    node: tuple[str, ...]
+    weight: str = ""
+    axes: Axes | None = None
+    attention: Attention | None = None
+    module: str = ""
+
+
+def holds(module: Any) -> tuple[Held, ...]:
+    """The methods on a module."""
+    return getattr(module, "adapter_methods", ())
+
+
+def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
+    """The attachment point of a method on a module whose output has the given width."""
+    own = {name: tuple(x.shape) for name, x in own_params(module).items()}
+    precision = getattr(module, "precision", None)
+    weight = held.weight or next((name for name, shape in own.items() if len(shape) > 1), "")
+    axes = held.axes and held.axes.inside(held.axes.ndim - len(own[weight]))
+    return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
+
+
+def original(cls: type[Any]) -> type[Any]:
+    """The class that the author of a model gave a module or Variable of this class."""
+    while hasattr(cls, "adapted_from"):
+        cls = cls.adapted_from
+    return cls
+
+
+def read(child: Any, method: Method) -> dict[str, Array]:
+    """A method's arrays by name, read from the node that holds them."""
+    return {name: _step(child, name.split("/"))[...] for name in method.leaf_names}
+
+
+def _step(node: Any, names: Iterable[str]) -> Any:
+    """The node that is reached by names."""
+    for name in names:
+        node = node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
+    return node
+
+
+def key_of(child: Any) -> Array | None:
+    """A key for dropout; None in evaluation and where there is no dropout."""
+    drop = getattr(child, "dropout", None)
+    return None if drop is None or drop.deterministic else drop.rngs()
+
+
+def node_of(module: Any, held: Held) -> Any:
+    """The node that holds a method's arrays."""
+    return _step(module, held.node)
+
+
+def leaves_of(module: Any, held: Held) -> dict[str, Array]:
+    """The arrays of a method that is attached to a module, by name."""
+    return read(node_of(module, held), held.method)
