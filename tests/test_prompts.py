@@ -295,6 +295,8 @@ def test_projections_in_the_wrong_places_of_a_registration_are_named(known):
     aj.register_attention(Swapped)
     model = NnxAround()
     model.attention = Swapped(HEADS, D, decode=False, rngs=nnx.Rngs(0))
+    with raises(aj.TargetError, "attention (Swapped is registered; pass example_inputs"):
+        aj.adapt(model, aj.LlamaAdapter("attention"), rngs=nnx.Rngs(0))
     with raises(aj.RecipeError, "Swapped", "key", "'attention/value'", "'attention/key'"):
         aj.adapt(model, aj.LlamaAdapter("attention"), rngs=nnx.Rngs(0), example_inputs=(X,))
 

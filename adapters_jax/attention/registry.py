@@ -64,7 +64,8 @@ def register_attention(
 
     A softmax between two products is found without this. The module must call
     `self.<attention_fn>(query, key, value, ...)` with heads and head width as the last two axes, as
-    flax's attention modules do, and its projections must be submodules.
+    flax's attention modules do, and its projections must be submodules. Adapting compares this with
+    what the module computes for example inputs, which an NNX model needs for it.
 
     Args:
         module: the module class, linen or NNX; subclasses are covered.
@@ -82,6 +83,12 @@ def register_attention(
         >>> register_attention(ZooAttention, key="k_proj", value="v_proj", attention_fn="attend")
     """
     _REGISTRY[module] = Names(query, key, value, attention_fn, head_dim)
+
+
+def needs_check(module: Any) -> bool:
+    """Whether a registration is to be compared with what the module computes: not flax's, ours."""
+    known = next((cls for cls in type(module).__mro__ if cls in _REGISTRY), None)
+    return known is not None and known.__module__.partition(".")[0] not in ("flax", "adapters_jax")
 
 
 def names_of(module: Any) -> Names | None:

@@ -325,7 +325,14 @@ def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
     """What is known of the calls of modules without a run."""
     layers = {path: _layers(module) for path, module in modules.items()}
     layers |= _layers_of_others(modules, layers)
-    return {p: Call(_known_output(x), layers[p], True) for p, x in modules.items()}
+    found = {}
+    for path, module in modules.items():
+        call = Call(_known_output(module), layers[path], True)
+        if registry.needs_check(module):
+            why = "is registered; pass example_inputs=(...), with which that is checked"
+            call = call._replace(attends=False, no_attention=why)
+        found[path] = call
+    return found
 
 
 def _known_output(module: Any) -> Returned | None:
