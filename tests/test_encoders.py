@@ -258,8 +258,12 @@ def count(preset, d, layers):
     )
 
 
+# The others have BERT's blocks, or fewer parts of DeBERTa's.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*ENCODERS[2:4], "deberta_v3")]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ENCODERS[2:])
+@pytest.mark.parametrize("name", ["modernbert", "deberta_v2", *SLOW])
 def test_presets_work_unchanged(name, preset):
     inputs, wanted = expected(name)
     model, params = classifier(name)
