@@ -16,7 +16,7 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.models import KNOWN
 from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
-from adapters_jax.models.parts.rotary import rotate, rotation
+from adapters_jax.models.parts.rotary import RopeScaling, rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = DecoderConfig(
@@ -149,6 +149,15 @@ def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
     fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 2}
     assert fields.items() <= written.items()
     assert written["dtype"] == written["torch_dtype"] == "float32"
+
+
+def test_the_identity_of_a_llama_has_no_flags_that_are_not_set():
+    oldest = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    oldest += ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+    oldest += ("rms_norm_eps", "rope_theta", "initializer_range", "tie_word_embeddings")
+    assert tuple(replace(TINY, max_position_embeddings=99).identity()) == oldest
+    scaled = replace(TINY, rope_scaling=RopeScaling("linear", 2.0), sliding_window=3)
+    assert scaled.identity().keys() - oldest == {"rope_scaling", "sliding_window"}
 
 
 def test_segments_do_not_see_each_other():
