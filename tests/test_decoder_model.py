@@ -16,7 +16,7 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.models import KNOWN
 from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
-from adapters_jax.models.parts.rotary import rotate, rotation
+from adapters_jax.models.parts.rotary import RopeScaling, rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = DecoderConfig(
@@ -151,6 +151,32 @@ def test_a_checkpoint_is_written_as_it_was_read(tmp_path):
     assert written["dtype"] == written["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("change", "data"),
+    [
+        ({"norm_placement": "both"}, ["'llama'", "norm_placement='both'", "'pre'"]),
+        ({"model_type": "qwen2"}, ["'qwen2'", "attention_bias=False", True]),
+        ({"model_type": "gemma2"}, ["'gemma2'", "norm_offset=0.0", "attention_multiplier"]),
+        ({"model_type": "mixtral"}, ["'mixtral'", "norm_topk_prob=False", True]),
+    ],
+)
+def test_a_model_that_its_architecture_does_not_have_is_not_saved(change, data, tmp_path):
+    config = replace(TINY, **change)
+    with raises(aj.UserError, *data):
+        save_decoder(tmp_path, config, build(config))
+    assert not list(tmp_path.iterdir())
+    assert replace(TINY, model_type="smollm3").to_dict()["no_rope_layers"] == [1]
+
+
+def test_the_identity_of_a_llama_has_no_flags_that_are_not_set():
+    oldest = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    oldest += ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+    oldest += ("rms_norm_eps", "rope_theta", "initializer_range", "tie_word_embeddings")
+    assert tuple(replace(TINY, max_position_embeddings=99).identity()) == oldest
+    scaled = replace(TINY, rope_scaling=RopeScaling("linear", 2.0), sliding_window=3)
+    assert scaled.identity().keys() - oldest == {"rope_scaling", "sliding_window"}
+
+
 def test_segments_do_not_see_each_other():
     model, segments = build(), jnp.array([[1, 1, 2, 2], [1, 2, 2, 2]])
     together = nnx.jit(lambda model: model(IDS, segments=segments))(model)
@@ -255,3 +281,19 @@ def test_rope_theta_is_read_from_old_and_new_files(settings):
 def test_inputs_that_do_not_fit_raise():
     with raises(aj.UserError, "attention_mask", (2, 4), (2, 3)):
         build()(IDS, jnp.ones((2, 3)))
+
+
+def test_rotary_settings_of_each_kind_of_layer_are_read():
+    whole = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 50.0}
+    each = {"full_attention": whole, "sliding_attention": local}
+    new = {"model_type": "gemma3_text", "num_hidden_layers": 6, "rope_parameters": each}
+    old = {
+        **{"model_type": "gemma3_text", "num_hidden_layers": 6, "rope_theta": 1e6},
+        **{"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_local_base_freq": 50.0},
+    }
+    config = DecoderConfig.from_dict(new)
+    assert config == DecoderConfig.from_dict(old)
+    *sliding, full = config.layer_kinds
+    assert set(sliding) == {(4096, 50.0, None)}
+    assert full == (None, 1e6, RopeScaling("linear", 8.0))

@@ -60,13 +60,16 @@ def save_decoder(directory: str | Path, config: DecoderConfig, model: Decoder, *
         model: a model without adapters; see `adapters_jax.transforms.merge`.
         **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
             model take precedence.
+
+    Raises:
+        UserError: the architecture of `config.model_type` is not that of the model.
     """
-    names = ARCHITECTURES[config.model_type].names
+    settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {
         **more,
-        **config.to_dict(),
+        **settings,
         **dict.fromkeys(("dtype", "torch_dtype"), dtype),  # new and old readers
     }
     text = json.dumps(values, indent=2) + "\n"

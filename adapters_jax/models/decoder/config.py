@@ -1,5 +1,6 @@
 """The configuration of a decoder: its sizes, and flags for what tells the architectures apart."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,6 +21,10 @@ _SIZES = (
     *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
 )
 
+# The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
+_DERIVED = {
+    *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "no_rope_layers"),
+}
 # The settings from which others are computed.
 _COUNTS = {
     *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
@@ -202,11 +207,32 @@ class DecoderConfig(huggingface.CheckpointConfig):
     def to_dict(self) -> dict[str, Any]:
         """The values of a `config.json` that transformers reads as the same model.
 
+        Raises:
+            UserError: a field is another than the architecture implies, so no file could hold it.
+
         Example:
             >>> DecoderConfig(hidden_size=512).to_dict()["head_dim"]
             16
+            >>> DecoderConfig(qk_norm="head").to_dict()
+            Traceback (most recent call last):
+            adapters_jax.errors.UserError: model_type='llama' cannot have qk_norm='head' (it has \
+None); choose another model_type.
         """
-        return ARCHITECTURES[self.model_type].values(self)
+        values = ARCHITECTURES[self.model_type].values(self)
+        again = self.from_dict(values)
+        names = [each.name for each in fields(self) if each.name not in _DERIVED]
+        lost = [
+            f"{name}={own!r} (it has {theirs!r})"
+            for name in (*names, "kv_heads", "head_width", "layer_kinds")
+            for own, theirs in [(getattr(self, name), getattr(again, name))]
+            if own != theirs and not _alike(own, theirs)
+        ]
+        if lost:
+            raise UserError(
+                f"model_type={self.model_type!r} cannot have {', '.join(lost)}; choose another "
+                "model_type."
+            )
+        return values
 
     def identity(self) -> dict[str, Any]:
         """The fields that tell one base from another, without flags that are not set."""
@@ -249,6 +275,12 @@ class DecoderConfig(huggingface.CheckpointConfig):
         if slides and self.rope_local_base_freq is not None:
             return LayerKind(window, self.rope_local_base_freq, None)
         return LayerKind(window, self.rope_theta, self.rope_scaling)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two numbers differ by rounding alone."""
+    numbers = isinstance(one, float) and isinstance(other, float)
+    return numbers and math.isclose(one, other, rel_tol=1e-9)
 
 
 def _check_given(values: Mapping[str, Any]) -> None:

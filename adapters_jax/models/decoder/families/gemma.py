@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters_jax.interop.layouts import rounded
 from adapters_jax.models.decoder.architecture import Architecture, Values, shape
-from adapters_jax.models.decoder.families.windows import alternating
+from adapters_jax.models.decoder.families.windows import alternating, types_of
 from adapters_jax.models.decoder.names import NAMES_WITH_NORMS_AROUND
 
 DEFAULTS: dict[str, Any] = {
@@ -43,8 +43,8 @@ def _later(values: Values, every: int) -> dict[str, Any]:
 
 def _write(config: Any) -> dict[str, Any]:
     return {
-        "query_pre_attn_scalar": rounded(config.attention_multiplier**-2),
-        "layer_types": list(config.layer_types),
+        "query_pre_attn_scalar": rounded((config.attention_multiplier or 1.0) ** -2),
+        "layer_types": types_of(config),
     }
 
 

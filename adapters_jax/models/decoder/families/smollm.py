@@ -19,7 +19,10 @@ def _read(values: Values) -> dict[str, Any]:
 
 
 def _write(config: Any) -> dict[str, Any]:
-    return {"no_rope_layers": list(config.no_rope_layers), **as_switched(config)}
+    return {
+        "no_rope_layers": [int(kind.rope_theta is not None) for kind in config.layer_kinds],
+        **as_switched(config),
+    }
 
 
 SMOLLM3 = Architecture(

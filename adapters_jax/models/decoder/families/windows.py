@@ -35,8 +35,11 @@ def as_switched(config: Any) -> dict[str, Any]:
     return {
         "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,
-        "layer_types": [
-            "full_attention" if kind.window is None else "sliding_attention"
-            for kind in config.layer_kinds
-        ],
+        "layer_types": types_of(config),
     }
+
+
+def types_of(config: Any) -> list[str]:
+    """The type of each layer."""
+    windows = [kind.window for kind in config.layer_kinds]
+    return ["full_attention" if each is None else "sliding_attention" for each in windows]
