@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from adapters_jax.models.llama import Llama, LlamaConfig
 from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.models.bert import BertClassifier, BertConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report
 
@@ -69,10 +69,10 @@ class Factor(nnx.Param):
 
 def nnx_sides(layers: int) -> dict[str, Traces]:
     """A Llama, alone, with LoRA, and with LoRA by hand."""
-    config = LlamaConfig(32000, 4096, 11008, layers, 32)
+    config = DecoderConfig(32000, 4096, 11008, layers, 32)
 
-    def by_hand() -> Llama:
-        model = Llama(config, rngs=nnx.Rngs(0))
+    def by_hand() -> Decoder:
+        model = Decoder(config, rngs=nnx.Rngs(0))
         for path, module in list(nnx.iter_modules(model)):
             if isinstance(module, nnx.Linear) and path[0] == "layers":
                 fan_in, fan_out = module.kernel.shape
@@ -81,7 +81,7 @@ def nnx_sides(layers: int) -> dict[str, Traces]:
                 module.b = Factor(jnp.zeros((RANK, fan_out)))
         return model
 
-    base = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    base = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     sides = {BASE: _nnx(base, nnx.Param), HAND: _nnx(nnx.eval_shape(by_hand), Factor)}
     for name, recipe in RECIPES.items():
         model = aj.adapt(base, recipe, rngs=nnx.Rngs(0))
