@@ -339,7 +339,8 @@ def weighed(change=lambda s: s, mask=None, after=None, axis=-1, sink=0.0, then=l
         scores = change(jnp.einsum("bthw,bshw->bhts", q, k) * W**-0.5)
         weight = jnp.exp(scores - scores.max(-1, keepdims=True))
         weight = weight if mask is None else weight * mask
-        total = weight.sum(axis, keepdims=True) + sink
+        total = weight.sum(axis, keepdims=True)
+        total = total + sink if sink else total
         if after:
             mixed = jnp.einsum("bhts,bshw->bthw", weight, v) / total.swapaxes(1, 2)
             return mixed.reshape(B, T, -1)
