@@ -493,6 +493,38 @@ def test_queries_without_the_batch_of_the_keys(method):
     np.testing.assert_allclose(model.apply({"params": params}, one, X), repeated, atol=1e-6)
 
 
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.q, self.k, self.v = (nnx.LinearGeneral(D, (H, W), rngs=rngs) for _ in range(3))
+
+    def __call__(self, x):
+        return separate_core(self.q(x), self.k(x), self.v(x))
+
+
+class Around(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = Layers(rngs)
+
+    def __call__(self, x):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_prompts_beside_changed_projections_of_nnx(method):
+    """The keys of the tokens have the change of the weight too."""
+    recipe = aj.Recipe(aj.LoRA("attention/k", rank=2), method)
+    model = aj.adapt(Around(nnx.Rngs(0)), recipe, rngs=nnx.Rngs(0), example_inputs=(X,))
+    own = {n: noise(nnx.to_pure_dict(nnx.state(model.attention))[n]) for n in (method.slot,)}
+    change = noise(nnx.to_pure_dict(nnx.state(model.attention.k))["lora"])
+    nnx.update(model.attention, {**own, "k": {"lora": change}})
+    merged = Around(nnx.Rngs(0))
+    merged.attention.k.kernel[...] = model.attention.k(jnp.eye(D)) - model.attention.k.bias[...]
+    merged = aj.adapt(merged, method, rngs=nnx.Rngs(0), example_inputs=(X,))
+    nnx.update(merged.attention, own)
+    for call in (Around.__call__, nnx.jit(Around.__call__)):
+        np.testing.assert_allclose(call(model, X), merged(X), atol=2e-5)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_token_ids_of_numpy(method):
     class Ids(nn.Module):

@@ -164,6 +164,8 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
 class Watch(jax.core.Trace):
     """The trace that follows activations; its values are those of `parent`."""
 
+    watches_whole_weights = True  # `weights.lazy` computes beneath it
+
     def __init__(self, parent: Any, insert: Insert, found: Found):
         super().__init__()
         self.parent, self.insert, self.found = parent, insert, found
