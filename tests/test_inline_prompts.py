@@ -215,6 +215,14 @@ def relative(w, x):
     return jnp.einsum("bhts,bshw->bthw", mixed, v).reshape(B, T, -1)
 
 
+def shifted(w, x):
+    """The maximum is subtracted once more, as against overflow."""
+    q, k, v = (jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")
+    scores = jnp.where(MASK, jnp.einsum("bthw,bshw->bhts", q, k) * W**-0.5, -1e30)
+    weight = jax.nn.softmax(scores - scores.max(-1, keepdims=True))
+    return jnp.einsum("bhts,bshw->bthw", weight, v).reshape(B, T, -1)
+
+
 def repeated_work(w, x):
     """The same within `jax.checkpoint` and `jax.jit`."""
     return jax.checkpoint(jax.jit(fused))(w, x)
@@ -238,6 +246,7 @@ STYLES = {
     "groups": Style(groups, kv=2, rotate=halves, scale=0.3, cap=2.0),
     "one key head": Style(shared, kv=1),
     "relative": Style(relative, scale=1.0, bias=BIAS),
+    "shifted": Style(shifted),
     "checkpoint": Style(repeated_work, fused_layout, biased=True),
 }
 METHODS = {"gated": aj.LlamaAdapter("attention", K), "prefix": aj.PrefixTuning("attention", K)}
@@ -322,7 +331,7 @@ def flash(w, x):
     return jnp.moveaxis(mixed / total, 0, 2).reshape(B, T, -1)
 
 
-def weighed(change=lambda s: s, mask=None, after=None, axis=-1, sink=0.0):
+def weighed(change=lambda s: s, mask=None, after=None, axis=-1, sink=0.0, then=lambda p: p):
     """An attention with something between its products that is not alike for all scores."""
 
     def run(w, x):
@@ -330,13 +339,35 @@ def weighed(change=lambda s: s, mask=None, after=None, axis=-1, sink=0.0):
         scores = change(jnp.einsum("bthw,bshw->bhts", q, k) * W**-0.5)
         weight = jnp.exp(scores - scores.max(-1, keepdims=True))
         weight = weight if mask is None else weight * mask
-        total = weight.sum(axis, keepdims=True) + sink
+        total = weight.sum(axis, keepdims=True)
+        total = total + sink if sink else total
         if after:
             mixed = jnp.einsum("bhts,bshw->bthw", weight, v) / total.swapaxes(1, 2)
             return mixed.reshape(B, T, -1)
-        return jnp.einsum("bhts,bshw->bthw", weight / total, v).reshape(B, T, -1)
+        mixed = jnp.einsum("bhts,bshw->bthw", then(weight / total), v)
+        return jnp.broadcast_to(mixed, v.shape).reshape(B, T, -1)
 
     return run
+
+
+def changed(**change):
+    """An attention of queries, keys or values that are changed after their projections."""
+
+    def run(w, x):
+        made = {n: jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv"}
+        return separate_core(*(change.get(n, lambda y: y)(y) for n, y in made.items()))
+
+    return run
+
+
+def differential(w, x):
+    """The difference of two softmaxes, as the differential transformer has."""
+    q, k, v = (jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")
+    one, other = (
+        jax.nn.softmax(jnp.einsum("bthw,bshw->bhts", a, b))
+        for a, b in zip(jnp.split(q, 2, -1), jnp.split(k, 2, -1), strict=True)
+    )
+    return jnp.einsum("bhts,bshw->bthw", one - 0.3 * other, v).reshape(B, T, -1)
 
 
 def two_products(w, x):
@@ -377,6 +408,28 @@ REFUSED = {
     "divided after": (Style(weighed(after=True)), "divides by the sum of its softmax after"),
     "other groups": (Style(tiled, kv=2), "heads in another order"),
     "something added": (Style(moved), "keys that have something else added"),
+    "a sum with itself": (
+        Style(weighed(lambda s: s + s)),
+        "scores that are computed from one another",
+    ),
+    "distances": (
+        Style(weighed(lambda s: -(BIAS - 2 * s))),
+        "scores that are subtracted from others",
+    ),
+    "a choice of caps": (
+        Style(weighed(lambda s: jnp.where(MASK, 2 * jnp.tanh(s / 2), s))),
+        "scores that are chosen from several ones",
+    ),
+    "two softmaxes": (Style(differential), "scores that are computed from several products"),
+    "pooled queries": (
+        Style(weighed(then=lambda p: p.mean(2, keepdims=True))),
+        "sums its weights before the second product",
+    ),
+    "an activation of keys": (Style(changed(k=jax.nn.silu)), "keys that are computed from one"),
+    "rolled heads": (
+        Style(changed(k=lambda k: jnp.roll(k, 1, 2))),
+        "mixes columns of its projections across heads",
+    ),
     "two": (Style(twice), "computes 2 attentions"),
 }
 
@@ -390,9 +443,18 @@ def test_what_cannot_be_derived_is_refused_with_the_reason(style, why):
         aj.adapt(NnxModel(style), method, rngs=nnx.Rngs(0), example_inputs=(X,))
 
 
-@pytest.mark.parametrize("hidden", [{"mask": MASK}, {"sink": 1.0}], ids=str)
+HIDDEN = {
+    "a mask": {"mask": MASK},
+    "a sink": {"sink": 1.0},
+    "a mask after a shift": {"change": lambda s: jnp.where(MASK, s - s.max(-1)[..., None], -1e30)},
+    "a bias after a shift": {"change": lambda s: s - s.max(-1)[..., None] + BIAS},
+    "normalised again": {"then": lambda p: p * MASK / (p * MASK).sum(-1, keepdims=True)},
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
 def test_a_softmax_that_does_not_show_its_logits_has_no_prefix(hidden):
-    """A mask on its exponentials, or more in the sum, which leave a gated prompt as it is."""
+    """A mask on its exponentials, say, or more in the sum, which leave a gated prompt as it is."""
     style = Style(weighed(**hidden))
     gated = aj.adapt(Model(style), METHODS["gated"])
     params = gated.init(jax.random.key(0), X)["params"]
@@ -406,6 +468,82 @@ def test_a_softmax_that_does_not_show_its_logits_has_no_prefix(hidden):
         aj.adapt(Model(style), METHODS["prefix"]).init(jax.random.key(0), X)
     with raises(aj.TargetError, "attention (NnxAttention", "does not show the logits"):
         aj.adapt(NnxModel(style), METHODS["prefix"], rngs=nnx.Rngs(0), example_inputs=(X,))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_queries_without_the_batch_of_the_keys(method):
+    """As of learned latents: they are read with every row of the batch, in which all are alike."""
+
+    class Reader(nn.Module):
+        @nn.compact
+        def __call__(self, x, rows):
+            query = nn.DenseGeneral((H, W), name="query")(x)
+            key, value = (nn.DenseGeneral((H, W), name=n)(rows) for n in ("key", "value"))
+            return separate_core(query, key, value)
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x, rows):
+            return Reader(name="attention")(x, rows)
+
+    model, one = aj.adapt(Whole(), method), jnp.asarray(X[:1])
+    params = model.init(jax.random.key(0), one, X)["params"]
+    params["attention"][method.slot] = noise(params["attention"][method.slot])
+    repeated = model.apply({"params": params}, jnp.repeat(one, B, 0), X)
+    np.testing.assert_allclose(model.apply({"params": params}, one, X), repeated, atol=1e-6)
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.q, self.k, self.v = (nnx.LinearGeneral(D, (H, W), rngs=rngs) for _ in range(3))
+
+    def __call__(self, x):
+        return separate_core(self.q(x), self.k(x), self.v(x))
+
+
+class Around(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = Layers(rngs)
+
+    def __call__(self, x):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_prompts_beside_changed_projections_of_nnx(method):
+    """The keys of the tokens have the change of the weight too."""
+    recipe = aj.Recipe(aj.LoRA("attention/k", rank=2), method)
+    model = aj.adapt(Around(nnx.Rngs(0)), recipe, rngs=nnx.Rngs(0), example_inputs=(X,))
+    own = {n: noise(nnx.to_pure_dict(nnx.state(model.attention))[n]) for n in (method.slot,)}
+    change = noise(nnx.to_pure_dict(nnx.state(model.attention.k))["lora"])
+    nnx.update(model.attention, {**own, "k": {"lora": change}})
+    merged = Around(nnx.Rngs(0))
+    merged.attention.k.kernel[...] = model.attention.k(jnp.eye(D)) - model.attention.k.bias[...]
+    merged = aj.adapt(merged, method, rngs=nnx.Rngs(0), example_inputs=(X,))
+    nnx.update(merged.attention, own)
+    for call in (Around.__call__, nnx.jit(Around.__call__)):
+        np.testing.assert_allclose(call(model, X), merged(X), atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_token_ids_of_numpy(method):
+    class Ids(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(9, D, name="embed")(ids)
+            return separate_core(*(nn.DenseGeneral((H, W), name=n)(x) for n in "qkv"))
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return Ids(name="attention")(ids)
+
+    ids = np.arange(B * T).reshape(B, T) % 9
+    model = aj.adapt(Whole(), method)
+    params = model.init(jax.random.key(0), ids)["params"]
+    params["attention"][method.slot] = noise(params["attention"][method.slot])
+    traced = jax.jit(model.apply)({"params": params}, ids)
+    np.testing.assert_allclose(model.apply({"params": params}, ids), traced, atol=1e-6)
 
 
 def test_keys_that_come_from_elsewhere():

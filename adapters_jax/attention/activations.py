@@ -33,6 +33,7 @@ class Columns:
     Attributes:
         projection: the projection.
         low, high: the smallest and the largest offset at which its parts begin.
+        moved: how far a column is at most from its place among those that it was joined with.
         bias: (columns,), what was added to each column; None for nothing.
         steps: what was done to every number alike since.
         lost: why the numbers are others than the projection's; empty if they are not. Scales by
@@ -42,6 +43,7 @@ class Columns:
     projection: Projection
     low: int = 0
     high: int = 0
+    moved: int = 0
     bias: Any = None
     steps: tuple[Step, ...] = ()
     lost: str = ""

@@ -118,9 +118,11 @@ def _concatenate(watch: Watch, op: Operation) -> Found:
         stride = _stride(pieces, axis, size) if len(pieces) == len(op.known) else 0
         if not stride:
             columns = replace(columns, lost="are joined with others")
+        else:
+            moved = max(columns.moved, _moved(pieces, axis, stride))
+            columns = replace(columns, high=columns.low, moved=moved)
         first = next(found[0] for found in own if found)
         joined = (replace(first, size=size, stride=stride or 1),)
-        columns = replace(columns, high=columns.low)
     axes = (*pieces[0].axes[:axis], joined, *pieces[0].axes[axis + 1 :])
     return [Seen(None, axes, columns)]
 
@@ -137,6 +139,19 @@ def _stride(pieces: Sequence[Any], axis: int, size: int) -> int:
     # One after the other, as halves are, or every second column in each.
     fitting = [n for n in (stride, stride // len(each)) if n and begin + (size - 1) * n == end]
     return fitting[0] if alike and fitting else 0
+
+
+def _moved(pieces: Sequence[Any], axis: int, stride: int) -> int:
+    """How far columns are from where they would be if those of the pieces followed one another."""
+    begin, furthest = min(seen.columns.low for seen in pieces), 0
+    expected = begin
+    for seen in pieces:
+        part, columns = seen.axes[axis][0], seen.columns
+        for i in (0, part.size - 1):
+            at, by = expected + i * stride, i * part.stride
+            furthest = max(furthest, columns.low + by - at, at - columns.high - by)
+        expected += part.size * stride
+    return furthest
 
 
 def _stack(watch: Watch, op: Operation) -> Found:
@@ -161,7 +176,8 @@ def _together(several: Sequence[Any]) -> Columns:
     if any(columns.bias is not first.bias for columns in several):
         lost = "have a bias in parts"
     low, high = min(c.low for c in several), max(c.high for c in several)
-    return Columns(first.projection, low, high, first.bias, steps, lost)
+    moved = max(columns.moved for columns in several)
+    return Columns(first.projection, low, high, moved, first.bias, steps, lost)
 
 
 def _write(new: int) -> Rule:
@@ -186,14 +202,22 @@ def _select(watch: Watch, op: Operation) -> Found:
     scores = [seen for seen in cases if seen.softmax]
     if scores:
         state: Any = scores[0].softmax
-        kept = state.logits if state.stage == "weights" else None
         axes = _shared(scores, op.shapes[0])
-        return [Seen(None, axes, None, replace(state, logits=kept))]
+        state = state if state.stage == "weights" else _masked(state)
+        states: list[Any] = [s.softmax for s in scores]
+        if any((s.scores, s.steps) != (state.scores, state.steps) for s in states):
+            state = replace(state, lost="are chosen from several ones")
+        return [Seen(None, axes, None, state)]
     made = [seen for seen in cases if seen.columns]
     if not made:
         return None
     columns = _together([seen.columns for seen in made])
     return [Seen(None, _shared(made, op.shapes[0]), columns)]
+
+
+def _masked(state: Softmax) -> Softmax:
+    """A softmax whose logits change. They are hidden if they were shifted, as by their maximum."""
+    return replace(state, logits=state.logits and replace(state.logits, value=None))
 
 
 def _shared(several: Sequence[Seen], shape: Sequence[int]) -> tuple[Axis, ...]:
@@ -224,6 +248,8 @@ def _each(watch: Watch, op: Operation) -> Found:
             columns = _biased(watch, op, columns, axes)
     elif len(made) == 1 and op.name in _SUMS:
         columns = replace(columns, lost="have something else added")
+    elif len(made) > 1 and op.name not in (*_SUMS, "complex"):
+        columns = replace(columns, lost=f"are computed from one another by {op.name}")
     return [Seen(None, axes, columns)]
 
 
@@ -271,14 +297,19 @@ def _each_score(watch: Watch, op: Operation, scores: Sequence[Seen], active: int
     """An operation on scores one by one, on the way to the softmax or in it."""
     seen = next((s for s in scores if s.softmax and not s.softmax.statistic), scores[0])
     state: Any = seen.softmax
-    others: list[Any] = [s.softmax for s in scores if s is not seen]
+    others: list[Any] = [s.softmax for s in scores]
+    others.remove(state)
     beside = [other for other in others if other.statistic]
     if state.statistic and op.name in _SUMS:
         state = replace(state, lost="are divided by more than their sum")
+    elif any(s.scores is not state.scores for s in others):
+        state = replace(state, lost="are computed from several products")
+    elif len(beside) < len(others):
+        state = replace(state, lost="are computed from one another")
+    elif state.stage == "weights" and beside:
+        state = replace(state, logits=None)  # normalised again
     elif state.statistic or state.stage == "weights":
         pass
-    elif len(beside) < len(others) and any(s.scores is not state.scores for s in others):
-        state = replace(state, lost="are computed from several products")
     elif state.stage == "exponentials":
         if beside and op.name in ("div", "mul"):
             logits = None if beside[0].lost else state.logits
@@ -288,10 +319,12 @@ def _each_score(watch: Watch, op: Operation, scores: Sequence[Seen], active: int
     elif op.name == "exp":
         logits = state.logits or seen
         state = replace(state, stage="exponentials", logits=logits)
+    elif op.name == "sub" and seen is not op.known[0]:
+        state = replace(state, lost="are subtracted from others")
     elif op.name == "sub" and beside:
-        state = replace(state, logits=seen)
+        state = replace(state, logits=state.logits or seen)
     elif op.name in _SUMS:
-        state = replace(state, logits=None)  # a mask, or a bias of positions
+        state = _masked(state)  # a mask, or a bias of positions
     else:
         step = _step(watch, op) if active == 1 else None
         lost = state.lost if step else f"are changed by {op.name}, each by another number"

@@ -118,6 +118,8 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
         raise UnknownAttention("divides by the sum of its softmax after the second product")
     if state.lost:
         raise UnknownAttention(f"computes a softmax of scores that {state.lost}")
+    if state.statistic:
+        raise UnknownAttention("sums its weights before the second product")
     position = _position(second, scores)
     if state.over != frozenset(second.weights.axes[second.summed[0]]):
         raise UnknownAttention("takes its softmax over other axes than the positions of its keys")
@@ -150,7 +152,9 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
 
     into = [scores.axes[i][1 - side] for i in (*rows, *heads)] + [scores.summed[1 - side]]
     shape = (*(scores.shape[i] for i in rows), sizes.heads, sizes.head_dim)
-    own = _in_order(query.value, into).reshape(shape)
+    # Rows that keys alone have, as those of a batch that one set of queries reads, are repeated.
+    held = [1 if into[i] is None else n for i, n in enumerate(shape[: len(rows)])]
+    own = jnp.broadcast_to(_in_order(query.value, into).reshape(*held, *shape[-2:]), shape)
     total = _total(state, [*rows, *heads, position], shape[:-1])
     return Inline(sizes, own, project, logits, total), there, back
 
@@ -228,7 +232,8 @@ def _table(seen: Seen, width: int, heads: parts.Part | None) -> np.ndarray:
     assert columns is not None
     block = max((part.size * part.stride for part in own), default=0)
     # Rotary embeddings mix the columns of a head, but take none of another.
-    if not block or block % size or columns.high - columns.low >= block:
+    mixed = max(columns.high - columns.low, columns.moved)
+    if not block or block % size or mixed >= block:
         raise UnknownAttention("mixes columns of its projections across heads")
     each = columns.low + block // size * np.arange(size)
     table = (heads.stride * np.arange(heads.size) if heads else np.zeros(1, int))[:, None] + each

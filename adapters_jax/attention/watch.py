@@ -164,6 +164,8 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
 class Watch(jax.core.Trace):
     """The trace that follows activations; its values are those of `parent`."""
 
+    watches_whole_weights = True  # `weights.lazy` computes beneath it
+
     def __init__(self, parent: Any, insert: Insert, found: Found):
         super().__init__()
         self.parent, self.insert, self.found = parent, insert, found
@@ -192,12 +194,13 @@ class Watch(jax.core.Trace):
         return self._outside(self.parent.process_custom_vjp_call, *args, **kwargs)
 
     def enter(self, inputs: Any) -> Any:
-        """The inputs of the code, with jax's arrays in the place of numpy's of floats."""
+        """The inputs of the code, with jax's arrays in the place of numpy's of numbers."""
         self.begin(inputs)
         if not any(map(_is_numpy, jax.tree.leaves(inputs, is_leaf=_is_module))):
             return inputs  # the very tree, since jax would sort its dictionaries
         array = lambda x: jnp.asarray(x) if _is_numpy(x) else x  # noqa: E731
-        inputs = jax.tree.map(array, inputs, is_leaf=_is_module)
+        with jax.ensure_compile_time_eval():  # still numbers, as for indices
+            inputs = jax.tree.map(array, inputs, is_leaf=_is_module)
         self.begin(inputs)
         return inputs
 
@@ -338,7 +341,7 @@ def is_second(known: Facts, params: Any) -> bool:
 
 
 def _is_numpy(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)
+    return isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.number)
 
 
 def _is_module(x: Any) -> bool:

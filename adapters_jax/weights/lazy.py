@@ -299,9 +299,10 @@ def thin(known: dict[int, Any] | None = None) -> Iterator[Thin]:
         known: see `Thin`.
     """
     with jex.take_current_trace() as current:
-        if isinstance(current, Thin):
+        around = _beneath(current)
+        if isinstance(around, Thin):
             with jex.set_current_trace(current):
-                yield current
+                yield around
         else:
             inner = Thin(current, known)
             with jex.set_current_trace(inner):
@@ -311,7 +312,13 @@ def thin(known: dict[int, Any] | None = None) -> Iterator[Thin]:
 def current() -> Thin | None:
     """The trace of the `thin()` around the caller; None outside, and within another trace."""
     with jex.take_current_trace() as trace, jex.set_current_trace(trace):
-        return trace if isinstance(trace, Thin) else None
+        around = _beneath(trace)
+        return around if isinstance(around, Thin) else None
+
+
+def _beneath(trace: Any) -> Any:
+    """The trace that computes: a watch of attentions sees the products of whole weights."""
+    return trace.parent if hasattr(type(trace), "watches_whole_weights") else trace
 
 
 def computed_thin(function: Callable[..., Any]) -> Callable[..., Any]:
