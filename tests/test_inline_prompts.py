@@ -389,6 +389,18 @@ def moved(w, x):
     return separate_core(q, k + x[:, :, None, :W], v)
 
 
+def bent(w, x):
+    """Keys plus a function of them."""
+    q, k, v = (jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")
+    return separate_core(q, k + jnp.tanh(k), v)
+
+
+def rolled(w, x):
+    """Values whose columns are in another order within a head."""
+    q, k, v = (jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")
+    return separate_core(q, k, jnp.concatenate([v[..., 1:], v[..., :1]], -1))
+
+
 def twice(w, x):
     """Two attentions."""
     return separate_core(*(jnp.einsum("btd,dnw->btnw", x, w[n]) for n in "qkv")) + stacked(
@@ -430,6 +442,8 @@ REFUSED = {
         Style(changed(k=lambda k: jnp.roll(k, 1, 2))),
         "mixes columns of its projections across heads",
     ),
+    "a function of keys": (Style(bent), "keys that are computed from one another"),
+    "reordered values": (Style(rolled), "mixes the columns of its values"),
     "two": (Style(twice), "computes 2 attentions"),
 }
 

@@ -18,6 +18,7 @@ from adapters_jax.attention.watch import RULES, Operation, Rule, Watch
 
 Found = list[Seen] | None
 _SUMS = ("add", "add_any", "sub")
+_HALVES = ("real", "imag")  # of the complex numbers by which pairs are rotated
 
 
 def _layout(axes_of: Callable[[Seen, Operation], Sequence[Axis]]) -> Rule:
@@ -171,6 +172,8 @@ def _together(several: Sequence[Any]) -> Columns:
         same = [a is b for a, b in zip(steps, other.steps, strict=False)]
         steps = steps[: [*same, False].index(False)]
     lost = next((columns.lost for columns in several if columns.lost), "")
+    if any(step is not jnp.negative for c in several for step in c.steps[len(steps) :]):
+        lost = "are computed from one another"  # not by the signs of a rotation
     if any(columns.projection is not first.projection for columns in several):
         lost = "are computed from several projections"
     if any(columns.bias is not first.bias for columns in several):
@@ -240,7 +243,7 @@ def _each(watch: Watch, op: Operation) -> Found:
     if not made:
         return None
     columns, axes = _together([seen.columns for seen in made]), _shared(made, op.shapes[0])
-    if len(active) == 1:
+    if len(active) == 1 and op.name not in _HALVES:
         step = _step(watch, op)
         if step is not None:
             columns = replace(columns, steps=(*columns.steps, step))
@@ -255,6 +258,8 @@ def _each(watch: Watch, op: Operation) -> Found:
 
 def _step(watch: Watch, op: Operation) -> Step | None:
     """What an operation does to every number of its only activation; None if that differs."""
+    if op.name == "neg":
+        return jnp.negative
     where = next(i for i, seen in enumerate(op.known) if seen)
     others = [x for i, x in enumerate(op.values) if i != where]
     if any(len(watch.repeats(x)) < jnp.ndim(x) for x in others):

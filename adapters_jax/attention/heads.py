@@ -126,6 +126,8 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     side = 0 if scores.axes[position][0] is not None else 1  # of the keys
     query, key = scores.operands[1 - side], scores.operands[side]
     columns = {"key": _known(key, "keys"), "value": _known(second.value, "values")}
+    if columns["value"].moved or columns["value"].low != columns["value"].high:
+        raise UnknownAttention("mixes the columns of its values")
     if query.columns is None:
         raise UnknownAttention("gets its queries from no product with a weight in its own call")
     if columns["key"].projection.width != columns["value"].projection.width:
