@@ -77,14 +77,13 @@ class Prompt(Method):
         """The output of an attention function and what comes of the tokens; see `Method.attend`."""
         mixed = attention_fn(query, *args, **kwargs)
         key, value = self.tokens(leaves, point, _cast(project, query))
-        scale = 1 / jnp.sqrt(query.shape[-1]).astype(jnp.float32)
+        scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
         cap = kwargs.get("softcap")  # the one of this library's decoders
 
-        def logits(products: Array) -> Array:
-            scores = products * scale
+        def logits(scores: Array) -> Array:
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-        prompt = attend_to(query, key, value, logits, point.precision)
+        prompt = attend_to(scaled, key, value, logits, point.precision)
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
     def attend_inline(
