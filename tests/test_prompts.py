@@ -349,6 +349,29 @@ def test_a_prefix_has_no_bias_and_no_mask():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_the_soft_cap_of_an_attention_function_bounds_the_prompt_too():
+    """This library's decoders give their function `softcap`, as Gemma 2 has."""
+    method = aj.LlamaAdapter("**", K)
+    point = AttachmentPoint("attention", D, attention=registry.Attention(D, HEADS, HEADS, WIDTH))
+    query, key, value = rng.standard_normal((3, B, T, HEADS, WIDTH)).astype(np.float32)
+    tables = dict(zip(("key", "value"), rng.standard_normal((2, D, D)), strict=True))
+    own = {"embedding": 3 * rng.standard_normal((K, D)), "gate": rng.standard_normal(HEADS)}
+
+    def attention_fn(query, key, value, softcap):
+        return nn.dot_product_attention(query, key, value)
+
+    def project(name, x):
+        return x @ jnp.asarray(tables[name], jnp.float32)
+
+    leaves = {name: jnp.asarray(x, jnp.float32) for name, x in own.items()}
+    got = method.attend(leaves, point, project, attention_fn, query, key, value, softcap=2.0)
+    ahead = {n: (own["embedding"] @ table).reshape(K, HEADS, WIDTH) for n, table in tables.items()}
+    scores = np.einsum("bthw,khw->bhtk", query, ahead["key"]) / np.sqrt(WIDTH)
+    branch = np.einsum("bhtk,khw->bthw", softmax(2 * np.tanh(scores / 2)), ahead["value"])
+    expected = attend(*double((query, key, value))) + np.tanh(own["gate"])[:, None] * branch
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_more_layers_than_there_are():
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     with raises(
