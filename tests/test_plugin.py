@@ -16,7 +16,7 @@ from flax import linen as nn
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.methods import METHODS, method_named
+from adapters_jax.methods import METHODS, Prompt, method_named
 from adapters_jax.testing import ContractError, check_method
 
 HERE = Path(__file__).parent
@@ -147,6 +147,8 @@ def test_what_cannot_be_registered(Shift):
         aj.register_method(made(**own))
     with raises(TypeError, "lacks fits, leaves, count, attend;"):
         aj.register_method(made(**own, acts_on="attention"))
+    with raises(TypeError, "lacks leaves, count, joined, tokens;"):
+        aj.register_method(made(Prompt, **own))
     with raises(TypeError, "name='two words'"):
         aj.register_method(made(Shift, name="two words", slot="other"))
     with raises(TypeError, "slot=3"):

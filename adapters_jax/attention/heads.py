@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,11 @@ class Second:
         return [*batch, *free, None] if self.first else [*batch, None, *free]
 
     @property
+    def softmax(self) -> Softmax:
+        """What is known of the weights, which `of` has found to be a softmax."""
+        return cast(Softmax, self.weights.softmax)
+
+    @property
     def width(self) -> int:
         """The axis of the values that is their width."""
         used = {self.summed[1], *(b for _, b in self.batch)}
@@ -111,9 +116,7 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     Raises:
         UnknownAttention: the products are those of no attention that prompts can act in.
     """
-    state = second.weights.softmax
-    assert state is not None
-    scores = state.scores
+    state, scores = second.softmax, second.softmax.scores
     if state.stage != "weights":
         raise UnknownAttention("divides by the sum of its softmax after the second product")
     if state.lost:
@@ -135,8 +138,10 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     heads = _heads(scores, query, 1 - side)
     kv = _kv_heads(scores, heads, key, side)
     tables = {
-        "key": _table(key, scores.summed[side], kv),
-        "value": _table(second.value, second.width, _value_heads(second, scores, heads)),
+        "key": _table(key, columns["key"], scores.summed[side], kv),
+        "value": _table(
+            second.value, columns["value"], second.width, _value_heads(second, scores, heads)
+        ),
     }
     if tables["key"].shape != tables["value"].shape:
         raise UnknownAttention("has keys and values of different heads, by number or width")
@@ -227,11 +232,9 @@ def _value_heads(second: Second, scores: Scores, heads: Sequence[int]) -> parts.
     return found
 
 
-def _table(seen: Seen, width: int, heads: parts.Part | None) -> np.ndarray:
+def _table(seen: Seen, columns: Columns, width: int, heads: parts.Part | None) -> np.ndarray:
     """For each head and each position in its width, the column of the projection."""
-    columns, own = seen.columns, _columns(seen.axes[width], seen)
-    size = parts.size_of(seen.axes[width])
-    assert columns is not None
+    own, size = _columns(seen.axes[width], seen), parts.size_of(seen.axes[width])
     block = max((part.size * part.stride for part in own), default=0)
     # Rotary embeddings mix the columns of a head, but take none of another.
     mixed = max(columns.high - columns.low, columns.moved)

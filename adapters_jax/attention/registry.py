@@ -101,10 +101,8 @@ def names_of(module: Any) -> Names | None:
     return None
 
 
-def why_not(module: Any) -> str:
+def why_not(names: Names) -> str:
     """Why the call of a known attention module's function shows no attention."""
-    names = names_of(module)
-    assert names is not None
     return (
         f"did not call its {names.attention_fn} on what its {names.query}, {names.key} and "
         f"{names.value} return; correct their names in aj.register_attention"

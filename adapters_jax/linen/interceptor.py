@@ -230,7 +230,7 @@ class Interceptor:
             look = looking((args, kwargs)) if self._init else contextlib.nullcontext()
             with registry.replaced(module, names.attention_fn, attend), look:
                 y = run(*args, **kwargs)
-            here.no_attention = "" if here.attention else registry.why_not(module)
+            here.no_attention = "" if here.attention else registry.why_not(names)
             return y
         point = AttachmentPoint(path, precision=getattr(module, "precision", None))
         each = [(m, _held(module, m), point) for m in prompts if _has_leaves(module, m)]

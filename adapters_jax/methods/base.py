@@ -380,4 +380,6 @@ def missing_members(cls: type[Method]) -> list[str]:
         run = {"attention": "attend", "leaf": "changes"}.get(cls.acts_on, "forward")
         members = ("leaf_names", "fits", "leaves", "count", run)
         lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
+        abstract = "__isabstractmethod__"  # of a base class between, such as `Prompt`
+        lacking += [n for n in dir(cls) if getattr(getattr(cls, n, None), abstract, False)]
     return lacking

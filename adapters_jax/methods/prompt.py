@@ -1,5 +1,6 @@
 """`Prompt`: the base class of methods that act inside an attention module."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -48,6 +49,7 @@ class Prompt(Method):
         """Whether the module computes an attention."""
         return point.attention is not None
 
+    @abstractmethod
     def tokens(
         self, leaves: Leaves, point: AttachmentPoint, project: Callable[[str, Array], Array]
     ) -> Tokens:
@@ -58,11 +60,10 @@ class Prompt(Method):
             point: the attention module that they adapt.
             project: `project("key", x)` is the module's own projection of x, (K, d).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The module's output, (..., heads, head_dim), before its output projection."""
-        raise NotImplementedError
 
     def attend(
         self,

@@ -230,10 +230,11 @@ def _recording_class(cls: type[Any]) -> type[Any]:
         note_returned(path, y)
         returned = Returned.of(calls.input_of(self, args, kwargs), y)
         seen = Call(returned, outside, bool(attended))
-        if prompted and not registry.names_of(self):
+        names = registry.names_of(self)
+        if prompted and not names:
             seen = seen._replace(attention=found.attention, no_attention=found.why_not())
-        elif prompted and not attended:
-            seen = seen._replace(no_attention=registry.why_not(self))
+        elif prompted and names and not attended:
+            seen = seen._replace(no_attention=registry.why_not(names))
         _RECORDER.get()(path, self, seen, args, kwargs)
         return named(y, path)
 
