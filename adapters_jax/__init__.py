@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax."""
 
-from adapters_jax import linen, nnx
+from adapters_jax import linen, losses, nnx
 from adapters_jax.abstract import inputs
 from adapters_jax.adapt import adapt
 from adapters_jax.attention.registry import register_attention
@@ -120,6 +120,7 @@ __all__ = [
     "lora",
     "lora_parameters",
     "lora_plus",
+    "losses",
     "make_eval_step",
     "make_mesh",
     "make_train_step",

@@ -74,7 +74,12 @@ def numbered_paths(tree: Tree) -> set[str]:
 
 
 def _flat(tree: Tree) -> dict[tuple[Any, ...], Any]:
-    """The leaves of a nested mapping by their keys."""
+    """The leaves of a nested mapping by their keys; raises UserError for anything else."""
+    if not isinstance(tree, Mapping):
+        raise UserError(
+            f"expected parameters as a nested mapping, got {type(tree).__name__}; in linen pass "
+            'variables["params"]'
+        )
     return traverse_util.flatten_dict(_plain(tree))
 
 

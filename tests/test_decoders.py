@@ -49,7 +49,7 @@ def batch_of(groups, examples=EXAMPLES):
     return next(iter(Batches.in_order(rows, None, len(rows), (LENGTH,))))
 
 
-losses = nnx.jit(partial(token_losses, most=LENGTH))
+losses = nnx.jit(partial(token_losses, most=LENGTH, chunk=3))
 full_pass = nnx.jit(lambda model, ids: model(ids))
 
 

@@ -596,6 +596,11 @@ def test_init_adapters_given_variables_instead_of_parameters():
         aj.init_adapters(model, {"params": abstract(Mlp(), X)}, KEY, X)
 
 
+def test_init_adapters_given_the_key_first():
+    with raises(aj.UserError, "nested mapping", "PRNGKeyArray"):
+        aj.init_adapters(aj.adapt(Mlp(), lora("up")), KEY, abstract(Mlp(), X), X)
+
+
 def test_init_adapters_takes_abstract_inputs_keywords_and_any_mapping():
     class Asks(nn.Module):
         @nn.compact

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.losses import TOKENS, cross_entropy
 from adapters_jax.nnx import recipe_of
 from adapters_jax.pretrained.decoder import STEP, PretrainedDecoder, complete
 from adapters_jax.recipe import Recipe
@@ -79,9 +79,15 @@ class CompletionProblem:
         """The recipe: what trains."""
         return recipe_of(self.model)
 
-    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray) -> Any:
+    def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of the tokens to learn in a batch."""
-        return jnp.mean(batch["weight"] * token_losses(model, batch, self.most))
+        hidden, labels = _learnt(model, batch, self.most)
+        weights = jnp.broadcast_to(batch["weight"][:, None] / len(labels), labels.shape)
+        return cross_entropy(hidden, model.logits, labels, weights, chunk=self._chunk(labels))
+
+    def _chunk(self, labels: Any) -> int:
+        """The positions whose logits are held at once: `TOKENS` on each device."""
+        return -(-TOKENS * (self.mesh.size if self.mesh else 1) // len(labels))
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighted so that `loss` is the mean over tokens."""
@@ -104,7 +110,8 @@ class CompletionProblem:
 
         def run(batch: Batch) -> Array:
             placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            return _token_losses(graphdef, state, placed, self.most)
+            chunk = self._chunk(batch["labels"])
+            return _token_losses(graphdef, state, placed, self.most, chunk)
 
         losses = in_row_order(run, rows.batches)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
@@ -115,24 +122,33 @@ class CompletionProblem:
         return found
 
 
-def token_losses(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
-    """The loss of each sequence, summed over its tokens to learn."""
+def _learnt(
+    model: Any, batch: Batch, most: int
+) -> tuple[Float[Array, "batch most d"], Int[Array, "batch most"]]:
+    """The hidden states and labels of each sequence's tokens to learn, which alone get logits."""
     hidden = model.hidden(
         batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
     )
-    # The vocabulary is wide: prompts and padding get no logits.
     labels = jnp.asarray(batch["labels"])
     learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
     hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
-    labels = jnp.take_along_axis(labels, learnt, axis=1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        model.logits(hidden), jnp.maximum(labels, 0)
-    )
-    return jnp.where(labels == NOTHING, 0.0, losses).sum(1)
+    return hidden, jnp.take_along_axis(labels, learnt, axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _token_losses(graphdef: Any, state: Any, batch: Batch, most: int) -> Float[Array, "batch 1"]:
+def token_losses(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, " batch"]:
+    """The loss of each sequence, summed over its tokens to learn."""
+
+    def row(hidden: Array, labels: Array) -> Array:
+        weights = jnp.ones((1, len(labels)))
+        return cross_entropy(hidden[None], model.logits, labels[None], weights, chunk=chunk)
+
+    return jax.vmap(row)(*_learnt(model, batch, most))
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _token_losses(
+    graphdef: Any, state: Any, batch: Batch, most: int, chunk: int
+) -> Float[Array, "batch 1"]:
     model = nnx.merge(graphdef, state)
     model.eval()
-    return token_losses(model, batch, most)[:, None]
+    return token_losses(model, batch, most, chunk)[:, None]
