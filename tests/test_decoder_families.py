@@ -186,7 +186,9 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
     hidden, logits = run(model, ids, mask)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     exact, theirs = (seen(mask, expected[key]) for key in ("logits", "bfloat16"))
-    assert 0 < np.abs(seen(mask, logits) - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
+    # The median, since rounding may choose another expert for a token.
+    off, theirs_off = (np.median(np.abs(x - exact)) for x in (seen(mask, logits), theirs))
+    assert 0 < off < 1.5 * theirs_off
 
 
 NUMBERS = (-1, 0, 1.5, 2**40, float("nan"), float("inf"))

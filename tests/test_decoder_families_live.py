@@ -38,10 +38,23 @@ def targets(name):
     return TARGETS.get(name, ("k_proj", "up_proj", "down_proj"))
 
 
-def their_base(name):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        FIXTURES / name, attn_implementation="eager"
-    )
+def their_base(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+
+
+def narrow(name, directory):
+    """A checkpoint like a fixture, as PEFT's LLaMA-Adapter expects it: its heads have the hidden
+    size in all, and its output projection, which PEFT applies twice, has no bias."""
+    config = transformers.AutoConfig.from_pretrained(FIXTURES / name)
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    config.attention_bias = False
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 * (parameter.ndim == 1), std=0.3)
+    model.save_pretrained(directory)
+    return directory
 
 
 def inputs_of(name):
@@ -62,17 +75,17 @@ def ours(name, model):
     return np.asarray(nnx.jit(lambda model: model(ids, mask))(model))[mask == 1]
 
 
-def in_peft(name, directory):
+def in_peft(name, base, directory):
     """The logits of a saved adapter in PEFT, which must miss no tensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
-        return theirs(name, peft.PeftModel.from_pretrained(their_base(name), directory))
+        return theirs(name, peft.PeftModel.from_pretrained(their_base(base), directory))
 
 
-def made_by_peft(name, config, directory):
+def made_by_peft(name, base, config, directory):
     """The logits of an adapter that PEFT made, with values in all that trains, and saved."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(their_base(name), config)
+    model = peft.get_peft_model(their_base(base), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -133,23 +146,29 @@ def lora(name):
 
 
 def dora(name):
+    """PEFT has no DoRA on stacked experts, which are parameters of one module."""
     attention, up, _ = targets(name)
-    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=[attention, up], use_dora=True)
+    chosen = [attention, up if name in DENSE else "o_proj"]
+    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=chosen, use_dora=True)
 
 
 def ia3(name):
+    """PEFT has no (IA)^3 on stacked experts."""
     attention, _, down = targets(name)
+    if name not in DENSE:
+        return peft.IA3Config(target_modules=[attention, "v_proj"], feedforward_modules=[])
     return peft.IA3Config(target_modules=[attention, down], feedforward_modules=[down])
+
+
+def prompts(name):
+    return peft.AdaptionPromptConfig(adapter_len=5, adapter_layers=2, task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path):
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     save_decoder(tmp_path, *load_decoder(FIXTURES / name), **tokens)
-    one, other = (
-        transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-        for path in (FIXTURES / name, tmp_path)
-    )
+    one, other = map(their_base, (FIXTURES / name, tmp_path))
     np.testing.assert_array_equal(theirs(name, other), theirs(name, one))
     whole, again = (model.config.to_dict() for model in (one, other))
     # No token ids are known here, and a setting at its default is not written.
@@ -163,21 +182,24 @@ def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path)
     assert whole.get("head_dim") in (None, again.get("head_dim"))
 
 
-CASES = [(name, lora) for name in EVERY] + [(n, kind) for n in DENSE for kind in (dora, ia3)]
+CASES = [(name, kind) for name in EVERY for kind in (lora, dora, ia3)]
+# PEFT has LLaMA-Adapter for these alone.
+CASES += [("llama", prompts), ("mistral", prompts)]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
-    expected = made_by_peft(name, kind(name), tmp_path / "theirs")
-    assert np.abs(theirs(name, their_base(name)) - expected).max() > 0.05
-    names, (_, model) = ARCHITECTURES[name].names, load_decoder(FIXTURES / name)
+    base = narrow(name, tmp_path / "base") if kind is prompts else FIXTURES / name
+    expected = made_by_peft(name, base, kind(name), tmp_path / "theirs")
+    assert np.abs(theirs(name, their_base(base)) - expected).max() > 0.05
+    names, (_, model) = ARCHITECTURES[name].names, load_decoder(base)
     recipe, adapters = load_peft(tmp_path / "theirs", names, model)
     native = aj.save_adapter(tmp_path / "native", adapters, recipe)
     np.testing.assert_allclose(
         ours(name, aj.load_adapter(native, model, None, inputs_of(name)[0])), expected, atol=1e-4
     )
     back = save_peft(tmp_path / "ours", recipe, adapters, names, model)
-    np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
+    np.testing.assert_allclose(in_peft(name, base, back), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -193,5 +215,5 @@ def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
     adapters = nnx.state(adapted, AdapterParam)
     directory = save_peft(tmp_path / "a", recipe, adapters, names, model)
     logits = ours(name, adapted)
-    np.testing.assert_allclose(in_peft(name, directory), logits, atol=1e-4)
+    np.testing.assert_allclose(in_peft(name, FIXTURES / name, directory), logits, atol=1e-4)
     assert np.abs(ours(name, load_decoder(FIXTURES / name)[1]) - logits).max() > 0.05

@@ -185,6 +185,27 @@ def test_segments_do_not_see_each_other():
     assert np.abs(together[0, 2:] - run(model, IDS)[0, 2:]).max() > 1e-3
 
 
+def test_prompts_are_the_same_for_padded_and_packed_texts():
+    """Prompts are not rotated, so a text's positions count, not only their differences."""
+    model = aj.adapt(build(), aj.LlamaAdapter("**/attention", 3), rngs=nnx.Rngs(0))
+    state = nnx.state(model, aj.nnx.AdapterParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.5, state))
+    alone = np.asarray(model(IDS))
+    assert np.abs(alone - build()(IDS)).max() > 0.1
+    for left in (0, 3):
+        widths = (0, 0), (left, 3 - left)
+        padded = model(np.pad(IDS, widths), np.pad(np.ones((2, 4)), widths))
+        np.testing.assert_allclose(padded[:, left : left + 4], alone, atol=1e-5)
+    packed = model(IDS.reshape(1, 8), segments=jnp.array([[1] * 4 + [2] * 4]))
+    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=1e-5)
+    packed = model(
+        np.r_[[0], IDS.ravel()][None],
+        np.r_[[0], np.ones(8)][None],
+        segments=np.array([[0] + [1] * 4 + [2] * 4]),
+    )
+    np.testing.assert_allclose(packed[0, 1:].reshape(alone.shape), alone, atol=1e-5)
+
+
 def test_every_parameter_path():
     layer = (
         *(f"attention/{child}/kernel" for child in ("query", "key", "value", "output")),

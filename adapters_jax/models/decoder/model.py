@@ -20,7 +20,12 @@ from adapters_jax.models.decoder.experts import DecoderExperts
 from adapters_jax.models.decoder.layers import DecoderLayer, RMSNorm
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
-from adapters_jax.models.parts.functions import capped, causal_mask, dot_product_attention
+from adapters_jax.models.parts.functions import (
+    capped,
+    causal_mask,
+    dot_product_attention,
+    token_positions,
+)
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import Rotation, rotation
 
@@ -122,13 +127,13 @@ class Decoder(nnx.Module):
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
-            positions: by default 0, 1, 2, ...; only their differences matter.
+            positions: those of the rotation; by default the tokens of each text count from 0.
             segments: the number of each token's text, if a row holds several texts; a token sees
                 only its own text.
         """
         check_tokens(input_ids, attention_mask)
         if positions is None:
-            positions = jnp.arange(input_ids.shape[1])[None]
+            positions = token_positions(input_ids, attention_mask, segments)
         mask = causal_mask(input_ids, attention_mask)
         if segments is not None:
             mask &= segments[:, None, :, None] == segments[:, None, None, :]

@@ -230,3 +230,26 @@ def causal_mask(
     length = input_ids.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, None, :]
+
+
+def token_positions(
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Num[Array, "batch length"] | None = None,
+    segments: Int[Array, "batch length"] | None = None,
+) -> Int[Array, "#batch length"]:
+    """The number of each token in its text, from 0, where padding does not count.
+
+    Example:
+        >>> ids = jnp.array([[0, 5, 6, 7]])
+        >>> token_positions(ids, jnp.array([[0, 1, 1, 1]])).tolist()
+        [[0, 0, 1, 2]]
+        >>> token_positions(ids, segments=jnp.array([[1, 1, 2, 2]])).tolist()
+        [[0, 1, 0, 1]]
+    """
+    positions = jnp.arange(input_ids.shape[1])[None]
+    if attention_mask is not None:
+        positions = jnp.maximum((attention_mask != 0).cumsum(1) - 1, 0)
+    if segments is None:
+        return positions
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
