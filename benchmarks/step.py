@@ -322,7 +322,7 @@ def run_imports(report: Report, rounds: int) -> None:
 
 def run(report: Report, quick: bool, part: str = "") -> None:
     """Runs the whole benchmark, or its part on tunix's Llama; at toy sizes if quick."""
-    tunix_llama.run_steps(report, tunix_llama.TOY if quick else tunix_llama.Size())
+    tunix_llama.run_steps(report, {"toy": tunix_llama.TOY} if quick else tunix_llama.CASES)
     if part == "tunix":
         return
     run_steps(

@@ -1,11 +1,12 @@
-"""A training step of tunix's Llama 3 with LoRA on q and v: ours beside qwix's.
+"""A training step of Llama 3 with LoRA on q, v: ours on tunix's model and ours, beside qwix's.
 
-Both libraries adapt the same model, which neither knows, and start from the same random factors.
-They must have equal losses and trainable counts before they are timed.
+Both libraries adapt tunix's model, which neither knows; the decoder here gets its weights. All
+start from the same random factors, and must have equal losses and trainable counts before they are
+timed.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.models.decoder.model import abstract_decoder
 from adapters_jax.trees import path_of
 from benchmarks.by_hand import make_step
 from benchmarks.harness import Spread, interleave, ratio
@@ -24,7 +27,21 @@ from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.report import Report
 
 PACKAGES = {"tunix": "google-tunix", "qwix": "qwix"}
-CASE, SLACK = "tunix's Llama 3, LoRA r=4 on q, v", 1.0
+SLACK = 1.0
+# Paths in our decoder by those in tunix's model.
+PATHS = {
+    "embedder/input_embedding": "embeddings/embedding",
+    "final_norm/w": "norm/scale",
+    "attn/q_proj": "attention/query",
+    "attn/k_proj": "attention/key",
+    "attn/v_proj": "attention/value",
+    "attn/o_proj": "attention/output",
+    "mlp/gate_proj": "mlp/gate",
+    "mlp/up_proj": "mlp/up",
+    "mlp/down_proj": "mlp/output",
+    "post_attention_layernorm/w": "mlp_norm/scale",
+    "input_layernorm/w": "attention_norm/scale",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,11 @@ class Size:
         return Llama3(config, rngs=nnx.Rngs(0))
 
 
+# Two layers of Llama 3.2 1B.
+LLAMA_1B = Size(
+    layers=2, d=2048, ffn=8192, heads=32, kv_heads=8, vocab=128_256, batch=1, length=512, rounds=11
+)
+CASES = {"4 layers of d 1024": Size(), "2 layers of Llama 3.2 1B, 1 x 512": LLAMA_1B}
 TOY = Size(layers=2, d=32, ffn=64, heads=4, kv_heads=2, vocab=64, length=8, rounds=2)
 
 
@@ -93,6 +115,10 @@ def loss_of(model: Any, inputs: Any) -> jax.Array:
     return next_token_loss(model(*inputs)[0], inputs[0])
 
 
+def loss_of_decoder(model: Any, inputs: Any) -> jax.Array:
+    return next_token_loss(model(inputs[0]), inputs[0])
+
+
 def sides(size: Size) -> dict[str, Side]:
     """The steps of both libraries."""
     inputs, recipe = size.inputs, aj.Recipe(aj.LoRA("**/{q_proj,v_proj}", 4, alpha=8))
@@ -100,16 +126,48 @@ def sides(size: Size) -> dict[str, Side]:
     state = nnx.state(model, aj.nnx.AdapterParam)
     factors = factors_of(state)
     nnx.update(model, _with(state, factors, lambda path: path))
-    return {"ours": ours(model, inputs), "qwix": qwix_side(size.base, factors, inputs)}
+    return {
+        "ours": ours(model, inputs, loss_of),
+        "ours, our decoder": ours(our_decoder(size, factors), inputs, loss_of_decoder),
+        "qwix": qwix_side(size.base, factors, inputs),
+    }
 
 
-def _with(state: Any, factors: dict[str, jax.Array], name: Callable[[str], str]) -> Any:
-    """The factors as a state, given the path of each in `factors`."""
-    new = lambda path, x: factors[name(path_of(path))].reshape(x.shape)  # noqa: E731
+def _with(state: Any, arrays: dict[str, jax.Array], name: Callable[[str], str]) -> Any:
+    """The arrays as a state, given the path of each in `arrays`."""
+    new = lambda path, x: arrays[name(path_of(path))].reshape(x.shape)  # noqa: E731
     return jax.tree_util.tree_map_with_path(new, state)
 
 
-def ours(model: Any, inputs: Any) -> Side:
+def our_decoder(size: Size, factors: dict[str, jax.Array]) -> Decoder:
+    """The decoder of this library with tunix's weights and the factors."""
+    config = DecoderConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.d,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        rope_theta=500_000,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    recipe = aj.LoRA("**/{query,value}", 4, alpha=8)
+    model = aj.adapt(abstract_decoder(config), recipe, rngs=nnx.Rngs(0))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(size.base))
+    theirs = {path_of(path): x for path, x in leaves} | factors
+    arrays = {_ours(path): x for path, x in theirs.items()}
+    nnx.update(model, _with(nnx.state(model), arrays, lambda path: path))
+    return model
+
+
+def _ours(path: str) -> str:
+    for theirs, own in PATHS.items():
+        path = path.replace(theirs, own)
+    return path.removesuffix("/w") + "/kernel" if path.endswith("/w") else path
+
+
+def ours(model: Any, inputs: Any, loss_of: Callable[[Any, Any], jax.Array]) -> Side:
     step: Any = aj.make_train_step(lambda model, inputs, key: loss_of(model, inputs))
     state = aj.TrainState.create(model, tx=TX, key=jax.random.key(0))
 
@@ -143,23 +201,29 @@ def qwix_side(base: Any, factors: dict[str, jax.Array], inputs: Any) -> Side:
     return Side(advance, (adapters, opt_state), lowered, adapters)
 
 
-def run_steps(report: Report, size: Size) -> None:
-    """Times both steps in turn; where a package is missing, the row says so."""
+def run_steps(report: Report, cases: Mapping[str, Size] = CASES) -> None:
+    """Times the steps of each case in turn; where a package is missing, a row says so."""
     if why := missing():
-        report.add("Step beside qwix", case=CASE, skipped=why)
+        report.add("Step beside qwix", case=", ".join(cases), skipped=why)
         return
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES.values())
+    report.add("Versions", libraries=versions)
+    for case, size in cases.items():
+        _run_case(report, case, size)
+
+
+def _run_case(report: Report, case: str, size: Size) -> None:
     found = sides(size)
     check_equal(found)
     seconds = interleave(found, size.rounds)
-    report.samples(CASE, seconds)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES.values())
-    report.add("Versions", libraries=versions)
+    report.samples(case, seconds)
     for who, side in found.items():
         row = {"trainable": side.trainable, "seconds": Spread.of(seconds[who])}
         counted = {"GFLOP": side.flops / 1e9, "GB accessed": side.bytes / 1e9}
-        report.add("Step beside qwix", case=CASE, step=who, **row, **counted)
-    first, second = found["ours"], found["qwix"]
-    what = f"of a step, {CASE}, ours / qwix"
-    report.claim(f"time {what}", ratio(seconds, "ours", "qwix"), SLACK)
-    report.claim(f"FLOPs {what}", first.flops / second.flops, SLACK)
-    report.claim(f"bytes {what}", first.bytes / second.bytes, SLACK)
+        report.add("Step beside qwix", case=case, step=who, **row, **counted)
+    second = found.pop("qwix")
+    for who, first in found.items():
+        what = f"of a step, {case}, LoRA r=4 on q, v, {who} / qwix"
+        report.claim(f"time {what}", ratio(seconds, who, "qwix"), SLACK)
+        report.claim(f"FLOPs {what}", first.flops / second.flops, SLACK)
+        report.claim(f"bytes {what}", first.bytes / second.bytes, SLACK)
