@@ -25,7 +25,7 @@ _SETTINGS: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embedd
 
 def _shape(sizes: tuple[int, ...], **more: Any) -> T5Config:
     names = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    return T5Config(**dict(zip(names, sizes, strict=True)), **more)
+    return T5Config(**{**dict(zip(names, sizes, strict=True)), **more})
 
 
 T5_KNOWN = {f"google-t5/t5-{size}": _shape(sizes) for size, sizes in _FIRST.items()} | {

@@ -122,11 +122,10 @@ class T5Stack(nnx.Module):
             x = layer(x, *context, (source_key, source_value), cache.seen, memory)
             return x, memory.key, memory.value
 
-        stacked = not isinstance(self.layers, nnx.List)
-        keys, values = ((own.keys, cache.keys), (own.values, cache.values))
-        if not stacked:
-            keys, values = (tuple(zip(*pair, strict=True)) for pair in (keys, values))
-        x, keys, values = extend_nnx(step, self.layers, x, [context], self._kinds, keys, values)
+        both: Any = (own.keys, cache.keys), (own.values, cache.values)
+        if isinstance(self.layers, nnx.List):  # a pair for each layer
+            both = [tuple(zip(*pair, strict=True)) for pair in both]
+        x, keys, values = extend_nnx(step, self.layers, x, [context], self._kinds, *both)
         return self.norm(x), cache._replace(own=own._replace(keys=keys, values=values))
 
     @property
