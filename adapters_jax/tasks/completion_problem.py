@@ -53,7 +53,7 @@ class CompletionProblem:
     Attributes:
         model: the adapted model.
         decoder: its base, with the tokenizer.
-        train: training batches of packed sequences.
+        train: training batches of packed sequences, or of prompts beside completions.
         held_out: the rows of "dev" and "test".
         most: the largest number of tokens to learn in a sequence; only these get logits.
         metrics: the names of the metrics, the one to select on first.
@@ -117,18 +117,31 @@ class CompletionProblem:
 
 def token_losses(model: Any, batch: Batch, most: int) -> Float[Array, " batch"]:
     """The loss of each sequence, summed over its tokens to learn."""
-    hidden = model.hidden(
-        batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
-    )
-    # The vocabulary is wide: prompts and padding get no logits.
     labels = jnp.asarray(batch["labels"])
-    learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
-    hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
-    labels = jnp.take_along_axis(labels, learnt, axis=1)
+    hidden, labels = (_answered if hasattr(model, "read_prompts") else _continued)(
+        model, batch, labels, most
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(
         model.logits(hidden), jnp.maximum(labels, 0)
     )
     return jnp.where(labels == NOTHING, 0.0, losses).sum(1)
+
+
+def _continued(model: Any, batch: Batch, labels: Array, most: int) -> tuple[Array, Array]:
+    """The hidden states and labels of the tokens to learn, where prompts are in the sequence."""
+    hidden = model.hidden(
+        batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
+    )
+    # The vocabulary is wide: prompts and padding get no logits.
+    learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
+    hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
+    return hidden, jnp.take_along_axis(labels, learnt, axis=1)
+
+
+def _answered(model: Any, batch: Batch, labels: Array, most: int) -> tuple[Array, Array]:
+    """The same where an encoder reads the prompts, and the decoder the completions alone."""
+    labels = labels[:, :most]
+    return model.hidden(batch["input_ids"], batch["segments"], model.shifted(labels)), labels
 
 
 @partial(jax.jit, static_argnums=(0, 3))
