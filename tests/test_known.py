@@ -67,14 +67,41 @@ PUBLISHED = {
     "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
 }
 
+# Encoder-decoders, as the presets of KerasHub give them or as others counted transformers' models.
+PUBLISHED_T5 = {
+    "google-t5/t5-small": 60_506_624,
+    "google-t5/t5-base": 222_903_552,
+    "google-t5/t5-large": 737_668_096,
+    "google-t5/t5-3b": 2_851_598_336,
+    "google-t5/t5-11b": 11_307_321_344,
+    "google/t5-v1_1-small": 76_961_152,
+    "google/flan-t5-base": 247_577_856,
+    "google/t5-v1_1-large": 783_150_080,
+    "google/flan-t5-xl": 2_849_757_184,
+    "google/flan-t5-xxl": 11_135_332_352,
+    "google/mt5-small": 300_176_768,
+    "google/mt5-base": 582_401_280,
+}
+ROUNDED = {"google/mt5-large": 1.2e9, "google/mt5-xl": 3.7e9, "google/mt5-xxl": 13e9}
 
-@pytest.mark.parametrize("name", PUBLISHED)
+
+@pytest.mark.parametrize("name", PUBLISHED | PUBLISHED_T5)
 def test_the_parameters_are_the_published_ones(name):
     family, config = find_known(name)
     model = family.build(config, scan=True)
-    leaves = jax.tree.leaves(nnx.state(model))
-    assert sum(leaf.size for leaf in leaves) == PUBLISHED[name]
-    assert config.to_dict()["architectures"][0].endswith("ForCausalLM")
+    assert count(model) == (PUBLISHED | PUBLISHED_T5)[name]
+    kind = "ForCausalLM" if name in PUBLISHED else "ForConditionalGeneration"
+    assert config.to_dict()["architectures"][0].endswith(kind)
+
+
+def count(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_the_parameters_are_about_those_of_the_paper(name):
+    family, config = find_known(name)
+    assert count(family.build(config, scan=True)) == pytest.approx(ROUNDED[name], rel=0.03)
 
 
 def test_at_least_sixty_published_decoders_are_known():
@@ -92,6 +119,8 @@ def test_at_least_sixty_published_decoders_are_known():
         ("google/gemma-3-4b-it", "google/gemma-3-4b-pt"),
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
         ("phi-4", "microsoft/phi-4"),
+        ("t5-base", "google-t5/t5-base"),
+        ("flan-t5-base", "google/flan-t5-base"),
     ],
 )
 def test_a_short_name_and_a_tuned_model_find_the_shape(name, known):
@@ -112,6 +141,7 @@ def test_another_name_is_neither_known_nor_nearly(name):
         ("llama3.2-1b", "meta-llama/Llama-3.2-1B"),
         ("qwen3-9b", "Qwen/Qwen3-8B"),
         ("bert_base", "bert-base"),
+        ("google/flan-t5-xs", "google/flan-t5-xl"),
     ],
 )
 def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, monkeypatch):
@@ -130,3 +160,7 @@ def test_audit_and_plan_take_published_names(capsys, tmp_path, monkeypatch):
     assert f'"adapter_parameters": {26 * 8 * (1152 + 1024 + 1152 + 256)}' in capsys.readouterr().out
     with command_raises(UserError, "qwen3-9b", "Qwen/Qwen3-8B"):
         assert main(["audit", "--model", "qwen3-9b", "--method", "lora"]) == 2
+    capsys.readouterr()
+    assert main(["audit", "--model", "flan-t5-small", "--method", "lora", "--json"]) == 0
+    # query and value: 512 -> 6 x 64; rank 8; one attention in 8 layers, two in 8 more
+    assert f'"adapter_parameters": {3 * 8 * 8 * 2 * (512 + 384)}' in capsys.readouterr().out

@@ -91,6 +91,40 @@ def sequence(examples: Sequence[Example]) -> Packed:
     return Packed(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+class Pair(NamedTuple):
+    """A prompt for an encoder and the completion of its decoder: int32 arrays `(length,)`.
+
+    The shorter one is padded to the length of the other.
+
+    Attributes:
+        input_ids: the token ids of the prompt.
+        segments: 1 for its tokens; padding has 0.
+        labels: the token ids of the completion; padding has -1.
+    """
+
+    input_ids: np.ndarray
+    segments: np.ndarray
+    labels: np.ndarray
+
+
+def pair(example: Example) -> Pair:
+    """Puts prompt and completion side by side.
+
+    Example:
+        >>> row = pair(Example([7, 8, 1], [9, 1]))
+        >>> row.segments.tolist(), row.labels.tolist()
+        ([1, 1, 1], [9, 1, -1])
+    """
+    prompt, completion = example
+    length = max(map(len, example))
+    filled = (
+        [*prompt, *[0] * (length - len(prompt))],
+        [*[1] * len(prompt), *[0] * (length - len(prompt))],
+        [*completion, *[NOTHING] * (length - len(completion))],
+    )
+    return Pair(*(np.array(column, np.int32) for column in filled))
+
+
 class Example(NamedTuple):
     """The token ids of one row.
 

@@ -20,7 +20,8 @@ class BaseModel:
 
     Attributes:
         name: a directory or id, as the user, the run or the file names it.
-        kind: "encoder", "decoder" for a model that continues texts, or "vision".
+        kind: "encoder", "decoder" for a model that continues texts, "encoder-decoder" for one that
+            answers them, or "vision".
         names: maps its modules to PyTorch's names.
         prefix: begins PyTorch's module names in the class that has a head as well.
         params: a tree of parameters, or an NNX model.
@@ -33,7 +34,7 @@ class BaseModel:
     """
 
     name: str
-    kind: Literal["encoder", "decoder", "vision"]
+    kind: Literal["encoder", "decoder", "encoder-decoder", "vision"]
     names: NameTable
     prefix: str
     params: Any

@@ -12,6 +12,8 @@ import numpy as np
 
 from adapters_jax.interop.names import NameTable
 
+Kind = Literal["encoder", "decoder", "encoder-decoder", "vision"]
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -40,7 +42,8 @@ class Family:
 
     Attributes:
         name: the family's name; that of its folder, or of its architecture in `decoder`.
-        kind: "encoder", whose hidden states a head reads, "decoder", which predicts next tokens, or
+        kind: "encoder", whose hidden states a head reads, "decoder", which predicts next tokens,
+            "encoder-decoder", which predicts those of a text after it has read another, or
             "vision", an encoder of images.
         config: the configuration class; its `num_layers` is the number of layers.
         build: `build(config, **options)` returns a model; an NNX model is abstract.
@@ -59,7 +62,7 @@ class Family:
     """
 
     name: str
-    kind: Literal["encoder", "decoder", "vision"]
+    kind: Kind
     config: type[Any]
     build: Callable[..., Any]
     load: Callable[..., tuple[Any, Any]]

@@ -1,6 +1,7 @@
 """Generation with a decoder: one pass over the prompts, then one pass a token with a cache.
 
-The whole of it is one jitted function.
+The whole of it is one jitted function. The prompts are read by the decoder itself, or by the
+encoder before it.
 
 Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
 https://arxiv.org/abs/1904.09751
@@ -21,16 +22,32 @@ from adapters_jax.models.parts.layers import check_tokens
 
 
 class CachedModel(Protocol):
-    """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree."""
+    """The methods that `generate` needs of an `nnx.Module`, with those of one protocol below.
 
-    def empty_cache(self, batch: int, slots: int) -> Any:
-        """A cache for `batch` rows of at most `slots` tokens, padding included."""
+    The cache is any pytree.
+    """
 
     def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
         """Hidden states `(batch, length, d)` of further tokens, and the cache extended by them."""
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits `(batch, vocab)` of hidden states `(batch, d)`."""
+
+
+class DecoderOnly(CachedModel, Protocol):
+    """A model that reads the prompts by `extend`."""
+
+    def empty_cache(self, batch: int, slots: int) -> Any:
+        """A cache for `batch` rows of at most `slots` tokens, padding included."""
+
+
+class EncoderDecoder(CachedModel, Protocol):
+    """A model that reads the prompts with an encoder."""
+
+    def read_prompts(
+        self, input_ids: Array, attention_mask: Array, slots: int
+    ) -> tuple[Array, Array, Any]:
+        """The tokens with which the decoder begins, their mask, and a cache for `slots` tokens."""
 
 
 class Generated(NamedTuple):
@@ -74,14 +91,15 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop: Sequence[int] = (),
 ) -> Generated:
-    """Continues each prompt of a batch, independently of the others.
+    """Continues or, with an encoder, answers each prompt of a batch, independently of the others.
 
     It compiles once for each combination of model structure, shape of the prompts, `max_new_tokens`
     and number of stop tokens. The model runs in evaluation mode, without dropout, and stays as it
     was.
 
     Args:
-        model: a decoder such as `models.decoder.Decoder`, adapted or not; see `CachedModel`.
+        model: a decoder such as `models.decoder.Decoder`, or an encoder-decoder such as
+            `models.t5.T5`, adapted or not; see `CachedModel`.
         input_ids: the prompts, padded on either side.
         attention_mask: 1 for tokens and 0 for padding; by default there is no padding.
         max_new_tokens: the largest number of tokens to generate for a row.
@@ -124,11 +142,12 @@ def generate(
 
 
 def _check_model(model: Any) -> None:
-    lacking = [name for name in ("empty_cache", "extend", "logits") if not hasattr(model, name)]
-    if lacking or not isinstance(model, nnx.Module):
+    ways = ("empty_cache", "extend", "logits"), ("read_prompts", "extend", "logits")
+    able = any(all(hasattr(model, name) for name in each) for each in ways)
+    if not able or not isinstance(model, nnx.Module):
         raise TypeError(
             f"generate: {type(model).__name__} is not a decoder; expected an nnx module with the "
-            "methods of adapters_jax.models.generation.CachedModel, such as Decoder."
+            "methods of adapters_jax.models.generation.CachedModel, such as Decoder or T5."
         )
 
 
@@ -167,9 +186,9 @@ def _generate(
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return model.logits(jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]), cache
 
-    batch, length = prompts.shape
+    batch = len(prompts)
     ones = jnp.ones((batch, 1), bool)
-    logits, cache = run(prompts, mask, _model(graphdef, state).empty_cache(batch, length + new))
+    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, new))
     nothing = Generated(jnp.zeros((batch, new), jnp.int32), jnp.zeros(batch, jnp.int32))
     start = _Loop(jnp.int32(0), prompts[:, 0], jnp.zeros(batch, bool), nothing, cache)
 
@@ -181,6 +200,16 @@ def _generate(
         return (loop.step < new) & ~loop.done.all()
 
     return jax.lax.while_loop(goes_on, step, _record(start, logits, sampling)).made
+
+
+def _begin(
+    model: Any, prompts: Int[Array, "batch length"], mask: Bool[Array, "batch length"], new: int
+) -> tuple[Array, Array, Any]:
+    """The first tokens that the decoder reads, their mask, and the cache before them."""
+    if hasattr(model, "read_prompts"):
+        return model.read_prompts(prompts, mask, new + 1)
+    batch, length = prompts.shape
+    return prompts, mask, model.empty_cache(batch, length + new)
 
 
 def _model(graphdef: Any, state: Any) -> Any:

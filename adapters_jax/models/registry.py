@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert, vit
+from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert, t5, vit
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
         *vit.FAMILIES,
         gpt2.FAMILY,
         *decoder.FAMILIES,
+        *t5.FAMILIES,
     )
 }
 
@@ -50,9 +51,9 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name
         'roberta'
-        >>> family_of({"model_type": "t5"}, "mine")
+        >>> family_of({"model_type": "bart"}, "mine")
         Traceback (most recent call last):
-        adapters_jax.errors.UserError: 'mine' has model_type='t5'; expected one of bert, ...
+        adapters_jax.errors.UserError: 'mine' has model_type='bart'; expected one of bert, ...
     """
     found = values.get("model_type")
     for family in FAMILIES.values():

@@ -1,4 +1,7 @@
-"""A pretrained decoder with its tokenizer and chat template, ready to adapt and to generate."""
+"""A pretrained decoder with its tokenizer and chat template, ready to adapt and to generate.
+
+An encoder-decoder is a decoder here whose prompts an encoder reads.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,11 @@ class PretrainedDecoder:
     chat_template: str | None
     sha256: str
     identity: BaseIdentity
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompts."""
+        return self.family.kind == "encoder-decoder"
 
     @property
     def end(self) -> int:

@@ -51,8 +51,8 @@ def find_family(name: str) -> Family:
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a base is a decoder; see `find_family`."""
-    return find_family(name).kind == "decoder"
+    """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
+    return find_family(name).kind in ("decoder", "encoder-decoder")
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Completion: a decoder learns the completions of prompts, or plain texts."""
+"""Completion: a decoder learns the completions of prompts, or plain texts.
+
+An encoder-decoder learns completions only: its encoder reads the prompt.
+"""
 
 from __future__ import annotations
 
@@ -95,11 +98,14 @@ class Completion(Task):
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
         length = setup.max_length or MAX_LENGTH
+        pack = setup.pack and not decoder.encodes
+        if setup.pack and decoder.encodes:
+            setup.say(f"{setup.model} has an encoder, so each prompt has a row; none are packed")
         builder = RowBuilder(
             decoder,
             prompts,
             length,
-            setup.pack,
+            pack,
             setup.batch_size,
             setup.seed,
             setup.exact_match,
@@ -120,7 +126,7 @@ class Completion(Task):
             "max_length": length,
             "metrics": list(metrics),
             "prompts": dataclasses.asdict(prompts),
-            "pack": setup.pack,
+            "pack": pack,
             "prompt": None if completion is None else column,
             "completion": column if completion is None else completion,
         }
@@ -155,6 +161,11 @@ def _adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
 
 def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
     """The format of prompts: without a chat template for plain texts, or if the model has none."""
+    if alone and decoder.encodes:
+        raise UserError(
+            f"--text is for decoders; the encoder of {setup.model!r} reads a prompt, for which its "
+            "decoder learns a completion: write --prompt COLUMN --completion COLUMN instead"
+        )
     if alone:
         if setup.prompts != Prompts():
             raise UserError("--text is of texts alone, which have no --template and no chat")

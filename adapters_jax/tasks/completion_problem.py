@@ -53,7 +53,7 @@ class CompletionProblem:
     Attributes:
         model: the adapted model.
         decoder: its base, with the tokenizer.
-        train: training batches of packed sequences.
+        train: training batches of packed sequences, or of prompts beside completions.
         held_out: the rows of "dev" and "test".
         most: the largest number of tokens to learn in a sequence; only these get logits.
         metrics: the names of the metrics, the one to select on first.
@@ -126,10 +126,13 @@ def _learnt(
     model: Any, batch: Batch, most: int
 ) -> tuple[Float[Array, "batch most d"], Int[Array, "batch most"]]:
     """The hidden states and labels of each sequence's tokens to learn, which alone get logits."""
+    labels = jnp.asarray(batch["labels"])
+    if hasattr(model, "read_prompts"):  # an encoder's prompts are not in the sequence
+        labels = labels[:, :most]
+        return model.hidden(batch["input_ids"], batch["segments"], model.shifted(labels)), labels
     hidden = model.hidden(
         batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
     )
-    labels = jnp.asarray(batch["labels"])
     learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
     hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
     return hidden, jnp.take_along_axis(labels, learnt, axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from adapters_jax.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.packing import Example, Packed, pack, sequence
+from adapters_jax.data.packing import Example, Packed, Pair, pack, pair, sequence
 from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
 from adapters_jax.pretrained.decoder import PretrainedDecoder, rounded
@@ -28,7 +28,7 @@ class RowBuilder:
         decoder: the decoder whose tokenizer encodes the rows.
         prompts: the format of prompts.
         max_length: the largest number of tokens in a sequence.
-        packs: whether examples are packed into sequences.
+        packs: whether examples are packed into sequences, which an encoder does not read.
         batch_size: the number of sequences in a batch.
         seed: the seed of the order.
         matched: the number of prompts of a held-out part to generate completions for.
@@ -71,14 +71,20 @@ class RowBuilder:
             say(f"{cut} of {len(table)} {part} rows are cut at {self.max_length} tokens")
         return examples
 
-    def _rows(self, examples: Sequence[Example]) -> list[Packed]:
+    def _rows(self, examples: Sequence[Example]) -> list[Packed] | list[Pair]:
+        if self.decoder.encodes:
+            return [pair(example) for example in examples]
         groups = [[i] for i in range(len(examples))]
         if self.packs:
             groups = pack(examples, self.max_length, self.seed)
         return [sequence([examples[i] for i in group]) for group in groups]
 
     def _held_out(
-        self, table: Table, examples: list[Example], rows: list[Packed], buckets: tuple[int, ...]
+        self,
+        table: Table,
+        examples: list[Example],
+        rows: Sequence[Packed | Pair],
+        buckets: tuple[int, ...],
     ) -> HeldOut:
         """The rows to score on, and distinct prompts, each with all its right completions."""
         right: dict[str, list[str]] = defaultdict(list)
@@ -113,6 +119,6 @@ class BuiltRows:
     tokens: int
 
 
-def most_learnt(rows: Iterable[Packed]) -> int:
+def most_learnt(rows: Iterable[Packed | Pair]) -> int:
     """The largest number of tokens to learn in a sequence, rounded up."""
     return rounded(max(int(np.count_nonzero(row.labels != NOTHING)) for row in rows))

@@ -64,13 +64,14 @@ def encode_table(
 ) -> tuple[list[Example], int]:
     """Encodes the rows of a table as token ids, cut at `max_length`.
 
-    A plain text is encoded as the completion of its first token, which nothing predicts.
+    A plain text is encoded as the completion of its first token, which nothing predicts. Where an
+    encoder reads the prompt, it and the completion have this length each.
 
     Args:
         table: a table of prompts and completions, or of plain texts.
         prompts: the format of prompts.
         decoder: the decoder whose tokenizer encodes the rows.
-        max_length: the largest number of tokens of a row.
+        max_length: the largest number of tokens that the model reads at once.
 
     Returns:
         One example for each row, and the number of rows that were cut.
@@ -79,18 +80,20 @@ def encode_table(
         DataError: a prompt leaves no room for a completion.
     """
     examples = [_example(*pair, prompts, decoder) for pair in table.texts]
+    rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
     long = [
         f"line {line} ({len(prompt)} tokens)"
-        for line, (prompt, _) in zip(table.lines, examples, strict=True)
-        if len(prompt) >= max_length
+        for line, (prompt, _), room in zip(table.lines, examples, rooms, strict=True)
+        if len(prompt) > max_length or room < 1
     ]
     if long:
         raise DataError(
-            f"{table.path}: {count_rows(long)} a prompt that leaves no room for a completion in "
+            f"{table.path}: {count_rows(long)} a prompt that "
+            f"{'is too long for' if decoder.encodes else 'leaves no room for a completion in'} "
             f"--max-length {max_length}: {first_few(long)}; raise it or shorten them"
         )
-    cut = sum(len(prompt) + len(completion) > max_length for prompt, completion in examples)
-    return [Example(p, c[: max_length - len(p)]) for p, c in examples], cut
+    cut = sum(len(c) > room for (_, c), room in zip(examples, rooms, strict=True))
+    return [Example(p, c[:room]) for (p, c), room in zip(examples, rooms, strict=True)], cut
 
 
 def _example(

@@ -181,17 +181,22 @@ def _simulated(text: str, batch_size: int) -> Mesh:
 
 
 def _loss_of(model: Any, kind: str) -> Callable[[Any, Any, Any], Any]:
-    """The loss of a decoder's next tokens, or a loss of an encoder's hidden states."""
+    """The loss of the next tokens, or a loss of an encoder's hidden states.
+
+    An encoder-decoder writes what it reads, so its logits are of the tokens themselves.
+    """
+    first = {"decoder": 1, "encoder-decoder": 0}.get(kind)
 
     def loss(subject: Any, ids: Any, key: Any) -> Any:
         if isinstance(model, nnx.Module):
             logits = subject(ids)
         else:
             logits = model.apply({"params": subject}, ids)
-        if kind != "decoder":
+        if first is None:
             return jnp.mean(jnp.square(logits.astype(jnp.float32)))
+        labels = ids[:, first:]
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1].astype(jnp.float32), ids[:, 1:]
+            logits[:, : labels.shape[1]].astype(jnp.float32), labels
         ).mean()
 
     return loss

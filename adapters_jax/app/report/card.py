@@ -17,6 +17,9 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
 from adapters_jax.trees import unflatten
 
+# The tags on the Hub of models that write texts.
+PIPELINES = {"decoder": "text-generation", "encoder-decoder": "text2text-generation"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -71,10 +74,8 @@ def card_of(
         sections["Training"] = _training(config, results)
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
-    alone = (
-        "text-generation" if base.kind == "decoder" else None
-    )  # an encoder's task is known from its run
-    pipeline = task_of(config).pipeline if config else alone
+    # An encoder's task is known from its run.
+    pipeline = PIPELINES.get(base.kind) or (task_of(config).pipeline if config else None)
     about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
     return model_card(
         name.split("/")[-1],

@@ -23,7 +23,12 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
 _CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
-_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+_TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 
 class Peft:
@@ -89,6 +94,4 @@ class Peft:
 
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str:
     """PEFT's name of the task, which decides the class of the model."""
-    if base.kind == "decoder":
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION"
+    return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")

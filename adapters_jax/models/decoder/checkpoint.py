@@ -1,21 +1,19 @@
 """Loads decoders from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
-from adapters_jax.distributed.sharding import Rules, laid_out
+from adapters_jax.distributed.sharding import Rules
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import GGUF, find_gguf, read_gguf
-from adapters_jax.interop.names import Tensor, from_tensors, to_tensors
+from adapters_jax.interop.names import Tensor
 from adapters_jax.models.decoder.config import DecoderConfig
 from adapters_jax.models.decoder.families import ARCHITECTURES
 from adapters_jax.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.models.parts.checkpoint import filled, save_model
 
 
 def load_decoder(
@@ -45,10 +43,8 @@ def load_decoder(
         MismatchError: the tensors do not fit; the message lists every difference.
     """
     config, tensors = _read(name_or_path, revision)
-    model = abstract_decoder(config, **options)
-    like = laid_out(nnx.state(model), mesh, rules)
-    nnx.update(model, from_tensors(tensors, ARCHITECTURES[config.model_type].names, like))
-    return config, model
+    names = ARCHITECTURES[config.model_type].names
+    return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
 
 
 def save_decoder(directory: str | Path, config: DecoderConfig, model: Decoder, **more: Any) -> None:
@@ -65,18 +61,7 @@ def save_decoder(directory: str | Path, config: DecoderConfig, model: Decoder, *
         UserError: the architecture of `config.model_type` is not that of the model.
     """
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
-    tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
-    dtype = str(next(iter(tensors.values())).dtype)
-    values = {
-        **more,
-        **settings,
-        **dict.fromkeys(("dtype", "torch_dtype"), dtype),  # new and old readers
-    }
-    text = json.dumps(values, indent=2) + "\n"
-    Path(directory, "config.json").write_text(text, encoding="utf-8")
-    path = Path(directory, "model.safetensors")
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable for its owner alone
+    save_model(directory, {**more, **settings}, model, names)
 
 
 def _read(

@@ -1,0 +1,53 @@
+"""Relative positions in groups, so that few biases serve texts of any length."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def relative_buckets(
+    distance: Int[Array, "*batch"], causal: bool, buckets: int, farthest: int
+) -> Int[Array, "*batch"]:
+    """The group of each distance, from 0 on.
+
+    Half of the groups are of one distance each, the others of ranges that grow with the logarithm
+    of the distance up to `farthest`; the last one holds all distances beyond.
+
+    Args:
+        distance: the position of a key less that of the query.
+        causal: whether keys after the query, which it does not see, share the group of distance 0.
+            Otherwise half of the groups are for keys before the query, half for those after it.
+        buckets: the number of groups.
+        farthest: the distance from which on all are of one group.
+
+    Example:
+        >>> relative_buckets(jnp.array([-9, -1, 0, 1, 9]), False, buckets=8, farthest=16).tolist()
+        [3, 1, 0, 5, 7]
+        >>> relative_buckets(jnp.array([-9, -1, 0, 1, 9]), True, buckets=8, farthest=16).tolist()
+        [6, 1, 0, 0, 0]
+
+    Reference: Raffel et al. (2020), section 2.1, https://arxiv.org/abs/1910.10683
+    """
+    after = jnp.zeros_like(distance)
+    if causal:
+        distance = jnp.maximum(-distance, 0)
+    else:
+        buckets //= 2
+        after, distance = jnp.where(distance > 0, buckets, 0), jnp.abs(distance)
+    starts = jnp.array(_starts(buckets, farthest), distance.dtype)
+    return after + jnp.searchsorted(starts, distance, side="right", method="compare_all")
+
+
+def _starts(buckets: int, farthest: int) -> list[int]:
+    """The least distance of each group but the first, in whole numbers, which no device rounds."""
+    exact = buckets // 2
+    ranges = buckets - exact
+    return [*range(1, exact + 1), *(_start(i, ranges, exact, farthest) for i in range(1, ranges))]
+
+
+def _start(i: int, ranges: int, exact: int, farthest: int) -> int:
+    """The least whole number that is at least `exact * (farthest / exact) ** (i / ranges)`."""
+    least = exact ** (ranges - i) * farthest**i  # its power of `ranges`
+    start = int(exact * (farthest / exact) ** (i / ranges)) - 1
+    while start**ranges < least:
+        start += 1
+    return start

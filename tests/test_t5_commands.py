@@ -1,0 +1,107 @@
+"""The commands on tiny encoder-decoders, and the loss that they train."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.arrays import read_arrays
+from helpers.commands import command_raises
+from helpers.tiny import write_meanings
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.data.batches import Batches
+from adapters_jax.data.packing import Example, pair
+from adapters_jax.data.readers import DataError
+from adapters_jax.errors import UserError
+from adapters_jax.inference import load_generator
+from adapters_jax.models.t5 import load_t5
+from adapters_jax.tasks.completion_problem import token_losses
+
+FIXTURES = Path(__file__).parent / "fixtures" / "t5"
+TRAIN = (
+    "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 32 "
+    "--name mine --method lora --rank 4 --no-baselines --learning-rate 0.02"
+)
+SHORT = f"{TRAIN} --epochs 1 --exact-match 0 --limit 16"
+IDS = np.array([[4, 9, 5, 6, 11, 7]])
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command that has to work in a directory with rows, and returns its output."""
+    monkeypatch.chdir(tmp_path)
+    write_meanings(tmp_path / "rows.csv", rows=40)
+
+    def run(words):
+        assert main(words.split()) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def logits(model):
+    return np.asarray(nnx.jit(lambda model: model(IDS))(model))
+
+
+def test_the_loss_is_that_of_the_completions_and_padding_has_none():
+    examples = [Example([3, 8, 1], [4, 6, 8, 7, 1]), Example([3, 3, 3, 3, 10, 1], [4, 1])]
+    batch = Batches([pair(each) for each in examples], None, 2, None, buckets=(8,))[0]
+    _, model = load_t5(FIXTURES / "flan_t5")
+    losses = nnx.jit(lambda model, batch: token_losses(model, batch, most=6))(model, batch)
+    logits_of = nnx.jit(lambda model, *args: model(*args))
+    assert batch["input_ids"].shape == (2, 8)
+    for (prompt, completion), loss in zip(examples, losses, strict=True):
+        written = np.array([[0, *completion[:-1]]])
+        each = np.asarray(logits_of(model, np.array([prompt]), None, written)[0], np.float64)
+        logs = each - np.log(np.exp(each).sum(-1, keepdims=True))
+        expected = -sum(logs[i, token] for i, token in enumerate(completion))
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_texts_without_prompts_are_not_for_an_encoder(run):
+    shutil.copytree(FIXTURES / "t5", "base")
+    with command_raises(UserError, "--text", "'base'", "--prompt", "--completion"):
+        words = "finetune --model base --train rows.csv --text mr --name mine"
+        assert main(words.split()) == 2
+    with command_raises(DataError, "--max-length 4", "line 10 (5 tokens)"):
+        assert main(TRAIN.replace("32", "4").split()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "flan_t5", "mt5"])
+def test_an_encoder_decoder_is_trained_used_merged_converted_and_pushed(name, run):
+    shutil.copytree(FIXTURES / name, "base")
+    Path("base", "expected.npz").unlink()
+    run(SHORT)
+    adapted = logits(load_generator("runs/mine").model)
+    assert np.abs(adapted - logits(load_t5("base")[1])).max() > 1e-2
+    run("generate runs/mine --prompt food --max-new-tokens 2")
+    run("merge runs/mine --out merged")
+    np.testing.assert_allclose(logits(load_t5("merged")[1]), adapted, atol=1e-4)
+    assert read_arrays("merged").keys() == read_arrays("base").keys()
+    config = json.loads(Path("merged", "config.json").read_text())
+    base = json.loads(Path("base", "config.json").read_text())
+    assert {key: config[key] for key in base} == base
+    assert Path("merged", "tokenizer.json").exists()
+    run("convert runs/mine there --to peft")
+    settings = json.loads(Path("there", "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_2_SEQ_LM"
+    card = Path("there", "README.md").read_text()
+    assert "AutoModelForSeq2SeqLM" in card and "text2text-generation" in card
+    run("push runs/mine me/mine --dry-run")
+
+
+@pytest.mark.slow
+def test_it_learns_to_answer_prompts(run):
+    shutil.copytree(FIXTURES / "flan_t5", "base")
+    targets = "**/{query,value,up,head}"
+    Path("asked.csv").write_text("mr\nfood food Thai\nfood Greek\n")
+    run(f"{TRAIN} --epochs 40 --exact-match 0 --rank 8 --targets {targets}")
+    lines = run("generate runs/mine --file asked.csv --max-new-tokens 8 --json").splitlines()
+    assert [json.loads(line)["completion"] for line in lines] == [
+        "It serves Thai dishes",
+        "It serves Greek dishes",
+    ]
