@@ -35,6 +35,7 @@ COMMANDS = {
     "push": ("adapters_jax.app.cli.push", "Push"),
     "audit": ("adapters_jax.app.cli.audit", "CountParameters"),
     "plan": ("adapters_jax.app.cli.plan", "PlanTraining"),
+    "models": ("adapters_jax.app.cli.models", "ListModels"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -52,6 +53,7 @@ commands:
   push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
   plan       compute the memory of training on each device, without the devices
+  models     list the families of models, their published names and what they support
 
 examples:
   adapters-jax finetune
