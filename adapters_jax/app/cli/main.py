@@ -168,7 +168,6 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
-        importlib.import_module("cyclopts")
         command = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("adapters_jax"):
