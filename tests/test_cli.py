@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from adapters_jax.errors import (
     AdapterFileError,
     AdapterMismatchError,
     FileSystemError,
-    MissingPackageError,
     OtherBaseError,
     RecipeError,
     TargetError,
@@ -356,12 +354,6 @@ def test_a_changed_adapter_is_an_error(fails, directory, tmp_path):
     tensors = load_file(path)
     save_file({"head/kernel": tensors["head/kernel"]}, path)
     fails(f"predict {tmp_path / 'run'} text", AdapterMismatchError, "1 missing: head/bias")
-
-
-def test_a_missing_extra_is_one_line(fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cyclopts", None)
-    install = "pip install 'adapters-jax[finetune]'"
-    fails("audit --model bert-base", MissingPackageError, "cyclopts", install)
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, OSError])

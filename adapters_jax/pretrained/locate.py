@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
@@ -14,8 +12,12 @@ from adapters_jax.interop.gguf import find_gguf, read_gguf
 from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.models.family import Family
+from adapters_jax.models.known import find_known
 from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained import assets
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 def locate(name: str) -> Path:
@@ -45,9 +47,21 @@ def find_family(name: str) -> Family:
         >>> find_family("minilm").kind, find_family("smollm2-135m").kind
         ('encoder', 'decoder')
     """
+    if shape := pinned_shape(name):
+        return shape[0]
+    return family_of({} if name in assets.ASSETS else read_config(name), name)
+
+
+def pinned_shape(name: str) -> tuple[Family, Any] | None:
+    """The family and the configuration of a pinned model, without its files; None for others.
+
+    Example:
+        >>> family, config = pinned_shape("minilm")
+        >>> family.name, config.num_hidden_layers, pinned_shape("movie-reviews")
+        ('bert', 6, None)
+    """
     asset = assets.ASSETS.get(name)
-    values = {"model_type": asset.model_type} if asset else read_config(name)
-    return family_of(values, name)
+    return find_known(asset.shape) if asset and asset.shape else None
 
 
 def is_decoder(name: str) -> bool:
@@ -72,7 +86,7 @@ def _config_file(name: str) -> Path:
         found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
         return found / "config.json"
     except UserError as error:
-        pinned = [asset.name for asset in assets.ASSETS.values() if asset.model_type]
+        pinned = [asset.name for asset in assets.ASSETS.values() if asset.shape]
         raise UserError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
 
 
@@ -95,6 +109,8 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     Raises:
         UserError: the file is absent or is not a tokenizer.
     """
+    import tokenizers
+
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(

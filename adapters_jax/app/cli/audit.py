@@ -36,7 +36,6 @@ class CountParameters:
 
         Raises:
             UserError: the model or the recipe cannot be used.
-            AssetError: the pinned model could not be fetched.
         """
         counts = count_parameters(self.model, self.method)
 

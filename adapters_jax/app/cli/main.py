@@ -35,6 +35,7 @@ COMMANDS = {
     "push": ("adapters_jax.app.cli.push", "Push"),
     "audit": ("adapters_jax.app.cli.audit", "CountParameters"),
     "plan": ("adapters_jax.app.cli.plan", "PlanTraining"),
+    "models": ("adapters_jax.app.cli.models", "ListModels"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -52,6 +53,7 @@ commands:
   push       upload a finished run's adapter with a model card to the Hugging Face Hub
   audit      count what a recipe adds to a model and trains in it
   plan       compute the memory of training on each device, without the devices
+  models     list the families of models, their published names and what they support
 
 examples:
   adapters-jax finetune
@@ -166,7 +168,6 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
     module, attribute = COMMANDS[name]
     try:
-        importlib.import_module("cyclopts")
         command = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("adapters_jax"):

@@ -77,7 +77,6 @@ class PlanTraining:
         Raises:
             UserError: the model or the recipe cannot be used.
             ShardingError: the mesh is not valid, or the batch does not split over it.
-            AssetError: the pinned model could not be fetched.
         """
         check_size("the plan", "--length", self.length)
         check_size("the plan", "--batch-size", self.batch_size)

@@ -5,6 +5,7 @@
 - `blocks` finds the modules to which AdapterHub attaches bottlenecks and LoRA.
 """
 
+from adapters_jax.interop.adapterhub.blocks import MODEL_TYPES
 from adapters_jax.interop.adapterhub.files import (
     CONFIG,
     FILES,
@@ -20,6 +21,7 @@ __all__ = [
     "FILES",
     "HEAD_CONFIG",
     "HEAD_TENSORS",
+    "MODEL_TYPES",
     "TENSORS",
     "load_adapterhub",
     "save_adapterhub",

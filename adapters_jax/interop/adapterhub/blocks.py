@@ -140,6 +140,7 @@ ARCHITECTURES = (
         ("mlp.down_proj", "mlp.up_proj"),  # in AdapterHub's order
     ),
 )
+MODEL_TYPES = frozenset(each.model_type for each in ARCHITECTURES)
 
 
 @dataclass(frozen=True)

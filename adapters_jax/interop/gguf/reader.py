@@ -39,9 +39,11 @@ _OPTIONAL = {
 }
 _TOKENIZER = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 
+ARCHITECTURES = ("llama",)
+
 # The supported values of fields that change the arithmetic or the tokens, if a file has them.
 _MODEL_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "general.architecture": ("llama",),
+    "general.architecture": ARCHITECTURES,
     "llama.rope.scaling.type": ("none",),
     "llama.expert_count": (0,),
 }

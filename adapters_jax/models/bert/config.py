@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.counts import block, dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import check_heads
 
@@ -57,6 +58,15 @@ position_embedding_type='relative_key' (supported: 'absolute').
     def embedding_size(self) -> int:
         """The width of the embeddings; where it is not that of the blocks, they are projected."""
         return self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters without the pooler."""
+        width, inner = self.embedding_size, self.hidden_size
+        tokens = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        projected = dense(width, inner) if width != inner else 0
+        blocks = self.num_hidden_layers * block(inner, self.intermediate_size)
+        return (tokens + 2) * width + projected + blocks
 
     @property
     def pooler_dropout(self) -> float:

@@ -19,6 +19,9 @@ KNOWN = {
     "google-bert/bert-base-cased": replace(BERT_BASE, vocab_size=28996),
     "google-bert/bert-large-cased": replace(BERT_LARGE, vocab_size=28996),
     "google-bert/bert-base-multilingual-cased": replace(BERT_BASE, vocab_size=119547),
+    "sentence-transformers/all-MiniLM-L6-v2": replace(
+        BERT_BASE, hidden_size=384, num_hidden_layers=6, intermediate_size=1536
+    ),
 }
 
 FAMILY = encoder_family(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.counts import block, dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import check_heads
 
@@ -94,6 +95,18 @@ class DebertaConfig(huggingface.CheckpointConfig):
     def head_dropout(self) -> float:
         """The dropout rate before a classifier's head."""
         return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters without the pooler."""
+        width, positions = self.hidden_size, self.max_position_embeddings
+        rows = self.vocab_size + self.type_vocab_size + positions * self.position_biased_input
+        rows += 2 + 2 * self.span + 2 * (self.norm_rel_ebd == "layer_norm")
+        window = self.conv_kernel_size
+        convolution = dense(window * width, width) + 2 * width if window else 0
+        relative = 0 if self.share_att_key else len(self.pos_att_type) * dense(width, width)
+        blocks = self.num_hidden_layers * (block(width, self.intermediate_size) + relative)
+        return rows * width + convolution + blocks
 
     @property
     def longest(self) -> int:

@@ -10,6 +10,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.decoder import rope
 from adapters_jax.models.decoder.families import ARCHITECTURES
+from adapters_jax.models.parts.counts import dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.rotary import RopeScaling
 
@@ -251,6 +252,38 @@ None); choose another model_type.
     def head_width(self) -> int:
         """The width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        width, norms = self.hidden_size, 2 if self.norm_placement == "both" else 1
+        ends = self.vocab_size * width * (1 if self.tie_word_embeddings else 2) + width
+        return ends + self.num_layers * (self._attention + self._mlp + 2 * norms * width)
+
+    @property
+    def _attention(self) -> int:
+        """The parameters of the attention of a layer."""
+        width, head = self.hidden_size, self.head_width
+        queries, keys = head * self.num_attention_heads, head * self.kv_heads
+        norms = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
+        inputs = dense(width, queries + 2 * keys, self.attention_bias)
+        return inputs + dense(queries, width, self.has_output_bias) + norms
+
+    @property
+    def _mlp(self) -> int:
+        """The parameters of the feed-forward of a layer."""
+        width = self.hidden_size
+        if self.num_experts:
+            inner = self.moe_intermediate_size or self.intermediate_size
+            return self.num_experts * (width + 3 * width * inner)
+        inner, bias = self.intermediate_size, self.mlp_bias
+        return 2 * dense(width, inner, bias) + dense(inner, width, bias)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the output projection of the attention has a bias."""
+        own = self.attention_output_bias
+        return self.attention_bias if own is None else own
 
     @property
     def rotated(self) -> int:

@@ -70,16 +70,13 @@ class DecoderAttention(nnx.Module):
     ):
         width, self.head_dim = config.hidden_size, config.head_width
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
-        output_bias = config.attention_output_bias
         biased = partial(linear, use_bias=config.attention_bias)
         self.query, self.key, self.value = (
             biased(width, heads),
             biased(width, kv_heads),
             biased(width, kv_heads),
         )
-        self.output = linear(
-            heads, width, use_bias=config.attention_bias if output_bias is None else output_bias
-        )
+        self.output = linear(heads, width, use_bias=config.has_output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             by_head = self.qk_norm == "head"

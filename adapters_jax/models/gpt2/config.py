@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.counts import block
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import check_heads
 
@@ -49,6 +50,14 @@ class GPT2Config(huggingface.CheckpointConfig):
     def num_layers(self) -> int:
         """The number of blocks."""
         return self.n_layer
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        rows = self.vocab_size + self.n_positions + 2
+        return rows * self.n_embd + self.n_layer * block(
+            self.n_embd, self.n_inner or 4 * self.n_embd
+        )
 
 
 GPT2_SMALL = GPT2Config()

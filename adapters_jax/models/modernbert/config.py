@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.counts import dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import check_heads
 
@@ -76,6 +77,15 @@ class ModernBertConfig(huggingface.CheckpointConfig):
     def head_dropout(self) -> float:
         """The dropout rate before a classifier's head."""
         return self.classifier_dropout
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters without the classifier's layers."""
+        width, inner, layers = self.hidden_size, self.intermediate_size, self.num_hidden_layers
+        norms = (2 * layers + 1) * dense(1, width, self.norm_bias)  # the first layer has one
+        attention = 4 * dense(width, width, self.attention_bias)
+        mlp = 2 * dense(width, inner, self.mlp_bias) + dense(inner, width, self.mlp_bias)
+        return self.vocab_size * width + norms + layers * (attention + mlp)
 
     def is_global(self, layer: int) -> bool:
         """Whether a layer sees all tokens; the others see `local_attention // 2` to each side."""

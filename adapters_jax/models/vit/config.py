@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
+from adapters_jax.models.parts.counts import block, dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import check_heads
 
@@ -60,6 +61,15 @@ class VitConfig(huggingface.CheckpointConfig):
     def patches(self) -> int:
         """The number of an image's patches."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters without the pooler."""
+        width = self.hidden_size
+        patch = dense(self.num_channels * self.patch_size**2, width, self.patch_bias)
+        rows = self.patches + 2 + 2 * self.embedding_norm + 2 * self.final_norm
+        each = block(width, self.intermediate_size) + 2 * width * self.layer_scale
+        return patch + rows * width + self.num_hidden_layers * each
 
     def images(self, batch: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch of images."""
