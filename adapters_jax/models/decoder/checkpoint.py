@@ -45,6 +45,7 @@ def load_decoder(
         MismatchError: the tensors do not fit; the message lists every difference.
     """
     config, tensors = _read(name_or_path, revision)
+    huggingface.check_tensors(config, tensors)
     model = abstract_decoder(config, **options)
     like = laid_out(nnx.state(model), mesh, rules)
     nnx.update(model, from_tensors(tensors, ARCHITECTURES[config.model_type].names, like))

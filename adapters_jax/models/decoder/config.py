@@ -13,7 +13,6 @@ from adapters_jax.models.decoder.families import ARCHITECTURES
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.rotary import RopeScaling
 
-MOST_LAYERS = 10_000
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PLACEMENTS = ("pre", "post", "both")
 _SIZES = (
@@ -164,11 +163,15 @@ class DecoderConfig(huggingface.CheckpointConfig):
             )
 
     def _check_heads(self) -> None:
+        check_number("DecoderConfig", "partial_rotary_factor", self.partial_rotary_factor, high=2.0)
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
+        for name in ("rope_theta", "rope_local_base_freq"):
+            if getattr(self, name) is not None:
+                check_number("DecoderConfig", name, getattr(self, name), low=1.0, closed=True)
         if self.rotated % 2 or not 0 < self.rotated <= self.head_width:
             raise UserError(
                 f"{self.rotated} of {self.head_width} features of a head are rotated, expected an "
@@ -293,8 +296,4 @@ def _check_given(values: Mapping[str, Any]) -> None:
     for name in _LISTS & given.keys():
         if not isinstance(given[name], list | tuple):
             raise UserError(f"DecoderConfig: {name}={shown(given[name])}, expected a list")
-    if given.get("num_hidden_layers", 1) > MOST_LAYERS:
-        raise UserError(
-            f"DecoderConfig: num_hidden_layers={given['num_hidden_layers']}, expected at most "
-            f"{MOST_LAYERS}"
-        )
+    huggingface.check_layers("DecoderConfig", given.get("num_hidden_layers", 1))
