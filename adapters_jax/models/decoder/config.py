@@ -65,7 +65,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         initializer_range: the standard deviation of new weights.
         tie_word_embeddings: whether the embedding is the head, too.
         model_type: the architecture, a key of `ARCHITECTURES`.
-        max_position_embeddings: the length that the model was made for. It limits nothing here.
+        max_position_embeddings: the length that the model was made for; see `longest`.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
         rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
@@ -254,6 +254,18 @@ None); choose another model_type.
     def head_width(self) -> int:
         """The width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text, with those that scaled rotary positions add.
+
+        llama3 and longrope count theirs in `max_position_embeddings` already.
+        """
+        most, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is None or scaling.rope_type in ("llama3", "longrope"):
+            return most
+        original = scaling.original_max_position_embeddings or most
+        return max(most, int(original * scaling.factor))
 
     @property
     def rotated(self) -> int:
