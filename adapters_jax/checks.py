@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from adapters_jax.errors import UserError, shortened
 
 LARGEST = 2**31  # longer than any axis can be
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which models compute
 
 
 def check_number(
@@ -82,7 +83,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_is_of(each, get_args(kind)[0]) for each in value)
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real)
-        low, high = (0, LARGEST - 1) if kind is int else (-sys.float_info.max, sys.float_info.max)
+        low, high = (0, LARGEST - 1) if kind is int else (-LARGEST_FLOAT, LARGEST_FLOAT)
         return number and not isinstance(value, bool) and low <= value <= high
     return isinstance(value, kind)
 

@@ -57,6 +57,17 @@ class AdapterFileError(UserError):
     """
 
 
+class BaseFileError(UserError):
+    """The files of a base model cannot be read: they are damaged, or not supported.
+
+    Every error that reading a base raises about its files is one.
+    """
+
+
+class BaseMismatchError(BaseFileError, MismatchError):
+    """The tensors of a base's files do not fit its configuration; the message lists them all."""
+
+
 class OtherBaseError(AdapterFileError):
     """The adapter was trained on another base model than this one."""
 

@@ -19,6 +19,7 @@ from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.errors import (
     AdapterFileError,
     AdapterMismatchError,
+    BaseFileError,
     FileSystemError,
     OtherBaseError,
     RecipeError,
@@ -209,7 +210,7 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --activation gulu", UserError, ["activation='gulu'", "gelu, gelu_exact"]),
         (f"{AUDIT} --targets **/outputs", TargetError, ["'**/outputs'", "attention/output"]),
         (f"{AUDIT} --recipe none.json", FileSystemError, ["none.json"]),
-        ("audit --model .", UserError, ["'.'", "config.json"]),
+        ("audit --model .", BaseFileError, ["'.'", "config.json"]),
         (f"{TRAIN} --learning-rate -1", UserError, ["--learning-rate=-1.0", "> 0"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
         (f"{TRAIN} --accumulate 5", UserError, ["--accumulate 5", "--batch-size 32"]),
@@ -298,9 +299,9 @@ def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
     tokenizer = tmp_path / "bare" / "tokenizer.json"
     tokenizer.unlink()
     words = TRAIN.replace("tiny", str(tmp_path / "bare"))
-    fails(words, UserError, tmp_path / "bare", "tokenizer.json")
+    fails(words, BaseFileError, tmp_path / "bare", "tokenizer.json")
     tokenizer.write_text("{}")
-    fails(words, UserError, tokenizer)
+    fails(words, BaseFileError, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from adapters_jax.data.batches import NOTHING, Batches
 from adapters_jax.data.packing import Example, pack, sequence
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
-from adapters_jax.errors import RecipeError, TargetError, UserError
+from adapters_jax.errors import BaseFileError, RecipeError, TargetError, UserError
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.models.decoder import load_decoder
@@ -372,7 +372,7 @@ def test_a_decoder_without_eos_token_or_tokenizer_is_an_error(directory, fails, 
     (bare / "tokenizer_config.json").unlink()
     fails(words, UserError, bare, "eos_token", "tokenizer_config.json")
     (bare / "tokenizer.json").unlink()
-    fails(words, UserError, bare, "tokenizer.json", "save_pretrained(DIR)")
+    fails(words, BaseFileError, bare, "tokenizer.json", "save_pretrained(DIR)")
 
 
 def test_a_row_without_prompt_or_completion_is_an_error(command, fails):

@@ -527,7 +527,7 @@ def test_a_checkpoint_is_read_layer_by_layer():
             read.append(name)
             return arrays[name]
 
-        return Stored(arrays[name].shape, fetch)
+        return Stored(arrays[name].shape, arrays[name].dtype, fetch)
 
     got = from_tensors({name: stored(name) for name in arrays}, decoder.NAMES, like)
     jax.tree.map(

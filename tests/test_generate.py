@@ -16,6 +16,7 @@ import adapters_jax as aj
 from adapters_jax.models import generation as module
 from adapters_jax.models.generation import generate, nucleus
 from adapters_jax.models.parts.cache import Cache
+from adapters_jax.models.parts.rotary import RopeScaling
 from adapters_jax.nnx import AdapterParam
 
 CONFIG = replace(TINY, num_hidden_layers=2)
@@ -276,3 +277,42 @@ def test_shapes_that_do_not_fit_raise(model):
 def test_only_decoders_generate():
     with raises(TypeError, "generate", "Linear", "Decoder"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LEFT[0], max_new_tokens=1)
+
+
+def test_prompts_beyond_the_longest_text_are_an_error():
+    config = replace(CONFIG, max_position_embeddings=8)
+    model = build(config)
+    generate(model, LEFT[0], LEFT[1], max_new_tokens=4)
+    with raises(aj.UserError, "prompt 2", 4, 9, 5, "at most 8", "at most 4 new"):
+        generate(model, LEFT[0], LEFT[1], max_new_tokens=5)
+    with raises(aj.UserError, "prompt 1", 9, 10, "shorten"):
+        generate(model, jnp.ones((1, 9), int), max_new_tokens=1)
+    adapted = aj.adapt(model, aj.Recipe(aj.LoRA("**/query", 2)), rngs=nnx.Rngs(0))
+    with raises(aj.UserError, "prompt 2", "at most 8"):
+        generate(adapted, LEFT[0], LEFT[1], max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        (None, 32),
+        (RopeScaling("linear", factor=4.0), 128),
+        (RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16), 64),
+        (RopeScaling("yarn", factor=4.0, original_max_position_embeddings=8), 32),
+        (RopeScaling("dynamic", factor=3.0, original_max_position_embeddings=32), 96),
+        (
+            RopeScaling(
+                "llama3",
+                factor=8.0,
+                original_max_position_embeddings=16,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            ),
+            32,
+        ),
+    ],
+)
+def test_scaled_rotary_positions_count(scaling, longest):
+    config = replace(CONFIG, max_position_embeddings=32, rope_scaling=scaling)
+    assert config.longest == longest
+    assert replace(config, sliding_window=4).longest == longest

@@ -1,10 +1,13 @@
 """Chat templates: a conversation as the text that a model was trained to read."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import MissingPackageError, UserError, shortened
+
+
+class ChatTemplateError(UserError):
+    """A chat template cannot render a conversation: it is broken, rejects it or takes too much."""
 
 
 def render(
@@ -22,7 +25,9 @@ def render(
         The text with its special tokens; tokenize it without adding others.
 
     Raises:
-        UserError: there is no message, or the template is broken or rejects the messages.
+        ChatTemplateError: the template is broken, takes too long, makes too much text or rejects
+            the messages.
+        UserError: there is no message.
         MissingPackageError: jinja2 is not installed.
 
     Example:
@@ -39,31 +44,28 @@ def render(
         "raise_exception": _raise,
         **tokens,
     }
-    jinja2 = _jinja2()
+    sandbox = _sandbox()
     try:
-        return _compiled(template).render(values)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template cannot render these messages: {error}") from error
+        return sandbox.render(template, values)
+    except UserError:
+        raise
+    except sandbox.ERRORS as error:
+        why = shortened(str(error) or type(error).__name__)
+        raise ChatTemplateError(f"the chat template cannot render these messages: {why}") from error
 
 
-def _jinja2() -> Any:
+def _sandbox() -> Any:
     try:
-        import jinja2
-        import jinja2.sandbox
+        import jinja2  # noqa: F401
+
+        from adapters_jax.interop import sandbox
     except ImportError as error:
         raise MissingPackageError("a chat template", "jinja2") from error
-    return jinja2
+    return sandbox
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    """The compiled template, cached because a data set renders the same one for every row."""
-    environment = _jinja2().sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+def _raise(reason: Any) -> NoReturn:
+    """Templates call this to reject messages."""
+    raise ChatTemplateError(
+        f"the chat template cannot render these messages: {shortened(str(reason))}"
     )
-    return environment.from_string(template)
-
-
-def _raise(reason: str) -> NoReturn:
-    """Templates call this to reject messages; jinja does not catch the error."""
-    raise UserError(f"the chat template cannot render these messages: {reason}")

@@ -5,7 +5,6 @@ unpickling runs whatever code the file holds.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
@@ -13,15 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from adapters_jax.checks import check_settings, shown
-from adapters_jax.errors import UserError, file_errors
+from adapters_jax.checks import check_settings, check_size, shown
+from adapters_jax.errors import BaseFileError, BaseMismatchError, UserError
 from adapters_jax.interop.names import Stored
-from adapters_jax.io import hub
+from adapters_jax.io import hub, untrusted
+from adapters_jax.io.tensors import TensorFile, open_tensors
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"
+MOST_JSON = 2**22  # bytes of a configuration; Gemma's for its tokenizer has 1.2 million
+MOST_INDEX = 2**25  # bytes of an index; that of 90,000 tensors has 9 million
+MOST_LAYERS = 10_000
 PICKLE_ADVICE = (
     "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
     "trust it, with transformers' AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
@@ -40,7 +42,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         The directory that holds the files.
 
     Raises:
-        UserError: the directory lacks a file, or the Hub cannot be reached or has no such id.
+        BaseFileError: the directory lacks a file, or the Hub cannot be reached or has no such id.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
@@ -48,9 +50,9 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     resolve(directory)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        adapters_jax.errors.UserError: '...' lacks config.json and model.safetensors (or ...
+        adapters_jax.errors.BaseFileError: '...' lacks config.json and model.safetensors (or ...
     """
-    directory = hub.find(name_or_path, revision, FILES, "a model", UserError, hub.is_id)
+    directory = hub.find(name_or_path, revision, FILES, "a model", BaseFileError, hub.is_id)
     _check_files(directory)
     return directory
 
@@ -61,7 +63,7 @@ def _check_files(directory: Path) -> None:
         lacking.append(f"model.safetensors (or {INDEX})")
     if lacking:
         # A download never fetches the pickle, so the Hub may have one that the directory lacks.
-        raise UserError(
+        raise BaseFileError(
             f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
             f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
             f"{PICKLE_ADVICE}."
@@ -78,48 +80,78 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         The tensors by their names in the files, in the dtype stored (bfloat16 included).
 
     Raises:
-        UserError: shards are absent, all of which the message names, or a file is damaged.
+        BaseFileError: shards are absent, all of which the message names; a file or the index is
+            damaged, or two shards hold the same tensor. When a tensor is read, its numbers are not
+            finite.
     """
     directory = Path(directory)
-    shards = ["model.safetensors"]
-    if (directory / INDEX).is_file():
-        shards = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+    index = _read_index(directory) if (directory / INDEX).is_file() else {}
+    shards = sorted(set(index.values())) or ["model.safetensors"]
     absent = [name for name in shards if not (directory / name).is_file()]
     if absent:
-        raise UserError(f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights.")
+        raise BaseFileError(
+            f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights."
+        )
+    shard_of: dict[str, str] = {}
     tensors: dict[str, Stored] = {}
-    for name in shards:
-        tensors |= read_file(directory / name)
+    for shard in shards:
+        for name, tensor in read_file(directory / shard).items():
+            if name in tensors:
+                raise BaseFileError(
+                    f"{shard_of[name]} and {shard} of {str(directory)!r} both hold {name}; remove "
+                    "it from one of them."
+                )
+            shard_of[name], tensors[name] = shard, tensor
+    wrong = [name for name, shard in index.items() if shard_of.get(name) != shard]
+    if wrong:
+        raise BaseFileError(
+            f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {_shortened(wrong)}, which it "
+            "does not hold; write the index anew."
+        )
     return tensors
 
 
+def _read_index(directory: Path) -> dict[str, str]:
+    """The shard of each tensor; a shard is a safetensors file of the same directory."""
+    path = directory / INDEX
+    index = untrusted.read_json(path, MOST_INDEX, BaseFileError).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise BaseFileError(
+            f"{str(path)!r} has weight_map={shown(index)}, expected the file of each tensor."
+        )
+    for name, shard in index.items():
+        plain = isinstance(shard, str) and not set(shard) & set("/\\:\0")
+        if not plain or not shard.endswith(".safetensors"):
+            raise BaseFileError(
+                f"{str(path)!r} names {shown(shard)} for {shown(name)}, expected a safetensors "
+                "file beside it."
+            )
+    return index
+
+
 def read_file(path: Path) -> dict[str, Stored]:
-    """Lists the tensors of one safetensors file; raises a `UserError` that names a damaged one."""
-    try:
-        with safe_open(path, framework="np") as file:
-            names = file.keys()  # a file is no mapping: it cannot be iterated over itself
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file: {error}.") from error
-    return {name: Stored(shape, partial(_read, path, name)) for name, shape in shapes.items()}
+    """Lists the tensors of one safetensors file.
+
+    Raises:
+        BaseFileError: it is damaged, or a link out of its directory; see `open_tensors`. When a
+            tensor is read, its numbers are not finite.
+    """
+    with open_tensors(path, BaseFileError) as file:
+        return {
+            name: Stored(entry.shape, entry.dtype, partial(_read, path, {name: entry}))
+            for name, entry in file.entries.items()
+        }
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    with safe_open(path, framework="np") as file:
-        return file.get_tensor(name)
+def _read(path: Path, entries: Mapping[str, Any]) -> np.ndarray:
+    with untrusted.opened(path, BaseFileError) as (file, _):
+        (array,) = TensorFile(path, file, entries, BaseFileError).read().values()
+    return array
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object; raises a `UserError` that names the file if it holds none."""
-    try:
-        with file_errors(Path(path)):
-            text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not JSON in UTF-8: {error}.") from error
-    if isinstance(values, dict):
-        return values
-    raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not a JSON object.")
+    """Reads a JSON object of a base; raises `BaseFileError` as `untrusted.read_json` does."""
+    return untrusted.read_json(Path(path), MOST_JSON, BaseFileError)
 
 
 class CheckpointConfig:
@@ -146,6 +178,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self)
         self._check(vars(self))
+        for name in _SIZES & vars(self).keys():
+            check_size(type(self).__name__, name, getattr(self, name))
+        check_layers(type(self).__name__, self.num_layers)
 
     def identity(self) -> dict[str, Any]:
         """What tells a base from others in an adapter's manifest; JSON can hold it."""
@@ -156,9 +191,10 @@ class CheckpointConfig:
         cls, values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]] | None = None
     ) -> None:
         """Raises `UserError` for values that are not supported, by default those of the class."""
+        supported = cls.supported if supported is None else supported
         unsupported = [
             f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
-            for key, allowed in (cls.supported if supported is None else supported).items()
+            for key, allowed in {**_OF_ALL, **supported}.items()
             if key in values and values[key] not in allowed
         ]
         if unsupported:
@@ -173,8 +209,40 @@ class CheckpointConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """Reads the file at `path`, usually a `config.json`; see `from_dict`."""
-        return cls.from_dict(read_json(path))
+        """Reads the file at `path`, usually a `config.json`; see `from_dict`.
+
+        Raises:
+            BaseFileError: it is not JSON, or a setting is wrong or not supported.
+        """
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except UserError as error:
+            raise BaseFileError(f"{path}: {error}") from error
+
+
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("max_position_embeddings", "n_positions", "n_embd", "n_head"),
+    *("image_size", "patch_size", "num_channels"),
+}
+# Settings that change what the tensors mean, in all architectures.
+_OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
+
+
+def check_layers(owner: str, layers: int) -> None:
+    """Raises UserError for more layers than a model can have, before anything is made of them."""
+    if layers > MOST_LAYERS:
+        raise UserError(f"{owner}: {layers} layers, expected at most {MOST_LAYERS}")
+
+
+def check_tensors(config: CheckpointConfig, tensors: Mapping[str, Any]) -> None:
+    """Raises BaseMismatchError if there are fewer tensors than layers, before a model is built."""
+    if config.num_layers > len(tensors):
+        raise BaseMismatchError(
+            f"the configuration has {config.num_layers} layers, but the checkpoint has "
+            f"{len(tensors)} tensors; correct config.json."
+        )
 
 
 def _nearest(value: Any, allowed: Iterable[Any]) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
-from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.errors import BaseMismatchError, UserError, compare_trees
 from adapters_jax.interop.layouts import WHOLE, Span, spans
 from adapters_jax.transforms.stacking import Stack
 
@@ -105,14 +105,16 @@ class Stored:
 
     Args:
         shape: its shape, known without reading it.
+        dtype: its dtype, likewise.
         read: reads the array.
 
     Example:
-        >>> np.asarray(Stored((2,), lambda: np.ones(2)))
+        >>> np.asarray(Stored((2,), np.float64, lambda: np.ones(2)))
         array([1., 1.])
     """
 
     shape: tuple[int, ...]
+    dtype: Any
     read: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -223,8 +225,9 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
         A tree of arrays.
 
     Raises:
-        MismatchError: tensors are missing, unexpected or of another shape; the message names all of
-            them by path and by name, with the shapes that a checkpoint has.
+        BaseMismatchError: tensors are missing, unexpected, of another shape or no floating-point
+            numbers; the message names all of them by path and by name, with the shapes that a
+            checkpoint has.
 
     Example:
         >>> like = {"query": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
@@ -253,7 +256,9 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
                 if name in found:
                     got[label] = found[name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
-    compare_trees("the checkpoint", got, expected, "Is it of this architecture and size?")
+    fix = "Is it of this architecture and size?"
+    compare_trees("the checkpoint", got, expected, fix, error=BaseMismatchError)
+    _check_floats(got)
 
     def read(sources: Mapping[str, Source], stacked: bool, leaf: Any) -> jax.Array:
         shape = leaf.shape[1:] if stacked else leaf.shape
@@ -263,6 +268,19 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
         return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
 
     return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
+
+
+def _check_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Raises BaseMismatchError for tensors of integers, as quantised checkpoints have them."""
+    wrong = [
+        f"{k} ({x.dtype})" for k, x in tensors.items() if not jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if wrong:
+        raise BaseMismatchError(
+            f"the checkpoint holds no floating-point numbers in {', '.join(wrong[:12])}"
+            f"{f' and {len(wrong) - 12} more' if len(wrong) > 12 else ''}; a quantised base cannot "
+            "be read: give the one that it was made from."
+        )
 
 
 def _of(

@@ -1,6 +1,7 @@
 """Opens files of unknown origin, and reads their JSON.
 
-Anything wrong with a file raises an `AdapterFileError` that names it.
+Anything wrong with a file raises an `AdapterFileError`, or the error that the caller asks for, and
+the message names the file.
 """
 
 import contextlib
@@ -18,29 +19,33 @@ from adapters_jax.errors import AdapterFileError, UserError, file_errors, shorte
 
 MOST_JSON = 2**20  # bytes; enough for 4000 patterns of 200 characters, and parsed within 0.3 s
 DEEPEST = 32  # nested lists and objects
+MOST_DIGITS = 40  # of an integer; transformers writes 10**30 for "no limit"
 _TOKEN = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+def opened(
+    path: Path, error: type[UserError] = AdapterFileError
+) -> Iterator[tuple[BufferedReader, int]]:
     """Opens an ordinary file for reading, and gives its size.
 
     A link may point into its own directory; a link in a snapshot of the Hugging Face Hub's cache
     may point to the blobs of that cache.
 
     Raises:
-        AdapterFileError: it does not exist, is not an ordinary file, or is a link out of these.
+        AdapterFileError: (or `error`) it does not exist, is not an ordinary file, or is a link out
+            of these.
     """
-    with file_errors(path, error=AdapterFileError):
+    with file_errors(path, error=error):
         real = os.path.realpath(path, strict=True)
         if not _belongs(real, os.path.realpath(path.parent)):
-            raise AdapterFileError(
+            raise error(
                 f"{path} is a link to {real}, out of its directory; put the file itself there"
             )
         if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would block
-            raise AdapterFileError(f"{path} is not an ordinary file; put the file itself there")
+            raise error(f"{path} is not an ordinary file; put the file itself there")
         file = open(real, "rb")  # noqa: SIM115
     with file:
         yield file, os.fstat(file.fileno()).st_size
@@ -55,13 +60,15 @@ def _belongs(real: str, directory: str) -> bool:
     return re.fullmatch(blob, real.replace(os.sep, "/")) is not None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(
+    path: Path, most: int = MOST_JSON, error: type[UserError] = AdapterFileError
+) -> dict[str, Any]:
+    """Reads a JSON object of at most `most` bytes.
 
     Raises:
-        AdapterFileError: it is not a file, longer than 1 MiB, not UTF-8, not a JSON object, nested
-            more than 32 deep, or has a duplicate key, a number that is not finite or an integer of
-            over 20 digits.
+        AdapterFileError: (or `error`) it is not a file, too long, not UTF-8, not a JSON object,
+            nested more than 32 deep, or has a duplicate key, a number that is not finite or an
+            integer of over 40 digits.
 
     Example:
         >>> import pathlib, tempfile
@@ -72,28 +79,41 @@ def read_json(path: Path) -> dict[str, Any]:
         Traceback (most recent call last):
         adapters_jax.errors.AdapterFileError: .../config.json is damaged: duplicate key 'r'
     """
-    with opened(path) as (file, size):
-        check_size(size, path)
-        return parse(read_bytes(file, size, path), path)
+    return parse(read_file(path, most, error, "JSON"), path, error)
 
 
-def check_size(size: int, path: Path) -> None:
-    """Raises AdapterFileError if `size`, in bytes, is too large for a JSON file."""
-    if size > MOST_JSON:
-        raise AdapterFileError(f"{path} has {size} bytes, expected at most {MOST_JSON} of JSON")
+def read_file(path: Path, most: int, error: type[UserError], what: str) -> bytes:
+    """Reads a whole file, `what` for a message; raises `error` if it has more than `most` bytes."""
+    with opened(path, error) as (file, size):
+        check_size(size, path, most, error, what)
+        return read_bytes(file, size, path, error)
 
 
-def read_bytes(file: BufferedReader, size: int, path: Path) -> bytes:
-    """Reads `size` bytes; raises AdapterFileError if the file has fewer."""
-    with file_errors(path, error=AdapterFileError):
+def check_size(
+    size: int,
+    path: Path,
+    most: int = MOST_JSON,
+    error: type[UserError] = AdapterFileError,
+    what: str = "JSON",
+) -> None:
+    """Raises AdapterFileError (or `error`) if a file of `size` bytes is too large."""
+    if size > most:
+        raise error(f"{path} has {size} bytes, expected at most {most} of {what}")
+
+
+def read_bytes(
+    file: BufferedReader, size: int, path: Path, error: type[UserError] = AdapterFileError
+) -> bytes:
+    """Reads `size` bytes; raises AdapterFileError (or `error`) if the file has fewer."""
+    with file_errors(path, error=error):
         data = file.read(size)
     if len(data) != size:
-        raise AdapterFileError(f"{path} became shorter while it was read; read it again")
+        raise error(f"{path} became shorter while it was read; read it again")
     return data
 
 
-def parse(data: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object; raises AdapterFileError, naming `path`, for anything else."""
+def parse(data: bytes, path: Path, error: type[UserError] = AdapterFileError) -> dict[str, Any]:
+    """Parses a JSON object; raises AdapterFileError (or `error`), naming `path`, for the rest."""
     try:
         text = data.decode("utf-8")
         _check_depth(text)
@@ -106,10 +126,10 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
         )
         if "\\u" in text:  # a lone surrogate is valid JSON, but not text
             json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except ValueError as error:  # of the checks here and of the decoders
-        raise AdapterFileError(f"{path} is damaged: {shortened(str(error))}") from error
+    except ValueError as problem:  # of the checks here and of the decoders
+        raise error(f"{path} is damaged: {shortened(str(problem))}") from problem
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        raise error(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
 
 
@@ -131,7 +151,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _int(text: str) -> int:
-    return int(text) if len(text) <= 20 else _no_number(text)
+    return int(text) if len(text) <= MOST_DIGITS else _no_number(text)
 
 
 def _float(text: str) -> float:
@@ -140,4 +160,4 @@ def _float(text: str) -> float:
 
 
 def _no_number(text: str) -> Any:
-    raise UserError(f"{shortened(text, 30)} is not a finite number of at most 20 digits")
+    raise UserError(f"{shortened(text, 30)} is not a finite number of at most {MOST_DIGITS} digits")

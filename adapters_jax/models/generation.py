@@ -113,8 +113,9 @@ def generate(
         The new tokens, and their number in each row.
 
     Raises:
-        UserError: an argument is out of range, a prompt is empty or the key is missing; the message
-            lists everything that is wrong.
+        UserError: an argument is out of range, a prompt is empty, the key is missing, or a prompt
+            and its new tokens are longer than the model's longest text; the message lists
+            everything that is wrong.
         TypeError: the model is not a decoder.
 
     Example:
@@ -131,6 +132,7 @@ def generate(
         attention_mask = jnp.ones(input_ids.shape, bool)
     check_tokens(input_ids, attention_mask)
     _check(attention_mask, max_new_tokens, temperature, top_p, key)
+    check_length(model, (np.asarray(attention_mask) != 0).sum(1), max_new_tokens)
     sampling = _Sampling(
         jnp.float32(temperature),
         jnp.float32(top_p),
@@ -149,6 +151,30 @@ def _check_model(model: Any) -> None:
             f"generate: {type(model).__name__} is not a decoder; expected an nnx module with the "
             "methods of adapters_jax.models.generation.CachedModel, such as Decoder or T5."
         )
+
+
+def check_length(model: Any, lengths: Sequence[int], new_tokens: int) -> None:
+    """Checks that a model has positions for its prompts and their new tokens.
+
+    Args:
+        model: a decoder, whose `config.longest` is the limit; without one, there is none.
+        lengths: the number of tokens of each prompt.
+        new_tokens: the largest number of tokens to generate.
+
+    Raises:
+        UserError: the longest prompt and its new tokens are more.
+    """
+    longest = getattr(getattr(model, "config", None), "longest", None)
+    row = int(np.argmax(lengths))
+    prompt = int(lengths[row])
+    if longest is None or prompt + new_tokens <= longest:
+        return
+    room = longest - prompt
+    fix = f"generate at most {room} new tokens, or shorten it" if room > 0 else "shorten it"
+    raise UserError(
+        f"prompt {row + 1} has {prompt} tokens, which are {prompt + new_tokens} with {new_tokens} "
+        f"new ones, but the model reads at most {longest}; {fix}."
+    )
 
 
 def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, key: Any) -> None:

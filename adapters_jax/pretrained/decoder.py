@@ -16,9 +16,11 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from adapters_jax.errors import UserError
+from adapters_jax.checks import shown
+from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
+from adapters_jax.io import untrusted
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.models import FAMILIES
 from adapters_jax.models.family import Family
@@ -154,12 +156,34 @@ def _special_tokens_of_directory(directory: Path) -> tuple[dict[str, str], str |
     """Reads the same from `tokenizer_config.json` and `chat_template.jinja`."""
     path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
     values = huggingface.read_json(path) if path.is_file() else {}
-    tokens = {role: values[role] for role in _ROLES if values.get(role)}
-    special = {r: t["content"] if isinstance(t, dict) else t for r, t in tokens.items()}
-    template = values.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return special, jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+    special = {role: _token(path, role, values[role]) for role in _ROLES if values.get(role)}
+    return special, _read_text(jinja) if jinja.is_file() else _template(path, values)
+
+
+def _token(path: Path, role: str, value: Any) -> str:
+    """A special token, which is a text or an object with the text as its `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise BaseFileError(f"{path}: {role}={shown(value)}, expected a text, or its content")
+    return text
+
+
+def _template(path: Path, values: Mapping[str, Any]) -> str | None:
+    """The chat template of a `tokenizer_config.json`, which may have several by name."""
+    template = found = values.get("chat_template")
+    if isinstance(found, list) and all(isinstance(each, dict) for each in found):
+        template = next((t.get("template") for t in found if t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise BaseFileError(f"{path}: chat_template={shown(found)}, expected a text")
+    return template
+
+
+def _read_text(path: Path) -> str:
+    data = untrusted.read_file(path, untrusted.MOST_JSON, BaseFileError, "a chat template")
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise BaseFileError(f"{path} is not UTF-8: {error}") from error
 
 
 STEP = 16  # Prompts are padded to multiples of it, so that few lengths are compiled.

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
-from adapters_jax.io import hub
+from adapters_jax.io import hub, untrusted
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.models.family import Family
 from adapters_jax.models.known import find_known
@@ -18,6 +18,8 @@ from adapters_jax.pretrained import assets
 
 if TYPE_CHECKING:
     import tokenizers
+
+MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
 
 
 def locate(name: str) -> Path:
@@ -81,7 +83,7 @@ def _config_file(name: str) -> Path:
     if (directory / "config.json").is_file():
         return directory / "config.json"
     if directory.is_dir():
-        raise UserError(f"{name!r} has no config.json")
+        raise BaseFileError(f"{name!r} has no config.json")
     try:
         found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
         return found / "config.json"
@@ -107,27 +109,28 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     """Reads the `tokenizer.json` of a checkpoint.
 
     Raises:
-        UserError: the file is absent or is not a tokenizer.
+        BaseFileError: the file is absent, too long or not a tokenizer.
     """
     import tokenizers
 
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError(
+        raise BaseFileError(
             f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    data = untrusted.read_file(path, MOST_TOKENIZER, BaseFileError, "a tokenizer")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{str(path)!r} is not a tokenizer: {error}") from error
+        raise BaseFileError(f"{str(path)!r} is not a tokenizer: {error}") from error
 
 
 def sha256_of(files: Path) -> str:
     """One checksum of all the weights' files; it shows an adapter loaded onto another base."""
     digest = hashlib.sha256()
     for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
-        with path.open("rb") as stream:
+        with untrusted.opened(path, BaseFileError) as (stream, _):
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 

@@ -23,6 +23,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
+from adapters_jax.models.generation import check_length
 from adapters_jax.pretrained.decoder import PretrainedDecoder, complete, load_pretrained_decoder
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
@@ -97,7 +98,7 @@ class Completion(Task):
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
-        length = setup.max_length or MAX_LENGTH
+        length = _length(setup, decoder)
         pack = setup.pack and not decoder.encodes
         if setup.pack and decoder.encodes:
             setup.say(f"{setup.model} has an encoder, so each prompt has a row; none are packed")
@@ -157,6 +158,19 @@ def _adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
     recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
     example = (np.zeros((1, 8), np.int32),)
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
+
+
+def _length(setup: Setup, decoder: PretrainedDecoder) -> int:
+    """The largest number of tokens in a sequence, which the model must have positions for."""
+    longest = decoder.config.longest
+    if setup.max_length is None:
+        return min(MAX_LENGTH, longest)
+    if setup.max_length > longest:
+        raise UserError(
+            f"--max-length {setup.max_length}: expected at most {longest}, the positions of the "
+            "model"
+        )
+    return setup.max_length
 
 
 def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
@@ -235,14 +249,16 @@ class Generator:
             seed: the seed of sampling.
 
         Raises:
-            UserError: an argument is out of range.
+            UserError: an argument is out of range, or a prompt and its new tokens are longer than
+                the model's longest text.
         """
+        encoded = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
+        check_length(self.model, [len(ids) for ids in encoded], max_new_tokens)
         for first in range(0, len(prompts), BATCH_SIZE):
-            some = prompts[first : first + BATCH_SIZE]
             yield from complete(
                 self.model,
                 self.decoder,
-                [self.prompts.encode(prompt, self.decoder) for prompt in some],
+                encoded[first : first + BATCH_SIZE],
                 max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,

@@ -55,7 +55,7 @@ class RowBuilder:
         if not self.packs:
             buckets = choose_buckets(rows["train"], self.max_length, self.batch_size)
         held_out = {
-            part: self._held_out(tables[part], examples[part], rows[part], buckets)
+            part: self._held_out(part, tables[part], examples[part], rows[part], buckets, say)
             for part in HELD_OUT
         }
         return BuiltRows(
@@ -81,10 +81,12 @@ class RowBuilder:
 
     def _held_out(
         self,
+        part: str,
         table: Table,
         examples: list[Example],
         rows: Sequence[Packed | Pair],
         buckets: tuple[int, ...],
+        say: Callable[[str], None],
     ) -> HeldOut:
         """The rows to score on, and distinct prompts, each with all its right completions."""
         right: dict[str, list[str]] = defaultdict(list)
@@ -92,13 +94,21 @@ class RowBuilder:
             if completion is not None:
                 right[prompt].append(completion)
         prompts = [list(right)[i] for i in spread(len(right), self.matched)]
+        encoded = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
+        longest = max((len(completion) for _, completion in examples), default=1)
+        room = self.decoder.config.longest - max(map(len, encoded), default=0)
+        if longest > room:
+            say(
+                f"completions of {part} are generated up to {room} tokens of {longest}, as the "
+                f"model reads at most {self.decoder.config.longest}"
+            )
         return HeldOut(
             Batches.in_order(rows, None, self.batch_size, buckets),
             count_tokens(examples)[1],
             prompts,
-            [self.prompts.encode(prompt, self.decoder) for prompt in prompts],
+            encoded,
             [right[prompt] for prompt in prompts],
-            rounded(max(len(completion) for _, completion in examples)),
+            min(rounded(longest), room),
         )
 
 

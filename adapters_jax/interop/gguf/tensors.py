@@ -43,7 +43,7 @@ def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str,
         name = tensor_name(tensor.name)
         rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2:][0], 0)
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        found[name] = Stored(shape, partial(_read, tensor, rotated, name))
+        found[name] = Stored(shape, np.float32, partial(_read, tensor, rotated, name))
     return found
 
 

@@ -43,6 +43,7 @@ def load_decoder(
         MismatchError: the tensors do not fit; the message lists every difference.
     """
     config, tensors = _read(name_or_path, revision)
+    huggingface.check_tensors(config, tensors)
     names = ARCHITECTURES[config.model_type].names
     return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
 

@@ -14,7 +14,6 @@ from adapters_jax.models.parts.counts import dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.rotary import RopeScaling
 
-MOST_LAYERS = 10_000
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PLACEMENTS = ("pre", "post", "both")
 _SIZES = (
@@ -67,7 +66,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         initializer_range: the standard deviation of new weights.
         tie_word_embeddings: whether the embedding is the head, too.
         model_type: the architecture, a key of `ARCHITECTURES`.
-        max_position_embeddings: the length that the model was made for. It limits nothing here.
+        max_position_embeddings: the length that the model was made for; see `longest`.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
         rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
@@ -165,11 +164,15 @@ class DecoderConfig(huggingface.CheckpointConfig):
             )
 
     def _check_heads(self) -> None:
+        check_number("DecoderConfig", "partial_rotary_factor", self.partial_rotary_factor, high=2.0)
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
+        for name in ("rope_theta", "rope_local_base_freq"):
+            if getattr(self, name) is not None:
+                check_number("DecoderConfig", name, getattr(self, name), low=1.0, closed=True)
         if self.rotated % 2 or not 0 < self.rotated <= self.head_width:
             raise UserError(
                 f"{self.rotated} of {self.head_width} features of a head are rotated, expected an "
@@ -286,6 +289,18 @@ None); choose another model_type.
         return self.attention_bias if own is None else own
 
     @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text, with those that scaled rotary positions add.
+
+        llama3 and longrope count theirs in `max_position_embeddings` already.
+        """
+        most, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is None or scaling.rope_type in ("llama3", "longrope"):
+            return most
+        original = scaling.original_max_position_embeddings or most
+        return max(most, int(original * scaling.factor))
+
+    @property
     def rotated(self) -> int:
         """The number of a head's features that are rotated."""
         return int(self.head_width * self.partial_rotary_factor)
@@ -326,8 +341,4 @@ def _check_given(values: Mapping[str, Any]) -> None:
     for name in _LISTS & given.keys():
         if not isinstance(given[name], list | tuple):
             raise UserError(f"DecoderConfig: {name}={shown(given[name])}, expected a list")
-    if given.get("num_hidden_layers", 1) > MOST_LAYERS:
-        raise UserError(
-            f"DecoderConfig: num_hidden_layers={given['num_hidden_layers']}, expected at most "
-            f"{MOST_LAYERS}"
-        )
+    huggingface.check_layers("DecoderConfig", given.get("num_hidden_layers", 1))

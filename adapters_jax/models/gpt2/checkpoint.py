@@ -67,7 +67,9 @@ def load_gpt2(
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = GPT2Config.from_json(directory / "config.json")
+    tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
     init = GPT2(config, param_dtype=param_dtype, scan=scan).init
     like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     like = laid_out(like, mesh, rules)
-    return config, from_tensors(huggingface.read_tensors(directory), NAMES, like)
+    return config, from_tensors(tensors, NAMES, like)

@@ -153,9 +153,11 @@ def load_encoder(
     """
     directory = huggingface.resolve(name_or_path, revision)
     config = config_class.from_json(directory / "config.json")
+    tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler, inputs)
     like = laid_out(like, mesh, rules)
-    return config, from_tensors(huggingface.read_tensors(directory), names, like)
+    return config, from_tensors(tensors, names, like)
 
 
 def abstract(encoder: Any, pooler: bool = False, inputs: Inputs = one_token) -> Any:
