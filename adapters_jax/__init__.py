@@ -5,8 +5,10 @@ from adapters_jax.abstract import inputs
 from adapters_jax.adapt import adapt
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.audit import Audit, audit
+from adapters_jax.distributed.devices import devices
 from adapters_jax.distributed.hosts import join_hosts
 from adapters_jax.distributed.mesh import ShardingError, local_rows, make_mesh, shard_batch
+from adapters_jax.distributed.plan import Plan, abstract_state, plan
 from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.errors import (
     AdapterFileError,
@@ -85,6 +87,7 @@ __all__ = [
     "Method",
     "MismatchError",
     "OtherBaseError",
+    "Plan",
     "PrefixTuning",
     "Recipe",
     "RecipeError",
@@ -95,6 +98,7 @@ __all__ = [
     "TrainState",
     "Unfreeze",
     "UserError",
+    "abstract_state",
     "adapt",
     "audit",
     "base_identity",
@@ -102,6 +106,7 @@ __all__ = [
     "bottleneck_parameters",
     "combine",
     "dequantize",
+    "devices",
     "freeze_base",
     "full",
     "houlsby",
@@ -131,6 +136,7 @@ __all__ = [
     "parallel",
     "partition",
     "pfeiffer",
+    "plan",
     "prefix_parameters",
     "prefix_tuning",
     "quantize",

@@ -27,7 +27,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.distributed.plan import abstract_state
-from benchmarks.collectives import collective_bytes
+from adapters_jax.distributed.program import Hlo
 
 layers, d, batch, length = json.loads(sys.argv[1])
 config = DecoderConfig(8192, d, 4 * d, num_hidden_layers=layers, num_attention_heads=d // 64)
@@ -48,7 +48,7 @@ for mesh in json.loads(sys.argv[2]):
                        ((aj.shard, state), (aj.shard_batch, rows)))
     compiled = step.jitted.lower(state.replace(base=None), state.base, rows).compile()
     print(json.dumps([mesh, compiled.cost_analysis()["flops"], trained, base,
-                      collective_bytes(compiled.as_text())]), flush=True)
+                      Hlo(compiled.as_text()).collectives()]), flush=True)
 """
 
 

@@ -59,7 +59,9 @@ def test_bytes_and_counts_are_those_of_arithmetic():
     assert (lora.trainable_parameters, lora.parameters) == (adapters, base + adapters)
     assert (lora.batch, lora.devices) == (8, 1)
     parts = (lora.base, lora.adapters, lora.optimizer, lora.gradients)
-    assert lora.total == sum(parts) + lora.activations + lora.temporaries
+    assert lora.total == sum(parts) + lora.inputs + lora.activations + lora.temporaries
+    assert lora.total == lora.program.total
+    assert lora.inputs == 4 * 8 * WIDTH + 4 + 8  # the batch, the step's number and its key
     assert lora.to_dict()["total"] == lora.total
     full = planned(aj.full())
     assert (full.base, full.adapters) == (0, 4 * base)  # what trains is kept in float32

@@ -24,7 +24,6 @@ import adapters_jax as aj
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, shard_batch
 from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
-from benchmarks.collectives import collective_bytes
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "finetune_llama_sharded.py"
@@ -418,12 +417,3 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_resumes(
     losses, other = map(losses_of, both)
     assert next(iter(losses)) == "step   11" and len(losses) == 11 and not other
     check_same(losses, tmp_path, alone)
-
-
-def test_collective_bytes_adds_up_the_shapes_in_the_text():
-    text = """
-  %all-reduce.1 = (f32[2,3]{1,0}, bf16[4]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c)
-  %all-gather-start.2 = f32[8]{0} all-gather-start(%d)
-  %dot.1 = f32[9,9]{1,0} dot(%e, %f)
-"""
-    assert collective_bytes(text) == {"all-reduce": 24 + 8 + 4, "all-gather": 32}

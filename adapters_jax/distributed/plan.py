@@ -1,8 +1,8 @@
 """Planning: the memory that a training needs on each device, before anything is allocated.
 
-The step is compiled on abstract arrays for the devices of the mesh, and XLA's own memory analysis
-of the compiled program is read. XLA's plan for the CPU is close to its plan for other backends, but
-not the same: leave some room.
+The step is compiled on abstract arrays for the devices of the mesh, and the compiler's own memory
+analysis is read. On a mesh of `aj.devices`, it is that of the accelerator's compiler. A plan for
+CPU devices is an estimate of theirs; benchmarks/results/devices.md has how far it is off.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from adapters_jax.audit import bytes_text
 from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.distributed.sharding import Rules, shard
 from adapters_jax.linen import Adapted
 from adapters_jax.training.state import TrainState
@@ -27,10 +28,21 @@ from adapters_jax.training.step import LossFn, make_eval_step, make_train_step
 from adapters_jax.trees import Tree
 from adapters_jax.weights.quantized import bits_of, is_quantized
 
+PARTS = (
+    "base",
+    "adapters",
+    "optimizer",
+    "inputs",
+    "gradients",
+    "activations",
+    "temporaries",
+    "total",
+)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes that a training holds on each device.
+    """Bytes that a training holds on each device, and the program of its step.
 
     Attributes:
         base: the frozen parameters, and the model's state that is not parameters.
@@ -44,6 +56,8 @@ class Plan:
         devices: the number of devices.
         trainable_parameters: their number, each counted once over all devices.
         parameters: the number of parameters of base and adapters, likewise.
+        inputs: the batch, the step's number and key, and what a device's layout of arrays adds.
+        program: what the compiler says of the step; None if it refused a step that does not fit.
     """
 
     base: int
@@ -56,23 +70,22 @@ class Plan:
     devices: int
     trainable_parameters: int
     parameters: int
+    inputs: int = 0
+    program: Program | None = None
 
     @property
     def total(self) -> int:
-        """The sum of the bytes on a device."""
-        parts = (self.base, self.adapters, self.optimizer)
-        return sum(parts) + self.gradients + self.activations + self.temporaries
+        """The sum of the bytes on a device, which is the compiler's own."""
+        held = self.base + self.adapters + self.optimizer + self.inputs
+        return held + self.gradients + self.activations + self.temporaries
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields and the total, for JSON."""
         return {**dataclasses.asdict(self), "total": self.total}
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and sizes for a table, with the total."""
-        names = ("base", "adapters", "optimizer", "gradients", "activations", "temporaries")
-        return [(n, bytes_text(getattr(self, n))) for n in names] + [
-            ("total", bytes_text(self.total))
-        ]
+        return [(name, bytes_text(getattr(self, name))) for name in PARTS]
 
 
 def abstract_state(
@@ -133,13 +146,16 @@ def plan(
         state: abstract, as `abstract_state` gives it, or concrete.
         loss_fn: as for `make_train_step`.
         batch: a batch as shapes, or arrays.
-        mesh: of the devices. CPU devices will do, as many as the mesh has: call
-            `jax.config.update("jax_num_cpu_devices", 64)` before anything else.
+        mesh: of the devices: real ones, those of `aj.devices`, or CPU devices for an estimate, as
+            many as the mesh has: call `jax.config.update("jax_num_cpu_devices", 64)` before
+            anything else. XLA has no half precision on a CPU, so there a model of float32 gives the
+            better estimate.
         rules: as for `layout`.
         accumulate: as for `make_train_step`.
 
     Returns:
-        The bytes of each part.
+        The bytes of each part, whether or not they fit a device; what the compiler says of costs
+        and of exchanged bytes is in its `program`.
 
     Raises:
         ShardingError: a rule or the batch does not fit the mesh.
@@ -159,27 +175,42 @@ def plan(
     if mesh is not None:
         state, batch = shard(state, mesh, rules), shard_batch(batch, mesh)
     step = make_train_step(loss_fn, accumulate=accumulate)
+    # A device holds the frozen parameters even where the step does not use them.
+    whole = jax.jit(step.jitted.__wrapped__, donate_argnums=0, keep_unused=True)  # type: ignore[attr-defined]
     split = dataclasses.replace(state, base=None)
-    whole = step.jitted.lower(split, state.base, batch).compile()  # type: ignore[attr-defined]
-    forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
-    # A step with accumulation runs the forward pass on one part at a time.
-    part = jax.tree.map(lambda x: _part(x, accumulate), batch)
-    alone = forward.lower(state, part).compile()  # type: ignore[attr-defined]
-    working, once = (c.memory_analysis().temp_size_in_bytes for c in (whole, alone))
+    found = compile_program(whole.lower(split, state.base, batch))
+    program = found if isinstance(found, Program) else None
     adapters = jax.tree.leaves(state.adapters)
-    gradients = sum(map(_held, adapters))
+    held = {
+        "base": sum(map(_held, jax.tree.leaves((state.base, state.other)))),
+        "adapters": sum(map(_held, adapters)),
+        "optimizer": sum(map(_held, jax.tree.leaves(state.opt_state))),
+    }
+    inputs = program.arguments - sum(held.values()) if program else 0
+    working = max(0, found.total - inputs - sum(held.values()))
+    gradients = min(held["adapters"], working)
+    once = _forward(state, loss_fn, batch, accumulate) if program else 0
+    temporaries = min(once, working - gradients)
     return Plan(
-        base=sum(map(_held, jax.tree.leaves((state.base, state.other)))),
-        adapters=gradients,
-        optimizer=sum(map(_held, jax.tree.leaves(state.opt_state))),
+        **held,
+        inputs=inputs,
         gradients=gradients,
-        activations=max(0, working - once - gradients),
-        temporaries=once,
+        activations=working - gradients - temporaries,
+        temporaries=temporaries,
         batch=max(x.shape[0] for x in jax.tree.leaves(batch) if x.shape),
         devices=1 if mesh is None else mesh.size,
         trainable_parameters=sum(x.size for x in adapters),
         parameters=sum(math.prod(x.shape) for x in [*adapters, *_parameters(state.base)]),
+        program=program,
     )
+
+
+def _forward(state: TrainState, loss_fn: LossFn, batch: Tree, accumulate: int) -> int:
+    """The working memory of a forward pass; with accumulation, of one part of the batch."""
+    forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
+    part = jax.tree.map(lambda x: _part(x, accumulate), batch)
+    alone = compile_program(forward.lower(state, part))  # type: ignore[attr-defined]
+    return alone.total - alone.arguments if isinstance(alone, Program) else 0
 
 
 def largest_batch(

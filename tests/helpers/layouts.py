@@ -14,10 +14,11 @@ STEPS = 20
 
 def train(api, case, variant, layout, small=0):
     """A subject's losses on a layout, None for one device; and the bytes that devices exchange."""
+
     import adapters_jax as aj
     from adapters_jax.distributed.mesh import make_mesh, shard_batch
+    from adapters_jax.distributed.program import Hlo
     from adapters_jax.distributed.sharding import shard
-    from benchmarks.collectives import collective_bytes
     from helpers.contract import APIS, CASES, VARIANTS, ids
 
     subject = APIS[api](CASES[case], **VARIANTS[variant])
@@ -36,7 +37,7 @@ def train(api, case, variant, layout, small=0):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     trained = sum(x.nbytes for x in jax.tree.leaves(state.adapters))
-    return {"losses": losses, "exchanged": collective_bytes(hlo), "trained_bytes": trained}
+    return {"losses": losses, "exchanged": Hlo(hlo).collectives(), "trained_bytes": trained}
 
 
 def main(rows, process=None, processes=1, address=None):

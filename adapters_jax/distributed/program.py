@@ -1,0 +1,205 @@
+"""What a compiler says of a program that it compiled: memory, costs, and exchanged bytes."""
+
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
+BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
+BITS |= {"f8e4m3fn": 8, "f8e5m2": 8}
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_ARRAY = re.compile(rf"\b({'|'.join(BITS)})\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_EXHAUSTED = re.compile(
+    r"RESOURCE_EXHAUSTED.*required.*?\(([\d.]+[KMGT])\).*available.*?\(([\d.]+[KMGT])\)", re.S
+)
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)|_computations=\{(.*?)\}")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
+_LIMIT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_TEST = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
+
+
+@dataclass(frozen=True)
+class Program:
+    """The program of one device, as its compiler describes it.
+
+    Attributes:
+        arguments: bytes of what the program is given.
+        outputs: bytes of what it returns.
+        aliased: bytes of outputs that take the place of donated arguments.
+        temporaries: bytes of its working memory, as JAX's `memory_analysis()` gives them.
+        code: bytes of the program itself.
+        total: bytes of a device while the program runs. A TPU's outputs and temporaries share room,
+            so this is less than the sum of the parts; before JAX 0.12, it is the sum.
+        flops: floating-point operations; None if the compiler does not say.
+        bytes_accessed: bytes read and written in memory, likewise.
+        seconds: the compiler's own estimate of the time; None if it has none that is positive.
+        loops: how often the body of each loop runs. `flops`, `bytes_accessed` and `seconds` count
+            every body once.
+        collectives: bytes of the results of each kind of collective operation, over all rounds of
+            the loops.
+        compile_seconds: the time that the compiler took.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    total: int
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    seconds: float | None = None
+    loops: tuple[int, ...] = ()
+    collectives: dict[str, int] = field(default_factory=dict)
+    compile_seconds: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def of(cls, compiled: Any, compile_seconds: float = 0.0) -> "Program":
+        """The description of a compiled program (`jax.stages.Compiled`)."""
+        memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        module = Hlo(compiled.as_text())
+        seconds = costs.get("optimal_seconds", 0.0)
+        arguments, outputs, aliased, temporaries, code = parts = (
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+        )
+        summed = arguments + outputs - aliased + temporaries + code
+        return cls(
+            *parts,
+            getattr(memory, "total_allocation_bytes", 0) or summed,
+            costs.get("flops"),
+            costs.get("bytes accessed"),
+            seconds if seconds > 0 else None,
+            tuple(sorted(module.loops.values())),
+            module.collectives(),
+            compile_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that its compiler refused, since it does not fit the device.
+
+    Attributes:
+        total: the bytes that it needs.
+        available: the bytes that there are.
+    """
+
+    total: int
+    available: int
+
+
+def compile_program(lowered: Any) -> Program | TooLarge:
+    """Compiles a lowered function (`jax.stages.Lowered`), and describes the program."""
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = _EXHAUSTED.search(str(error))
+        if sizes is None:
+            raise
+        return TooLarge(_size(sizes[1]), _size(sizes[2]))
+    return Program.of(compiled, time.monotonic() - began)
+
+
+def _size(text: str) -> int:
+    """The bytes of a size such as `15.75G`."""
+    return int(float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1))
+
+
+class Hlo:
+    """The text of a compiled program, by its computations.
+
+    Args:
+        text: what `as_text()` of a compiled program returns.
+
+    Attributes:
+        lines: the lines of each computation.
+        loops: by the body of a loop, how often it runs: 1 where the text does not say.
+    """
+
+    def __init__(self, text: str):
+        self.lines: dict[str, list[str]] = {"": []}
+        self.entry = name = ""
+        for line in text.splitlines():
+            if head := _HEAD.match(line):
+                name = head[2]
+                self.entry = name if head[1] else self.entry
+                self.lines[name] = []
+            self.lines[name].append(line)
+        self.loops = {
+            match[2]: self._trips(line, match[1])
+            for lines in self.lines.values()
+            for line in lines
+            if (match := _LOOP.search(line))
+        }
+
+    def _trips(self, line: str, condition: str) -> int:
+        """The rounds of a loop: stated, or the limit that a counter from 0 on is compared with."""
+        if stated := _TRIPS.search(line):
+            return int(stated[1])
+        body = self.lines.get(condition, [])
+        limits = {found[1]: int(found[2]) for x in body if (found := _LIMIT.search(x))}
+        tests = [found[1] for x in body if (found := _TEST.search(x))]
+        return limits.get(tests[0], 1) if tests else 1
+
+    def times(self) -> dict[str, int]:
+        """How often each computation runs, along the first way on which it is reached."""
+        found, left = {self.entry: 1}, [self.entry]
+        while left:
+            name = left.pop()
+            for line in self.lines.get(name, []):
+                for one, several in _CALLED.findall(line):
+                    for called in [one] if one else re.findall(r"[\w.-]+", several):
+                        if called not in found:
+                            found[called] = found[name] * self.loops.get(called, 1)
+                            left.append(called)
+        return found
+
+    def collectives(self) -> dict[str, int]:
+        """The bytes of the results of each kind of collective operation.
+
+        TPUs split an operation into parts, which share the number of its channel.
+
+        Example:
+            >>> text = "ENTRY main () {\\n%r = (f32[2,3]{1,0}, f32[]) all-reduce(%a, %b)\\n}"
+            >>> Hlo(text).collectives()
+            {'all-reduce': 28}
+        """
+        found: dict[str, int] = {}
+        seen = set()
+        times = self.times()
+        for name, lines in self.lines.items():
+            for line in lines:
+                match = _COLLECTIVE.search(line)
+                if not match:
+                    continue
+                channel = _CHANNEL.search(line)
+                key = (match[2], channel[1]) if channel else object()
+                if key not in seen:
+                    seen.add(key)
+                    size = _bytes(match[1], match[2], bool(match[3])) * times.get(name, 1)
+                    found[match[2]] = found.get(match[2], 0) + size
+        return found
+
+
+def _bytes(shape: str, kind: str, starts: bool) -> int:
+    """The bytes of an operation's result; one that only starts also lists what it was given."""
+    sizes = [
+        BITS[dtype] * math.prod(int(n) for n in dims.split(",") if n) // 8
+        for dtype, dims in _ARRAY.findall(shape)
+        if dims or not starts
+    ]
+    with_inputs = starts and kind != "all-reduce" and len(sizes) > 1
+    return sum(sizes[len(sizes) // 2 :] if with_inputs else sizes)

@@ -1,0 +1,313 @@
+"""Programs of accelerators that this machine does not have, compiled by their own compilers."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from helpers.errors import raises
+from jax.sharding import SingleDeviceSharding
+
+import adapters_jax as aj
+from adapters_jax.distributed import devices as described
+from adapters_jax.distributed.devices import GIB, GPUS, TPUS, memory_of
+from adapters_jax.distributed.program import Hlo, Program, TooLarge, compile_program
+from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
+
+HAVE = described._installed("libtpu") is not None
+tpu = pytest.mark.skipif(not HAVE, reason="needs libtpu: pip install 'adapters-jax[tpu]'")
+
+
+def test_a_name_that_is_no_device_names_those_near():
+    for name, *data in (
+        ("v5f:2x2", "'v5f'", "v5e", "v5p", "h100"),
+        ("h1000", "h100"),
+        ("", "''", "tpu7x"),
+        (8, "8", "v5e:2x4"),
+    ):
+        with raises(UserError, *data):
+            aj.devices(name)
+    for name in ("h100:x", "a100:0", "h200:17", "h100:-1"):
+        with raises(UserError, name, f"{name.partition(':')[0]}:8"):
+            aj.devices(name)
+
+
+def test_a_compiler_that_is_absent_or_of_another_version(monkeypatch):
+    monkeypatch.setattr(described, "_installed", lambda package: None)
+    for name, package, extra in (("v5e:2x2", "libtpu", "tpu"), ("h100", "jax-cuda13", "cuda")):
+        with raises(MissingPackageError, name.partition(":")[0], package, f"[{extra}]"):
+            aj.devices(name)
+    monkeypatch.setattr(described, "_installed", lambda package: "0.0.9")
+    monkeypatch.setattr(described, "_pinned", lambda: "0.0.50.*")
+    with raises(UserError, "libtpu 0.0.9 ", "0.0.50.*", "[tpu]"):
+        aj.devices("v5e:2x2")
+    with raises(UserError, "0.0.9", f"jaxlib {described.version('jaxlib')}", "[cuda]"):
+        aj.devices("h100")
+
+
+def test_memory_by_the_kind_of_a_device():
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    assert memory_of(Device) == 15.75 * GIB
+    assert memory_of(jax.devices()[0]) is None
+    assert not described.is_described(jax.devices()[0])
+    kinds = [each.kind for each in (*TPUS.values(), *GPUS.values())]
+    assert len(set(kinds)) == len(kinds)
+
+
+LOOP = """HloModule jit_f
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = (f32[2]{0}, f32[4]{0}, u32[]) collective-permute-start(%x), channel_id=3
+  %d = f32[4]{0} collective-permute-done(%s)
+  %part = f32[4]{0} fusion(%x), kind=kCustom, calls=%fused
+}
+%fused (q: f32[4]) -> f32[4] {
+  %g = bf16[8,2]{1,0:T(8,128)S(1)} all-gather(%q), channel_id=7
+}
+%fused.2 (q: f32[4]) -> f32[4] {
+  %g.2 = bf16[8,2]{1,0:T(8,128)S(1)} all-gather(%q), channel_id=7
+}
+%test (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%test, body=%body
+  %again = f32[4]{0} fusion(%x), kind=kCustom, calls=%fused.2
+  %r = (f32[2,3]{1,0}, s4[6]{0}) all-reduce(%a, %b)
+}"""
+
+
+def test_the_bytes_of_collectives_over_the_rounds_of_loops():
+    module = Hlo(LOOP)
+    assert module.loops == {"body": 5}
+    found = module.collectives()
+    assert found == {"collective-permute": 5 * 16, "all-gather": 5 * 32, "all-reduce": 24 + 3}
+    stated = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert Hlo(stated).collectives()["all-gather"] == 9 * 32
+
+
+def test_loops_of_a_compiled_program_are_those_of_its_scans():
+    def f(x):
+        inner = lambda x, _: (jnp.sin(x @ x), None)  # noqa: E731
+        outer = lambda x, _: (jax.lax.scan(inner, x, length=7)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, length=3)[0]
+
+    lowered = jax.jit(f).lower(jnp.ones((4, 4)))
+    module = Hlo(lowered.compile().as_text())
+    assert sorted(module.loops.values()) == [3, 7]
+    assert max(module.times().values()) == 21
+    program = compile_program(lowered)
+    assert program.loops == (3, 7)
+    parts = program.arguments + program.outputs - program.aliased + program.temporaries
+    assert parts <= program.total < parts + 100  # constants
+
+
+class Refused:
+    """A function that a compiler refuses to compile."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_that_is_too_large_has_its_bytes():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (33.01G) exceeds available HBM (15.75G).\nSee more."
+    )
+    found = compile_program(Refused(message))
+    assert found == TooLarge(int(33.01 * GIB), int(15.75 * GIB))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compile_program(Refused("INTERNAL: no"))
+
+
+# What follows compiles for TPUs.
+
+SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512}
+CONFIG = DecoderConfig(**SIZES, num_hidden_layers=6, num_attention_heads=4)
+METHODS = {
+    "lora": aj.lora(4),
+    "houlsby": aj.houlsby(8),
+    "prompts": aj.prefix_tuning(4),
+}
+
+
+def decoder(method, scan, dtype="bf16"):
+    options = {"param_dtype": jnp.bfloat16, "scan": scan, "remat": scan}
+    base = nnx.eval_shape(lambda: Decoder(CONFIG, **options, rngs=nnx.Rngs(0)))
+    base = base if dtype == "bf16" else aj.quantize(base, dtype=dtype)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    recipe = METHODS[method]
+    model = nnx.eval_shape(lambda: aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,)))
+    return aj.abstract_state(model, tx=optax.adamw(1e-3))
+
+
+def loss(model, ids, key):
+    labels = ids[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), labels).mean()
+
+
+def compiled(state, loss_fn=loss):
+    """A step of few tokens, compiled for a TPU."""
+    mesh = aj.make_mesh("data=1", aj.devices("v5e"))
+    ids = jax.ShapeDtypeStruct((1, 17), jnp.int32)
+    state, ids = aj.shard(state, mesh), aj.shard_batch(ids, mesh)
+    step = aj.make_train_step(loss_fn)
+    return step.jitted.lower(state.replace(base=None), state.base, ids).compile()
+
+
+def stored(*trees):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees) if x.dtype != "key<fry>")
+
+
+def widened(text, shapes):
+    """The float32 arrays of these shapes that a program writes, those within fusions left out."""
+    module = Hlo(text)
+    written = [line for name in (module.entry, *module.loops) for line in module.lines[name]]
+    arrays = {f"f32[{','.join(map(str, shape))}]" for shape in shapes}
+    heads = (line.partition(" = ")[2].split("{")[0] for line in written)
+    return arrays & set(heads)
+
+
+def check(state, program, text):
+    """The base is no output, and no float32 copy of one of its matrices is written."""
+    trained = stored(state.adapters, state.opt_state)
+    assert program.outputs - program.aliased < 10_000  # the metrics
+    assert trained <= program.aliased < 3 * trained < stored(state.base)  # a TPU pads what is thin
+    leaves = jax.tree.leaves(state.base)
+    matrices = {x.shape[-2:] for x in leaves if x.ndim > 1 and min(x.shape[-2:]) > 100}
+    stacked = {(6, *shape) for shape in matrices}
+    assert not widened(text, matrices | stacked)
+    assert program.total - program.arguments < 2 * sum(x.size for x in leaves)
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("method", "scan"),
+    [("lora", False), ("lora", True), ("houlsby", False), ("houlsby", True), ("prompts", False)],
+)
+def test_a_step_on_a_tpu_neither_copies_nor_returns_its_base(method, scan, dtype):
+    state = decoder(method, scan, dtype)
+    step = compiled(state)
+    program = Program.of(step)
+    check(state, program, step.as_text())
+    assert program.loops == ((6, 6) if scan else ())
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_that_check_sees_a_base_that_is_widened():
+    def wide(model, ids, key):
+        kernel = model.layers[0].mlp.up.kernel[...].astype(jnp.float32)
+        return loss(model, ids, key) + jnp.sort(kernel, axis=0)[0, 0]
+
+    state = decoder("lora", False)
+    step = compiled(state, wide)
+    with pytest.raises(AssertionError, match="f32"):
+        check(state, Program.of(step), step.as_text())
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_a_plan_over_a_mesh_of_tpus_and_a_step_that_does_not_fit():
+    config = BertConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4)
+    model = aj.adapt(Bert(config, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), aj.lora(4))
+    ids = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+    example = jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(model.inner.init, jax.random.key(0), example)["params"]
+    params = aj.init_adapters(model, params, jax.random.key(0), example)
+    state = aj.abstract_state(model, params, tx=optax.adamw(1e-3))
+
+    def loss(params, ids, key):
+        return jnp.mean(model.apply({"params": params}, ids).astype(jnp.float32) ** 2)
+
+    mesh = aj.make_mesh("fsdp=8", aj.devices("v5e:2x4"))
+    found = aj.plan(state, loss, ids, mesh)
+    one = aj.plan(state, loss, ids, aj.make_mesh("data=1", aj.devices("v5e")))
+    assert found.devices == 8 and found.base < one.base / 4
+    assert found.program.collectives["all-gather"] > 0 and not one.program.collectives
+    assert one.program.flops > 0 and one.program.seconds > 0
+
+
+@tpu
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_a_tpu_has_its_bytes():
+    def build():
+        base = nnx.Linear(2**17, 2**16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return aj.adapt(base, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+
+    state = aj.abstract_state(nnx.eval_shape(build), tx=optax.sgd(0.1))
+    x = jax.ShapeDtypeStruct((8, 2**17), jnp.bfloat16)
+    mesh = aj.make_mesh("data=1", aj.devices("v5e"))
+    found = aj.plan(state, lambda model, x, key: jnp.mean(model(x).astype(jnp.float32)), x, mesh)
+    assert found.program is None and found.base == 2 * (2**33 + 2**16)
+    assert 16 * GIB <= found.total < 17 * GIB
+
+
+@tpu
+@pytest.mark.slow
+def test_topologies_that_there_are_and_one_that_is_not():
+    for name, count in (("v5e:2x4", 8), ("v6e:4x4", 16), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)):
+        found = aj.devices(name)
+        tpu = TPUS[name.partition(":")[0]]
+        assert len(found) == count and found[0].device_kind == tpu.kind
+        assert described.is_described(found[0]) and memory_of(found[0]) == tpu.memory
+    for shapes in ((name, shape) for name, tpu in TPUS.items() for shape in tpu.shapes):
+        assert aj.devices(":".join(shapes))
+    with raises(UserError, "v5e", "'3x3'", "2x4", "16x16"):
+        aj.devices("v5e:3x3")
+    with raises(UserError, "v5e", "'8'", "2x4"):
+        aj.devices("v5e:8")
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_the_memory_of_tpus_is_what_their_compiler_says():
+    for name, tpu in TPUS.items():
+        (one, *_) = aj.devices(name)
+        x = jax.ShapeDtypeStruct((2**18, 2**20), jnp.int8, sharding=SingleDeviceSharding(one))
+        found = compile_program(jax.jit(lambda x: jnp.sort(x, 1) + x).lower(x))
+        assert isinstance(found, TooLarge) and found.available == tpu.memory, name
+
+
+@tpu
+@pytest.mark.slow
+def test_another_process_may_hold_the_lock_of_the_library():
+    code = "import adapters_jax as aj, sys; aj.devices('v5e'); print('loaded', flush=True); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "loaded\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code], input="\n", capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout == "loaded\n", done.stderr
+    finally:
+        first.communicate("\n")
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_any_function_can_be_compiled_for_them():
+    sharding = SingleDeviceSharding(aj.devices("v6e")[0])
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=sharding)
+    program = Program.of(jax.jit(lambda x: x @ x).lower(x).compile())
+    assert program.flops == pytest.approx(2 * 256**3, rel=0.01)
+    assert program.arguments == program.outputs == 2 * 256 * 256
