@@ -79,6 +79,7 @@ def load_t5(
     directory = huggingface.resolve(name_or_path, revision)
     config = T5Config.from_json(directory / "config.json")
     tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
     return config, filled(abstract_t5(config, **options), tensors, NAMES, mesh, rules)
 
 

@@ -159,6 +159,11 @@ class T5Config(huggingface.CheckpointConfig):
         }
 
     @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text: any, since its positions are relative."""
+        return 2**31 - 1
+
+    @property
     def decoder_layers(self) -> int:
         """The number of layers of the decoder."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
