@@ -353,6 +353,52 @@ def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
     assert grown < 1.25 * whole, f"{grown / whole:.2f} times the parameters"
 
 
+ROWS = """
+import contextlib, json, re, sys, jax, jax.numpy as jnp, numpy as np, optax
+from dataclasses import replace
+from flax import nnx
+import adapters_jax as aj
+from adapters_jax.distributed.plan import abstract_state
+from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.models.decoder import Decoder, DecoderConfig
+
+ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+sizes["intermediate_size"] = 96
+if sys.argv[1] == "decoder":
+    model, params = nnx.eval_shape(lambda: aj.adapt(
+        Decoder(DecoderConfig(**sizes), scan=True, remat=True, rngs=nnx.Rngs(0)),
+        aj.LoRA("**/{query,value}", 4), rngs=nnx.Rngs(0))), None
+    loss = lambda model, ids, key: jnp.mean(model.hidden(ids) ** 2)
+else:
+    base = Bert(BertConfig(**sizes), scan=True, remat=True)
+    params = jax.eval_shape(base.init, jax.random.key(0), ids)["params"]
+    model = aj.adapt(base, aj.LoRA("**/{query,value}", 4))
+    params = aj.init_adapters(model, params, jax.random.key(0), ids)
+    loss = lambda params, ids, key: jnp.mean(model.apply({"params": params}, ids) ** 2)
+mesh = aj.make_mesh("fsdp=4", jax.devices()[:4])
+state = aj.shard(abstract_state(model, params, tx=optax.adam(0.1)), mesh, small=0)
+step = aj.make_train_step(loss)
+lowered = step.jitted.lower(replace(state, base=None), state.base, aj.shard_batch(ids, mesh))
+kinds = "all-gather|all-reduce|reduce-scatter|all-to-all"
+found = re.findall(rf"= (.*) (?:{kinds})(?:-start)?[(]", lowered.compile().as_text())
+print(json.dumps([[int(n) for n in dims.split(",") if n]
+    for types in found for dims in re.findall(r"[a-z0-9]+[[]([0-9,]*)[]]", types)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_devices_exchange_weights_and_no_activations_in_layers(kind):
+    """Each of 4 devices has 2 of 8 rows; a layer's weights are gathered, forward and backward."""
+    run = [sys.executable, "-c", ROWS, kind]
+    ran = subprocess.run(run, env=environment(4), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    shapes = [[n for n in shape if n > 1] for shape in json.loads(ran.stdout)]
+    assert shapes.count([32, 96]) == (4 if kind == "decoder" else 2)
+    activations = [shape for shape in shapes if 64 in shape and len(shape) > 2]
+    assert not activations
+
+
 def example(tmp_path, devices, *flags, process=None, port=0):
     """The script of the README, started."""
     env = environment(devices)

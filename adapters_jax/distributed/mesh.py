@@ -11,9 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.errors import UserError
+from adapters_jax.rows import BATCH
 from adapters_jax.trees import Tree
-
-BATCH = ("data", "fsdp")  # the axes that split batches
 
 
 class ShardingError(UserError):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import core, nnx, struct
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
@@ -127,6 +128,11 @@ class TrainState:
             graphdef=graphdef,
             dtypes=dtypes,
         )
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the state is laid out on; None on one device."""
+        return self.layout[0].mesh if self.layout else None
 
     @property
     def checkpointed(self) -> dict[str, Any]:

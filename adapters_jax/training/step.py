@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
@@ -122,7 +123,8 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
-        other, (grads, metrics) = gradients(state, base, batch)
+        with on_mesh(state.mesh):
+            other, (grads, metrics) = gradients(state, base, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         adapters, opt_state, other = jax.lax.cond(
@@ -242,6 +244,7 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
         subject = _subject(state)
         if state.graphdef is not None:
             subject.eval()
-        return fn(subject, batch)
+        with on_mesh(state.mesh):
+            return fn(subject, batch)
 
     return evaluate

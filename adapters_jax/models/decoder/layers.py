@@ -15,6 +15,7 @@ from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
 from adapters_jax.models.parts.cache import LayerCache
 from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize
 from adapters_jax.models.parts.rotary import Rotation, rotate
+from adapters_jax.rows import split_rows
 
 Hidden = Float[Array, "batch length d"]
 Mask = Bool[Array, "#batch 1 length keys"]
@@ -154,7 +155,7 @@ class DecoderSum(nnx.Module):
 
     def __call__(self, x: Hidden, y: Hidden) -> Hidden:
         """Adds the input `x` and the output `y` of a sublayer."""
-        return x + y
+        return split_rows(x + y)
 
 
 class DecoderLayer(nnx.Module):

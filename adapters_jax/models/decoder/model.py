@@ -28,6 +28,7 @@ from adapters_jax.models.parts.functions import (
 )
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import Rotation, rotation
+from adapters_jax.rows import split_rows
 
 
 class Decoder(nnx.Module):
@@ -143,7 +144,7 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def _embed(self, input_ids: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
-        x, factor = self.embeddings(input_ids), self.config.embedding_multiplier
+        x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
         return x if factor == 1.0 else x * factor
 
     @property

@@ -13,6 +13,7 @@ from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
 from adapters_jax.models.parts.rotary import Rotation, rotate
+from adapters_jax.rows import split_rows
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -88,7 +89,7 @@ class Sum(nn.Module):
         self, x: Float[Array, "batch length d"], y: Float[Array, "batch length d"]
     ) -> Float[Array, "batch length d"]:
         """Adds the input `x` and the output `y` of a sublayer."""
-        return x + y
+        return split_rows(x + y)
 
 
 class LayerNorm(Typed):

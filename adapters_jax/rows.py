@@ -1,0 +1,58 @@
+"""Rows of activations that stay split over the devices of a mesh.
+
+A base whose weights are split over `fsdp` lets XLA choose: gather each weight where it is used, or
+split the activations by heads and give every device all rows. It often chooses the second, which
+exchanges activations many times larger than the weights. Models tell it by `split_rows`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+BATCH = ("data", "fsdp")  # the axes of a mesh that split batches
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """What is traced in the body runs on this mesh, which `split_rows` then uses."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def split_rows(x: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
+    """Keeps the rows of activations split over a mesh's axes `data` and `fsdp`.
+
+    The models here call it after each sum with the residual stream. Call it likewise in a model or
+    a loss of your own: `make_train_step` and `make_eval_step` know the mesh of a state that `shard`
+    has laid out.
+
+    Args:
+        x: activations, whose first axis has the rows of the batch.
+
+    Returns:
+        `x`, with a constraint for XLA; without one where there is no mesh, or where its axes do not
+        divide the rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> split_rows(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    mesh = _MESH.get()
+    if mesh is None:
+        return x
+    axes = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
+    if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    spec = P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
