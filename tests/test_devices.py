@@ -1,5 +1,8 @@
 """Programs of accelerators that this machine does not have, compiled by their own compilers."""
 
+import contextlib
+import io
+import json
 import subprocess
 import sys
 
@@ -8,12 +11,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from helpers.commands import command_raises
 from helpers.errors import raises
+from helpers.tiny import write_llama
 from jax.sharding import SingleDeviceSharding
 
 import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.shapes import count_parameters
 from adapters_jax.distributed import devices as described
 from adapters_jax.distributed.devices import GIB, GPUS, TPUS, memory_of
+from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.distributed.program import Hlo, Program, TooLarge, compile_program
 from adapters_jax.errors import MissingPackageError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
@@ -311,3 +320,45 @@ def test_any_function_can_be_compiled_for_them():
     program = Program.of(jax.jit(lambda x: x @ x).lower(x).compile())
     assert program.flops == pytest.approx(2 * 256**3, rel=0.01)
     assert program.arguments == program.outputs == 2 * 256 * 256
+
+
+def command(*flags):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["plan", *map(str, flags), "--json"])
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_flags_of_a_plan_for_a_device_that_do_not_fit():
+    with command_raises(UserError, "--quantize int8", "--device"):
+        command("--model", "bert-base", "--quantize", "int8")
+    with command_raises(UserError, "'v5f'", "v5e"):
+        command("--model", "bert-base", "--device", "v5f")
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_the_command_plans_for_tpus(tmp_path):
+    write_llama(tmp_path / "llama")
+    flags = ("--model", tmp_path / "llama", "--device", "v5e:2x4", "--length", 16, "--no-full")
+    with command_raises(ShardingError, "fsdp=3", "8 devices"):
+        command(*flags, "--mesh", "fsdp=3")
+    with command_raises(ShardingError, "--batch-size 9", "fsdp=8", "multiple of 8"):
+        command(*flags, "--batch-size", 9)
+    status, out, err = command(*flags, "--method", "lora", "--no-largest")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["mesh"] == {"fsdp": 8} and found["memory"] == 15.75 * GIB
+    lora = found["plans"]["lora"]
+    counted = count_parameters(str(tmp_path / "llama"), MethodOptions("lora"))
+    assert lora["base"] == 2 * counted.frozen_parameters  # bfloat16, and all of it is small
+    assert lora["total"] == lora["program"]["total"] and lora["batch"] == 8
+    costs = found["costs"]["lora"]
+    assert lora["program"]["loops"] and costs["flops"] > lora["program"]["flops"]
+    assert err.count("compiling lora") == 3 and "fits 15.8 GiB" in err
+    memory = lora["total"] / 1e9
+    status, out, _ = command(*flags, "--memory", memory, "--quantize", "int8")
+    found = json.loads(out)
+    assert found["plans"]["lora"]["base"] < lora["base"]
+    assert found["largest"]["lora"] is None or found["largest"]["lora"]["batch"] >= 8

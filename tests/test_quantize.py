@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax import linen as nn
 from flax import nnx
 from helpers import contract
@@ -29,7 +30,7 @@ from adapters_jax.errors import MissingPackageError
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import flatten
-from adapters_jax.weights.quantized import Quantized, is_quantized, once
+from adapters_jax.weights.quantized import Quantized, _nf4_floats, is_quantized, once
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -468,3 +469,25 @@ def test_a_plan_counts_what_a_quantised_base_holds():
     found = plan(state, loss, x)
     assert found.base == WIDTH * WIDTH * (4 + 32 / 64) / 8 + 4 * WIDTH
     assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
+
+
+@pytest.mark.parametrize("tiles", [{0: 32}, {1: 16, 2: 64}, {}])
+def test_nf4_by_the_bits_of_its_numbers_is_that_of_qwix(tiles):
+    weight = jax.random.normal(jax.random.key(0), (128, 96, 64))
+    array = qwix.quantize(weight, "nf4", channelwise_axes=(), tiled_axes=tiles)
+    assert len(np.unique(array.qvalue.astype(jnp.int32))) == 16
+    np.testing.assert_array_equal(_nf4_floats(array), qwix.dequantize(array))
+
+
+def test_programs_are_those_of_their_platform():
+    model, x, read = nn.Dense(8, use_bias=False), jnp.ones((2, 64)), {}
+    params = {"kernel": jnp.ones((64, 8))}
+    for dtype in ("int4", "nf4"):
+        weight = aj.quantize(model, params, x, dtype=dtype)["kernel"]
+        traced = jax.jit(lambda w, x: once(lambda w, x: x @ w, w, x)).trace(weight, x)
+        for platform in ("cpu", "tpu", "cuda"):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            read[dtype, platform] = ("xor" in text, "gather" in text)
+    assert all(xor == (platform == "cpu") for (_, platform), (xor, _) in read.items())
+    table = {key for key, (_, gather) in read.items() if gather}
+    assert table == {("nf4", "cpu"), ("nf4", "cuda")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from adapters_jax.models.known import find_known, near_known
 from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained.assets import ASSETS
 from adapters_jax.pretrained.locate import pinned_shape, read_config
+from adapters_jax.transforms.quantize import quantize as quantized
 
 
 def count_parameters(name: str, method: MethodOptions) -> Audit:
@@ -39,26 +41,46 @@ def count_parameters(name: str, method: MethodOptions) -> Audit:
     return audit(adapted, params)
 
 
-def adapted_shape(name: str, method: MethodOptions, **options: Any) -> tuple[Any, Any]:
+def adapted_shape(
+    name: str,
+    method: MethodOptions,
+    quantize: str | None = None,
+    layers: int | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
     """Makes an adapted model without arrays, and in linen the shapes of its parameters.
 
     Args:
         name: as for `count_parameters`.
         method: the recipe.
+        quantize: the quantised dtype of the frozen weights; None does not quantise.
+        layers: the number of layers, instead of the model's own.
         **options: options of the model's class, such as `param_dtype`.
 
     Returns:
         The adapted model, and its parameters as shapes; None instead of them for an NNX model.
     """
     family, config = find_shape(name)
+    config = config if layers is None else _with_layers(config, layers)
     model, inputs = family.shape(config, **options)
     recipe = method.build(num_layers=config.num_layers, layer=family.layer)
     if isinstance(model, nnx.Module):
+        model = quantized(model, dtype=quantize) if quantize else model
         rngs = nnx.Rngs(0)
         return nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)), None
     adapted = adapt(model, recipe)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    if quantize:
+        params = quantized(model, params, *inputs, dtype=quantize)
     return adapted, init_adapters(adapted, params, jax.random.key(0), *inputs)
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    """The configuration of a model with fewer layers, the first ones."""
+    number = "n_layer" if hasattr(config, "n_layer") else "num_hidden_layers"
+    each = {name: getattr(config, name, None) for name in ("layer_types", "no_rope_layers")}
+    cut = {name: values[:layers] for name, values in each.items() if values}
+    return dataclasses.replace(config, **{number: layers}, **cut)
 
 
 def find_shape(name: str) -> tuple[Family, Any]:

@@ -19,6 +19,25 @@ from jaxtyping import Array, Float
 from adapters_jax.abstract import is_abstract
 from adapters_jax.errors import MissingPackageError
 
+NF4 = (  # Dettmers et al. 2023, appendix E; each is a float32
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
 
 class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     """A quantised weight, in a box that flax opens where a layer reads the parameter.
@@ -49,7 +68,11 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     def unbox(self) -> Float[Array, "..."]:
         """The weight in floats."""
-        return _qwix().dequantize(self.array).astype(self.dtype)
+        dequantize = _qwix().dequantize
+        if self.array.qtype != "nf4":
+            return dequantize(self.array).astype(self.dtype)
+        floats = jax.lax.platform_dependent(self.array, tpu=_nf4_floats, default=dequantize)
+        return floats.astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> "Quantized":
         """Raises TypeError: a quantised weight is frozen."""
@@ -116,6 +139,26 @@ def pack(
     return _qwix().quantize(full, qtype, channelwise_axes=whole, tiled_axes=dict(blocks))
 
 
+def _nf4_floats(array: Any) -> Float[Array, "..."]:
+    """The floats of a `qwix.QArray` of nf4.
+
+    The numbers are chosen by the bits of their index. For a table that is indexed, as in
+    `qwix.dequantize`, a TPU's compiler makes a longer program that holds all floats at once.
+    """
+    index = array.qvalue.astype(jnp.int32)
+
+    def chosen(numbers: tuple[float, ...]) -> Any:
+        half = len(numbers) // 2
+        if not half:
+            return jnp.float32(numbers[0])
+        return jnp.where(index & half, chosen(numbers[half:]), chosen(numbers[:half]))
+
+    blocks = [(n, size // n) for size, n in zip(array.qvalue.shape, array.scale.shape, strict=True)]
+    values = chosen(NF4).reshape([n for block in blocks for n in block])
+    scales = array.scale.reshape([n for size, _ in blocks for n in (size, 1)])
+    return (values * scales).reshape(array.qvalue.shape)
+
+
 def once(run: Callable[[Any, Any], Any], weights: Any, inputs: Any) -> Any:
     """`run(weights, inputs)` with float weights that live only for this call and for its gradient.
 
@@ -152,8 +195,10 @@ def _read(weights: Any, arrays: Any) -> Any:
     before = next((x for x in floats if x.size), None)
     if before is not None:
         weights, before = jax.lax.optimization_barrier((weights, before))
-        if jax.default_backend() == "cpu":
-            weights = _after(weights, before[(0,) * before.ndim])
+        # By the platform that a program is compiled for, which need not be the one that runs here.
+        weights = jax.lax.platform_dependent(
+            weights, before[(0,) * before.ndim], cpu=_after, default=lambda weights, _: weights
+        )
     return jax.tree.map(Quantized.unbox, weights, is_leaf=is_quantized)
 
 

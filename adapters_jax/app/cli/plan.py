@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
-import optax
-from flax import nnx
 from jax.sharding import Mesh
 
-from adapters_jax.app.console import Console
+from adapters_jax.app.console import Console, duration
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape, find_shape
+from adapters_jax.app.planning import Job, Planned
 from adapters_jax.audit import bytes_text
 from adapters_jax.checks import check_number, check_size
+from adapters_jax.distributed.devices import devices, memory_of
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, mesh_sizes
-from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
+from adapters_jax.distributed.plan import PARTS
+from adapters_jax.errors import UserError
 
 FULL = MethodOptions("full")
-BY_NUMBER = (
-    "llama-adapter",
-    "prefix-tuning",
-    "last-layers",
-)  # methods that address layers by number
-ROWS = ("base", "adapters", "optimizer", "gradients", "activations", "temporaries", "total")
+OFF = "an estimate by XLA for the CPU; --device compiles for an accelerator instead"
 
 
 @dataclass(frozen=True)
 class PlanTraining:
     """Computes the memory of each device in training a recipe and in full fine-tuning.
 
-    No weights are needed. The step is compiled for the devices of the mesh, which are simulated on
-    the CPU, and XLA's memory analysis of it is read. XLA has no half precision on a CPU, so with
-    bfloat16 the working memory is half that of the float32 program. Trained parameters, their
-    gradients and AdamW's moments are float32. Layers are scanned unless they differ or the recipe
-    numbers them, and recomputed in the backward pass.
+    No weights are needed. With --device, the step is compiled by the compiler of a TPU or GPU,
+    which need not be there, and the plan is what that compiler says. Without, it is compiled for
+    CPU devices, and XLA's memory analysis of it is an estimate: XLA has no half precision on a CPU,
+    so with bfloat16 the working memory is half that of the float32 program. Trained parameters,
+    their gradients and AdamW's moments are float32. Layers are scanned unless they differ or the
+    recipe numbers them, and recomputed in the backward pass.
 
     Args:
         model: a known shape such as llama-7b, a directory with config.json, a GGUF file, or an id
             on the Hugging Face Hub.
         method: the recipe.
-        mesh: devices, as fsdp=8,model=8; by default one.
-        batch_size: sequences in a step, over all devices.
+        device: devices to compile for, such as v5e:2x4 or h100:8; see aj.devices. Needs the extra
+            tpu or cuda.
+        mesh: devices, as fsdp=8,model=8; by default fsdp over those of --device, else one.
+        batch_size: sequences in a step, over all devices; by default 8, or one a device.
         length: tokens in a sequence.
         dtype: dtype of the base model and its arithmetic.
+        quantize: keep the frozen weights in 8 or 4 bits; needs --device.
         remat: recompute each layer in the backward pass instead of storing it.
-        memory: memory of a device in GB; also finds the largest batch that fits.
+        memory: memory of a device in GB, by default that of --device; also finds the largest batch
+            that fits.
+        largest: find the largest batch that fits; it compiles several steps.
         full: also plan full fine-tuning.
         json: print JSON.
     """
@@ -58,16 +57,20 @@ class PlanTraining:
     examples: ClassVar[str] = """\
   adapters-jax plan --model bert-large --method houlsby --batch-size 32 --length 128
   adapters-jax plan --model llama-7b --method lora --memory 80
+  adapters-jax plan --model llama-7b --method lora --device v5p:2x2x1 --no-full --no-largest
   adapters-jax plan --model gpt3-175b --method lora --rank 4 --mesh fsdp=8,model=8"""
 
     model: str
     method: MethodOptions = field(default_factory=lambda: MethodOptions("lora"))
-    mesh: str = "data=1"
-    batch_size: int = 8
+    device: str | None = None
+    mesh: str | None = None
+    batch_size: int | None = None
     length: int = 512
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["int8", "int4", "nf4"] | None = None
     remat: bool = True
     memory: float | None = None
+    largest: bool = True
     full: bool = True
     json: bool = False
 
@@ -75,127 +78,148 @@ class PlanTraining:
         """Checks the flags, and makes the mesh.
 
         Raises:
-            UserError: the model or the recipe cannot be used.
+            UserError: the model or the recipe cannot be used, there is no such device, or the base
+                is quantised for the CPU.
             ShardingError: the mesh is not valid, or the batch does not split over it.
+            MissingPackageError: the compiler of the device is not installed.
         """
         check_size("the plan", "--length", self.length)
-        check_size("the plan", "--batch-size", self.batch_size)
+        if self.batch_size is not None:
+            check_size("the plan", "--batch-size", self.batch_size)
         if self.memory is not None:
             check_number("the plan", "--memory", self.memory)
-        mesh = _simulated(self.mesh, self.batch_size)
+        if self.quantize and self.device is None:
+            raise UserError(
+                f"--quantize {self.quantize}: the plan for CPU devices is one of floats; add a "
+                "device, such as --device v5e:1x1"
+            )
+        mesh = self._mesh()
         methods = [self.method, *([FULL] if self.full and self.method != FULL else [])]
-        shapes = [self._state(method) for method in methods]
+        jobs = [self._job(method, mesh, console) for method in methods]
+        for job in jobs:
+            _ = job.state  # raises where model and recipe do not fit
 
         def work() -> None:
-            plans = {
-                method.title: self._plans(method, shape, mesh, console)
-                for method, shape in zip(methods, shapes, strict=True)
-            }
-            self._show(plans, mesh, console)
+            self._show({job.method.title: job.run() for job in jobs}, mesh, console)
 
         return work
 
-    def _state(self, method: MethodOptions) -> tuple[Any, Any, Any]:
-        """The shapes of the model, of its parameters in linen, and of the training state."""
-        alike = find_shape(self.model)[0].scans
-        scan = alike and method.recipe is None and method.method not in BY_NUMBER
-        options = {"scan": scan, "remat": self.remat}
-        model, params = adapted_shape(self.model, method, **options)
-        return model, params, abstract_state(model, params, tx=optax.adamw(1e-4))
-
-    def _plans(
-        self, method: MethodOptions, shape: Any, mesh: Mesh, console: Console
-    ) -> tuple[Plan, Plan | None]:
-        """The plan of the given batch, and of the largest batch that fits."""
-        family, config = find_shape(self.model)
-        loss = _loss_of(shape[0], family.kind)
-
-        @functools.cache
-        def of(batch: int) -> Plan:
-            console.say(f"compiling {method.title} of {self.model} for {batch} x {self.length}")
-            inputs = family.inputs(config, batch, self.length)
-            return self._stored(plan(shape[2], loss, inputs, mesh))
-
-        asked = of(self.batch_size)
-        if self.memory is None:
-            return asked, None
-        return asked, largest_batch(of, self.memory * 1e9, unit=batch_parts(mesh.shape))
-
-    def _stored(self, found: Plan) -> Plan:
-        """Converts the plan of a float32 program to the dtype of the base model."""
-        if self.dtype == "float32":
-            return found
-        half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
-        return replace(found, **half)
-
-    def _show(
-        self, plans: dict[str, tuple[Plan, Plan | None]], mesh: Mesh, console: Console
-    ) -> None:
-        devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
-        what = f"{self.model}, {self.batch_size} x {self.length} tokens a step, {self.dtype}"
-        console.say(f"{what}, AdamW, {self.mesh}: bytes on each of {devices}")
-        rows = [[row, *(bytes_text(getattr(p, row)) for p, _ in plans.values())] for row in ROWS]
-        rows.append(
-            ["trainable parameters", *(f"{p.trainable_parameters:,}" for p, _ in plans.values())]
-        )
+    @property
+    def limit(self) -> float | None:
+        """The bytes of a device; None if they are not known."""
         if self.memory is not None:
-            fits = [f"{big.batch:,}" if big else "none" for _, big in plans.values()]
-            rows.append([f"largest batch in {self.memory:g} GB", *fits])
-        console.table(["", *plans], rows)
+            return self.memory * 1e9
+        return memory_of(devices(self.device)[0]) if self.device else None
+
+    def rows(self, sizes: Mapping[str, int]) -> int:
+        """The sequences of a step, on a mesh of these sizes."""
+        by_default = max(8, batch_parts(sizes)) if self.device else 8
+        return self.batch_size or by_default
+
+    def _mesh(self) -> Mesh:
+        """The mesh of the device, or of simulated CPU devices; the batch splits over it."""
+        jax.config.update("jax_platforms", "cpu")
+        if self.device is None:
+            return _simulated(self._checked(mesh_sizes(self.mesh or "data=1")))
+        mesh = make_mesh(self.mesh or "fsdp=-1", devices(self.device))
+        self._checked(mesh.shape)
+        return mesh
+
+    def _checked(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """The sizes of a mesh; raises ShardingError where they are not valid for the batch."""
+        if min(sizes.values()) < 1:
+            raise ShardingError(
+                f"--mesh {_text(sizes)}: expected a number of at least 1 for each axis"
+            )
+        parts, rows = batch_parts(sizes), self.rows(sizes)
+        if rows % parts:
+            raise ShardingError(
+                f"--batch-size {rows} does not split over --mesh {_text(sizes)}: write a multiple "
+                f"of {parts}"
+            )
+        return sizes
+
+    def _job(self, method: MethodOptions, mesh: Mesh, console: Console) -> Job:
+        limit = self.limit if self.largest else None
+        return Job(
+            self.model,
+            method,
+            mesh,
+            self.rows(mesh.shape),
+            self.length,
+            self.dtype,
+            self.quantize,
+            self.remat,
+            self.device is not None,
+            limit,
+            console.say,
+        )
+
+    def _show(self, results: dict[str, Planned], mesh: Mesh, console: Console) -> None:
+        number = f"{mesh.size} device{'s' * (mesh.size > 1)}"
+        what = f"{self.model}, {self.rows(mesh.shape)} x {self.length} tokens a step"
+        base = f"{self.dtype}, base in {self.quantize}" if self.quantize else self.dtype
+        where = f"{self.device}, {_text(mesh.shape)}" if self.device else _text(mesh.shape)
+        console.say(f"{what}, {base}, AdamW, {where}: bytes on each of {number}")
+        plans = [result.asked for result in results.values()]
+        table = [[name, *(bytes_text(getattr(p, name)) for p in plans)] for name in PARTS]
+        table.append(["trainable parameters", *(f"{p.trainable_parameters:,}" for p in plans)])
+        limit = self.limit
+        if limit is not None:
+            fits = ["yes" if p.total <= limit else "no" for p in plans]
+            table.append([f"fits {bytes_text(limit)}", *fits])
+        if limit is not None and self.largest:
+            found = [result.largest for result in results.values()]
+            table.append(["largest batch", *(f"{p.batch:,}" if p else "none" for p in found)])
+        if self.device:
+            columns = [_costs(result) for result in results.values()]
+            names = list(dict.fromkeys(name for column in columns for name in column))
+            table += [[name, *(column.get(name, "") for column in columns)] for name in names]
+        console.table(["", *results], table)
+        console.say("" if self.device else OFF)
         console.result(
             {
                 "model": self.model,
+                "device": self.device,
                 "mesh": dict(mesh.shape),
                 "length": self.length,
                 "dtype": self.dtype,
-                "plans": {name: asked.to_dict() for name, (asked, _) in plans.items()},
+                "quantize": self.quantize,
+                "memory": limit,
+                "plans": {name: result.asked.to_dict() for name, result in results.items()},
+                "costs": {name: result.costs for name, result in results.items()},
                 "largest": {
-                    name: None if big is None else big.to_dict()
-                    for name, (_, big) in plans.items()
-                    if self.memory is not None
+                    name: result.largest.to_dict() if result.largest else None
+                    for name, result in results.items()
+                    if limit is not None and self.largest
                 },
             }
         )
 
 
-def _simulated(text: str, batch_size: int) -> Mesh:
-    """Makes a mesh of simulated CPU devices; raises ShardingError if a batch does not fit it."""
-    sizes = mesh_sizes(text)
-    if min(sizes.values()) < 1:
-        raise ShardingError(f"--mesh {text}: expected a number of at least 1 for each axis")
-    parts = batch_parts(sizes)
-    if batch_size % parts:
-        raise ShardingError(
-            f"--batch-size {batch_size} does not split over --mesh {text}: write a multiple of "
-            f"{parts}"
-        )
+def _costs(result: Planned) -> dict[str, str]:
+    """Names and texts of what a compiler says beside the memory."""
+    program = result.asked.program
+    if program is None:
+        return {}
+    costs, formats = result.costs, {"flops": "{:.3g}", "seconds": "{:.3g} s"}
+    rows = {name: formats[name].format(costs[name]) for name in formats if costs.get(name)}
+    if costs.get("bytes_accessed"):
+        rows["bytes accessed"] = bytes_text(costs["bytes_accessed"] or 0)
+    rows |= {kind: bytes_text(size) for kind, size in sorted(program.collectives.items())}
+    return rows | {"compiled in": duration(program.compile_seconds)}
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _simulated(sizes: Mapping[str, int]) -> Mesh:
+    """Makes a mesh of simulated CPU devices."""
     count = math.prod(sizes.values())
     try:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # jax has its devices already
         if len(jax.devices()) < count:
-            raise ShardingError(f"--mesh {text}: {error}") from error
+            raise ShardingError(f"--mesh {_text(sizes)}: {error}") from error
     return make_mesh(sizes, jax.devices()[:count])
-
-
-def _loss_of(model: Any, kind: str) -> Callable[[Any, Any, Any], Any]:
-    """The loss of the next tokens, or a loss of an encoder's hidden states.
-
-    An encoder-decoder writes what it reads, so its logits are of the tokens themselves.
-    """
-    first = {"decoder": 1, "encoder-decoder": 0}.get(kind)
-
-    def loss(subject: Any, ids: Any, key: Any) -> Any:
-        if isinstance(model, nnx.Module):
-            logits = subject(ids)
-        else:
-            logits = model.apply({"params": subject}, ids)
-        if first is None:
-            return jnp.mean(jnp.square(logits.astype(jnp.float32)))
-        labels = ids[:, first:]
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, : labels.shape[1]].astype(jnp.float32), labels
-        ).mean()
-
-    return loss
