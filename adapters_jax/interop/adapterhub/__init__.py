@@ -2,7 +2,8 @@
 
 - `files` reads and writes the directory; `config` checks and interprets its settings.
 - `reading` and `writing` convert bottlenecks and LoRA, `heads` converts classification heads.
-- `blocks` finds the modules to which AdapterHub attaches bottlenecks and LoRA.
+- `architectures` has the modules to which AdapterHub attaches bottlenecks and LoRA; `blocks` finds
+  our counterparts of them.
 """
 
 from adapters_jax.interop.adapterhub.files import (
