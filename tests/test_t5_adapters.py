@@ -106,6 +106,14 @@ def test_files_of_peft_hold_the_same_leaves(tmp_path):
     assert_same(adapters, again)
 
 
+@pytest.mark.parametrize("method", [aj.LoRA("embeddings", 2), aj.Unfreeze("embeddings/*")])
+def test_an_embedding_that_peft_would_change_in_vain_is_not_written(method, tmp_path):
+    recipe = aj.Recipe(aj.LoRA("**/query", 2), method)
+    _, adapters = grown(recipe)
+    with raises(aj.UserError, "embeddings", "'shared'"):
+        save_peft(tmp_path / "a", recipe, adapters, NAMES, load_t5(FIXTURES / "mt5")[1])
+
+
 def test_one_configuration_of_adapterhub_holds_both_stacks(tmp_path):
     recipe = aj.Recipe(
         aj.Bottleneck("**/{attention,cross_attention,mlp}/output", 4),

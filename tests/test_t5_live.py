@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.arrays import drawn_like
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.interop.peft import load_peft, save_peft
@@ -128,6 +129,16 @@ def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_pat
     back = save_peft(tmp_path / "ours", recipe, adapters, NAMES, model, task_type="SEQ_2_SEQ_LM")
     assert json.loads((back / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
+
+
+def test_an_embedding_changes_in_vain_in_peft_and_is_not_read(tmp_path):
+    def shared(model_type):
+        return peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["shared"])
+
+    logits = made_by_peft("flan_t5", shared, tmp_path / "theirs")
+    np.testing.assert_array_equal(logits, theirs("flan_t5", their_base(FIXTURES / "flan_t5")))
+    with raises(aj.AdapterFileError, "embeddings", "'shared'"):
+        load_peft(tmp_path / "theirs", NAMES, load_t5(FIXTURES / "flan_t5")[1])
 
 
 RECIPES = {
