@@ -128,6 +128,14 @@ def test_one_configuration_of_adapterhub_holds_both_stacks(tmp_path):
     assert_same(adapters, load_adapterhub(directory, NAMES, model)[1])
 
 
+def test_a_mapping_without_the_encoder_has_no_numbers_for_the_decoder(tmp_path):
+    _, adapters = grown(aj.Recipe(aj.LoRA("decoder/layers/0/attention/query", 2)))
+    names = {"decoder.block.0.layer.0.SelfAttention.q": "decoder/layers/0/attention/query"}
+    with raises(aj.UserError, "encoder.block", "decoder.block"):
+        recipe, model = aj.LoRA("**/query", 2), load_t5(FIXTURES / "mt5")[1]
+        save_adapterhub(tmp_path / "a", recipe, adapters, names, model)
+
+
 def test_blocks_of_the_decoder_are_numbered_after_those_of_the_encoder(tmp_path):
     recipe = aj.Recipe(aj.Bottleneck("decoder/layers/1/mlp/output", 4))
     _, adapters = grown(recipe, "t5")  # three blocks encode, two decode

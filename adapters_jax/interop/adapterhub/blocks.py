@@ -1,7 +1,7 @@
 """The modules to which AdapterHub attaches bottlenecks and LoRA, and their counterparts of ours."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +130,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
         modules = {name.removeprefix(prefix): each for name, each in module_map.modules.items()}
         module_map = replace(module_map, modules=modules, prefixes=(prefix,) if prefix else ())
         sums = {name.removeprefix(prefix): path for name, path in sums.items()}
+    _check_stacks(architecture, {stack.block for stack, _ in found})
     blocks = Blocks(architecture, module_map, sums, _layers(found), ours)
     return replace(blocks, sums=_sums(blocks)) if ours else blocks
 
@@ -141,6 +142,16 @@ def _matches(
     each = ((stack, name) for stack in architecture.stacks for name in module_map.modules)
     matches = ((stack, re.fullmatch(stack.pattern, name)) for stack, name in each)
     return [(stack, match) for stack, match in matches if match]
+
+
+def _check_stacks(architecture: Architecture, found: Container[str]) -> None:
+    """Raises UserError for blocks of a decoder alone, which are numbered after the encoder's."""
+    lacking = [stack.block for stack in architecture.stacks[:-1] if stack.block not in found]
+    if lacking:
+        raise UserError(
+            f"names has no modules of {lacking[0]}, after whose blocks AdapterHub numbers those of "
+            f"{architecture.stacks[-1].block}; add them"
+        )
 
 
 def _layers(found: Sequence[tuple[Stack, re.Match[str]]]) -> dict[int, tuple[Stack, int]]:
