@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,10 +217,10 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(scan):
-    expected = reference("flan_t5")
+    expected = reference("mt5")
     found = []
     for remat in (False, "dots_saveable"):
-        _, model = load_t5(FIXTURES / "flan_t5", scan=scan, remat=remat)
+        _, model = load_t5(FIXTURES / "mt5", scan=scan, remat=remat)
 
         @nnx.jit
         @nnx.grad
@@ -280,3 +283,36 @@ def test_any_value_of_a_setting_is_taken_or_is_a_user_error_at_once(name):
                 config = T5Config.from_dict({**whole, key: value})
                 assert max(config.num_layers, config.decoder_layers) <= 10_000
                 json.dumps(config.to_dict())
+
+
+ON_DEVICES = """
+import sys, jax, numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from adapters_jax.distributed.mesh import make_mesh
+from adapters_jax.models.t5 import load_t5, save_t5
+
+base, out = sys.argv[1:]
+rules = {"**/{query,key,value}/kernel": P(None, "model"), "embeddings/embedding": P("model")}
+config, model = load_t5(base, mesh=make_mesh("model=4"), rules=rules)
+query = model.encoder.layers[0].attention.query.kernel[...]
+assert query.addressable_shards[0].data.shape == (16, 6), query.sharding
+expected = np.load(base + "/expected.npz")
+inputs = [expected[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")]
+logits = nnx.jit(lambda model: model(*inputs))(model)
+np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
+save_t5(out, config, model)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_on_several_devices_is_the_same_and_is_saved_whole(tmp_path):
+    base = FIXTURES / "flan_t5"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    words = [sys.executable, "-c", ON_DEVICES, str(base), str(tmp_path)]
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    expected, got = map(read_arrays, (base, tmp_path))
+    assert expected.keys() == got.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(got[key], tensor, err_msg=key)

@@ -61,6 +61,16 @@ def test_the_loss_is_that_of_the_completions_and_padding_has_none():
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+def test_a_tiny_checkpoint_is_audited_and_planned(run):
+    shutil.copytree(FIXTURES / "mt5", "base")
+    flags = "--model base --method lora --rank 2"
+    counts = json.loads(run(f"audit {flags} --json"))
+    # query and value of three attentions, with two heads of width 6
+    assert counts["adapter_parameters"] == 3 * 2 * 2 * (16 + 12)
+    plan = json.loads(run(f"plan {flags} --length 8 --batch-size 1 --no-full --json"))
+    assert plan["plans"]["lora"]["trainable_parameters"] == counts["adapter_parameters"]
+
+
 def test_texts_without_prompts_are_not_for_an_encoder(run):
     shutil.copytree(FIXTURES / "t5", "base")
     with command_raises(UserError, "--text", "'base'", "--prompt", "--completion"):

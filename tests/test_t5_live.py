@@ -1,6 +1,7 @@
 """Encoder-decoders and adapters on them, read by transformers and PEFT, and back."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.arrays import drawn_like
+from helpers.errors import raises
+from helpers.tiny import write_meanings
 
 import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.inference import load_generator
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models.t5 import NAMES, load_t5, save_t5
 from adapters_jax.nnx import AdapterParam
@@ -130,6 +135,16 @@ def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_pat
     np.testing.assert_allclose(in_peft(name, back), expected, atol=1e-4)
 
 
+def test_an_embedding_changes_in_vain_in_peft_and_is_not_read(tmp_path):
+    def shared(model_type):
+        return peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["shared"])
+
+    logits = made_by_peft("flan_t5", shared, tmp_path / "theirs")
+    np.testing.assert_array_equal(logits, theirs("flan_t5", their_base(FIXTURES / "flan_t5")))
+    with raises(aj.AdapterFileError, "embeddings", "'shared'"):
+        load_peft(tmp_path / "theirs", NAMES, load_t5(FIXTURES / "flan_t5")[1])
+
+
 RECIPES = {
     "lora": aj.lora(2, 5.0),
     "ia3": aj.ia3(),
@@ -155,3 +170,19 @@ def test_what_is_made_here_computes_the_same_in_peft(name, kind, tmp_path):
     logits = ours(name, adapted)
     np.testing.assert_allclose(in_peft(name, directory), logits, atol=1e-4)
     assert np.abs(ours(name, model) - logits).max() > 0.05
+
+
+@pytest.mark.slow
+def test_a_converted_run_has_the_same_logits_in_peft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / "flan_t5", "base")
+    write_meanings(tmp_path / "rows.csv", rows=40)
+    words = (
+        "finetune --model base --train rows.csv --prompt mr --completion ref --name mine "
+        "--method lora --rank 4 --epochs 2 --exact-match 0 --no-baselines --learning-rate 0.1"
+    )
+    assert main(words.split()) == 0
+    assert main(["convert", "runs/mine", "there", "--to", "peft"]) == 0
+    adapted = ours("flan_t5", load_generator("runs/mine").model)
+    np.testing.assert_allclose(in_peft("flan_t5", "there"), adapted, atol=2e-4)
+    assert np.abs(ours("flan_t5", load_t5("base")[1]) - adapted).max() > 0.05

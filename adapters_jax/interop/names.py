@@ -140,6 +140,8 @@ class NameTable:
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
             weight in a model that has no such output layer of its own.
         heads: their modules beside the base, whose names have no prefix.
+        held_twice: their modules that others of theirs hold and call under another name. PEFT
+            replaces them where they have this name, which changes nothing.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -155,6 +157,7 @@ class NameTable:
     parameters: tuple[ParameterRule, ...] = ()
     tied: tuple[str, str] | None = None
     heads: tuple[str, ...] = HEADS
+    held_twice: tuple[str, ...] = ()
 
     def parameter(self, path: str) -> tuple[int, str] | None:
         """The number of the rule for our parameter at `path`, and its name; None without a rule."""

@@ -2,10 +2,11 @@
 
 - `files` reads and writes the directory; `config` checks and interprets its settings.
 - `reading` and `writing` convert bottlenecks and LoRA, `heads` converts classification heads.
-- `blocks` finds the modules to which AdapterHub attaches bottlenecks and LoRA.
+- `architectures` has the modules to which AdapterHub attaches bottlenecks and LoRA; `blocks` finds
+  our counterparts of them.
 """
 
-from adapters_jax.interop.adapterhub.blocks import MODEL_TYPES
+from adapters_jax.interop.adapterhub.architectures import MODEL_TYPES
 from adapters_jax.interop.adapterhub.files import (
     CONFIG,
     FILES,

@@ -13,7 +13,7 @@ from adapters_jax.methods import Bottleneck
 Config = Mapping[str, Any]
 VERSION = "adapters.1.3.0"
 LOCATIONS: dict[str | None, tuple[str, ...]] = {
-    None: ("mh_adapter", "output_adapter"),
+    None: ("mh_adapter", "cross_adapter", "output_adapter"),
     "lora": ("selfattn_lora", "intermediate_lora", "output_lora"),
 }
 
@@ -21,7 +21,8 @@ LOCATIONS: dict[str | None, tuple[str, ...]] = {
 DEFAULTS: dict[str | None, dict[str, Any]] = {
     None: {
         **dict.fromkeys(("original_ln_before", "ln_before", "ln_after", "is_parallel"), False),
-        **dict.fromkeys(("mh_adapter", "output_adapter", "adapter_residual_before_ln"), False),
+        **dict.fromkeys(("mh_adapter", "cross_adapter", "output_adapter"), False),
+        "adapter_residual_before_ln": False,
         "architecture": None,
         **{"original_ln_after": True, "residual_before_ln": True, "scaling": 1.0, "leave_out": []},
     },

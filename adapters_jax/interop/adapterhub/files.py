@@ -15,7 +15,8 @@ from typing import Any
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.adapterhub import heads, reading, writing
-from adapters_jax.interop.adapterhub.blocks import ARCHITECTURES, Blocks, find_blocks
+from adapters_jax.interop.adapterhub.architectures import ARCHITECTURES
+from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.interop.adapterhub.config import VERSION
 from adapters_jax.interop.layouts import Array
 from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_module, shortest
@@ -178,18 +179,19 @@ def save_adapterhub(
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     """The fields that describe the adapter's model."""
-    own = next((each for each in ARCHITECTURES if each.prefix == prefix), blocks.architecture)
+    found = blocks.architecture
+    alike = (each for each in ARCHITECTURES if each.stacks == found.stacks)
+    own = next((each for each in alike if each.prefix == prefix), found)
+    first = next(iter(blocks.layers))
     return {
         "name": name,
         "version": VERSION,
         "model_type": own.model_type,
         "model_class": own.model_class,
         "model_name": None,
-        "hidden_size": max(blocks.width(blocks.layers[0], where) for where in _LOCATIONS) or None,
+        "hidden_size": max(blocks.width(first, where) for where in blocks.bottlenecks(first))
+        or None,
     }
-
-
-_LOCATIONS = ("mh_adapter", "output_adapter")
 
 
 def _has_head(directory: Path) -> bool:

@@ -7,8 +7,6 @@ one layer on a pooler that trains with it, since a pooler computes `tanh(dense(f
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from adapters_jax.interop.adapterhub.blocks import Blocks
 from adapters_jax.interop.adapterhub.config import Config
 from adapters_jax.interop.directories import field_problems
@@ -84,8 +82,8 @@ def _static(
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
         if module == "lm_head" and module_map.tied:
-            words = [x for path, x in module_map.base.items() if path.endswith("word/embedding")]
-            if not any(hasattr(x, "__array__") and np.array_equal(x, tensor) for x in words):
+            (words,) = module_map.at(module_map.tied[1])
+            if not as_in_base({f"{words.path}/{words.weight}": tensor}, module_map):
                 problems.append(f"{_WORDS_DIFFER}; {_ADVICE}")
             continue
         by_module[_STATIC.get(module, module), kind] = tensor

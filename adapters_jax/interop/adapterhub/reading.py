@@ -62,20 +62,27 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
 
 def _locations(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
     """The layers and locations that a configuration adapts."""
-    there = [name for name in LOCATIONS[config["architecture"]] if config[name]]
-    return [(n, name) for n in blocks.layers if n not in config["leave_out"] for name in there]
+    kind = config["architecture"]
+    return [
+        (n, name)
+        for n in blocks.layers
+        if n not in config["leave_out"]
+        for name in LOCATIONS[kind]
+        if config[name] and name in blocks.locations(n, kind)
+    ]
 
 
 def _bottlenecks(
     config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
 ) -> list[Method]:
     """Returns one Bottleneck for each reduction factor, and adds its leaves."""
-    modules = {
-        point: blocks.name(point[0], blocks.architecture.bottlenecks[point[1]].bottleneck)
-        for point in _locations(config, blocks)
-    }
+    modules = {point: blocks.bottleneck(*point) for point in _locations(config, blocks)}
     mine = {point: found.pop(f"{module}.adapters", {}) for point, module in modules.items()}
     kind = placement(config, blocks.architecture.post_norm)
+    if config["cross_adapter"] and not any(
+        "cross_adapter" in blocks.bottlenecks(n) for n in blocks.layers
+    ):
+        problems.append("cross_adapter=True, but the base has no attention to an encoder")
     if isinstance(kind, str):
         problems.append(kind)
         return []
@@ -151,9 +158,9 @@ def _loras(
     rank, paths = config["r"], []
     for layer, location in _locations(config, blocks):
         modules: dict[str, list[str]] = {}
-        for matrix, name in blocks.architecture.loras[location].items():
-            if not matrix or matrix in config["attn_matrices"]:
-                modules.setdefault(blocks.name(layer, name), []).append(matrix)
+        for matrix, names in blocks.loras(layer, location).items():
+            for name in names if not matrix or matrix in config["attn_matrices"] else ():
+                modules.setdefault(name, []).append(matrix)
         for module, matrices in modules.items():
             got = found.pop(f"{module}.loras", {})
             there = blocks.module_map.at(module)

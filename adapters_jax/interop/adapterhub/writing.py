@@ -69,8 +69,7 @@ def _bottlenecks(
             problems.append(f"{path}: its leaves do not fit one layer of this base")
             continue
         settings[layer, location] = fields | {"reduction_factor": _factor(method, width, m)}, ()
-        bottleneck = blocks.architecture.bottlenecks[location].bottleneck
-        module = f"{blocks.name(layer, bottleneck)}.adapters.{name}"
+        module = f"{blocks.bottleneck(layer, location)}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # AdapterHub stores the norm under two names
@@ -131,12 +130,13 @@ def _loras(
     settings: Settings = {}
     left = dict(_of("lora", recipe, added))
     for layer in blocks.layers:
-        for location, modules in blocks.architecture.loras.items():
+        for location in LOCATIONS["lora"]:
             made: dict[str, list[tuple[Array, Array]]] = {}
             fields: list[dict[str, Any]] = []
-            matrices = []
-            for matrix, module in modules.items():
-                there = blocks.module_map.at(blocks.name(layer, module))
+            adapted: dict[str, list[str]] = {}
+            every = blocks.loras(layer, location)
+            for matrix, module in ((m, name) for m, names in every.items() for name in names):
+                there = blocks.module_map.at(module)
                 fused = bool(there and there[0].part)
                 reference = there["qkv".index(matrix)] if fused else next(iter(there), None)
                 leaves = left.pop(reference.path, None) if reference else None
@@ -154,15 +154,20 @@ def _loras(
                     )
                 alpha = rounded(lora.scale_at(reference.path) * len(a))
                 fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
-                matrices.append(matrix)
-                made.setdefault(blocks.name(layer, module), []).append((a, b))
+                adapted.setdefault(matrix, []).append(module)
+                made.setdefault(module, []).append((a, b))
+            for matrix, names in adapted.items():
+                if names != every[matrix]:
+                    problems.append(
+                        f"{', '.join(names)} alone: AdapterHub adapts {' and '.join(every[matrix])}"
+                    )
             if any(each != fields[0] for each in fields):
                 problems.append(
                     f"layer {layer}: AdapterHub supports one rank, alpha and dropout for the "
-                    f"{', '.join(matrices)} of an attention"
+                    f"{', '.join(adapted)} of an attention"
                 )
             if fields:
-                settings[layer, location] = fields[0], tuple(filter(None, matrices))
+                settings[layer, location] = fields[0], tuple(filter(None, adapted))
             for module, pairs in made.items():
                 for i, factor in enumerate(("lora_A", "lora_B")):
                     both = np.concatenate([pair[i] for pair in pairs])
@@ -182,6 +187,9 @@ def _of(kind: str, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]
 def _configs(kind: str | None, settings: Settings, blocks: Blocks) -> list[dict[str, Any]]:
     """Groups settings into few configurations, each of some locations in some layers."""
     groups: dict[str, tuple[dict[str, Any], list[str], tuple[str, ...], dict[int, Any]]] = {}
+    together: dict[str, set[str]] = {}
+    for (_, location), (fields, _) in settings.items():
+        together.setdefault(_but_factor(fields), set()).add(location)
     for layer in blocks.layers:
         mine: dict[str, list[Any]] = {}
         for location in LOCATIONS[kind]:
@@ -193,11 +201,20 @@ def _configs(kind: str | None, settings: Settings, blocks: Blocks) -> list[dict[
         even = len(mine) > 1  # otherwise one configuration maps layers to factors
         for fields, locations, matrices in mine.values():
             factor = fields.get("reduction_factor")
-            kept = fields if even else {k: v for k, v in fields.items() if k != "reduction_factor"}
-            key = repr((sorted(kept.items()), locations, matrices))
+            kept = repr(sorted(fields.items())) if even else _but_factor(fields)
+            # A layer without some location, as an encoder's, has the others of its configuration.
+            every = together[_but_factor(fields)]
+            if set(locations) == every & blocks.locations(layer, kind):
+                locations = [location for location in LOCATIONS[kind] if location in every]
+            key = repr((kept, locations, matrices))
             group = groups.setdefault(key, (fields, locations, matrices, {}))
             group[3][layer] = factor
     return [_config(kind, *each, blocks) for each in groups.values()]
+
+
+def _but_factor(fields: Mapping[str, Any]) -> str:
+    """What tells settings from others that may differ in the reduction factor."""
+    return repr(sorted((k, v) for k, v in fields.items() if k != "reduction_factor"))
 
 
 def _config(

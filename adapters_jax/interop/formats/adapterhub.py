@@ -17,7 +17,8 @@ from adapters_jax.trees import flatten, unflatten
 
 _HEADS = re.compile(r"(?:.*\.)?(?:classifier(?:\.out_proj)?|heads\.[^.]+\.[14])\.weight")
 
-_CLASSES = {"xlm-roberta": "XLMRobertaAdapterModel"}  # of types that share RoBERTa's prefix
+# Of types that have the prefix of another one.
+_CLASSES = {"xlm-roberta": "XLMRobertaAdapterModel", "mt5": "MT5AdapterModel"}
 
 
 class AdapterHub:

@@ -8,14 +8,21 @@ Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import directories
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, find_modules
+from adapters_jax.interop.module_map import (
+    ModuleMap,
+    Names,
+    as_in_file,
+    as_in_model,
+    find_modules,
+)
+from adapters_jax.interop.names import NameTable
 from adapters_jax.interop.peft import kinds
 from adapters_jax.interop.peft.config import config_problems
 from adapters_jax.io import hub
@@ -87,6 +94,7 @@ def load_peft(
     if not problems:
         try:
             methods, leaves, problems = kinds.read(config, tensors, module_map)
+            problems += _held_twice(names, leaves, module_map)
             if not problems:
                 return as_in_model(methods, leaves, names, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
@@ -136,11 +144,24 @@ def save_peft(
     module_map = find_modules(names, base)
     unrolled = as_in_file(recipe, flat, names, module_map)
     config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
+    problems += _held_twice(names, unrolled[1], module_map)
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
     files = directories.pair((CONFIG, config), (TENSORS, tensors))
     return directories.write(directory, files, beside)
+
+
+def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problems of leaves at modules whose replacement by PEFT changes nothing."""
+    theirs = names.held_twice if isinstance(names, NameTable) else ()
+    ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
+    return [
+        f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
+        "under another name; adapt other modules"
+        for path, name in ours.items()
+        if any(leaf.startswith(f"{path}/") for leaf in leaves)
+    ]
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -48,6 +48,7 @@ NAMES = NameTable(
     ),
     stack=Stack("layers/{}", "layers"),
     tied=("lm_head", "shared"),
+    held_twice=("shared",),  # as encoder.embed_tokens and decoder.embed_tokens
 )
 
 
