@@ -21,7 +21,11 @@ from adapters_jax.models.parts.layers import check_tokens
 
 
 class CachedModel(Protocol):
-    """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree."""
+    """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree.
+
+    A model may also have an attribute `longest`, the largest number of tokens that it has positions
+    for.
+    """
 
     def empty_cache(self, batch: int, slots: int) -> Any:
         """A cache for `batch` rows of at most `slots` tokens, padding included."""
@@ -112,7 +116,8 @@ def generate(
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     check_tokens(input_ids, attention_mask)
-    _check(attention_mask, max_new_tokens, temperature, top_p, key)
+    longest = getattr(model, "longest", None)
+    _check(attention_mask, longest, max_new_tokens, temperature, top_p, key)
     sampling = _Sampling(
         jnp.float32(temperature),
         jnp.float32(top_p),
@@ -132,15 +137,28 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, key: Any) -> None:
+def _check(
+    mask: Array,
+    longest: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    key: Any,
+) -> None:
     """Raises one `UserError` that lists everything wrong with the arguments."""
-    empty = np.flatnonzero(~(np.asarray(mask) != 0).any(1)).tolist()
+    lengths = (np.asarray(mask) != 0).sum(1)
+    empty = np.flatnonzero(lengths == 0).tolist()
     wrong = []
     if mask.shape[0] == 0 or empty:
         rows = f"row {', '.join(map(str, empty[:8]))}" if empty else "a batch without rows"
         wrong.append(f"a prompt needs a token, but {rows} has none; begin it with the bos token")
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens <= 0:
         wrong.append(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}")
+    elif longest is not None and lengths.max(initial=0) + max_new_tokens > longest:
+        wrong.append(
+            f"a prompt has {lengths.max()} tokens, and with max_new_tokens={max_new_tokens} that "
+            f"is more than the model's {longest} positions; shorten the prompt or generate less"
+        )
     if not 0 <= temperature < float("inf"):
         wrong.append(f"temperature must be 0 (greedy) or greater, got {temperature}")
     if not 0 < top_p <= 1:

@@ -65,6 +65,11 @@ class PretrainedDecoder:
         """The id of the token that ends a completion."""
         return self.tokenizer.token_to_id(self.special_tokens["eos_token"]) or 0
 
+    @property
+    def longest(self) -> int | None:
+        """The largest number of tokens that the model has positions for; None without a limit."""
+        return getattr(self.model, "longest", None)
+
     def chat(self, content: str) -> str:
         """Renders a user's message by the chat template, up to where the answer begins."""
         if self.chat_template is None:
@@ -117,7 +122,9 @@ def load_pretrained_decoder(
     opened = read_gguf(files) if files.suffix == ".gguf" else None
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
     special, template = (
-        _special_tokens_of_gguf(opened) if opened else _special_tokens_of_directory(files)
+        _special_tokens_of_gguf(opened)
+        if opened
+        else _special_tokens_of_directory(files, tokenizer)
     )
     if tokenizer.token_to_id(special.get("eos_token", "")) is None:
         raise UserError(
@@ -142,12 +149,20 @@ def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
     return special, file.fields.get("tokenizer.chat_template")
 
 
-def _special_tokens_of_directory(directory: Path) -> tuple[dict[str, str], str | None]:
-    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`."""
+def _special_tokens_of_directory(
+    directory: Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[dict[str, str], str | None]:
+    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`.
+
+    Where the former has no eos_token, as GPT-2's, `config.json` has its id.
+    """
     path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
     values = huggingface.read_json(path) if path.is_file() else {}
     tokens = {role: values[role] for role in _ROLES if values.get(role)}
     special = {r: t["content"] if isinstance(t, dict) else t for r, t in tokens.items()}
+    end = huggingface.read_json(directory / "config.json").get("eos_token_id")
+    if "eos_token" not in special and isinstance(end, int) and tokenizer.id_to_token(end):
+        special["eos_token"] = tokenizer.id_to_token(end)
     template = values.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)

@@ -94,7 +94,7 @@ class Completion(Task):
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
-        length = setup.max_length or MAX_LENGTH
+        length = _max_length(setup, decoder)
         builder = RowBuilder(
             decoder,
             prompts,
@@ -190,6 +190,19 @@ class PreparedCompletions(Prepared):
         rows, texts = self.problem.held_out["test"], self.problem.generated.get("test", [])
         triples = list(zip(rows.prompts, rows.references, texts, strict=bool(texts)))[:SAMPLES]
         return [{"prompt": p, "completion": r[0], "generated": text} for p, r, text in triples]
+
+
+def _max_length(setup: Setup, decoder: PretrainedDecoder) -> int:
+    """The largest number of tokens in a row, which the model has positions for."""
+    longest = decoder.longest
+    if longest is None:
+        return setup.max_length or MAX_LENGTH
+    if setup.max_length is not None and setup.max_length > longest:
+        raise UserError(
+            f"--max-length {setup.max_length}: expected at most {longest}, the positions of the "
+            "model"
+        )
+    return setup.max_length or min(MAX_LENGTH, longest)
 
 
 @dataclass(frozen=True)

@@ -86,13 +86,17 @@ class RowBuilder:
             if completion is not None:
                 right[prompt].append(completion)
         prompts = [list(right)[i] for i in spread(len(right), self.matched)]
+        prompt_ids = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
+        new_tokens = rounded(max(len(completion) for _, completion in examples))
+        if self.decoder.longest is not None and prompts:
+            new_tokens = min(new_tokens, self.decoder.longest - max(map(len, prompt_ids)))
         return HeldOut(
             Batches.in_order(rows, None, self.batch_size, buckets),
             count_tokens(examples)[1],
             prompts,
-            [self.prompts.encode(prompt, self.decoder) for prompt in prompts],
+            prompt_ids,
             [right[prompt] for prompt in prompts],
-            rounded(max(len(completion) for _, completion in examples)),
+            new_tokens,
         )
 
 

@@ -84,7 +84,8 @@ def _static(
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
         if module == "lm_head" and module_map.tied:
-            words = [x for path, x in module_map.base.items() if path.endswith("word/embedding")]
+            tied = module_map.at(module_map.tied[1])
+            words = [module_map.base[f"{each.path}/{each.weight}"] for each in tied]
             if not any(hasattr(x, "__array__") and np.array_equal(x, tensor) for x in words):
                 problems.append(f"{_WORDS_DIFFER}; {_ADVICE}")
             continue
