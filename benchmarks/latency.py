@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 import adapters_jax as aj
 from adapters_jax.methods import bottleneck_parameters
-from adapters_jax.models.gpt2 import GPT2
 from adapters_jax.trees import Tree
+from benchmarks.gpt2 import GPT2
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report, Verdict
 from benchmarks.shapes import LORA, RECIPES, Subject

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.shapes import adapted_shape
-from adapters_jax.models.gpt2 import NAMES
+from adapters_jax.models import FAMILIES
+from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.trees import flatten, unflatten
 from benchmarks.report import Report
 from benchmarks.shapes import agreement
@@ -76,11 +78,11 @@ def _count(report: Report, what: str, found: aj.Audit) -> None:
 
 def adapter(rank: int) -> tuple[aj.Recipe, dict[str, np.ndarray]]:
     """The recipe, and random factors by path for each layer of GPT-3."""
-    model, params = adapted_shape("gpt3-175b", lora(rank), scan=True)
-    rng = np.random.default_rng(0)
-    shapes = {path: x.shape for path, x in flatten(params).items() if model.recipe.trains(path)}
-    factors = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    return model.recipe, flatten(aj.unstack_layers(unflatten(factors), NAMES))
+    model, _ = adapted_shape("gpt3-175b", lora(rank), scan=True)
+    rng, names = np.random.default_rng(0), FAMILIES["gpt2"].names
+    shapes = flatten(nnx.to_pure_dict(nnx.state(model, AdapterParam)))
+    factors = {path: rng.standard_normal(x.shape, np.float32) for path, x in shapes.items()}
+    return recipe_of(model), flatten(aj.unstack_layers(unflatten(factors), names))
 
 
 def stored(directory: Path, recipe: aj.Recipe, factors: dict[str, np.ndarray]) -> int:

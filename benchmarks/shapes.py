@@ -16,8 +16,8 @@ import optax
 
 import adapters_jax as aj
 from adapters_jax.models.bert import BERT_BASE, BERT_LARGE, BertClassifier, BertConfig
-from adapters_jax.models.gpt2 import GPT2, GPT2_MEDIUM, GPT2Config
 from adapters_jax.trees import Tree, flatten, unflatten
+from benchmarks.gpt2 import GPT2, GPT2_MEDIUM, GPT2Config
 from benchmarks.report import Verdict
 
 TX = optax.adamw(1e-4)

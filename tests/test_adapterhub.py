@@ -5,11 +5,11 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from helpers.arrays import read_arrays
 from helpers.errors import raises
 from test_peft import inputs_of
@@ -24,7 +24,7 @@ from adapters_jax.interop.adapterhub import (
     load_adapterhub,
     save_adapterhub,
 )
-from adapters_jax.models import bert, decoder, gpt2
+from adapters_jax.models import FAMILIES, bert, decoder
 from adapters_jax.models.bert import classifier
 from adapters_jax.models.decoder import Decoder
 from adapters_jax.trees import flatten, unflatten
@@ -53,13 +53,10 @@ def base_of(base, pooling="pooler"):
             params["pooler"] = {"dense": {"kernel": jnp.zeros((32, 32)), "bias": jnp.zeros(32)}}
         model = classifier.BertClassifier(config, 3, pooling=pooling)
         return classifier.NAMES, model, {"bert": params, "head": head}, inputs_of(base)
-    if base == "gpt2":
-        config, params = gpt2.load_gpt2(BASES / "gpt2")
-        return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
-    _, model = decoder.load_decoder(BASES / "llama")
-    inputs = inputs_of("llama")
+    _, model = decoder.load_decoder(BASES / base)
+    inputs = inputs_of(base)
     inputs["positions"] = inputs.pop("position_ids")
-    return decoder.NAMES, model, model, inputs
+    return FAMILIES[base].names, model, model, inputs
 
 
 def of_fixture(fixture):
@@ -184,7 +181,7 @@ def test_recipes_follow_the_configurations():
         activation="relu",
     )
     assert loaded("llama_par")[0] == aj.Recipe(beside)
-    assert loaded("gpt2_lora")[0].attached[0].scale_at("layer_0/attention/query") == 1.5
+    assert loaded("gpt2_lora")[0].attached[0].scale_at("layers/0/attention/query") == 1.5
     assert loaded("bert_legacy")[0].attached[0].activation == "gelu"
     assert loaded("bert_gelu")[0].attached[0].activation == "gelu_exact"
     assert loaded("bert_union", with_head=False)[0].attached[0] == aj.LoRA(
@@ -489,8 +486,8 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     bottleneck(path, "dropout=0.1", "dropout=0.0", dropout=0.1)
     bottleneck(path, "activation='softplus'", "relu", activation="softplus")
     bottleneck("bert/layer_0/mlp_sum", "sequential", "placement='norm'")
-    bottleneck("layer_0/mlp", "placement='parallel'", base="gpt2", placement="parallel")
-    bottleneck("layer_0/mlp_norm", "sequential", base="gpt2")
+    bottleneck("layers/0/mlp", "placement='parallel'", base="gpt2", placement="parallel")
+    bottleneck("layers/0/mlp_norm", "sequential", base="gpt2")
     bottleneck("bert/layer_0/mlp/intermediate", "sequential")
     second = aj.Bottleneck("bert/layer_0/mlp_norm", 4, placement="norm")
     both = own | drawn("bert/layer_0/mlp_norm", second)
@@ -625,8 +622,8 @@ def test_names_of_ones_own(tmp_path):
 
 
 def test_abstract_bases_are_enough(tmp_path):
-    names, _, params, _ = base_of("gpt2")
-    shapes = jax.eval_shape(lambda: params)
+    names, _, model, _ = base_of("gpt2")
+    shapes = nnx.eval_shape(lambda: model)
     recipe, adapters = load_adapterhub(FIXTURES / "gpt2_par", names, shapes)
     directory = save_adapterhub(tmp_path / "a", recipe, adapters, names, shapes, name="task")
     equal(tensors_of(directory), tensors_of(FIXTURES / "gpt2_par"))

@@ -54,7 +54,7 @@ RECIPES = {
         aj.houlsby(4, layer_norms=None, activation="gelu_exact", scale=0.5),
         aj.Recipe(aj.Bottleneck("**/{attention,mlp}_sum", 3, activation="sigmoid")),
         aj.parallel(targets="**/mlp_sum", reduction_factor=5),
-        aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/intermediate")),
+        aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/up")),
     ],
     "llama": [
         aj.houlsby(4, layer_norms=None, activation="silu"),

@@ -25,7 +25,7 @@ from adapters_jax.pretrained.encoder import load_encoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-CONFIGS = sorted(FIXTURES.glob("*/config.json")) + sorted(FIXTURES.glob("*coders/*/config.json"))
+CONFIGS = sorted(FIXTURES.glob("*/config.json")) + sorted(FIXTURES.glob("decoders/*/config.json"))
 
 
 def counted(family, config):

@@ -293,8 +293,8 @@ def test_several_processes_are_an_error(fails, monkeypatch):
 
 
 def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
-    gpt2 = Path(__file__).parent / "fixtures" / "gpt2"
-    fails(TRAIN.replace("tiny", str(gpt2)), UserError, gpt2, "family gpt2")
+    images = Path(__file__).parent / "fixtures" / "vit"
+    fails(TRAIN.replace("tiny", str(images)), UserError, images, "family vit")
     shutil.copytree("tiny", tmp_path / "bare")
     tokenizer = tmp_path / "bare" / "tokenizer.json"
     tokenizer.unlink()

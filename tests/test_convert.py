@@ -18,7 +18,7 @@ from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop.formats import FORMATS, Head, changes, format_of
 from adapters_jax.interop.formats.native import Native
 from adapters_jax.io.adapter import STATE
-from adapters_jax.models.gpt2 import load_gpt2
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -53,18 +53,18 @@ def folder(tmp_path_factory):
         edited(reviews, "stars", target={"names": [], "mean": 110.0, "std": 10.0})
         edited(reviews, "open", summary=None)
         shutil.copytree(FIXTURES / "gpt2", "gpt2")
-        config, params = load_gpt2("gpt2")
-        d, layers = config.n_embd, range(config.n_layer)
-        identity = aj.base_identity(params)
+        config, model = load_decoder("gpt2")
+        d, layers = config.hidden_size, range(config.num_layers)
+        identity = aj.base_identity(model, config=config.identity())
         ab = {"a": (d, 2), "b": (2, d)}
-        paths = [f"layer_{i}/attention/{name}/lora" for i in layers for name in ("query", "value")]
+        paths = [f"layers/{i}/attention/{name}/lora" for i in layers for name in ("query", "value")]
         shapes = {f"{path}/{k}": shape for path in paths for k, shape in ab.items()}
         drawn(aj.lora(2, 6.0), shapes, "gpt2-lora", identity)
-        paths = [f"layer_{i}/{m}/output/adapter" for i in layers for m in ("attention", "mlp")]
+        paths = [f"layers/{i}/{m}/output/adapter" for i in layers for m in ("attention", "mlp")]
         parts = {"down/kernel": (d, 4), "down/bias": (4,), "up/kernel": (4, d), "up/bias": (d,)}
         shapes = {f"{path}/{k}": shape for path in paths for k, shape in parts.items()}
         drawn(aj.houlsby(4, layer_norms=None, scale=0.5), shapes, "gpt2-houlsby", identity)
-        norm = {"layer_0/mlp_norm/scale": (d,)}
+        norm = {"layers/0/mlp_norm/scale": (d,)}
         drawn(aj.houlsby(4, scale=0.5), shapes | norm, "gpt2-norms", identity)
         prompt = {"embedding": (3, 32), "gate": (4,)}
         shapes = {f"layers/2/attention/prompt/{k}": shape for k, shape in prompt.items()}
@@ -164,7 +164,7 @@ def test_adapters_of_gpt2_from_directories(convert):
 
 def test_factors_in_a_fused_projection_have_the_same_product_and_a_note(convert):
     there, report = convert("gpt2-lora", "peft", "--model", "gpt2")
-    assert "8 tensors are different, such as layer_0/attention/query/lora/a" in report["notes"]
+    assert "8 tensors are different, such as layers/0/attention/query/lora/a" in report["notes"]
     back, _ = convert(there, "native", "--model", "gpt2")
     (recipe, before), (again, after) = map(aj.read_adapter, ("gpt2-lora", back))
     assert (recipe.attached[0].rank, again.attached[0].rank) == (2, 4)
@@ -207,7 +207,7 @@ def test_no_row_and_no_directory_of_this_machine_is_written(convert, folder, to)
     ("words", "data"),
     [
         ("runs/bottlenecks peft", ["PEFT", "adds Bottleneck;"]),
-        ("gpt2-norms adapterhub --model gpt2", ["AdapterHub", "layer_0/mlp_norm/scale"]),
+        ("gpt2-norms adapterhub --model gpt2", ["AdapterHub", "layers/0/mlp_norm/scale"]),
         ("runs/mean peft", ["PEFT", "mean", "pooler", "--no-head"]),
         ("runs/mean adapterhub", ["AdapterHub", "mean", "pooler or cls", "--no-head"]),
         ("runs/reviews native --no-head", ["--no-head"]),

@@ -28,7 +28,11 @@ peft = pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
-TARGETS = {"phi3": ("qkv_proj", "gate_up_proj", "down_proj"), "mixtral": ("k_proj", "w3", "w2")}
+TARGETS = {
+    "gpt2": ("c_attn", "c_fc", "mlp.c_proj"),
+    "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
+    "mixtral": ("k_proj", "w3", "w2"),
+}
 EVERY = sorted(ARCHITECTURES)
 DENSE = [name for name in EVERY if not ARCHITECTURES[name].names.parameters]
 
@@ -141,7 +145,7 @@ def lora(name):
         lora_alpha=6,
         target_modules=[attention, up, down],
         rank_pattern={down: 2},
-        alpha_pattern={rf"layers.1.*.{attention}": 9},
+        alpha_pattern={rf"(layers|h).1.*.{attention}": 9},
     )
 
 

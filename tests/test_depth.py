@@ -19,7 +19,7 @@ from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterR
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.interop.names import Stored, from_tensors, to_tensors
 from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import bert, decoder, gpt2
+from adapters_jax.models import FAMILIES, bert, decoder
 from adapters_jax.models.bert import classifier
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.generation import generate
@@ -28,11 +28,8 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
-LINEN = {
-    "bert": (bert.NAMES, bert.load_bert, bert.Bert),
-    "gpt2": (gpt2.NAMES, gpt2.load_gpt2, gpt2.GPT2),
-}
-NAMES = {"bert": bert.NAMES, "gpt2": gpt2.NAMES, "llama": decoder.NAMES}
+NAMES = {name: FAMILIES[name].names for name in ("bert", "gpt2", "llama")}
+DECODERS = ("gpt2", "llama")
 RECIPE = aj.Recipe(
     aj.LoRA("**/attention/{query,value}", 2, alpha=6.0),
     aj.LlamaAdapter("**/attention", 3),
@@ -46,7 +43,7 @@ def inputs_of(name):
     with np.load(FIXTURES / name / "expected.npz") as file:
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
         found = {name: file[name] for name in names if name in file}
-    if name == "llama":
+    if name in DECODERS:
         found["positions"] = found.pop("position_ids")
     return found
 
@@ -54,12 +51,11 @@ def inputs_of(name):
 @cache
 def loaded(name, scan, remat=False):
     """A model and its parameters; those of NNX are its state."""
-    if name == "llama":
+    if name in DECODERS:
         model = decoder.load_decoder(FIXTURES / name, scan=scan, remat=remat)[1]
         return model, nnx.state(model, nnx.Param)
-    _, load, cls = LINEN[name]
-    config, params = load(FIXTURES / name, scan=scan)
-    return cls(config, scan=scan, remat=remat), params
+    config, params = bert.load_bert(FIXTURES / name, scan=scan)
+    return bert.Bert(config, scan=scan, remat=remat), params
 
 
 _run = nnx.jit(lambda model, inputs: model(**inputs))
@@ -78,7 +74,7 @@ def logits(name, model, params=None):
 def adapted(name, scan, recipe=RECIPE, trained=None, remat=False):
     """A model with adapters that have these values, or noise, as (model, params, trained)."""
     model, params = loaded(name, scan, remat)
-    if name == "llama":
+    if name in DECODERS:
         ids = inputs_of(name)["input_ids"]
         grown = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,))
         state = nnx.state(grown, AdapterParam)
@@ -114,8 +110,8 @@ def test_one_checkpoint_gives_the_same_logits(name):
 
 
 def test_every_layer_begins_by_itself():
-    tiny = gpt2.GPT2Config(11, 4, 4, 2, 1)
-    init = jax.jit(gpt2.GPT2(tiny, scan=True).init)
+    tiny = bert.BertConfig(11, 4, 2, 1, 8, max_position_embeddings=4)
+    init = jax.jit(bert.Bert(tiny, scan=True).init)
     params = init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
     llama = nnx.jit(lambda: Decoder(LLAMA, scan=True, rngs=nnx.Rngs(0)))()
     for kernel in (
@@ -126,7 +122,7 @@ def test_every_layer_begins_by_itself():
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
     names = NAMES[name]
     scanned, stacked, trained = adapted(name, True)
@@ -145,7 +141,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
         assert getattr(counts[0], field) == getattr(counts[1], field) > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)
     scanned, stacked, trained = adapted(name, True, recipe, remat="dots_saveable")
@@ -153,13 +149,13 @@ def test_steps_and_merging_are_those_of_unrolled_layers(name):
     inputs = inputs_of(name)
 
     def loss(subject, batch, key):
-        if name == "llama":
+        if name in DECODERS:
             return (subject(**batch) ** 2).mean()
-        return (gpt2_apply({"params": subject}, **batch) ** 2).mean()
+        return (apply({"params": subject}, **batch) ** 2).mean()
 
     after = []
     for one, tree in ((model, params), (scanned, stacked)):
-        gpt2_apply = getattr(one, "apply", None)
+        apply = getattr(one, "apply", None)
         state = aj.TrainState.create(one, tree, tx=optax.sgd(0.1), key=jax.random.key(0))
         after.append(aj.make_train_step(loss)(state, inputs)[0].trained)
     moved = aj.stack_layers(after[0], NAMES[name])
@@ -169,7 +165,7 @@ def test_steps_and_merging_are_those_of_unrolled_layers(name):
     assert min(jax.tree.leaves(apart)) > 1e-4
 
     ids = inputs["input_ids"]
-    if name == "llama":
+    if name in DECODERS:
         one, two = (nnx.state(aj.merge(m), nnx.Param) for m in (model, scanned))
     else:
         one, two = aj.merge(model, params, ids), aj.merge(scanned, stacked, ids)
@@ -200,7 +196,7 @@ def products(name, scan, remat):
     """How many matrix products a gradient takes."""
     model, params = loaded(name, scan)
     ids = jnp.ones((1, 4), int)
-    if name == "llama":
+    if name in DECODERS:
         new = lambda: Decoder(model.config, scan=scan, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
         graphdef = nnx.split(nnx.eval_shape(new))[0]
         run = lambda params: nnx.merge(graphdef, params, copy=True)(ids)  # noqa: E731
@@ -211,7 +207,7 @@ def products(name, scan, remat):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_policies_choose_what_is_computed_again(name, scan):
     nothing, without_batch, dots = (products(name, scan, x) for x in (True, *blocks.POLICIES[1:3]))
     assert nothing > without_batch > dots
@@ -222,7 +218,7 @@ def test_an_unknown_policy_is_refused():
         Decoder(DecoderConfig(num_hidden_layers=1), remat="dots", rngs=nnx.Rngs(0))
     with raises(aj.UserError, "remat='dots'", "'dots_saveable'"):
         jax.eval_shape(
-            gpt2.GPT2(gpt2.GPT2_SMALL, remat="dots").init, jax.random.key(0), jnp.ones((1, 2), int)
+            bert.Bert(bert.BERT_BASE, remat="dots").init, jax.random.key(0), jnp.ones((1, 2), int)
         )
 
 
@@ -238,15 +234,15 @@ def test_generation_with_a_stacked_cache():
 
 
 def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
-    names, ids = gpt2.NAMES, inputs_of("gpt2")["input_ids"]
-    scanned, stacked, trained = adapted("gpt2", True)
+    names, ids = bert.NAMES, inputs_of("bert")["input_ids"]
+    scanned, stacked, trained = adapted("bert", True)
     state = aj.TrainState.create(scanned, stacked, tx=optax.sgd(0.1), key=jax.random.key(0))
     saved = aj.save_adapter(tmp_path / "scanned", state)
-    base, params = loaded("gpt2", False)
+    base, params = loaded("bert", False)
     model, whole = aj.load_adapter(saved, base, params, ids, names=names)
-    expected = logits("gpt2", scanned, stacked)
-    np.testing.assert_allclose(logits("gpt2", model, whole), expected, atol=1e-6, rtol=1e-6)
-    again, same = aj.load_adapter(saved, *loaded("gpt2", True), ids, names=names)
+    expected = logits("bert", scanned, stacked)
+    np.testing.assert_allclose(logits("bert", model, whole), expected, atol=1e-6, rtol=1e-6)
+    again, same = aj.load_adapter(saved, *loaded("bert", True), ids, names=names)
     assert again == scanned
     equal(aj.partition(same, RECIPE)[0], trained)
 
@@ -389,7 +385,7 @@ def test_trees_that_cannot_be_stacked_or_unstacked():
     equal(aj.stack_layers(head, STACK), head)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_state_of_an_optimiser_goes_along(name):
     _, params, trained = adapted(name, True, aj.lora(2))
     for tx in (optax.adamw(1e-3), aj.freeze_base(optax.adam(1e-3), aj.lora(2))):
@@ -404,11 +400,11 @@ def test_the_state_of_an_optimiser_goes_along(name):
 
 def test_a_quantised_base_goes_along():
     pytest.importorskip("qwix")
-    model, params = loaded("gpt2", True)
+    model, params = loaded("bert", True)
     base = aj.adapt(model, aj.Recipe())
-    packed = aj.quantize(base, params, inputs_of("gpt2")["input_ids"], dtype="int8")
-    rows = aj.unstack_layers(packed, gpt2.NAMES)
-    equal(aj.stack_layers(rows, gpt2.NAMES), packed)
+    packed = aj.quantize(base, params, inputs_of("bert")["input_ids"], dtype="int8")
+    rows = aj.unstack_layers(packed, bert.NAMES)
+    equal(aj.stack_layers(rows, bert.NAMES), packed)
     kernel = rows["layer_1"]["mlp"]["intermediate"]["kernel"]
     assert kernel.shape == (32, 48) and kernel.array.qvalue.dtype == jnp.int8
     stacked = packed["layers"]["mlp"]["intermediate"]["kernel"].unbox()

@@ -17,7 +17,9 @@ import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.models import FAMILIES, KNOWN, family_of
 from adapters_jax.models.decoder import ARCHITECTURES, decoder_family
+from adapters_jax.models.generation import generate
 from adapters_jax.pretrained.base_model import load_base_model
+from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.pretrained.locate import find_family, is_decoder, sha256_of
 from adapters_jax.trees import unflatten
@@ -98,18 +100,40 @@ def test_a_record_is_enough_to_train_generate_and_merge(other, run, capsys):
     assert "model.safetensors" in run("merge runs/mine --out merged")["files"]
 
 
-def test_gpt2_is_a_decoder_that_no_task_trains_yet(monkeypatch, tmp_path, capsys, run):
+@pytest.fixture
+def gpt2(monkeypatch, tmp_path):
+    """A GPT-2 as it is published: its tokenizer_config.json has no special tokens."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(FIXTURES / "gpt2", "gpt2")
+    shutil.copytree(FIXTURES / "decoders" / "gpt2", "gpt2")
+    write_llama(tmp_path / "words", num_hidden_layers=1)
+    shutil.copy("words/tokenizer.json", "gpt2")
+    Path("gpt2/tokenizer_config.json").write_text('{"model_max_length": 32}')
     write_meanings(tmp_path / "rows.csv", rows=40)
-    assert (is_decoder("gpt2"), find_family("smollm2-135m").name) == (True, "llama")
+    return tmp_path / "gpt2"
+
+
+def test_gpt2_ends_completions_with_the_token_of_its_config(gpt2):
+    assert (is_decoder("./gpt2"), find_family("smollm2-135m").name) == (True, "llama")
+    decoder = load_pretrained_decoder(str(gpt2))
+    assert (decoder.end, decoder.config.longest) == (2, 32)
+    assert decoder.special_tokens == {"eos_token": decoder.tokenizer.id_to_token(2)}
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps({**config, "eos_token_id": 999}))
+    with raises(aj.UserError, "eos_token"):
+        load_pretrained_decoder(str(gpt2))
+
+
+def test_learned_positions_limit_texts(gpt2, capsys):
     words = "finetune --model ./gpt2 --train rows.csv --prompt mr --completion ref --name mine"
-    assert main(words.split()) == 2
-    error = capsys.readouterr().err
-    assert all(datum in error for datum in ("'./gpt2'", "family gpt2", "llama")), error
-    assert not (tmp_path / "runs").exists()
-    plan = run("plan --model ./gpt2 --method lora --length 8 --batch-size 1 --no-full")
-    assert plan["plans"]["lora"]["trainable_parameters"] > 0
+    assert main([*words.split(), "--max-length", "33"]) == 2
+    assert "--max-length 33: expected at most 32" in capsys.readouterr().err
+    model, ids = load_pretrained_decoder(str(gpt2)).model, np.ones((2, 30), int)
+    with raises(aj.UserError, "30 tokens", "max_new_tokens=3", "model's 32"):
+        generate(model, ids, max_new_tokens=3)
+    mask = np.arange(30)[None] >= np.array([[1], [2]])
+    assert generate(model, ids, mask, max_new_tokens=3).lengths.tolist() == [3, 3]
+    with raises(aj.UserError, "length 33", "32 positions"):
+        model.hidden(np.ones((1, 33), int))
 
 
 def test_an_encoder_encodes_up_to_its_last_position_and_drops_at_the_rate_given(tmp_path):
@@ -162,7 +186,7 @@ def test_the_checksum_of_shards_is_that_of_their_checksums_by_name(tmp_path):
 
 def test_a_family_without_a_classifier_is_no_encoder():
     with raises(aj.UserError, "family gpt2", "bert"):
-        load_encoder(str(FIXTURES / "gpt2"))
+        load_encoder(str(FIXTURES / "decoders" / "gpt2"))
 
 
 def test_each_record_is_whole():
@@ -178,7 +202,7 @@ def test_each_record_is_whole():
             assert config.num_layers > 0
         known |= family.known
     assert known.keys() == KNOWN.keys()
-    assert KNOWN["gpt2-medium"]()[0].config.num_layers == 24
+    assert KNOWN["bert-large"]()[0].config.num_layers == 24
 
 
 def test_an_unknown_model_type_is_answered_with_the_nearest():

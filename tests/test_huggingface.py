@@ -20,7 +20,6 @@ from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
 from adapters_jax.models.decoder import load_decoder
-from adapters_jax.models.gpt2 import load_gpt2
 from adapters_jax.transforms.stacking import Stack
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -227,7 +226,6 @@ def test_a_pooler_that_is_asked_for_must_be_there():
     ("load", "name", "config"),
     [
         (load_bert, "gpt2", "BertConfig"),
-        (load_gpt2, "llama", "GPT2Config"),
         (load_decoder, "bert", "DecoderConfig"),
     ],
 )

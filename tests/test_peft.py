@@ -21,7 +21,7 @@ from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tens
 from adapters_jax.interop.peft import CONFIG, PICKLE, TENSORS, load_peft, save_peft
 from adapters_jax.interop.peft.config import is_target
 from adapters_jax.interop.peft.ia3 import scales_input
-from adapters_jax.models import bert, decoder, gpt2
+from adapters_jax.models import FAMILIES, bert, decoder
 from adapters_jax.models.bert import classifier
 from adapters_jax.models.decoder import Decoder
 from adapters_jax.transforms.stacking import Stack
@@ -88,14 +88,11 @@ def base_of(fixture):
         head = {"kernel": head["classifier.weight"].T, "bias": head["classifier.bias"]}
         model = classifier.BertClassifier(config, 3, pooling="pooler")
         return classifier.NAMES, model, {"bert": params, "head": head}, inputs_of("bert")
-    if kind == "gpt2":
-        config, params = gpt2.load_gpt2(BASES / "gpt2")
-        return gpt2.NAMES, gpt2.GPT2(config), params, inputs_of("gpt2")
-    if kind == "llama":
-        _, model = decoder.load_decoder(BASES / "llama")
-        inputs = inputs_of("llama")
+    if kind in ("gpt2", "llama"):
+        _, model = decoder.load_decoder(BASES / kind)
+        inputs = inputs_of(kind)
         inputs["positions"] = inputs.pop("position_ids")
-        return decoder.NAMES, model, model, inputs
+        return FAMILIES[kind].names, model, model, inputs
     if kind == "moe":
         ids = jnp.arange(24).reshape(3, 8) % 11
         like = jax.eval_shape(Moe().init, jax.random.key(0), ids)["params"]
@@ -412,7 +409,8 @@ def test_ia3_on_a_fused_module(tmp_path):
 
 def test_a_fused_tensor_is_not_written_in_parts():
     with raises(UserError, "h.0.attn.c_attn.weight"):
-        to_tensors({"layer_0": {"attention": {"query": {"kernel": drawn(6, 4)}}}}, gpt2.NAMES)
+        query = {"layers": {"0": {"attention": {"query": {"kernel": drawn(6, 4)}}}}}
+        to_tensors(query, FAMILIES["gpt2"].names)
 
 
 def test_a_module_of_scanned_layers_is_saved_whole(tmp_path):
@@ -484,8 +482,8 @@ def factors(path, rank=2, width=32, out=32, seed=0):
 
 def test_parts_of_a_fused_module_go_side_by_side(tmp_path):
     names, _, params, _ = base_of("gpt2")
-    recipe = aj.Recipe(aj.LoRA("layer_1/*/query", 2, 6), aj.LoRA("layer_1/*/value", 3, 3))
-    own = factors("layer_1/attention/query") | factors("layer_1/attention/value", 3, seed=4)
+    recipe = aj.Recipe(aj.LoRA("layers/1/*/query", 2, 6), aj.LoRA("layers/1/*/value", 3, 3))
+    own = factors("layers/1/attention/query") | factors("layers/1/attention/value", 3, seed=4)
     directory = save_peft(tmp_path / "a", recipe, unflatten(own), names, params)
     tensors = tensors_of(directory)
     config = json.loads((directory / CONFIG).read_text())
@@ -496,15 +494,15 @@ def test_parts_of_a_fused_module_go_side_by_side(tmp_path):
     query, key, value = np.split(delta, 3, axis=1)
     made = {}
     for name in ("query", "value"):
-        path = f"layer_1/attention/{name}/lora"
+        path = f"layers/1/attention/{name}/lora"
         made[name] = own[f"{path}/a"] @ own[f"{path}/b"]
     np.testing.assert_allclose(query, 3 * made["query"], atol=1e-5)
     np.testing.assert_allclose(value, made["value"], atol=1e-5)
     np.testing.assert_array_equal(key, 0)
     only = {k: v for k, v in own.items() if "query" in k}
-    only["layer_1/attention/query/lora/magnitude"] = drawn(32)
+    only["layers/1/attention/query/lora/magnitude"] = drawn(32)
     with raises(UserError, "h.1.attn.c_attn", "DoRA"):
-        save_peft(tmp_path / "b", aj.DoRA("layer_1/*/query", 2), unflatten(only), names, params)
+        save_peft(tmp_path / "b", aj.DoRA("layers/1/*/query", 2), unflatten(only), names, params)
 
 
 def test_parts_of_unequal_widths_take_their_own_rows(tmp_path):
@@ -739,9 +737,9 @@ def test_a_fused_layer_by_a_mapping_of_ones_own():
     _, _, params, _ = base_of("gpt2")
     own = {}
     for i in (0, 1):
-        parts = (f"layer_{i}/attention/{name}" for name in ("query", "key", "value"))
+        parts = (f"layers/{i}/attention/{name}" for name in ("query", "key", "value"))
         own[f"transformer.h.{i}.attn.c_attn"] = tuple(parts)
     recipe, leaves = load_peft(FIXTURES / "gpt2_dora", own, params)
-    expected, adapters = load_peft(FIXTURES / "gpt2_dora", gpt2.NAMES, params)
+    expected, adapters = load_peft(FIXTURES / "gpt2_dora", FAMILIES["gpt2"].names, params)
     assert recipe == expected
     equal(flatten(leaves), flatten(adapters))

@@ -38,11 +38,13 @@ RECIPES = {
     ],
     "gpt2": [
         aj.lora(4, 8.0),  # query and value, which have no A in common
-        aj.lora(2, dora=True, targets=("**/{query,key,value}", "**/mlp/output/dense")),
+        aj.lora(2, dora=True, targets=("**/{query,key,value}", "**/mlp/output")),
         aj.ia3(),  # key and value, two parts of three
-        aj.Recipe(aj.LoRA("**/{word,position}", 2, 6.0), aj.LoRA("**/query", 3)),  # word is tied
-        aj.Recipe(aj.LoRA("**/query", 3), aj.Unfreeze("**/word/*")),
-        aj.lora(3, targets="**/attention/*", rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
+        aj.Recipe(
+            aj.LoRA("{embeddings,position_embeddings}", 2, 6.0), aj.LoRA("**/query", 3)
+        ),  # tied
+        aj.Recipe(aj.LoRA("**/query", 3), aj.Unfreeze("embeddings/*")),
+        aj.lora(3, targets="**/attention/*", rank_stabilized=True, rank_pattern={"layers/0/**": 2}),
     ],
     "llama": [
         aj.lora(4, 8.0, targets="**/mlp/*", alpha_pattern={"**/up": 2.0}),

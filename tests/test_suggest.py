@@ -12,7 +12,6 @@ import adapters_jax as aj
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.gpt2 import GPT2, GPT2Config
 from adapters_jax.suggest.patterns import numbered, of_parameters, shortest
 from adapters_jax.suggest.suggestion import PRESETS
 from adapters_jax.targets import selects
@@ -28,7 +27,12 @@ BERT = BertConfig(
     intermediate_size=12,
     max_position_embeddings=16,
 )
-GPT = GPT2Config(vocab_size=40, n_embd=D, n_layer=2, n_head=HEADS, n_positions=16)
+GPT = DecoderConfig.from_dict(
+    {
+        **{"model_type": "gpt2", "vocab_size": 40, "n_embd": D, "n_layer": 2, "n_head": HEADS},
+        "n_positions": 16,
+    }
+)
 LLAMA = DecoderConfig(
     vocab_size=40,
     hidden_size=D,
@@ -40,8 +44,8 @@ LLAMA = DecoderConfig(
 NORMS = "**/*norm/{scale,bias}"
 
 
-def llama(**options):
-    return nnx.eval_shape(lambda: Decoder(LLAMA, rngs=nnx.Rngs(0), **options))
+def llama(config=LLAMA, **options):
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
 
 
 def proposed(down, prompts, norms):
@@ -70,7 +74,7 @@ OURS = {
         {"targets": "**/attention"},
         NORMS,
     ),
-    "gpt2": (lambda: GPT2(GPT), "**/mlp/output/dense", layers("layer_{}"), NORMS),
+    "gpt2": (lambda: llama(GPT), "**/mlp/output", layers("layers/{}"), NORMS),
     "llama, remat": (
         lambda: llama(remat=True),
         "**/mlp/output",

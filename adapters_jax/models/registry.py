@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.models import bert, deberta, decoder, gpt2, modernbert, t5, vit
+from adapters_jax.models import bert, deberta, decoder, modernbert, t5, vit
 from adapters_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -18,7 +18,6 @@ FAMILIES: dict[str, Family] = {
         modernbert.FAMILY,
         deberta.FAMILY,
         *vit.FAMILIES,
-        gpt2.FAMILY,
         *decoder.FAMILIES,
         *t5.FAMILIES,
     )

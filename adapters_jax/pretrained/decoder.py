@@ -127,7 +127,9 @@ def load_pretrained_decoder(
     opened = read_gguf(files) if files.suffix == ".gguf" else None
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
     special, template = (
-        _special_tokens_of_gguf(opened) if opened else _special_tokens_of_directory(files)
+        _special_tokens_of_gguf(opened)
+        if opened
+        else _special_tokens_of_directory(files, tokenizer)
     )
     if tokenizer.token_to_id(special.get("eos_token", "")) is None:
         raise UserError(
@@ -152,11 +154,20 @@ def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
     return special, file.fields.get("tokenizer.chat_template")
 
 
-def _special_tokens_of_directory(directory: Path) -> tuple[dict[str, str], str | None]:
-    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`."""
+def _special_tokens_of_directory(
+    directory: Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[dict[str, str], str | None]:
+    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`.
+
+    Where the former has no eos_token, as GPT-2's, `config.json` has its id.
+    """
     path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
     values = huggingface.read_json(path) if path.is_file() else {}
     special = {role: _token(path, role, values[role]) for role in _ROLES if values.get(role)}
+    end = huggingface.read_json(directory / "config.json").get("eos_token_id")
+    token = tokenizer.id_to_token(end) if isinstance(end, int) and end >= 0 else None
+    if token and "eos_token" not in special:
+        special["eos_token"] = token
     return special, _read_text(jinja) if jinja.is_file() else _template(path, values)
 
 

@@ -82,8 +82,9 @@ def _static(
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
         if module == "lm_head" and module_map.tied:
-            (words,) = module_map.at(module_map.tied[1])
-            if not as_in_base({f"{words.path}/{words.weight}": tensor}, module_map):
+            tied = module_map.at(module_map.tied[1])
+            words = (f"{each.path}/{each.weight}" for each in tied)
+            if not any(as_in_base({path: tensor}, module_map) for path in words):
                 problems.append(f"{_WORDS_DIFFER}; {_ADVICE}")
             continue
         by_module[_STATIC.get(module, module), kind] = tensor

@@ -45,10 +45,11 @@ def load_peft(
     Args:
         directory: has `adapter_config.json` and `adapter_model.safetensors`; or an id on the
             Hugging Face Hub, from which these two files are fetched.
-        names: the model's `NAMES` (of `models.bert`, `models.bert.classifier`, `models.gpt2`,
-            `models.decoder`), or a mapping from PEFT's module names to our module paths:
-            `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a module of PEFT's
-            that fuses several of ours along its outputs; prompts need the attention module's path.
+        names: the model's `NAMES` (of `models.bert`, `models.bert.classifier`, `models.decoder`;
+            a record of `models.FAMILIES` has its `names`), or a mapping from PEFT's module names to
+            our module paths: `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a
+            module of PEFT's that fuses several of ours along its outputs; prompts need the
+            attention module's path.
             PEFT's `target_parameters` need the names of parameters, in the order in which PyTorch's
             module defines them: `{"mlp.experts.gate_up_proj": "experts/gate_up_proj",
             "mlp.experts.down_proj": "experts/down_proj"}`. Name an embedding that is also the

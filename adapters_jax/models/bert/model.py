@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.models.bert.config import BertConfig
-from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.parts.encoder import PooledEncoder
+from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import (
     FeedForward,
     LayerNorm,
-    Output,
     SelfAttention,
     Sum,
     Typed,
@@ -116,22 +115,8 @@ class BertLayer(Typed):
         return norm(name="mlp_norm")(Sum(name="mlp_sum")(x, mlp(x, deterministic)))
 
 
-class Bert(Typed):
-    """The encoder, without a head.
-
-    Args:
-        config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
-        attention_fn: called as flax's attention modules call theirs, with query, key and value of
-            shape `(batch, length, heads, head_dim)`.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
-        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
-            instead of `layer_0`, `layer_1`, ...
-
-    Raises:
-        UserError: `remat` is not a policy. It is raised at the first call.
+class Bert(PooledEncoder):
+    """The encoder, without a head; its arguments are those of `TransformerEncoder`.
 
     Example:
         >>> import jax
@@ -144,21 +129,13 @@ class Bert(Typed):
     """
 
     config: BertConfig
-    attention_fn: Callable[..., Array] = dot_product_attention
-    remat: bool | str = False
-    scan: bool = False
+    block = BertLayer
 
     def setup(self) -> None:
         """Creates the submodules; the pooler has parameters only if `pool` is called."""
-        block = partial(BertLayer, self.config, attention_fn=self.attention_fn, **self.types)
         self.embeddings = BertEmbeddings(self.config, **self.types)
-        if self.scan:
-            self.layers = block()
-        else:
-            self.layer = [block() for _ in range(self.config.num_hidden_layers)]
-        init = nn.initializers.normal(self.config.initializer_range)
-        self.pooler_dropout = nn.Dropout(self.config.pooler_dropout)
-        self.pooler = Output(self.config.hidden_size, kernel_init=init, **self.types)
+        self.make_layers()
+        self.make_pooler()
 
     def __call__(
         self,
@@ -181,20 +158,4 @@ class Bert(Typed):
         check_tokens(input_ids, attention_mask, longest)
         x = self.embeddings(input_ids, token_type_ids, position_ids, deterministic)
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        layers, length = self.layers if self.scan else self.layer, self.config.num_hidden_layers
-        x = run_linen(layers, x, mask, deterministic, length=length, remat=self.remat)
-        return x
-
-    def pool(
-        self,
-        hidden: Float[Array, "batch length d"],
-        attention_mask: Num[Array, "batch length"] | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "batch d"]:
-        """Applies the pooler to the first token; its parameters exist if `init` calls it.
-
-        It is BERT's pre-trained one, or the layer that the classifiers of the others in
-        transformers have before their last one.
-        """
-        first = self.pooler_dropout(hidden[:, 0], deterministic=deterministic)
-        return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
+        return self.run(x, mask, deterministic)

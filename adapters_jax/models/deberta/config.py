@@ -92,6 +92,11 @@ class DebertaConfig(huggingface.CheckpointConfig):
         return config
 
     @property
+    def pooler_activation(self) -> str:
+        """The activation of the pooler."""
+        return self.pooler_hidden_act
+
+    @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier's head."""
         return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout

@@ -19,13 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from adapters_jax.errors import UserError
 from adapters_jax.models.deberta.attention import DisentangledAttention, relative_positions
 from adapters_jax.models.deberta.config import DebertaConfig
-from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.encoder import EncoderClassifier
+from adapters_jax.models.parts.encoder import EncoderClassifier, PooledEncoder
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
 from adapters_jax.models.parts.layers import (
     FeedForward,
     LayerNorm,
-    Output,
     Sum,
     Typed,
     check_tokens,
@@ -118,24 +116,11 @@ class Convolution(Typed):
         return norm(x + ACTIVATIONS[c.conv_act](y))
 
 
-class Deberta(Typed):
-    """The encoder, without a head.
+class Deberta(PooledEncoder):
+    """The encoder, without a head; its arguments are those of `TransformerEncoder`.
 
-    Args:
-        config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
-        attention_fn: called as flax's attention modules call theirs, with query, key and value of
-            shape `(batch, length, heads, head_dim)`, and with the scores of the relative positions
-            as `bias`.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
-        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
-            instead of `layer_0`, `layer_1`, ...
-
-    Raises:
-        UserError: `remat` is not a policy, or `scan` is True for a model with a convolution after
-            its first block. It is raised at the first call.
+    `attention_fn` also gets the scores of the relative positions as `bias`. A model with a
+    convolution after its first block cannot scan its blocks.
 
     Example:
         >>> import jax
@@ -147,9 +132,7 @@ class Deberta(Typed):
     """
 
     config: DebertaConfig
-    attention_fn: Callable[..., Array] = dot_product_attention
-    remat: bool | str = False
-    scan: bool = False
+    block = DebertaLayer
 
     def setup(self) -> None:
         """Creates the submodules; the pooler has parameters only if `pool` is called."""
@@ -160,7 +143,6 @@ class Deberta(Typed):
                 f"its first (conv_kernel_size={c.conv_kernel_size}); use scan=False, and "
                 "remat=True to save memory"
             )
-        block = partial(DebertaLayer, c, attention_fn=self.attention_fn, **self.types)
         init = nn.initializers.normal(c.initializer_range)
         self.embeddings = DebertaEmbeddings(c, **self.types)
         self.relative = nn.Embed(2 * c.span, c.hidden_size, embedding_init=init, **self.types)
@@ -168,12 +150,8 @@ class Deberta(Typed):
             self.relative_norm = LayerNorm(epsilon=c.layer_norm_eps, **self.types)
         if c.conv_kernel_size:
             self.conv = Convolution(c, **self.types)
-        if self.scan:
-            self.layers = block()
-        else:
-            self.layer = [block() for _ in range(c.num_hidden_layers)]
-        self.pooler_dropout = nn.Dropout(c.pooler_dropout)
-        self.pooler = Output(c.hidden_size, kernel_init=init, **self.types)
+        self.make_layers()
+        self.make_pooler()
 
     def __call__(
         self,
@@ -202,30 +180,12 @@ class Deberta(Typed):
         if c.norm_rel_ebd == "layer_norm":
             relative = self.relative_norm(relative)
         index = jnp.asarray(relative_positions(input_ids.shape[1], c))
-
-        def run(layers: Any, x: Array, length: int) -> Array:
-            rest = relative, index, mask, deterministic
-            return run_linen(layers, x, *rest, length=length, remat=self.remat)
-
-        if self.scan:
-            return run(self.layers, embedded, c.num_hidden_layers)
+        rest = relative, index, mask, deterministic
         if not c.conv_kernel_size:
-            return run(self.layer, embedded, c.num_hidden_layers)
-        x = self.conv(embedded, run(self.layer[:1], embedded, 1), deterministic)
-        return run(self.layer[1:], x, c.num_hidden_layers - 1)
-
-    def pool(
-        self,
-        hidden: Float[Array, "batch length d"],
-        attention_mask: Num[Array, "batch length"] | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "batch d"]:
-        """Applies the classifier's first layer to the first token.
-
-        Its parameters exist if `init` calls it.
-        """
-        first = self.pooler_dropout(hidden[:, 0], deterministic=deterministic)
-        return ACTIVATIONS[self.config.pooler_hidden_act](self.pooler(first))
+            return self.run(embedded, *rest)
+        first = self.run(embedded, *rest, some=slice(1))
+        x = self.conv(embedded, first, deterministic)
+        return self.run(x, *rest, some=slice(1, None))
 
 
 class DebertaClassifier(EncoderClassifier):

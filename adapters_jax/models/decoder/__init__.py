@@ -26,7 +26,7 @@ def decoder_family(architecture: Architecture) -> Family:
         load=load_decoder,
         save=save_decoder,
         names=architecture.names,
-        prefixes={architecture.model_type: "model."},
+        prefixes={architecture.model_type: architecture.names.prefixes[0]},
         known=known,
         layer="layers/{}",
         generates=True,

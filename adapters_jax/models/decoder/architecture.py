@@ -32,6 +32,7 @@ class Architecture:
         class_name: the name of its language model in transformers.
         fixed: the values of fields that follow from the architecture.
         defaults: the values of absent settings, where they differ from those of `DecoderConfig`.
+        absent: the common settings that its `config.json` does not have.
         settings: the fields, beside the common ones, that its `config.json` has by the same name.
         renamed: fields by the name that its `config.json` has for them.
         read: further fields, from the values of a `config.json`.
@@ -47,6 +48,7 @@ class Architecture:
     class_name: str
     fixed: Values = field(default_factory=dict)
     defaults: Values = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[Values], Values] = lambda values: {}
@@ -56,11 +58,15 @@ class Architecture:
     names: NameTable = NAMES
     known: Mapping[str, Values] = field(default_factory=dict)
 
-    def fields(self, values: Values) -> dict[str, Any]:
-        """The fields of a `DecoderConfig`, from the values of a `config.json`."""
+    def named(self, values: Values) -> dict[str, Any]:
+        """The values of a `config.json` under the names of fields, with those that are absent."""
         values = {**self.defaults, **{self.renamed.get(k, k): x for k, x in values.items()}}
-        values = {name: x for name, x in values.items() if x is not None}
-        found = {name: values[name] for name in (*COMMON, *self.settings) if name in values}
+        return {name: x for name, x in values.items() if x is not None}
+
+    def fields(self, values: Values) -> dict[str, Any]:
+        """The fields of a `DecoderConfig`, from `named` values."""
+        own = {*COMMON, *self.settings} - {*self.absent}
+        found = {name: value for name, value in values.items() if name in own}
         derived = {"model_type": self.model_type, **self.fixed, **self.read(values)}
         return {name: _frozen(value) for name, value in (found | derived).items()}
 
@@ -68,7 +74,7 @@ class Architecture:
         """The values of a `config.json`, from a `DecoderConfig`."""
         theirs = {ours: name for name, ours in self.renamed.items()}
         own = {theirs.get(k, k): getattr(config, k) for k in (*COMMON, *self.settings)}
-        return {
+        values = {
             **own,
             "architectures": [self.class_name],
             "model_type": self.model_type,
@@ -77,6 +83,7 @@ class Architecture:
             **write_scaling(config.rope_scaling, self.rope_key),
             **self.write(config),
         }
+        return {name: value for name, value in values.items() if name not in self.absent}
 
 
 def shape(*sizes: int, **more: Any) -> Values:

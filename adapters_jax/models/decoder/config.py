@@ -67,6 +67,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         tie_word_embeddings: whether the embedding is the head, too.
         model_type: the architecture, a key of `ARCHITECTURES`.
         max_position_embeddings: the length that the model was made for; see `longest`.
+        learned_positions: whether positions have embeddings, which are added to those of tokens,
+            instead of rotations.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
         rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
@@ -79,8 +81,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
+        mlp_gate: whether the feed-forward has a gate.
         qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
         norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both".
+        norm_type: "rms", or "layer" for layer norms with biases.
         norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
         embedding_multiplier: the factor of the embeddings.
         attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
@@ -118,6 +122,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
 
     model_type: str = "llama"
     max_position_embeddings: int = 2048
+    learned_positions: bool = False
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     rope_local_base_freq: float | None = None
@@ -127,8 +132,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    mlp_gate: bool = True
     qk_norm: str | None = None
     norm_placement: str = "pre"
+    norm_type: str = "rms"
     norm_offset: float = 0.0
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
@@ -153,6 +160,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
             check_size("DecoderConfig", name, getattr(self, name))
         _check_given(vars(self))
         check_choice("DecoderConfig", "norm_placement", self.norm_placement, PLACEMENTS)
+        check_choice("DecoderConfig", "norm_type", self.norm_type, ("rms", "layer"))
         if self.qk_norm is not None:
             check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
         self._check_heads()
@@ -170,6 +178,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
+        if self.learned_positions:
+            return
         for name in ("rope_theta", "rope_local_base_freq"):
             if getattr(self, name) is not None:
                 check_number("DecoderConfig", name, getattr(self, name), low=1.0, closed=True)
@@ -203,6 +213,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         cls._check(values, {"model_type": tuple(ARCHITECTURES)})
         architecture = ARCHITECTURES[values["model_type"]]
         cls._check(values, {**cls.supported, **architecture.supported})
+        values = architecture.named(values)
         _check_given(values)
         found = architecture.fields(values)
         longest = found.get("max_position_embeddings", cls.max_position_embeddings)
@@ -259,9 +270,16 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        width, norms = self.hidden_size, 2 if self.norm_placement == "both" else 1
-        ends = self.vocab_size * width * (1 if self.tie_word_embeddings else 2) + width
-        return ends + self.num_layers * (self._attention + self._mlp + 2 * norms * width)
+        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        positions = self.max_position_embeddings * self.learned_positions
+        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
+        rows = tokens + positions + norms * self._norm
+        return rows * self.hidden_size + self.num_layers * (self._attention + self._mlp)
+
+    @property
+    def _norm(self) -> int:
+        """The parameters of a norm for each feature."""
+        return 2 if self.norm_type == "layer" else 1
 
     @property
     def _attention(self) -> int:
@@ -270,7 +288,7 @@ None); choose another model_type.
         queries, keys = head * self.num_attention_heads, head * self.kv_heads
         norms = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
         inputs = dense(width, queries + 2 * keys, self.attention_bias)
-        return inputs + dense(queries, width, self.has_output_bias) + norms
+        return inputs + dense(queries, width, self.has_output_bias) + norms * self._norm
 
     @property
     def _mlp(self) -> int:
@@ -280,7 +298,7 @@ None); choose another model_type.
             inner = self.moe_intermediate_size or self.intermediate_size
             return self.num_experts * (width + 3 * width * inner)
         inner, bias = self.intermediate_size, self.mlp_bias
-        return 2 * dense(width, inner, bias) + dense(inner, width, bias)
+        return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 
     @property
     def has_output_bias(self) -> bool:
@@ -318,7 +336,7 @@ None); choose another model_type.
 
     def _kind(self, slides: bool, rotates: bool) -> LayerKind:
         window = self.sliding_window if slides else None
-        if not rotates:
+        if not rotates or self.learned_positions:
             return LayerKind(window, None, None)
         if slides and self.rope_local_base_freq is not None:
             return LayerKind(window, self.rope_local_base_freq, None)

@@ -52,6 +52,20 @@ class RMSNorm(nnx.RMSNorm):
         return normalize(x, scale, self.epsilon, False).astype(x.dtype)
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation over the last axis, as in flax, with the derivative of `normalize`."""
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:  # type: ignore[override]
+        """Normalises, scales and shifts each row of `x`; takes no mask."""
+        scale: Any = self.scale
+        bias: Any = self.bias
+        x, scale, bias = self.promote_dtype((x, scale[...], bias[...]), dtype=self.dtype)
+        return (normalize(x, scale, self.epsilon, True) + bias).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
 class DecoderAttention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key and a value head.
 
@@ -65,7 +79,7 @@ class DecoderAttention(nnx.Module):
         self,
         config: DecoderConfig,
         linear: Linear,
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         attention_fn: Callable[..., Array],
         dtype: Dtype | None,
     ):
@@ -89,10 +103,12 @@ class DecoderAttention(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Hidden, mask: Mask, rotation: Rotation, cache: LayerCache | None = None
+        self, x: Hidden, mask: Mask, rotation: Rotation | None, cache: LayerCache | None = None
     ) -> Hidden:
         """Mixes, for each position, the values of the positions that `mask` lets it see."""
-        query, key = (rotate(self._heads(name, x), rotation) for name in ("query", "key"))
+        query, key = (self._heads(name, x) for name in ("query", "key"))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         value = self.value(x).reshape(*x.shape[:-1], -1, self.head_dim)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -133,17 +149,21 @@ def _query_scale(config: DecoderConfig) -> float:
 
 
 class DecoderMLP(nnx.Module):
-    """The gated feed-forward: `output(act(gate(x)) * up(x))`."""
+    """The feed-forward: `output(act(gate(x)) * up(x))`, or `output(act(up(x)))` without a gate."""
 
     def __init__(self, config: DecoderConfig, linear: Linear):
         biased = partial(linear, use_bias=config.mlp_bias)
-        self.gate = biased(config.hidden_size, config.intermediate_size)
+        self.gated = config.mlp_gate
+        if self.gated:
+            self.gate = biased(config.hidden_size, config.intermediate_size)
         self.up = biased(config.hidden_size, config.intermediate_size)
         self.output = biased(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden:
         """Transforms each position by itself."""
+        if not self.gated:
+            return self.output(self.activation(self.up(x)))
         return self.output(gated(self.activation, self.gate(x), self.up(x)))
 
 
@@ -165,7 +185,7 @@ class DecoderLayer(nnx.Module):
         self,
         config: DecoderConfig,
         linear: Linear,
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         attention_fn: Callable[..., Array],
         dtype: Dtype | None,
         experts: Callable[[DecoderConfig], DecoderExperts] | None = None,
@@ -189,7 +209,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_sum = DecoderSum()
 
     def __call__(
-        self, x: Hidden, mask: Mask, rotation: Rotation, cache: LayerCache | None = None
+        self, x: Hidden, mask: Mask, rotation: Rotation | None, cache: LayerCache | None = None
     ) -> Hidden:
         """Computes the hidden states after the block."""
         y = self.attention(self.attention_norm(x) if self.before else x, mask, rotation, cache)

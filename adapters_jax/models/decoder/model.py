@@ -1,6 +1,7 @@
 """The decoder (flax.nnx): one model for all families; their configurations tell them apart.
 
-Rotary positions, grouped-query attention, a gated feed-forward, RMS norms.
+Rotary or learned positions, grouped-query attention, a feed-forward with or without a gate, RMS or
+layer norms.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `families` for the
 others.
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.models.decoder.config import DecoderConfig, LayerKind
 from adapters_jax.models.decoder.experts import DecoderExperts
-from adapters_jax.models.decoder.layers import DecoderLayer, RMSNorm
+from adapters_jax.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
 from adapters_jax.models.parts.functions import (
@@ -72,8 +73,10 @@ class Decoder(nnx.Module):
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         linear: Callable[..., nnx.Linear] = partial(nnx.Linear, kernel_init=init, **types)
-        norm: Callable[..., RMSNorm] = partial(
-            RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types
+        norm: Callable[..., Norm] = (
+            partial(LayerNorm, epsilon=config.rms_norm_eps, **types)
+            if config.norm_type == "layer"
+            else partial(RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types)
         )
         self.config = config
         self.dtype = dtype
@@ -88,6 +91,9 @@ class Decoder(nnx.Module):
         self.embeddings = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
+        if config.learned_positions:
+            sizes = config.max_position_embeddings, config.hidden_size
+            self.position_embeddings = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
         length = config.num_hidden_layers
         self.layers = (
             stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
@@ -128,11 +134,12 @@ class Decoder(nnx.Module):
         Args:
             input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
-            positions: those of the rotation; by default the tokens of each text count from 0.
+            positions: those of the rotation or of the learned embeddings; by default the tokens of
+                each text count from 0.
             segments: the number of each token's text, if a row holds several texts; a token sees
                 only its own text.
         """
-        check_tokens(input_ids, attention_mask)
+        check_tokens(input_ids, attention_mask, self.longest)
         if positions is None:
             positions = token_positions(input_ids, attention_mask, segments)
         mask = causal_mask(input_ids, attention_mask)
@@ -140,12 +147,23 @@ class Decoder(nnx.Module):
             mask &= segments[:, None, :, None] == segments[:, None, None, :]
         at = jnp.arange(input_ids.shape[1])[None]
         contexts = self._contexts(mask, positions, at, at, input_ids.shape[1])
-        x = run_nnx(self.layers, self._embed(input_ids), contexts, self._kinds, remat=self.remat)
-        return self.norm(x)
+        x = self._embed(input_ids, positions)
+        return self.norm(run_nnx(self.layers, x, contexts, self._kinds, remat=self.remat))
 
-    def _embed(self, input_ids: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
+    @property
+    def longest(self) -> int | None:
+        """The largest number of tokens of a row, if positions are learned; otherwise None."""
+        config = self.config
+        return config.max_position_embeddings if config.learned_positions else None
+
+    def _embed(
+        self, input_ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
+    ) -> Float[Array, "batch length d"]:
         x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
-        return x if factor == 1.0 else x * factor
+        x = x if factor == 1.0 else x * factor
+        if self.longest is None:
+            return x
+        return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
 
     @property
     def _distinct(self) -> tuple[LayerKind, ...]:
@@ -163,7 +181,7 @@ class Decoder(nnx.Module):
         at: Int[Array, "#batch length"],
         keys_at: Int[Array, "#batch keys"],
         longest: int,
-    ) -> list[tuple[Bool[Array, "#batch 1 length keys"], Rotation]]:
+    ) -> list[tuple[Bool[Array, "#batch 1 length keys"], Rotation | None]]:
         """The mask and the rotation of each kind of layer.
 
         Args:
@@ -174,13 +192,15 @@ class Decoder(nnx.Module):
             longest: the length of the text, see `RopeScaling.frequencies`.
         """
         back = at[:, None, :, None] - keys_at[:, None, None, :]
+
+        def turned(kind: LayerKind) -> Rotation | None:
+            if self.config.learned_positions:
+                return None
+            rotated = self.config.rotated
+            return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
+
         return [
-            (
-                mask if kind.window is None else mask & (back < kind.window),
-                rotation(
-                    positions, self.config.rotated, kind.rope_theta, kind.rope_scaling, longest
-                ),
-            )
+            (mask if kind.window is None else mask & (back < kind.window), turned(kind))
             for kind in self._distinct
         ]
 
@@ -221,7 +241,7 @@ class Decoder(nnx.Module):
         x, keys, values = extend_nnx(
             step,
             self.layers,
-            self._embed(input_ids),
+            self._embed(input_ids, positions),
             contexts,
             self._kinds,
             cache.keys,

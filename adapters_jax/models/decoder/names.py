@@ -6,15 +6,15 @@ from adapters_jax.interop.names import NameTable, ParameterRule, Rule
 from adapters_jax.transforms.stacking import Stack
 
 
-def _of_layers(**names: str) -> tuple[Rule, ...]:
+def of_layers(block: str = "layers", /, **names: str) -> tuple[Rule, ...]:
     """Rules for modules of a layer: ours, with `__` for `/`, and the name of theirs."""
     return tuple(
-        Rule(rf"layers/(\d+)/{ours.replace('__', '/')}", rf"layers.\1.{theirs}")
+        Rule(rf"layers/(\d+)/{ours.replace('__', '/')}", rf"{block}.\1.{theirs}")
         for ours, theirs in names.items()
     )
 
 
-def _parts(theirs: str, *ours: str) -> tuple[Rule, ...]:
+def parts(theirs: str, *ours: str) -> tuple[Rule, ...]:
     """Rules for modules of a layer that one of theirs fuses, in this order."""
     return tuple(
         Rule(rf"layers/(\d+)/{each}", theirs, part=(i, len(ours))) for i, each in enumerate(ours)
@@ -22,7 +22,7 @@ def _parts(theirs: str, *ours: str) -> tuple[Rule, ...]:
 
 
 MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), Rule("head", "lm_head"))
-PROJECTIONS = _of_layers(
+PROJECTIONS = of_layers(
     attention__query="self_attn.q_proj",
     attention__key="self_attn.k_proj",
     attention__value="self_attn.v_proj",
@@ -33,11 +33,11 @@ PROJECTIONS = _of_layers(
     mlp__up="mlp.up_proj",
     mlp__output="mlp.down_proj",
 )
-NORMS_BEFORE = _of_layers(
+NORMS_BEFORE = of_layers(
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
 )
-NORMS_AROUND = _of_layers(
+NORMS_AROUND = of_layers(
     attention_norm="input_layernorm",
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
@@ -45,8 +45,8 @@ NORMS_AROUND = _of_layers(
 )
 
 FUSED = (
-    *_parts(r"layers.\1.self_attn.qkv_proj", "attention/query", "attention/key", "attention/value"),
-    *_parts(r"layers.\1.mlp.gate_up_proj", "mlp/gate", "mlp/up"),
+    *parts(r"layers.\1.self_attn.qkv_proj", "attention/query", "attention/key", "attention/value"),
+    *parts(r"layers.\1.mlp.gate_up_proj", "mlp/gate", "mlp/up"),
 )
 
 NAMES = NameTable(

@@ -9,7 +9,6 @@ Reference: Warner et al., ModernBERT (2024), https://arxiv.org/abs/2412.13663
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from adapters_jax.errors import UserError
 from adapters_jax.models.modernbert.config import ModernBertConfig
-from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.encoder import EncoderClassifier, mean_pool
+from adapters_jax.models.parts.encoder import EncoderClassifier, TransformerEncoder, mean_pool
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, gated
 from adapters_jax.models.parts.layers import (
     LayerNorm,
@@ -125,21 +123,10 @@ class Pooler(_Configured):
         return self.norm("norm")(ACTIVATIONS[c.classifier_activation](dense(x)))
 
 
-class ModernBert(_Configured):
-    """The encoder, without a head.
+class ModernBert(TransformerEncoder):
+    """The encoder, without a head; its arguments are those of `TransformerEncoder`.
 
-    Args:
-        config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
-        attention_fn: called as flax's attention modules call theirs, with query, key and value of
-            shape `(batch, length, heads, head_dim)`.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
-        scan: only False, because the blocks differ.
-
-    Raises:
-        UserError: `remat` is not a policy, or `scan` is True. It is raised at the first call.
+    Its blocks differ, so `scan` is only False.
 
     Example:
         >>> import jax
@@ -151,9 +138,7 @@ class ModernBert(_Configured):
         149014272
     """
 
-    attention_fn: Callable[..., Array] = dot_product_attention
-    remat: bool | str = False
-    scan: bool = False
+    config: ModernBertConfig
 
     def setup(self) -> None:
         """Creates the submodules; the pooler has parameters only if `pool` is called."""
@@ -197,9 +182,7 @@ class ModernBert(_Configured):
         masks = mask, near[None, None] if mask is None else near & mask
         positions = each[None] if position_ids is None else position_ids
         x = self.embeddings(input_ids, deterministic)
-        length = self.config.num_hidden_layers
-        run = partial(run_linen, self.layer, length=length, remat=self.remat)
-        return self.final_norm(run(x, masks, positions, deterministic))
+        return self.final_norm(self.run(x, masks, positions, deterministic))
 
     def pool(
         self,

@@ -18,8 +18,9 @@ from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.family import Classifier, Family
-from adapters_jax.models.parts.functions import dot_product_attention
-from adapters_jax.models.parts.layers import Typed
+from adapters_jax.models.parts.blocks import run_linen
+from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.parts.layers import Output, Typed
 
 
 def mean_pool(
@@ -47,6 +48,78 @@ def one_token(config: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
+class TransformerEncoder(Typed):
+    """The base class of encoders: it makes their blocks and runs them.
+
+    A subclass names the class of its blocks, and its `setup` calls `make_layers`. If the blocks
+    differ, it makes `layer`, a list of them, itself.
+
+    Args:
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
+        attention_fn: called as flax's attention modules call theirs, with query, key and value of
+            shape `(batch, length, heads, head_dim)`.
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
+            instead of `layer_0`, `layer_1`, ...
+
+    Raises:
+        UserError: `remat` is not a policy, or `scan` is True and the blocks differ. It is raised at
+            the first call.
+    """
+
+    config: Any
+    attention_fn: Callable[..., Array] = dot_product_attention
+    remat: bool | str = False
+    scan: bool = False
+
+    block: ClassVar[Callable[..., Any]]
+
+    @nn.nowrap
+    def make_layers(self) -> None:
+        """Makes the blocks, as `layers` or `layer_0`, `layer_1`, ..."""
+        rest = {"attention_fn": self.attention_fn, **self.types}
+        make = partial(type(self).block, self.config, **rest)
+        if self.scan:
+            self.layers = make()
+        else:
+            self.layer = [make() for _ in range(self.config.num_hidden_layers)]
+
+    @nn.nowrap
+    def run(self, x: Array, *context: Any, some: slice = slice(None)) -> Array:
+        """Runs the blocks, or some of unrolled ones; `context` are their further arguments."""
+        length = len(range(self.config.num_hidden_layers)[some])
+        layers = self.layers if self.scan else self.layer[some]
+        return run_linen(layers, x, *context, length=length, remat=self.remat)
+
+
+class PooledEncoder(TransformerEncoder):
+    """An encoder of texts whose pooler is a dense layer on the first token."""
+
+    @nn.nowrap
+    def make_pooler(self) -> None:
+        """Makes the pooler, which has parameters only if `pool` is called."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.pooler_dropout = nn.Dropout(self.config.pooler_dropout)
+        self.pooler = Output(self.config.hidden_size, kernel_init=init, **self.types)
+
+    def pool(
+        self,
+        hidden: Float[Array, "batch length d"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch d"]:
+        """Applies the pooler to the first token; its parameters exist if `init` calls it.
+
+        It is BERT's pre-trained one, or the layer that the classifiers of the others in
+        transformers have before their last one.
+        """
+        first = self.pooler_dropout(hidden[:, 0], deterministic=deterministic)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
+
+
 class EncoderClassifier(Typed):
     """An encoder whose pooled output goes through dropout and a dense `head`.
 
@@ -57,7 +130,7 @@ class EncoderClassifier(Typed):
         num_labels: the width of the head; 1 for regression.
         pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the layers that
             the architecture's classifier in transformers has before its last one.
-        dtype, param_dtype, attention_fn, remat, scan: as in the encoder.
+        dtype, param_dtype, attention_fn, remat, scan: as in `TransformerEncoder`.
     """
 
     config: Any

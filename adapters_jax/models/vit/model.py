@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax.errors import UserError
-from adapters_jax.models.parts.blocks import run_linen
+from adapters_jax.models.parts.encoder import TransformerEncoder
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import FeedForward, LayerNorm, SelfAttention, Sum, Typed
 from adapters_jax.models.vit.config import VitConfig
@@ -109,22 +109,8 @@ class VitLayer(Typed):
         return Scale(value, name=name, **self.types)(y)
 
 
-class Vit(Typed):
-    """The image encoder, without a head.
-
-    Args:
-        config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
-        attention_fn: called as flax's attention modules call theirs, with query, key and value of
-            shape `(batch, length, heads, head_dim)`.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
-        scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
-            instead of `layer_0`, `layer_1`, ...
-
-    Raises:
-        UserError: `remat` is not a policy. It is raised at the first call.
+class Vit(TransformerEncoder):
+    """The image encoder, without a head; its arguments are those of `TransformerEncoder`.
 
     Example:
         >>> import jax
@@ -135,19 +121,13 @@ class Vit(Typed):
     """
 
     config: VitConfig
-    attention_fn: Callable[..., Array] = dot_product_attention
-    remat: bool | str = False
-    scan: bool = False
+    block = VitLayer
 
     def setup(self) -> None:
         """Creates the submodules."""
         c = self.config
-        block = partial(VitLayer, c, attention_fn=self.attention_fn, **self.types)
         self.embeddings = VitEmbeddings(c, **self.types)
-        if self.scan:
-            self.layers = block()
-        else:
-            self.layer = [block() for _ in range(c.num_hidden_layers)]
+        self.make_layers()
         self.final_norm = LayerNorm(epsilon=c.layer_norm_eps, **self.types)
 
     def __call__(
@@ -169,9 +149,7 @@ class Vit(Typed):
                 f"pixels have the shape {pixels.shape}, expected (batch, {expected[0]}, "
                 f"{expected[1]}, {expected[2]}); resize the images, and put the channels last"
             )
-        layers = self.layers if self.scan else self.layer
-        x = self.embeddings(pixels, deterministic)
-        x = run_linen(layers, x, deterministic, length=c.num_hidden_layers, remat=self.remat)
+        x = self.run(self.embeddings(pixels, deterministic), deterministic)
         return self.final_norm(x) if c.final_norm else x
 
     def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:
@@ -188,7 +166,7 @@ class VitClassifier(Typed):
     Args:
         config: the encoder's shape.
         num_labels: the width of the head.
-        dtype, param_dtype, attention_fn, remat, scan: as in `Vit`.
+        dtype, param_dtype, attention_fn, remat, scan: as in `TransformerEncoder`.
     """
 
     config: VitConfig

@@ -4,6 +4,7 @@ from adapters_jax.models.decoder.architecture import Architecture
 from adapters_jax.models.decoder.families import (
     experts,
     gemma,
+    gpt2,
     granite,
     llama,
     mistral,
@@ -16,6 +17,7 @@ from adapters_jax.models.decoder.families import (
 ARCHITECTURES: dict[str, Architecture] = {
     each.model_type: each
     for each in (
+        gpt2.GPT2,
         llama.LLAMA,
         mistral.MISTRAL,
         qwen.QWEN2,
