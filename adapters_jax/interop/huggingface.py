@@ -209,7 +209,11 @@ class CheckpointConfig:
         Raises:
             BaseFileError: it is not JSON, or a setting is wrong or not supported.
         """
-        values = read_json(path)
+        return cls.of_file(read_json(path), Path(path))
+
+    @classmethod
+    def of_file(cls, values: Mapping[str, Any], path: Path) -> Self:
+        """Takes the fields from the values of a file; raises `BaseFileError` that names it."""
         try:
             return cls.from_dict(values)
         except UserError as error:
