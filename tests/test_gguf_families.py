@@ -179,7 +179,8 @@ def test_the_logits_are_those_of_the_safetensors(name, tmp_path):
     (base / "config.json").write_text(json.dumps(values))
     file = written(tmp_path / "tiny.gguf", name, values, stored)
     (_, expected), (config, found) = load_decoder(base), load_decoder(file)
-    inputs = np.load(FIXTURES / name / "expected.npz")
+    with np.load(FIXTURES / name / "expected.npz") as arrays:
+        inputs = dict(arrays)
     ids, mask = jnp.asarray(inputs["input_ids"]), jnp.asarray(inputs["attention_mask"])
     want, got = full_pass(expected, ids, mask), full_pass(found, ids, mask)
     seen = np.asarray(mask, bool)
