@@ -7,9 +7,8 @@ import pytest
 from helpers.errors import raises
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import BaseFileError, ChatTemplateError
 from adapters_jax.interop import chat
-from adapters_jax.interop.chat import ChatTemplateError
 from adapters_jax.interop.gguf import read_gguf
 from adapters_jax.pretrained.assets import cached
 
@@ -205,5 +204,5 @@ def test_long_conversations_have_a_larger_budget():
     assert chat.render(template, messages) == (text.strip() + "\n") * 3
 
 
-def test_the_error_of_a_template_is_a_user_error():
-    assert issubclass(ChatTemplateError, UserError)
+def test_the_error_of_a_template_is_one_of_the_files_of_a_base():
+    assert issubclass(ChatTemplateError, BaseFileError)

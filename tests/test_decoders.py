@@ -349,6 +349,8 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ("generate runs/full --prompt x --top-p 0", UserError, ["--top-p 0", 1]),
         ("generate runs/full --prompt x --seed -1", UserError, ["--seed -1", "2**32 - 1"]),
         ("generate runs/full --prompt x --temperature -1", UserError, ["--temperature=-1.0"]),
+        ("generate runs/full --prompt x --max-new-tokens 62", UserError, [62, "at most 64"]),
+        (f"{TRAIN.replace('32', '65')} --rank 2", UserError, ["--max-length 65", 64]),
         ("generate runs/full --prompt x --max-new-tokens 0", UserError, ["--max-new-tokens=0"]),
         ("combine runs/lora --weights 1 2 --out both", UserError, ["1 adapter", "2 weights"]),
         ("combine runs/lora --weights 1 --out runs/full", RunError, ["runs/full", "--name"]),

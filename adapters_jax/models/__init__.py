@@ -3,7 +3,7 @@
 - The encoders `bert` (linen; also RoBERTa, DistilBERT and ELECTRA), `modernbert` and `deberta`
   (linen), with classifiers; `vit` (linen; ViT, DINOv2 and CLIP's image tower); `gpt2` (linen; GPT-3
   has the same architecture); `decoder` (NNX; Llama, Mistral, Qwen, Gemma, Phi, OLMo, SmolLM,
-  Granite and those with experts, a file each in `decoder/families`; Llamas also from GGUF). In
+  Granite and those with experts, a file each in `decoder/families`; also from GGUF). In
   each, `config` describes the shape, `model` is the arithmetic, `checkpoint` names, loads and saves
   the tensors.
 - `family`: the class of the records through which the rest of the package uses a family.
