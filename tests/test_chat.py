@@ -148,6 +148,7 @@ HOSTILE = {
     "is in": loops("{% if -1 is in b %}{% endif %}"),
     "equal": loops("{% if b == b + [1] %}{% endif %}"),
     "counted": loops("{% set x = b.count(-1) %}"),
+    "changed": loops("{% set x = loop.changed(b + [i]) %}"),
     "sliced": loops("{% set x = b[1:] %}"),
     "split": loops("{% set x = ('x ' * 10000).split() %}"),
     "hashed": grown("(1,)", "(ns.x, ns.x)", 12) + loops("{{ {}[ns.x] }}"),

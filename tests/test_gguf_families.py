@@ -16,7 +16,7 @@ from helpers.errors import raises
 from adapters_jax.errors import BaseFileError, BaseMismatchError
 from adapters_jax.interop.gguf import read_gguf
 from adapters_jax.interop.gguf.architectures import ARCHITECTURES
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.models.decoder import DecoderConfig, load_decoder
 from adapters_jax.models.registry import family_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
@@ -189,6 +189,7 @@ def test_the_logits_are_those_of_the_safetensors(name, tmp_path):
     if name not in ASSUMED:
         np.testing.assert_allclose(got[seen], inputs["logits"][seen], atol=2e-3, rtol=1e-2)
     assert family_of(read_gguf(file).config, str(file)).name == config.model_type
+    assert DecoderConfig.from_dict(config.to_dict()).layer_kinds == config.layer_kinds
 
 
 def test_every_architecture_is_tested():

@@ -8,6 +8,7 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -152,9 +153,11 @@ class GGUF:
                 "rope_type": "longrope",
                 "short_factor": self._factors("rope_factors_short.weight"),
                 "long_factor": self._factors("rope_factors_long.weight"),
-                "attention_factor": attention,
             }
-            return {"original_max_position_embeddings": original, "rope_scaling": scaling}
+            beside = {"original_max_position_embeddings": original}
+            if attention is not None and not _is_usual(attention, longest, original):
+                scaling["attention_factor"] = attention
+            return {**beside, "rope_scaling": scaling}
         if "rope_freqs.weight" in self.stored:  # the factors of llama3, computed
             each = self._factors("rope_freqs.weight")
             scaling = {"rope_type": "longrope", "short_factor": each, "long_factor": each}
@@ -348,6 +351,15 @@ def read_gguf(path: str | Path) -> GGUF:
     found.require("general.architecture")
     found.check({"general.architecture": tuple(ARCHITECTURES)})
     return found
+
+
+def _is_usual(attention: Any, longest: Any, original: Any) -> bool:
+    """Whether longrope's factor of queries and keys follows from the lengths, as in its paper."""
+    numbers = all(isinstance(x, int | float) for x in (attention, longest, original))
+    if not numbers or not 1 < original < longest:
+        return False
+    usual = math.sqrt(1 + math.log(longest / original) / math.log(original))
+    return math.isclose(attention, usual, rel_tol=1e-6)
 
 
 def _is_id(value: Any, count: int) -> bool:
