@@ -27,6 +27,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
+from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, pack, sequence
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
@@ -38,6 +39,7 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
+from adapters_jax.tasks.completion_rows import RowBuilder
 from adapters_jax.tasks.prompts import Prompts, encode_table
 
 LENGTH = 16
@@ -290,6 +292,20 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     assert (len(example.completion), cut) == (1, 1)
     (example,), _ = encode_table(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
     assert [len(part) for part in example] == [1, 2]
+
+
+def test_completions_are_generated_up_to_the_positions_of_the_model(directory):
+    decoder = load_pretrained_decoder(str(directory / "tiny"))
+    decoder = replace(decoder, config=replace(decoder.config, max_position_embeddings=8))
+    texts = [("food", "It serves Thai dishes dishes"), ("food food food food is Thai", "It")]
+    table, said = Table("rows.csv", texts, None, [2, 3]), []
+    builder = RowBuilder(decoder, Prompts(chat=False), 8, False, 2, 0, matched=2)
+    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
+    assert rows.held_out["dev"].new_tokens == 8 - 6
+    assert ["2 tokens of 6" in text for text in said] == [True, True]
+    builder = replace(builder, decoder=load_pretrained_decoder(str(directory / "tiny")))
+    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
+    assert (rows.held_out["dev"].new_tokens, len(said)) == (16, 2)
 
 
 def test_rows_of_one_prompt_are_held_out_together(tmp_path):
