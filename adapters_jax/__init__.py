@@ -13,6 +13,7 @@ from adapters_jax.distributed.sharding import layout, shard
 from adapters_jax.errors import (
     AdapterFileError,
     AdapterWarning,
+    BaseFileError,
     MismatchError,
     OtherBaseError,
     RecipeError,
@@ -74,6 +75,7 @@ __all__ = [
     "AdapterWarning",
     "AttachmentPoint",
     "Audit",
+    "BaseFileError",
     "BaseIdentity",
     "Bottleneck",
     "Checkpoint",

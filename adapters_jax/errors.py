@@ -68,6 +68,10 @@ class BaseMismatchError(BaseFileError, MismatchError):
     """The tensors of a base's files do not fit its configuration; the message lists them all."""
 
 
+class ChatTemplateError(BaseFileError):
+    """A chat template cannot render a conversation: it is broken, rejects it or takes too much."""
+
+
 class OtherBaseError(AdapterFileError):
     """The adapter was trained on another base model than this one."""
 

@@ -7,9 +7,8 @@ import pytest
 from helpers.errors import raises
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import BaseFileError, ChatTemplateError
 from adapters_jax.interop import chat
-from adapters_jax.interop.chat import ChatTemplateError
 from adapters_jax.interop.gguf import read_gguf
 from adapters_jax.pretrained.assets import cached
 
@@ -149,6 +148,7 @@ HOSTILE = {
     "is in": loops("{% if -1 is in b %}{% endif %}"),
     "equal": loops("{% if b == b + [1] %}{% endif %}"),
     "counted": loops("{% set x = b.count(-1) %}"),
+    "changed": loops("{% set x = loop.changed(b + [i]) %}"),
     "sliced": loops("{% set x = b[1:] %}"),
     "split": loops("{% set x = ('x ' * 10000).split() %}"),
     "hashed": grown("(1,)", "(ns.x, ns.x)", 12) + loops("{{ {}[ns.x] }}"),
@@ -205,5 +205,5 @@ def test_long_conversations_have_a_larger_budget():
     assert chat.render(template, messages) == (text.strip() + "\n") * 3
 
 
-def test_the_error_of_a_template_is_a_user_error():
-    assert issubclass(ChatTemplateError, UserError)
+def test_the_error_of_a_template_is_one_of_the_files_of_a_base():
+    assert issubclass(ChatTemplateError, BaseFileError)

@@ -98,6 +98,7 @@ def test_texts_without_labels(write):
         ("a.csv", "text,label\na,b,c\nd,1\ne\n", ("2 rows", 2, "line 2 has 3, line 4 has 1;")),
         ("a.csv", 'text,label\na,1\n"open,1\nb,2\n', ("line 3",)),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"', ("line 2", "column 13")),
+        ("a.jsonl", '{"text":' * 100_000, ("line 1", "recursion")),
         ("a.jsonl", '["a", 1]', ("line 1", "list", '{"text": "...", "label": "..."}')),
     ],
 )

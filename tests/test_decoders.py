@@ -27,6 +27,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
+from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, pack, sequence
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
@@ -38,6 +39,7 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
+from adapters_jax.tasks.completion_rows import RowBuilder
 from adapters_jax.tasks.prompts import Prompts, encode_table
 
 LENGTH = 16
@@ -292,6 +294,20 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     assert [len(part) for part in example] == [1, 2]
 
 
+def test_completions_are_generated_up_to_the_positions_of_the_model(directory):
+    decoder = load_pretrained_decoder(str(directory / "tiny"))
+    decoder = replace(decoder, config=replace(decoder.config, max_position_embeddings=8))
+    texts = [("food", "It serves Thai dishes dishes"), ("food food food food is Thai", "It")]
+    table, said = Table("rows.csv", texts, None, [2, 3]), []
+    builder = RowBuilder(decoder, Prompts(chat=False), 8, False, 2, 0, matched=2)
+    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
+    assert rows.held_out["dev"].new_tokens == 8 - 6
+    assert ["2 tokens of 6" in text for text in said] == [True, True]
+    builder = replace(builder, decoder=load_pretrained_decoder(str(directory / "tiny")))
+    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
+    assert (rows.held_out["dev"].new_tokens, len(said)) == (16, 2)
+
+
 def test_rows_of_one_prompt_are_held_out_together(tmp_path):
     write_meanings(tmp_path / "rows.csv")
     rows = DataOptions(tmp_path / "rows.csv", prompt="mr", completion="ref", limit=50)
@@ -349,6 +365,8 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ("generate runs/full --prompt x --top-p 0", UserError, ["--top-p 0", 1]),
         ("generate runs/full --prompt x --seed -1", UserError, ["--seed -1", "2**32 - 1"]),
         ("generate runs/full --prompt x --temperature -1", UserError, ["--temperature=-1.0"]),
+        ("generate runs/full --prompt x --max-new-tokens 62", UserError, [62, "at most 64"]),
+        (f"{TRAIN.replace('32', '65')} --rank 2", UserError, ["--max-length 65", 64]),
         ("generate runs/full --prompt x --max-new-tokens 0", UserError, ["--max-new-tokens=0"]),
         ("combine runs/lora --weights 1 2 --out both", UserError, ["1 adapter", "2 weights"]),
         ("combine runs/lora --weights 1 --out runs/full", RunError, ["runs/full", "--name"]),

@@ -226,17 +226,27 @@ def test_a_chat_needs_a_message():
 @pytest.mark.parametrize(
     ("architecture", "changes", "data"),
     [
-        ("gemma", {}, ["wrong.gguf", "general.architecture='gemma'", "'llama'"]),
+        ("t5", {}, ["wrong.gguf", "general.architecture='t5'", "'llama'", "'qwen3moe'"]),
         (
             "llama",
-            {"llama.rope.scaling.type": "yarn", "llama.expert_count": 8},
-            ["wrong.gguf", "llama.rope.scaling.type='yarn'", "'none'", "llama.expert_count=8"],
+            {"llama.rope.scaling.type": "ntk"},
+            ["wrong.gguf", "rope.scaling.type='ntk'", "'yarn'"],
         ),
         (
             "llama",
-            {"llama.block_count": None, "llama.vocab_size": None},
-            ["wrong.gguf", "llama.vocab_size, llama.block_count"],
+            {"llama.logit_scale": 2.0, "llama.attention.causal": 0, "llama.clamp": 8},
+            ["wrong.gguf", "llama.logit_scale=2.0", "llama.clamp=8"],
         ),
+        (
+            "llama",
+            {"llama.block_count": None, "llama.embedding_length": None},
+            ["wrong.gguf", "llama.embedding_length, llama.block_count"],
+        ),
+        ("llama", {"llama.embedding_length": "16"}, ["wrong.gguf", "hidden_size='16'"]),
+        ("llama", {"llama.block_count": 2**31 - 1}, ["wrong.gguf", 2**31 - 1]),
+        ("llama", {"llama.attention.head_count": 0}, ["num_attention_heads=0"]),
+        ("llama", {"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
+        ("llama", {"llama.attention.value_length": 8}, ["wrong.gguf", 8, 4]),
         ("llama", {"llama.attention.head_count": 5}, ["5 attention heads", "2 key"]),
     ],
 )
@@ -274,10 +284,10 @@ def test_a_file_without_a_chat_template_raises(tmp_path, tensors):
 
 
 def test_tensors_of_another_shape_or_name_are_named(tmp_path, tensors):
-    changed = tensors | {"rope_freqs.weight": np.ones(2, np.float32)}
+    changed = tensors | {"strange.weight": np.ones(2, np.float32)}
     changed["blk.0.attn_q.weight"] = changed["blk.0.attn_q.weight"][:8]
     name = "layers.0.self_attn.q_proj.weight"
-    with raises(MismatchError, "1 unexpected", "rope_freqs.weight", name, [8, 16], [16, 16]):
+    with raises(MismatchError, "1 unexpected", "strange.weight", name, [8, 16], [16, 16]):
         load_decoder(write(tmp_path / "odd.gguf", changed))
     for rows in (7, 6):
         with raises(UserError, "blk.0.attn_q", rows, 2):

@@ -109,7 +109,7 @@ def test_junk_in_a_configuration_is_our_error_or_a_configuration(name):
                 config = family.config.from_dict({**values, key: junk})
             except UserError:
                 config = None
-            assert config is None or config.num_layers <= 10_000
+            assert config is None or config.num_layers <= 1_000
             outcomes[config is not None] += 1
     assert min(outcomes.values()) > 5, outcomes
 
@@ -123,7 +123,7 @@ def edited(base, **values):
     ("values", "data"),
     [
         ({"num_hidden_layers": 2**40}, (2**40,)),
-        ({"num_hidden_layers": 10_001}, (10_001, 10_000)),
+        ({"num_hidden_layers": 1_001}, (1_001, 1_000)),
         ({"hidden_size": -16}, ("hidden_size=-16",)),
         ({"hidden_size": "16"}, ("hidden_size='16'",)),
         ({"rms_norm_eps": "x"}, ("rms_norm_eps='x'", "finite")),
@@ -141,8 +141,8 @@ def test_settings_out_of_range_or_unsupported_are_named(base, values, data):
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_more_layers_than_tensors_build_nothing(tmp_path, name):
     base = Path(shutil.copytree(FIXTURES / name, tmp_path / "base"))
-    edited(base, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 9_999})
-    with raises(BaseMismatchError, 9_999):
+    edited(base, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 999})
+    with raises(BaseMismatchError, 999):
         load_base_model(str(base))
 
 
@@ -211,7 +211,7 @@ def test_missing_extra_and_misshaped_tensors_and_integers_are_named(base):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_numbers_that_are_not_finite_are_found_in_every_dtype_and_place(tmp_path, dtype):
-    for place in (0, 65_535, 65_536, 69_999):
+    for place in (0, 65_535, 65_536, 6999):
         for number in (np.nan, -np.inf):
             array = np.ones(70_000, dtype)
             array[place] = number

@@ -57,7 +57,7 @@ class Entry:
         types = self.family.prefixes.keys()
         found = ["safetensors" if self.family.save else "safetensors (read)", "PEFT"]
         found += ["AdapterHub"] if types & MODEL_TYPES else []
-        return found + (["GGUF (read)"] if types & set(gguf.ARCHITECTURES) else [])
+        return found + (["GGUF (read)"] if types & gguf.MODEL_TYPES else [])
 
     @property
     def methods(self) -> list[str]:

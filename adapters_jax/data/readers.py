@@ -114,7 +114,7 @@ def read_jsonl(path: Path, raw: bytes) -> Rows:
         try:
             row = json.loads(line) if line.strip() else {}
             json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, not text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of deep nesting
             raise DataError(f"{path.as_posix()}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(

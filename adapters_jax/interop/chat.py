@@ -3,11 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from adapters_jax.errors import MissingPackageError, UserError, shortened
-
-
-class ChatTemplateError(UserError):
-    """A chat template cannot render a conversation: it is broken, rejects it or takes too much."""
+from adapters_jax.errors import ChatTemplateError, MissingPackageError, UserError, shortened
 
 
 def render(

@@ -23,7 +23,7 @@ FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"
 MOST_JSON = 2**22  # bytes of a configuration; Gemma's for its tokenizer has 1.2 million
 MOST_INDEX = 2**25  # bytes of an index; that of 90,000 tensors has 9 million
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 PICKLE_ADVICE = (
     "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
     "trust it, with transformers' AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
@@ -214,7 +214,11 @@ class CheckpointConfig:
         Raises:
             BaseFileError: it is not JSON, or a setting is wrong or not supported.
         """
-        values = read_json(path)
+        return cls.of_file(read_json(path), Path(path))
+
+    @classmethod
+    def of_file(cls, values: Mapping[str, Any], path: Path) -> Self:
+        """Takes the fields from the values of a file; raises `BaseFileError` that names it."""
         try:
             return cls.from_dict(values)
         except UserError as error:
@@ -233,7 +237,9 @@ _OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 def check_layers(owner: str, layers: int) -> None:
     """Raises UserError for more layers than a model can have, before anything is made of them."""
     if layers > MOST_LAYERS:
-        raise UserError(f"{owner}: {layers} layers, expected at most {MOST_LAYERS}")
+        raise UserError(
+            f"{owner}: {layers} layers (num_hidden_layers), expected at most {MOST_LAYERS}"
+        )
 
 
 def check_tensors(config: CheckpointConfig, tensors: Mapping[str, Any]) -> None:

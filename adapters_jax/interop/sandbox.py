@@ -208,7 +208,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if type(owner) in _METHODS or isinstance(owner, str):
             budget.pay([owner, *arguments])
             _prepay(budget, __obj.__name__, owner, arguments)
-        elif isinstance(__obj, type):
+        elif owner is not None or isinstance(__obj, type):
             budget.pay(arguments, plain=False)
         result = super().call(__context, __obj, *args, **kwargs)
         budget.pay(result, plain=False)

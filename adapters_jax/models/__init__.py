@@ -3,7 +3,7 @@
 - The encoders `bert` (linen; also RoBERTa, DistilBERT and ELECTRA), `modernbert` and `deberta`
   (linen), with classifiers; `vit` (linen; ViT, DINOv2 and CLIP's image tower); `decoder` (NNX;
   GPT-2, Llama, Mistral, Qwen, Gemma, Phi, OLMo, SmolLM, Granite and those with experts, a file each
-  in `decoder/families`; many also from GGUF); `t5` (NNX; an encoder that reads and a decoder that
+  in `decoder/families`; also from GGUF); `t5` (NNX; an encoder that reads and a decoder that
   writes: T5, Flan-T5 and mT5). In each, `config` describes the shape, `model` is the arithmetic,
   `checkpoint` names, loads and saves the tensors.
 - `family`: the class of the records through which the rest of the package uses a family.

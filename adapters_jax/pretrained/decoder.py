@@ -148,10 +148,8 @@ def load_pretrained_decoder(
 
 def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
     """Reads the special tokens by role, and the chat template, from a GGUF file."""
-    tokens = file.fields.get("tokenizer.ggml.tokens", [])
-    ids = file.special_tokens.items()
-    special = {_OF_GGUF[role]: tokens[i] for role, i in ids if role in _OF_GGUF}
-    return special, file.fields.get("tokenizer.chat_template")
+    tokens = {ours: file.token(role) for role, ours in _OF_GGUF.items()}
+    return {ours: token for ours, token in tokens.items() if token}, file.chat_template
 
 
 def _special_tokens_of_directory(

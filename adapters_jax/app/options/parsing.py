@@ -271,7 +271,7 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         with file_errors(path):
             text = path.read_text(encoding="utf-8")
         values = readers[path.suffix](text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, expected names and values")

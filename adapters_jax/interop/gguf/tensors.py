@@ -1,67 +1,74 @@
-"""Converts the weights of a Llama in GGUF to the names and layout of Hugging Face."""
+"""Converts the weights of a decoder in GGUF to the names and layout of Hugging Face."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import UserError
-from adapters_jax.interop.names import Stored
+from adapters_jax.errors import BaseFileError, UserError
+from adapters_jax.interop.gguf.architectures import LLAMA, Layout
+from adapters_jax.interop.gguf.header import GGUFTensor
+from adapters_jax.interop.names import ROW, Stored
+from adapters_jax.io.tensors import not_finite
 
-_MODULES = {
+_MODEL = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 
 
-def read_tensors(tensors: Iterable[Any], heads: int, kv_heads: int) -> dict[str, Stored]:
-    """Lists the tensors of a `gguf.GGUFReader`; dequantises each only when it is used.
+def read_tensors(
+    tensors: Iterable[GGUFTensor], architecture: Layout, heads: Mapping[str, int]
+) -> dict[str, Stored]:
+    """Lists the tensors of a file; reads and dequantises each only when it is used.
 
     Args:
-        tensors: the reader's tensors.
-        heads: the number of query heads.
-        kv_heads: the number of key and value heads.
+        tensors: the file's tensors.
+        architecture: how llama.cpp stores it.
+        heads: the number of heads of "q_proj" and of "k_proj".
 
     Returns:
-        The tensors in float32, laid out `(out, in)`, by their Hugging Face names. Reading one
-        raises a `UserError` if it does not divide into heads or its quantisation is unknown.
+        The tensors in float32, laid out `(out, in)`, by their Hugging Face names; a stack of
+        experts is one tensor for each. Reading one raises a `UserError` if it does not divide into
+        heads, its quantisation is unknown, or a number is not finite.
     """
     found = {}
     for tensor in tensors:
-        name = tensor_name(tensor.name)
-        rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2:][0], 0)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        found[name] = Stored(shape, np.float32, partial(_read, tensor, rotated, name))
+        name = tensor_name(tensor.name, architecture)
+        parts = tensor.rows(name) if ROW in name and len(tensor.shape) == 3 else [tensor]
+        for i, part in enumerate(parts):
+            own = name.replace(ROW, str(i))
+            module = own.split(".")[-2:][0]
+            rotated = heads.get(module, 0) if architecture.permuted else 0
+            offset = architecture.norm_offset if module.endswith("norm") else 0.0
+            read = partial(_read, part, rotated, offset, own)
+            found[own] = Stored(part.shape, np.dtype(np.float32), read)
     return found
 
 
-def _read(tensor: Any, heads: int, name: str) -> np.ndarray:
-    weight = _dequantised(tensor)
-    return half_split(weight, heads, name) if heads else weight
+def _read(tensor: GGUFTensor, heads: int, offset: float, name: str) -> np.ndarray:
+    weight = dequantised(tensor)
+    weight = half_split(weight, heads, name) if heads else weight
+    return weight - np.float32(offset) if offset else weight
 
 
-def _dequantised(tensor: Any) -> np.ndarray:
+def dequantised(tensor: GGUFTensor) -> np.ndarray:
+    """Reads a tensor in float32."""
     import gguf
 
     try:
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # numbers are checked below
+            weight = gguf.dequantize(tensor.bytes(), tensor.kind)
     except NotImplementedError as error:
-        raise UserError(f"{tensor.name} cannot be read as float32: {error}.") from error
+        raise BaseFileError(f"{tensor.name} cannot be read as float32: {error}.") from error
+    if not_finite({tensor.name: weight}):
+        raise BaseFileError(f"{tensor.path} has numbers that are not finite in {tensor.name}")
+    return weight
 
 
-def tensor_name(theirs: str) -> str:
+def tensor_name(theirs: str, architecture: Layout = LLAMA) -> str:
     """A tensor's Hugging Face name; an unknown name is kept, so that an error reports it.
 
     Example:
@@ -69,10 +76,11 @@ def tensor_name(theirs: str) -> str:
         ('model.layers.3.self_attn.q_proj.weight', 'rope_freqs.weight')
     """
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", theirs)
-    if not match or match[2] not in _MODULES:
+    if not match or match[2] not in (architecture.modules if match[1] else _MODEL):
         return theirs
-    block = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{block}{_MODULES[match[2]]}.{match[3]}"
+    if match[1] is None:
+        return f"{_MODEL[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{architecture.modules[match[2]]}.{match[3]}"
 
 
 def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.ndarray:

@@ -1,6 +1,6 @@
 """Decoders (NNX): one model, one configuration, and a file for each family in `families`.
 
-They load from Hugging Face checkpoints, Llamas also from GGUF, and save checkpoints.
+They load from Hugging Face checkpoints and from GGUF, and save checkpoints.
 """
 
 from adapters_jax.models.decoder.architecture import Architecture

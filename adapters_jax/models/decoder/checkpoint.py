@@ -72,7 +72,8 @@ def _read(
     if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
         name_or_path = read_gguf(name_or_path)
     if isinstance(name_or_path, GGUF):
-        return DecoderConfig.from_dict(name_or_path.config), name_or_path.tensors()
+        config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
+        return config, name_or_path.tensors()
     directory = huggingface.resolve(name_or_path, revision)
     config = DecoderConfig.from_json(directory / "config.json")
     return config, huggingface.read_tensors(directory)
