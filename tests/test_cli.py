@@ -87,7 +87,7 @@ def test_every_command_has_help_with_examples(name, capsys, monkeypatch):
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: adapters-jax {name}")
-    assert out.count(f"\n  adapters-jax {name} ") >= 2
+    assert len(re.findall(rf"\n  adapters-jax {name}\b", out)) >= 2
     assert all(word in out for word in ("--json", "--config", "--debug"))
     assert all(len(line) <= 80 for line in out.splitlines() if "adapters-jax" not in line)
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "audit": ("adapters_jax.app.cli.audit", "CountParameters"),
     "plan": ("adapters_jax.app.cli.plan", "PlanTraining"),
     "models": ("adapters_jax.app.cli.models", "ListModels"),
+    "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -54,6 +55,7 @@ commands:
   audit      count what a recipe adds to a model and trains in it
   plan       compute the memory of training on each device, without the devices
   models     list the families of models, their published names and what they support
+  doctor     check the installed versions, the devices and a tiny step
 
 examples:
   adapters-jax finetune
