@@ -15,6 +15,8 @@ from helpers.errors import raises
 from rich.console import Console
 
 import adapters_jax as aj
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.audit import bytes_text
 from adapters_jax.models import KNOWN
 from adapters_jax.trees import flatten, unflatten
@@ -87,22 +89,23 @@ def test_published_counts(name, recipe, adapters, unfrozen, points):
 
 
 def test_published_counts_of_gpt3():
-    model, params = known("gpt3-175b", aj.lora(4))
-    audit = aj.audit(model, params)
+    model, _ = adapted_shape("gpt3-175b", MethodOptions("lora", rank=4), scan=True)
+    audit = aj.audit(model)
     assert audit.adapter_parameters == audit.trainable_parameters == 18_874_368
     assert 174e9 < audit.frozen_parameters < 176e9
     assert audit.percent == 100 * 18_874_368 / audit.frozen_parameters < 0.011
 
     def widened(path, x):
-        axes = {"lora/a": (*x.shape[:-1], 8), "lora/b": (8, *x.shape[1:])}.get(path[-6:], x.shape)
-        return shape(*axes)
+        axes = {"lora/a": (*x.shape[:-1], 8), "lora/b": (96, 8, *x.shape[2:])}
+        return shape(*axes.get(path[-6:], x.shape))
 
-    wider = {path: widened(path, x) for path, x in flatten(params).items()}
+    whole = flatten(nnx.to_pure_dict(nnx.state(model)))
+    wider = {path: widened(path, x) for path, x in whole.items()}
     audit = aj.audit(aj.lora(8), unflatten(wider))
     assert audit.adapter_parameters == 37_748_736
-    assert [row[3:] for row in audit.rows()] == [("8*(12288 + 12288)", "96", "18,874,368")] * 2
-    with raises(aj.MismatchError, "layer_95/attention/value (LoRA)", "196,608", "4*(12288 "):
-        aj.audit(model, unflatten(wider))
+    assert [row[3:] for row in audit.rows()] == [("96*(8*(12288 + 12288))", "1", "18,874,368")] * 2
+    with raises(aj.MismatchError, "layers/attention/value (LoRA)", "18,874,368", "4*(12288 "):
+        aj.audit(aj.lora(4), unflatten(wider))
 
 
 def test_the_table_as_text():

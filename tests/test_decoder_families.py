@@ -5,6 +5,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from adapters_jax.models.decoder import (
     load_decoder,
     save_decoder,
 )
+from adapters_jax.models.decoder.model import abstract_decoder
 
 # Fields whose value shows in no parameter's shape.
 ARITHMETIC = {
@@ -197,6 +199,21 @@ def written(config):
     whole = {"num_key_value_heads": config.kv_heads, "head_dim": config.head_width}
     absent = ARCHITECTURES[config.model_type].absent
     return replace(config, **{key: x for key, x in whole.items() if key not in absent})
+
+
+@every
+def test_a_decoder_without_arrays_is_the_model_of_its_class(name):
+    config = DecoderConfig.from_json(FIXTURES / name / "config.json")
+    for scan in (False, True):
+        options = {"scan": scan, "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
+        whole = nnx.eval_shape(lambda o=options: Decoder(config, rngs=nnx.Rngs(0), **o))
+        (expected, leaves), (found, own) = map(
+            nnx.split, (whole, abstract_decoder(config, **options))
+        )
+        assert found == expected
+        assert jax.tree.structure(own) == jax.tree.structure(leaves)
+        same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), own, leaves)
+        assert all(jax.tree.leaves(same))
 
 
 NUMBERS = (-1, 0, 1.5, 2**40, float("nan"), float("inf"))

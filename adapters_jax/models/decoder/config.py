@@ -9,8 +9,8 @@ from adapters_jax.checks import check_choice, check_number, check_size, shown
 from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.models.decoder import rope
+from adapters_jax.models.decoder.counts import parameters
 from adapters_jax.models.decoder.families import ARCHITECTURES
-from adapters_jax.models.parts.counts import dense
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.rotary import RopeScaling
 
@@ -270,35 +270,7 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        positions = self.max_position_embeddings * self.learned_positions
-        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
-        rows = tokens + positions + norms * self._norm
-        return rows * self.hidden_size + self.num_layers * (self._attention + self._mlp)
-
-    @property
-    def _norm(self) -> int:
-        """The parameters of a norm for each feature."""
-        return 2 if self.norm_type == "layer" else 1
-
-    @property
-    def _attention(self) -> int:
-        """The parameters of the attention of a layer."""
-        width, head = self.hidden_size, self.head_width
-        queries, keys = head * self.num_attention_heads, head * self.kv_heads
-        norms = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
-        inputs = dense(width, queries + 2 * keys, self.attention_bias)
-        return inputs + dense(queries, width, self.has_output_bias) + norms * self._norm
-
-    @property
-    def _mlp(self) -> int:
-        """The parameters of the feed-forward of a layer."""
-        width = self.hidden_size
-        if self.num_experts:
-            inner = self.moe_intermediate_size or self.intermediate_size
-            return self.num_experts * (width + 3 * width * inner)
-        inner, bias = self.intermediate_size, self.mlp_bias
-        return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
+        return parameters(self)
 
     @property
     def has_output_bias(self) -> bool:

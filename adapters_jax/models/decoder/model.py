@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -250,6 +251,12 @@ class Decoder(nnx.Module):
         return self.norm(x), cache._replace(keys=keys, values=values)
 
 
-def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:
+def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:
     """Returns a decoder without arrays; the options are those of `Decoder`."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
+    if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
+        graphdef, state = nnx.split(model.layers)
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+        rows = (nnx.merge(graphdef, row, copy=True) for _ in range(config.num_hidden_layers))
+        model.layers, model.scan = nnx.List(rows), False
+    return model
