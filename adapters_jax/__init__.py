@@ -58,7 +58,7 @@ from adapters_jax.presets import (
     prefix_tuning,
 )
 from adapters_jax.recipe import Recipe
-from adapters_jax.rows import split_rows
+from adapters_jax.training.rows import split_rows
 from adapters_jax.suggest import Suggestion, suggest
 from adapters_jax.training.optimizers import freeze_base, lora_plus
 from adapters_jax.training.state import TrainState

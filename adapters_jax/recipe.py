@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
+from adapters_jax.strict_json import loads
 from adapters_jax.targets import failures, join, selects
 
 _LONGEST_NAME = 200
@@ -161,13 +162,13 @@ class Recipe:
         """Reads a recipe from JSON text or from the object it decodes to.
 
         Raises:
-            UserError: text that is not JSON, an unknown method or key (the message has the nearest
-                known one), a missing key, or a value out of its range; a method that is not
-                registered raises its subclass RecipeError.
+            UserError: text that is not JSON or nested too deep, an unknown method or key (the
+                message has the nearest known one), a missing key, or a value out of its range; a
+                method that is not registered raises its subclass RecipeError.
         """
         try:
-            data = json.loads(text) if isinstance(text, str) else text
-        except json.JSONDecodeError as error:
+            data = loads(text) if isinstance(text, str) else text
+        except ValueError as error:
             raise UserError(f"recipe JSON: {error}") from None
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:

@@ -209,7 +209,7 @@ def as_json(**row):
         ),
         (as_json(method="unfreeze", targets="a", zzz=1), ["'unfreeze': ", "'zzz'"]),
         (as_json(method="bottleneck", bottleneck_dim=3), ["'bottleneck': 'targets'"]),
-        (as_json(method="lora", targets="a", rank=8, alpha=float("nan")), ["LoRA: alpha=nan"]),
+        (as_json(method="lora", targets="a", rank=8, alpha=float("nan")), ["NaN is not"]),
         (as_json(method="lora", targets="a", rank=8.0, alpha=None), ["LoRA: rank=8.0"]),
     ],
 )
@@ -228,6 +228,9 @@ def test_of_many_unknown_keys_the_first_five_are_named():
 def test_text_that_is_not_json():
     with raises(aj.UserError, "line 1 column 2"):
         Recipe.from_json("{")
+    for text in ('{"methods":' * 100_000, '{"methods": [], "methods": []}'):
+        with raises(aj.UserError, "recipe JSON"):
+            Recipe.from_json(text)
 
 
 def test_json_may_leave_out_what_has_a_default():

@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees
-from adapters_jax.rows import on_mesh
+from adapters_jax.training.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 

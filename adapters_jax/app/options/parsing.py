@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_ty
 
 from adapters_jax.app.options.stored import members, misfit
 from adapters_jax.errors import UserError, file_errors
+from adapters_jax.strict_json import loads
 
 if TYPE_CHECKING:
     import cyclopts
@@ -264,13 +264,13 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         UsageError: the file is neither TOML nor JSON, the command does not have a key, or a value
             has the wrong type.
     """
-    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": loads}
     if path.suffix not in readers:
         raise UsageError(f"{CONFIG} {path}: unknown suffix {path.suffix!r}; use .toml or .json")
+    with file_errors(path):
+        data = path.read_bytes()
     try:
-        with file_errors(path):
-            text = path.read_text(encoding="utf-8")
-        values = readers[path.suffix](text)
+        values = readers[path.suffix](data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):

@@ -15,7 +15,7 @@ from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
 from adapters_jax.models.parts.cache import LayerCache
 from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize
 from adapters_jax.models.parts.rotary import Rotation, rotate
-from adapters_jax.rows import split_rows
+from adapters_jax.training.rows import split_rows
 
 Hidden = Float[Array, "batch length d"]
 Mask = Bool[Array, "#batch 1 length keys"]

@@ -30,7 +30,7 @@ from adapters_jax.models.parts.functions import (
 )
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import Rotation, rotation
-from adapters_jax.rows import split_rows
+from adapters_jax.training.rows import split_rows
 
 
 class Decoder(nnx.Module):

@@ -13,7 +13,7 @@ from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
 from adapters_jax.models.parts.rotary import Rotation, rotate
-from adapters_jax.rows import split_rows
+from adapters_jax.training.rows import split_rows
 
 
 def check_heads(width: int, heads: int) -> None:
