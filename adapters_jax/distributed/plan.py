@@ -2,7 +2,7 @@
 
 The step is compiled on abstract arrays for the devices of the mesh, and the compiler's own memory
 analysis is read. On a mesh of `aj.devices`, it is that of the accelerator's compiler. A plan for
-CPU devices is an estimate of theirs; benchmarks/results/devices.md has how far it is off.
+CPU devices is an estimate of theirs; benchmarks/results/estimate.md has what they are off by.
 """
 
 from __future__ import annotations
