@@ -58,9 +58,9 @@ from adapters_jax.presets import (
     prefix_tuning,
 )
 from adapters_jax.recipe import Recipe
-from adapters_jax.training.rows import split_rows
 from adapters_jax.suggest import Suggestion, suggest
 from adapters_jax.training.optimizers import freeze_base, lora_plus
+from adapters_jax.training.rows import split_rows
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
 from adapters_jax.transforms.combine import Combined, combine

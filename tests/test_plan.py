@@ -148,6 +148,24 @@ def test_an_nnx_model_plans_like_a_linen_one():
         assert getattr(found, name) == getattr(linen, name), name
 
 
+def test_frozen_parameters_that_a_step_does_not_use_are_held_as_well():
+    class Pooled(nnx.Module):
+        def __init__(self):
+            self.used = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+            self.pooler = nnx.Linear(WIDTH, 512, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.used(x)
+
+    model = nnx.eval_shape(lambda: aj.adapt(Pooled(), aj.LoRA("used", RANK), rngs=nnx.Rngs(1)))
+    state = abstract_state(model, tx=optax.adam(1e-3))
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
+    found = plan(state, lambda model, batch, key: jnp.mean(model(batch) ** 2), x)
+    assert found.base == 4 * (WIDTH * WIDTH + WIDTH + WIDTH * 512 + 512)
+    assert found.program.arguments >= found.base + found.adapters + found.optimizer
+    assert found.inputs == 4 * 8 * WIDTH + 4 + 8
+
+
 MESHED = """
 import json, jax
 from test_plan import planned, RANK

@@ -2,7 +2,7 @@
 
 The step is compiled on abstract arrays for the devices of the mesh, and the compiler's own memory
 analysis is read. On a mesh of `aj.devices`, it is that of the accelerator's compiler. A plan for
-CPU devices is an estimate of theirs; benchmarks/results/devices.md has how far it is off.
+CPU devices is an estimate of theirs; benchmarks/results/estimate.md has what they are off by.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from adapters_jax.audit import bytes_text
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.distributed.sharding import Rules, shard
@@ -82,10 +81,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The fields and the total, for JSON."""
         return {**dataclasses.asdict(self), "total": self.total}
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Names and sizes for a table, with the total."""
-        return [(name, bytes_text(getattr(self, name))) for name in PARTS]
 
 
 def abstract_state(
@@ -210,7 +205,7 @@ def _forward(state: TrainState, loss_fn: LossFn, batch: Tree, accumulate: int) -
     forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
     part = jax.tree.map(lambda x: _part(x, accumulate), batch)
     alone = compile_program(forward.lower(state, part))  # type: ignore[attr-defined]
-    return alone.total - alone.arguments if isinstance(alone, Program) else 0
+    return max(0, alone.total - alone.arguments) if isinstance(alone, Program) else 0
 
 
 def largest_batch(

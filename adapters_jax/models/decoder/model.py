@@ -255,7 +255,8 @@ def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: An
     """Returns a decoder without arrays; the options are those of `Decoder`."""
     model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
     if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
-        graphdef, state = nnx.split(model.layers)
+        parts: tuple[Any, ...] = nnx.split(model.layers)
+        graphdef, state = parts
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
         rows = (nnx.merge(graphdef, row, copy=True) for _ in range(config.num_hidden_layers))
         model.layers, model.scan = nnx.List(rows), False
