@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 from helpers.arrays import read_arrays
 from helpers.errors import raises
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
 from adapters_jax.interop.huggingface import resolve
 from adapters_jax.interop.names import NameTable, Rule, from_tensors, to_tensors
 from adapters_jax.models.bert import NAMES, Bert, load_bert
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.models.decoder import load_decoder, save_decoder
 from adapters_jax.transforms.stacking import Stack
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -178,6 +178,26 @@ def test_a_sharded_llama_is_the_whole_one(tmp_path):
     assert len(list(whole.glob("part-*.safetensors"))) == 2
     _, parts = load_decoder(whole)
     assert_same_tree(nnx.to_pure_dict(nnx.state(parts)), nnx.to_pure_dict(nnx.state(expected)))
+
+
+def test_a_large_checkpoint_is_written_as_shards(tmp_path):
+    config, model = load_decoder(FIXTURES / "llama")
+    most = 3000
+    save_decoder(tmp_path, config, model, max_shard_size=most)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    held = [load_file(tmp_path / name) for name in files]
+    assert all(sum(x.nbytes for x in each.values()) <= most or len(each) == 1 for each in held)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for e in held for x in e.values())
+    assert index["weight_map"] == {
+        name: file for file, each in zip(files, held, strict=True) for name in each
+    }
+    _, parts = load_decoder(tmp_path)
+    assert_same_tree(nnx.to_pure_dict(nnx.state(parts)), nnx.to_pure_dict(nnx.state(model)))
+    with raises(UserError, "max_shard_size", "-1"):
+        save_decoder(tmp_path, config, model, max_shard_size=-1)
 
 
 def test_an_absent_shard_is_named(tiny):

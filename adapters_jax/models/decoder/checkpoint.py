@@ -13,7 +13,7 @@ from adapters_jax.interop.names import Tensor
 from adapters_jax.models.decoder.config import DecoderConfig
 from adapters_jax.models.decoder.families import ARCHITECTURES
 from adapters_jax.models.decoder.model import Decoder, abstract_decoder
-from adapters_jax.models.parts.checkpoint import filled, save_model
+from adapters_jax.models.parts.checkpoint import SHARD, filled, save_model
 
 
 def load_decoder(
@@ -48,13 +48,21 @@ def load_decoder(
     return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
 
 
-def save_decoder(directory: str | Path, config: DecoderConfig, model: Decoder, **more: Any) -> None:
+def save_decoder(
+    directory: str | Path,
+    config: DecoderConfig,
+    model: Decoder,
+    *,
+    max_shard_size: int = SHARD,
+    **more: Any,
+) -> None:
     """Writes a checkpoint in the layout of Hugging Face, which `load_decoder` reads as well.
 
     Args:
         directory: an empty directory.
         config: the model's configuration.
         model: a model without adapters; see `adapters_jax.transforms.merge`.
+        max_shard_size: the largest number of bytes in a file; more are split over shards.
         **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
             model take precedence.
 
@@ -62,7 +70,7 @@ def save_decoder(directory: str | Path, config: DecoderConfig, model: Decoder, *
         UserError: the architecture of `config.model_type` is not that of the model.
     """
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
-    save_model(directory, {**more, **settings}, model, names)
+    save_model(directory, {**more, **settings}, model, names, max_shard_size)
 
 
 def _read(

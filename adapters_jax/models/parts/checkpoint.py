@@ -9,10 +9,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from adapters_jax.checks import check_size
 from adapters_jax.distributed.sharding import Rules, laid_out
+from adapters_jax.interop.huggingface import INDEX
 from adapters_jax.interop.names import NameTable, Tensor, from_tensors, to_tensors
 
 Model = TypeVar("Model", bound=nnx.Module)
+SHARD = 5 * 10**9  # bytes, as in transformers 4
 
 
 def filled(
@@ -39,21 +42,64 @@ def filled(
 
 
 def save_model(
-    directory: str | Path, settings: Mapping[str, Any], model: nnx.Module, names: NameTable
+    directory: str | Path,
+    settings: Mapping[str, Any],
+    model: nnx.Module,
+    names: NameTable,
+    max_shard_size: int,
 ) -> None:
-    """Writes `config.json` and `model.safetensors`.
+    """Writes `config.json`, and `model.safetensors` or shards with their index.
 
     Args:
         directory: an empty directory.
         settings: the values of `config.json`, but for the dtype.
         model: a model without adapters.
         names: the names of its tensors.
+        max_shard_size: the largest number of bytes of tensors in a file; a larger tensor has a file
+            of its own.
+
+    Raises:
+        UserError: `max_shard_size` is not a positive whole number.
     """
+    check_size("the checkpoint", "max_shard_size", max_shard_size)
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {**settings, **dict.fromkeys(("dtype", "torch_dtype"), dtype)}  # new and old readers
-    text = json.dumps(values, indent=2) + "\n"
-    Path(directory, "config.json").write_text(text, encoding="utf-8")
-    path = Path(directory, "model.safetensors")
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable for its owner alone
+    _write_json(Path(directory, "config.json"), values)
+    shards = _shards({name: x.nbytes for name, x in tensors.items()}, max_shard_size)
+    files = {_file(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
+        path = Path(directory, file)
+        save_file({name: tensors[name] for name in shard}, path, {"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable for its owner alone
+    if len(files) > 1:
+        where = {name: file for file, shard in files.items() for name in shard}
+        total = {"total_size": sum(x.nbytes for x in tensors.values())}
+        _write_json(Path(directory, INDEX), {"metadata": total, "weight_map": where})
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Splits tensors, in their order, into files of at most `most` bytes.
+
+    Example:
+        >>> _shards({"a": 2, "b": 3, "c": 9, "d": 1}, 5)
+        [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _file(number: int, count: int) -> str:
+    part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+    return f"model{part}.safetensors"
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from adapters_jax.distributed.sharding import Rules
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule
-from adapters_jax.models.parts.checkpoint import filled, save_model
+from adapters_jax.models.parts.checkpoint import SHARD, filled, save_model
 from adapters_jax.models.t5.config import T5Config
 from adapters_jax.models.t5.model import T5, abstract_t5
 from adapters_jax.transforms.stacking import Stack
@@ -84,14 +84,17 @@ def load_t5(
     return config, filled(abstract_t5(config, **options), tensors, NAMES, mesh, rules)
 
 
-def save_t5(directory: str | Path, config: T5Config, model: T5, **more: Any) -> None:
+def save_t5(
+    directory: str | Path, config: T5Config, model: T5, *, max_shard_size: int = SHARD, **more: Any
+) -> None:
     """Writes a checkpoint in the layout of Hugging Face, which `load_t5` reads as well.
 
     Args:
         directory: an empty directory.
         config: the model's configuration.
         model: a model without adapters; see `adapters_jax.transforms.merge`.
+        max_shard_size: the largest number of bytes in a file; more are split over shards.
         **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
             model take precedence.
     """
-    save_model(directory, {**more, **config.to_dict()}, model, NAMES)
+    save_model(directory, {**more, **config.to_dict()}, model, NAMES, max_shard_size)
