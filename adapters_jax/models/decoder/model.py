@@ -253,6 +253,7 @@ def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: An
     if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
         graphdef, state = nnx.split(model.layers)
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-        rows = (nnx.merge(graphdef, row, copy=True) for _ in range(config.num_hidden_layers))
+        length = range(config.num_hidden_layers)
+        rows: Any = (nnx.merge(graphdef, row, copy=True) for _ in length)
         model.layers, model.scan = nnx.List(rows), False
     return model
