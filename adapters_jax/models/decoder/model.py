@@ -258,6 +258,7 @@ def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: An
         parts: tuple[Any, ...] = nnx.split(model.layers)
         graphdef, state = parts
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-        rows = (nnx.merge(graphdef, row, copy=True) for _ in range(config.num_hidden_layers))
+        length = range(config.num_hidden_layers)
+        rows: Any = (nnx.merge(graphdef, row, copy=True) for _ in length)
         model.layers, model.scan = nnx.List(rows), False
     return model
