@@ -58,5 +58,5 @@ def load_bert(
     """
     directory = huggingface.resolve(name_or_path, revision)
     found = huggingface.read_json(directory / "config.json").get("model_type", "bert")
-    family = next((each for each in FAMILIES if found in each.prefixes), FAMILY)
+    family = next((each for each in FAMILIES if found in list(each.prefixes)), FAMILY)
     return family.load(directory, **options)
