@@ -21,7 +21,10 @@ from adapters_jax.distributed.plan import PARTS
 from adapters_jax.errors import UserError
 
 FULL = MethodOptions("full")
-OFF = "an estimate by XLA for the CPU; --device compiles for an accelerator instead"
+OFF = (
+    "an estimate by XLA for the CPU, 0.83 to 1.29 times what a TPU's compiler said of six steps; "
+    "--device compiles for an accelerator instead"
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ class PlanTraining:
             names = list(dict.fromkeys(name for column in columns for name in column))
             table += [[name, *(column.get(name, "") for column in columns)] for name in names]
         console.table(["", *results], table)
-        console.say("" if self.device else OFF)
+        if self.device is None:
+            console.say(OFF)
         console.result(
             {
                 "model": self.model,
