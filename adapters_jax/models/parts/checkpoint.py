@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from adapters_jax.checks import check_size
+from adapters_jax.checks import check_number
 from adapters_jax.distributed.sharding import Rules, laid_out
 from adapters_jax.interop.huggingface import INDEX
 from adapters_jax.interop.names import NameTable, Tensor, from_tensors, to_tensors
@@ -59,9 +59,9 @@ def save_model(
             of its own.
 
     Raises:
-        UserError: `max_shard_size` is not a positive whole number.
+        UserError: `max_shard_size` is not a number of at least 1.
     """
-    check_size("the checkpoint", "max_shard_size", max_shard_size)
+    check_number("the checkpoint", "max_shard_size", max_shard_size, low=1, closed=True)
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {**settings, **dict.fromkeys(("dtype", "torch_dtype"), dtype)}  # new and old readers
