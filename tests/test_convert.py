@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.errors import raises
 from helpers.finished import SAMPLE, decoder_run, encoder_run
 from safetensors.numpy import load_file, save_file
@@ -66,6 +67,10 @@ def folder(tmp_path_factory):
         drawn(aj.houlsby(4, layer_norms=None, scale=0.5), shapes, "gpt2-houlsby", identity)
         norm = {"layers/0/mlp_norm/scale": (d,)}
         drawn(aj.houlsby(4, scale=0.5), shapes | norm, "gpt2-norms", identity)
+        shutil.copytree(FIXTURES / "decoders" / "qwen3", "qwen3")
+        _, qwen = load_decoder("qwen3")
+        state = nnx.state(aj.adapt(qwen, aj.lora(2), rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
+        aj.save_adapter("qwen-lora", state, aj.lora(2))
         prompt = {"embedding": (3, 32), "gate": (4,)}
         shapes = {f"layers/2/attention/prompt/{k}": shape for k, shape in prompt.items()}
         drawn(aj.LlamaAdapter("layers/2/attention", 3), shapes, "prompts")
@@ -217,6 +222,7 @@ def test_no_row_and_no_directory_of_this_machine_is_written(convert, folder, to)
         ("gpt2-lora peft --model tiny", ["gpt2-lora", "'tiny'", "tree_sha256"]),
         ("gpt2-houlsby peft --model gpt2", ["PEFT", "adds Bottleneck;"]),
         ("prompts adapterhub --model llama", ["AdapterHub", "LlamaAdapter"]),
+        ("qwen-lora adapterhub --model qwen3", ["AdapterHub", "qwen3", "llama", "--to peft"]),
         ("prompts peft --model llama", ["layers/2/attention", "4 gates", 'gate="layer"']),
         ("runs/none native", ["'runs/none'"]),
         ("gpt2 native", ["gpt2", "adapter_config.json", "adapters_jax, PEFT or AdapterHub"]),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.errors import UserError
 from adapters_jax.interop import adapterhub
 from adapters_jax.interop.adapterhub import heads
 from adapters_jax.interop.base_model import BaseModel
@@ -53,7 +54,13 @@ class AdapterHub:
         return recipe, flatten(leaves)
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
-        """See `save_adapterhub`."""
+        """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
+        supported = {*adapterhub.MODEL_TYPES, *_CLASSES}
+        if base.model_type and base.model_type not in supported:
+            raise UserError(
+                f"AdapterHub's files are written for {', '.join(sorted(supported))}, and the base "
+                f"is a {base.model_type}; write PEFT's instead (--to peft)"
+            )
         own = _CLASSES.get(base.model_type)
         about = {"model_type": base.model_type, "model_class": own} if own else {}
         adapterhub.save_adapterhub(
