@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.arrays import read_arrays
+from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.tiny import write_llama, write_meanings, write_model
 from safetensors.numpy import save_file
@@ -77,15 +78,16 @@ def test_a_record_is_enough_for_every_command(other, run, capsys):
     leaves = {path: draw(size=shape).astype(np.float32) for path, shape in shapes.items()}
     recipe = aj.LoRA("layers/0/attention/query", 2)
     aj.save_adapter("mine", unflatten(leaves), recipe, base=base.identity)
-    for to in ("peft", "adapterhub"):
-        assert run(f"convert mine there-{to} --to {to} --model base")["notes"] == [
-            "LoRA.a_init 'gaussian' is read as 'uniform'"
-        ] * (recipe.a_init != "uniform")
-        run(f"convert there-{to} back-{to} --to native --model base")
-        _, back = aj.read_adapter(f"back-{to}")
-        assert back.keys() == leaves.keys()
-        for path, leaf in leaves.items():
-            np.testing.assert_array_equal(back[path], leaf)
+    assert run("convert mine there --to peft --model base")["notes"] == [
+        "LoRA.a_init 'gaussian' is read as 'uniform'"
+    ] * (recipe.a_init != "uniform")
+    run("convert there back --to native --model base")
+    _, back = aj.read_adapter("back")
+    assert back.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(back[path], leaf)
+    with command_raises(aj.UserError, "AdapterHub", "other", "--to peft"):
+        assert main(["convert", "mine", "hub", "--to", "adapterhub", "--model", "base"]) == 2
 
 
 def test_a_record_is_enough_to_train_generate_and_merge(other, run, capsys):
@@ -128,7 +130,7 @@ def test_learned_positions_limit_texts(gpt2, capsys):
     assert main([*words.split(), "--max-length", "33"]) == 2
     assert "--max-length 33: expected at most 32" in capsys.readouterr().err
     model, ids = load_pretrained_decoder(str(gpt2)).model, np.ones((2, 30), int)
-    with raises(aj.UserError, "30 tokens", "max_new_tokens=3", "model's 32"):
+    with raises(aj.UserError, "30 tokens", "3 new ones", "at most 32"):
         generate(model, ids, max_new_tokens=3)
     mask = np.arange(30)[None] >= np.array([[1], [2]])
     assert generate(model, ids, mask, max_new_tokens=3).lengths.tolist() == [3, 3]

@@ -20,6 +20,7 @@ from adapters_jax.models.decoder import DecoderConfig, load_decoder
 from adapters_jax.models.registry import family_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
+CARRIED = {path.name for path in FIXTURES.iterdir()} - {"gpt2"}  # whose GGUF files are not read
 NAMES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
 PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")  # those of Llama's converter
 NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
@@ -172,7 +173,7 @@ def full_pass(model, ids, mask):
     return model(ids, mask)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+@pytest.mark.parametrize("name", sorted(CARRIED))
 def test_the_logits_are_those_of_the_safetensors(name, tmp_path):
     values, stored = values_of(name), read_arrays(FIXTURES / name)
     base = Path(shutil.copytree(FIXTURES / name, tmp_path / "base"))
@@ -193,8 +194,7 @@ def test_the_logits_are_those_of_the_safetensors(name, tmp_path):
 
 
 def test_every_architecture_is_tested():
-    tested = {NAMES.get(path.name, path.name) for path in FIXTURES.iterdir()}
-    assert tested == ARCHITECTURES.keys()
+    assert {NAMES.get(name, name) for name in CARRIED} == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(

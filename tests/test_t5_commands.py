@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_completions_and_padding_has_none():
     examples = [Example([3, 8, 1], [4, 6, 8, 7, 1]), Example([3, 3, 3, 3, 10, 1], [4, 1])]
     batch = Batches([pair(each) for each in examples], None, 2, None, buckets=(8,))[0]
     _, model = load_t5(FIXTURES / "flan_t5")
-    losses = nnx.jit(lambda model, batch: token_losses(model, batch, most=6))(model, batch)
+    losses = nnx.jit(lambda model, batch: token_losses(model, batch, most=6, chunk=4))(model, batch)
     logits_of = nnx.jit(lambda model, *args: model(*args))
     assert batch["input_ids"].shape == (2, 8)
     for (prompt, completion), loss in zip(examples, losses, strict=True):
