@@ -1,7 +1,7 @@
 """The table of models: counts by formula, what families support, and the page made of it."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -138,7 +138,8 @@ def really_fits(family, method):
     """Whether a published model takes a method as the audit adapts it."""
     config = next(iter(family.known.values()))
     lists = {"layer_types", "no_rope_layers"} & vars(config).keys()
-    config = replace(config, num_hidden_layers=3, **dict.fromkeys(lists))
+    layers = {"num_layers", "num_hidden_layers"} & {field.name for field in fields(config)}
+    config = replace(config, **dict.fromkeys(layers, 3), **dict.fromkeys(lists))
     recipe = MethodOptions(method).build(num_layers=config.num_layers, layer=family.layer)
     model, inputs = family.shape(config)
     try:

@@ -16,7 +16,7 @@ from adapters_jax.models.decoder import ARCHITECTURES, DecoderConfig, load_decod
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 TRAIN = (
-    "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 32 "
+    "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 24 "
     "--name mine --method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --limit 16 "
     "--learning-rate 0.1"
 )

@@ -164,6 +164,16 @@ class T5Config(huggingface.CheckpointConfig):
         return 2**31 - 1
 
     @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        d, tables = self.d_model, 1 if self.tie_word_embeddings else 2
+        attention = 4 * d * self.num_heads * self.d_kv + d  # each sublayer with its norm
+        mlp = (3 if self.gated else 2) * d * self.d_ff + d
+        ends = self.relative_attention_num_buckets * self.num_heads + d  # of each stack
+        layers = self.num_layers * (attention + mlp) + self.decoder_layers * (2 * attention + mlp)
+        return tables * self.vocab_size * d + 2 * ends + layers
+
+    @property
     def decoder_layers(self) -> int:
         """The number of layers of the decoder."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
