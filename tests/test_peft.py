@@ -636,6 +636,24 @@ def test_a_gate_behind_tanh_is_written_open(tmp_path):
     assert config["target_modules"] == "self_attn"
 
 
+def test_prompts_of_a_gpt2_are_refused_both_ways(tmp_path):
+    """In PEFT they are added behind the output projection, and would compute something else."""
+    names, _, model, _ = base_of("gpt2")
+    path, d = "layers/1/attention", 32
+    leaves = {f"{path}/prompt/embedding": drawn(3, d), f"{path}/prompt/gate": drawn(1)}
+    recipe = aj.LlamaAdapter(path, 3, "layer", "identity")
+    with raises(UserError, "GPT-2", "projected"):
+        save_peft(tmp_path / "a", recipe, unflatten(leaves), names, model)
+    (tmp_path / "b").mkdir()
+    key = "base_model.model.transformer.h.1.attn.adaption"
+    tensors = {f"{key}_prompt": drawn(3, d)[None], f"{key}_gate": drawn(1)}
+    safetensors.numpy.save_file(tensors, tmp_path / "b" / TENSORS)
+    config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": 3, "adapter_layers": 1}
+    (tmp_path / "b" / CONFIG).write_text(json.dumps({**config, "target_modules": "attn"}))
+    with raises(AdapterFileError, "GPT-2", "projected"):
+        load_peft(tmp_path / "b", names, model)
+
+
 def test_prompts_of_another_length_or_number_raise(tmp_path):
     names, _, model, _ = base_of("llama")
     source = FIXTURES / "llama_prompt"

@@ -15,6 +15,9 @@ from adapters_jax.methods import LlamaAdapter, Method
 from adapters_jax.recipe import Recipe
 
 LEAVES = {"adaption_prompt": "embedding", "adaption_gate": "gate"}
+# PEFT adds the prompts' values of a GPT-2 behind its output projection, not before it.
+_OTHER = "attn"
+_UNLIKE = "PEFT's prompts of a GPT-2 are not projected, and LLaMA-Adapter here projects them"
 
 
 def read(
@@ -27,6 +30,8 @@ def read(
     leaves: dict[str, Array] = {}
     modules = []
     length, count = config.get("adapter_len"), config.get("adapter_layers")
+    if any(_word(module) == _OTHER for module in added):
+        problems.append(_UNLIKE)
     for module, found in added.items():
         ours = module_map.attention.get(module_map.bare(module))
         shapes = {name: list(x.shape) for name, x in found.items()}
@@ -60,6 +65,8 @@ def write(
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
     names = {ours: bare for bare, ours in module_map.attention.items()}
     known = added.keys() & names.keys()
+    if any(_word(names[path]) == _OTHER for path in known):
+        problems.append(_UNLIKE)
     for path in sorted(added.keys() - known, key=in_order):
         problems.append(f"names has no module name for {path}; add it")
     last = sorted(names, key=in_order)[len(names) - len(known) :]
@@ -81,7 +88,7 @@ def write(
         tensors[f"{root}.adaption_gate"] = opened
     if len(lengths) > 1:
         problems.append(f"PEFT expects prompts of one length; these have {sorted(lengths)}")
-    words = {names[ours].rpartition(".")[2] for ours in added if ours in names}
+    words = {_word(names[ours]) for ours in added if ours in names}
     fields = {
         "peft_type": "ADAPTION_PROMPT",
         "adapter_len": max(lengths, default=0),
@@ -89,3 +96,7 @@ def write(
         "target_modules": min(words, default=""),
     }
     return fields, tensors
+
+
+def _word(module: str) -> str:
+    return module.rpartition(".")[2]
