@@ -12,6 +12,7 @@ from flax import nnx
 from helpers.arrays import drawn_like
 
 import adapters_jax as aj
+from adapters_jax.interop.adapterhub import ALIKE, load_adapterhub, save_adapterhub
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models.decoder import (
     ARCHITECTURES,
@@ -221,3 +222,34 @@ def test_what_is_made_here_computes_the_same_in_peft(name, tmp_path):
     logits = ours(name, adapted)
     np.testing.assert_allclose(in_peft(name, FIXTURES / name, directory), logits, atol=1e-4)
     assert np.abs(ours(name, load_decoder(FIXTURES / name)[1]) - logits).max() > 0.05
+
+
+RECIPES = {
+    "houlsby": aj.houlsby(4, layer_norms=None, activation="silu"),
+    "parallel": aj.parallel(4, targets="**/{attention,mlp}_sum"),
+    "lora": aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_mistral_computes_the_same_in_adapterhub(recipe, tmp_path):
+    hub = pytest.importorskip("adapters", reason=WHY)
+    recipe, (ids, *_) = aj.Recipe(recipe), inputs_of("mistral")
+    names, (_, model) = ARCHITECTURES["mistral"].names, load_decoder(FIXTURES / "mistral")
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(ids,))
+    noise = drawn_like(nnx.state(adapted, AdapterParam))
+    nnx.update(adapted, jax.tree.map(lambda x: jnp.asarray(0.2 * x), noise))
+    adapters, there = nnx.state(adapted, AdapterParam), their_base(FIXTURES / "mistral")
+    kind = {"model_type": "mistral", "model_class": ALIKE["mistral"]}
+    directory = save_adapterhub(tmp_path / "a", recipe, adapters, names, model, name="a", **kind)
+    hub.init(there)
+    info = {}
+    there.load_adapter(str(directory), use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    logits = ours("mistral", adapted)
+    np.testing.assert_allclose(theirs("mistral", there), logits, atol=1e-4)
+    assert np.abs(ours("mistral", model) - logits).max() > 0.05
+    again, back = load_adapterhub(directory, names, model)
+    native = aj.save_adapter(tmp_path / "native", back, again)
+    loaded = aj.load_adapter(native, load_decoder(FIXTURES / "mistral")[1], None, ids)
+    np.testing.assert_allclose(ours("mistral", loaded), logits, atol=1e-4)

@@ -6,7 +6,7 @@
   our counterparts of them.
 """
 
-from adapters_jax.interop.adapterhub.architectures import MODEL_TYPES
+from adapters_jax.interop.adapterhub.architectures import ALIKE, MODEL_TYPES
 from adapters_jax.interop.adapterhub.files import (
     CONFIG,
     FILES,
@@ -18,6 +18,7 @@ from adapters_jax.interop.adapterhub.files import (
 )
 
 __all__ = [
+    "ALIKE",
     "CONFIG",
     "FILES",
     "HEAD_CONFIG",

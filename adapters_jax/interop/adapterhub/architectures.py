@@ -198,4 +198,10 @@ ARCHITECTURES = (
     ),
     Architecture("t5", "T5AdapterModel", "", _T5),
 )
-MODEL_TYPES = frozenset(each.model_type for each in ARCHITECTURES)
+# The classes of types that have the blocks and the prefix of another one.
+ALIKE = {
+    "xlm-roberta": "XLMRobertaAdapterModel",
+    "mt5": "MT5AdapterModel",
+    "mistral": "MistralAdapterModel",
+}
+MODEL_TYPES = frozenset({each.model_type for each in ARCHITECTURES} | ALIKE.keys())

@@ -18,9 +18,6 @@ from adapters_jax.trees import flatten, unflatten
 
 _HEADS = re.compile(r"(?:.*\.)?(?:classifier(?:\.out_proj)?|heads\.[^.]+\.[14])\.weight")
 
-# Of types that have the prefix of another one.
-_CLASSES = {"xlm-roberta": "XLMRobertaAdapterModel", "mt5": "MT5AdapterModel"}
-
 
 class AdapterHub:
     """The format of AdapterHub."""
@@ -55,13 +52,13 @@ class AdapterHub:
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
-        supported = {*adapterhub.MODEL_TYPES, *_CLASSES}
+        supported = adapterhub.MODEL_TYPES
         if base.model_type and base.model_type not in supported:
             raise UserError(
                 f"AdapterHub's files are written for {', '.join(sorted(supported))}, and the base "
                 f"is a {base.model_type}; write PEFT's instead (--to peft)"
             )
-        own = _CLASSES.get(base.model_type)
+        own = adapterhub.ALIKE.get(base.model_type)
         about = {"model_type": base.model_type, "model_class": own} if own else {}
         adapterhub.save_adapterhub(
             directory,
