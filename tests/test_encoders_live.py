@@ -1,5 +1,6 @@
 """Adapters on every encoder go both ways with PEFT and AdapterHub; needs `interop-test`."""
 
+import json
 import warnings
 from functools import cache
 
@@ -245,3 +246,64 @@ def test_adapters_of_image_encoders_go_both_ways_with_peft(name, tmp_path):
     back = hidden_here(*load_peft(tmp_path / "b", names, params))
     np.testing.assert_allclose(back, hidden_there(made), atol=1e-4)
     assert np.abs(wanted["hidden"] - back).max() > 1e-2
+
+
+def vit_in_hub():
+    there = transformers.ViTModel.from_pretrained(FIXTURES / "vit")
+    hub.init(there)
+    return there
+
+
+def vit_hidden(there):
+    pixels = torch.tensor(vision.expected("vit")["pixels"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        return there.eval()(pixel_values=pixels).last_hidden_state.numpy()
+
+
+def vit_here(recipe, adapters):
+    config, params = vision.family_at("vit").load(FIXTURES / "vit")
+    whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
+    pixels = vision.expected("vit")["pixels"]
+    return aj.adapt(vision.Vit(config), recipe).apply({"params": whole}, pixels)
+
+
+VIT_RECIPES = {
+    "houlsby": aj.houlsby(4, layer_norms=None),
+    "par": aj.parallel(4, targets="**/mlp_sum", activation="relu"),
+    "lora": aj.lora(4, 2.0, targets=("**/attention/{query,key,value}", "**/mlp/intermediate")),
+}
+
+
+@pytest.mark.parametrize("recipe", VIT_RECIPES)
+def test_what_is_trained_on_vit_has_the_same_hidden_states_in_adapterhub(recipe, tmp_path):
+    family, recipe = vision.family_at("vit"), aj.Recipe(VIT_RECIPES[recipe])
+    config, params = family.load(FIXTURES / "vit")
+    wanted = vision.expected("vit")
+    inputs = {"pixels": wanted["pixels"]}
+    adapters, hidden = trained((family.names, vision.Vit(config), params, inputs), recipe)
+    saved = save_adapterhub(tmp_path / "a", recipe, adapters, family.names, params)
+    assert json.loads((saved / "adapter_config.json").read_text())["model_type"] == "vit"
+    there, info = vit_in_hub(), {}
+    there.load_adapter(str(saved), use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    np.testing.assert_allclose(vit_hidden(there), hidden, atol=1e-4)
+    assert np.abs(wanted["hidden"] - hidden).max() > 1e-2
+
+
+@pytest.mark.parametrize("config", HUB_CONFIGS)
+def test_what_is_made_on_vit_in_adapterhub_has_the_same_hidden_states_here(config, tmp_path):
+    torch.manual_seed(1)
+    there = vit_in_hub()
+    there.add_adapter("made", config=HUB_CONFIGS[config](), set_active=True)
+    with torch.no_grad():
+        for name, parameter in there.named_parameters():
+            if ".made." in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    there.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
+    family = vision.family_at("vit")
+    recipe, adapters = load_adapterhub(
+        tmp_path / "a", family.names, family.load(FIXTURES / "vit")[1]
+    )
+    wanted = vit_hidden(there)
+    np.testing.assert_allclose(vit_here(recipe, adapters), wanted, atol=1e-4)
+    assert np.abs(vision.expected("vit")["hidden"] - wanted).max() > 1e-2

@@ -66,7 +66,7 @@ _LOCATIONS = ("mh_adapter", "output_adapter")
 def _stack(
     block: str,
     layers: tuple[Layer, ...],
-    matrices: tuple[str, str, str],
+    matrices: tuple[str, ...],
     feed_forward: tuple[str, str],
     locations: tuple[str, ...] = _LOCATIONS,
 ) -> Stack:
@@ -197,6 +197,20 @@ ARCHITECTURES = (
         ),
     ),
     Architecture("t5", "T5AdapterModel", "", _T5),
+    Architecture(
+        *("vit", "ViTAdapterModel", "vit."),
+        (
+            _stack(
+                "encoder.layer",
+                (
+                    Layer("attention_adapters", "attention.output.dense", "layernorm_before"),
+                    Layer("output.output_adapters", "output.dense", "layernorm_after"),
+                ),
+                tuple(f"attention.attention.{name}" for name in ("query", "key", "value")),
+                ("intermediate.dense", "output.dense"),
+            ),
+        ),
+    ),
 )
 # The classes of types that have the blocks and the prefix of another one.
 ALIKE = {
