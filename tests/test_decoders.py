@@ -37,7 +37,7 @@ from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.models.decoder import load_decoder
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.tasks import TASKS
+from adapters_jax.tasks import TASKS, completion_problem
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
 from adapters_jax.tasks.completion_rows import RowBuilder
 from adapters_jax.tasks.prompts import Prompts, encode_table
@@ -93,6 +93,18 @@ def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     held_out = HeldOut(Batches.in_order(rows, None, 2, (LENGTH,)), 7)
     score = replace(problem, held_out={"dev": held_out}).score_model(model, "dev")
     assert score == {"perplexity": pytest.approx(np.exp(expected), rel=1e-4)}
+
+
+def test_dropout_in_the_head_draws_one_mask_for_all_tokens(monkeypatch):
+    monkeypatch.setattr(completion_problem, "TOKENS", 3)
+    train = Batches([sequence(EXAMPLES)], None, 1, 0, (LENGTH,))
+    losses = []
+    for rate, target in ((0.5, "embeddings"), (0.5, "**/query"), (0.0, "embeddings")):
+        model = shaken(build(TINY), aj.LoRA(target, 2, dropout=rate))
+        problem = CompletionProblem(model, None, train, {}, 8, ("perplexity",))
+        assert problem._chunk(np.ones((1, LENGTH))) == (8 if len(losses) == 0 else 3)
+        losses.append(problem.loss(model, problem.batch(0), None))
+    assert np.isfinite(losses).all()
 
 
 def test_packing_holds_every_example_once_and_no_more_than_fits():

@@ -18,7 +18,8 @@ from adapters_jax.app.shapes import adapted_shape, find_shape
 from adapters_jax.distributed.mesh import batch_parts
 from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
 from adapters_jax.distributed.program import Program
-from adapters_jax.losses import TOKENS, cross_entropy
+from adapters_jax.losses import cross_entropy
+from adapters_jax.tasks.completion_problem import chunk_of
 from adapters_jax.training.state import TrainState
 
 BY_NUMBER = ("llama-adapter", "prefix-tuning", "last-layers")  # they address layers by number
@@ -104,7 +105,7 @@ class Job:
         family, config = find_shape(self.model)
         model, state = self._state(layers) if layers else self.state
         inputs = family.inputs(config, batch, self.length)
-        chunk = chunk or -(-TOKENS * self.mesh.size // batch)
+        chunk = chunk or chunk_of(state.recipe, batch, self.length, self.mesh)
         found = plan(state, _loss_of(model, family.kind, chunk), inputs, self.mesh)
         return found if self.accelerator or self.dtype == "float32" else _halved(found)
 

@@ -24,6 +24,9 @@ from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_o
 from adapters_jax.tasks.metrics import exact_match, perplexity
 from adapters_jax.training.state import TrainState
 
+# Paths by which a recipe adapts the head of a model, which may be the embedding.
+HEADS = ("head", "head/kernel", "embeddings", "embeddings/embedding")
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -86,8 +89,8 @@ class CompletionProblem:
         return cross_entropy(hidden, model.logits, labels, weights, chunk=self._chunk(labels))
 
     def _chunk(self, labels: Any) -> int:
-        """The positions whose logits are held at once: `TOKENS` on each device."""
-        return -(-TOKENS * (self.mesh.size if self.mesh else 1) // len(labels))
+        """The positions whose logits are held at once."""
+        return chunk_of(self.recipe, len(labels), self.most, self.mesh)
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighted so that `loss` is the mean over tokens."""
@@ -120,6 +123,16 @@ class CompletionProblem:
             self.generated[part] = texts
             found["exact_match"] = exact_match(texts, rows.references)
         return found
+
+
+def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:
+    """The positions of each row whose logits are held at once: `TOKENS` on each device.
+
+    Dropout in the head draws one mask for all tokens, so it needs all logits at once.
+    """
+    if any(method.dropout for path in HEADS for method in recipe.at(path)):
+        return length
+    return -(-TOKENS * (mesh.size if mesh else 1) // rows)
 
 
 def _learnt(
