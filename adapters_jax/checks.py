@@ -1,7 +1,6 @@
 """Checks of the settings of methods and of models."""
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
@@ -22,16 +21,19 @@ def check_number(
     high: float = math.inf,
     closed: bool = False,
 ) -> None:
-    """Raises UserError unless `value` is a finite number in (low, high), or [low, high)."""
+    """Raises UserError unless `value` is of float32, and in (low, high), or [low, high)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
         not number
-        or not -sys.float_info.max <= value <= sys.float_info.max
+        or not -LARGEST_FLOAT <= value <= LARGEST_FLOAT
         or not (low < value < high or (closed and value == low))
     ):
         lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
         upper = f" and < {high:g}" if math.isfinite(high) else ""
-        raise UserError(f"{owner}: {name}={shown(value)}, expected a finite number{lower}{upper}")
+        kind = "finite number"
+        if number and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+            kind = "number that float32 can hold,"
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a {kind}{lower}{upper}")
 
 
 def check_size(owner: str, name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
+from adapters_jax.checks import shown
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
@@ -83,7 +84,8 @@ class TrainState:
         Raises:
             TypeError: the model has no adapters, params are missing, or params or collections are
                 given to an NNX model.
-            UserError: `collections` is no mapping of collections, or holds the parameters.
+            UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
+                no optimiser, or `key` no random key.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
@@ -112,6 +114,8 @@ class TrainState:
                 "call aj.adapt(model, recipe) first"
             )
         _check_trained(recipe, adapters)
+        _check_optimizer(tx)
+        _check_key(key)
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
         adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
@@ -192,6 +196,23 @@ def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None
             'collections beside the parameters: {"batch_stats": variables["batch_stats"]}'
         )
     return core.unfreeze(dict(trees))
+
+
+def _check_optimizer(tx: Any) -> None:
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+        raise UserError(
+            f"TrainState.create: tx={shown(tx)}, expected an optax optimiser, such as "
+            "optax.adam(1e-4)"
+        )
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == jnp.uint32 and key.ndim == 1):  # as of jax.random.PRNGKey
+        raise UserError(
+            f"TrainState.create: key={shown(key)}, expected a random key; write jax.random.key(0)"
+        )
 
 
 def _check_trained(recipe: Recipe, adapters: Tree) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.checks import check_size
-from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.errors import UserError, compare_trees, warn
 from adapters_jax.training.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
@@ -53,8 +53,9 @@ def make_train_step(
 
     Raises:
         UserError: `accumulate` is not a positive whole number, or does not divide the batch; a
-            metric of the loss function has a name that the step itself uses; or it returns
-            collections that the state does not have.
+            metric of the loss function has a name that the step itself uses; it returns
+            collections that the state does not have; the loss is no float scalar; or a step was
+            given the state before.
         MismatchError: a returned collection has other arrays than the state's.
 
     Example:
@@ -89,6 +90,7 @@ def make_train_step(
     def loss_of(adapters: Tree, base: Tree, state: TrainState, other: Any, batch: Batch, key: Any):
         whole = _subject(replace(state, adapters=adapters, base=base, other=other))
         loss, metrics, updated = _results(loss_fn(whole, batch, key))
+        _check_loss(loss)
         taken = sorted(_OWN_METRICS & set(metrics))
         if taken:
             raise UserError(
@@ -138,12 +140,49 @@ def make_train_step(
         state = _laid_out(state)
         return state, {**metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
 
+    began = False
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        nonlocal began
+        _check_alive(state)
         updated, metrics = update(replace(state, base=None), state.base, batch)
+        if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
+            began = True
+            _check_gradient(metrics)
         return replace(updated, base=state.base), metrics
 
     step.jitted = update  # type: ignore[attr-defined]
     return step
+
+
+def _check_alive(state: TrainState) -> None:
+    """Raises UserError for a state whose arrays an earlier step has taken over."""
+    step = state.step
+    if not isinstance(step, jax.core.Tracer) and step.is_deleted():
+        raise UserError(
+            "make_train_step: this state was given to a step before, which took over its arrays; "
+            "go on with the state that the step returned: state, metrics = step(state, batch)"
+        )
+
+
+def _check_gradient(metrics: Metrics) -> None:
+    """Warns where nothing can be learnt; it waits for the first step of a function alone."""
+    if float(metrics["grad_norm"]) == 0.0:
+        warn(
+            "make_train_step: the first gradient is exactly zero: the loss does not depend on what "
+            "trains, or nothing in the batch has a loss; does the loss function use its first "
+            "argument?"
+        )
+
+
+def _check_loss(loss: Any) -> None:
+    """Raises UserError unless a loss is a float scalar."""
+    dtype = jnp.result_type(loss)
+    if jnp.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"make_train_step: the loss function returns {dtype} of shape {jnp.shape(loss)}, "
+            "expected a float scalar; take the mean"
+        )
 
 
 def _updated(

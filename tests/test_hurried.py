@@ -1,0 +1,80 @@
+"""Mistakes of hurried users: each is one sentence that says what to write instead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers.errors import raises
+
+import adapters_jax as aj
+
+X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)
+
+
+def adapted():
+    return aj.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), aj.LoRA("**", 2), rngs=nnx.Rngs(1))
+
+
+def state_of(**given):
+    return aj.TrainState.create(adapted(), **{"tx": SGD, "key": KEY, **given})
+
+
+def mean(model, batch, key):
+    return jnp.mean(model(batch) ** 2)
+
+
+@pytest.mark.parametrize("key", [0, None, 1.5, np.zeros(2), jnp.zeros((), jnp.uint32)])
+def test_a_key_that_is_none(key):
+    with raises(aj.UserError, "key=", "jax.random.key(0)"):
+        state_of(key=key)
+
+
+def test_old_keys_are_keys():
+    state, _ = aj.make_train_step(mean)(state_of(key=jax.random.PRNGKey(0)), X)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("tx", [None, 0.1, optax.adam])
+def test_an_optimiser_that_is_none(tx):
+    with raises(aj.UserError, "tx=", "optax.adam(1e-4)"):
+        state_of(tx=tx)
+
+
+def test_a_number_that_float32_cannot_hold():
+    with raises(aj.UserError, "alpha=1e+60", "float32"):
+        aj.LoRA("**", 2, alpha=1e60)
+
+
+def test_a_state_that_a_step_took_over():
+    step, state = aj.make_train_step(mean), state_of()
+    step(state, X)
+    with raises(aj.UserError, "state, metrics = step(state, batch)"):
+        step(state, X)
+
+
+@pytest.mark.parametrize(
+    ("loss", "data"),
+    [
+        (lambda model, batch, key: model(batch), ["float32", "(2, 4)", "mean"]),
+        (lambda model, batch, key: jnp.argmax(model(batch)), ["int32", "()"]),
+        (lambda model, batch, key: (model(batch), {}), ["(2, 4)"]),
+    ],
+)
+def test_a_loss_that_is_no_float_scalar(loss, data):
+    with raises(aj.UserError, *data):
+        aj.make_train_step(loss)(state_of(), X)
+
+
+def test_a_loss_that_does_not_use_the_model():
+    step = aj.make_train_step(lambda model, batch, key: jnp.mean(batch))
+    with pytest.warns(aj.AdapterWarning, match="exactly zero"):
+        state, _ = step(state_of(), X)
+    step(state, X)  # once
+
+
+def test_a_step_inside_of_a_jitted_function():
+    step = aj.make_train_step(mean)
+    metrics = jax.jit(lambda state, batch: step(state, batch)[1])(state_of(), X)
+    assert metrics["grad_norm"] > 0
