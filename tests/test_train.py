@@ -225,7 +225,7 @@ def test_accumulation_is_one_large_batch(api, parts):
 def test_accumulation_averages_metrics_and_gives_every_part_a_key_of_its_own():
     def loss(params, data, key):
         metrics = {"first": data["x"][0, 0], "draw": jax.random.uniform(key)}
-        return jnp.mean(params["down"]["bias"]) * 0.0, metrics
+        return jnp.mean(params["down"]["bias"]), metrics
 
     data = batch()
     state = state_of("linen", optax.sgd(1.0))
@@ -295,7 +295,7 @@ def test_the_state_is_used_up_and_what_the_user_holds_is_not(api):
     first = state
     state, _ = run(step_of(api), state, [batch()] * 3)
     assert all(x.is_deleted() for x in jax.tree.leaves((first.adapters, first.opt_state)))
-    with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
+    with raises(aj.UserError, "step(state, batch)"):
         step_of(api)(first, batch())
     assert bits(held) == before and not key.is_deleted()
     after = jax.tree.leaves(state.base)
@@ -420,7 +420,7 @@ def test_dropout_differs_from_step_to_step_and_a_run_repeats_bit_for_bit(api):
 
 def test_step_i_uses_the_key_folded_with_i():
     def loss(params, data, key):
-        return jnp.sum(params["down"]["bias"]) * 0.0, {"draw": jax.random.uniform(key)}
+        return jnp.sum(params["down"]["bias"]), {"draw": jax.random.uniform(key)}
 
     _, metrics = run(aj.make_train_step(loss), state_of("linen", STILL, seed=4), [batch()] * 3)
     keys = [jax.random.fold_in(jax.random.key(4), i) for i in range(3)]
