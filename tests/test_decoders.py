@@ -37,7 +37,7 @@ from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.models.decoder import load_decoder
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.tasks import TASKS, completion_problem
+from adapters_jax.tasks import TASKS, completion, completion_problem
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
 from adapters_jax.tasks.completion_rows import RowBuilder
 from adapters_jax.tasks.prompts import Prompts, encode_table
@@ -209,6 +209,18 @@ def test_a_seed_decides_what_is_sampled(directory):
     draws = [list(generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 1
+
+
+def test_by_default_as_many_tokens_are_generated_as_have_positions(directory, monkeypatch):
+    generator, asked = load_generator(directory / "runs" / "lora"), []
+    monkeypatch.setattr(completion, "complete", lambda *given, **_: asked.append(given[3]) or [""])
+    longest = generator.decoder.config.longest
+    prompt = len(generator.prompts.encode("food Thai", generator.decoder))
+    assert list(generator.generate(["food Thai"])) == [""]
+    assert asked == [min(128, longest - prompt)]
+    assert list(generator.generate([])) == []
+    with raises(aj.UserError, f"at most {longest}", f"at most {longest - prompt} new tokens"):
+        list(generator.generate(["food Thai"], longest))
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])

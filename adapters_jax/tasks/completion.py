@@ -32,6 +32,7 @@ from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
 BATCH_SIZE = 16  # prompts completed at a time
+NEW_TOKENS = 128
 SAMPLES = 3  # generated texts that a report shows
 
 
@@ -234,7 +235,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[str],
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -243,7 +244,8 @@ class Generator:
 
         Args:
             prompts: the prompts, as in the column that the run was trained on.
-            max_new_tokens: the largest number of tokens to generate.
+            max_new_tokens: the largest number of tokens to generate; by default 128, or fewer where
+                the model has no positions for more.
             temperature: 0 takes the likeliest token; otherwise logits are divided by it.
             top_p: sample among the likeliest tokens whose probabilities add up to this.
             seed: the seed of sampling.
@@ -253,7 +255,13 @@ class Generator:
                 the model's longest text.
         """
         encoded = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
-        check_length(self.model, [len(ids) for ids in encoded], max_new_tokens)
+        lengths = [len(ids) for ids in encoded]
+        if not lengths:
+            return
+        if max_new_tokens is None:
+            room = self.decoder.config.longest - max(lengths)
+            max_new_tokens = max(1, min(NEW_TOKENS, room))
+        check_length(self.model, lengths, max_new_tokens)
         for first in range(0, len(prompts), BATCH_SIZE):
             yield from complete(
                 self.model,

@@ -27,7 +27,8 @@ class Generate:
         prompt: prompts, as in the training column; - reads one prompt per line from stdin.
         file: CSV, TSV or JSON lines file of prompts; .gz may follow.
         column: the file's column of the prompt; by default the training column.
-        max_new_tokens: largest number of tokens to generate for a prompt.
+        max_new_tokens: largest number of tokens to generate for a prompt; by default 128, or fewer
+            where the model has no positions for more.
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of sampling.
@@ -44,7 +45,7 @@ class Generate:
     prompt: tuple[str, ...] = ()
     file: Path | None = None
     column: str | None = None
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -59,7 +60,8 @@ class Generate:
             DataError: the prompts cannot be used.
             AssetError: the pinned model could not be fetched.
         """
-        check_size("sampling", "--max-new-tokens", self.max_new_tokens)
+        if self.max_new_tokens is not None:
+            check_size("sampling", "--max-new-tokens", self.max_new_tokens)
         check_number("sampling", "--temperature", self.temperature, closed=True)
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p:g}: expected a number above 0 and at most 1")
