@@ -31,7 +31,7 @@ def check_number(
         lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
         upper = f" and < {high:g}" if math.isfinite(high) else ""
         kind = "finite number"
-        if number and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+        if number and LARGEST_FLOAT < abs(value) < math.inf:
             kind = "number that float32 can hold,"
         raise UserError(f"{owner}: {name}={shown(value)}, expected a {kind}{lower}{upper}")
 

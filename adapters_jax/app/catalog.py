@@ -52,7 +52,7 @@ class Entry:
 
         Example:
             >>> Entry(FAMILIES["vit"], {}).files
-            ['safetensors (read)', 'PEFT']
+            ['safetensors (read)', 'PEFT', 'AdapterHub']
         """
         types = self.family.prefixes.keys()
         found = ["safetensors" if self.family.save else "safetensors (read)", "PEFT"]
