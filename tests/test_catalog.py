@@ -1,7 +1,6 @@
 """The table of models: counts by formula, what families support, and the page made of it."""
 
 import json
-from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from adapters_jax.adapt import adapt
 from adapters_jax.app.catalog import Entry, catalog
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.options.method import PRESETS, MethodOptions
+from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.errors import TargetError, UserError
 from adapters_jax.interop.adapterhub import ALIKE
 from adapters_jax.interop.adapterhub.blocks import find_blocks
@@ -136,12 +136,26 @@ def test_adapterhub_is_named_where_its_blocks_are_found_under_its_own_model_type
     assert ("AdapterHub" in Entry(family, {}).files) == own
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_the_first_layers(name):
+    """`plan` computes the costs of scanned layers from such models."""
+    for config in islice(FAMILIES[name].known.values(), 1):
+        one, two = config.with_layers(1), config.with_layers(2)
+        assert (one.num_layers, two.num_layers) == (1, 2)
+        if FAMILIES[name].scans and config.num_parameters:
+            more = (config.num_layers - 1) * (two.num_parameters - one.num_parameters)
+            assert one.num_parameters + more == config.num_parameters
+
+
+def test_an_encoder_decoder_of_one_layer_is_adapted():
+    model, _ = adapted_shape("google/flan-t5-small", MethodOptions("lora"), layers=1)
+    assert (len(model.encoder.layers), len(model.decoder.layers)) == (1, 1)
+
+
 def really_fits(family, method):
     """Whether a published model takes a method as the audit adapts it."""
     config = next(iter(family.known.values()))
-    lists = {"layer_types", "no_rope_layers"} & vars(config).keys()
-    layers = {"num_layers", "num_hidden_layers"} & {field.name for field in fields(config)}
-    config = replace(config, **dict.fromkeys(layers, 3), **dict.fromkeys(lists))
+    config = config.with_layers(3)
     recipe = MethodOptions(method).build(num_layers=config.num_layers, layer=family.layer)
     model, inputs = family.shape(config)
     try:

@@ -78,3 +78,9 @@ def test_a_step_inside_of_a_jitted_function():
     step = aj.make_train_step(mean)
     metrics = jax.jit(lambda state, batch: step(state, batch)[1])(state_of(), X)
     assert metrics["grad_norm"] > 0
+
+
+def test_a_state_of_numpy_arrays_is_trained():
+    state, metrics = aj.make_train_step(mean)(jax.device_get(state_of()), X)
+    assert int(state.step) == 1
+    assert metrics["grad_norm"] > 0

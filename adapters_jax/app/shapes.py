@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def adapted_shape(
         The adapted model, and its parameters as shapes; None instead of them for an NNX model.
     """
     family, config = find_shape(name)
-    config = config if layers is None else _with_layers(config, layers)
+    config = config if layers is None else config.with_layers(layers)
     model, inputs = family.shape(config, **options)
     recipe = method.build(num_layers=config.num_layers, layer=family.layer)
     if isinstance(model, nnx.Module):
@@ -73,14 +72,6 @@ def adapted_shape(
     if quantize:
         params = quantized(model, params, *inputs, dtype=quantize)
     return adapted, init_adapters(adapted, params, jax.random.key(0), *inputs)
-
-
-def _with_layers(config: Any, layers: int) -> Any:
-    """The configuration of a model with fewer layers, the first ones."""
-    number = "n_layer" if hasattr(config, "n_layer") else "num_hidden_layers"
-    each = {name: getattr(config, name, None) for name in ("layer_types", "no_rope_layers")}
-    cut = {name: values[:layers] for name, values in each.items() if values}
-    return dataclasses.replace(config, **{number: layers}, **cut)
 
 
 def find_shape(name: str) -> tuple[Family, Any]:

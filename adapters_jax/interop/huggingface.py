@@ -6,7 +6,7 @@ unpickling runs whatever code the file holds.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -174,6 +174,12 @@ class CheckpointConfig:
     def num_parameters(self) -> int | None:
         """The number of parameters of the model without a head; None if there is no formula."""
         return None
+
+    def with_layers(self, number: int) -> Self:
+        """The configuration of a model of the first layers alone."""
+        lists = {name: getattr(self, name, None) for name in ("layer_types", "no_rope_layers")}
+        cut = {name: values[:number] for name, values in lists.items() if values}
+        return replace(self, num_hidden_layers=number, **cut)  # type: ignore[type-var]
 
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self)

@@ -158,7 +158,8 @@ def make_train_step(
 def _check_alive(state: TrainState) -> None:
     """Raises UserError for a state whose arrays an earlier step has taken over."""
     step = state.step
-    if not isinstance(step, jax.core.Tracer) and step.is_deleted():
+    held = isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer)
+    if held and step.is_deleted():
         raise UserError(
             "make_train_step: this state was given to a step before, which took over its arrays; "
             "go on with the state that the step returned: state, metrics = step(state, batch)"

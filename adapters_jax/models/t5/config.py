@@ -1,7 +1,7 @@
 """The configuration of T5 1.0, T5 1.1, Flan-T5 and mT5."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from adapters_jax.checks import check_choice, check_number, check_size
@@ -157,6 +157,10 @@ class T5Config(huggingface.CheckpointConfig):
             "architectures": [CLASSES[self.model_type]],
             "is_encoder_decoder": True,
         }
+
+    def with_layers(self, number: int) -> Self:
+        """The configuration of a model of the first layers of each stack alone."""
+        return replace(self, num_layers=number, num_decoder_layers=number)
 
     @property
     def longest(self) -> int:
