@@ -63,6 +63,7 @@ from adapters_jax.training.optimizers import freeze_base, lora_plus
 from adapters_jax.training.rows import split_rows
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
+from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.combine import Combined, combine
 from adapters_jax.transforms.merge import merge, unmerge
 from adapters_jax.transforms.quantize import dequantize, quantize
@@ -75,6 +76,7 @@ __all__ = [
     "AdapterWarning",
     "AttachmentPoint",
     "Audit",
+    "Bank",
     "BaseFileError",
     "BaseIdentity",
     "Bottleneck",

@@ -30,6 +30,7 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods, reads_of
 from adapters_jax.methods import Method, arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.mixed import Rows, by_rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trees import (
@@ -37,6 +38,7 @@ from adapters_jax.trees import (
     flatten,
     merge_trees,
     numbered_paths,
+    partition,
     unflatten,
     without_adapters,
 )
@@ -74,13 +76,41 @@ class Adapted(nn.Module):
         return getattr(Part(self, self.inner), name)
 
     @nn.nowrap
-    def apply(self, variables: Tree, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As in flax; a function given as `method` gets the base, which runs with its adapters."""
+    def apply(
+        self,
+        variables: Tree,
+        *args: Any,
+        method: Any = None,
+        adapters: Rows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in flax; a function given as `method` gets the base, which runs with its adapters.
+
+        Where `adapters` says which adapter of a bank each row has, the variables are the bank's.
+        """
+        if adapters is not None:
+            return self._by_rows(variables, args, method, adapters, kwargs)
 
         def run(self: Adapted, *args: Any, **kwargs: Any) -> Any:
             return self._call(method, args, kwargs)
 
         return super().apply(variables, *args, method=run, **kwargs)
+
+    @nn.nowrap
+    def _by_rows(
+        self, variables: Tree, args: Any, method: Any, rows: Rows, kwargs: dict[str, Any]
+    ) -> Any:
+        """Applies the model to rows with an adapter each, whose leaves are stacked."""
+        params, rngs = variables["params"], kwargs.pop("rngs", None)
+        stacked, base = partition(params, self.recipe)
+        other = {name: tree for name, tree in variables.items() if name != "params"}
+
+        def run(trained: Tree, inputs: Any, keys: Any) -> Any:
+            other, args, kwargs = inputs
+            whole = {"params": merge_trees(trained, base), **other}
+            return self.apply(whole, *args, method=method, rngs=keys, **kwargs)
+
+        return by_rows(run, rows, stacked, (other, args, kwargs), rngs)
 
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.attention.heads import Inline
@@ -126,6 +127,10 @@ class Method:
         inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
+        neutral(leaves): leaves of these shapes with which the method leaves the base as it is; a
+            bank of adapters needs it.
+        size(leaves), fitted(leaves, path, whole), size_fields: what may differ between the adapters
+            of a bank: a size of the leaves, and fields.
         pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
             that it overrides for the targets that the pattern matches.
         subset_fields: fields of patterns that match some of the targets.
@@ -168,6 +173,7 @@ class Method:
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
+    size_fields: ClassVar[tuple[str, ...]] = ()
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -316,6 +322,36 @@ class Method:
             "that you kept"
         )
 
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Leaves of the shapes of the given ones, with which the method leaves the base as it is.
+
+        They may have layer axes. Where `from_weight` is "reads", `start` is called on them.
+
+        Raises:
+            RecipeError: there are no such leaves, so that a bank cannot hold the method.
+        """
+        raise RecipeError(
+            f"Bank: {type(self).__name__} defines no `neutral`, with which rows without an adapter "
+            "would be the base's; leave it out of the bank's recipe"
+        )
+
+    def size(self, leaves: Leaves) -> int | None:
+        """The size of an axis of leaves in which the adapters of a bank may differ, as a rank."""
+        return None
+
+    def fitted(self, leaves: Leaves, path: str, whole: "Method") -> dict[str, Array]:
+        """Leaves which, padded with zeros, compute with `whole` what these compute with `self`.
+
+        Args:
+            leaves: the arrays by name.
+            path: path of the target.
+            whole: a method of the same class, equal in all fields but targets and `size_fields`.
+
+        Raises:
+            RecipeError: there are no such leaves.
+        """
+        return dict(leaves)
+
     def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
         """A and B in float32, whose product is the change of the weight at a path.
 
@@ -335,6 +371,11 @@ class Method:
         Called where `from_weight` is not "". Arrays have no layer axes.
         """
         return dict(leaves), weight
+
+
+def zeros_like(leaves: Leaves) -> dict[str, Array]:
+    """Zeros of the shapes and dtypes of leaves."""
+    return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:

@@ -25,6 +25,7 @@ from adapters_jax.methods.base import (
     Leaves,
     Method,
     nothing,
+    zeros_like,
 )
 from adapters_jax.weights.changes import dropout
 
@@ -92,6 +93,10 @@ class Bottleneck(Method):
     name: ClassVar[str] = "bottleneck"
     slot: ClassVar[str] = "adapter"
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
+    size_fields: ClassVar[tuple[str, ...]] = (
+        *("bottleneck_dim", "reduction_factor"),
+        *("scale", "dropout", "init_std"),
+    )
 
     targets: str | tuple[str, ...]
     bottleneck_dim: int | None = None
@@ -224,6 +229,25 @@ class Bottleneck(Method):
                 "Bottleneck: placement='norm' runs the adapted norm again; attach it with aj.adapt"
             )
         return point.again(x + branch.astype(x.dtype))
+
+    def size(self, leaves: Leaves) -> int:
+        """The width between the projections."""
+        return leaves["down/bias"].shape[-1]
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Zeros, also for the norms, so that the branch is zero."""
+        return zeros_like(leaves)
+
+    def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
+        """The same branch at the scale of `whole`, whose ratio goes into the up-projection."""
+        ratio = self.scale / whole.scale  # type: ignore[attr-defined]
+        if ratio != 1.0 and self.norm_after:
+            raise RecipeError(
+                f"Bank: the Bottleneck at {path!r} has a norm after its scale of {self.scale}, "
+                f"expected the bank's, {whole.scale}"  # type: ignore[attr-defined]
+            )
+        up = {name: leaves[name] * ratio for name in ("up/kernel", "up/bias")}
+        return {**leaves, **up}
 
     def _branch(
         self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None

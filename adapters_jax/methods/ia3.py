@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, selects
 from adapters_jax.weights.axes import Axes, last_axes
@@ -42,6 +42,7 @@ class IA3(LeafMethod):
     name: ClassVar[str] = "ia3"
     slot: ClassVar[str] = "ia3"
     subset_fields: ClassVar[tuple[str, ...]] = ("feed_forward",)
+    size_fields: ClassVar[tuple[str, ...]] = ("feed_forward",)
     leaf_names: ClassVar[tuple[str, ...]] = ("scale",)  # type: ignore[misc]
 
     feed_forward: Any = ()
@@ -113,6 +114,20 @@ class IA3(LeafMethod):
                 axes = self.roles(axes_of(point), point.path)
             found[name] = (Scale(Factor(scale, axes)),)
         return found
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Scales of one."""
+        return {"scale": jnp.ones(leaves["scale"].shape, leaves["scale"].dtype)}
+
+    def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
+        """The same scales; raises RecipeError where `whole` scales the other side."""
+        if self.scales_input(path) != whole.scales_input(path):  # type: ignore[attr-defined]
+            side = "inputs" if self.scales_input(path) else "outputs"
+            raise RecipeError(
+                f"Bank: IA3 at {path!r} scales the weight's {side}, and the bank's the other side; "
+                "give both the same feed_forward="
+            )
+        return dict(leaves)
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """The leaves 1 / l.

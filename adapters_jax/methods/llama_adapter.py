@@ -60,6 +60,7 @@ class LlamaAdapter(Prompt):
     name: ClassVar[str] = "llama_adapter"
     slot: ClassVar[str] = "prompt"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]
+    size_fields: ClassVar[tuple[str, ...]] = ("prompt_length", "init_std")
     unmergeable: ClassVar[str] = "its prompt has a softmax of its own"
 
     targets: str | tuple[str, ...]
@@ -86,6 +87,10 @@ class LlamaAdapter(Prompt):
             "embedding": Leaf((self.prompt_length, sizes.width), arrays.normal(self.init_std)),
             "gate": Leaf((sizes.heads if self.gate == "head" else 1,), arrays.zeros),
         }
+
+    def size(self, leaves: Leaves) -> int:
+        """The number of tokens."""
+        return leaves["embedding"].shape[-2]
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]

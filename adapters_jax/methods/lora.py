@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax import checks
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, matches
 from adapters_jax.weights.axes import Axes, from_factors
@@ -86,6 +86,10 @@ class LoRA(LeafMethod):
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
     pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+    size_fields: ClassVar[tuple[str, ...]] = (
+        *("rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_pattern"),
+        *("a_init", "dropout"),
+    )
 
     targets: str | tuple[str, ...]
     rank: int = 8
@@ -207,6 +211,19 @@ class LoRA(LeafMethod):
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""
         return {**leaves, "b": -leaves["b"]}
+
+    def size(self, leaves: Leaves) -> int:
+        """The rank."""
+        return leaves["a"].shape[-1]
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Factors of zeros."""
+        return zeros_like(leaves)
+
+    def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
+        """The same change at the scale of `whole`, whose ratio goes into B."""
+        ratio = self.scale_at(path) / whole.scale_at(path)  # type: ignore[attr-defined]
+        return {**leaves, "b": leaves["b"] * ratio}
 
     def factors(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
         """A and scale * B; raises RecipeError where the change is not their product alone."""

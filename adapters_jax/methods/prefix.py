@@ -17,7 +17,7 @@ from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, counting, grouped
 
 
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
@@ -57,6 +57,7 @@ class PrefixTuning(Prompt):
     slot: ClassVar[str] = "prefix"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]
     shares_softmax: ClassVar[bool] = True
+    size_fields: ClassVar[tuple[str, ...]] = ("length", "init_std")
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
@@ -73,6 +74,10 @@ class PrefixTuning(Prompt):
         sizes = grouped(point, "PrefixTuning")
         shape = (self.length, sizes.kv_heads, sizes.head_dim)
         return {name: Leaf(shape, arrays.normal(self.init_std)) for name in self.leaf_names}
+
+    def size(self, leaves: Leaves) -> int:
+        """The number of tokens."""
+        return leaves["key"].shape[-3]
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
@@ -127,14 +132,20 @@ class PrefixTuning(Prompt):
             tokens = jnp.broadcast_to(prefix, (*context.shape[:-3], *prefix.shape))
             return jnp.concatenate([tokens.astype(context.dtype), context], axis=-3)
 
-        def padded(rows: Array | None, fill: float) -> Array | None:
+        def padded(rows: Array | None, prefix: Any) -> Array | None:
             if rows is None:
                 return None
             rows = jnp.broadcast_to(rows, (*rows.shape[:-1], key.shape[-3]))
-            edge = [(0, 0)] * (rows.ndim - 1) + [(self.length, 0)]
-            return jnp.pad(rows, edge, constant_values=fill)
+            front = jnp.broadcast_to(prefix, (*rows.shape[:-1], self.length))
+            return jnp.concatenate([front.astype(rows.dtype), rows], axis=-1)
 
-        limits = {"bias": padded(bias, 0.0), "mask": padded(mask, True)}
+        counts = counting(point.path, self.length)
+        if counts is not None and mask is None:
+            mask = jnp.ones((1,) * query.ndim, bool)
+        limits = {
+            "bias": padded(bias, 0.0),
+            "mask": padded(mask, True if counts is None else counts),
+        }
         kwargs |= {name: limit for name, limit in limits.items() if limit is not None}
         key, value = longer(key, leaves["key"]), longer(value, leaves["value"])
         return attention_fn(query, key, value, **kwargs)

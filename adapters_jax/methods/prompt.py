@@ -1,20 +1,51 @@
 """`Prompt`: the base class of methods that act inside an attention module."""
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from adapters_jax.attention.heads import Inline
 from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
+from adapters_jax.methods.base import AttachmentPoint, Leaves, Method, zeros_like
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
+
+
+# How many of a prompt's tokens count, by the path of its attention module.
+_LENGTHS: ContextVar[Mapping[str, Any] | None] = ContextVar("lengths", default=None)
+
+
+@contextlib.contextmanager
+def prompt_lengths(lengths: Mapping[str, Any]) -> Iterator[None]:
+    """In its body, prompts in these attention modules have only their first tokens.
+
+    Args:
+        lengths: their number, by the path of the module; may be traced.
+    """
+    token = _LENGTHS.set(lengths)
+    try:
+        yield
+    finally:
+        _LENGTHS.reset(token)
+
+
+def counting(path: str, tokens: int) -> Bool[Array, " tokens"] | None:
+    """Which tokens of a prompt count; None for all.
+
+    Args:
+        path: the path of the attention module.
+        tokens: the number of tokens that there are.
+    """
+    length = (_LENGTHS.get() or {}).get(path)
+    return None if length is None else jnp.arange(tokens) < length
 
 
 class Attended(NamedTuple):
@@ -65,6 +96,10 @@ class Prompt(Method):
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The module's output, (..., heads, head_dim), before its output projection."""
 
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Zeros; a bank gives rows without an adapter a prompt of no tokens."""
+        return zeros_like(leaves)
+
     def attend(
         self,
         leaves: Leaves,
@@ -84,7 +119,8 @@ class Prompt(Method):
         def logits(scores: Array) -> Array:
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-        prompt = attend_to(scaled, key, value, logits, point.precision)
+        counts = counting(point.path, key.shape[0])
+        prompt = attend_to(scaled, key, value, logits, point.precision, counts)
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
     def attend_inline(
@@ -92,7 +128,8 @@ class Prompt(Method):
     ) -> Array:
         """What an attention in line gives, (..., heads, head_dim), and what comes of the tokens."""
         key, value = self.tokens(leaves, point, _cast(inline.project, inline.query))
-        prompt = attend_to(inline.query, key, value, inline.logits, point.precision)
+        counts = counting(point.path, key.shape[0])
+        prompt = attend_to(inline.query, key, value, inline.logits, point.precision, counts)
         total = inline.total() if self.shares_softmax else jnp.zeros(())
         return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)
 
@@ -108,6 +145,7 @@ def attend_to(
     value: Float[Array, "prompt kv_heads head_dim"],
     logits: Callable[[Array], Array],
     precision: Any = None,
+    counts: Bool[Array, " prompt"] | None = None,
 ) -> Attended:
     """What queries get from a prompt, without a mask.
 
@@ -117,11 +155,14 @@ def attend_to(
         value: the values.
         logits: the logits of products of queries and keys, float32.
         precision: as in `jnp.einsum`.
+        counts: which tokens count; None for all.
     """
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
     products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
     scores = logits(products.astype(jnp.float32))
+    if counts is not None:  # a finite number, since there may be no token that counts
+        scores = jnp.where(counts, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores).astype(query.dtype)
     output = jnp.einsum("...kgp,pkh->...kgh", weights, value, precision=precision)
     total = jax.scipy.special.logsumexp(scores, axis=-1).reshape(query.shape[:-1])

@@ -22,6 +22,7 @@ from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.attention.watch import watched
 from adapters_jax.methods import outputs
 from adapters_jax.methods.prompt import inserted
+from adapters_jax.mixed import Rows, by_rows
 from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
 from adapters_jax.nnx.graph import frozen_of, own_params, params_of
 from adapters_jax.nnx.held import (
@@ -84,6 +85,8 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     @registry.calls_base
     @functools.wraps(call)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("adapters"), Rows):
+            return _by_rows(self, name, args, kwargs)
         with attending(self, name) as enter:
             args, kwargs = enter((args, kwargs))
             y = call(self, *args, **kwargs)
@@ -96,6 +99,21 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
     return registry.calls_base(computed_thin(method))
+
+
+def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls a function of a model on rows with an adapter each, whose leaves are stacked.
+
+    The model's other Variables stay as they are.
+    """
+    rows = kwargs.pop("adapters")
+    graphdef, keys, stacked, rest = nnx.split(model, nnx.RngKey, AdapterParam, ...)
+
+    def run(trained: Any, inputs: Any, keys: Any) -> Any:
+        args, kwargs = inputs
+        return getattr(nnx.merge(graphdef, keys, trained, rest, copy=True), name)(*args, **kwargs)
+
+    return by_rows(run, rows, stacked, (args, kwargs), keys)
 
 
 # The paths of the modules whose attention is being watched.

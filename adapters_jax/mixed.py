@@ -1,0 +1,137 @@
+"""Calls of a model in which each row of the batch has an adapter of its own.
+
+The model runs once, mapped over the rows: the base's arrays are shared, so that its products stay
+those of the whole batch, and each row brings its adapter's arrays. So a row's output is what the
+adapter alone computes, whatever the model and the methods are.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from adapters_jax.errors import UserError
+from adapters_jax.methods.prompt import prompt_lengths
+
+
+@struct.dataclass
+class Rows:
+    """Which adapter of a bank each row of a batch has; `Bank.rows` makes it.
+
+    Attributes:
+        index: the adapter's place in the bank, for each group of rows.
+        lengths: for each prompt, by the path of its attention module, how many of its tokens the
+            group's adapter has.
+        each: how many consecutive rows are a group.
+    """
+
+    index: Int[Array, " groups"]
+    lengths: Mapping[str, Int[Array, " groups"]] = struct.field(default_factory=dict)
+    each: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def total(self) -> int:
+        """The number of rows."""
+        return self.index.shape[0] * self.each
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """A pytree that knows which axes of its arrays are rows, such as a cache of scanned layers."""
+
+    def row_axes(self) -> Any:
+        """The same tree with the axis of the rows for each array; -1 for one without rows."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The arrays of a tree, and the axis of the rows of each; -1 where it has none."""
+
+    leaves: list[Any]
+    axes: list[int]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any, rows: int) -> "_Parts":
+        """The arrays of a tree; of others than `HasRows`, rows are a first axis of that size."""
+
+        def axis(x: Any) -> int:
+            return 0 if jnp.ndim(x) > 0 and x.shape[0] == rows else -1
+
+        def axes(node: Any) -> Any:
+            return node.row_axes() if isinstance(node, HasRows) else axis(node)
+
+        found = jax.tree.map(axes, tree, is_leaf=lambda x: isinstance(x, HasRows))
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(leaves, jax.tree.leaves(found), structure)
+
+
+def by_rows(
+    run: Callable[[Any, Any, Any], Any], rows: Rows, stacked: Any, inputs: Any, keys: Any = None
+) -> Any:
+    """Runs a model on a batch whose rows have an adapter each.
+
+    Args:
+        run: `run(adapters, inputs, keys)` gives the model's outputs for some rows of one adapter.
+        rows: the adapter of each row.
+        stacked: a tree of adapters, stacked on a first axis.
+        inputs: the model's inputs. Arrays whose first axis is as long as there are rows, and those
+            that a `HasRows` says, are split; everything else is for all rows.
+        keys: random keys, from which each group of rows gets keys of its own.
+
+    Returns:
+        The outputs: arrays whose first axis is the rows, or the axis that a `HasRows` says, in the
+        order of the rows; of arrays without rows, one for each group, stacked on a first axis.
+
+    Raises:
+        UserError: no input has as many rows.
+    """
+    groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
+    split = [i for i, axis in enumerate(given.axes) if axis >= 0]
+    if not split:
+        shapes = ", ".join(str(list(x.shape)) for x in given.leaves if jnp.ndim(x))
+        raise UserError(
+            f"adapters= names the adapters of {rows.total} rows, and the inputs are of "
+            f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
+        )
+    mine = jax.tree.map(lambda x: jnp.take(x, rows.index, axis=0), stacked)
+    own = jax.tree.map(
+        lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(groups)), keys
+    )
+    found: list[_Parts] = []
+
+    def one(adapters: Any, lengths: Any, keys: Any, parts: list[Any]) -> list[Any]:
+        leaves = list(given.leaves)
+        for i, part in zip(split, parts, strict=True):
+            leaves[i] = part
+        with prompt_lengths(lengths):
+            y = run(adapters, jax.tree.unflatten(given.structure, leaves), keys)
+        found.append(_Parts.of(y, rows.each))
+        return found[-1].leaves
+
+    parts = [_grouped(given.leaves[i], given.axes[i], groups) for i in split]
+    where = (0, 0, 0, [given.axes[i] for i in split])
+    outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
+    (made,) = found
+    merged = [
+        _merged(y, axis) if axis >= 0 else y for y, axis in zip(outputs, made.axes, strict=True)
+    ]
+    return jax.tree.unflatten(made.structure, merged)
+
+
+def _grouped(x: Any, axis: int, groups: int) -> Array:
+    """An array whose rows are split into groups: two axes for the axis of the rows."""
+    x = jnp.asarray(x)
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+
+def _merged(y: Array, axis: int) -> Array:
+    """An array with groups in front and their rows behind, with one axis for both."""
+    y = jnp.moveaxis(y, 0, axis)
+    rows = math.prod(y.shape[axis : axis + 2])
+    return y.reshape(*y.shape[:axis], rows, *y.shape[axis + 2 :])

@@ -1,0 +1,199 @@
+"""Adapters in the shapes of larger ones: with padding they compute what they did."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from adapters_jax.attached import in_tree
+from adapters_jax.errors import MismatchError, RecipeError
+from adapters_jax.methods import Method
+from adapters_jax.methods.base import started
+from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.trees import join
+
+_UNSEEN = -1e9  # a logit that no softmax gives a share
+
+
+class Fitted(NamedTuple):
+    """An adapter in other shapes.
+
+    Attributes:
+        leaves: its leaves by path; it has none where it adapts nothing.
+        lengths: how many tokens its prompts have, by the path of the attention module.
+    """
+
+    leaves: dict[str, Any]
+    lengths: dict[str, int]
+
+
+def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
+    """The adapters that leaves belong to, each once."""
+    found = {owner.prefix: owner for path in paths if (owner := recipe.owner(path))}
+    return list(found.values())
+
+
+def is_prompt(owner: Owner) -> bool:
+    """Whether an adapter is a prompt, whose tokens count."""
+    return owner.method.acts_on == "attention"
+
+
+def neutral(recipe: Recipe, flat: Mapping[str, Any]) -> dict[str, Array]:
+    """The leaves with which a model is its base: what its methods add does nothing.
+
+    Args:
+        recipe: the recipe of the model.
+        flat: all of its leaves by path; those that are unfrozen are the base's.
+
+    Raises:
+        RecipeError: a method cannot leave the base as it is.
+    """
+    made = {path: leaf for path, leaf in flat.items() if recipe.trains(path)}
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    weights = {each.prefix: each for each in in_tree(recipe, shapes)}
+    for owner in owners_of(recipe, list(made)):
+        method = owner.method
+        if method.from_weight == "changes":
+            raise _changed_base(method, owner.path)
+        leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
+        idle = method.neutral(leaves)
+        if method.from_weight:
+            each = weights[owner.prefix]
+            weight = each.own(flat)[each.point.weight]
+            idle, _ = started(method, idle, each.point, weight)
+        made |= {join(owner.prefix, n): jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
+    return made
+
+
+def fitted(
+    caller: str, recipe: Recipe, flat: Mapping[str, Any], whole: Recipe, room: Mapping[str, Any]
+) -> Fitted:
+    """An adapter in the shapes of a larger one.
+
+    Args:
+        caller: the beginning of error messages.
+        recipe: the recipe of the adapter.
+        flat: its leaves by path.
+        whole: the recipe of the larger one.
+        room: the shapes and dtypes of its leaves by path.
+
+    Raises:
+        RecipeError: a method is none of the larger recipe's, or has other settings than those of
+            sizes and scales.
+        MismatchError: arrays do not fit, or are larger.
+    """
+    made: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    for path in flat:
+        if path not in room:
+            raise _no_room(caller, path, recipe, whole)
+    for owner in owners_of(recipe, list(flat)):
+        mine = whole.owner(join(owner.prefix, owner.name))
+        if mine is None:
+            raise _no_room(caller, join(owner.prefix, owner.name), recipe, whole)
+        _check_settings(caller, owner, mine.method)
+        paths = {n: join(owner.prefix, n) for n in owner.method.leaf_names}
+        lacking = [path for path in paths.values() if path not in flat]
+        if lacking:
+            raise MismatchError(f"{caller}: the adapter lacks {', '.join(lacking)}")
+        leaves = {n: flat[path] for n, path in paths.items()}
+        size = owner.method.size(leaves)
+        most = mine.method.size({n: room[path] for n, path in paths.items()})
+        if is_prompt(owner):
+            lengths[owner.path] = size or 0
+        for n, leaf in owner.method.fitted(leaves, owner.path, mine.method).items():
+            made[paths[n]] = _padded(caller, paths[n], leaf, room[paths[n]], size, most)
+    for path in flat:
+        if recipe.owner(path) is None:
+            if whole.owner(path):
+                raise _no_room(caller, path, recipe, whole)
+            made[path] = _unfrozen(caller, path, flat, room)
+    return Fitted(made, lengths)
+
+
+def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
+    """Raises RecipeError where two methods differ in more than sizes."""
+    method = owner.method
+    if method.from_weight == "changes":
+        raise _changed_base(method, owner.path)
+    if type(method) is not type(whole):
+        raise RecipeError(
+            f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
+            f"{type(whole).__name__}; make the bank of a recipe with both, at targets of their own"
+        )
+    for field in dataclasses.fields(method):
+        if field.name in ("targets", *method.size_fields):
+            continue
+        own, other = getattr(method, field.name), getattr(whole, field.name)
+        if own != other:
+            raise RecipeError(
+                f"{caller}: at {owner.path} its {type(method).__name__} has {field.name}={own!r}, "
+                f"expected {other!r}, as all adapters there"
+            )
+
+
+def _changed_base(method: Method, path: str) -> RecipeError:
+    return RecipeError(
+        f"Bank: {type(method).__name__} at {path} has a_init='pissa', which changes the base's "
+        "weight, so that no other adapter fits that base; convert it to plain LoRA: adapters-jax "
+        "convert --to peft"
+    )
+
+
+def _no_room(caller: str, path: str, recipe: Recipe, whole: Recipe) -> Exception:
+    """The error for a leaf that the larger adapter lacks."""
+    owner = recipe.owner(path)
+    kind = type(owner.method).__name__ if owner else "an unfrozen parameter"
+    others = ", ".join(dict.fromkeys(type(method).__name__ for method in whole))
+    return MismatchError(
+        f"{caller}: it has {path} ({kind}), and the bank has no such leaf; it was made for "
+        f"{others}; make it of a recipe whose targets include that, or give an adapter of this base"
+    )
+
+
+def _padded(
+    caller: str, path: str, leaf: Any, room: Any, size: int | None, most: int | None
+) -> np.ndarray:
+    """A leaf with zeros behind its entries on the one axis that is a size of its method."""
+    leaf = np.asarray(leaf)
+    pairs = list(zip(leaf.shape, room.shape, strict=False))
+    known = [own == other or (own, other) == (size, most) for own, other in pairs]
+    if leaf.ndim != len(room.shape) or not all(known):
+        raise MismatchError(
+            f"{caller}: {path} is {list(leaf.shape)}, expected {list(room.shape)}; is it an "
+            "adapter of this base?"
+        )
+    if any(own > other for own, other in pairs):
+        raise MismatchError(
+            f"{caller}: {path} is {list(leaf.shape)}, and the bank has room for "
+            f"{list(room.shape)}; make the bank of a recipe with a size of {size}, not {most}"
+        )
+    return np.pad(leaf.astype(room.dtype), [(0, other - own) for own, other in pairs])
+
+
+def _unfrozen(caller: str, path: str, flat: Mapping[str, Any], room: Mapping[str, Any]) -> Any:
+    """An unfrozen parameter; the last axis may be shorter in a head with fewer outputs.
+
+    Its kernel then gets zeros, and its bias numbers that no softmax gives a share.
+    """
+    leaf, whole = np.asarray(flat[path]), room[path]
+    if leaf.shape == tuple(whole.shape):
+        return leaf.astype(whole.dtype)
+    module = path.rpartition("/")[0]
+    outputs = {
+        (x.shape[-1], room[p].shape[-1])
+        for p, x in flat.items()
+        if p.rpartition("/")[0] == module and p in room and x.ndim == 1
+    }
+    longer = leaf.ndim and leaf.shape[:-1] == whole.shape[:-1] and leaf.shape[-1] < whole.shape[-1]
+    if not longer or (leaf.shape[-1], whole.shape[-1]) not in outputs:
+        raise MismatchError(
+            f"{caller}: {path} is {list(leaf.shape)}, expected {list(whole.shape)}; only heads "
+            "with a bias may have fewer outputs than the bank's"
+        )
+    edge = [(0, 0)] * (leaf.ndim - 1) + [(0, whole.shape[-1] - leaf.shape[-1])]
+    fill = _UNSEEN if leaf.ndim == 1 else 0.0
+    return np.pad(leaf.astype(whole.dtype), edge, constant_values=fill)
