@@ -107,7 +107,8 @@ def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     The model's other Variables stay as they are.
     """
     rows = kwargs.pop("adapters")
-    graphdef, keys, stacked, rest = nnx.split(model, nnx.RngKey, AdapterParam, ...)
+    parts: Any = nnx.split(model, nnx.RngKey, AdapterParam, ...)
+    graphdef, keys, stacked, rest = parts
 
     def run(trained: Any, inputs: Any, keys: Any) -> Any:
         args, kwargs = inputs

@@ -139,6 +139,28 @@ def runs_under_vmap(subject: Any) -> None:
         close(output, run(one, subject.frozen), 1e-5, "the output under vmap")
 
 
+def fills_a_bank(subject: Any) -> None:
+    """Rows of a bank compute what their adapters compute alone; rows without one, the base."""
+    try:
+        bank = subject.bank(2)
+    except RecipeError as error:
+        unable = [
+            m
+            for m in subject.recipe.attached
+            if type(m).neutral is Method.neutral or m.from_weight == "changes"
+        ]
+        expect(any(type(m).__name__ in str(error) for m in unable), f"no bank: {error}")
+        return
+    several = [shaken(subject.adapters, seed) for seed in range(2)]
+    for name, adapters in zip("ab", several, strict=True):
+        bank = bank.put(name, (subject.recipe, adapters))
+    run = subject.call(subject.run)
+    alone = [*(run(each, subject.frozen) for each in several), subject.base_logits()]
+    mixed = subject.in_bank(bank, ["b", None, "a", "a"])
+    for i, which in enumerate([1, 2, 0, 0]):
+        close(mixed[i], alone[which][i], 1e-4, f"row {i} of a bank's batch")
+
+
 def computes_the_same(linen: Any, other: Any) -> None:
     """Both APIs have the same leaves and compute the same output."""
     adapters = shaken(other.adapters)

@@ -94,6 +94,7 @@ def _check_kind(case: Case, variants: Sequence[str]) -> None:
             check(checks.trains_its_leaves_alone, subject)
             if variant in ("plain", "scan"):
                 check(checks.counts_shapes, subject)
+                check(checks.fills_a_bank, subject)
             if variant == "plain":
                 check(checks.runs_under_vmap, subject)
     for variant in {"plain", "scan"} & set(variants):

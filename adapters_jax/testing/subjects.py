@@ -17,6 +17,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.testing.linen_model import VOCAB, LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.merge import merge
 from adapters_jax.trees import merge_trees, partition
 
@@ -142,6 +143,15 @@ class Linen:
         expect(same, "the merged tree has other shapes than the base's")
         return self.call(self.base.apply)({"params": params}, ids())
 
+    def bank(self, capacity):
+        """A bank of the recipe."""
+        return Bank(self.model, self.whole(self.adapters), capacity=capacity)
+
+    def in_bank(self, bank, names):
+        """The output of rows with an adapter each."""
+        apply = self.call(lambda params, rows: bank.model.apply(params, ids(), adapters=rows))
+        return apply({"params": bank.params}, bank.rows(names))
+
     def loaded(self, directory):
         """The adapters that `load_adapter` loads from a directory."""
         model, params = load_adapter(directory, self.base, self.base_params, ids())
@@ -203,6 +213,15 @@ class Nnx:
         same = classes_of(model) == classes_of(self.base) and structures[0] == structures[1]
         expect(same, "the merged model has other classes than the base")
         return self.call(lambda model, x: model(x))(model, ids())
+
+    def bank(self, capacity):
+        """A bank of the recipe."""
+        return Bank(self.model, capacity=capacity)
+
+    def in_bank(self, bank, names):
+        """The output of rows with an adapter each."""
+        run = self.call(lambda model, rows: model(ids(), adapters=rows))
+        return run(bank.model, bank.rows(names))
 
     def loaded(self, directory):
         """The adapters that `load_adapter` loads from a directory."""

@@ -80,18 +80,20 @@ class Bank:
         check_size("Bank", "capacity", capacity)
         self.capacity = capacity
         self._places: dict[str, int] = {}
+        self._model: Any
         if isinstance(model, Adapted):
             if params is None:
                 raise TypeError("Bank: a linen model needs params; write aj.Bank(model, params)")
             self.recipe = model.recipe
             self._trained, self._rest = partition(params, model.recipe)
-            self._model: Any = model
+            self._model = model
             whole = flatten(params)
         elif isinstance(model, nnx.Module):
             if params is not None:
                 raise TypeError("Bank: an NNX model holds its parameters; pass no params")
             self.recipe = recipe_of(model)
-            self._model, self._trained, self._rest = nnx.split(model, AdapterParam, ...)
+            parts: Any = nnx.split(model, AdapterParam, ...)
+            self._model, self._trained, self._rest = parts
             whole = flatten(nnx.state(model, nnx.Param))
         else:
             raise TypeError(
