@@ -45,12 +45,15 @@ class HasRows(Protocol):
     """A pytree that knows which axes of its arrays are rows, such as a cache of scanned layers."""
 
     def row_axes(self) -> Any:
-        """The same tree with the axis of the rows for each array; -1 for one without rows."""
+        """The same tree with the axis of the rows for each array; -1 where all rows share it."""
+
+
+_SHARED, _NONE = -1, -2  # the axis of the rows of an array that has none
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The arrays of a tree, and the axis of the rows of each; -1 where it has none."""
+    """The arrays of a tree, and the axis of the rows of each."""
 
     leaves: list[Any]
     axes: list[int]
@@ -61,7 +64,7 @@ class _Parts:
         """The arrays of a tree; of others than `HasRows`, rows are a first axis of that size."""
 
         def axis(x: Any) -> int:
-            return 0 if jnp.ndim(x) > 0 and x.shape[0] == rows else -1
+            return 0 if jnp.ndim(x) > 0 and x.shape[0] == rows else _NONE
 
         def axes(node: Any) -> Any:
             return node.row_axes() if isinstance(node, HasRows) else axis(node)
@@ -118,9 +121,7 @@ def by_rows(
     where = (0, 0, 0, [given.axes[i] for i in split])
     outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
     (made,) = found
-    merged = [
-        _merged(y, axis) if axis >= 0 else y for y, axis in zip(outputs, made.axes, strict=True)
-    ]
+    merged = [_merged(y, axis) for y, axis in zip(outputs, made.axes, strict=True)]
     return jax.tree.unflatten(made.structure, merged)
 
 
@@ -132,6 +133,8 @@ def _grouped(x: Any, axis: int, groups: int) -> Array:
 
 def _merged(y: Array, axis: int) -> Array:
     """An array with groups in front and their rows behind, with one axis for both."""
+    if axis < 0:
+        return y[0] if axis == _SHARED else y
     y = jnp.moveaxis(y, 0, axis)
     rows = math.prod(y.shape[axis : axis + 2])
     return y.reshape(*y.shape[:axis], rows, *y.shape[axis + 2 :])

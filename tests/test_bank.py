@@ -1,15 +1,20 @@
 """Banks: each row of a batch computes what its adapter computes alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.models.generation import generate
+from adapters_jax.models.t5 import T5, T5Config
 from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.testing.subjects import ids, shaken
-from adapters_jax.trees import merge_trees, partition
+from adapters_jax.trees import flatten, merge_trees, partition
 
 
 class Case:
@@ -136,3 +141,202 @@ def test_rows_equal_their_adapters_alone(api, name):
 def test_scanned_and_rematerialised_layers(api, name):
     kind, recipe, adapters = UNEQUAL[name]
     check_rows(Case(api, kind, recipe, scan=True, layers=3, remat=True), adapters)
+
+
+CONFIG = DecoderConfig(
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+T5_CONFIG = T5Config(
+    vocab_size=29, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_decoder_layers=2, num_heads=2
+)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda **kw: Decoder(CONFIG, **kw), lambda **kw: T5(T5_CONFIG, **kw)]
+)
+def test_generation_with_a_bank_equals_each_alone(make, scan):
+    graphdef, params, rest = nnx.split(make(scan=scan, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    base = nnx.merge(graphdef, shaken(params, 3), rest)
+    recipe = aj.LoRA("**", rank=2)
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1))
+    graphdef, tree, rest = nnx.split(model, aj.nnx.AdapterParam, ...)
+    bank, alone = aj.Bank(model, capacity=2), {None: base}
+    for i, name in enumerate("ab"):
+        own = shaken(tree, 20 + i)
+        bank, alone[name] = bank.put(name, (recipe, own)), nnx.merge(graphdef, own, rest)
+    names = ["b", None, "a", "b"]
+    prompts = jax.random.randint(jax.random.key(4), (4, 6), 1, 29)
+    mask = jnp.array([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1] * 6])
+    made = generate(bank.model, prompts, mask, max_new_tokens=7, adapters=bank.rows(names))
+    for i, name in enumerate(names):
+        row = slice(i, i + 1)
+        own = generate(alone[name], prompts[row], mask[row], max_new_tokens=7)
+        assert made.ids[i].tolist() == own.ids[0].tolist()
+    assert made.ids[0].tolist() != made.ids[3].tolist()
+
+
+def test_heads_of_fewer_outputs():
+    """Further logits of a row get no share, and the others are those of the adapter alone."""
+    whole = nn.Sequential([nn.Dense(4), nn.Dense(5)])
+    x = jax.random.normal(jax.random.key(2), (2, 3))
+    base = shaken(whole.init(jax.random.key(0), x)["params"])
+    recipe = aj.Recipe(aj.LoRA("layers_0", rank=1), aj.Unfreeze("layers_1/*"))
+    model = aj.adapt(whole, recipe)
+    bank = aj.Bank(model, aj.init_adapters(model, base, jax.random.key(1), x), capacity=2)
+    head = {"kernel": jnp.ones((4, 2)), "bias": jnp.array([-3.0, -4.0])}
+    bank = bank.put("two", (aj.Unfreeze("layers_1/*"), {"layers_1": head}))
+    y = model.apply({"params": bank.params}, x, adapters=bank.rows(["two", None]))
+    hidden = x @ base["layers_0"]["kernel"] + base["layers_0"]["bias"]
+    np.testing.assert_allclose(y[0, :2], hidden[0] @ head["kernel"] + head["bias"], rtol=1e-5)
+    assert jax.nn.softmax(y[0])[2:].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(y[1], whole.apply({"params": base}, x)[1], rtol=1e-5)
+    bare = (aj.Unfreeze("layers_1/kernel"), {"layers_1": {"kernel": jnp.ones((4, 2))}})
+    with pytest.raises(aj.MismatchError, match="only heads with a bias may have fewer outputs"):
+        bank.put("bare", bare)
+
+
+def test_changes_of_the_bank_compile_nothing(caplog):
+    case = Case("linen", "mlp", aj.LoRA("**/up", rank=4))
+    adapters = [case.adapter(aj.LoRA("**/up", rank=r), seed=r)[0] for r in (4, 2, 1)]
+    run = jax.jit(lambda p, x, rows: case.bank.model.apply({"params": p}, x, adapters=rows))
+    bank = case.bank.put("a", adapters[0])
+    run(bank.params, ids(), bank.rows(["a", None, "a", None]))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        bank = bank.put("b", adapters[1]).drop("a").put("c", adapters[2])
+        bank = bank.put("b", adapters[0], replace=True)
+        run(bank.params, ids(), bank.rows(["b", "c", None, "b"]))
+    assert bank.names == ("b", "c")
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+def test_groups_of_rows():
+    case = Case("nnx", "attention", aj.LlamaAdapter("**/attention", prompt_length=3))
+    adapter, alone = case.adapter(aj.LlamaAdapter("**/attention", prompt_length=2), 4)
+    bank, x = case.bank.put("a", adapter), ids(3, (4, 6))
+    y = case.run(bank, ["a", None], x, each=2)
+    np.testing.assert_allclose(y[:2], alone(x)[:2], atol=2e-5)
+    np.testing.assert_allclose(y[2:], case.alone(x)[2:], atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_rows_over_a_quantised_base(how):
+    case = Case("nnx", "mlp", aj.LoRA("**/mlp/*", rank=2))
+    case.base = aj.quantize(case.base, ids(), dtype=how, block=None if how == "int8" else 8)
+    case.bank = aj.Bank(*case.adapted(case.recipe), capacity=3)
+    check_rows(case, [aj.LoRA("**/mlp/*", rank=2), aj.LoRA("**/up", rank=1)])
+
+
+@BOTH
+def test_rows_split_over_a_mesh(api):
+    """The batch split over devices, the adapters whole on each: the same numbers."""
+    case = Case(api, "mlp", aj.LoRA("**/mlp/*", rank=2))
+    bank = case.bank.put("a", case.adapter(aj.LoRA("**/mlp/*", rank=2), 1)[0])
+    names, x = ["a", None] * 4, ids(1, (8, 6))
+    mesh = aj.make_mesh("data=-1")
+    split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    y = case.run(bank, names, split)
+    np.testing.assert_allclose(y, case.run(bank, names, x), atol=1e-5)
+
+
+def test_dropout_differs_between_rows():
+    base = nn.Sequential([nn.Dense(64), nn.Dropout(0.5, deterministic=False)])
+    x = jnp.ones((2, 8))
+    params = base.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)["params"]
+    model = aj.adapt(base, aj.LoRA("layers_0", rank=2))
+    bank = aj.Bank(model, aj.init_adapters(model, params, jax.random.key(1), x[:, :8]), capacity=1)
+    rngs = {"dropout": jax.random.key(3)}
+    y = model.apply({"params": bank.params}, x, adapters=bank.rows([None, None]), rngs=rngs)
+    assert (y[0] == 0).any() and ((y[0] == 0) != (y[1] == 0)).any()
+
+
+def test_statistics_of_rows():
+    """Arrays that the model returns without rows come once for each row."""
+    base = nn.BatchNorm(use_running_average=False, momentum=0.0)
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    variables = base.init(jax.random.key(0), x)
+    model = aj.adapt(base, aj.Unfreeze("bias"))
+    bank = aj.Bank(model, variables["params"], capacity=1)
+    given = {"params": bank.params, "batch_stats": variables["batch_stats"]}
+    rows = bank.rows([None] * 4)
+    x = jnp.arange(8.0).reshape(4, 2)
+    _, updated = model.apply(given, x, adapters=rows, mutable=["batch_stats"])
+    assert updated["batch_stats"]["mean"].tolist() == x.tolist()
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case("linen", "mlp", aj.LoRA("**/up", rank=2), capacity=1)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("adapter", "error", "match"),
+        [
+            (aj.LoRA("**/up", rank=3), aj.MismatchError, r"\[8, 3\], and the bank has room for"),
+            (aj.LoRA("**/output", rank=2), aj.MismatchError, "the bank has no such leaf; it was"),
+            (aj.DoRA("**/up", rank=2), aj.MismatchError, r"lora/magnitude \(DoRA\)"),
+            (aj.LoRA("**/up", rank=2, a_init="pissa"), aj.RecipeError, "which changes the base's"),
+            (aj.IA3("**/up"), aj.MismatchError, r"ia3/scale \(IA3\), and the bank has no such"),
+            (aj.Unfreeze("**/bias"), aj.MismatchError, r"\(an unfrozen parameter\)"),
+        ],
+    )
+    def test_an_adapter_that_does_not_fit(self, case, adapter, error, match):
+        given, _ = case.adapter(adapter, 1)
+        with pytest.raises(error, match=match):
+            case.bank.put("a", given)
+
+    def test_an_adapter_of_a_wider_base(self, case):
+        tree = {"layer_0": {"mlp": {"up": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 9))}}}}}
+        with pytest.raises(aj.MismatchError, match="is it an adapter of this base"):
+            case.bank.put("a", (aj.LoRA("**/up", rank=2), tree))
+
+    def test_another_setting(self):
+        case = Case("linen", "mlp", aj.Bottleneck("**/up", bottleneck_dim=2))
+        other, _ = case.adapter(aj.Bottleneck("**/up", bottleneck_dim=2, activation="relu"), 1)
+        with pytest.raises(aj.RecipeError, match="activation='relu', expected 'gelu'"):
+            case.bank.put("a", other)
+
+    def test_other_sides_of_ia3(self):
+        case = Case("linen", "mlp", aj.IA3("**/mlp/*"))
+        other, _ = case.adapter(aj.IA3("**/output", feed_forward="**/output"), 1)
+        with pytest.raises(aj.RecipeError, match="scales the weight's inputs"):
+            case.bank.put("a", other)
+
+    def test_names(self, case):
+        adapter, _ = case.adapter(aj.LoRA("**/up", rank=2), 1)
+        bank = case.bank.put("reviews", adapter)
+        with pytest.raises(aj.UserError, match="the name 'reviews' is taken"):
+            bank.put("reviews", adapter)
+        with pytest.raises(aj.UserError, match="all 1 places are taken"):
+            bank.put("qa", adapter)
+        with pytest.raises(aj.UserError, match="expected a text such as"):
+            bank.put("", adapter)
+        with pytest.raises(aj.UserError, match="'review'; did you mean 'reviews'"):
+            bank.rows(["review"])
+        with pytest.raises(aj.UserError, match="expected one of 'reviews', or None"):
+            bank.drop(7)
+        with pytest.raises(aj.UserError, match="expected a list with a name or None"):
+            bank.rows("reviews")
+        assert repr(bank) == "Bank('reviews'; 1 of 1 places)"
+
+    def test_rows_that_the_batch_lacks(self, case):
+        with pytest.raises(aj.UserError, match=r"3 rows, and the inputs are of \[4, 6\]"):
+            case.run(case.bank, [None] * 3, ids())
+
+    def test_models(self, case):
+        model, params = case.adapted(case.recipe)
+        with pytest.raises(TypeError, match="write aj.Bank"):
+            aj.Bank(model)
+        with pytest.raises(TypeError, match="call aj.adapt"):
+            aj.Bank(case.base, params)
+        with pytest.raises(aj.UserError, match="capacity=0"):
+            aj.Bank(model, params, capacity=0)
+        with pytest.raises(aj.RecipeError, match="LoRA at layer_0/mlp/up has a_init='pissa'"):
+            aj.Bank(*case.adapted(aj.Recipe(aj.LoRA("**/up", rank=2, a_init="pissa"))))
+        assert flatten(case.bank.params).keys() == flatten(params).keys()

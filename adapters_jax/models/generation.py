@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from adapters_jax.errors import UserError
+from adapters_jax.mixed import Rows
 from adapters_jax.models.parts.layers import check_tokens
 
 
@@ -90,6 +91,7 @@ def generate(
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
     stop: Sequence[int] = (),
+    adapters: Rows | None = None,
 ) -> Generated:
     """Continues or, with an encoder, answers each prompt of a batch, independently of the others.
 
@@ -108,6 +110,7 @@ def generate(
         key: the random key for sampling; row i draws from `jax.random.fold_in(key, i)`, whatever
             the other rows are.
         stop: tokens that end a row.
+        adapters: which adapter of a bank each row has, where the model is the bank's.
 
     Returns:
         The new tokens, and their number in each row.
@@ -139,8 +142,8 @@ def generate(
         jax.random.key(0) if key is None else key,
         jnp.asarray(stop, jnp.int32),
     )
-    prompts = jnp.asarray(input_ids, jnp.int32)
-    return _generate(*nnx.split(model), prompts, attention_mask != 0, sampling, max_new_tokens)
+    prompts, mask = jnp.asarray(input_ids, jnp.int32), attention_mask != 0
+    return _generate(*nnx.split(model), prompts, mask, sampling, adapters, max_new_tokens)
 
 
 def _check_model(model: Any) -> None:
@@ -196,25 +199,29 @@ def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, k
         raise UserError(f"generate: {'; '.join(wrong)}.")
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=(0, 6))
 def _generate(
     graphdef: Any,
     state: Any,
     prompts: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     sampling: _Sampling,
+    adapters: Rows | None,
     new: int,
 ) -> Generated:
+    given = {} if adapters is None else {"adapters": adapters}
+
     def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
         """The cache extended by tokens, and the logits after the last token of each row."""
         model = _model(graphdef, state)
-        hidden, cache = model.extend(ids, mask, cache)
+        hidden, cache = model.extend(ids, mask, cache, **given)
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return model.logits(jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]), cache
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+        return model.logits(hidden, **given), cache
 
     batch = len(prompts)
     ones = jnp.ones((batch, 1), bool)
-    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, new))
+    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, new, given))
     nothing = Generated(jnp.zeros((batch, new), jnp.int32), jnp.zeros(batch, jnp.int32))
     start = _Loop(jnp.int32(0), prompts[:, 0], jnp.zeros(batch, bool), nothing, cache)
 
@@ -229,11 +236,15 @@ def _generate(
 
 
 def _begin(
-    model: Any, prompts: Int[Array, "batch length"], mask: Bool[Array, "batch length"], new: int
+    model: Any,
+    prompts: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    new: int,
+    given: dict[str, Rows],
 ) -> tuple[Array, Array, Any]:
     """The first tokens that the decoder reads, their mask, and the cache before them."""
     if hasattr(model, "read_prompts"):
-        return model.read_prompts(prompts, mask, new + 1)
+        return model.read_prompts(prompts, mask, new + 1, **given)
     batch, length = prompts.shape
     return prompts, mask, model.empty_cache(batch, length + new)
 

@@ -83,6 +83,12 @@ class Cache(NamedTuple):
         )
         return cls(rows, rows, held, jnp.zeros((), jnp.int32))
 
+    def row_axes(self) -> "Cache":
+        """The axis of the rows of each array; -1 for `used`, which is that of all rows."""
+        axis = 0 if isinstance(self.keys, tuple) else 1
+        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
+        return Cache(keys, values, 0, -1)  # type: ignore[arg-type]
+
     @property
     def positions(self) -> Int[Array, "batch slots"]:
         """The position of the token in each slot, counted without padding."""

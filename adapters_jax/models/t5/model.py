@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -39,6 +40,13 @@ class T5Cache(NamedTuple):
     keys: Any
     values: Any
     seen: Bool[Array, "batch 1 1 source"]
+
+    def row_axes(self) -> "T5Cache":
+        """The axis of the rows of each array; see `Cache.row_axes`."""
+        own = self.own.row_axes()
+        axis = jax.tree.leaves(own.keys)[0]
+        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
+        return T5Cache(own, keys, values, 0)  # type: ignore[arg-type]
 
 
 class T5Stack(nnx.Module):
