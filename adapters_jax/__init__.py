@@ -63,6 +63,7 @@ from adapters_jax.training.optimizers import freeze_base, lora_plus
 from adapters_jax.training.rows import split_rows
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
+from adapters_jax.training.together import stack_states, unstack_states
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.combine import Combined, combine
 from adapters_jax.transforms.merge import merge, unmerge
@@ -153,7 +154,9 @@ __all__ = [
     "shard_batch",
     "split_rows",
     "stack_layers",
+    "stack_states",
     "suggest",
     "unmerge",
     "unstack_layers",
+    "unstack_states",
 ]

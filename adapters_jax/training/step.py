@@ -11,14 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
 from adapters_jax.training.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
+from adapters_jax.training.together import Optimizers, check_step
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
 Batch = Any
@@ -50,6 +52,8 @@ def make_train_step(
         was not finite; then only the step's number changes: adapters, optimiser state, collections,
         and an NNX model's statistics and dropout counters are those before the step.
         The given state cannot be used again: all of it but the base is donated.
+        Of a state that `stack_states` made, each training makes its own step, on its own part of
+        the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
 
     Raises:
         UserError: `accumulate` is not a positive whole number, or does not divide the batch; a
@@ -123,29 +127,47 @@ def make_train_step(
         )
         return other, jax.tree.map(lambda x: x.mean(0), stacked)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
-        with on_mesh(state.mesh):
-            other, (grads, metrics) = gradients(state, base, batch)
+    def measured(state: TrainState, base: Tree, batch: Batch) -> tuple[Any, Tree, Metrics]:
+        """What the loss leaves behind, the gradients and the metrics."""
+        other, (grads, metrics) = gradients(state, base, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        adapters, opt_state, other = jax.lax.cond(
-            finite,
-            lambda: (*_updated(state.tx, grads, state.adapters, state.opt_state), other),
-            lambda: (state.adapters, state.opt_state, state.other),
-        )
+        return other, grads, {**metrics, "grad_norm": norm, "finite": finite}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(
+        state: TrainState, base: Tree, batch: Batch, active: Bool[Array, " states"] | None
+    ) -> tuple[TrainState, Metrics]:
+        several = isinstance(state.tx, Optimizers)
+        each = jax.vmap(measured, (0, None, 0)) if several else measured
+        with on_mesh(state.mesh):
+            other, grads, metrics = each(replace(state, opt_state=None), base, batch)
+        takes = metrics["finite"] if active is None else metrics["finite"] & active
+
+        def after() -> tuple[Any, ...]:
+            return *_updated(state.tx, grads, state.adapters, state.opt_state), other
+
+        before = state.adapters, state.opt_state, state.other
+        if several:
+            adapters, opt_state, other = state.tx.chosen(takes, after(), before)
+        else:
+            adapters, opt_state, other = jax.lax.cond(takes, after, lambda: before)
+        made = 1 if active is None else active.astype(jnp.int32)
         state = replace(
-            state, step=state.step + 1, adapters=adapters, opt_state=opt_state, other=other
+            state, step=state.step + made, adapters=adapters, opt_state=opt_state, other=other
         )
         state = _laid_out(state)
-        return state, {**metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
+        return state, {**metrics, "finite": metrics["finite"].astype(jnp.float32)}
 
     began = False
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, active: Bool[Array, " states"] | None = None
+    ) -> tuple[TrainState, Metrics]:
         nonlocal began
         _check_alive(state)
-        updated, metrics = update(replace(state, base=None), state.base, batch)
+        check_step(state, batch, active)
+        updated, metrics = update(replace(state, base=None), state.base, batch, active)
         if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
             began = True
             _check_gradient(metrics)
@@ -168,7 +190,7 @@ def _check_alive(state: TrainState) -> None:
 
 def _check_gradient(metrics: Metrics) -> None:
     """Warns where nothing can be learnt; it waits for the first step of a function alone."""
-    if float(metrics["grad_norm"]) == 0.0:
+    if (np.asarray(metrics["grad_norm"]) == 0.0).any():
         warn(
             "make_train_step: the first gradient is exactly zero: the loss does not depend on what "
             "trains, or nothing in the batch has a loss; does the loss function use its first "
