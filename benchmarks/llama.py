@@ -153,7 +153,7 @@ def program(model: Any, ids: jax.Array, tokens: int) -> Any:
         jnp.float32(0), jnp.float32(1), jax.random.key(0), jnp.zeros(0, jnp.int32)
     )
     mask = jnp.ones(ids.shape, bool)
-    return generation._generate.lower(*nnx.split(model), ids, mask, sampling, tokens)
+    return generation._generate.lower(*nnx.split(model), ids, mask, sampling, None, tokens)
 
 
 def run_decode(report: Report, size: Size, base: Decoder) -> None:
