@@ -325,6 +325,15 @@ class TestBadInput:
             bank.rows("reviews")
         assert repr(bank) == "Bank('reviews'; 1 of 1 places)"
 
+    def test_an_adapter_of_another_base(self, case, tmp_path):
+        (recipe, tree), _ = case.adapter(aj.LoRA("**/up", rank=2), 1)
+        own = aj.base_identity(case.frozen, id="mine")
+        aj.save_adapter(tmp_path / "a", tree, recipe, base=own)
+        bank = case.bank.put("a", aj.read_adapter(tmp_path / "a", base=own))
+        assert "a" in bank and len(bank) == 1 and len(bank.drop("a")) == 0
+        with pytest.raises(aj.OtherBaseError, match="id 'mine', here 'other'"):
+            aj.read_adapter(tmp_path / "a", base=aj.base_identity(case.frozen, id="other"))
+
     def test_rows_that_the_batch_lacks(self, case):
         with pytest.raises(aj.UserError, match=r"3 rows, and the inputs are of \[4, 6\]"):
             case.run(case.bank, [None] * 3, ids())

@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError
 from adapters_jax.io import hub
 from adapters_jax.io.atomic import Content, write_directory
 from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
@@ -271,7 +271,7 @@ def find_adapter(directory: str | Path, revision: str | None = None) -> Path:
 
 
 def read_adapter(
-    directory: str | Path, *, revision: str | None = None
+    directory: str | Path, *, revision: str | None = None, base: BaseIdentity | None = None
 ) -> tuple[Recipe, dict[str, jax.Array]]:
     """Reads an adapter as it was written, without a model.
 
@@ -280,15 +280,23 @@ def read_adapter(
     Args:
         directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
         revision: a branch, tag or commit there.
+        base: the base that it is for, from `base_identity`, as for a `Bank`; None reads any.
 
     Returns:
         The recipe, and the trained arrays by path.
 
     Raises:
+        OtherBaseError: it was trained on another base than `base`.
         AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
             adapter of this library, or it is damaged.
     """
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
+        known = manifest.base.differences(base) if manifest.base and base else ""
+        if known:
+            raise OtherBaseError(
+                f"the adapter in {file.path.parent} was trained on another base: {known}; read it "
+                "for that base, or, where you know that it fits this one, without base="
+            )
         if state is not None:
             _LOG.warning("%s is not read, only load_adapter restores it", state.path)
         return manifest.recipe, read_arrays(file, manifest)
