@@ -17,6 +17,7 @@ from flax import nnx
 
 from adapters_jax.adapt import adapt
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
@@ -75,9 +76,8 @@ class Completion(Task):
         keys = [key_of(text) for text, _ in table.texts]
         rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
         train, dev, test = (table.take(taken) for taken in rows)
-        name = files["train"].name.partition(".")[0]
         return TaskData(
-            name,
+            title_of(files["train"]),
             train,
             parts.get("dev", dev),
             parts.get("test", test),

@@ -6,9 +6,9 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapters_jax.data.files import DataError, count_rows, first_few, place
 from adapters_jax.data.packing import Example
-from adapters_jax.data.readers import DataError
-from adapters_jax.data.tables import Table, count_rows, first_few
+from adapters_jax.data.tables import Table
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.decoder import PretrainedDecoder
 
@@ -82,7 +82,7 @@ def encode_table(
     examples = [_example(*pair, prompts, decoder) for pair in table.texts]
     rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
     long = [
-        f"line {line} ({len(prompt)} tokens)"
+        f"{place(line)} ({len(prompt)} tokens)"
         for line, (prompt, _), room in zip(table.lines, examples, rooms, strict=True)
         if len(prompt) > max_length or room < 1
     ]

@@ -25,7 +25,7 @@ class Generate:
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
         prompt: prompts, as in the training column; - reads one prompt per line from stdin.
-        file: CSV, TSV or JSON lines file of prompts; .gz may follow.
+        file: file of prompts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         column: the file's column of the prompt; by default the training column.
         max_new_tokens: largest number of tokens to generate for a prompt; by default 128, or fewer
             where the model has no positions for more.

@@ -7,6 +7,7 @@ from adapters_jax.app.options.flags import flag, given
 from adapters_jax.checks import check_size
 from adapters_jax.data import glue, movie_reviews
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
@@ -31,7 +32,8 @@ class DataOptions:
     """What to train on: --train FILE, or --glue NAME --data DIR, or by default movie reviews.
 
     Args:
-        train: CSV, TSV or JSON lines file to train on; .gz may follow.
+        train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
+            follow; several as a pattern, such as 'part-*.jsonl'.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
@@ -73,7 +75,7 @@ class DataOptions:
     def title(self) -> str:
         """A short name of the rows, which is known before they are read."""
         if self.train is not None:
-            return self.train.name.partition(".")[0]
+            return title_of(self.train)
         return glue.glue_name(self.glue) if self.glue else "movie-reviews"
 
     def task_on(self, kind: str, model: str) -> Task:
