@@ -11,6 +11,7 @@ from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job
+from adapters_jax.data.overlap import overlaps
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
@@ -27,6 +28,8 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
+    for sentence in overlaps(data):
+        console.say(f"warning: {sentence}")
     if "held_out" in task.flags:
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
@@ -45,6 +48,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         max_length=options.max_length,
         prompts=options.prompts,
         pack=options.pack,
+        loss=options.loss,
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
         say=console.say,
