@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, is_dataclass, replace
 
 from adapters_jax.app.console import Console
@@ -19,6 +20,8 @@ from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
 
+_log = logging.getLogger(__name__)
+
 
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
@@ -28,8 +31,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
-    for sentence in overlaps(data):
-        console.say(f"warning: {sentence}")
+    shared = overlaps(data)
     if "held_out" in task.flags:
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
@@ -54,6 +56,8 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         say=console.say,
     )
     prepared = task.prepare(data, setup)
+    for sentence in shared:
+        _log.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
     return Job(
         run=run,
