@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from adapters_jax.data.columnar import read_arrow, read_parquet
@@ -16,6 +17,7 @@ from adapters_jax.data.delimited import read_conll, read_csv, read_tsv
 from adapters_jax.data.files import DataError as DataError
 from adapters_jax.data.files import FilePath as FilePath
 from adapters_jax.data.files import Reader, Rows, place, read_bytes
+from adapters_jax.data.hub_rows import PREFIX, read_hub
 from adapters_jax.data.images import read_images
 from adapters_jax.data.json_rows import read_json, read_jsonl, rows_of
 
@@ -35,14 +37,16 @@ def read_file(path: FilePath) -> Rows:
 
     Args:
         path: the path of the file, where `.gz` may follow the suffix; a pattern such as
-            `"part-*.jsonl"`, whose files are read as one; or a directory of images.
+            `"part-*.jsonl"`, whose files are read as one; a directory of images; or a data set of
+            the Hugging Face Hub, as `"hub:user/name#config:split@revision"`.
 
     Returns:
         The names of the columns, and each record with the line that it starts on.
 
     Raises:
         DataError: there is no such file, `READERS` lacks its suffix, or it does not parse.
-        MissingPackageError: a Parquet or Arrow file, and pyarrow is not installed.
+        MissingPackageError: a Parquet or Arrow file without pyarrow, or a data set of the Hub
+            without huggingface_hub.
 
     Example:
         >>> import tempfile
@@ -51,11 +55,13 @@ def read_file(path: FilePath) -> Rows:
         >>> read_file(path)
         (['text', 'stars'], [(2, ['Good', '5'])])
     """
+    if str(path).startswith(PREFIX):
+        return read_hub(str(path), _read_files)
     path = Path(path)
     if path.is_dir():
         return read_images(path, read_file)
     if glob.has_magic(str(path)) and not path.exists():
-        return _read_files(path)
+        return _read_files(_matching(path))
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in READERS:
         *others, last = READERS
@@ -66,11 +72,17 @@ def read_file(path: FilePath) -> Rows:
     return READERS[suffix](path, read_bytes(path))
 
 
-def _read_files(pattern: Path) -> Rows:
-    """Reads the files of a pattern as one; a column that a file lacks is None there."""
+def _matching(pattern: Path) -> list[Path]:
     files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
     if not files:
         raise DataError(f"{pattern.as_posix()}: no file has a name of this pattern")
+    return files
+
+
+def _read_files(files: Sequence[Path]) -> Rows:
+    """Reads several files as one; a column that a file lacks is None there."""
+    if len(files) == 1:
+        return read_file(files[0])
     found = []
     for file in files:
         header, records = read_file(file)

@@ -36,7 +36,8 @@ class DataOptions:
 
     Args:
         train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
-            follow; several as a pattern, such as 'part-*.jsonl'.
+            follow; several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face
+            Hub, as hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
