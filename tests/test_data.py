@@ -75,7 +75,7 @@ def test_texts_without_labels(write):
         ("a.csv", "", ()),
         ("a.tsv", "\n \n", ()),
         ("a.csv", "text,label\n", ()),
-        ("a.txt", "text\n", ("'.txt'", ".csv, .tsv or .jsonl", ".gz")),
+        ("a.txt", "text\n", ("'.txt'", ".csv, .tsv, .jsonl", ".gz")),
         (
             "a.csv",
             "txet,lable,id\na,b,1\n",
@@ -98,7 +98,7 @@ def test_texts_without_labels(write):
         ("a.csv", "text,label\na,b,c\nd,1\ne\n", ("2 rows", 2, "line 2 has 3, line 4 has 1;")),
         ("a.csv", 'text,label\na,1\n"open,1\nb,2\n', ("line 3",)),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"', ("line 2", "column 13")),
-        ("a.jsonl", '{"text":' * 100_000, ("line 1", "recursion")),
+        ("a.jsonl", '{"text":' * 100_000, ("line 1", "nested more than 32 deep")),
         ("a.jsonl", '["a", 1]', ("line 1", "list", '{"text": "...", "label": "..."}')),
     ],
 )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.data.readers import DataError, FilePath
+from adapters_jax.data.files import DataError, FilePath, count_rows, first_few, place
+from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
-from adapters_jax.data.tables import Table, Texts, count_rows, first_few, read_rows
+from adapters_jax.data.tables import Table, Texts, read_rows
 from adapters_jax.errors import UserError
+
+_MISSING = ("nan", "none", "null", "na", "n/a", "-", "?")
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,17 @@ def make_dataset(
 
 
 def class_names(table: Table) -> tuple[str, ...]:
-    """The distinct labels of a table, sorted; as numbers if all of them are numbers."""
+    """The distinct labels of a table, sorted; as numbers if all of them are numbers.
+
+    One warning lists those that look alike, such as 1 and 1.0, and those that say "missing".
+    """
     names = sorted(set(table.labels or ()))
+    doubtful = [*_alike(names), *(f"{n!r} may say missing" for n in names if n.lower() in _MISSING)]
+    if doubtful:
+        warnings.warn(
+            f"{table.path}: each of these labels is a class of its own: {'; '.join(doubtful)}",
+            stacklevel=2,
+        )
     values = {name: _number(name) for name in names}
     if all(map(math.isfinite, values.values())):
         names.sort(key=values.__getitem__)
@@ -102,6 +115,15 @@ def class_names(table: Table) -> tuple[str, ...]:
             f"{table.path}: every label is {names[0]!r}; classification needs at least two classes"
         )
     return tuple(names)
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """The labels that are equal as numbers, or but for case, in groups."""
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        value = _number(name)
+        groups[value if math.isfinite(value) else name.casefold()].append(name)
+    return [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
 
 
 def numbers_of(table: Table) -> list[float]:
@@ -120,7 +142,7 @@ def _number(label: str) -> float:
 
 def _reject(table: Table, bad: list[bool], what: str) -> None:
     rows = list(zip(table.labels or (), table.lines, bad, strict=True))
-    named = [f"{label!r} (line {line})" for label, line, is_bad in rows if is_bad]
+    named = [f"{label!r} ({place(line)})" for label, line, is_bad in rows if is_bad]
     if named:
         raise DataError(f"{table.path}: {count_rows(named)} a label {what}: {first_few(named)}")
 
@@ -211,6 +233,7 @@ def load_labelled(
 
     Example:
         >>> import json, tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
         >>> lines = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
         >>> _ = path.write_text("\\n".join(lines))
@@ -226,8 +249,7 @@ def load_labelled(
     }
     if metrics is None:
         metrics = ("pearson", "spearman") if task == "regression" else ("accuracy", "f1")
-    name = Path(train).name.partition(".")[0]
-    return hold_out(name, make_datasets(tables, task), metrics, split_seed)
+    return hold_out(title_of(train), make_datasets(tables, task), metrics, split_seed)
 
 
 def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:

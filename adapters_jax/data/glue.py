@@ -105,7 +105,7 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
     Example:
         >>> load_glue("boolq", "data")
         Traceback (most recent call last):
-        adapters_jax.data.readers.DataError: no GLUE task 'boolq'; there are: \
+        adapters_jax.data.files.DataError: no GLUE task 'boolq'; there are: \
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
     """
     name = glue_name(name)

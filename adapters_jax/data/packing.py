@@ -7,6 +7,7 @@ positions from 0, so its loss is the loss that it has in a sequence of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,51 @@ class Packed(NamedTuple):
     labels: np.ndarray
 
 
-def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[list[int]]:
+class Example(NamedTuple):
+    """The token ids of one row.
+
+    Attributes:
+        prompt: the prompt.
+        completion: the completion; it ends with an end token, unless it was cut.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids."""
+        return [*self.prompt, *self.completion]
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token the next one if the loss counts it, otherwise -1."""
+        return [*[NOTHING] * (len(self.prompt) - 1), *self.completion, NOTHING]
+
+
+class Marked(NamedTuple):
+    """The token ids of one row, of which any may count in the loss.
+
+    Attributes:
+        ids: all token ids.
+        learnt: whether the loss counts each of them; the first one is never predicted.
+
+    Example:
+        >>> Marked([5, 6, 7, 8], [True, True, False, True]).labels
+        [6, -1, 8, -1]
+    """
+
+    ids: list[int]
+    learnt: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token the next one if the loss counts it, otherwise -1."""
+        marks = list(zip(self.ids, self.learnt, strict=True))
+        return [*(token if learnt else NOTHING for _, (token, learnt) in pairwise(marks)), NOTHING]
+
+
+def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) -> list[list[int]]:
     """Chooses the examples of each sequence: an example goes into the first one that has room.
 
     Args:
@@ -53,7 +98,7 @@ def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[lis
     packed: list[list[int]] = []
     room: list[int] = []
     for i in order.tolist():
-        size = sum(map(len, examples[i]))
+        size = len(examples[i].ids)
         first = max(0, len(room) - OPEN)
         chosen = next((n for n in range(first, len(room)) if room[n] >= size), None)
         if chosen is None:
@@ -65,7 +110,7 @@ def pack(examples: Sequence[Example], length: int, seed: int | None) -> list[lis
     return packed
 
 
-def sequence(examples: Sequence[Example]) -> Packed:
+def sequence(examples: Sequence[Example | Marked]) -> Packed:
     """Joins examples into one sequence.
 
     Args:
@@ -83,10 +128,9 @@ def sequence(examples: Sequence[Example]) -> Packed:
         labels [-1, 9, 2, -1, 2, -1]
     """
     parts = []
-    for number, (prompt, completion) in enumerate(examples, 1):
-        ids = [*prompt, *completion]
-        labels = [*[NOTHING] * (len(prompt) - 1), *completion, NOTHING]
-        columns = (ids, [number] * len(ids), range(len(ids)), labels)
+    for number, example in enumerate(examples, 1):
+        ids = example.ids
+        columns = (ids, [number] * len(ids), range(len(ids)), example.labels)
         parts.append([np.array(column, np.int32) for column in columns])
     return Packed(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -123,15 +167,3 @@ def pair(example: Example) -> Pair:
         [*completion, *[NOTHING] * (length - len(completion))],
     )
     return Pair(*(np.array(column, np.int32) for column in filled))
-
-
-class Example(NamedTuple):
-    """The token ids of one row.
-
-    Attributes:
-        prompt: the prompt.
-        completion: the completion; it ends with an end token, unless it was cut.
-    """
-
-    prompt: list[int]
-    completion: list[int]

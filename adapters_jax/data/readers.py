@@ -1,4 +1,4 @@
-"""Reads files as rows of fields; a registry has the formats by suffix.
+"""Reads files as rows of values; a registry has the formats by suffix.
 
 A format is one function and one line of `READERS`. The function gets the file's bytes, unpacked if
 `.gz` follows the suffix, and returns `Rows`. Anything wrong with a file raises a `DataError` that
@@ -7,38 +7,46 @@ names the file, the line and the remedy.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import os
-import zlib
-from collections.abc import Callable, Sequence
+import glob
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from adapters_jax.errors import UserError
+from adapters_jax.data.columnar import read_arrow, read_parquet
+from adapters_jax.data.delimited import read_conll, read_csv, read_tsv
+from adapters_jax.data.files import DataError as DataError
+from adapters_jax.data.files import FilePath as FilePath
+from adapters_jax.data.files import Reader, Rows, place, read_bytes
+from adapters_jax.data.hub_rows import PREFIX, read_hub
+from adapters_jax.data.images import read_images
+from adapters_jax.data.json_rows import read_json, read_jsonl, rows_of
 
-FilePath = str | os.PathLike[str]
-Record = tuple[int, list[str]]  # the line that it starts on, its fields
-Rows = tuple[list[str], list[Record]]  # column names, records
-Reader = Callable[[Path, bytes], Rows]
-
-
-class DataError(UserError):
-    """A file cannot be used as it is; the message says where and what to change."""
+READERS: dict[str, Reader] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".conll": read_conll,
+}
 
 
 def read_file(path: FilePath) -> Rows:
     """Reads the rows of a file, in the format of its suffix.
 
     Args:
-        path: the path of the file; `.gz` may follow the suffix.
+        path: the path of the file, where `.gz` may follow the suffix; a pattern such as
+            `"part-*.jsonl"`, whose files are read as one; a directory of images; or a data set of
+            the Hugging Face Hub, as `"hub:user/name#config:split@revision"`.
 
     Returns:
         The names of the columns, and each record with the line that it starts on.
 
     Raises:
         DataError: there is no such file, `READERS` lacks its suffix, or it does not parse.
+        MissingPackageError: a Parquet or Arrow file without pyarrow, or a data set of the Hub
+            without huggingface_hub.
 
     Example:
         >>> import tempfile
@@ -47,7 +55,13 @@ def read_file(path: FilePath) -> Rows:
         >>> read_file(path)
         (['text', 'stars'], [(2, ['Good', '5'])])
     """
+    if str(path).startswith(PREFIX):
+        return read_hub(str(path), _read_files)
     path = Path(path)
+    if path.is_dir():
+        return read_images(path, read_file)
+    if glob.has_magic(str(path)) and not path.exists():
+        return _read_files(_matching(path))
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in READERS:
         *others, last = READERS
@@ -58,93 +72,32 @@ def read_file(path: FilePath) -> Rows:
     return READERS[suffix](path, read_bytes(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-    except FileNotFoundError:
-        raise DataError(f"{path.as_posix()}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
+def _matching(pattern: Path) -> list[Path]:
+    files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
+    if not files:
+        raise DataError(f"{pattern.as_posix()}: no file has a name of this pattern")
+    return files
 
 
-def text_of(path: Path, raw: bytes) -> str:
-    """Decodes UTF-8, without a byte order mark and final line ends; `path` is for messages."""
-    name = path.as_posix()
-    try:
-        text = raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} of the "
-            "file is not UTF-8; save the file as UTF-8"
-        ) from None
-    if not text.strip():
-        raise DataError(f"{name}: the file is empty")
-    return text.rstrip("\r\n")
+def _read_files(files: Sequence[Path]) -> Rows:
+    """Reads several files as one; a column that a file lacks is None there."""
+    if len(files) == 1:
+        return read_file(files[0])
+    found = []
+    for file in files:
+        header, records = read_file(file)
+        found += [
+            (f"{place(line)} of {file.name}", dict(zip(header, values, strict=False)))
+            for line, values in records
+        ]
+    return rows_of(found)
 
 
-def read_csv(path: Path, raw: bytes) -> Rows:
-    """Reads the rows of a CSV file, in which quotes enclose fields."""
-    reader = csv.reader(io.StringIO(text_of(path, raw), newline=""), strict=True)
-    records, line = [], 1
-    try:
-        for fields in reader:
-            records.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
-        ) from None
-    return _headed(path, records)
+def title_of(path: FilePath) -> str:
+    """A short name of a file of rows, for the names of runs.
 
-
-def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Rows:
-    """Reads the rows of a TSV file; quotes are plain text. `header` is for files without one."""
-    lines = text_of(path, raw).split("\n")
-    records = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)]
-    return _headed(path, records, header)
-
-
-def read_jsonl(path: Path, raw: bytes) -> Rows:
-    """Reads the rows of a file with one JSON object a line; each key of a line is a column."""
-    rows = []
-    for number, line in enumerate(text_of(path, raw).split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, not text
-        except (ValueError, RecursionError) as error:  # the latter of deep nesting
-            raise DataError(f"{path.as_posix()}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path.as_posix()}, line {number}: a JSON {type(row).__name__}; each line must be "
-                'an object like {"text": "...", "label": "..."}'
-            )
-        rows.append(row)
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return _headed(
-        path,
-        [(n, [_cell(row.get(key)) for key in header]) for n, row in enumerate(rows, 1)],
-        header,
-    )
-
-
-def _cell(value: object) -> str:
-    """A JSON value as text; null, lists and objects become an empty field."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, int | float) else ""
-
-
-def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Rows:
-    """Splits the header from the records; a blank line becomes a record of blank fields."""
-    if header is None:
-        header, records = records[0][1], records[1:]
-    if not records:
-        raise DataError(f"{path.as_posix()}: no rows below the header")
-    blank = [""] * len(header)
-    return list(header), [(n, fields if any(fields) else blank) for n, fields in records]
-
-
-READERS: dict[str, Reader] = {".csv": read_csv, ".tsv": read_tsv, ".jsonl": read_jsonl}
+    Example:
+        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv")
+        ('train', 'part')
+    """
+    return re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"

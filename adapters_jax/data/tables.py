@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from adapters_jax.data.readers import DataError as DataError
-from adapters_jax.data.readers import FilePath as FilePath
-from adapters_jax.data.readers import Rows, read_file
+from adapters_jax.data.files import DataError as DataError
+from adapters_jax.data.files import FilePath as FilePath
+from adapters_jax.data.files import Line, Rows, count_rows, first_few, place, places
+from adapters_jax.data.layouts import hint
+from adapters_jax.data.readers import read_file
 
 Texts = list[tuple[str, str | None]]
 
@@ -23,13 +29,13 @@ class Table:
         path: the path of the file, for messages.
         texts: `(text, second text or None)` for each row.
         labels: the label of each row; None if no label column was chosen.
-        lines: the line that each row starts on, from 1.
+        lines: the line that each row starts on, from 1, or another name of its place.
     """
 
     path: str
     texts: Texts
     labels: list[str] | None
-    lines: list[int]
+    lines: list[Line]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,7 +53,7 @@ def read_rows(
     """Reads chosen columns of a file.
 
     Args:
-        path: the path of a UTF-8 file; `readers.READERS` has the formats by suffix.
+        path: the path, as `readers.read_file` takes it.
         text: the text column.
         text_pair: the second text column, for pairs.
         label: the label column; None for texts without labels.
@@ -85,7 +91,7 @@ def make_table(
 
 def choose_columns(
     path: Path, rows: Rows, names: Sequence[str]
-) -> tuple[list[list[str]], list[int]]:
+) -> tuple[list[list[str]], list[Line]]:
     """Chooses columns by name, for a task whose rows are not a `Table`.
 
     Args:
@@ -94,10 +100,11 @@ def choose_columns(
         names: the names of the columns.
 
     Returns:
-        The cells of each row, one for each name and none blank; and the line of each row.
+        The cells of each row as texts, one for each name and none blank; and the line of each row.
 
     Raises:
-        DataError: a column is missing, a cell is blank, or a row has another number of fields.
+        DataError: a column is missing or there twice, a cell is blank, or a row has another number
+            of fields.
 
     Example:
         >>> choose_columns(Path("a.csv"), (["q", "r", "s"], [(2, ["x", "y", "z"])]), ["s", "q"])
@@ -106,7 +113,7 @@ def choose_columns(
     header, records = rows
     columns = _columns(path, header, names)
     uneven = [
-        f"line {line} has {len(fields)}" for line, fields in records if len(fields) != len(header)
+        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
     ]
     if uneven:
         raise DataError(
@@ -114,24 +121,48 @@ def choose_columns(
             f"{len(header)} columns: {first_few(uneven)}; "
             "a CSV field with a comma in it needs quotes"
         )
-    blank = [str(line) for line, fields in records if not all(fields[i].strip() for i in columns)]
+    cells = [[cell(fields[i]) for i in columns] for _, fields in records]
+    lines = [line for line, _ in records]
+    blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
     if blank:
         raise DataError(
-            f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: "
-            f"line{'s' * (len(blank) > 1)} {first_few(blank)}; fill them in or remove them"
+            f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: {places(blank)}; "
+            "fill them in or remove them"
         )
-    return [[fields[i] for i in columns] for _, fields in records], [line for line, _ in records]
+    return cells, lines
+
+
+def cell(value: Any) -> str:
+    """A value as text; None, lists and mappings have none.
+
+    Example:
+        >>> cell("a"), cell(1.5), cell(True), cell(None), cell(["a"])
+        ('a', '1.5', 'true', '', '')
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    return json.dumps(value) if isinstance(value, int | float) else ""
 
 
 def _columns(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
-    """The indices of columns by name; raises DataError if one is missing."""
+    """The indices of columns by name; raises DataError if one is missing or there twice."""
+    twice = [name for name in names if header.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{path.as_posix()}: the column {twice[0]!r} is there {header.count(twice[0])} times; "
+            "rename all of them but one"
+        )
     missing = [name for name in names if name not in header]
     if not missing:
         return [header.index(name) for name in names]
     near = [n for name in missing for n in difflib.get_close_matches(name, header, 1, 0.5)]
     raise DataError(
         f"{path.as_posix()}: no column {' or '.join(map(repr, missing))}; the columns are "
-        f"{', '.join(header)}" + (f"; did you mean {' and '.join(map(repr, near))}?" * bool(near))
+        f"{', '.join(header)}"
+        + (f"; did you mean {' and '.join(map(repr, near))}?" * bool(near))
+        + hint(header)
     )
 
 
@@ -146,13 +177,3 @@ def complete_rows(path: Path, rows: Rows) -> Rows:
             stacklevel=3,
         )
     return header, kept
-
-
-def count_rows(items: Sequence[str]) -> str:
-    """The number of rows with its verb, to begin a message."""
-    return "1 row has" if len(items) == 1 else f"{len(items)} rows have"
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first five items and the number of the others, for a message."""
-    return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)

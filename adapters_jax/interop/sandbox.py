@@ -20,6 +20,8 @@ from typing import Any
 
 from jinja2 import Undefined, nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -37,6 +39,8 @@ ERRORS = (
     *(TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
     *(RuntimeError, SyntaxError, TypeError, ValueError),
 )
+
+MARKS = ("\0<", "\0>")  # around what `{% generation %}` encloses; no text of a reader has a 0
 
 _BUDGET = "the budget"  # no name of a template has a space
 _OF_COMPILER = ("_loop_vars", "_block_vars")  # keywords that compiled templates add to calls
@@ -62,6 +66,21 @@ _METHODS: Mapping[type, frozenset[str]] = {
     tuple: frozenset(("count", "index")),
 }
 _FIELD = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*")
+
+
+class Generation(Extension):
+    """The block `{% generation %}`, in which templates write what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes of a block: its body between two marks."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        first, last = (
+            nodes.Output([nodes.TemplateData(mark, lineno=line)], lineno=line) for mark in MARKS
+        )
+        return [first, *body, last]
 
 
 class Budget:
@@ -119,7 +138,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", Generation],
             optimized=False,  # no constant is computed beforehand
         )
         self.globals = {name: self.globals[name] for name in _GLOBALS}
@@ -283,7 +302,7 @@ def _compiled(source: str) -> Any:
 
 
 def render(source: str, values: Mapping[str, Any]) -> str:
-    """Renders a template with these values.
+    """Renders a template with these values; `MARKS` are around what it marks as generated.
 
     Raises:
         Exception: one of `ERRORS`, or what a function among the values raises.

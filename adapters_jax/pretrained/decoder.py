@@ -40,30 +40,22 @@ _OF_GGUF = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "pad
 
 
 @dataclass(frozen=True)
-class PretrainedDecoder:
-    """A pretrained decoder.
+class DecoderTokenizer:
+    """What reads and writes the texts of a pretrained decoder, without its weights.
 
     Attributes:
         family: the record of its architecture.
         files: its GGUF file or its directory.
-        config: its configuration.
-        model: the model with its weights.
         tokenizer: its tokenizer.
         special_tokens: its special tokens by role, such as `eos_token`, which ends a completion.
         chat_template: its chat template in jinja; None if it has none.
-        sha256: the checksum of the weights' files.
-        identity: its identity, as an adapter's manifest stores it.
     """
 
     family: Family
     files: Path
-    config: Any
-    model: nnx.Module
     tokenizer: tokenizers.Tokenizer
     special_tokens: Mapping[str, Any]
     chat_template: str | None
-    sha256: str
-    identity: BaseIdentity
 
     @property
     def encodes(self) -> bool:
@@ -77,11 +69,37 @@ class PretrainedDecoder:
 
     def chat(self, content: str) -> str:
         """Renders a user's message by the chat template, up to where the answer begins."""
+        return self.render([{"role": "user", "content": content}])[0]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        reply: bool = True,
+        tools: Sequence[Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Renders messages by the chat template, as `chat.render_marked` does."""
         if self.chat_template is None:
             raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
-        return chat.render(
-            self.chat_template, [{"role": "user", "content": content}], **self.special_tokens
+        return chat.render_marked(
+            self.chat_template, messages, reply=reply, tools=tools, **self.special_tokens
         )
+
+
+@dataclass(frozen=True)
+class PretrainedDecoder(DecoderTokenizer):
+    """A pretrained decoder.
+
+    Attributes:
+        config: its configuration.
+        model: the model with its weights.
+        sha256: the checksum of the weights' files.
+        identity: its identity, as an adapter's manifest stores it.
+    """
+
+    config: Any
+    model: nnx.Module
+    sha256: str
+    identity: BaseIdentity
 
     def settings(self) -> dict[str, Any]:
         """The values of its `config.json`."""
@@ -116,6 +134,28 @@ def load_pretrained_decoder(
         AssetError: the pinned asset could not be fetched.
         MissingPackageError: quantising needs qwix, which is not installed.
     """
+    reader = load_decoder_tokenizer(name)
+    files = reader.files
+    config, model = reader.family.load(
+        read_gguf(files) if files.suffix == ".gguf" else files, param_dtype=dtype
+    )
+    identity = identity_of(name, config, model)
+    if quantize:
+        model = quantize_model(model, dtype=quantize)
+    return PretrainedDecoder(
+        **vars(reader), config=config, model=model, sha256=sha256_of(files), identity=identity
+    )
+
+
+def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
+    """Loads what reads and writes a decoder's texts, without its weights.
+
+    Args:
+        name: as for `load_pretrained_decoder`.
+
+    Raises:
+        UserError: as for `load_pretrained_decoder`.
+    """
     family = find_family(name)
     if not family.generates:
         able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
@@ -136,14 +176,7 @@ def load_pretrained_decoder(
             f"{str(files)!r} has no eos_token that its tokenizer knows, so no completion would "
             f"end; write eos_token into {TOKENIZER_CONFIG}"
         )
-    config, model = family.load(opened or files, param_dtype=dtype)
-    identity = identity_of(name, config, model)
-    if quantize:
-        model = quantize_model(model, dtype=quantize)
-    sha256 = sha256_of(files)
-    return PretrainedDecoder(
-        family, files, config, model, tokenizer, special, template, sha256, identity
-    )
+    return DecoderTokenizer(family, files, tokenizer, special, template)
 
 
 def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
@@ -208,6 +241,7 @@ def complete(
     decoder: PretrainedDecoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
+    stop: Sequence[int] = (),
     **sampling: Any,
 ) -> list[str]:
     """Generates a completion for each prompt.
@@ -217,6 +251,7 @@ def complete(
         decoder: the decoder, for its tokenizer and the token that ends a completion.
         prompts: the token ids of each prompt.
         new_tokens: the largest number of tokens to generate.
+        stop: further tokens that end a completion, beside the decoder's own.
         **sampling: `temperature`, `top_p` and `key` of `generate`.
 
     Returns:
@@ -227,9 +262,14 @@ def complete(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
-    prompt_ids, stop = jnp.asarray(ids), [decoder.end]
+    ends = [decoder.end, *stop]
     made = generate(
-        model, prompt_ids, jnp.asarray(mask), max_new_tokens=new_tokens, stop=stop, **sampling
+        model,
+        jnp.asarray(ids),
+        jnp.asarray(mask),
+        max_new_tokens=new_tokens,
+        stop=ends,
+        **sampling,
     )
     tokens, lengths = jax.device_get(made)
     return decoder.tokenizer.decode_batch(

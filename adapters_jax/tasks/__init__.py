@@ -4,6 +4,7 @@
 - `classification`, `regression`: labels of texts; `labelled` and `labelled_problem` have what both
   share, `readout` what differs, `head` the baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
+- `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match.
 """
 
@@ -16,6 +17,7 @@ from adapters_jax.io.run_directory import Run, RunError, check_keys
 from adapters_jax.tasks.base import Task
 from adapters_jax.tasks.classification import Classification
 from adapters_jax.tasks.completion import Completion
+from adapters_jax.tasks.conversation import ConversationTask
 from adapters_jax.tasks.regression import Regression
 
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
@@ -24,6 +26,7 @@ TASKS: dict[str, Task] = {
     Classification.name: Classification(),
     Regression.name: Regression(),
     Completion.name: Completion(),
+    ConversationTask.name: ConversationTask(),
 }
 
 

@@ -67,6 +67,7 @@ class Setup:
         max_length: the largest number of tokens in a row; None is the task's default.
         prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
+        loss: what the loss of conversations counts: "assistant", "all" or "last".
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
         say: called with messages for the user.
@@ -84,6 +85,7 @@ class Setup:
     max_length: int | None = None
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True
+    loss: Literal["assistant", "all", "last"] = "assistant"
     exact_match: int = 0
     mesh: Mesh | None = None
     say: Callable[[str], None] = lambda message: None

@@ -17,6 +17,7 @@ from flax import nnx
 
 from adapters_jax.adapt import adapt
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
@@ -75,9 +76,8 @@ class Completion(Task):
         keys = [key_of(text) for text, _ in table.texts]
         rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
         train, dev, test = (table.take(taken) for taken in rows)
-        name = files["train"].name.partition(".")[0]
         return TaskData(
-            name,
+            title_of(files["train"]),
             train,
             parts.get("dev", dev),
             parts.get("test", test),
@@ -99,7 +99,7 @@ class Completion(Task):
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
         prompts = _prompts(setup, decoder, alone=completion is None)
-        length = _length(setup, decoder)
+        length = length_of(setup, decoder)
         pack = setup.pack and not decoder.encodes
         if setup.pack and decoder.encodes:
             setup.say(f"{setup.model} has an encoder, so each prompt has a row; none are packed")
@@ -115,7 +115,7 @@ class Completion(Task):
         rows = builder.build(data, setup.say)
         metrics = data.metrics if rows.held_out["dev"].prompts else data.metrics[:1]
         problem = CompletionProblem(
-            model=_adapted(setup, decoder),
+            model=adapted(setup, decoder),
             decoder=decoder,
             train=rows.train,
             held_out=rows.held_out,
@@ -155,13 +155,14 @@ class Completion(Task):
         return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
 
 
-def _adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
+def adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
+    """The model with the adapters of the recipe."""
     recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
     example = (np.zeros((1, 8), np.int32),)
     return adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
 
 
-def _length(setup: Setup, decoder: PretrainedDecoder) -> int:
+def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
     """The largest number of tokens in a sequence, which the model must have positions for."""
     longest = decoder.config.longest
     if setup.max_length is None:
@@ -226,11 +227,13 @@ class Generator:
         decoder: the base.
         model: the adapted model.
         prompts: the format of prompts in training, which is used here, too.
+        stop: tokens that end a completion, beside the decoder's own.
     """
 
     decoder: PretrainedDecoder
     model: nnx.Module
     prompts: Prompts
+    stop: tuple[int, ...] = ()
 
     def generate(
         self,
@@ -255,20 +258,63 @@ class Generator:
                 the model's longest text.
         """
         encoded = [self.prompts.encode(prompt, self.decoder) for prompt in prompts]
-        lengths = [len(ids) for ids in encoded]
-        if not lengths:
+        if not encoded:
             return
-        if max_new_tokens is None:
-            room = self.decoder.config.longest - max(lengths)
-            max_new_tokens = max(1, min(NEW_TOKENS, room))
-        check_length(self.model, lengths, max_new_tokens)
+        tokens = self._room(encoded, max_new_tokens)
         for first in range(0, len(prompts), BATCH_SIZE):
             yield from complete(
                 self.model,
                 self.decoder,
                 encoded[first : first + BATCH_SIZE],
-                max_new_tokens,
+                tokens,
+                self.stop,
                 temperature=temperature,
                 top_p=top_p,
                 key=jax.random.fold_in(jax.random.key(seed), first),
             )
+
+    def reply(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
+        """Generates the assistant's next message of a conversation.
+
+        Args:
+            messages: the messages so far, each with a `role` and a `content`.
+            max_new_tokens: as for `generate`.
+            temperature: as for `generate`.
+            top_p: as for `generate`.
+            seed: as for `generate`.
+            tools: the JSON schemas of the functions that the assistant may call.
+
+        Raises:
+            UserError: as for `generate`, or the base has no chat template.
+            ChatTemplateError: the template rejects the messages.
+        """
+        text, _ = self.decoder.render(messages, True, tools)
+        ids = self.decoder.tokenizer.encode(text, add_special_tokens=False).ids
+        (answer,) = complete(
+            self.model,
+            self.decoder,
+            [ids],
+            self._room([ids], max_new_tokens),
+            self.stop,
+            temperature=temperature,
+            top_p=top_p,
+            key=jax.random.fold_in(jax.random.key(seed), len(messages)),
+        )
+        return answer
+
+    def _room(self, encoded: Sequence[Sequence[int]], new_tokens: int | None) -> int:
+        """The largest number of new tokens; raises UserError if the model cannot read as many."""
+        lengths = [len(ids) for ids in encoded]
+        if new_tokens is None:
+            room = self.decoder.config.longest - max(lengths)
+            new_tokens = max(1, min(NEW_TOKENS, room))
+        check_length(self.model, lengths, new_tokens)
+        return new_tokens

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from adapters_jax.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.packing import Example, Packed, Pair, pack, pair, sequence
+from adapters_jax.data.packing import Example, Marked, Packed, Pair, pack, pair, sequence
 from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
 from adapters_jax.pretrained.decoder import PretrainedDecoder, rounded
@@ -50,20 +51,14 @@ class RowBuilder:
         """
         tables = {part: getattr(task, part) for part in ("train", *HELD_OUT)}
         examples = {part: self._encode(table, part, say) for part, table in tables.items()}
-        rows = {part: self._rows(found) for part, found in examples.items()}
-        buckets: tuple[int, ...] = (self.max_length,)
-        if not self.packs:
-            buckets = choose_buckets(rows["train"], self.max_length, self.batch_size)
+        built = build_batches(
+            examples, self.max_length, self.batch_size, self.seed, self.packs, self.decoder.encodes
+        )
         held_out = {
-            part: self._held_out(part, tables[part], examples[part], rows[part], buckets, say)
+            part: self._with_prompts(built.held_out[part], part, tables[part], examples[part], say)
             for part in HELD_OUT
         }
-        return BuiltRows(
-            Batches(rows["train"], None, self.batch_size, self.seed, buckets),
-            held_out,
-            most_learnt(row for part in rows.values() for row in part),
-            count_tokens(examples["train"])[0],
-        )
+        return replace(built, held_out=held_out)
 
     def _encode(self, table: Table, part: str, say: Callable[[str], None]) -> list[Example]:
         examples, cut = encode_table(table, self.prompts, self.decoder, self.max_length)
@@ -71,24 +66,15 @@ class RowBuilder:
             say(f"{cut} of {len(table)} {part} rows are cut at {self.max_length} tokens")
         return examples
 
-    def _rows(self, examples: Sequence[Example]) -> list[Packed] | list[Pair]:
-        if self.decoder.encodes:
-            return [pair(example) for example in examples]
-        groups = [[i] for i in range(len(examples))]
-        if self.packs:
-            groups = pack(examples, self.max_length, self.seed)
-        return [sequence([examples[i] for i in group]) for group in groups]
-
-    def _held_out(
+    def _with_prompts(
         self,
+        held_out: HeldOut,
         part: str,
         table: Table,
         examples: list[Example],
-        rows: Sequence[Packed | Pair],
-        buckets: tuple[int, ...],
         say: Callable[[str], None],
     ) -> HeldOut:
-        """The rows to score on, and distinct prompts, each with all its right completions."""
+        """Adds distinct prompts to generate for, each with all its right completions."""
         right: dict[str, list[str]] = defaultdict(list)
         for prompt, completion in table.texts if self.matched else ():
             if completion is not None:
@@ -102,19 +88,18 @@ class RowBuilder:
                 f"completions of {part} are generated up to {room} tokens of {longest}, as the "
                 f"model reads at most {self.decoder.config.longest}"
             )
-        return HeldOut(
-            Batches.in_order(rows, None, self.batch_size, buckets),
-            count_tokens(examples)[1],
-            prompts,
-            encoded,
-            [right[prompt] for prompt in prompts],
-            min(rounded(longest), room),
+        return replace(
+            held_out,
+            prompts=prompts,
+            prompt_ids=encoded,
+            references=[right[prompt] for prompt in prompts],
+            new_tokens=min(rounded(longest), room),
         )
 
 
 @dataclass(frozen=True)
 class BuiltRows:
-    """The batches that `RowBuilder.build` makes.
+    """The batches of examples.
 
     Attributes:
         train: training batches.
@@ -127,6 +112,51 @@ class BuiltRows:
     held_out: dict[str, HeldOut]
     most: int
     tokens: int
+
+
+def build_batches(
+    examples: Mapping[str, Sequence[Example | Marked]],
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    packs: bool,
+    encodes: bool = False,
+) -> BuiltRows:
+    """Makes the batches of examples.
+
+    Args:
+        examples: the examples of "train", "dev" and "test".
+        max_length: the largest number of tokens in a sequence.
+        batch_size: the number of sequences in a batch.
+        seed: the seed of the order.
+        packs: whether several examples share a sequence.
+        encodes: whether an encoder reads the prompts, which then stand beside the completions.
+    """
+
+    def rows_of(found: Sequence[Any]) -> list[Packed] | list[Pair]:
+        if encodes:
+            return [pair(example) for example in found]
+        one_each = [[i] for i in range(len(found))]
+        groups = pack(found, max_length, seed) if packs else one_each
+        return [sequence([found[i] for i in group]) for group in groups]
+
+    rows = {part: rows_of(found) for part, found in examples.items()}
+    buckets: tuple[int, ...] = (max_length,)
+    if not packs:
+        buckets = choose_buckets(rows["train"], max_length, batch_size)
+    held_out = {
+        part: HeldOut(
+            Batches.in_order(rows[part], None, batch_size, buckets),
+            count_tokens(examples[part])[1],
+        )
+        for part in HELD_OUT
+    }
+    return BuiltRows(
+        Batches(rows["train"], None, batch_size, seed, buckets),
+        held_out,
+        most_learnt(row for part in rows.values() for row in part),
+        count_tokens(examples["train"])[0],
+    )
 
 
 def most_learnt(rows: Iterable[Packed | Pair]) -> int:

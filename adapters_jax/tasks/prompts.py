@@ -6,11 +6,12 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters_jax.data.packing import Example
-from adapters_jax.data.readers import DataError
-from adapters_jax.data.tables import Table, count_rows, first_few
+from adapters_jax.data.batches import NOTHING
+from adapters_jax.data.files import DataError, count_rows, first_few, place
+from adapters_jax.data.packing import Example, Marked
+from adapters_jax.data.tables import Table
 from adapters_jax.errors import UserError
-from adapters_jax.pretrained.decoder import PretrainedDecoder
+from adapters_jax.pretrained.decoder import DecoderTokenizer
 
 PROMPT = "{prompt}"
 
@@ -48,19 +49,19 @@ class Prompts:
         if "prompt" not in fields:
             raise UserError(f"--template {self.template!r}: it lacks the field {PROMPT}")
 
-    def text(self, prompt: str, decoder: PretrainedDecoder) -> str:
+    def text(self, prompt: str, decoder: DecoderTokenizer) -> str:
         """The formatted prompt."""
         filled = self.template.replace(r"\n", "\n").format(prompt=prompt)
         return decoder.chat(filled) if self.chat else filled
 
-    def encode(self, prompt: str, decoder: PretrainedDecoder) -> list[int]:
+    def encode(self, prompt: str, decoder: DecoderTokenizer) -> list[int]:
         """The token ids of the formatted prompt; a chat template writes special tokens itself."""
         text = self.text(prompt, decoder)
         return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
 
 def encode_table(
-    table: Table, prompts: Prompts, decoder: PretrainedDecoder, max_length: int
+    table: Table, prompts: Prompts, decoder: DecoderTokenizer, max_length: int
 ) -> tuple[list[Example], int]:
     """Encodes the rows of a table as token ids, cut at `max_length`.
 
@@ -82,7 +83,7 @@ def encode_table(
     examples = [_example(*pair, prompts, decoder) for pair in table.texts]
     rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
     long = [
-        f"line {line} ({len(prompt)} tokens)"
+        f"{place(line)} ({len(prompt)} tokens)"
         for line, (prompt, _), room in zip(table.lines, examples, rooms, strict=True)
         if len(prompt) > max_length or room < 1
     ]
@@ -97,7 +98,7 @@ def encode_table(
 
 
 def _example(
-    prompt: str, completion: str | None, prompts: Prompts, decoder: PretrainedDecoder
+    prompt: str, completion: str | None, prompts: Prompts, decoder: DecoderTokenizer
 ) -> Example:
     if completion is None:
         first, *rest = decoder.tokenizer.encode(prompt).ids
@@ -107,7 +108,7 @@ def _example(
     return Example(prompts.encode(prompt, decoder), [*ids, decoder.end])
 
 
-def count_tokens(examples: Sequence[Example]) -> tuple[int, int]:
-    """The number of all tokens, and of the tokens in completions."""
-    learnt = sum(len(completion) for _, completion in examples)
-    return learnt + sum(len(prompt) for prompt, _ in examples), learnt
+def count_tokens(examples: Sequence[Example | Marked]) -> tuple[int, int]:
+    """The number of all tokens, and of those that the loss counts."""
+    learnt = sum(label != NOTHING for example in examples for label in example.labels)
+    return sum(len(example.ids) for example in examples), learnt

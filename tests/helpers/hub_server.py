@@ -68,15 +68,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
     def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(path)
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?", path)
+        path = urlsplit(self.path).path
+        self.server.asked.append(unquote(path))
+        about = r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?"
+        found = re.fullmatch(about, path)
         if found:
-            return self.about(*found.groups())
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            return self.about(*(group and unquote(group) for group in found.groups()))
+        found = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not found:
             return self.refuse(404, "", "Not found")
-        repo, revision, name = found.groups()
+        repo, revision, name = map(unquote, found.groups())
         commit = self.server.repos[repo]["branches"].get(revision, revision)
         data = self.server.files(repo, commit).get(name)
         if data is None:

@@ -1,9 +1,9 @@
-"""`adapters-jax generate`: completes prompts of the command line, a file or stdin with a run."""
+"""`adapters-jax generate`: completes prompts with a run, or talks with it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,13 +20,15 @@ from adapters_jax.tasks import read_run
 
 @dataclass(frozen=True)
 class Generate:
-    """Completes prompts with a finished run on a decoder.
+    """Completes prompts with a finished run on a decoder, or talks with it.
 
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
         prompt: prompts, as in the training column; - reads one prompt per line from stdin.
-        file: CSV, TSV or JSON lines file of prompts; .gz may follow.
+        file: file of prompts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         column: the file's column of the prompt; by default the training column.
+        chat: talk: each line of stdin, or each --prompt, continues one conversation.
+        system: with --chat, the system prompt.
         max_new_tokens: largest number of tokens to generate for a prompt; by default 128, or fewer
             where the model has no positions for more.
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
@@ -38,13 +40,17 @@ class Generate:
     examples: ClassVar[str] = """\
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" "name[Aromi]"
   adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
-  head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json"""
+  head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json
+  adapters-jax generate runs/mine --chat --system "Answer in one word."
+  adapters-jax generate runs/mine --chat --prompt "Who are you?" "And who made you?"""
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: str
     prompt: tuple[str, ...] = ()
     file: Path | None = None
     column: str | None = None
+    chat: bool = False
+    system: str | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -67,10 +73,39 @@ class Generate:
             raise UserError(f"--top-p {self.top_p:g}: expected a number above 0 and at most 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: expected a number from 0 to 2**32 - 1")
+        if self.system is not None and not self.chat:
+            raise UserError("--system begins a conversation; add --chat")
         run = find_run(self.run)
-        prompts = self._read(read_run(run, "generate")[1].get("prompt"))
+        config = read_run(run, "generate")[1]
+        if self.chat:
+            turns, talker = self._turns(), load_generator(run.path)
+            return lambda: self._talk(talker, turns, console)
+        prompts = self._read(config.get("prompt"))
         generator = load_generator(run.path)
         return lambda: self._complete(generator, prompts, console)
+
+    @property
+    def _sampling(self) -> tuple[int | None, float, float, int]:
+        return self.max_new_tokens, self.temperature, self.top_p, self.seed
+
+    def _turns(self) -> Iterable[str]:
+        """The user's turns: of --prompt, or of stdin as they come."""
+        if self.file is not None or self.column is not None:
+            raise DataError("--chat reads turns from --prompt or stdin; leave out --file, --column")
+        if self.prompt and self.prompt != ("-",):
+            return self._texts(self.prompt)
+        return (line.rstrip("\n") for line in sys.stdin)
+
+    def _talk(self, generator: Generator, turns: Iterable[str], console: Console) -> None:
+        """Answers turn by turn; a blank line of stdin is no turn."""
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in filter(str.strip, turns):
+            messages.append({"role": "user", "content": turn})
+            text = generator.reply(messages, *self._sampling)
+            messages.append({"role": "assistant", "content": text})
+            console.result({"prompt": turn, "completion": text})
+            if not self.json:
+                console.say(text)
 
     def _read(self, column: str | None) -> list[str]:
         """Reads the prompts of --prompt, stdin or --file."""
@@ -83,17 +118,19 @@ class Generate:
             return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
         if self.column is not None:
             raise DataError("--column names a column of a file; add --file")
-        prompts = list(self.prompt)
-        if prompts == ["-"]:
-            prompts = sys.stdin.read().splitlines()
+        stdin = self.prompt == ("-",)
+        return self._texts(sys.stdin.read().splitlines() if stdin else self.prompt)
+
+    def _texts(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts that are not blank; raises DataError for others."""
         if not all(prompt.strip() for prompt in prompts) or not prompts:
             raise DataError("a prompt is empty; expected some text in each")
-        return prompts
+        return list(prompts)
 
     def _complete(self, generator: Generator, prompts: list[str], console: Console) -> None:
         """Prints each completion as soon as its batch is generated."""
-        sampling = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        for prompt, text in zip(prompts, generator.generate(prompts, *sampling), strict=True):
+        texts = generator.generate(prompts, *self._sampling)
+        for prompt, text in zip(prompts, texts, strict=True):
             console.result({"prompt": prompt, "completion": text})
             if not self.json:
                 console.say(text)

@@ -26,6 +26,7 @@ This is a bug: in adapters_jax {version}, in a package below it, or in the model
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
+    "data": ("adapters_jax.app.cli.data", "DescribeData"),
     "compare": ("adapters_jax.app.cli.compare", "Compare"),
     "predict": ("adapters_jax.app.cli.predict", "Predict"),
     "generate": ("adapters_jax.app.cli.generate", "Generate"),
@@ -45,9 +46,10 @@ Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
   finetune   train adapters on texts and labels, or prompts and completions; compare with baselines
+  data       show what files of rows hold, and how a model sees them
   compare    train several recipes over seeds; compare scores with trainable parameters
   predict    label texts with a finished run
-  generate   complete prompts with a finished run
+  generate   complete prompts with a finished run, or talk with it
   merge      merge a finished run's LoRA into its base, as a Hugging Face checkpoint
   combine    add up the LoRA of several runs, with weights
   convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
@@ -60,6 +62,7 @@ commands:
 examples:
   adapters-jax finetune
   adapters-jax predict runs/minilm-movie-reviews-houlsby "What a lovely film."
+  adapters-jax data train.csv test.csv --model minilm
   adapters-jax finetune --model smollm2-135m --train rows.csv --method lora --name mine
   adapters-jax compare --recipes "houlsby --bottleneck-dim 8" "lora --rank 4" full --limit 1000
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]"

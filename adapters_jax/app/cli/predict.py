@@ -29,7 +29,7 @@ class Predict:
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
         texts: texts; two by two for a run on pairs; - reads one text per line from stdin.
-        file: CSV, TSV or JSON lines file of texts; .gz may follow.
+        file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist.

@@ -1,5 +1,6 @@
 """The flags that name the task, and the files and columns of its rows."""
 
+import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -7,11 +8,14 @@ from adapters_jax.app.options.flags import flag, given
 from adapters_jax.checks import check_size
 from adapters_jax.data import glue, movie_reviews
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.layouts import layout_of
+from adapters_jax.data.readers import read_file, title_of
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
 from adapters_jax.tasks import TASKS, Task, tasks_on
 
+_log = logging.getLogger(__name__)
 _ONLY_WITH_FILES = (
     "dev",
     "test",
@@ -31,14 +35,16 @@ class DataOptions:
     """What to train on: --train FILE, or --glue NAME --data DIR, or by default movie reviews.
 
     Args:
-        train: CSV, TSV or JSON lines file to train on; .gz may follow.
+        train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
+            follow; several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face
+            Hub, as hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
-        task: what is learnt: classification or regression by an encoder, completion by a decoder;
-            by default the first one of the model's kind.
+        task: what is learnt: classification or regression by an encoder, completion or conversation
+            by a decoder; by default that of the columns, or the first one of the model's kind.
         metrics: metrics to report; the first one selects the best adapter; by default accuracy f1,
             or pearson spearman.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
@@ -73,7 +79,7 @@ class DataOptions:
     def title(self) -> str:
         """A short name of the rows, which is known before they are read."""
         if self.train is not None:
-            return self.train.name.partition(".")[0]
+            return title_of(self.train)
         return glue.glue_name(self.glue) if self.glue else "movie-reviews"
 
     def task_on(self, kind: str, model: str) -> Task:
@@ -87,7 +93,7 @@ class DataOptions:
             UserError: there is no such task, or it is for the other kind of model.
         """
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
-        name = self.task or of_glue or tasks_on(kind)[0].name
+        name = self.task or of_glue or self._task_by_layout(kind) or tasks_on(kind)[0].name
         if name not in TASKS:
             raise UserError(f"--task {name}: no such task; there are {', '.join(TASKS)}")
         if TASKS[name].kind != kind:
@@ -97,6 +103,28 @@ class DataOptions:
                 f"the kind {kind}; use --task {names}"
             )
         return TASKS[name]
+
+    def _task_by_layout(self, kind: str) -> str | None:
+        """The task on a decoder that learns the layout of --train, unless flags name its columns.
+
+        Raises:
+            UserError: no task learns the layout.
+            DataError: the file cannot be used.
+        """
+        named = {"text", "prompt", "completion", "columns"} & {*given(self)}
+        if self.train is None or kind != "decoder" or named:
+            return None
+        layout = layout_of(read_file(self.train)[0])
+        if layout is None:
+            return None
+        found = f"{self.train.as_posix()} has the layout {layout.name}: a row is {layout.what}"
+        if layout.task is None:
+            names = ", ".join(TASKS)
+            raise UserError(f"{found}, which no task learns yet; the tasks are {names}")
+        if TASKS[layout.task].kind != kind:
+            return None
+        _log.info("%s, so the task is %s", found, layout.task)
+        return layout.task
 
     def columns_of(self, task: Task) -> dict[str, str]:
         """Returns the columns that the flags name, by their roles in a task.

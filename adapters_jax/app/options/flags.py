@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.app.options.stored import absolute
+
 
 def given(options: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass that differ from their defaults."""
@@ -46,4 +48,4 @@ def _words(name: str, value: Any) -> list[str]:
         value = tuple(word for pair in value.items() for word in pair)
     if isinstance(value, tuple):
         return [name, *map(str, value)]
-    return [f"{name}={value.resolve() if isinstance(value, Path) else value}"]
+    return [f"{name}={absolute(value) if isinstance(value, Path) else value}"]

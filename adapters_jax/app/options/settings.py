@@ -25,6 +25,8 @@ class Settings:
         optimizer: the training.
         prompts: how a decoder is given a prompt.
         pack: put a decoder's short rows side by side in sequences of --max-length tokens.
+        loss: tokens of conversations that count in the loss: those of the assistant's turns, of its
+            last turn, or all.
         held_out: score a decoder on at most this many rows of dev and of test, evenly spread.
         exact_match: number of these prompts to generate for and compare; 0 for none.
         max_length: length of a row in tokens; longer rows are cut; by default 128, for a decoder
@@ -42,6 +44,7 @@ class Settings:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True
+    loss: Literal["assistant", "last", "all"] = "assistant"
     held_out: int = 100
     exact_match: int = 16
     max_length: int | None = None

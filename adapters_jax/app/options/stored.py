@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from adapters_jax.checks import shown
+from adapters_jax.data.hub_rows import PREFIX
 from adapters_jax.errors import UserError
 
 
@@ -26,7 +27,17 @@ def plain(value: Any) -> Any:
         return {key: plain(x) for key, x in value.items()}
     if isinstance(value, tuple | list):
         return [plain(x) for x in value]
-    return str(value.resolve()) if isinstance(value, Path) else value
+    return str(absolute(value)) if isinstance(value, Path) else value
+
+
+def absolute(path: Path) -> Path:
+    """A path that means the same in any directory; a data set of the Hub does already.
+
+    Example:
+        >>> absolute(Path("hub:user/name:train")).as_posix()
+        'hub:user/name:train'
+    """
+    return path if str(path).startswith(PREFIX) else path.resolve()
 
 
 def from_plain(cls: Any, values: Any) -> Any:

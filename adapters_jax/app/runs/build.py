@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, is_dataclass, replace
 
 from adapters_jax.app.console import Console
@@ -11,12 +12,15 @@ from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job
+from adapters_jax.data.overlap import overlaps
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
+
+_log = logging.getLogger(__name__)
 
 
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -27,6 +31,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
+    shared = overlaps(data)
     if "held_out" in task.flags:
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
@@ -45,11 +50,14 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         max_length=options.max_length,
         prompts=options.prompts,
         pack=options.pack,
+        loss=options.loss,
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
         say=console.say,
     )
     prepared = task.prepare(data, setup)
+    for sentence in shared:
+        _log.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
     return Job(
         run=run,

@@ -1,0 +1,110 @@
+"""Files as bytes and texts, and what every reader of rows returns.
+
+A row is a list of values, one for each column: texts, numbers, None, lists and mappings, as in
+JSON. `tables` makes texts of the columns that a task reads.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import UserError
+
+FilePath = str | os.PathLike[str]
+Line = int | str  # the line that a row starts on; a text for formats without lines, as "row 3"
+Record = tuple[Line, list[Any]]  # the line, the values
+Rows = tuple[list[str], list[Record]]  # column names, records
+Reader = Callable[[Path, bytes], Rows]
+
+MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
+_CHUNK = 2**20
+
+
+class DataError(UserError):
+    """A file cannot be used as it is; the message says where and what to change."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
+    try:
+        raw = path.read_bytes()
+        return _unpack(path, raw) if path.suffix.lower() == ".gz" else raw
+    except FileNotFoundError:
+        raise DataError(f"{path.as_posix()}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
+
+
+def _unpack(path: Path, raw: bytes) -> bytes:
+    """Unpacks piece by piece, so that a gzip bomb fills no more memory than the limit."""
+    parts, size = [], 0
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+        while part := file.read(_CHUNK):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_UNPACKED:
+                raise DataError(
+                    f"{path.as_posix()}: its {len(raw)} bytes unpack to more than the limit of "
+                    f"{MOST_UNPACKED}; split it into several files"
+                )
+    return b"".join(parts)
+
+
+def text_of(path: Path, raw: bytes) -> str:
+    """Decodes UTF-8, without a byte order mark and final line ends; `path` is for messages."""
+    name = path.as_posix()
+    if b"\0" in raw:
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise DataError(
+            f"{name}, line {line}: a byte is 0, which no text has; if the file is UTF-16, save it "
+            "as UTF-8"
+        )
+    try:
+        text = raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} of the "
+            "file is not UTF-8; save the file as UTF-8"
+        ) from None
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty")
+    return text.rstrip("\r\n")
+
+
+def place(line: Line) -> str:
+    """Where a row is, for a message.
+
+    Example:
+        >>> place(3), place("row 3")
+        ('line 3', 'row 3')
+    """
+    return f"line {line}" if isinstance(line, int) else line
+
+
+def places(lines: Sequence[Line]) -> str:
+    """Where several rows are, for a message.
+
+    Example:
+        >>> places([3]), places([3, 4]), places(["row 3", "row 4"])
+        ('line 3', 'lines 3, 4', 'row 3, row 4')
+    """
+    if any(isinstance(line, str) for line in lines):
+        return first_few([place(line) for line in lines])
+    return f"line{'s' * (len(lines) > 1)} {first_few(list(map(str, lines)))}"
+
+
+def count_rows(items: Sequence[Any]) -> str:
+    """The number of rows with its verb, to begin a message."""
+    return "1 row has" if len(items) == 1 else f"{len(items)} rows have"
+
+
+def first_few(items: Sequence[str]) -> str:
+    """The first five items and the number of the others, for a message."""
+    return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)

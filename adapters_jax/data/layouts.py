@@ -1,0 +1,91 @@
+"""Layouts: what rows are, by the names of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """A layout of columns that many data sets have.
+
+    Attributes:
+        name: its name.
+        columns: the columns that it has; others may stand beside them.
+        inputs: those of them that a task's model reads; rows with equal ones are the same row.
+        what: what a row is.
+        task: the task that learns it; None if there is none yet.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    inputs: tuple[str, ...]
+    what: str
+    task: str | None
+
+
+MESSAGES = Layout("messages", ("messages",), ("messages",), "a conversation", "conversation")
+SHAREGPT = Layout(
+    "ShareGPT", ("conversations",), ("conversations",), "a conversation", "conversation"
+)
+INSTRUCTIONS = Layout(
+    "instruction/input/output",
+    ("instruction", "output"),
+    ("instruction", "input"),
+    "an instruction with its output",
+    "conversation",
+)
+COMPLETIONS = Layout(
+    "prompt/completion",
+    ("prompt", "completion"),
+    ("prompt", "completion"),
+    "a prompt with its completion",
+    "completion",
+)
+LAYOUTS = (
+    MESSAGES,
+    SHAREGPT,
+    INSTRUCTIONS,
+    Layout(
+        "chosen/rejected", ("chosen", "rejected"), ("prompt", "chosen"), "a preferred answer", None
+    ),
+    COMPLETIONS,
+    Layout("tokens/ner_tags", ("tokens", "ner_tags"), ("tokens",), "tokens with their tags", None),
+    Layout("tokens/tags", ("tokens", "tags"), ("tokens",), "tokens with their tags", None),
+    Layout(
+        "context/question/answers",
+        ("context", "question", "answers"),
+        ("context", "question"),
+        "a question with its answers in a context",
+        None,
+    ),
+    Layout(
+        "premise/choice1/choice2",
+        ("premise", "choice1", "choice2"),
+        ("premise", "choice1", "choice2"),
+        "a premise with two choices",
+        None,
+    ),
+    Layout("image/label", ("image", "label"), ("image",), "an image with its class", None),
+    Layout("text/label", ("text", "label"), ("text",), "a text with its label", "classification"),
+)
+
+
+def layout_of(columns: Sequence[str]) -> Layout | None:
+    """The layout of rows with these columns; None if it is none of `LAYOUTS`.
+
+    Example:
+        >>> layout_of(["id", "tokens", "ner_tags"]).what
+        'tokens with their tags'
+        >>> layout_of(["review", "stars"])
+    """
+    return next((layout for layout in LAYOUTS if {*layout.columns} <= {*columns}), None)
+
+
+def hint(columns: Sequence[str]) -> str:
+    """Which task learns rows of these columns, to end a message; empty if that is not known."""
+    layout = layout_of(columns)
+    if layout is None:
+        return ""
+    learnt = f"--task {layout.task} learns" if layout.task else "no task learns yet"
+    return f"; this is the layout {layout.name}, a row of which is {layout.what}; {learnt} it"

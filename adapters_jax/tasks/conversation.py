@@ -1,0 +1,153 @@
+"""Conversation: a decoder learns the assistant's turns of conversations, by its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from adapters_jax.data.conversations import Conversations, read_conversations
+from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.readers import title_of
+from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.errors import UserError
+from adapters_jax.io.loading import load_adapter
+from adapters_jax.io.run_directory import Run, check_base
+from adapters_jax.pretrained.decoder import DecoderTokenizer, load_pretrained_decoder
+from adapters_jax.tasks.base import Setup, Task, Usage
+from adapters_jax.tasks.completion import Generator, PreparedCompletions, adapted, length_of
+from adapters_jax.tasks.completion_problem import CompletionProblem
+from adapters_jax.tasks.completion_rows import HELD_OUT, build_batches
+from adapters_jax.tasks.conversation_rows import ChatEncoder, Encoded
+from adapters_jax.tasks.prompts import Prompts
+
+
+class ConversationTask(Task):
+    """Conversations of several turns; the loss counts the assistant's tokens (`--loss`)."""
+
+    name = "conversation"
+    kind = "decoder"
+    pipeline = "text-generation"
+    command = "generate"
+    metrics = ("perplexity",)
+    columns: ClassVar[Mapping[str, str | None]] = {"messages": None}
+    flags = ("loss", "pack", "held_out")
+    needed: ClassVar[Mapping[str, type]] = {"loss": str}
+    example = "--train rows.jsonl, with a column messages"
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads rows; those with the same text before the first answer are held out together.
+
+        See `Task.load`.
+
+        Example:
+            >>> import json, tempfile
+            >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+            >>> rows = [{"instruction": f"Say {i // 2}", "output": "Yes."} for i in range(40)]
+            >>> _ = path.write_text("\\n".join(map(json.dumps, rows)))
+            >>> data = ConversationTask().load({"train": path}, {}, ())
+            >>> len(data.train), len(data.dev), len(data.test)
+            (32, 4, 4)
+        """
+        parts = {n: read_conversations(path, columns.get("messages")) for n, path in files.items()}
+        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
+        rows = parts["train"]
+        keys = [key_of(row.opening) for row in rows.rows]
+        chosen = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
+        train, dev, test = (rows.take(taken) for taken in chosen)
+        return TaskData(
+            title_of(files["train"]),
+            train,
+            parts.get("dev", dev),
+            parts.get("test", test),
+            tuple(metrics) or self.metrics,
+        )
+
+    def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
+        """Packs the conversations for a decoder; the baseline is the base. See `Task.prepare`."""
+        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
+        check_chats(decoder, setup.model)
+        length = length_of(setup, decoder)
+        encoder = ChatEncoder(decoder, length, setup.loss)
+        parts: dict[str, Conversations] = {p: getattr(data, p) for p in ("train", *HELD_OUT)}
+        encoded = {part: encoder.encode(rows) for part, rows in parts.items()}
+        for part, found in encoded.items():
+            tell(found, f"{len(parts[part])} {part} conversations", length, setup.say)
+        if encoder.end is None:
+            setup.say("the chat template writes no token at an answer's end, so none is learnt")
+        rows = build_batches(
+            {part: found.examples for part, found in encoded.items()},
+            length,
+            setup.batch_size,
+            setup.seed,
+            setup.pack,
+        )
+        problem = CompletionProblem(
+            model=adapted(setup, decoder),
+            decoder=decoder,
+            train=rows.train,
+            held_out=rows.held_out,
+            most=rows.most,
+            metrics=data.metrics,
+            say=setup.say,
+            mesh=setup.mesh,
+        )
+        config = {
+            "max_length": length,
+            "metrics": list(data.metrics),
+            "loss": setup.loss,
+            "pack": setup.pack,
+        }
+        return PreparedCompletions(problem, decoder.sha256, rows.tokens, config)
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
+        """Opens a run as a generator that also talks; see `Task.open`."""
+        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
+        ids = np.zeros((1, 8), np.int32)
+        model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+        check_base(run, dict(config), decoder.sha256)
+        end = ChatEncoder(decoder, decoder.config.longest).end
+        return Generator(decoder, model, Prompts(), () if end is None else (end,))
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """See `Task.usage`."""
+        asked = "A question of your own."
+        words = ["adapters-jax", "generate", run, "--chat", "--prompt", asked]
+        messages = [{"role": "user", "content": asked}]
+        return Usage.of(words, "load_generator", run, model, f"reply({messages!r})")
+
+
+def check_chats(decoder: DecoderTokenizer, model: str) -> None:
+    """Raises UserError if a base cannot learn conversations."""
+    if decoder.encodes:
+        raise UserError(
+            f"--task conversation is for decoders; the encoder of {model!r} reads one prompt: use "
+            "--task completion"
+        )
+    if decoder.chat_template is None:
+        raise UserError(
+            f"{model!r} has no chat template to write conversations with; use a base that has one, "
+            "put chat_template.jinja into its directory, or use --task completion"
+        )
+
+
+def tell(found: Encoded, of: str, length: int, say: Callable[[str], None]) -> None:
+    """Says what became of the conversations; nothing if they are whole."""
+    if found.cut:
+        say(f"{found.cut} of {of} lost the turns that end after {length} tokens")
+    if found.left_out:
+        say(f"{found.left_out} of {of} are left out, as no answer ends within {length} tokens")
+    if found.split:
+        say(
+            f"the chat template changes earlier turns, so each answer of {found.split} of {of} "
+            "has a row of its own"
+        )
+    if found.begun_otherwise:
+        say(
+            f"{found.begun_otherwise} answers of {of} do not begin as the chat template begins a "
+            "reply; generated replies may begin otherwise, too"
+        )

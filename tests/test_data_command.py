@@ -1,0 +1,154 @@
+"""`adapters-jax data`: what it counts, and the tokens that it marks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.commands import command_raises
+from helpers.tiny import write_llama, write_meanings, write_model
+from test_conversations import TINY, said
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.data.files import DataError
+from adapters_jax.data.summary import Lengths, summarize
+from adapters_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(capsys):
+    """Runs the command; gives its lines, or with --json its values."""
+
+    def run(words):
+        assert main(["data", *words.split()]) == 0
+        out = capsys.readouterr().out
+        return [json.loads(line) for line in out.splitlines()] if "--json" in words else out
+
+    return run
+
+
+def write(name, *rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def test_lengths():
+    found = Lengths.of([7])
+    assert found == (7, 7, 7, 7, [(7, 7, 1)])
+    found = Lengths.of(list(range(100)))
+    assert found.histogram == [(i, i + 9, 10) for i in range(0, 100, 10)]
+    assert sum(n for _, _, n in Lengths.of([0, 5, 5, 998]).histogram) == 4
+
+
+def test_columns_labels_and_duplicates():
+    rows = [["Good film", 1, None, ["B", "O"]], ["good  Film", 1, None, ["B", "O"]]]
+    rows += [["Bad", 0, 2.5, ["O"]], ["Dull", 0, "x", ["O"]]]
+    found = summarize((["text", "label", "more", "tags"], list(enumerate(rows))))
+    assert (found.rows, found.duplicates, found.layout.name) == (4, 1, "text/label")
+    assert found.labels == {"label": {"1": 2, "0": 2}, "tags": {"O": 4, "B": 2}}
+    assert [(c.kinds, c.blank, c.distinct) for c in found.columns] == [
+        (["text"], 0, 3),
+        (["number"], 0, 2),
+        (["number", "text"], 2, 3),
+        (["list"], 0, 2),
+    ]
+    assert found.columns[0].lengths[:3] == (3, 4, 10)
+    assert found.lengths.total == len("Good filmgood  FilmBadDull")
+
+
+def test_the_roles_of_messages_are_no_text():
+    found = summarize((["messages"], [(1, [said("abc", "de")])]))
+    assert found.lengths.total == 5
+
+
+def test_rows_shared_with_the_first_file(data):
+    write("train.jsonl", *[{"text": f"row {i}", "label": i % 2} for i in range(20)])
+    write("test.jsonl", *[{"text": f"ROW  {i}", "label": "?", "id": i} for i in range(15, 25)])
+    train, test = data("train.jsonl test.jsonl --json")
+    assert "shared" not in train and (test["shared"], test["shared_with"]) == (5, "train.jsonl")
+    assert train["labels"] == {"label": {"0": 10, "1": 10}}
+    out = data("train.jsonl test.jsonl")
+    assert "warning: 5 rows are in train.jsonl as well" in out
+    bars = [line for line in out.splitlines() if line.endswith("\N{FULL BLOCK} 10")]
+    assert len(bars) == 6 and all(line.count("\N{FULL BLOCK}") == 40 for line in bars)
+    assert "layout text/label" in out and "--task classification" in out
+
+
+def test_conversations_as_a_decoder_sees_them(data):
+    write_llama(Path("tiny"), num_hidden_layers=1, chat_template=TINY)
+    talk = said("food Thai", "It serves Thai", "food Dutch", "It serves Dutch")
+    write("talks.jsonl", {"messages": talk[:2]}, {"messages": talk})
+    (found,) = data("talks.jsonl --model tiny --max-length 9 --json")
+    tokens = found["tokens"]
+    assert (tokens["total"], tokens["learnt"], tokens["longer"]) == (9 + 18, 4 + 8, 1)
+    learnt = ["It serves Thai <end>", "It serves Dutch <end>"]
+    assert [text for text, counts in found["examples"][1] if counts] == learnt
+    assert found["examples"][0] == [
+        ["<user> food Thai <end> <bot>", False],
+        ["It serves Thai <end>", True],
+    ]
+    out = data("talks.jsonl --model tiny --loss last")
+    assert "8 of 27 tokens count in the loss" in out
+    left, right = (
+        "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}",
+        "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}",
+    )
+    assert f"{left}It serves Thai <end>{right}" in out and out.count(left) == 2
+
+
+def test_completions_and_texts_as_a_decoder_sees_them(data):
+    write_llama(Path("tiny"), num_hidden_layers=1)
+    write_meanings(Path("rows.csv"), rows=4)
+    (found,) = data("rows.csv --model tiny --prompt mr --completion ref --json")
+    assert found["examples"][0] == [
+        ["<user> food French <end> <bot>", False],
+        ["It serves French dishes <end>", True],
+    ]
+    assert found["tokens"]["learnt"] == 4 * 5
+    (found,) = data("rows.csv --model tiny --text ref --json")
+    assert found["examples"][0] == [["It", False], ["serves French dishes <end>", True]]
+    with command_raises(DataError, "rows.csv", "'prompt' or 'completion'", "mr, ref"):
+        assert main(["data", "rows.csv", "--model", "tiny"]) == 2
+
+
+def test_texts_as_an_encoder_sees_them(data):
+    write_model(Path("bert"))
+    write("rows.jsonl", {"text": "a good film", "label": 1}, {"text": "bad", "label": 0})
+    (found,) = data("rows.jsonl --model bert --json")
+    assert found["examples"][0] == [["[CLS] a good film [SEP]", False]]
+    assert found["tokens"]["total"] == 8 and "learnt" not in found["tokens"]
+    (found,) = data("rows.jsonl --model bert --text_pair label --json".replace("_", "-"))
+    assert found["examples"][1][0][0].count("[SEP]") == 2
+
+
+def test_control_characters_are_written_out(data):
+    write("rows.jsonl", {"te\x1b[31mxt": "a", "label": "\x1b]0;x\x07"}, {"label": "\x1b]0;x\x07"})
+    out = data("rows.jsonl")
+    assert "\x1b" not in out and "\x07" not in out and "\\x1b]0;x\\x07" in out
+
+
+def test_bad_input():
+    with command_raises(DataError, "train.csv"):
+        assert main(["data"]) == 2
+    with command_raises(DataError, "none.csv"):
+        assert main(["data", "none.csv"]) == 2
+    write("rows.jsonl", {"messages": said("a", "b")})
+    write_llama(Path("tiny"), num_hidden_layers=1, chat_template=None)
+    with command_raises(UserError, "'tiny'", "chat template"):
+        assert main(["data", "rows.jsonl", "--model", "tiny"]) == 2
+
+
+def test_finetune_warns_of_rows_shared_with_train(capsys):
+    write_model(Path("bert"))
+    write("train.jsonl", *[{"text": f"film {i}", "label": i % 2} for i in range(20)])
+    write("test.jsonl", {"text": "FILM 3", "label": 1}, {"text": "film 99", "label": 1})
+    words = "--method head-only --no-baselines --epochs 1 --max-length 8 --dev test.jsonl"
+    line = f"finetune --model bert --train train.jsonl --test train.jsonl {words}"
+    assert main(line.split()) == 0
+    err = capsys.readouterr().err
+    assert "warning: 1 of 2 rows of dev are in train" in err
+    assert "warning: 20 of 20 rows of test are in train" in err
