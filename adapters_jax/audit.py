@@ -17,6 +17,7 @@ from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, selects
+from adapters_jax.texts import visible
 from adapters_jax.training.state import in_full
 from adapters_jax.trees import Tree, flatten, join, unflatten
 from adapters_jax.weights.lazy import recording
@@ -165,7 +166,7 @@ class Audit:
         for i, header in enumerate(HEADERS):
             table.add_column(header, justify="right" if i > 3 else "left", overflow="fold")
         for row in self.rows():
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         return Group(table, *map(Text, self.totals()))
 
 

@@ -26,7 +26,7 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
@@ -230,7 +230,7 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --task regression", DataError, ["reviews.jsonl", "60", "'no' (line 1)"]),
         (f"{TRAIN} --targets **/nothing", TargetError, ["'**/nothing'"]),
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
-        ("predict runs/none x", RunError, ["runs/none", "config.json", "runs/pairs"]),
+        ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),
         ("predict runs/single x --text review", DataError, ["--text", "--text-pair", "--file"]),
@@ -307,15 +307,15 @@ def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "kind", "data"),
     [
-        ("config.json", "{", RunError, ["config.json", "line 1 column 2"]),
+        ("config.json", "{", RunConfigError, ["config.json", "line 1 column 2"]),
         (
             "config.json",
             '{"format": 1, "model": "tiny"}',
             RunError,
             ["config.json", "base_sha256, dtype"],
         ),
-        ("config.json", "[]", RunError, ["config.json", "list"]),
-        ("config.json", None, RunError, ["config.json"]),
+        ("config.json", "[]", RunConfigError, ["config.json", "list"]),
+        ("config.json", None, RunConfigError, ["config.json"]),
         ("adapter/adapter.safetensors", "x", AdapterFileError, ["adapter.safetensors"]),
         ("adapter/adapter_config.json", None, AdapterFileError, ["adapter_config.json"]),
     ],

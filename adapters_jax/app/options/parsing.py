@@ -52,6 +52,9 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
     """
     import cyclopts
 
+    for word in flags:
+        if not word.isascii() and "\\udc" in ascii(word):  # how Python keeps bytes of no text
+            raise UsageError(f"{word} is not UTF-8; give names and texts in UTF-8")
     leaves = list(_leaves(command))
     app, config = _app(command, leaves, prog, about), _config_file(flags)
     if config is not None:
