@@ -1,7 +1,9 @@
 """The command line: its help, its JSON, and one line for each user error."""
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from importlib.metadata import version
@@ -36,6 +38,9 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
     write_model(directory / "tiny")
     write_reviews(directory / "reviews.jsonl", rows=60)
+    (directory / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    (directory / "deep.toml").write_text("rank = " + "[" * 100_000 + "]" * 100_000)
+    (directory / "nul.json").write_text('{"model": "a\\u0000b"}')
     flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 2"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
@@ -210,6 +215,13 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --activation gulu", UserError, ["activation='gulu'", "gelu, gelu_exact"]),
         (f"{AUDIT} --targets **/outputs", TargetError, ["'**/outputs'", "attention/output"]),
         (f"{AUDIT} --recipe none.json", FileSystemError, ["none.json"]),
+        (f"{AUDIT} --recipe lora", FileSystemError, ["--recipe lora", "--method lora"]),
+        (f"{AUDIT} --recipe tiny", FileSystemError, ["tiny", os.strerror(errno.EISDIR)]),
+        (f"{AUDIT} --recipe tiny/model.safetensors", UserError, ["model.safetensors", "UTF-8"]),
+        (f"{AUDIT} --recipe deep.json", UserError, ["deep.json", "32"]),
+        (f"{AUDIT} --config deep.json", UsageError, ["deep.json", "32"]),
+        (f"{AUDIT} --config deep.toml", UsageError, ["deep.toml"]),
+        (f"{AUDIT} --config nul.json", UsageError, ["nul.json", "model='a\\x00b'", "NUL"]),
         ("audit --model .", BaseFileError, ["'.'", "config.json"]),
         (f"{TRAIN} --learning-rate -1", UserError, ["--learning-rate=-1.0", "> 0"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
@@ -316,6 +328,7 @@ def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
         ),
         ("config.json", "[]", RunConfigError, ["config.json", "list"]),
         ("config.json", None, RunConfigError, ["config.json"]),
+        ("config.json", "[" * 100_000, RunConfigError, ["config.json", "32"]),
         ("adapter/adapter.safetensors", "x", AdapterFileError, ["adapter.safetensors"]),
         ("adapter/adapter_config.json", None, AdapterFileError, ["adapter_config.json"]),
     ],

@@ -185,6 +185,9 @@ def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, pl
         ({"optimizer": {"epochs": []}}, ("optimizer.epochs=[]",)),
         ({"method": {"rank_pattern": {"a": "b"}}}, ("method.rank_pattern={'a': 'b'}",)),
         ({"optimizer": 3}, ("optimizer=3",)),
+        ({"model": "a\0b"}, ("model='a\\x00b'", "NUL")),
+        ({"data": {"train": "a\0b"}}, ("data.train='a\\x00b'", "NUL")),
+        ({"method": {"targets": ["a\0b"]}}, ("method.targets=['a\\x00b']", "NUL")),
         ({"seed": True, "data": {"trian": ""}}, ("seed=True", "data.trian")),
         ({"optimizer": {"clip": -1}}, ("--clip=-1",)),
     ],
@@ -305,6 +308,8 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
     for key, value, datum in (
         ("stopped", "step 3: the loss is not finite", "step 3: the loss is not finite"),
         ("options", None, "adapters-jax finetune"),
+        ("task_type", None, "task None"),
+        ("task_type", [], "task []"),
         ("data_sha256", "0" * 64, "data_sha256"),
         ("base_sha256", "0" * 64, "base_sha256"),
     ):

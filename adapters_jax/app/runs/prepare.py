@@ -18,6 +18,7 @@ from adapters_jax.io.checkpoint import Checkpoints
 from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.pretrained.locate import pinned
 from adapters_jax.recipe import checked_before
+from adapters_jax.tasks import read_run
 
 
 def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -92,12 +93,12 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
 def _read_config(run: Run, console: Console) -> dict[str, Any]:
     """Reads a run's configuration; if it is damaged, it is restored from the newest checkpoint."""
     try:
-        return run.read_config()
+        return read_run(run)[1]
     except RunConfigError as error:
         if not run.checkpoints.is_dir():
             raise
         _restore_config(run, error, console)
-    return run.read_config()
+    return read_run(run)[1]
 
 
 def _restore_config(run: Run, why: RunConfigError, console: Console) -> None:
