@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import command_raises
+from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +29,7 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
+from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
@@ -224,6 +226,9 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --config nul.json", UsageError, ["nul.json", "model='a\\x00b'", "NUL"]),
         ("audit --model .", BaseFileError, ["'.'", "config.json"]),
         (f"{TRAIN} --learning-rate -1", UserError, ["--learning-rate=-1.0", "> 0"]),
+        (f"{TRAIN} --learning-rate nan", UserError, ["--learning-rate=nan", "> 0"]),
+        (f"{TRAIN} --head-learning-rate -inf", UserError, ["--head-learning-rate=-inf", "> 0"]),
+        (f"{TRAIN} --lora-plus nan", UserError, ["--lora-plus=nan", "> 0"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
         (f"{TRAIN} --accumulate 5", UserError, ["--accumulate 5", "--batch-size 32"]),
         (f"{TRAIN} --max-length 99", UserError, ["--max-length 99", "16"]),
@@ -284,9 +289,45 @@ def test_a_label_that_train_lacks_is_named(fails):
     Path("dev.csv").write_text("review,label\ngood film,maybe\n")
     line = ("dev.csv", "1 row", "no, yes", "'maybe' (line 2)")
     fails(f"{TRAIN} --dev dev.csv", DataError, *line)
-    Path("same.csv").write_text("text,score\na,3\nb,3\nc,3\n")
-    same = "--train same.csv --dev same.csv --test same.csv --label score --task regression"
+    for part in ("one", "two", "three"):
+        rows = "".join(f"{part} {word},3\n" for word in "abc")
+        Path(f"{part}.csv").write_text(f"text,score\n{rows}")
+    same = "--train one.csv --dev two.csv --test three.csv --label score --task regression"
     fails(f"finetune --model tiny --max-length 12 {same}", DataError, " 3;")
+
+
+def test_one_file_for_two_parts_is_an_error(fails):
+    shutil.copy("reviews.jsonl", "more.jsonl")
+    fails(f"{TRAIN} --dev more.jsonl --test ./more.jsonl", UserError, "--dev", "more.jsonl")
+    fails(f"{TRAIN} --test reviews.jsonl", UserError, "--train and --test", "reviews.jsonl")
+
+
+def test_rows_that_are_in_two_parts_are_counted(command):
+    rows = [json.loads(line) for line in Path("reviews.jsonl").read_text().splitlines()]
+    new = {**rows[0], "review": "a film of its own"}
+    dev, test = [rows[0], new], [{**rows[1], "review": rows[1]["review"].upper()}, rows[0], rows[0]]
+    for name, part in (("dev", dev), ("test", test)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    flags = "--dev dev.jsonl --test test.jsonl --method head-only --epochs 1 --no-baselines"
+    status, _, err = command(f"{TRAIN} {flags} --name overlaps".split())
+    assert status == 0
+    for words in ("1 of 2 dev rows are also in train", "3 of 3 test rows are also in train"):
+        assert words in err
+    assert "2 of 3 test rows are also in dev" in err
+
+
+def test_no_text_on_stdin_is_one_line(fails, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    fails("predict runs/single -", DataError, "stdin")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    fails("predict runs/single -", UserError, "stdin", "UTF-8")
+
+
+@pytest.mark.parametrize("texts", [[], ["a", "b"], [("a",)], "ab"])
+def test_a_predictor_is_given_rows(directory, monkeypatch, texts):
+    monkeypatch.chdir(directory)
+    with raises(DataError, '("A text.", None)'):
+        load_predictor("runs/single").predict(texts)
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(fails):

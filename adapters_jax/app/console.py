@@ -12,6 +12,7 @@ from rich import progress as bars
 from rich.table import Table
 from rich.text import Text
 
+from adapters_jax.errors import UserError
 from adapters_jax.texts import visible
 
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
@@ -182,6 +183,14 @@ def _cell(text: str) -> Text:
 
 def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def read_stdin() -> str:
+    """The text of stdin; raises UserError if it is not UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError("stdin is not UTF-8; give texts in UTF-8") from error
 
 
 def duration(seconds: float) -> str:

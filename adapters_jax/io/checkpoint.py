@@ -163,6 +163,7 @@ class Checkpoints:
                 numbers. The thread reads it, so do not change it afterwards.
 
         Raises:
+            UserError: `progress` of the save before this one held an array with axes.
             CheckpointError: the save before this one failed; earlier checkpoints are intact. A
                 failure of this save is raised by the next `save`, `wait`, `restore` or `close`.
         """
@@ -380,8 +381,13 @@ def _rebuilt(
 
 def _number(x: Any) -> Any:
     """A scalar array as a Python number, for `json.dumps`."""
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
+    if isinstance(x, jax.Array | np.ndarray | np.generic) and x.size == 1:
         return x.item()
+    if isinstance(x, jax.Array | np.ndarray):
+        raise UserError(
+            f"Checkpoints.save: progress holds an array of shape {x.shape}, expected JSON, and "
+            "scalar arrays; write its numbers as a list: x.tolist()"
+        )
     raise TypeError(
         f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
     )

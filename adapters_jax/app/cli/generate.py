@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from adapters_jax.app.console import Console
+from adapters_jax.app.console import Console, read_stdin
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
@@ -85,7 +84,7 @@ class Generate:
             raise DataError("--column names a column of a file; add --file")
         prompts = list(self.prompt)
         if prompts == ["-"]:
-            prompts = sys.stdin.read().splitlines()
+            prompts = read_stdin().splitlines()
         if not all(prompt.strip() for prompt in prompts) or not prompts:
             raise DataError("a prompt is empty; expected some text in each")
         return prompts

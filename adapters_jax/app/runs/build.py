@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, is_dataclass, replace
 
 from adapters_jax.app.console import Console
@@ -11,12 +12,15 @@ from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.config import shared_config
 from adapters_jax.app.runs.job import Job
-from adapters_jax.data.splits import spread
+from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.splits import key_of, spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
+
+_LOG = logging.getLogger(__name__)
 
 
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -27,6 +31,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     task = options.data.task_on(kind, options.model)
     _refuse_stray_flags(options, task)
     data = options.data.load(task)
+    _report_overlaps(data)
     if "held_out" in task.flags:
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
@@ -68,6 +73,19 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         began=began,
         every=options.checkpoint_every,
     )
+
+
+def _report_overlaps(data: TaskData) -> None:
+    """Warns of rows to score on that are also trained or selected on."""
+    parts = {part: getattr(getattr(data, part), "texts", ()) for part in ("train", "dev", "test")}
+    keys = {part: [key_of(*row) for row in rows] for part, rows in parts.items()}
+    for part, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
+        known = set(keys[other])
+        if count := sum(key in known for key in keys[part]):
+            _LOG.warning(
+                "%d of %d %s rows are also in %s, so the %s scores are too good",
+                *(count, len(keys[part]), part, other, part),
+            )
 
 
 def _training(options: RunOptions, kind: str) -> OptimizerOptions:
