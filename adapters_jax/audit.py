@@ -11,18 +11,16 @@ import optax
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained
-from adapters_jax.attached import own_leaves, weight_of
-from adapters_jax.errors import MismatchError
+from adapters_jax.counted import Shape, counted
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.nnx import copy, recipe_of
-from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
+from adapters_jax.texts import visible
 from adapters_jax.training.state import in_full
 from adapters_jax.trees import Tree, flatten, join, unflatten
 from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ class Audit:
         for i, header in enumerate(HEADERS):
             table.add_column(header, justify="right" if i > 3 else "left", overflow="fold")
         for row in self.rows():
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         return Group(table, *map(Text, self.totals()))
 
 
@@ -275,49 +273,18 @@ def _adapters(
     recipe: Recipe, shapes: Mapping[str, Shape], computed: Mapping[str, tuple[str, ...]]
 ) -> list[AuditEntry]:
     """An entry for each adapter of the tree; raises MismatchError where arrays differ from it."""
-    found: dict[str, tuple[Owner, dict[str, Shape]]] = {}
-    for path, shape in shapes.items():
-        owner = recipe.owner(path)
-        if owner:
-            found.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
-    base = {path: shape for path, shape in shapes.items() if recipe.owner(path) is None}
-    owned, counts, problems = own_leaves(base), [], []
-    for prefix, (owner, parts) in found.items():
-        names = owner.method.leaf_names
-        where = f"{owner.path or '(the model itself)'} ({type(owner.method).__name__})"
-        held = [path.removeprefix(f"{prefix}/") for path in shapes if path.startswith(f"{prefix}/")]
-        if set(held) != set(names):
-            problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
-            continue
-        own = owned.get(owner.module, {})
-        name = weight_of(owner, parts, own) if owner.method.acts_on == "leaf" else ""
-        reads = computed.get(join(owner.module, name), ()) if name else ()
-        count = _count(owner, parts, own.get(name, ()), reads)
-        counts.append(count)
-        if count.expected != count.actual:
-            problems.append(
-                f"{where} has {count.actual:,} parameters, expected {count.formula} = "
-                f"{count.expected:,}"
-            )
-    if problems:
-        raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
-    return counts
-
-
-def _count(
-    owner: Owner, parts: Mapping[str, Shape], weight: Shape, reads: tuple[str, ...]
-) -> AuditEntry:
-    """One adapter against the closed form of its method."""
-    count = owner.method.count(owner.path, parts, weight)
-    return AuditEntry(
-        owner.path,
-        type(owner.method).__name__,
-        tuple((name, parts[name]) for name in owner.method.leaf_names),
-        count.formula if count.copies == 1 else f"{count.copies}*({count.formula})",
-        count.parameters * count.copies,
-        sum(map(math.prod, parts.values())),
-        reads,
-    )
+    return [
+        AuditEntry(
+            adapter.owner.path,
+            type(adapter.owner.method).__name__,
+            tuple((name, adapter.parts[name]) for name in adapter.owner.method.leaf_names),
+            adapter.formula,
+            adapter.expected,
+            adapter.actual,
+            computed.get(join(adapter.owner.module, adapter.weight), ()) if adapter.weight else (),
+        )
+        for adapter in counted(recipe, shapes)
+    ]
 
 
 def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:

@@ -106,4 +106,7 @@ def _described(kind: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message prints it."""
-    return shortened(repr(value))
+    try:
+        return shortened(repr(value))
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deep to print"

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.texts import visible
+
 _LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
 
@@ -89,7 +91,7 @@ def warn(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, AdapterWarning, stacklevel=level)
+    warnings.warn(visible(text), AdapterWarning, stacklevel=level)
 
 
 @contextlib.contextmanager

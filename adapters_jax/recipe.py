@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.strict_json import loads
+from adapters_jax.strict_json import check_nesting, loads
 from adapters_jax.targets import failures, join, selects
 
 _LONGEST_NAME = 200
@@ -50,6 +50,7 @@ class Recipe:
 
     Raises:
         TypeError: an argument is neither, or the class of a method is not registered.
+        UserError: they are nested more than 32 deep.
 
     Example:
         >>> from adapters_jax import LoRA, Unfreeze
@@ -63,6 +64,7 @@ class Recipe:
     methods: tuple[Method, ...]
 
     def __init__(self, *methods: "Method | Recipe | Iterable[Method]"):
+        check_nesting(methods)
         flat: list[Method] = []
         for item in methods:
             flat.extend(_members(item))
@@ -168,6 +170,7 @@ class Recipe:
         """
         try:
             data = loads(text) if isinstance(text, str) else text
+            check_nesting(data)
         except ValueError as error:
             raise UserError(f"recipe JSON: {error}") from None
         rows = data.get("methods") if isinstance(data, Mapping) else None

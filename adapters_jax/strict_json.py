@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from adapters_jax.errors import UserError, shortened
@@ -36,6 +37,17 @@ def loads(text: str) -> Any:
     if "\\u" in text:  # a lone surrogate is valid JSON, but not text
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     return values
+
+
+def check_nesting(value: Any) -> None:
+    """Raises UserError if lists and mappings are nested more than 32 deep, as `loads` does."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [x for x in level if isinstance(x, Mapping | list | tuple)]
+        level = [y for x in inner for y in (x.values() if isinstance(x, Mapping) else x)]
+        if not inner:
+            return
+    raise UserError(f"it is nested more than {DEEPEST} deep")
 
 
 def _check_depth(text: str) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints: exact, complete, checked, and never lost to the next one."""
 
+import errno
+import hashlib
 import os
 import resource
 import shutil
@@ -161,6 +163,63 @@ def truncated(path):
 def flipped(path):
     first, *rest = path.read_bytes()
     path.write_bytes(bytes([first ^ 1, *rest]))
+
+
+def a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def a_loop(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_link_elsewhere(path):
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # reading it is an error of the device
+
+
+@pytest.mark.parametrize("harm", [a_directory, a_loop, a_pipe, a_link_elsewhere, Path.unlink])
+@pytest.mark.parametrize("name", [CHECKSUMS, "", None])
+def test_what_cannot_be_read_is_damage(harm, name, tmp_path, caplog):
+    saved(tmp_path, [None, None])
+    path = files_of(tmp_path, 2)[0] if name is None else tmp_path / "2" / name
+    if name == "":
+        shutil.rmtree(path)
+        path.touch()
+    harm(path)
+    (tmp_path / "damaged-2").touch()  # one more of it is in the way
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+    gone = name == "" and harm is Path.unlink
+    messages = [r.message for r in caplog.records if r.name.startswith("adapters_jax")]
+    assert [m.split(":")[0] for m in messages] == ["the checkpoint of step 2 is damaged"][gone:]
+
+
+def test_an_error_of_the_device_is_damage(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, [None, None])
+
+    def fail(file, digest):
+        if "/2/" in file.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hashlib.new(digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with Checkpoints(tmp_path):
+        messages = [r.message for r in caplog.records if r.name.startswith("adapters_jax")]
+    assert any("step 2" in m and os.strerror(errno.EIO) in m for m in messages)
+
+
+def test_a_file_in_place_of_the_directory_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with raises(aj.errors.FileSystemError, tmp_path / "file"):
+        Checkpoints(tmp_path / "file")
 
 
 @pytest.mark.parametrize("harm", [truncated, flipped, Path.unlink])

@@ -1,7 +1,9 @@
 """The command line: its help, its JSON, and one line for each user error."""
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from importlib.metadata import version
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import command_raises
+from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
@@ -26,7 +29,8 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.inference import load_predictor
+from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
@@ -36,6 +40,9 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
     write_model(directory / "tiny")
     write_reviews(directory / "reviews.jsonl", rows=60)
+    (directory / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    (directory / "deep.toml").write_text("rank = " + "[" * 100_000 + "]" * 100_000)
+    (directory / "nul.json").write_text('{"model": "a\\u0000b"}')
     flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 2"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
@@ -210,8 +217,18 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --activation gulu", UserError, ["activation='gulu'", "gelu, gelu_exact"]),
         (f"{AUDIT} --targets **/outputs", TargetError, ["'**/outputs'", "attention/output"]),
         (f"{AUDIT} --recipe none.json", FileSystemError, ["none.json"]),
+        (f"{AUDIT} --recipe lora", FileSystemError, ["--recipe lora", "--method lora"]),
+        (f"{AUDIT} --recipe tiny", FileSystemError, ["tiny", os.strerror(errno.EISDIR)]),
+        (f"{AUDIT} --recipe tiny/model.safetensors", UserError, ["model.safetensors", "UTF-8"]),
+        (f"{AUDIT} --recipe deep.json", UserError, ["deep.json", "32"]),
+        (f"{AUDIT} --config deep.json", UsageError, ["deep.json", "32"]),
+        (f"{AUDIT} --config deep.toml", UsageError, ["deep.toml"]),
+        (f"{AUDIT} --config nul.json", UsageError, ["nul.json", "model='a\\x00b'", "NUL"]),
         ("audit --model .", BaseFileError, ["'.'", "config.json"]),
         (f"{TRAIN} --learning-rate -1", UserError, ["--learning-rate=-1.0", "> 0"]),
+        (f"{TRAIN} --learning-rate nan", UserError, ["--learning-rate=nan", "> 0"]),
+        (f"{TRAIN} --head-learning-rate -inf", UserError, ["--head-learning-rate=-inf", "> 0"]),
+        (f"{TRAIN} --lora-plus nan", UserError, ["--lora-plus=nan", "> 0"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
         (f"{TRAIN} --accumulate 5", UserError, ["--accumulate 5", "--batch-size 32"]),
         (f"{TRAIN} --max-length 99", UserError, ["--max-length 99", "16"]),
@@ -230,7 +247,7 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --task regression", DataError, ["reviews.jsonl", "60", "'no' (line 1)"]),
         (f"{TRAIN} --targets **/nothing", TargetError, ["'**/nothing'"]),
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
-        ("predict runs/none x", RunError, ["runs/none", "config.json", "runs/pairs"]),
+        ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),
         ("predict runs/single x --text review", DataError, ["--text", "--text-pair", "--file"]),
@@ -272,9 +289,45 @@ def test_a_label_that_train_lacks_is_named(fails):
     Path("dev.csv").write_text("review,label\ngood film,maybe\n")
     line = ("dev.csv", "1 row", "no, yes", "'maybe' (line 2)")
     fails(f"{TRAIN} --dev dev.csv", DataError, *line)
-    Path("same.csv").write_text("text,score\na,3\nb,3\nc,3\n")
-    same = "--train same.csv --dev same.csv --test same.csv --label score --task regression"
+    for part in ("one", "two", "three"):
+        rows = "".join(f"{part} {word},3\n" for word in "abc")
+        Path(f"{part}.csv").write_text(f"text,score\n{rows}")
+    same = "--train one.csv --dev two.csv --test three.csv --label score --task regression"
     fails(f"finetune --model tiny --max-length 12 {same}", DataError, " 3;")
+
+
+def test_one_file_for_two_parts_is_an_error(fails):
+    shutil.copy("reviews.jsonl", "more.jsonl")
+    fails(f"{TRAIN} --dev more.jsonl --test ./more.jsonl", UserError, "--dev", "more.jsonl")
+    fails(f"{TRAIN} --test reviews.jsonl", UserError, "--train and --test", "reviews.jsonl")
+
+
+def test_rows_that_are_in_two_parts_are_counted(command):
+    rows = [json.loads(line) for line in Path("reviews.jsonl").read_text().splitlines()]
+    new = {**rows[0], "review": "a film of its own"}
+    dev, test = [rows[0], new], [{**rows[1], "review": rows[1]["review"].upper()}, rows[0], rows[0]]
+    for name, part in (("dev", dev), ("test", test)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    flags = "--dev dev.jsonl --test test.jsonl --method head-only --epochs 1 --no-baselines"
+    status, _, err = command(f"{TRAIN} {flags} --name overlaps".split())
+    assert status == 0
+    for words in ("1 of 2 dev rows are also in train", "3 of 3 test rows are also in train"):
+        assert words in err
+    assert "2 of 3 test rows are also in dev" in err
+
+
+def test_no_text_on_stdin_is_one_line(fails, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    fails("predict runs/single -", DataError, "stdin")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    fails("predict runs/single -", UserError, "stdin", "UTF-8")
+
+
+@pytest.mark.parametrize("texts", [[], ["a", "b"], [("a",)], "ab"])
+def test_a_predictor_is_given_rows(directory, monkeypatch, texts):
+    monkeypatch.chdir(directory)
+    with raises(DataError, '("A text.", None)'):
+        load_predictor("runs/single").predict(texts)
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(fails):
@@ -307,15 +360,16 @@ def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "kind", "data"),
     [
-        ("config.json", "{", RunError, ["config.json", "line 1 column 2"]),
+        ("config.json", "{", RunConfigError, ["config.json", "line 1 column 2"]),
         (
             "config.json",
             '{"format": 1, "model": "tiny"}',
             RunError,
             ["config.json", "base_sha256, dtype"],
         ),
-        ("config.json", "[]", RunError, ["config.json", "list"]),
-        ("config.json", None, RunError, ["config.json"]),
+        ("config.json", "[]", RunConfigError, ["config.json", "list"]),
+        ("config.json", None, RunConfigError, ["config.json"]),
+        ("config.json", "[" * 100_000, RunConfigError, ["config.json", "32"]),
         ("adapter/adapter.safetensors", "x", AdapterFileError, ["adapter.safetensors"]),
         ("adapter/adapter_config.json", None, AdapterFileError, ["adapter_config.json"]),
     ],

@@ -317,7 +317,7 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, comma
     rows = Run(Path("runs/reviews")).read_config()["rows"]
     assert f"{rows['train']} rows to train" in text
     assert "LoRA(targets=('**/{query,value}',), rank=2)" in text
-    assert "| 2*(32 + 32) | 1 | 128 |" in text  # the closed form of one adapter
+    assert "| `2*(32 + 32)` | 1 | 128 |" in text  # the closed form of one adapter
     assert f"Trainable {2 * 128 + 66:,} (" in text
     manifest = json.loads(Path("card/adapter_config.json").read_text())
     assert manifest["base"]["tree_sha256"] in text
@@ -362,7 +362,7 @@ def test_a_card_of_an_adapter_alone_is_written_beside_it(tmp_path):
     )
     data = hf.ModelCard.load(saved / "README.md").data
     assert (data.base_model, data.eval_results) == ("them/linear", None)  # there is no data set
-    assert "| accuracy | 0.5 |" in card and "| 2*(4 + 3) | 1 | 14 |" in card
+    assert "| accuracy | 0.5 |" in card and "| `2*(4 + 3)` | 1 | 14 |" in card
     names = {"base": base}
     exec(load, names)
     np.testing.assert_array_equal(names["model"].lora["a"][...], model.lora["a"][...])

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.io.checkpoint import Checkpoints
 
 X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)
 
@@ -84,3 +86,46 @@ def test_a_state_of_numpy_arrays_is_trained():
     state, metrics = aj.make_train_step(mean)(jax.device_get(state_of()), X)
     assert int(state.step) == 1
     assert metrics["grad_norm"] > 0
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="b")(nn.Dense(4, name="a")(x))
+
+
+LORA = aj.LoRA("a", 2)
+BASE = Two().init(jax.random.key(0), X)["params"]
+
+
+@pytest.mark.parametrize(
+    ("other", "kind", "data"),
+    [
+        (aj.LoRA("a", 3), aj.MismatchError, ["a (LoRA)", 24, "2*(4 + 4) = 16"]),
+        (aj.LoRA("*", 2), aj.MismatchError, ["b/lora/a", "no target"]),
+        (aj.Bottleneck("a", 2), aj.RecipeError, ["LoRA"]),
+        (aj.Unfreeze("a/bias"), aj.RecipeError, ["LoRA"]),
+    ],
+)
+def test_parameters_of_another_recipe(other, kind, data):
+    params = aj.init_adapters(aj.adapt(Two(), other), BASE, jax.random.key(1), X)
+    model = aj.adapt(Two(), LORA)
+    with raises(kind, "TrainState.create", "aj.init_adapters(model", *data):
+        aj.TrainState.create(model, params, tx=SGD, key=KEY)
+
+
+def test_parameters_that_lack_the_adapters_of_a_pattern():
+    params = aj.init_adapters(aj.adapt(Two(), LORA), BASE, jax.random.key(1), X)
+    with raises(aj.TargetError, "'b'"):
+        aj.TrainState.create(aj.adapt(Two(), aj.LoRA(["a", "b"], 2)), params, tx=SGD, key=KEY)
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf"), "0.1", None])
+def test_a_learning_rate_that_is_none(rate):
+    with raises(aj.UserError, f"learning_rate={rate!r}"):
+        aj.lora_plus(optax.sgd, rate, LORA)
+
+
+def test_progress_of_arrays(tmp_path):
+    with raises(aj.UserError, "(3,)", "tolist"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(), progress={"losses": jnp.ones(3)})

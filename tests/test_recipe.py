@@ -233,6 +233,27 @@ def test_text_that_is_not_json():
             Recipe.from_json(text)
 
 
+def nested(levels, item="a"):
+    for _ in range(levels):
+        item = [item]
+    return item
+
+
+@pytest.mark.parametrize("levels", [40, 100_000])
+def test_objects_that_are_nested_deep(levels):
+    row = {"method": "lora", "targets": nested(levels), "rank": 2, "alpha": None}
+    for make in (
+        lambda: Recipe.from_json({"methods": [row]}),
+        lambda: Recipe.from_json({"methods": nested(levels)}),
+        lambda: Recipe(nested(levels, LoRA("a", 2))),
+    ):
+        with raises(aj.UserError, "nested more than 32 deep"):
+            make()
+    with raises(aj.UserError, "rank="):
+        LoRA("a", nested(levels))
+    assert Recipe(nested(30, LoRA("a", 2))) == Recipe(LoRA("a", 2))
+
+
 def test_json_may_leave_out_what_has_a_default():
     text = as_json(method="lora", targets="a", rank=4, alpha=None, rank_pattern={"b": 2})
     assert Recipe.from_json(text) == Recipe(LoRA("a", 4, rank_pattern={"b": 2}))

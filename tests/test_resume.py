@@ -22,6 +22,7 @@ from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain, plain
+from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts
 from adapters_jax.io.run_directory import Run, RunError
 
@@ -184,6 +185,9 @@ def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, pl
         ({"optimizer": {"epochs": []}}, ("optimizer.epochs=[]",)),
         ({"method": {"rank_pattern": {"a": "b"}}}, ("method.rank_pattern={'a': 'b'}",)),
         ({"optimizer": 3}, ("optimizer=3",)),
+        ({"model": "a\0b"}, ("model='a\\x00b'", "NUL")),
+        ({"data": {"train": "a\0b"}}, ("data.train='a\\x00b'", "NUL")),
+        ({"method": {"targets": ["a\0b"]}}, ("method.targets=['a\\x00b']", "NUL")),
         ({"seed": True, "data": {"trian": ""}}, ("seed=True", "data.trian")),
         ({"optimizer": {"clip": -1}}, ("--clip=-1",)),
     ],
@@ -196,6 +200,44 @@ def test_options_that_cannot_be_read_are_named(straight, place, capsys, options,
     (damaged / "config.json").write_text(json.dumps({**config, "options": options}))
     error = error_of(capsys, "--resume", damaged)
     assert all(str(datum) in error for datum in (damaged / "config.json", *data)), error
+
+
+def test_a_damaged_configuration_is_restored_from_a_checkpoint(straight, place, capsys):
+    run = place / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "train_all", interrupted_at_its_end(Job.train_all))
+        assert main([*map(str, finetune(place, run.name))]) == 143
+    whole_one = (run / "config.json").read_bytes()
+    (run / "config.json").write_bytes(whole_one[: len(whole_one) // 2])
+    assert main(["predict", "--run", str(run), "--text", "good"]) == 2
+    assert f"finetune --resume {run}" in capsys.readouterr().err
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert str(run / "config.json") in capsys.readouterr().out
+    assert result(run) == result(straight[0])
+    assert (
+        json.loads((run / "config.json").read_text())["options"] == json.loads(whole_one)["options"]
+    )
+
+
+def interrupted_at_its_end(train_all):
+    """`train_all`, but a signal arrives before the result is written."""
+
+    def train(self, saving):
+        train_all(self, saving)
+        saving.interrupts.pending = signal.SIGTERM
+        saving.interrupts.check()
+
+    return train
+
+
+def test_a_damaged_configuration_without_a_checkpoint_is_one_sentence(place, capsys):
+    run = place / "nothing-saved"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text('{"format": 1, "mod')
+    error = error_of(capsys, "--resume", run)
+    assert f"{run / 'config.json'} is damaged" in error and f"remove {run} and train again" in error
+    (run / "checkpoints").rmdir()
+    assert f"remove {run} and train again" in error_of(capsys, "--resume", run)
 
 
 def test_options_are_the_same_after_json():
@@ -266,6 +308,8 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
     for key, value, datum in (
         ("stopped", "step 3: the loss is not finite", "step 3: the loss is not finite"),
         ("options", None, "adapters-jax finetune"),
+        ("task_type", None, "task None"),
+        ("task_type", [], "task []"),
         ("data_sha256", "0" * 64, "data_sha256"),
         ("base_sha256", "0" * 64, "base_sha256"),
     ):

@@ -12,6 +12,9 @@ from rich import progress as bars
 from rich.table import Table
 from rich.text import Text
 
+from adapters_jax.errors import UserError
+from adapters_jax.texts import visible
+
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
 
@@ -38,7 +41,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Prints one line."""
-        self.printer.print(Text(text), soft_wrap=True)
+        self.printer.print(Text(visible(text)), soft_wrap=True)
 
     def show(self, thing: Any) -> None:
         """Prints an object: with colours on a terminal, as its `repr` elsewhere."""
@@ -51,15 +54,15 @@ class Console:
         """Prints a table; the first `words` columns are words, and the others are numbers."""
         table = Table()
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i < words else "right", overflow="fold")
+            table.add_column(_cell(name), justify="left" if i < words else "right", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_cell, row))
         self.printer.print(table)
 
     def result(self, value: Any) -> None:
         """Prints one JSON value on one line of stdout, if stdout is for JSON."""
         if self.json:
-            print(json.dumps(value, ensure_ascii=False), flush=True)
+            print(visible(json.dumps(value, ensure_ascii=False)), flush=True)
 
     def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
         """Prints the end of a command: a table, a sentence, and the JSON value."""
@@ -88,10 +91,10 @@ class Console:
             yield _Lines(self, title, steps, unit, left)
             return
         columns = (
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[note]}"),
+            bars.TextColumn("{task.fields[note]}", markup=False),
             bars.TextColumn("{task.fields[left]}") if left else bars.TimeRemainingColumn(),
         )
         with bars.Progress(*columns, console=self.printer) as bar:
@@ -129,7 +132,7 @@ class _Bar:
         self, bar: bars.Progress, title: str, steps: int, left: Callable[[], float | None] | None
     ):
         self.bar, self.left = bar, left
-        self.task = bar.add_task(title, total=steps, note="", left="")
+        self.task = bar.add_task(visible(title, lines=False), total=steps, note="", left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         left = self.left() if self.left else None
@@ -174,8 +177,21 @@ class _Lines:
         return pace * (self.steps - self.step)
 
 
+def _cell(text: str) -> Text:
+    return Text(visible(text))
+
+
 def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin as they come; raises UserError where one is not UTF-8."""
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("stdin is not UTF-8; give texts in UTF-8") from error
 
 
 def duration(seconds: float) -> str:

@@ -19,19 +19,21 @@ def shared_rows(train: Texts, held_out: Texts) -> list[int]:
 
 
 def overlaps(data: TaskData) -> list[str]:
-    """A sentence for each held-out part of a task that shares rows with train.
+    """A sentence for each part that is scored on rows that are also trained or selected on.
 
     Example:
         >>> from adapters_jax.data.tables import Table
         >>> tables = {p: Table(p, [(x, None) for x in p], None, [1, 2]) for p in ("ab", "bc", "cd")}
         >>> overlaps(TaskData("letters", tables["ab"], tables["cd"], tables["bc"], ()))
-        ['1 of 2 rows of test are in train as well, so the score on test is too good']
+        ['1 of 2 test rows are also in train, so the test scores are too good',
+         '1 of 2 test rows are also in dev, so the test scores are too good']
     """
-    parts = {"dev": data.dev, "test": data.test}
-    counts = {part: len(shared_rows(data.train.texts, rows.texts)) for part, rows in parts.items()}
+    parts = {"train": data.train.texts, "dev": data.dev.texts, "test": data.test.texts}
+    pairs = ("dev", "train"), ("test", "train"), ("test", "dev")
+    counts = {(part, other): len(shared_rows(parts[other], parts[part])) for part, other in pairs}
     return [
-        f"{count} of {len(parts[part])} rows of {part} are in train as well, so the score on "
-        f"{part} is too good"
-        for part, count in counts.items()
+        f"{count} of {len(parts[part])} {part} rows are also in {other}, so the {part} scores are "
+        "too good"
+        for (part, other), count in counts.items()
         if count
     ]

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adapters_jax.checks import check_size
-from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.errors import UserError, compare_trees, file_errors
 from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.recipe import as_compared
@@ -62,9 +62,10 @@ class Checkpoints:
     """The checkpoints of one training run, in a directory of their own.
 
     A save returns at once; a thread writes one save at a time. The last `keep` checkpoints and the
-    one with the highest score are kept. Opening the directory renames damaged checkpoints to
-    `damaged-<step>`. If the batch is a function of the step's number, as with grain's `MapDataset`,
-    a resumed run equals the uninterrupted one bit for bit.
+    one with the highest score are kept. Opening the directory renames damaged checkpoints, and
+    those with a file that cannot be read, to `damaged-<step>`. If the batch is a function of the
+    step's number, as with grain's `MapDataset`, a resumed run equals the uninterrupted one bit for
+    bit.
 
     Args:
         directory: created if it is absent. The remains of an interrupted save are removed.
@@ -72,6 +73,7 @@ class Checkpoints:
 
     Raises:
         UserError: `keep` is not a whole number of at least 2.
+        FileSystemError: the directory cannot be made or written.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax, tempfile
@@ -102,8 +104,10 @@ class Checkpoints:
             )
         self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
-            self._clean()
-            self._rename_damaged()
+            with file_errors(self.directory, "used for checkpoints"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._clean()
+                self._rename_damaged()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
         kept = [
@@ -159,6 +163,7 @@ class Checkpoints:
                 numbers. The thread reads it, so do not change it afterwards.
 
         Raises:
+            UserError: `progress` of the save before this one held an array with axes.
             CheckpointError: the save before this one failed; earlier checkpoints are intact. A
                 failure of this save is raised by the next `save`, `wait`, `restore` or `close`.
         """
@@ -226,15 +231,11 @@ class Checkpoints:
             step: the step of the checkpoint; None is the newest.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it has another recipe or base.
+            CheckpointError: there is no such checkpoint, it cannot be read, or it has another
+                recipe or base.
             MismatchError: arrays differ in shape or dtype; the message names all of them.
         """
-        self.wait()
-        steps = self.steps
-        if not steps or step not in (None, *steps):
-            which = "" if step is None else f" of step {step}; its steps are {steps}"
-            raise CheckpointError(f"{self.directory} has no checkpoint{which}")
-        step = steps[-1] if step is None else step
+        step = self._found(step)
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._read(step, about=self._args.JsonRestore())["about"]
         for name, own in _identity(state).items():
@@ -259,6 +260,18 @@ class Checkpoints:
         kept, best = _rebuilt(state, arrays, about["best"])
         return Checkpoint(replace(state, **kept), best, about["progress"])
 
+    def progress(self, step: int | None = None) -> dict[str, Any]:
+        """The `progress` that was given to `save`; reading it needs no state.
+
+        Args:
+            step: the step of the checkpoint; None is the newest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it cannot be read.
+        """
+        about = self._read(self._found(step), about=self._args.JsonRestore())["about"]
+        return dict(about["progress"])
+
     def close(self) -> None:
         """Waits for the last save and closes the directory; nothing can be saved afterwards."""
         try:
@@ -273,13 +286,28 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _found(self, step: int | None) -> int:
+        """The given step, or the newest, of a finished checkpoint."""
+        self.wait()
+        steps = self.steps
+        if not steps or step not in (None, *steps):
+            which = "" if step is None else f" of step {step}; its steps are {steps}"
+            raise CheckpointError(f"{self.directory} has no checkpoint{which}")
+        return steps[-1] if step is None else step
+
     def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=self._args.Composite(**items))
+        try:
+            return self._manager.restore(step, args=self._args.Composite(**items))
+        except (OSError, ValueError) as error:  # tensorstore's is a ValueError
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read: "
+                f"{_short(error)}; open the directory again to go on with the one before it"
+            ) from error
 
     def _clean(self) -> None:
         """Removes the remains of interrupted saves."""
         for path in self.directory.glob(_TEMPORARY):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
     def _rename_damaged(self) -> None:
         """Renames damaged checkpoints, with a warning, so that orbax finds only whole ones."""
@@ -288,7 +316,7 @@ class Checkpoints:
         whole = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
         for number, why in damaged.items():
             aside = self.directory / f"damaged-{number}"
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             steps[number].replace(aside)
             others = f"the whole ones are of step {whole}" if whole else "there is no other"
             _LOG.warning(
@@ -304,6 +332,14 @@ def _identity(state: TrainState) -> dict[str, Any]:
     """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
     tree = tree_sha256((state.adapters, state.base), state.recipe)
     return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
+
+
+def _remove(path: Path) -> None:
+    """Removes whatever is at a path, as far as the system lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _short(error: Exception) -> str:
@@ -345,8 +381,13 @@ def _rebuilt(
 
 def _number(x: Any) -> Any:
     """A scalar array as a Python number, for `json.dumps`."""
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
+    if isinstance(x, jax.Array | np.ndarray | np.generic) and x.size == 1:
         return x.item()
+    if isinstance(x, jax.Array | np.ndarray):
+        raise UserError(
+            f"Checkpoints.save: progress holds an array of shape {x.shape}, expected JSON, and "
+            "scalar arrays; write its numbers as a list: x.tolist()"
+        )
     raise TypeError(
         f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
     )

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from adapters_jax.errors import AdapterFileError, file_errors
+from adapters_jax.io.untrusted import opened, read_json
+
 CHECKSUMS = "sha256.json"
+MOST = 2**26  # bytes of checksums: those of half a million files
 
 
 def write_checksums(root: Path) -> None:
@@ -30,18 +34,20 @@ def write_checksums(root: Path) -> None:
 
 
 def damage(root: Path) -> str | None:
-    """What is damaged in a directory, for a message; None if its files have their checksums."""
+    """What is damaged in a directory, for a message; None if its files have their checksums.
+
+    A file that cannot be read, or is no ordinary file, is damage as well.
+    """
     try:
-        checksums = json.loads((root / CHECKSUMS).read_text(encoding="utf-8"))
-        for path, (size, digest) in checksums.items():
+        for path, (size, digest) in read_json(root / CHECKSUMS, MOST).items():
             found = _checksum(root / path)
             if found[0] != size:
                 return f"{path} has {found[0]} bytes, expected {size}"
             if found[1] != digest:
                 return f"{path} has another checksum than when it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(root)} is missing"
-    except (ValueError, TypeError, AttributeError):
+    except AdapterFileError as error:
+        return str(error).removeprefix(f"{root}{os.sep}")
+    except (ValueError, TypeError):
         return f"{CHECKSUMS} does not hold checksums"
     return None
 
@@ -53,6 +59,6 @@ def _files(root: Path) -> Iterator[str]:
 
 def _checksum(path: Path) -> tuple[int, str]:
     """A file's size and SHA-256."""
-    with path.open("rb") as file:
+    with file_errors(path, error=AdapterFileError), opened(path) as (file, _):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest

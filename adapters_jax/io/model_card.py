@@ -13,6 +13,7 @@ from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
+from adapters_jax.texts import markdown, markdown_block, markdown_code, visible
 
 
 def model_card(
@@ -33,10 +34,10 @@ def model_card(
     """Writes the card, for `save_adapter(..., beside={"README.md": card})`.
 
     Args:
-        title: the title of the page.
+        title: the title of the page, as plain text.
         recipe: what was trained.
         load: a few lines of Python that load the adapter.
-        about: what the adapter does, in words.
+        about: what the adapter does, in Markdown.
         base: the base it was trained on; an id on the Hub becomes the card's `base_model`.
         counts: the `aj.audit` of the adapted model.
         metrics: metrics on held-out data, by name; the Hub shows them if it has task and dataset.
@@ -89,8 +90,8 @@ def model_card(
         **_results(hf, title, metrics, task, dataset),
     )
     parts = {
-        "How to load it": f"```python\n{load.strip()}\n```",
-        "Recipe": f"```python\n{recipe!r}\n```",
+        "How to load it": markdown_block(load.strip(), "python"),
+        "Recipe": markdown_block(repr(recipe), "python"),
         "Base": _base(base),
         "Parameters": _counts(counts),
         "Metrics": _metrics(metrics, dataset),
@@ -100,7 +101,8 @@ def model_card(
     on = f" on [{known}](https://huggingface.co/{known})" if known else ""
     words = f"{about} An adapter{on}; its base is not in it.".strip()
     body = "".join(f"\n## {name}\n\n{part}\n" for name, part in parts.items() if part)
-    return str(hf.ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{words}\n{body}"))
+    page = f"# {markdown(title)}\n\n{words}\n{body}"
+    return str(hf.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page}"))
 
 
 def _hub_library() -> Any:
@@ -111,8 +113,13 @@ def _hub_library() -> Any:
     return huggingface_hub
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; empty if it has no rows.
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], code: Sequence[int] = ()) -> str:
+    """A table in Markdown of plain texts; empty if it has no rows.
+
+    Args:
+        header: the names of the columns.
+        rows: the cells of each row.
+        code: the numbers of the columns that are code.
 
     Example:
         >>> print(table(["a", "b"], [[1, "x|y"]]))
@@ -122,10 +129,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     if not rows:
         return ""
-    cells = [[str(cell).replace("|", "&#124;") for cell in row] for row in (header, *rows)]
-    cells.insert(1, ["---"] * len(header))
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], lines[1].replace(" ", ""), *lines[2:]])
+    cells = [[_cell(cell, i in code) for i, cell in enumerate(row)] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in ([*map(markdown, header)], *cells)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def _cell(value: Any, code: bool) -> str:
+    """A value in a cell; a bar ends a cell even inside of code."""
+    text = str(value)
+    return markdown_code(text).replace("|", r"\|") if code else markdown(text)
 
 
 def _results(
@@ -138,19 +150,19 @@ def _results(
     """The metrics as the Hub stores them; empty without a task and a data set, which it needs."""
     if not (metrics and task and dataset):
         return {}
-    of = {"task_type": task, "dataset_type": dataset, "dataset_name": dataset}
-    of["dataset_split"] = "test"
+    data = visible(dataset)
+    of = {"task_type": task, "dataset_type": data, "dataset_name": data, "dataset_split": "test"}
     results = [
         hf.EvalResult(**of, metric_type=name, metric_name=name, metric_value=float(value))
-        for name, value in metrics.items()
+        for name, value in ((visible(name), value) for name, value in metrics.items())
     ]
-    return {"model_name": title, "eval_results": results}
+    return {"model_name": visible(title), "eval_results": results}
 
 
 def _base(base: BaseIdentity | None) -> str:
     """The known fields of the base's identity, as a table."""
     known = {key: value for key, value in vars(base).items() if value} if base else {}
-    return table(["what", "value"], [[key, f"`{value}`"] for key, value in known.items()])
+    return table(["what", "value"], list(known.items()), code=(1,))
 
 
 def _counts(counts: Audit | None) -> str:
@@ -158,7 +170,7 @@ def _counts(counts: Audit | None) -> str:
     if counts is None:
         return ""
     totals = "\n\n".join(line.capitalize() for line in counts.totals()[:1])
-    return f"{table(HEADERS, counts.rows())}\n\n{totals}"
+    return f"{table(HEADERS, counts.rows(), code=(0, 2, 3))}\n\n{totals}"
 
 
 def _metrics(metrics: Mapping[str, float] | None, dataset: str | None) -> str:

@@ -35,6 +35,10 @@ class RunError(UserError):
     """A run's directory exists but must not, is absent, or is damaged."""
 
 
+class RunConfigError(RunError):
+    """A run's `config.json` is absent, or cannot be read."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory.
@@ -153,16 +157,20 @@ class Run:
             kind: the expected kind of base, "encoder" or "decoder"; None accepts any.
 
         Raises:
-            RunError: it is absent or damaged, or the base is of another kind.
+            RunConfigError: it is absent or damaged.
+            RunError: it lacks a key, or the base is of another kind.
         """
         if not self.config.is_file():
             near = sorted(p.parent.as_posix() for p in self.path.parent.glob("*/config.json"))
             there = f"; there are: {', '.join(near[:5])}" if near else ""
-            raise RunError(f"no run at {self.path}: it has no config.json{there}")
+            raise RunConfigError(f"no run at {self.path}: it has no config.json{there}")
         try:
             config = read_json(self.config)
         except AdapterFileError as error:
-            raise RunError(str(error)) from error
+            fix = f"there is no other copy: remove {self.path} and train again"
+            if self.checkpoints.is_dir():
+                fix = f"adapters-jax finetune --resume {self.path} restores it from a checkpoint"
+            raise RunConfigError(f"{error}; {fix}") from error
         check_keys(self, config, _NEEDED)
         found = config.get("kind", "encoder")
         if kind not in (None, found):

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from adapters_jax.checks import shown
+from adapters_jax.checks import check_choice, shown
 from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import chat, huggingface
 from adapters_jax.interop.gguf import GGUF, read_gguf
@@ -26,6 +26,7 @@ from adapters_jax.models import FAMILIES
 from adapters_jax.models.family import Family
 from adapters_jax.models.generation import generate
 from adapters_jax.pretrained.locate import (
+    DTYPES,
     find_family,
     identity_of,
     locate,
@@ -125,7 +126,7 @@ def load_pretrained_decoder(
     Args:
         name: "smollm2-135m" for the pinned asset, a GGUF file, a directory, or an id on the Hugging
             Face Hub.
-        dtype: the dtype of the weights, float32 or bfloat16.
+        dtype: the dtype of the weights, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
 
     Raises:
@@ -134,6 +135,7 @@ def load_pretrained_decoder(
         AssetError: the pinned asset could not be fetched.
         MissingPackageError: quantising needs qwix, which is not installed.
     """
+    check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     reader = load_decoder_tokenizer(name)
     files = reader.files
     config, model = reader.family.load(

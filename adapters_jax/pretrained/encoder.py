@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
+from adapters_jax.checks import check_choice
 from adapters_jax.data.batches import Batches, Row, encode
 from adapters_jax.data.tables import Texts
 from adapters_jax.errors import UserError
@@ -20,6 +21,7 @@ from adapters_jax.models import FAMILIES
 from adapters_jax.models.family import Classifier
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.locate import (
+    DTYPES,
     find_family,
     identity_of,
     locate,
@@ -106,7 +108,7 @@ def load_encoder(
     Args:
         name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
         pooling: mean, cls or pooler.
-        dtype: the computation dtype, float32 or bfloat16.
+        dtype: the computation dtype, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
 
     Raises:
@@ -115,6 +117,7 @@ def load_encoder(
         MissingPackageError: quantising needs qwix, which is not installed.
         AssetError: the pinned asset could not be fetched.
     """
+    check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     family = find_family(name)
     if family.classifier is None:
         able = ", ".join(each.name for each in FAMILIES.values() if each.classifier)

@@ -19,6 +19,7 @@ from adapters_jax.pretrained import assets
 if TYPE_CHECKING:
     import tokenizers
 
+DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
 
 

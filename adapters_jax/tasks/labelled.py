@@ -268,8 +268,14 @@ class TextPredictor:
             texts: `(text, None)`, or `(text, second text)` for a run on pairs.
 
         Raises:
-            DataError: pairs for a run on single texts, or the other way round.
+            DataError: there are no texts, one is no `(text, second)`, or they are pairs for a run
+                on single texts, or the other way round.
         """
+        if not texts or any(isinstance(row, str) or len(row) != 2 for row in texts):
+            raise DataError(
+                "predict: expected at least one text, each as (text, None) or (text, second text): "
+                'predict([("A text.", None)])'
+            )
         if any((pair is not None) != self.pairs for _, pair in texts):
             expected = "pairs of texts" if self.pairs else "single texts"
             raise DataError(f"the run was trained on {expected}; give it {expected}")

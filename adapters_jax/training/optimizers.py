@@ -88,7 +88,8 @@ def lora_plus(
         `freeze_base` with a group for B.
 
     Raises:
-        UserError: the ratio is not a positive number.
+        UserError: the ratio is not a positive number, or the learning rate is negative, not finite
+            or no number.
         TargetError: `init` of the result raises it where no B trains.
 
     Example:
@@ -103,6 +104,8 @@ def lora_plus(
     Reference: Hayou et al. 2024, arXiv:2402.12354.
     """
     check_number("lora_plus", "ratio", ratio)
+    if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
+        check_number("lora_plus", "learning_rate", learning_rate, closed=True)
     if callable(learning_rate):
         schedule = learning_rate
         faster: optax.ScalarOrSchedule = lambda step: ratio * schedule(step)  # noqa: E731

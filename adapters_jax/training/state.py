@@ -13,12 +13,13 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
 from adapters_jax.checks import shown
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.counted import counted
+from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.trees import Tree, flatten, merge_trees, partition
-from adapters_jax.weights.quantized import is_quantized
+from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
 @struct.dataclass
@@ -86,6 +87,7 @@ class TrainState:
                 given to an NNX model.
             UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
                 no optimiser, or `key` no random key.
+            MismatchError: the params have adapters of another rank, or of another recipe.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
@@ -96,6 +98,7 @@ class TrainState:
                     "TrainState.create(model, params, tx=tx, key=key)"
                 )
             recipe = model.recipe
+            _check_params(recipe, params)
             adapters, base = partition(params, recipe)
             graphdef: Any = None
             other: Any = checked_collections("TrainState.create", collections)
@@ -196,6 +199,22 @@ def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None
             'collections beside the parameters: {"batch_stats": variables["batch_stats"]}'
         )
     return core.unfreeze(dict(trees))
+
+
+def _check_params(recipe: Recipe, params: Tree) -> None:
+    """Raises MismatchError or TargetError where parameters are not those of the recipe."""
+    flat = {path: unboxed(leaf) for path, leaf in flatten(params).items()}
+    try:
+        adapters = counted(recipe, {path: tuple(leaf.shape) for path, leaf in flat.items()})
+    except MismatchError as error:
+        raise MismatchError(
+            f"TrainState.create: {error}; pass what aj.init_adapters(model, params, key, "
+            "*example_inputs) returned for this model"
+        ) from error
+    for method in recipe.attached:
+        own = [a.owner for a in adapters if a.owner.method == method]
+        if own:  # where there is none at all, `_check_trained` says so
+            require_points(method, [path for o in own for path in (o.path, o.module)], {})
 
 
 def _check_optimizer(tx: Any) -> None:

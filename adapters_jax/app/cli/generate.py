@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from adapters_jax.app.console import Console
+from adapters_jax.app.console import Console, stdin_lines
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
@@ -94,7 +93,7 @@ class Generate:
             raise DataError("--chat reads turns from --prompt or stdin; leave out --file, --column")
         if self.prompt and self.prompt != ("-",):
             return self._texts(self.prompt)
-        return (line.rstrip("\n") for line in sys.stdin)
+        return stdin_lines()
 
     def _talk(self, generator: Generator, turns: Iterable[str], console: Console) -> None:
         """Answers turn by turn; a blank line of stdin is no turn."""
@@ -118,8 +117,8 @@ class Generate:
             return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
         if self.column is not None:
             raise DataError("--column names a column of a file; add --file")
-        stdin = self.prompt == ("-",)
-        return self._texts(sys.stdin.read().splitlines() if stdin else self.prompt)
+        given = list(stdin_lines()) if self.prompt == ("-",) else self.prompt
+        return self._texts(given)
 
     def _texts(self, prompts: Sequence[str]) -> list[str]:
         """Prompts that are not blank; raises DataError for others."""

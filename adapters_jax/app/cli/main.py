@@ -18,6 +18,7 @@ from typing import Any
 
 from adapters_jax.app.cli.malloc import keep_freed
 from adapters_jax.errors import UserError
+from adapters_jax.texts import visible
 
 DEBUG = "--debug"
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
@@ -135,7 +136,7 @@ class _Lines(logging.Handler):
     """Prints each message as one line on the current stderr, which a live bar may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(visible(self.format(record)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def _logging(debug: bool) -> Iterator[None]:
 def _say(name: str, message: str, status: int) -> int:
     """Prints one line on stderr; returns the exit status."""
     line = "; ".join(line.strip() for line in message.splitlines() if line.strip())
-    print(f"adapters-jax {name}: {line}", file=sys.stderr)
+    print(visible(f"adapters-jax {name}: {line}", lines=False), file=sys.stderr)
     return status
 
 

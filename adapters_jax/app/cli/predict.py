@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapters_jax.app.console import Console
+from adapters_jax.app.console import Console, stdin_lines
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Texts, read_rows
 from adapters_jax.errors import file_errors
@@ -82,7 +81,9 @@ class Predict:
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
-            lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+            lines = [line for line in stdin_lines() if line.strip()]
+            if not lines:
+                raise DataError("stdin has no text; expected one in each line")
             parts = (
                 [part for line in lines for part in line.split("\t")] if config["pairs"] else lines
             )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.app.compare.annotations import Label, place_labels
-from adapters_jax.app.report.run import GREY, PERCENT
+from adapters_jax.app.report.run import GREY, PERCENT, in_picture
 from adapters_jax.io.atomic import write_file
 
 COLORS = ("#0f62a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#0e7490")
@@ -48,7 +48,7 @@ def draw_tradeoff(
     labels = []
     for axes, (title, rows) in zip(frames, comparisons.items(), strict=False):
         metric = metrics[title]
-        axes.set_title(title)
+        axes.set_title(in_picture(title))
         labels.append((axes, *_draw(axes, _points(rows, metric), metric)))
     for axes in list(frames)[len(comparisons) :]:
         axes.set_visible(False)
@@ -88,7 +88,7 @@ def _draw(
         drawn += [np.array([x, y]).T]
         drawn += [np.array([[a, b - e], [a, b + e]]) for a, b, e in zip(x, y, error, strict=True)]
         name = line[0]["recipe"] if len(line) == 1 else _family(line)
-        names.append(Label(name, list(zip(x, y, strict=True)), color, 9, "bold"))
+        names.append(Label(in_picture(name), list(zip(x, y, strict=True)), color, 9, "bold"))
         if len(line) > 1:
             numbered = [point for point in line if point["size"] is not None]
             sizes += [Label(str(p["size"]), [(p["x"], p["y"])], color, 8) for p in numbered]

@@ -1,5 +1,6 @@
 """The flags that name the task, and the files and columns of its rows."""
 
+import itertools
 import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -171,6 +172,13 @@ class DataOptions:
         """Raises UserError if the flags contradict each other, instead of ignoring one."""
         if self.train is not None and (self.glue or self.data):
             raise UserError("--train and --glue name two tasks; give one of them")
+        given_files = [(n, getattr(self, n)) for n in ("train", "dev", "test") if getattr(self, n)]
+        for (first, path), (second, other) in itertools.combinations(given_files, 2):
+            if path.resolve() == other.resolve():
+                raise UserError(
+                    f"--{first} and --{second} are one file, {path}, so its scores would say "
+                    f"nothing of other rows; leave --{second} out to hold out rows of --train"
+                )
         if (self.glue is None) != (self.data is None):
             raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
         if self.train is None and "glue" not in task.flags:

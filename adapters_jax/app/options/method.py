@@ -208,10 +208,17 @@ class MethodOptions:
             )
         try:
             with file_errors(path):
-                text = path.read_text(encoding="utf-8")
-            recipe = Recipe.from_json(text)
-        except FileSystemError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+                data = path.read_bytes()
+        except FileSystemError as error:
+            known = str(path) in PRESETS
+            raise FileSystemError(
+                f"--recipe {error}; expected a JSON file, as Recipe.to_json writes it"
+                + (f"; for the published recipe, write --method {path}" if known else "")
+            ) from error
+        try:
+            recipe = Recipe.from_json(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--recipe {path} is not UTF-8, expected a JSON file") from error
+        except UserError as error:
+            raise UserError(f"--recipe {path}: {error}") from error
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe

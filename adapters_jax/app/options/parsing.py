@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from adapters_jax.app.options.stored import members, misfit
+from adapters_jax.checks import shown
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.strict_json import loads
 
@@ -52,6 +53,9 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
     """
     import cyclopts
 
+    for word in flags:
+        if not word.isascii() and "\\udc" in ascii(word):  # how Python keeps bytes of no text
+            raise UsageError(f"{word} is not UTF-8; give names and texts in UTF-8")
     leaves = list(_leaves(command))
     app, config = _app(command, leaves, prog, about), _config_file(flags)
     if config is not None:
@@ -282,7 +286,7 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
             near = difflib.get_close_matches(key.replace("-", "_"), leaves, 1)
             problems.append(f"{key} is unknown" + (f", is it {near[0]}?" if near else ""))
         elif expected := misfit(value, leaf.hint):
-            problems.append(f"{key}={value!r}, expected {expected}")
+            problems.append(f"{key}={shown(value)}, expected {expected}")
         elif value is not None:
             flat = [word for pair in value.items() for word in pair] if leaf.is_dict else value
             found[leaf.name] = flat

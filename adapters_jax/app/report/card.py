@@ -15,6 +15,7 @@ from adapters_jax.interop.formats import HEAD, AdapterFormat
 from adapters_jax.io.model_card import model_card, table
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import task_of
+from adapters_jax.texts import markdown, markdown_code
 from adapters_jax.trees import unflatten
 
 # The tags on the Hub of models that write texts.
@@ -73,10 +74,12 @@ def card_of(
     if results:
         sections["Training"] = _training(config, results)
     if notes:
-        sections["What the files do not say"] = "\n".join(f"- {note}" for note in notes)
+        sections["What the files do not say"] = "\n".join(f"- {markdown(note)}" for note in notes)
     # An encoder's task is known from its run.
     pipeline = PIPELINES.get(base.kind) or (task_of(config).pipeline if config else None)
-    about = f"Learnt `{config['task']}` with `{config['method']}`." if "task" in config else ""
+    about = ""
+    if "task" in config:
+        about = f"Learnt {markdown_code(config['task'])} with {markdown_code(config['method'])}."
     return model_card(
         name.split("/")[-1],
         source.recipe,
@@ -97,8 +100,8 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     """The section on training: results with baselines, rows, settings and checksums."""
     rows, optimizer = config["rows"], config["optimizer"]
     header, cells = results_table(results, config["metrics"])
-    dev = ", ".join(f"{k} {v:.4g}" for k, v in config["summary"]["dev"].items())
-    settings = ", ".join(f"{k} {v}" for k, v in optimizer.items() if v is not None)
+    dev = ", ".join(f"{markdown(k)} {v:.4g}" for k, v in config["summary"]["dev"].items())
+    settings = markdown(", ".join(f"{k} {v}" for k, v in optimizer.items() if v is not None))
     names = config.get("target", {}).get("names")
     return "\n\n".join(
         filter(
@@ -107,9 +110,9 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
                 table(header, cells),
                 f"{rows['train']:,} rows to train, {rows['dev']:,} to select on ({dev}), "
                 f"{rows['test']:,} to test once; seed {config['seed']}; {settings}.",
-                f"Classes: {', '.join(f'`{name}`' for name in names)}." if names else "",
-                f"SHA-256 of the rows `{config['data_sha256']}`, of the base's weights "
-                f"`{config['base_sha256']}`.",
+                f"Classes: {', '.join(map(markdown_code, names))}." if names else "",
+                f"SHA-256 of the rows {markdown_code(config['data_sha256'])}, of the base's "
+                f"weights {markdown_code(config['base_sha256'])}.",
             ),
         )
     )

@@ -12,6 +12,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from adapters_jax.texts import visible
+
+
+def _shown(value: Any) -> Any:
+    """A value of a template: a text with its control characters written out."""
+    return visible(value) if type(value) is str else value  # not Markup, which is HTML already
+
+
 _TEMPLATES = Environment(
     loader=PackageLoader("adapters_jax.app.report"),
     autoescape=True,
@@ -19,6 +27,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
+    finalize=_shown,
 )
 
 

@@ -20,6 +20,7 @@ from adapters_jax.audit import HEADERS, Audit
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
+from adapters_jax.texts import visible
 
 BLUE, GREY = "#0f62a8", "#6b7280"
 PERCENT = ("accuracy", "f1", "exact_match")
@@ -93,9 +94,10 @@ def draw_curves(
     loss_axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
     loss_axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8)
     loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, 1.05 * max(raw) or 1))
-    dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=method)
+    label = in_picture(method)
+    dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=label)
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        label = TITLES.get(name, name)
+        label = in_picture(TITLES.get(name, name))
         dev_axes.axhline(factor * value, color=GREY, linestyle=style, linewidth=1.5, label=label)
     dev_axes.set(title=f"Dev {metric}", ylabel=metric + unit)
     dev_axes.legend(frameon=False, loc="best")
@@ -105,6 +107,11 @@ def draw_curves(
         axes.grid(color="#e3e3e3", linewidth=0.7)
         axes.set_axisbelow(True)
     figure.savefig(path)
+
+
+def in_picture(text: str) -> str:
+    """A text as matplotlib draws it: without formulas, which it reads between dollars."""
+    return visible(text, lines=False).replace("$", r"\$")
 
 
 def _smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:

@@ -20,7 +20,7 @@ from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -57,7 +57,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     )
     prepared = task.prepare(data, setup)
     for sentence in shared:
-        _log.warning("warning: %s", sentence)
+        _LOG.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
     return Job(
         run=run,

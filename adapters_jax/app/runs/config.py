@@ -125,7 +125,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A sentence on the versions that changed since a run was started."""
-    was, are = before["versions"], now["versions"]
+    was, are = before.get("versions"), now["versions"]
+    was = was if isinstance(was, Mapping) else {}
     changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
     return f"{changed}: what follows may differ in the last digits"
 

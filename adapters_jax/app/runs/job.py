@@ -100,7 +100,7 @@ class Job:
         counts = audit(self.problem.model, self.problem.params, tx)
         self.console.show(counts)
         with Checkpoints(self.run.checkpoints) as checkpoints:
-            saving = Saving(checkpoints, self.every, interrupts, self._resumed)
+            saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
             found, results = self.train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {

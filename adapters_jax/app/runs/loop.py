@@ -86,12 +86,14 @@ class Saving:
         every: the number of steps between checkpoints.
         interrupts: the signals that stop the training, which is saved first.
         on_resume: called with the training and its step after a checkpoint is restored.
+        config: the run's configuration, kept in every checkpoint as a second copy.
     """
 
     checkpoints: Checkpoints
     every: int
     interrupts: Interrupts
     on_resume: Callable[[Trained, int], None]
+    config: dict[str, Any]
 
 
 def train(
@@ -220,6 +222,7 @@ class _Training:
             "records": list(found.records),
             "waiting": [list(window) for window in self.log.waiting],
             "seconds": found.seconds + time.monotonic() - self.began,
+            "config": saving.config,
         }
         saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.settings import RunOptions
@@ -13,9 +14,11 @@ from adapters_jax.app.runs.job import Job
 from adapters_jax.checks import check_size
 from adapters_jax.distributed.hosts import PROCESSES
 from adapters_jax.errors import UserError
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.io.checkpoint import Checkpoints
+from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.pretrained.locate import pinned
 from adapters_jax.recipe import checked_before
+from adapters_jax.tasks import read_run
 
 
 def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -> Job:
@@ -79,9 +82,37 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
         RunError: there is no such run, it is finished, or its files have changed.
         UserError: flags, files, rows or a checkpoint cannot be used.
     """
-    config = run.read_config(None)
+    config = _read_config(run, console)
     options = read_options(run, config)
     check_unfinished(run, config)
     with checked_before():
         job = prepare_run(options, run, console, began)
     return open_run(job)
+
+
+def _read_config(run: Run, console: Console) -> dict[str, Any]:
+    """Reads a run's configuration; if it is damaged, it is restored from the newest checkpoint."""
+    try:
+        return read_run(run)[1]
+    except RunConfigError as error:
+        if not run.checkpoints.is_dir():
+            raise
+        _restore_config(run, error, console)
+    return read_run(run)[1]
+
+
+def _restore_config(run: Run, why: RunConfigError, console: Console) -> None:
+    """Writes a run's configuration as its newest checkpoint has it."""
+    lock = run.lock()
+    try:
+        with Checkpoints(run.checkpoints) as checkpoints:
+            config = checkpoints.progress().get("config") if checkpoints.steps else None
+        if config is None:
+            raise RunError(
+                f"{why}; but no checkpoint of it has the configuration: remove {run.path} and "
+                "train again"
+            ) from why
+        run.write_config(config)
+    finally:
+        run.unlock(lock)
+    console.say(f"{run.config} was damaged; it was restored from the newest checkpoint")
