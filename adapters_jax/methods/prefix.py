@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax import checks
+from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
@@ -107,7 +108,7 @@ class PrefixTuning(Prompt):
         key: Float[Array, "... context kv_heads head_dim"],
         value: Float[Array, "... context kv_heads head_dim"],
         bias: Array | None = None,
-        mask: Array | None = None,
+        mask: Mask | Array | None = None,
         **kwargs: Any,
     ) -> Float[Array, "... length heads head_dim"]:
         """The attention's output over the prefix and the context.
@@ -134,7 +135,10 @@ class PrefixTuning(Prompt):
             edge = [(0, 0)] * (rows.ndim - 1) + [(self.length, 0)]
             return jnp.pad(rows, edge, constant_values=fill)
 
-        limits = {"bias": padded(bias, 0.0), "mask": padded(mask, True)}
+        seen: Mask | Array | None = (
+            mask.with_prefix(self.length) if isinstance(mask, Mask) else padded(mask, True)
+        )
+        limits = {"bias": padded(bias, 0.0), "mask": seen}
         kwargs |= {name: limit for name, limit in limits.items() if limit is not None}
         key, value = longer(key, leaves["key"]), longer(value, leaves["value"])
         return attention_fn(query, key, value, **kwargs)
