@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from adapters_jax.attention.masks import Mask, as_array
@@ -51,9 +53,11 @@ class Attend:
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         drops = dropout_rate > 0.0 and not deterministic
         rules = Mask() if mask is None else mask
-        kernel = self._kernel(Problem(query, key, rules, bias is not None, drops, softcap))
+        kernel, why = self._kernel(Problem(query, key, rules, bias is not None, drops, softcap))
         if kernel is not None and isinstance(rules, Mask):
             return kernel(query, key, value, rules, softcap)
+        if why is not None:
+            query = _refused.bind(query, why=why)
         return dot_product_attention(
             query,
             key,
@@ -68,20 +72,19 @@ class Attend:
             softcap=softcap,
         )
 
-    def _kernel(self, problem: Problem) -> Kernel | None:
-        """The kernel to take; None computes densely."""
+    def _kernel(self, problem: Problem) -> tuple[Kernel | None, str | None]:
+        """The kernel to take, if any; and why a device cannot run what was asked for."""
         if self.choice == "dense":
-            return None
-        device = _device()
+            return None, None
+        device, auto = _device(), self.choice == "auto"
         kernel = next((each for each in KERNELS if each.runs_on(device)), None)
-        why = kernel.why_not(problem) if kernel else f"no kernel runs on {device.device_kind}"
-        if self.choice == "auto":
-            return kernel if why is None and _worthwhile(problem) else None
-        if why is not None:
-            raise UserError(
-                f"attention='flash': {why}; write attention='auto', which is dense there"
-            )
-        return kernel
+        if kernel is None:
+            return None, None if auto else f"no kernel runs on a {device.device_kind}"
+        why = kernel.why_not(problem)
+        if why is not None and not auto:
+            raise UserError(_sentence(why))
+        taken = why is None and (not auto or _worthwhile(problem))
+        return kernel if taken else None, None
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def attention_function(choice: Choice) -> AttentionFn:
         A function of query, key and value, whose mask may be a `Mask`.
 
     Raises:
-        UserError: no such choice. When it is called, "flash" raises one where it cannot be: the
-            message says why.
+        UserError: no such choice. When it is called, "flash" raises one where the kernel cannot
+            compute what the model asks for; when it is compiled or run, where there is no kernel.
     """
     if callable(choice):
         return choice if isinstance(choice, Attend) else Own(choice)
@@ -132,6 +135,24 @@ def _device() -> Any:
     config: Any = jax.config
     default = config.jax_default_device
     return jax.devices(default)[0] if default is None or isinstance(default, str) else default
+
+
+def _sentence(why: str) -> str:
+    return f"attention='flash': {why}; write attention='auto', which is dense there"
+
+
+def _refuse(*_: Any, why: str) -> Any:
+    raise UserError(_sentence(why))
+
+
+# Its argument, in a program that no device runs: shapes can be traced on a machine without the
+# device. Compiling it, or running it, raises the error.
+_refused = Primitive("attention_without_a_kernel")
+_refused.def_abstract_eval(lambda x, why: x)
+_refused.def_impl(_refuse)
+mlir.register_lowering(_refused, _refuse)
+ad.primitive_jvps[_refused] = lambda xs, tangents, why: (_refused.bind(*xs, why=why), tangents[0])
+batching.primitive_batchers[_refused] = lambda xs, axes, why: (_refused.bind(*xs, why=why), axes[0])
 
 
 def _worthwhile(problem: Problem) -> bool:

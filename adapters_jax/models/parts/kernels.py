@@ -10,7 +10,7 @@ Reference:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,9 @@ class Cudnn:
     number in 16 bits for each pair.
     """
 
+    def __init__(self, implementation: Literal["cudnn", "xla"] = "cudnn"):
+        self.implementation = implementation
+
     def runs_on(self, device: Any) -> bool:
         """Whether it is a GPU of NVIDIA."""
         return device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind
@@ -152,13 +155,15 @@ class Cudnn:
         length, keys = query.shape[1], key.shape[1]
         aligned = mask.causal and not mask.prefix and length == keys
         whole = mask.by_position and (aligned or mask.sees_all)
-        options: dict[str, Any] = {"is_causal": aligned, "implementation": "cudnn"}
+        options: dict[str, Any] = {"is_causal": aligned, "implementation": self.implementation}
         if aligned and mask.window is not None:
             options["local_window_size"] = (mask.window - 1, 0)
         if whole:
             return jax.nn.dot_product_attention(query, key, value, **options)
         # With an array, the derivative takes even lengths.
-        seen = _longer(_longer(mask.dense(length, keys), 2, 2, True), 3, 2, False)
+        seen = mask.dense(length, keys)
+        seen = jnp.broadcast_to(seen, (len(seen), 1, length, keys))
+        seen = _longer(_longer(seen, 2, 2, True), 3, 2, False)
         query, key, value = (_longer(x, 1, 2) for x in (query, key, value))
         mixed = jax.nn.dot_product_attention(query, key, value, mask=seen, **options)
         return mixed[:, :length]
