@@ -1,16 +1,22 @@
 """Attention by kernels: the values and gradients of dense attention; the choice of one."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.attention.masks import Mask
+from adapters_jax.distributed import devices as described
+from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.decoder import Decoder, DecoderConfig
@@ -284,3 +290,94 @@ def test_the_default_device_decides_where_no_mesh_does():
         assert attention._device().platform == "cpu"
     with jax.default_device(jax.devices()[0]):
         assert attention._device() == jax.devices()[0]
+
+
+def test_each_device_has_its_rows_and_heads():
+    """A row and two heads for each of eight devices."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, adapters_jax as aj
+from adapters_jax.attention.masks import Mask
+from adapters_jax.models.parts.kernels import Splash
+from adapters_jax.training.rows import on_mesh
+
+query, key, value = (
+    jax.random.normal(jax.random.key(i), (4, 130, heads, 8)) for i, heads in enumerate((4, 2, 2))
+)
+tokens = jnp.arange(130) >= jnp.array([[0], [3], [9], [40]])
+mask, kernel = Mask(tokens, jnp.ones((1, 130), int), causal=True), Splash(interpret=True)
+def loss(*inputs):
+    y = kernel(*inputs, mask, None) * tokens[..., None, None]
+    return jnp.sin(y).sum(), y
+
+whole = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+with on_mesh(aj.make_mesh("data=2,fsdp=2,model=2")):
+    split = jax.jit(lambda *x: jax.grad(loss, (0, 1, 2), has_aux=True)(*x))(query, key, value)
+assert split[1].sharding.shard_shape(split[1].shape) == (1, 130, 2, 8), split[1].sharding
+for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+"""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+# What follows compiles for accelerators.
+
+
+def program(device, choice, mesh="data=1", packed=False, length=1023):
+    """The program of a step of a decoder with grouped heads of 64."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = DecoderConfig(256, **sizes, num_attention_heads=4, num_key_value_heads=2)
+    options = {"param_dtype": jnp.bfloat16, "attention": choice}
+
+    def build():
+        model = Decoder(config, rngs=nnx.Rngs(0), **options)
+        return aj.adapt(model, aj.lora(4), rngs=nnx.Rngs(1), example_inputs=(IDS,))
+
+    def loss(model, batch, key):
+        return model.hidden(batch, segments=batch if packed else None).astype(jnp.float32).mean()
+
+    mesh = aj.make_mesh(mesh, aj.devices(device))
+    state = aj.shard(aj.abstract_state(nnx.eval_shape(build), tx=optax.sgd(0.1)), mesh)
+    batch = aj.shard_batch(jax.ShapeDtypeStruct((8, length), jnp.int32), mesh)
+    step = aj.make_train_step(loss).jitted
+    return Program.of(step.lower(state.replace(base=None), state.base, batch).compile())
+
+
+SCORES = 8 * 4 * 1023 * 1023 * 2  # bytes of those of the layer, in bfloat16
+have = described._installed
+tpu = pytest.mark.skipif(not have("libtpu"), reason="needs libtpu: pip install 'adapters-jax[tpu]'")
+cuda = pytest.mark.skipif(
+    not have("jax-cuda13-plugin"), reason="needs CUDA's compiler: pip install 'adapters-jax[cuda]'"
+)
+
+
+def check_program(device, kernel, parts):
+    dense, auto = (program(device, choice) for choice in ("dense", "auto"))
+    assert not dense.kernels and dense.temporaries > SCORES
+    assert sum(auto.kernels.values()) >= 3 and all(kernel in name for name in auto.kernels)
+    assert auto.temporaries < SCORES / 2
+    packed = program(device, "flash", packed=True)
+    assert packed.kernels and packed.temporaries < SCORES / 2
+    split = program(device + parts, "flash", "data=2,fsdp=2,model=2")
+    assert split.kernels and split.temporaries < SCORES / 8
+    assert not program(device, "auto", length=100).kernels
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_a_tpu_gets_splash_attention():
+    check_program("v5e", "tpu_custom_call", ":2x4")
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_a_gpu_gets_the_attention_of_cudnn():
+    check_program("h100", "fmha", ":8")
