@@ -100,7 +100,7 @@ class PretrainedDecoder:
 
 
 def load_pretrained_decoder(
-    name: str, dtype: str = "float32", quantize: str | None = None
+    name: str, dtype: str = "float32", quantize: str | None = None, attention: str = "auto"
 ) -> PretrainedDecoder:
     """Loads a decoder.
 
@@ -109,6 +109,7 @@ def load_pretrained_decoder(
             Face Hub.
         dtype: the dtype of the weights, float32 or bfloat16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
+        attention: "auto", "dense" or "flash".
 
     Raises:
         UserError: files are absent, the checkpoint's family does not generate, or the blocks of
@@ -136,7 +137,7 @@ def load_pretrained_decoder(
             f"{str(files)!r} has no eos_token that its tokenizer knows, so no completion would "
             f"end; write eos_token into {TOKENIZER_CONFIG}"
         )
-    config, model = family.load(opened or files, param_dtype=dtype)
+    config, model = family.load(opened or files, param_dtype=dtype, attention=attention)
     identity = identity_of(name, config, model)
     if quantize:
         model = quantize_model(model, dtype=quantize)

@@ -77,9 +77,9 @@ class Attend:
         if self.choice == "dense":
             return None, None
         device, auto = _device(), self.choice == "auto"
-        kernel = next((each for each in KERNELS if each.runs_on(device)), None)
+        kernel = _kernel_of(device)
         if kernel is None:
-            return None, None if auto else f"no kernel runs on a {device.device_kind}"
+            return None, None if auto else _none_on(device)
         why = kernel.why_not(problem)
         if why is not None and not auto:
             raise UserError(_sentence(why))
@@ -125,6 +125,20 @@ def attention_function(choice: Choice) -> AttentionFn:
         return choice if isinstance(choice, Attend) else Own(choice)
     check_choice("attention", "attention", choice, CHOICES)
     return Attend(choice)
+
+
+def check_kernel(choice: str) -> None:
+    """Raises `UserError` for "flash" where the default device has no kernel."""
+    if choice == "flash" and _kernel_of(_device()) is None:
+        raise UserError(_sentence(_none_on(_device())))
+
+
+def _kernel_of(device: Any) -> Kernel | None:
+    return next((each for each in KERNELS if each.runs_on(device)), None)
+
+
+def _none_on(device: Any) -> str:
+    return f"no kernel runs on a {device.device_kind}"
 
 
 def _device() -> Any:
