@@ -56,6 +56,7 @@ def planned(model: str, method: str, dtype: str, device: str | None) -> Plan:
         dtype=dtype,
         quantize=None,
         remat=True,
+        attention="auto",
         accelerator=device is not None,
         limit=None,
         say=print,

@@ -10,10 +10,10 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import causal_mask
 from adapters_jax.models.parts.layers import FeedForward, LayerNorm, SelfAttention, Sum, Typed
 
 Hidden = Float[Array, "batch length d"]
@@ -60,7 +60,7 @@ class GPT2Layer(Typed):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: Hidden, mask: Bool[Array, "#batch 1 length length"]) -> Hidden:
+    def __call__(self, x: Hidden, mask: Mask) -> Hidden:
         config, inits = self.config, {"kernel_init": INIT, **self.types}
         norm = partial(LayerNorm, epsilon=config.layer_norm_epsilon, **self.types)
         attention = SelfAttention(config.n_head, name="attention", **inits)
@@ -98,5 +98,5 @@ class GPT2(Typed):
     def hidden(self, input_ids: Int[Array, "batch length"]) -> Hidden:
         """The hidden states after the last norm."""
         layers, length = self.layers if self.scan else self.layer, self.config.n_layer
-        x, mask = self.embeddings(input_ids), causal_mask(input_ids)
+        x, mask = self.embeddings(input_ids), Mask(causal=True)
         return self.norm(run_linen(layers, x, mask, length=length, remat=self.remat))

@@ -239,7 +239,7 @@ def test_attention_fn_is_called_as_flax_calls_it():
         calls.append((query.shape, options))
         return nn.dot_product_attention(query, key, value, **options)
 
-    model = Bert(TINY, attention_fn=attention_fn)
+    model = Bert(TINY, attention=attention_fn)
     hidden = model.apply(tiny_bert(), IDS, jnp.ones_like(IDS))
     np.testing.assert_array_equal(hidden, Bert(TINY).apply(tiny_bert(), IDS, jnp.ones_like(IDS)))
     assert [shape for shape, _ in calls] == [(2, 4, 2, 4)] * TINY.num_hidden_layers

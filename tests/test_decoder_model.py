@@ -84,7 +84,7 @@ def test_attention_fn_gets_rotated_queries_and_few_key_heads():
         calls.append((query, key.shape, value.shape, options))
         return nnx.dot_product_attention(query, key, value, **options)
 
-    model = build(attention_fn=attention_fn)
+    model = build(attention=attention_fn)
     np.testing.assert_allclose(model(IDS), build()(IDS), atol=1e-6)  # flax's sums in another order
     query, *shapes, options = calls[0]
     assert len(calls) == 1

@@ -24,6 +24,7 @@ from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.runs.stopping import StoppedError
 from adapters_jax.data.datasets import load_labelled
+from adapters_jax.errors import UserError
 from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run, run_name
 from adapters_jax.tasks.base import in_row_order
@@ -196,6 +197,12 @@ def test_other_ways_to_train_save_what_predicts(directory, flags):
 
 
 _HOULSBY = ("bfloat16", "houlsby")
+
+
+def test_a_kernel_that_the_device_does_not_have(directory):
+    with command_raises(UserError, "flash", "cpu", "auto"):
+        finetune(directory, "--attention", "flash", "--name", "flash")
+    assert not (directory / "flash").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(directory):

@@ -60,7 +60,7 @@ def by_full_passes(model, prompt):
 
 @pytest.fixture(scope="module")
 def model():
-    return lively(attention_fn=doubled)
+    return lively(attention=doubled)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_stop_token_ends_its_row_and_the_last_one_the_work(expected):
         return doubled(query, key, value, **options)
 
     stop = expected[0][2]
-    made = generate(lively(attention_fn=counted), *LEFT, max_new_tokens=NEW, stop=[19, stop])
+    made = generate(lively(attention=counted), *LEFT, max_new_tokens=NEW, stop=[19, stop])
     lengths = [row.index(stop) if stop in row else NEW for row in expected]
     cut = [row[:n] + [0] * (NEW - n) for row, n in zip(expected, lengths, strict=True)]
     assert made.lengths.tolist() == lengths
@@ -185,7 +185,7 @@ def test_attention_fn_gets_every_slot_of_few_key_heads():
         seen.append((query.shape, key.shape, value.shape, options["mask"].shape))
         return nnx.dot_product_attention(query, key, value, **options)
 
-    model = build(TINY, attention_fn=attention_fn)
+    model = build(TINY, attention=attention_fn)
     jax.eval_shape(lambda: generate(model, *LEFT, max_new_tokens=3))
     slots = (2, 7, 2, 4)
     assert seen[0] == ((2, 4, 4, 4), slots, slots, (2, 1, 4, 7))

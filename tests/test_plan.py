@@ -248,6 +248,7 @@ def test_a_plan_that_cannot_be_made_is_one_line():
         (("--mesh", "data=64"), "--batch-size 8", "--mesh data=64"),
         (("--mesh", "tensor"), "'tensor'", "NAME=SIZE"),
         (("--length", 0), "--length"),
+        (("--attention", "flash"), "--attention flash", "--device"),
         (("--memory", -1), "--memory"),
     ):
         status, _, err = command("--model", "bert-base", *flags)

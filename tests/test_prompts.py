@@ -12,6 +12,7 @@ import adapters_jax as aj
 from adapters_jax.attention import registry
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.models.decoder import LLAMA_7B, Decoder, DecoderConfig
+from adapters_jax.models.parts.attention import attention_function
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]
@@ -131,7 +132,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
         return model
 
     def build(attention_fn):
-        return Decoder(TINY, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+        return Decoder(TINY, attention=attention_fn, rngs=nnx.Rngs(0))
 
     recipe = aj.llama_adapter(K, last=2, num_layers=LAYERS, gate=gate)
     model = open_gates(aj.adapt(build(watched), recipe, rngs=nnx.Rngs(1)))
@@ -149,7 +150,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
     expected = mixed + gates * attend(query, key, value)
     np.testing.assert_allclose(outputs[0], expected.reshape(B, T, D), atol=2e-6)
     assert not hasattr(model.layers[0].attention, "prompt")
-    assert layer.attention_fn is watched
+    assert layer.attention_fn == attention_function(watched)
 
 
 def test_the_prompt_has_no_position_and_hides_behind_no_mask():

@@ -47,6 +47,7 @@ class Job:
         dtype: dtype of the base model and its arithmetic.
         quantize: the quantised dtype of the base; None does not quantise.
         remat: whether layers are recomputed in the backward pass.
+        attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         accelerator: whether the devices are those of `aj.devices`; a CPU compiles for float32.
         limit: the bytes of a device, for the largest batch that fits; None looks for none.
         say: shows a line of progress.
@@ -60,6 +61,7 @@ class Job:
     dtype: str
     quantize: str | None
     remat: bool
+    attention: str
     accelerator: bool
     limit: float | None
     say: Callable[[str], None]
@@ -77,6 +79,7 @@ class Job:
 
     def _state(self, layers: int | None) -> tuple[Any, TrainState]:
         settings: dict[str, Any] = {"scan": self.scans and not layers, "remat": self.remat}
+        settings["attention"] = self.attention
         if self.accelerator:
             dtype = jnp.dtype(self.dtype)
             settings |= {"dtype": dtype, "param_dtype": dtype}

@@ -4,6 +4,7 @@
 - `activations`: what the trace knows of activations; `parts`: of their axes.
 - `following`: what each operation does to that.
 - `heads`: what a prompt needs of an attention that was found.
+- `masks`: which keys a query sees.
 - `registry`: attention modules whose attention function is called, flax's and registered ones.
 """
 

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ BITS |= {"f8e4m3fn": 8, "f8e5m2": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(rf"\b({'|'.join(BITS)})\[([\d,]*)\]")
+_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXHAUSTED = re.compile(
     r"RESOURCE_EXHAUSTED.*required.*?\(([\d.]+[KMGT])\).*available.*?\(([\d.]+[KMGT])\)", re.S
@@ -45,6 +47,8 @@ class Program:
             every body once.
         collectives: bytes of the results of each kind of collective operation, over all rounds of
             the loops.
+        kernels: how many calls there are of each kernel that XLA did not write: `tpu_custom_call`
+            is a Pallas kernel of a TPU, `__cudnn$fmha...` cuDNN's attention.
         compile_seconds: the time that the compiler took.
     """
 
@@ -59,13 +63,15 @@ class Program:
     seconds: float | None = None
     loops: tuple[int, ...] = ()
     collectives: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     compile_seconds: float = field(default=0.0, compare=False)
 
     @classmethod
     def of(cls, compiled: Any, compile_seconds: float = 0.0) -> "Program":
         """The description of a compiled program (`jax.stages.Compiled`)."""
         memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        module = Hlo(compiled.as_text())
+        text = compiled.as_text()
+        module = Hlo(text)
         seconds = costs.get("optimal_seconds", 0.0)
         arguments, outputs, aliased, temporaries, code = parts = (
             memory.argument_size_in_bytes,
@@ -83,6 +89,7 @@ class Program:
             seconds if seconds > 0 else None,
             tuple(sorted(module.loops.values())),
             module.collectives(),
+            dict(Counter(_KERNEL.findall(text))),
             compile_seconds,
         )
 

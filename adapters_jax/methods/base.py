@@ -272,7 +272,8 @@ class Method:
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
             *args: arguments of `attention_fn`: query, key and value first.
-            **kwargs: further arguments of `attention_fn`.
+            **kwargs: further arguments of `attention_fn`; a `mask` may be an array, or rules: a
+                `adapters_jax.attention.masks.Mask`.
         """
         return attention_fn(*args, **kwargs)
 

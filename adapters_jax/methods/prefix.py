@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax import checks
+from adapters_jax.attention.masks import Mask, as_array
 from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
@@ -112,7 +113,7 @@ class PrefixTuning(Prompt):
         key: Float[Array, "... context kv_heads head_dim"],
         value: Float[Array, "... context kv_heads head_dim"],
         bias: Array | None = None,
-        mask: Array | None = None,
+        mask: Mask | Array | None = None,
         **kwargs: Any,
     ) -> Float[Array, "... length heads head_dim"]:
         """The attention's output over the prefix and the context.
@@ -140,12 +141,15 @@ class PrefixTuning(Prompt):
             return jnp.concatenate([front.astype(rows.dtype), rows], axis=-1)
 
         counts = counting(point.path, self.length)
-        if counts is not None and mask is None:
-            mask = jnp.ones((1,) * query.ndim, bool)
-        limits = {
-            "bias": padded(bias, 0.0),
-            "mask": padded(mask, True if counts is None else counts),
-        }
+        if counts is not None:
+            mask = as_array(mask, query, key)
+            mask = jnp.ones((1,) * query.ndim, bool) if mask is None else mask
+        seen: Mask | Array | None = (
+            mask.with_prefix(self.length)
+            if isinstance(mask, Mask)
+            else padded(mask, True if counts is None else counts)
+        )
+        limits = {"bias": padded(bias, 0.0), "mask": seen}
         kwargs |= {name: limit for name, limit in limits.items() if limit is not None}
         key, value = longer(key, leaves["key"]), longer(value, leaves["value"])
         return attention_fn(query, key, value, **kwargs)

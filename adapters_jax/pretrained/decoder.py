@@ -119,7 +119,7 @@ class PretrainedDecoder(DecoderTokenizer):
 
 
 def load_pretrained_decoder(
-    name: str, dtype: str = "float32", quantize: str | None = None
+    name: str, dtype: str = "float32", quantize: str | None = None, attention: str = "auto"
 ) -> PretrainedDecoder:
     """Loads a decoder.
 
@@ -128,6 +128,7 @@ def load_pretrained_decoder(
             Face Hub.
         dtype: the dtype of the weights, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
+        attention: "auto", "dense" or "flash".
 
     Raises:
         UserError: files are absent, the checkpoint's family does not generate, or the blocks of
@@ -139,7 +140,9 @@ def load_pretrained_decoder(
     reader = load_decoder_tokenizer(name)
     files = reader.files
     config, model = reader.family.load(
-        read_gguf(files) if files.suffix == ".gguf" else files, param_dtype=dtype
+        read_gguf(files) if files.suffix == ".gguf" else files,
+        param_dtype=dtype,
+        attention=attention,
     )
     identity = identity_of(name, config, model)
     if quantize:

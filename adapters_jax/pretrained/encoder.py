@@ -49,6 +49,7 @@ class Encoder:
         dtype: the computation dtype.
         sha256: the checksum of the weights' files; it shows an adapter loaded onto another base.
         identity: its identity, as an adapter's manifest stores it.
+        attention: "auto", "dense" or "flash".
     """
 
     architecture: Classifier
@@ -59,6 +60,7 @@ class Encoder:
     dtype: str
     sha256: str
     identity: BaseIdentity
+    attention: str = "auto"
 
     def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
         """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
@@ -66,7 +68,8 @@ class Encoder:
         if dropout is not None:
             names = [field.name for field in dataclasses.fields(config) if "dropout" in field.name]
             config = dataclasses.replace(config, **dict.fromkeys(names, dropout))
-        return self.architecture.build(config, width, self.pooling, dtype=jnp.dtype(self.dtype))
+        options = {"dtype": jnp.dtype(self.dtype), "attention": self.attention}
+        return self.architecture.build(config, width, self.pooling, **options)
 
     def init(self, width: int, key: Any) -> Any:
         """Parameters of `classifier(width)`: the encoder's and a randomly initialised head's."""
@@ -101,7 +104,11 @@ class Encoder:
 
 
 def load_encoder(
-    name: str, pooling: str = "mean", dtype: str = "float32", quantize: str | None = None
+    name: str,
+    pooling: str = "mean",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    attention: str = "auto",
 ) -> Encoder:
     """Loads an encoder.
 
@@ -110,6 +117,7 @@ def load_encoder(
         pooling: mean, cls or pooler.
         dtype: the computation dtype, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
+        attention: "auto", "dense" or "flash".
 
     Raises:
         UserError: files are absent, the checkpoint's family has no classifier, or the blocks of
@@ -130,7 +138,7 @@ def load_encoder(
     tokenizer, sha256 = read_tokenizer(directory), sha256_of(directory)
     identity = identity_of(name, config)
     encoder = Encoder(
-        family.classifier, config, params, tokenizer, pooling, dtype, sha256, identity
+        family.classifier, config, params, tokenizer, pooling, dtype, sha256, identity, attention
     )
     return encoder.quantized(quantize) if quantize else encoder
 

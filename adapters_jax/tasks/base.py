@@ -64,6 +64,7 @@ class Setup:
         dropout: the dropout of an encoder; None is that of the checkpoint.
         dtype: the dtype that the base computes in.
         quantize: the quantised type of the base's weights; None keeps them as they are.
+        attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         max_length: the largest number of tokens in a row; None is the task's default.
         prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
@@ -82,6 +83,7 @@ class Setup:
     dropout: float | None = None
     dtype: str = "float32"
     quantize: str | None = None
+    attention: str = "auto"
     max_length: int | None = None
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True

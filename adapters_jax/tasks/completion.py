@@ -97,7 +97,7 @@ class Completion(Task):
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
         """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
-        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
+        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
         prompts = _prompts(setup, decoder, alone=completion is None)
         length = length_of(setup, decoder)
         pack = setup.pack and not decoder.encodes

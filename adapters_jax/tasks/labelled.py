@@ -88,7 +88,9 @@ class LabelledTexts(Task):
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
-        encoder = load_encoder(setup.model, setup.pooling, setup.dtype, setup.quantize)
+        encoder = load_encoder(
+            setup.model, setup.pooling, setup.dtype, setup.quantize, setup.attention
+        )
         length = setup.max_length or MAX_LENGTH
         rows = {
             part: _encode(encoder, getattr(data, part).texts, part, length, setup)

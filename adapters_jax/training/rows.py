@@ -29,6 +29,11 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
         _MESH.reset(token)
 
 
+def current_mesh() -> Mesh | None:
+    """The mesh on which what is traced now will run, if it is known."""
+    return _MESH.get()
+
+
 def split_rows(x: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
     """Keeps the rows of activations split over a mesh's axes `data` and `fsdp`.
 

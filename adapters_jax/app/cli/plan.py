@@ -50,6 +50,7 @@ class PlanTraining:
         dtype: dtype of the base model and its arithmetic.
         quantize: keep the frozen weights in 8 or 4 bits; needs --device.
         remat: recompute each layer in the backward pass instead of storing it.
+        attention: dense, by a kernel of the device (flash), or whichever is better (auto).
         memory: memory of a device in GB, by default that of --device; also finds the largest batch
             that fits.
         largest: find the largest batch that fits; it compiles several steps.
@@ -72,6 +73,7 @@ class PlanTraining:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantize: Literal["int8", "int4", "nf4"] | None = None
     remat: bool = True
+    attention: Literal["auto", "dense", "flash"] = "auto"
     memory: float | None = None
     largest: bool = True
     full: bool = True
@@ -82,7 +84,7 @@ class PlanTraining:
 
         Raises:
             UserError: the model or the recipe cannot be used, there is no such device, or the base
-                is quantised for the CPU.
+                is quantised for the CPU, or is to use a kernel there.
             ShardingError: the mesh is not valid, or the batch does not split over it.
             MissingPackageError: the compiler of the device is not installed.
         """
@@ -91,6 +93,11 @@ class PlanTraining:
             check_size("the plan", "--batch-size", self.batch_size)
         if self.memory is not None:
             check_number("the plan", "--memory", self.memory)
+        if self.attention == "flash" and self.device is None:
+            raise UserError(
+                "--attention flash: the plan for CPU devices has no kernels; add a device, such as "
+                "--device v5e:1x1"
+            )
         if self.quantize and self.device is None:
             raise UserError(
                 f"--quantize {self.quantize}: the plan for CPU devices is one of floats; add a "
@@ -153,6 +160,7 @@ class PlanTraining:
             self.dtype,
             self.quantize,
             self.remat,
+            self.attention,
             self.device is not None,
             limit,
             console.say,
@@ -189,6 +197,7 @@ class PlanTraining:
                 "length": self.length,
                 "dtype": self.dtype,
                 "quantize": self.quantize,
+                "attention": self.attention,
                 "memory": limit,
                 "plans": {name: result.asked.to_dict() for name, result in results.items()},
                 "costs": {name: result.costs for name, result in results.items()},
@@ -210,6 +219,7 @@ def _costs(result: Planned) -> dict[str, str]:
     rows = {name: formats[name].format(costs[name]) for name in formats if costs.get(name)}
     if costs.get("bytes_accessed"):
         rows["bytes accessed"] = bytes_text(costs["bytes_accessed"] or 0)
+    rows["attention"] = "a kernel's" if program.kernels else "dense"
     rows |= {kind: bytes_text(size) for kind, size in sorted(program.collectives.items())}
     return rows | {"compiled in": duration(program.compile_seconds)}
 

@@ -34,6 +34,8 @@ class Settings:
         pooling: how an encoder's token states become one vector: mean, first token (cls) or pooler.
         dtype: dtype of the model's arithmetic; trained parameters stay float32.
         quantize: keep the frozen weights in 8 or 4 bits, by qwix.
+        attention: dense, by a kernel of a TPU or an NVIDIA GPU (flash), or whichever is better
+            (auto).
         mesh: devices to train on, as data=4,model=2; batches are split over data and fsdp, the base
             model over fsdp and model; by default one device.
         checkpoint_every: number of steps between checkpoints; scoring dev also makes one.
@@ -51,6 +53,7 @@ class Settings:
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "int4", "nf4"] | None = None
+    attention: Literal["auto", "dense", "flash"] = "auto"
     mesh: str | None = None
     checkpoint_every: int = 100
 

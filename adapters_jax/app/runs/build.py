@@ -16,6 +16,7 @@ from adapters_jax.data.overlap import overlaps
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
+from adapters_jax.models.parts.attention import check_kernel
 from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
@@ -25,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
+    check_kernel(options.attention)
     kind = "decoder" if is_decoder(options.model) else "encoder"
     if kind == "decoder" and options.method.method == HEAD_ONLY:
         raise UserError(f"--method {HEAD_ONLY} is for encoders; a decoder has no head for a task")
@@ -47,6 +49,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         dropout=training.dropout,
         dtype=options.dtype,
         quantize=options.quantize,
+        attention=options.attention,
         max_length=options.max_length,
         prompts=options.prompts,
         pack=options.pack,

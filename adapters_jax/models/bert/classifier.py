@@ -18,7 +18,7 @@ class BertClassifier(EncoderClassifier):
         num_labels: the width of the head; 1 for regression.
         pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the layer that
             the architecture's classifier in transformers has before its last one.
-        dtype, param_dtype, attention_fn, remat, scan: as in `Bert`.
+        dtype, param_dtype, attention, remat, scan: as in `Bert`.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.models.bert.config import BertConfig
 from adapters_jax.models.parts.encoder import PooledEncoder
 from adapters_jax.models.parts.functions import dot_product_attention
@@ -88,7 +89,7 @@ class BertLayer(Typed):
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        mask: Bool[Array, "batch 1 1 length"] | None = None,
+        mask: Mask | Bool[Array, "batch 1 1 length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
         """Computes the hidden states after the block."""
@@ -157,5 +158,4 @@ class Bert(PooledEncoder):
         longest = self.config.max_position_embeddings - self.config.first_position
         check_tokens(input_ids, attention_mask, longest)
         x = self.embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        return self.run(x, mask, deterministic)
+        return self.run(x, Mask.of(attention_mask), deterministic)

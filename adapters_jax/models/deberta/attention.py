@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.deberta.config import DebertaConfig
 from adapters_jax.models.parts.functions import dot_product_attention
@@ -64,7 +65,7 @@ class DisentangledAttention(Typed):
         x: Float[Array, "batch length d"],
         relative: Float[Array, "positions d"],
         index: Int[Array, "length length"],
-        mask: Bool[Array, "batch 1 1 length"] | None = None,
+        mask: Mask | Bool[Array, "batch 1 1 length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
         """Mixes, for each position, the values of the positions that `mask` lets it see.
@@ -73,7 +74,7 @@ class DisentangledAttention(Typed):
             x: the hidden states.
             relative: the embeddings of relative positions.
             index: the number of the embedding for each query and key.
-            mask: True for the keys that are seen.
+            mask: a `Mask`, or True for the keys that are seen.
             deterministic: True turns dropout off.
         """
         c, heads = self.config, self.config.num_attention_heads

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.errors import UserError
 from adapters_jax.models.deberta.attention import DisentangledAttention, relative_positions
 from adapters_jax.models.deberta.config import DebertaConfig
@@ -77,7 +78,7 @@ class DebertaLayer(Typed):
         x: Float[Array, "batch length d"],
         relative: Float[Array, "positions d"],
         index: Int[Array, "length length"],
-        mask: Bool[Array, "batch 1 1 length"] | None = None,
+        mask: Mask | Bool[Array, "batch 1 1 length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
         """Computes the hidden states after the block; see `DisentangledAttention`."""
@@ -119,8 +120,8 @@ class Convolution(Typed):
 class Deberta(PooledEncoder):
     """The encoder, without a head; its arguments are those of `TransformerEncoder`.
 
-    `attention_fn` also gets the scores of the relative positions as `bias`. A model with a
-    convolution after its first block cannot scan its blocks.
+    Its attention has the scores of the relative positions as a bias, so it is dense always. A model
+    with a convolution after its first block cannot scan its blocks.
 
     Example:
         >>> import jax
@@ -174,13 +175,12 @@ class Deberta(PooledEncoder):
         c = self.config
         check_tokens(input_ids, attention_mask, c.max_position_embeddings)
         seen = None if attention_mask is None else (attention_mask != 0)[:, :, None]
-        mask = None if seen is None else seen[:, None, None, :, 0]
         embedded = self.embeddings(input_ids, token_type_ids, position_ids, seen, deterministic)
         relative = self.relative(jnp.arange(2 * c.span))
         if c.norm_rel_ebd == "layer_norm":
             relative = self.relative_norm(relative)
         index = jnp.asarray(relative_positions(input_ids.shape[1], c))
-        rest = relative, index, mask, deterministic
+        rest = relative, index, Mask.of(attention_mask), deterministic
         if not c.conv_kernel_size:
             return self.run(embedded, *rest)
         first = self.run(embedded, *rest, some=slice(1))

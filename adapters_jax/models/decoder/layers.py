@@ -9,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.decoder.config import DecoderConfig
 from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
@@ -18,7 +19,7 @@ from adapters_jax.models.parts.rotary import Rotation, rotate
 from adapters_jax.training.rows import split_rows
 
 Hidden = Float[Array, "batch length d"]
-Mask = Bool[Array, "#batch 1 length keys"]
+Seen = Mask | Bool[Array, "#batch 1 length keys"]
 Linear = Callable[..., nnx.Linear]
 
 
@@ -103,7 +104,7 @@ class DecoderAttention(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Hidden, mask: Mask, rotation: Rotation | None, cache: LayerCache | None = None
+        self, x: Hidden, mask: Seen, rotation: Rotation | None, cache: LayerCache | None = None
     ) -> Hidden:
         """Mixes, for each position, the values of the positions that `mask` lets it see."""
         query, key = (self._heads(name, x) for name in ("query", "key"))
@@ -209,7 +210,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_sum = DecoderSum()
 
     def __call__(
-        self, x: Hidden, mask: Mask, rotation: Rotation | None, cache: LayerCache | None = None
+        self, x: Hidden, mask: Seen, rotation: Rotation | None, cache: LayerCache | None = None
     ) -> Hidden:
         """Computes the hidden states after the block."""
         y = self.attention(self.attention_norm(x) if self.before else x, mask, rotation, cache)

@@ -7,7 +7,7 @@ Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `
 others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.models.decoder.config import DecoderConfig, LayerKind
 from adapters_jax.models.decoder.experts import DecoderExperts
-from adapters_jax.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm
+from adapters_jax.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm, Seen
+from adapters_jax.models.parts.attention import Choice, attention_function
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
-from adapters_jax.models.parts.functions import (
-    capped,
-    causal_mask,
-    dot_product_attention,
-    token_positions,
-)
+from adapters_jax.models.parts.functions import capped, token_positions
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import Rotation, rotation
 from adapters_jax.training.rows import split_rows
@@ -40,7 +37,8 @@ class Decoder(nnx.Module):
         config: the model's shape.
         dtype: the computation dtype; None means that of inputs and parameters together.
         param_dtype: the dtype of the parameters.
-        attention_fn: the attention function of every layer; see `DecoderAttention`.
+        attention: "auto", "dense" or "flash", or the attention function of every layer; see
+            `attention_function` and `DecoderAttention`.
         remat: True recomputes each block in the backward pass instead of storing its activations;
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether `layers` is one block, with leaves stacked on their first axis, instead of a
@@ -48,7 +46,7 @@ class Decoder(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `remat` is not a policy.
+        UserError: `attention` or `remat` is none of the choices.
 
     Example:
         >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
@@ -65,12 +63,13 @@ class Decoder(nnx.Module):
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        attention_fn: Callable[..., Array] = dot_product_attention,
+        attention: Choice = "auto",
         remat: bool | str = False,
         scan: bool = False,
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
+        attention_fn = attention_function(attention)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         linear: Callable[..., nnx.Linear] = partial(nnx.Linear, kernel_init=init, **types)
@@ -143,11 +142,8 @@ class Decoder(nnx.Module):
         check_tokens(input_ids, attention_mask, self.longest)
         if positions is None:
             positions = token_positions(input_ids, attention_mask, segments)
-        mask = causal_mask(input_ids, attention_mask)
-        if segments is not None:
-            mask &= segments[:, None, :, None] == segments[:, None, None, :]
-        at = jnp.arange(input_ids.shape[1])[None]
-        contexts = self._contexts(mask, positions, at, at, input_ids.shape[1])
+        length = input_ids.shape[1]
+        contexts = self._contexts(self._masks(attention_mask, segments, length), positions, length)
         x = self._embed(input_ids, positions)
         return self.norm(run_nnx(self.layers, x, contexts, self._kinds, remat=self.remat))
 
@@ -175,24 +171,29 @@ class Decoder(nnx.Module):
         """The number of each layer's kind among the distinct ones."""
         return tuple(map(self._distinct.index, self.config.layer_kinds))
 
-    def _contexts(
+    def _masks(
         self,
-        mask: Bool[Array, "#batch 1 length keys"],
-        positions: Int[Array, "#batch length"],
-        at: Int[Array, "#batch length"],
-        keys_at: Int[Array, "#batch keys"],
-        longest: int,
-    ) -> list[tuple[Bool[Array, "#batch 1 length keys"], Rotation | None]]:
+        attention_mask: Num[Array, "batch length"] | None,
+        segments: Int[Array, "batch length"] | None,
+        length: int,
+    ) -> list[Seen]:
+        """The mask of each kind of layer, without a cache."""
+        windows = [kind.window for kind in self._distinct]
+        masks = [Mask.of(attention_mask, segments, causal=True, window=each) for each in windows]
+        if self.scan and len(set(windows)) > 1:  # one program for all, which reads its own array
+            return [mask.dense(length, length) for mask in masks]
+        return [*masks]
+
+    def _contexts(
+        self, masks: Sequence[Seen], positions: Int[Array, "#batch length"], longest: int
+    ) -> list[tuple[Seen, Rotation | None]]:
         """The mask and the rotation of each kind of layer.
 
         Args:
-            mask: what a token sees without windows.
+            masks: the masks.
             positions: those of the rotation.
-            at: those of the tokens from which windows count.
-            keys_at: those of what they see.
             longest: the length of the text, see `RopeScaling.frequencies`.
         """
-        back = at[:, None, :, None] - keys_at[:, None, None, :]
 
         def turned(kind: LayerKind) -> Rotation | None:
             if self.config.learned_positions:
@@ -200,10 +201,7 @@ class Decoder(nnx.Module):
             rotated = self.config.rotated
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
 
-        return [
-            (mask if kind.window is None else mask & (back < kind.window), turned(kind))
-            for kind in self._distinct
-        ]
+        return [(mask, turned(kind)) for mask, kind in zip(masks, self._distinct, strict=True)]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
@@ -231,8 +229,11 @@ class Decoder(nnx.Module):
         check_tokens(input_ids, attention_mask)
         start = cache.used
         cache, positions, mask = cache.reserve(attention_mask)
-        slots = cache.held.shape[1]
-        contexts = self._contexts(mask, positions, positions, cache.positions, slots)
+        back = positions[:, None, :, None] - cache.positions[:, None, None, :]
+        masks = [
+            mask if kind.window is None else mask & (back < kind.window) for kind in self._distinct
+        ]
+        contexts = self._contexts(masks, positions, cache.held.shape[1])
 
         def step(x: Array, layer: Any, context: Any, key: Array, value: Array) -> tuple[Array, ...]:
             memory = LayerCache(key, value, start)

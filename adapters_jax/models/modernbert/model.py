@@ -13,10 +13,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.errors import UserError
 from adapters_jax.models.modernbert.config import ModernBertConfig
+from adapters_jax.models.parts.attention import attention_function
 from adapters_jax.models.parts.encoder import EncoderClassifier, TransformerEncoder, mean_pool
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, gated
 from adapters_jax.models.parts.layers import (
@@ -89,7 +91,7 @@ class ModernBertLayer(_Configured):
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        masks: tuple[Bool[Array, "#batch 1 #length length"] | None, Bool[Array, "..."]],
+        masks: tuple[Mask, Mask],
         positions: Int[Array, "#batch length"],
         deterministic: bool = True,
     ) -> Float[Array, "batch length d"]:
@@ -150,8 +152,9 @@ class ModernBert(TransformerEncoder):
             )
         rest = {"config": self.config, **self.types}
         self.embeddings = ModernBertEmbeddings(**rest)
+        attend = attention_function(self.attention)
         self.layer = [
-            ModernBertLayer(number=i, attention_fn=self.attention_fn, **rest)
+            ModernBertLayer(number=i, attention_fn=attend, **rest)
             for i in range(self.config.num_hidden_layers)
         ]
         c = self.config
@@ -176,11 +179,10 @@ class ModernBert(TransformerEncoder):
             deterministic: True turns dropout off; False needs an rng named `dropout`.
         """
         check_tokens(input_ids, attention_mask, self.config.max_position_embeddings)
-        each = jnp.arange(input_ids.shape[1])
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        near = jnp.abs(each[:, None] - each) <= self.config.local_attention // 2
-        masks = mask, near[None, None] if mask is None else near & mask
-        positions = each[None] if position_ids is None else position_ids
+        window = self.config.local_attention // 2 + 1
+        masks = Mask.of(attention_mask), Mask.of(attention_mask, window=window)
+        each = jnp.arange(input_ids.shape[1])[None]
+        positions = each if position_ids is None else position_ids
         x = self.embeddings(input_ids, deterministic)
         return self.final_norm(self.run(x, masks, positions, deterministic))
 

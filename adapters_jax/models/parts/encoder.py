@@ -18,8 +18,9 @@ from adapters_jax.errors import UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.family import Classifier, Family
+from adapters_jax.models.parts.attention import Choice, attention_function
 from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention
+from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import Output, Typed
 
 
@@ -58,20 +59,21 @@ class TransformerEncoder(Typed):
         config: the model's shape.
         dtype: the computation dtype; None means that of inputs and parameters together.
         param_dtype: the dtype of the parameters.
-        attention_fn: called as flax's attention modules call theirs, with query, key and value of
-            shape `(batch, length, heads, head_dim)`.
+        attention: "auto", "dense" or "flash", or a function that is called as flax's attention
+            modules call theirs, with query, key and value of shape
+            `(batch, length, heads, head_dim)`; see `attention_function`.
         remat: True recomputes each block in the backward pass instead of storing its activations;
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
             instead of `layer_0`, `layer_1`, ...
 
     Raises:
-        UserError: `remat` is not a policy, or `scan` is True and the blocks differ. It is raised at
-            the first call.
+        UserError: `attention` or `remat` is none of the choices, or `scan` is True and the blocks
+            differ. It is raised at the first call.
     """
 
     config: Any
-    attention_fn: Callable[..., Array] = dot_product_attention
+    attention: Choice = "auto"
     remat: bool | str = False
     scan: bool = False
 
@@ -80,7 +82,7 @@ class TransformerEncoder(Typed):
     @nn.nowrap
     def make_layers(self) -> None:
         """Makes the blocks, as `layers` or `layer_0`, `layer_1`, ..."""
-        rest = {"attention_fn": self.attention_fn, **self.types}
+        rest = {"attention_fn": attention_function(self.attention), **self.types}
         make = partial(type(self).block, self.config, **rest)
         if self.scan:
             self.layers = make()
@@ -130,13 +132,13 @@ class EncoderClassifier(Typed):
         num_labels: the width of the head; 1 for regression.
         pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the layers that
             the architecture's classifier in transformers has before its last one.
-        dtype, param_dtype, attention_fn, remat, scan: as in `TransformerEncoder`.
+        dtype, param_dtype, attention, remat, scan: as in `TransformerEncoder`.
     """
 
     config: Any
     num_labels: int
     pooling: str = "mean"
-    attention_fn: Callable[..., Array] = dot_product_attention
+    attention: Choice = "auto"
     remat: bool | str = False
     scan: bool = False
 
@@ -151,7 +153,7 @@ class EncoderClassifier(Typed):
             raise UserError(f"num_labels must be at least 1, got {self.num_labels}.")
         encoder = type(self).encoder(
             self.config,
-            attention_fn=self.attention_fn,
+            attention=self.attention,
             remat=self.remat,
             scan=self.scan,
             **self.types,

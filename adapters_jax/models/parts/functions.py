@@ -20,6 +20,8 @@ from flax.typing import Dtype
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
+from adapters_jax.attention.masks import Mask, as_array
+
 Activation = Callable[[Array], Array]
 
 
@@ -159,7 +161,7 @@ def dot_product_attention(
     value: Float[Array, "*batch keys kv_heads width"],
     *,
     bias: Float[Array, "*#batch #heads #length keys"] | None = None,
-    mask: Bool[Array, "*#batch #heads #length keys"] | None = None,
+    mask: Mask | Bool[Array, "*#batch #heads #length keys"] | None = None,
     dropout_rng: PRNGKeyArray | None = None,
     dropout_rate: float = 0.0,
     broadcast_dropout: bool = False,
@@ -175,7 +177,7 @@ def dot_product_attention(
         key: the keys.
         value: the values, with as many heads as the keys.
         bias: added to the scores, which are products divided by the root of the width.
-        mask: True where a query sees a key.
+        mask: a `Mask`, or True where a query sees a key.
         dropout_rng: the random key of the dropout.
         dropout_rate: the dropout rate of the attention weights.
         broadcast_dropout: whether all heads and sequences drop the same weights.
@@ -196,6 +198,7 @@ def dot_product_attention(
     scores = capped(scores, softcap)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
+    mask = as_array(mask, query, key)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
@@ -216,20 +219,6 @@ def capped(x: Float[Array, "*batch"], bound: float | None) -> Float[Array, "*bat
         [0.0, 2.0]
     """
     return x if bound is None else bound * jnp.tanh(x / bound)
-
-
-def causal_mask(
-    input_ids: Int[Array, "batch length"], attention_mask: Num[Array, "batch length"] | None = None
-) -> Bool[Array, "#batch 1 length length"]:
-    """The keys (last axis) that each query sees: itself and those before it, without padding.
-
-    Example:
-        >>> causal_mask(jnp.array([[5, 6]]), jnp.array([[0, 1]])).astype(int).tolist()
-        [[[[0, 0], [0, 1]]]]
-    """
-    length = input_ids.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, None, :]
 
 
 def token_positions(

@@ -9,6 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
@@ -127,7 +128,7 @@ class SelfAttention(Typed):
     def __call__(
         self,
         x: Float[Array, "batch length d"],
-        mask: Bool[Array, "#batch 1 #length length"] | None = None,
+        mask: Mask | Bool[Array, "#batch 1 #length length"] | None = None,
         deterministic: bool = True,
         rotation: Rotation | None = None,
     ) -> Float[Array, "batch length d"]:

@@ -68,7 +68,7 @@ def load_t5(
         mesh: the devices that get the parameters, each when it is read; see
             `adapters_jax.layout`. None means the default device.
         rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
-        options: `dtype`, `param_dtype`, `attention_fn`, `remat` and `scan` of `T5`.
+        options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
 
     Returns:
         The configuration, and the model with the parameters of the checkpoint.

@@ -7,6 +7,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.decoder.layers import DecoderSum, RMSNorm
 from adapters_jax.models.parts.cache import LayerCache
@@ -15,7 +16,7 @@ from adapters_jax.models.t5.config import T5Config
 
 Hidden = Float[Array, "batch length d"]
 Heads = Float[Array, "batch length heads d_kv"]
-Mask = Bool[Array, "#batch 1 #length keys"]
+Seen = Mask | Bool[Array, "#batch 1 #length keys"]
 Bias = Float[Array, "#batch heads length keys"]
 Source = Hidden | tuple[Heads, Heads]
 Linear = Callable[[int, int, float], nnx.Linear]  # inputs, outputs, standard deviation
@@ -46,7 +47,7 @@ class T5Attention(nnx.Module):
     def __call__(
         self,
         x: Hidden,
-        mask: Mask | None,
+        mask: Seen | None,
         bias: Bias | None = None,
         source: Source | None = None,
         cache: LayerCache | None = None,
@@ -137,10 +138,10 @@ class T5Layer(nnx.Module):
     def __call__(
         self,
         x: Hidden,
-        mask: Mask | None,
+        mask: Seen | None,
         bias: Bias,
         source: Source | None = None,
-        seen: Mask | None = None,
+        seen: Seen | None = None,
         cache: LayerCache | None = None,
     ) -> Hidden:
         """Computes the hidden states after the block.

@@ -14,13 +14,14 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from adapters_jax.attention.masks import Mask
 from adapters_jax.models.decoder.layers import RMSNorm
+from adapters_jax.models.parts.attention import Choice, attention_function
 from adapters_jax.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
 from adapters_jax.models.parts.cache import Cache, LayerCache
-from adapters_jax.models.parts.functions import causal_mask, dot_product_attention
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.t5.config import T5Config
-from adapters_jax.models.t5.layers import Bias, Hidden, Mask, T5Layer
+from adapters_jax.models.t5.layers import Bias, Hidden, Seen, T5Layer
 from adapters_jax.models.t5.positions import relative_buckets
 
 Ids = Int[Array, "batch length"]
@@ -89,7 +90,7 @@ class T5Stack(nnx.Module):
         self.norm = norm(rngs=rngs)
 
     def __call__(
-        self, x: Hidden, mask: Mask | None, source: Hidden | None = None, seen: Mask | None = None
+        self, x: Hidden, mask: Seen | None, source: Hidden | None = None, seen: Seen | None = None
     ) -> Hidden:
         """Computes the hidden states after the last norm; see `T5Layer`."""
         at = jnp.arange(x.shape[1])[None]
@@ -151,7 +152,9 @@ class T5(nnx.Module):
         config: the model's shape.
         dtype: the computation dtype; None means that of inputs and parameters together.
         param_dtype: the dtype of the parameters.
-        attention_fn: the attention function of every layer; see `T5Attention`.
+        attention: "auto" or "dense", or the attention function of every layer; see
+            `attention_function` and `T5Attention`. Kernels have no biases of positions, so "auto"
+            takes one in cross-attention alone.
         remat: True recomputes each block in the backward pass instead of storing its activations;
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the `layers` of encoder and decoder are one block each, with leaves stacked on
@@ -159,7 +162,7 @@ class T5(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `remat` is not a policy.
+        UserError: `attention` or `remat` is none of the choices.
 
     Example:
         >>> config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
@@ -175,7 +178,7 @@ class T5(nnx.Module):
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        attention_fn: Callable[..., Array] = dot_product_attention,
+        attention: Choice = "auto",
         remat: bool | str = False,
         scan: bool = False,
         rngs: nnx.Rngs,
@@ -189,6 +192,7 @@ class T5(nnx.Module):
         self.embeddings = nnx.Embed(
             config.vocab_size, config.d_model, embedding_init=init, rngs=rngs, **types
         )
+        attention_fn = attention_function(attention)
         options: tuple[Any, ...] = attention_fn, remat, scan, dtype, param_dtype, rngs
         self.encoder = T5Stack(config, config.num_layers, False, *options)
         self.decoder = T5Stack(config, config.decoder_layers, True, *options)
@@ -261,7 +265,7 @@ class T5(nnx.Module):
     ) -> Float[Array, "batch length d"]:
         """Computes the encoder's hidden states after its last norm; see `hidden`."""
         check_tokens(input_ids, attention_mask)
-        return self.encoder(self.embeddings(input_ids), _keys(attention_mask))
+        return self.encoder(self.embeddings(input_ids), Mask.of(attention_mask))
 
     def decode(
         self,
@@ -272,9 +276,9 @@ class T5(nnx.Module):
     ) -> Float[Array, "batch written d"]:
         """Computes the decoder's hidden states; `encoded` is from `encode`, see `hidden`."""
         check_tokens(decoder_input_ids, decoder_attention_mask)
-        mask = causal_mask(decoder_input_ids, decoder_attention_mask)
+        mask = Mask.of(decoder_attention_mask, causal=True)
         x = self.embeddings(decoder_input_ids)
-        return self.decoder(x, mask, encoded, _keys(attention_mask))
+        return self.decoder(x, mask, encoded, Mask.of(attention_mask))
 
     def read_prompts(
         self, input_ids: Ids, attention_mask: Num[Array, "batch length"], slots: int
@@ -317,11 +321,6 @@ class T5(nnx.Module):
         """
         check_tokens(input_ids, attention_mask)
         return self.decoder.extend(self.embeddings(input_ids), attention_mask, cache)
-
-
-def _keys(attention_mask: Num[Array, "batch length"] | None) -> Mask | None:
-    """The mask by which every query sees all tokens but the padding."""
-    return None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
 
 
 def abstract_t5(config: T5Config, **options: Any) -> T5:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax.errors import UserError
+from adapters_jax.models.parts.attention import Choice
 from adapters_jax.models.parts.encoder import TransformerEncoder
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.layers import FeedForward, LayerNorm, SelfAttention, Sum, Typed
@@ -166,12 +167,12 @@ class VitClassifier(Typed):
     Args:
         config: the encoder's shape.
         num_labels: the width of the head.
-        dtype, param_dtype, attention_fn, remat, scan: as in `TransformerEncoder`.
+        dtype, param_dtype, attention, remat, scan: as in `TransformerEncoder`.
     """
 
     config: VitConfig
     num_labels: int
-    attention_fn: Callable[..., Array] = dot_product_attention
+    attention: Choice = "auto"
     remat: bool | str = False
     scan: bool = False
 
@@ -182,7 +183,7 @@ class VitClassifier(Typed):
         """Computes float32 logits; the arguments are those of `Vit`."""
         vit = Vit(
             self.config,
-            attention_fn=self.attention_fn,
+            attention=self.attention,
             remat=self.remat,
             scan=self.scan,
             name="vit",
