@@ -136,7 +136,10 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(
-        state: TrainState, base: Tree, batch: Batch, active: Bool[Array, " states"] | None
+        state: TrainState,
+        base: Tree,
+        batch: Batch,
+        active: Bool[Array, " states"] | None = None,
     ) -> tuple[TrainState, Metrics]:
         several = isinstance(state.tx, Optimizers)
         each = jax.vmap(measured, (0, None, 0)) if several else measured
