@@ -207,6 +207,9 @@ def test_changes_of_the_bank_compile_nothing(caplog):
     run = jax.jit(lambda p, x, rows: case.bank.model.apply({"params": p}, x, adapters=rows))
     bank = case.bank.put("a", adapters[0])
     run(bank.params, ids(), bank.rows(["a", None, "a", None]))
+    jax.clear_caches()  # also of what other tests compiled
+    bank = Case("linen", "mlp", aj.LoRA("**/up", rank=4)).bank.put("a", adapters[0])
+    run(bank.params, ids(), bank.rows(["a", None, "a", None]))
     with jax.log_compiles(), caplog.at_level("WARNING"):
         bank = bank.put("b", adapters[1]).drop("a").put("c", adapters[2])
         bank = bank.put("b", adapters[0], replace=True)

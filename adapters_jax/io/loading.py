@@ -36,8 +36,7 @@ from adapters_jax.io.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.io.manifest import Manifest
 from adapters_jax.io.model_state import state_by_path, with_state
 from adapters_jax.io.tensors import TensorFile
-from adapters_jax.linen import Adapted, init_adapters
-from adapters_jax.linen.adapted import shapes_of
+from adapters_jax.linen import Adapted, init_adapters, shapes_of
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe, checked_before
 from adapters_jax.training.state import checked_collections

@@ -6,9 +6,10 @@
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points, seen, shapes_of
+from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.linen.modules import Bottleneck, LoRADense
+from adapters_jax.linen.points import seen, shapes_of
 from adapters_jax.linen.weights import reads_of, run_abstractly
 
 __all__ = [

@@ -100,10 +100,10 @@ class Bank:
                 f"Bank: {type(model).__name__} has no adapters; call aj.adapt(model, recipe) first"
             )
         whole = {path: nn.meta.unbox(leaf) for path, leaf in whole.items()}
-        idle = neutral(self.recipe, whole)
-        stacked = {p: jnp.broadcast_to(x, (capacity + 1, *x.shape)) for p, x in idle.items()}
-        self._stacked = _written(stacked, idle, _BASE)  # so that `put` compiles nothing
-        prompts = filter(is_prompt, owners_of(self.recipe, list(idle)))
+        self._idle = neutral(self.recipe, whole)
+        stacked = {p: jnp.broadcast_to(x, (capacity + 1, *x.shape)) for p, x in self._idle.items()}
+        self._stacked = _written(stacked, self._idle, _BASE)  # so that `put` compiles nothing
+        prompts = filter(is_prompt, owners_of(self.recipe, list(self._idle)))
         self._lengths = {each.path: np.zeros(capacity + 1, np.int32) for each in prompts}
 
     def __repr__(self) -> str:
@@ -154,15 +154,11 @@ class Bank:
         if isinstance(adapter, TrainState):
             adapter = adapter.recipe, adapter.trained
         recipe, flat = adapter_leaves(adapter, "Bank.put")
-        room = {
-            path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for path, x in self._stacked.items()
-        }
-        made = fitted(f"Bank.put({name!r})", recipe, flat, self.recipe, room)
-        idle = {path: x[_BASE] for path, x in self._stacked.items() if path not in made.leaves}
+        made = fitted(f"Bank.put({name!r})", recipe, flat, self.recipe, self._idle)
         lengths = {path: x.copy() for path, x in self._lengths.items()}
         for path, counts in lengths.items():
             counts[place] = made.lengths.get(path, 0)
-        stacked = _written(self._stacked, {**idle, **made.leaves}, place)
+        stacked = _written(self._stacked, {**self._idle, **made.leaves}, place)
         return self._with({**self._places, name: place}, _stacked=stacked, _lengths=lengths)
 
     def drop(self, name: str) -> Self:

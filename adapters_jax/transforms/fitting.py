@@ -99,7 +99,7 @@ def fitted(
         lacking = [path for path in paths.values() if path not in flat]
         if lacking:
             raise MismatchError(f"{caller}: the adapter lacks {', '.join(lacking)}")
-        leaves = {n: flat[path] for n, path in paths.items()}
+        leaves = {n: np.asarray(flat[path]) for n, path in paths.items()}  # compiles nothing
         size = owner.method.size(leaves)
         most = mine.method.size({n: room[path] for n, path in paths.items()})
         if is_prompt(owner):
@@ -158,7 +158,6 @@ def _padded(
     caller: str, path: str, leaf: Any, room: Any, size: int | None, most: int | None
 ) -> np.ndarray:
     """A leaf with zeros behind its entries on the one axis that is a size of its method."""
-    leaf = np.asarray(leaf)
     pairs = list(zip(leaf.shape, room.shape, strict=False))
     known = [own == other or (own, other) == (size, most) for own, other in pairs]
     if leaf.ndim != len(room.shape) or not all(known):

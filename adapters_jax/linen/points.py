@@ -1,0 +1,160 @@
+"""Where the methods of a recipe attach in a linen model: from abstract runs of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.errors import FlaxError
+from jaxtyping import PRNGKeyArray
+
+from adapters_jax.abstract import Inputs, explained, is_array
+from adapters_jax.attached import (
+    Attached,
+    check_nested,
+    check_reached,
+    check_targets,
+    chosen,
+    on_outputs,
+    taken,
+)
+from adapters_jax.errors import RecipeError
+from adapters_jax.linen.interceptor import Interceptor
+from adapters_jax.linen.weights import leaf_methods, reads_of
+from adapters_jax.methods import Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
+from adapters_jax.trees import (
+    Tree,
+    flatten,
+    numbered_paths,
+    unflatten,
+)
+from adapters_jax.weights.lazy import Tracked
+from adapters_jax.weights.reach import reaching
+
+
+def points_of(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree = None
+) -> tuple[list[Attached], Tree]:
+    """Finds where a recipe's methods attach in a base; see `points`.
+
+    Args:
+        base: the base.
+        recipe: the recipe.
+        inputs: example inputs.
+        params: the base's parameters, abstract, if they are known, which may save a run.
+    """
+    interceptor, like, own, reads = _runs(base, recipe, inputs, params)
+    params = flatten(like)
+    changed: dict[Method, list[Attached]] = {}
+    if reads:
+        shapes = {path: tuple(x.shape) for path, x in own.items()}
+        changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
+    found = [each for several in changed.values() for each in several]
+    for _, point in interceptor.visited.values():
+        found += on_outputs(recipe, point)
+    called = {path: module for path, (module, _) in interceptor.visited.items()}
+    points = {path: point for path, (_, point) in interceptor.visited.items()}
+    modules = {**interceptor.uncalled, **called}
+    layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
+    check_targets(recipe, found, modules, points, reads, own, {}, layers)
+    check_reached(found, interceptor.reached)
+    check_nested(found)
+    numbered = numbered_paths(like)
+    for each in found:
+        if each.method.acts_on == "leaf":
+            start = join(each.module, each.method.slot)
+            if any(path == start or path.startswith(f"{start}/") for path in own):
+                raise taken(each.module, each.method)
+            if join(each.module, each.point.weight) in numbered:
+                raise RecipeError(
+                    f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, a "
+                    "number in a list of an NNX module, since a tree of parameters has no names "
+                    "beside numbers; keep the weights in an nnx.Dict, or exclude it: "
+                    f"'!{each.point.path}'"
+                )
+            for name, leaf in each.method.leaves(each.point).items():
+                params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    return found, unflatten(params, like)
+
+
+def _runs(
+    base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
+) -> tuple[Interceptor, Tree, dict[str, Any], dict[str, Tracked]]:
+    """What abstract runs of a base show: modules, all leaves, its own, and reads of weights."""
+    changing = leaf_methods(recipe)
+    if params is not None and len(changing) == len(recipe.attached):
+        own = flatten(params)
+        try:
+            with explained(base, inputs):
+                reads, interceptor = reads_of(base, {"params": params}, inputs)
+        except FlaxError:
+            reads = {}  # these are not its parameters: another run shows what its are
+        if reads and all(path in reads and reads[path].reads for path in own):
+            return interceptor, params, own, _weights(reads, own)
+    interceptor, variables = seen(base, recipe, inputs)
+    tree = variables.get("params", {})
+    whole = flatten(tree)
+    owners = {path: owner for path in whole if (owner := recipe.owner(path))}
+    for owner in owners.values():
+        if owner.method.acts_on == "leaf":  # none of them is there yet
+            raise taken(owner.module, owner.method)
+    own = {path: x for path, x in whole.items() if path not in owners}
+    if not changing:
+        return interceptor, tree, own, {}
+    with explained(base, inputs):
+        reads, _ = reads_of(base, {**variables, "params": unflatten(own, tree)}, inputs)
+    return interceptor, tree, own, _weights(reads, own)
+
+
+def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
+    """The reads of leaves with two axes or more."""
+    return {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
+
+
+def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many layer axes the leaves of each module are stacked on, by what its code saw."""
+    found = {}
+    for path, (_, point) in interceptor.visited.items():
+        for name, inside in point.own.items():
+            outside = shapes.get(join(path, name), inside)
+            found[path] = max(len(outside) - len(inside), 0)
+    return found
+
+
+def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple[Interceptor, Tree]:
+    """Runs a model abstractly.
+
+    Args:
+        base: the model.
+        recipe: a recipe, whose methods on outputs and attention run.
+        inputs: example inputs.
+        at: the path of the model in a larger one.
+
+    Returns:
+        The interceptor that saw every module, and all variables.
+    """
+    interceptors: list[Interceptor] = []
+
+    def run(module: nn.Module) -> Any:
+        interceptors.append(Interceptor(recipe, module, init=True, at=at))
+        with nn.intercept_methods(interceptors[-1]):
+            return inputs.zeros().call(module)
+
+    def init(key: PRNGKeyArray) -> tuple[list[Any], Tree]:
+        y, variables = nn.Module.init_with_output(base, key, method=run)
+        return [x for x in jax.tree.leaves(y) if is_array(x)], nn.meta.unbox(variables)
+
+    with explained(base, inputs):
+        traced, (y, variables) = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
+    (interceptor,) = interceptors
+    counted = [i < len(y) for i in range(len(traced.jaxpr.outvars))]
+    interceptor.reached = reaching(traced.jaxpr, counted).names
+    return interceptor, variables
+
+
+def shapes_of(params: Tree) -> Tree:
+    """A tree as shapes and dtypes, without the boxes of partitioned parameters."""
+    return jax.eval_shape(nn.meta.unbox, params)
