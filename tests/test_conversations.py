@@ -114,6 +114,12 @@ def test_the_tokens_are_those_of_the_whole_text():
     assert chat.end == chat.decoder.tokenizer.token_to_id("</s>")
 
 
+def test_the_space_before_an_answer_does_not_count():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    chat = encoder(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert encoded(chat, said("a", " b ")) == ["user: a</s>assistant: [ b </s>]"]
+
+
 def test_labels_are_the_next_tokens_that_count():
     row = sequence([Marked([5, 6, 7], [True, True, False]), Marked([8, 9], [False, True])])
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9]
@@ -345,6 +351,8 @@ def test_a_run_learns_conversations_and_talks(monkeypatch, capsys):
 
 def test_what_a_decoder_cannot_learn():
     write_llama(Path("tiny"), num_hidden_layers=1, chat_template=None)
+    with raises(UserError, "'tiny'", "chat template"):
+        load_decoder_tokenizer("tiny").render(said("a"))
     write_talks(rows=40)
     with command_raises(UserError, "'tiny'", "chat template", "--task completion"):
         assert main(["finetune", "--model", "tiny", "--train", "talks.jsonl"]) == 2

@@ -14,8 +14,9 @@ def shared_rows(train: Texts, held_out: Texts) -> list[int]:
         >>> shared_rows([("A film", None), ("b", "c")], [("a  FILM", None), ("b", "d")])
         [0]
     """
-    known = {key_of(*texts) for texts in train}
-    return [i for i, texts in enumerate(held_out) if key_of(*texts) in known]
+    keys = [key_of(*texts) for texts in held_out]
+    found = {key_of(*texts) for texts in train}.intersection(keys)
+    return [i for i, key in enumerate(keys) if key in found]
 
 
 def overlaps(data: TaskData) -> list[str]:
@@ -27,11 +28,11 @@ def overlaps(data: TaskData) -> list[str]:
         >>> overlaps(TaskData("letters", tables["ab"], tables["cd"], tables["bc"], ()))
         ['1 of 2 rows of test are in train as well, so the score on test is too good']
     """
-    parts = {"dev": data.dev, "test": data.test}
-    counts = {part: len(shared_rows(data.train.texts, rows.texts)) for part, rows in parts.items()}
-    return [
-        f"{count} of {len(parts[part])} rows of {part} are in train as well, so the score on "
-        f"{part} is too good"
-        for part, count in counts.items()
-        if count
-    ]
+    train, found = data.train.texts, []
+    for part, rows in (("dev", data.dev), ("test", data.test)):
+        if count := len(shared_rows(train, rows.texts)):
+            found.append(
+                f"{count} of {len(rows)} rows of {part} are in train as well, so the score on "
+                f"{part} is too good"
+            )
+    return found

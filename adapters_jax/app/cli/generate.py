@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -79,6 +79,10 @@ class Generate:
         config = read_run(run, "generate")[1]
         if self.chat:
             turns, talker = self._turns(), load_generator(run.path)
+            if talker.decoder.chat_template is None:
+                raise UserError(
+                    f"--chat: the base of {self.run} has no chat template; use --prompt"
+                )
             return lambda: self._talk(talker, turns, console)
         prompts = self._read(config.get("prompt"))
         generator = load_generator(run.path)
@@ -94,7 +98,17 @@ class Generate:
             raise DataError("--chat reads turns from --prompt or stdin; leave out --file, --column")
         if self.prompt and self.prompt != ("-",):
             return self._texts(self.prompt)
-        return (line.rstrip("\n") for line in sys.stdin)
+        return self._lines()
+
+    def _lines(self) -> Iterator[str]:
+        """The lines of stdin as they come; a terminal shows where to write."""
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            yield line.rstrip("\n")
 
     def _talk(self, generator: Generator, turns: Iterable[str], console: Console) -> None:
         """Answers turn by turn; a blank line of stdin is no turn."""
