@@ -205,7 +205,7 @@ def test_no_turn_is_cut_in_half():
         chat.encode(conversations(row))
     short = Conversation(said("", "b"))
     found = encoder(length=size(first) - 1).encode(conversations(row, short))
-    assert (len(found.examples), found.left_out) == (1, 1)
+    assert (len(found.examples), found.left_out, found.cut) == (1, 1, 0)
 
 
 # Rows
