@@ -227,10 +227,11 @@ def written(*rows, name="rows.jsonl"):
             {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"},
             {"from": "gpt", "value": "d", "weight": None}]},
         {"system": "s", "messages": said("a", "b", "c", "d")},
+        {"system": "s", "messages": said("a", "b", "c", "d", system="s")},
         {"messages": json.dumps(said("a", "b", "c", "d", system="s"))},
         {"system": "s", "prompt": said("a", "b", "c"), "completion": said("a", "d")[1:]},
     ],
-    ids=["messages", "ShareGPT", "system", "JSON", "prompt"],
+    ids=["messages", "ShareGPT", "system", "both", "JSON", "prompt"],
 )  # fmt: skip
 def test_layouts_of_conversations(row):
     (found,) = written(row).rows
@@ -271,6 +272,7 @@ def test_tools_and_their_calls_stay():
         ({"messages": "[1"}, ["not JSON"]),
         ({"messages": ["Hello"]}, ["a role and a content"]),
         ({"messages": said("a", "b"), "tools": {"a": 1}}, ["tools", "dict"]),
+        ({"messages": said("a", "b", system="s"), "system": "t"}, ["two system prompts"]),
         ({"instruction": "i", "output": " "}, ["message 2 of assistant is empty"]),
     ],
 )  # fmt: skip
