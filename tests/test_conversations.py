@@ -142,6 +142,28 @@ def test_a_template_that_changes_earlier_turns_makes_a_row_for_each_answer():
     assert encoded(chat, said("a", "so|b")) == ["<user>a</s>\n<bot>[so|b</s>]\n"]
 
 
+def test_rows_of_single_answers_are_no_longer_than_the_longest():
+    row = Conversation(said("a", "t" * 30 + "|b", "c", "d"))
+    chat = encoder(FORGETFUL, length=30)
+    found = chat.encode(conversations(row))
+    assert [shown(chat, example) for example in found.examples] == [
+        "<user>a</s>\n<bot>b</s>\n<user>c</s>\n<bot>[d</s>]\n"
+    ]
+    assert (found.split, found.cut, found.left_out) == (1, 1, 0)
+
+
+def test_an_answer_may_have_several_marked_parts_or_none():
+    part = "{% generation %}{{ part }}{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    template += "{% for part in m.content.split('|') if part != '-' %}({{ loop.index }}" + part
+    template += "){% endfor %}{% endif %}</s>{% endfor %}"
+    talk = said("a", "b|c", "d", "-", "e", "f")
+    expected = "a</s>(1[b])(2[c])</s>d</s></s>e</s>(1[f])</s>"
+    assert encoded(encoder(template), talk) == [expected]
+    last = encoded(encoder(template, learnt="last"), talk[:2])
+    assert last == ["a</s>(1[b])(2[c])</s>"]
+
+
 def test_a_reply_that_begins_otherwise_is_counted():
     chat = encoder(CHAT.replace("<bot>\n{% endif", "<bot>\n<think>{% endif"))
     found = chat.encode(
