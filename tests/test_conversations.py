@@ -114,6 +114,12 @@ def test_the_tokens_are_those_of_the_whole_text():
     assert chat.end == chat.decoder.tokenizer.token_to_id("</s>")
 
 
+def test_the_space_before_an_answer_does_not_count():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    chat = encoder(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert encoded(chat, said("a", " b ")) == ["user: a</s>assistant: [ b </s>]"]
+
+
 def test_labels_are_the_next_tokens_that_count():
     row = sequence([Marked([5, 6, 7], [True, True, False]), Marked([8, 9], [False, True])])
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9]
@@ -134,6 +140,28 @@ def test_a_template_that_changes_earlier_turns_makes_a_row_for_each_answer():
         "<user>a</s>\n<bot>b</s>\n<user>c</s>\n<bot>[hm|d</s>]\n"
     ]
     assert encoded(chat, said("a", "so|b")) == ["<user>a</s>\n<bot>[so|b</s>]\n"]
+
+
+def test_rows_of_single_answers_are_no_longer_than_the_longest():
+    row = Conversation(said("a", "t" * 30 + "|b", "c", "d"))
+    chat = encoder(FORGETFUL, length=30)
+    found = chat.encode(conversations(row))
+    assert [shown(chat, example) for example in found.examples] == [
+        "<user>a</s>\n<bot>b</s>\n<user>c</s>\n<bot>[d</s>]\n"
+    ]
+    assert (found.split, found.cut, found.left_out) == (1, 1, 0)
+
+
+def test_an_answer_may_have_several_marked_parts_or_none():
+    part = "{% generation %}{{ part }}{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    template += "{% for part in m.content.split('|') if part != '-' %}({{ loop.index }}" + part
+    template += "){% endfor %}{% endif %}</s>{% endfor %}"
+    talk = said("a", "b|c", "d", "-", "e", "f")
+    expected = "a</s>(1[b])(2[c])</s>d</s></s>e</s>(1[f])</s>"
+    assert encoded(encoder(template), talk) == [expected]
+    last = encoded(encoder(template, learnt="last"), talk[:2])
+    assert last == ["a</s>(1[b])(2[c])</s>"]
 
 
 def test_a_reply_that_begins_otherwise_is_counted():
@@ -199,7 +227,7 @@ def test_no_turn_is_cut_in_half():
         chat.encode(conversations(row))
     short = Conversation(said("", "b"))
     found = encoder(length=size(first) - 1).encode(conversations(row, short))
-    assert (len(found.examples), found.left_out) == (1, 1)
+    assert (len(found.examples), found.left_out, found.cut) == (1, 1, 0)
 
 
 # Rows
@@ -221,10 +249,11 @@ def written(*rows, name="rows.jsonl"):
             {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"},
             {"from": "gpt", "value": "d", "weight": None}]},
         {"system": "s", "messages": said("a", "b", "c", "d")},
+        {"system": "s", "messages": said("a", "b", "c", "d", system="s")},
         {"messages": json.dumps(said("a", "b", "c", "d", system="s"))},
         {"system": "s", "prompt": said("a", "b", "c"), "completion": said("a", "d")[1:]},
     ],
-    ids=["messages", "ShareGPT", "system", "JSON", "prompt"],
+    ids=["messages", "ShareGPT", "system", "both", "JSON", "prompt"],
 )  # fmt: skip
 def test_layouts_of_conversations(row):
     (found,) = written(row).rows
@@ -265,6 +294,7 @@ def test_tools_and_their_calls_stay():
         ({"messages": "[1"}, ["not JSON"]),
         ({"messages": ["Hello"]}, ["a role and a content"]),
         ({"messages": said("a", "b"), "tools": {"a": 1}}, ["tools", "dict"]),
+        ({"messages": said("a", "b", system="s"), "system": "t"}, ["two system prompts"]),
         ({"instruction": "i", "output": " "}, ["message 2 of assistant is empty"]),
     ],
 )  # fmt: skip
@@ -345,6 +375,8 @@ def test_a_run_learns_conversations_and_talks(monkeypatch, capsys):
 
 def test_what_a_decoder_cannot_learn():
     write_llama(Path("tiny"), num_hidden_layers=1, chat_template=None)
+    with raises(UserError, "'tiny'", "chat template"):
+        load_decoder_tokenizer("tiny").render(said("a"))
     write_talks(rows=40)
     with command_raises(UserError, "'tiny'", "chat template", "--task completion"):
         assert main(["finetune", "--model", "tiny", "--train", "talks.jsonl"]) == 2

@@ -12,6 +12,10 @@ from adapters_jax.app.cli.main import main
 from adapters_jax.data.files import DataError
 from adapters_jax.data.summary import Lengths, summarize
 from adapters_jax.errors import UserError
+from adapters_jax.pretrained.assets import cached
+from adapters_jax.pretrained.decoder import load_decoder_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +156,18 @@ def test_finetune_warns_of_rows_shared_with_train(capsys):
     err = capsys.readouterr().err
     assert "warning: 1 of 2 rows of dev are in train" in err
     assert "warning: 20 of 20 rows of test are in train" in err
+
+
+@pytest.mark.slow
+def test_gsm8k_as_smollm2_sees_it(data):
+    if cached("smollm2-135m") is None or not SHARED.exists():
+        pytest.skip("SmolLM2 or GSM8K is absent")
+    file = SHARED / "gsm8k" / "test.jsonl"
+    flags = "--model smollm2-135m --prompt question --completion answer --max-length 256 --json"
+    (found,) = data(f"{file} {flags}")
+    encode = load_decoder_tokenizer("smollm2-135m").tokenizer.encode_batch
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = encode([row["answer"] for row in rows], add_special_tokens=False)
+    assert (found["rows"], found["layout"], found["duplicates"]) == (1319, None, 0)
+    assert found["tokens"]["learnt"] == sum(len(each.ids) + 1 for each in answers)
+    assert 0 < found["tokens"]["longer"] < 1319

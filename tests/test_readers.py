@@ -273,6 +273,12 @@ def test_a_second_column_of_one_name():
     assert read_rows("a.csv", label=None).texts == [("a", None)]
 
 
+def test_a_nested_value_is_no_text():
+    write("a.jsonl", '{"text": "a", "label": 1}\n{"text": {"de": "b"}, "label": 1}')
+    with raises(DataError, "a.jsonl", "no text or label: line 2;", "line 2 has a dict"):
+        read_rows("a.jsonl")
+
+
 # Layouts
 
 

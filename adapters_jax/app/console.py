@@ -185,10 +185,19 @@ def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"{duration(seconds)} left"
 
 
-def stdin_lines() -> Iterator[str]:
-    """The lines of stdin as they come; raises UserError where one is not UTF-8."""
+def stdin_lines(mark: str = "") -> Iterator[str]:
+    """The lines of stdin as they come; raises UserError where one is not UTF-8.
+
+    Args:
+        mark: what a terminal shows where a line is expected.
+    """
     try:
-        for line in sys.stdin:
+        while True:
+            if mark and sys.stdin.isatty():
+                print(mark, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError("stdin is not UTF-8; give texts in UTF-8") from error

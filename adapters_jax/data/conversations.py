@@ -154,8 +154,11 @@ def _conversation(
         return "a message is not an object with a role and a content"
     messages = [_message(message) for message in messages]
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    if isinstance(system, str) and system.strip():
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0]["content"] != system:
+            return "its column system and its first message are two system prompts"
     return problem_of(messages) or Conversation(messages, tools)
 
 

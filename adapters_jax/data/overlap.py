@@ -14,8 +14,9 @@ def shared_rows(train: Texts, held_out: Texts) -> list[int]:
         >>> shared_rows([("A film", None), ("b", "c")], [("a  FILM", None), ("b", "d")])
         [0]
     """
-    known = {key_of(*texts) for texts in train}
-    return [i for i, texts in enumerate(held_out) if key_of(*texts) in known]
+    keys = [key_of(*texts) for texts in held_out]
+    found = {key_of(*texts) for texts in train}.intersection(keys)
+    return [i for i, key in enumerate(keys) if key in found]
 
 
 def overlaps(data: TaskData) -> list[str]:

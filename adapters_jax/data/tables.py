@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -125,9 +125,18 @@ def choose_columns(
     lines = [line for line, _ in records]
     blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
     if blank:
+        nested = next(
+            (
+                f"; {place(line)} has a {type(fields[i]).__name__}, expected a text or a number"
+                for line, fields in records
+                for i in columns
+                if isinstance(fields[i], list | Mapping)
+            ),
+            "",
+        )
         raise DataError(
             f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: {places(blank)}; "
-            "fill them in or remove them"
+            f"fill them in or remove them{nested}"
         )
     return cells, lines
 

@@ -70,6 +70,8 @@ class DecoderTokenizer:
 
     def chat(self, content: str) -> str:
         """Renders a user's message by the chat template, up to where the answer begins."""
+        if self.chat_template is None:
+            raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
         return self.render([{"role": "user", "content": content}])[0]
 
     def render(
@@ -78,9 +80,16 @@ class DecoderTokenizer:
         reply: bool = True,
         tools: Sequence[Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Renders messages by the chat template, as `chat.render_marked` does."""
+        """Renders messages by the chat template, as `chat.render_marked` does.
+
+        Raises:
+            UserError: there is no chat template, or no message.
+            ChatTemplateError: the template rejects the messages.
+        """
         if self.chat_template is None:
-            raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
+            raise UserError(
+                f"{str(self.files)!r} has no chat template, so it reads prompts, not conversations"
+            )
         return chat.render_marked(
             self.chat_template, messages, reply=reply, tools=tools, **self.special_tokens
         )

@@ -117,8 +117,7 @@ class ConversationTask(Task):
         """See `Task.usage`."""
         asked = "A question of your own."
         words = ["adapters-jax", "generate", run, "--chat", "--prompt", asked]
-        messages = [{"role": "user", "content": asked}]
-        return Usage.of(words, "load_generator", run, model, f"reply({messages!r})")
+        return Usage.of(words, "load_generator", run, model, f"generate([{asked!r}])")
 
 
 def check_chats(decoder: DecoderTokenizer, model: str) -> None:

@@ -40,20 +40,13 @@ class Answer(NamedTuple):
 
     Attributes:
         text: the text up to the answer's end and what the template writes after it.
-        start: the first character of the answer.
-        end: the character after its last one.
+        spans: the first character and the end of each part of the answer, most often one.
         as_begun: whether it continues the beginning that the template gives a reply.
     """
 
     text: str
-    start: int
-    end: int
+    spans: list[tuple[int, int]]
     as_begun: bool = True
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Its first character and its end."""
-        return self.start, self.end
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Encoded:
     Attributes:
         examples: the rows, most often one for each conversation.
         cut: the number of conversations that lost their last turns.
-        left_out: the number of those whose first answer is too long.
+        left_out: the number of those without an answer that is short enough to learn.
         split: the number of those with a row for each answer.
         begun_otherwise: the number of answers that do not begin as the template begins a reply.
     """
@@ -100,11 +93,12 @@ class ChatEncoder:
         for row, line in zip(rows.rows, rows.lines, strict=True):
             answers = self._answers(row, rows.path, line)
             kept = self._fitting(answers)
-            own = self._marked(kept) if kept else []
+            own = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
             examples += own
-            counts["left_out"] += not kept
-            counts["cut"] += 0 < len(kept) < len(answers)
-            counts["split"] += len(own) > 1
+            counts["left_out"] += not own
+            split = self._is_split(kept)
+            counts["cut"] += bool(own) and len(own if split else kept) < len(answers)
+            counts["split"] += split
             counts["begun_otherwise"] += sum(not answer.as_begun for answer in kept)
         if not examples:
             raise DataError(
@@ -131,19 +125,25 @@ class ChatEncoder:
             answers = answers[:-1]
         return answers
 
+    def _is_split(self, answers: Sequence[Answer]) -> bool:
+        """Whether each answer needs a row, since the template changes earlier ones."""
+        whole = answers[-1].text if answers else ""
+        consistent = all(whole.startswith(answer.text) for answer in answers)
+        return self.learnt == "assistant" and not consistent
+
     def _marked(self, answers: Sequence[Answer]) -> list[Marked]:
-        """The rows of the answers that are kept."""
+        """The rows of the answers that are kept; of those with a row each, some may be too long."""
         whole = answers[-1].text
+        if self._is_split(answers):
+            rows = [self.mark(answer.text, answer.spans) for answer in answers]
+            return [row for row in rows if len(row.ids) <= self.max_length]
         if self.learnt == "all":
             return [self.mark(whole, [(0, len(whole))])]
-        if self.learnt == "last":
-            answers = answers[-1:]
-        if all(whole.startswith(answer.text) for answer in answers):
-            return [self.mark(whole, [answer.span for answer in answers])]
-        return [self.mark(answer.text, [answer.span]) for answer in answers]
+        counted = answers[-1:] if self.learnt == "last" else answers
+        return [self.mark(whole, [span for answer in counted for span in answer.spans])]
 
     def answers(self, row: Conversation) -> list[Answer]:
-        """Where each answer of a conversation is.
+        """Where each answer of a conversation is; what follows the last one is left out.
 
         Raises:
             ChatTemplateError: the template rejects the conversation, or it changes what is before
@@ -153,9 +153,10 @@ class ChatEncoder:
 
     def _answer(self, row: Conversation, position: int) -> Answer:
         text, marked = self.decoder.render(row.messages[: position + 1], False, row.tools)
-        if marked:
-            return Answer(text, *marked[-1])
         before = row.messages[:position]
+        if marked:
+            earlier = self.decoder.render(before, False, row.tools)[1]
+            return Answer(text, marked[len(earlier) :])
         begun = self.decoder.render(before, True, row.tools)[0]
         start = len(begun) if text.startswith(begun) else _common(text, begun)
         if start < len(begun):
@@ -167,7 +168,7 @@ class ChatEncoder:
                     "{% generation %} and {% endgeneration %} in the template"
                 )
         end = start + len(self._ended(text[start:]))
-        return Answer(text, start, end, start == len(begun))
+        return Answer(text, [(start, end)], start == len(begun))
 
     def _ended(self, answer: str) -> str:
         """An answer without the white space after its end token, which a model does not write."""
@@ -207,6 +208,6 @@ class ChatEncoder:
         """The token that ends an answer in the template; None if there is none."""
         chat = Conversation([{"role": r, "content": "x"} for r in ("user", "assistant")])
         (answer,) = self.answers(chat)
-        ids = self._encode(answer.text[: answer.end]).ids
+        ids = self._encode(answer.text[: max(end for _, end in answer.spans)]).ids
         last = self._tokenizer.id_to_token(ids[-1])
         return ids[-1] if last in self._special else None

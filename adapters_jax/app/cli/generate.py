@@ -78,6 +78,10 @@ class Generate:
         config = read_run(run, "generate")[1]
         if self.chat:
             turns, talker = self._turns(), load_generator(run.path)
+            if talker.decoder.chat_template is None:
+                raise UserError(
+                    f"--chat: the base of {self.run} has no chat template; use --prompt"
+                )
             return lambda: self._talk(talker, turns, console)
         prompts = self._read(config.get("prompt"))
         generator = load_generator(run.path)
@@ -93,7 +97,7 @@ class Generate:
             raise DataError("--chat reads turns from --prompt or stdin; leave out --file, --column")
         if self.prompt and self.prompt != ("-",):
             return self._texts(self.prompt)
-        return stdin_lines()
+        return stdin_lines("> ")
 
     def _talk(self, generator: Generator, turns: Iterable[str], console: Console) -> None:
         """Answers turn by turn; a blank line of stdin is no turn."""
