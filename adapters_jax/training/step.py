@@ -25,7 +25,7 @@ Batch = Any
 Metrics = dict[str, Array]
 LossFn = Callable[[Any, Batch, PRNGKeyArray], Any]
 
-_OWN_METRICS = {"loss", "grad_norm", "finite"}
+_OWN_METRICS = {"loss", "grad_norm", "finite", "loss_scale"}
 
 
 def make_train_step(
@@ -48,7 +48,9 @@ def make_train_step(
         `step(state, batch) -> (state, metrics)`. The metrics are those of the loss function,
         "loss", "grad_norm" (global, before the optimiser), and "finite": 0.0 where loss or gradient
         was not finite; then only the step's number changes: adapters, optimiser state, collections,
-        and an NNX model's statistics and dropout counters are those before the step.
+        and an NNX model's statistics and dropout counters are those before the step. If the state
+        has a loss scale, it changes as well, and "loss_scale" is the one that the step used; "loss"
+        and "grad_norm" are without it.
         The given state cannot be used again: all of it but the base is donated.
 
     Raises:
@@ -106,27 +108,32 @@ def make_train_step(
             )
         return loss, (metrics, _after(whole, other))
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-    def one(state: TrainState, base: Tree, other: Any, batch: Batch, key: PRNGKeyArray):
-        (loss, (metrics, other)), grads = gradient(state.adapters, base, state, other, batch, key)
-        return other, (grads, {**metrics, "loss": loss})
+    def one(state: TrainState, base: Tree, changed: Any, batch: Batch, key: PRNGKeyArray):
+        other, scale = changed
+        arguments = (state.adapters, base, state, other, batch, key)
+        if scale is None:
+            gradient = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, (metrics, other)), grads = gradient(*arguments)
+        else:
+            gradient = scale.value_and_grad(loss_of, has_aux=True)
+            scale, _, (loss, (metrics, other)), grads = gradient(*arguments)
+        return (other, scale), (grads, {**metrics, "loss": loss})
 
     def gradients(state: TrainState, base: Tree, batch: Batch):
-        key = jax.random.fold_in(state.key, state.step)
+        key, changed = jax.random.fold_in(state.key, state.step), (state.other, state.loss_scale)
         if accumulate == 1:
-            return one(state, base, state.other, batch, key)
+            return one(state, base, changed, batch, key)
         parts = jax.tree.map(functools.partial(_split, accumulate), batch)
         keys = jax.random.split(key, accumulate)
-        other, stacked = jax.lax.scan(
-            lambda other, part: one(state, base, other, *part), state.other, (parts, keys)
+        changed, stacked = jax.lax.scan(
+            lambda changed, part: one(state, base, changed, *part), changed, (parts, keys)
         )
-        return other, jax.tree.map(lambda x: x.mean(0), stacked)
+        return changed, jax.tree.map(lambda x: x.mean(0), stacked)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         with on_mesh(state.mesh):
-            other, (grads, metrics) = gradients(state, base, batch)
+            (other, scale), (grads, metrics) = gradients(state, base, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         adapters, opt_state, other = jax.lax.cond(
@@ -134,9 +141,10 @@ def make_train_step(
             lambda: (*_updated(state.tx, grads, state.adapters, state.opt_state), other),
             lambda: (state.adapters, state.opt_state, state.other),
         )
-        state = replace(
-            state, step=state.step + 1, adapters=adapters, opt_state=opt_state, other=other
-        )
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
+        changed = {"adapters": adapters, "opt_state": opt_state, "other": other}
+        state = replace(state, step=state.step + 1, loss_scale=scale, **changed)
         state = _laid_out(state)
         return state, {**metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
 
