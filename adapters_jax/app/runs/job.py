@@ -83,7 +83,7 @@ class Job:
         except CheckpointError as error:
             raise StoppedError(f"{error}; {self._again}") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise StoppedError(f"{error}; make room, and {self._again}") from error
         finally:
