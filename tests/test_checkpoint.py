@@ -305,11 +305,39 @@ def test_a_save_without_room_on_the_disk_fails_and_the_others_are_intact(tmp_pat
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "lock", "lock.pid"]
         assert bits(checkpoints.restore(new_state("linen")).state) == after[1]
         checkpoints.save(3, new_state("linen"))
         checkpoints.wait()
         assert checkpoints.steps == [2, 3]
+
+
+def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    saved(tmp_path, [None, None])
+    size = sum(x.nbytes for x in jax.tree.leaves(new_state("linen").checkpointed))
+    with Checkpoints(tmp_path) as checkpoints:
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+        with raises(CheckpointError, tmp_path, f"{size - 1:,}", f"{size:,}", "1, 2"):
+            checkpoints.save(3, new_state("linen"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+        checkpoints.save(3, new_state("linen"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_a_directory_is_of_one_process_at_a_time(tmp_path):
+    code = "import sys; from adapters_jax.io.checkpoint import Checkpoints;"
+    code += "found = Checkpoints(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes)
+    assert holder.stdout.readline() == b"\n"
+    with raises(CheckpointError, tmp_path, f"process {holder.pid};"):
+        Checkpoints(tmp_path)
+    holder.kill()
+    holder.communicate()
+    with Checkpoints(tmp_path), raises(CheckpointError, tmp_path, f"{os.getpid()}, which is this"):
+        Checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

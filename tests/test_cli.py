@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
-from adapters_jax.app.cli.main import COMMANDS, main
+from adapters_jax.app.cli.main import COMMANDS, _unraisable, main
 from adapters_jax.app.options.parsing import UsageError
 from adapters_jax.data.readers import DataError
 from adapters_jax.distributed.mesh import ShardingError
@@ -314,6 +315,17 @@ def test_rows_that_are_in_two_parts_are_counted(command):
     for words in ("1 of 2 dev rows are also in train", "3 of 3 test rows are also in train"):
         assert words in err
     assert "2 of 3 test rows are also in dev" in err
+
+
+@pytest.mark.parametrize(("text", "shown"), [("Event loop is closed", False), ("other", True)])
+def test_writes_after_a_failed_one_are_silent(capsys, monkeypatch, text, shown):
+    class Write:
+        def __del__(self):  # nobody can catch what is raised here
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(sys, "unraisablehook", _unraisable)
+    Write()
+    assert (text in capsys.readouterr().err) == shown
 
 
 def test_no_text_on_stdin_is_one_line(fails, monkeypatch):

@@ -285,5 +285,6 @@ def _shard_state(
         step=_everywhere(state.step, mesh),
         key=_everywhere(state.key, mesh),
         other=_everywhere(state.other, mesh),
+        loss_scale=_everywhere(state.loss_scale, mesh),
     )
     return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.checkpointed)))

@@ -8,9 +8,11 @@ SHA-256 checksums of its files, so that a damaged checkpoint is detected and the
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock
 from jax.experimental import multihost_utils
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, file_errors
 from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
+from adapters_jax.io.lock import lock_directory, unlock_directory
 from adapters_jax.recipe import as_compared
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, leaves_by_path, path_of
@@ -74,6 +78,7 @@ class Checkpoints:
     Raises:
         UserError: `keep` is not a whole number of at least 2.
         FileSystemError: the directory cannot be made or written.
+        CheckpointError: another `Checkpoints`, of any process, has the directory open.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax, tempfile
@@ -97,6 +102,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # takes a second
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+        self._lock: FileLock | None = None
         check_size("Checkpoints", "keep", keep)
         if keep < 2:
             raise UserError(
@@ -106,6 +112,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with file_errors(self.directory, "used for checkpoints"):
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_directory(self.directory, CheckpointError)
                 self._clean()
                 self._rename_damaged()
         if jax.process_count() > 1:
@@ -164,8 +171,9 @@ class Checkpoints:
 
         Raises:
             UserError: `progress` of the save before this one held an array with axes.
-            CheckpointError: the save before this one failed; earlier checkpoints are intact. A
-                failure of this save is raised by the next `save`, `wait`, `restore` or `close`.
+            CheckpointError: the disk has no room, or the save before this one failed; earlier
+                checkpoints are intact. A failure of this save is raised by the next `save`, `wait`,
+                `restore` or `close`.
         """
         self.wait()
         leaves, structure = jax.tree.flatten(_kept(state, best))
@@ -175,6 +183,7 @@ class Checkpoints:
             leaves[i] = copied
         kept = jax.tree.unflatten(structure, leaves)
         self._identity = self._identity or _identity(state)
+        self._require_room(sum(x.nbytes for x in leaves))
         self._pending = self._thread.submit(self._write, step, kept, score, progress)
 
     def wait(self) -> None:
@@ -216,6 +225,15 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {step} is not saved: {self.directory} has a checkpoint of step "
                 f"{max(self.steps)}; restore that one, or give another directory"
+            )
+
+    def _require_room(self, size: int) -> None:
+        """Raises CheckpointError if the disk has less room; orbax fails in many threads at once."""
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            raise CheckpointError(
+                f"{self.directory} has room for {free:,} bytes, and a checkpoint has {size:,}: "
+                f"{os.strerror(errno.ENOSPC)}; {self._intact()}"
             )
 
     def _intact(self) -> str:
@@ -279,6 +297,9 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._manager.close()
+            if self._lock is not None:
+                unlock_directory(self.directory, self._lock)
+                self._lock = None
 
     def __enter__(self) -> Checkpoints:
         return self

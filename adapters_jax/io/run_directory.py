@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -12,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors
 from adapters_jax.io import hub
 from adapters_jax.io.adapter import FILES
 from adapters_jax.io.atomic import write_file
+from adapters_jax.io.lock import lock_directory, unlock_directory
 from adapters_jax.io.manifest import CONFIG
 from adapters_jax.io.untrusted import read_json
 
@@ -110,29 +110,15 @@ class Run:
     def lock(self) -> FileLock:
         """Locks the run for this process, until the process ends or calls `unlock`.
 
-        The operating system releases the lock of a process that is killed. `lock.pid` has the
-        number of the process, for the message to others.
-
         Raises:
             RunError: another process has locked it.
             FileSystemError: the directory cannot be written.
         """
-        lock, holder = FileLock(self.path / "lock", blocking=False), self.path / "lock.pid"
-        with file_errors(self.path / "lock", "taken"):
-            try:
-                lock.acquire()
-            except Timeout:
-                raise RunError(
-                    f"{self.path} is being worked on by {_process(holder)}; wait for it, or stop it"
-                ) from None
-        write_file(holder, str(os.getpid()).encode())
-        return lock
+        return lock_directory(self.path, RunError)
 
     def unlock(self, lock: FileLock) -> None:
         """Releases the lock."""
-        (self.path / "lock.pid").unlink(missing_ok=True)
-        (self.path / "lock").unlink(missing_ok=True)  # while locked: nobody else can hold it
-        lock.release()
+        unlock_directory(self.path, lock)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes the configuration; an old one is replaced."""
@@ -186,14 +172,6 @@ def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) 
             f"{run.config} is not the configuration of a run of format {FORMAT}"
             + (f": it has no good {', '.join(wrong)}" if wrong else "")
         )
-
-
-def _process(holder: Path) -> str:
-    """The process in a file `lock.pid`, for a message."""
-    try:
-        return f"process {holder.read_text()}"
-    except FileNotFoundError:
-        return "a process that has just begun or just ended"
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Run:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import core, nnx, struct
 from flax import linen as nn
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
@@ -40,6 +41,8 @@ class TrainState:
         recipe: says what trains.
         graphdef: NNX: the model's structure.
         dtypes: the model's own dtypes of the leaves of `adapters`, in their order.
+        loss_scale: what the loss is multiplied by while its gradient is computed, so that small
+            gradients stay in float16's range; None does not scale.
         layout: the shardings of the leaves of `checkpointed`, which steps keep; None on one device.
     """
 
@@ -49,6 +52,7 @@ class TrainState:
     opt_state: optax.OptState
     key: PRNGKeyArray
     other: Any = None
+    loss_scale: DynamicScale | None = None
     tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
@@ -64,6 +68,7 @@ class TrainState:
         collections: Mapping[str, Tree] | None = None,
         tx: optax.GradientTransformation,
         key: PRNGKeyArray,
+        loss_scale: DynamicScale | None = None,
     ) -> "TrainState":
         """A state before the first step.
 
@@ -76,6 +81,9 @@ class TrainState:
             tx: the optimiser; it sees only the trained part, so plain optax is enough, also with
                 clipping or accumulation around it. `freeze_base` is for groups.
             key: seeds the steps' randomness.
+            loss_scale: for a model that computes in float16, a `DynamicScale()` of
+                `flax.training.dynamic_scale`: the scale is halved, and the step changes nothing
+                else, where a gradient overflows; after 2000 steps without, it is doubled.
 
         Returns:
             A state whose trained leaves and collections are copies, since steps donate them; the
@@ -86,7 +94,7 @@ class TrainState:
             TypeError: the model has no adapters, params are missing, or params or collections are
                 given to an NNX model.
             UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
-                no optimiser, or `key` no random key.
+                no optimiser, `key` no random key, or `loss_scale` no `DynamicScale`.
             MismatchError: the params have adapters of another rank, or of another recipe.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
@@ -130,6 +138,7 @@ class TrainState:
             opt_state=jax.tree.map(jnp.copy, tx.init(adapters)),
             key=jnp.copy(key),
             other=other,
+            loss_scale=_own_scale(loss_scale),
             tx=tx,
             recipe=recipe,
             graphdef=graphdef,
@@ -144,7 +153,7 @@ class TrainState:
     @property
     def checkpointed(self) -> dict[str, Any]:
         """All that a step changes or needs beside the base, which is what a checkpoint holds."""
-        names = ("step", "adapters", "opt_state", "key", "other")
+        names = ("step", "adapters", "opt_state", "key", "other", "loss_scale")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -232,6 +241,21 @@ def _check_key(key: Any) -> None:
         raise UserError(
             f"TrainState.create: key={shown(key)}, expected a random key; write jax.random.key(0)"
         )
+
+
+def _own_scale(loss_scale: Any) -> DynamicScale | None:
+    """The loss scale as arrays of its own, in the dtypes that steps return."""
+    if loss_scale is None:
+        return None
+    if not isinstance(loss_scale, DynamicScale):
+        raise UserError(
+            f"TrainState.create: loss_scale={shown(loss_scale)}, expected None or "
+            "flax.training.dynamic_scale.DynamicScale()"
+        )
+    return loss_scale.replace(
+        scale=jnp.array(loss_scale.scale, jnp.float32),
+        fin_steps=jnp.array(loss_scale.fin_steps, jnp.int32),
+    )
 
 
 def _check_trained(recipe: Recipe, adapters: Tree) -> None:

@@ -20,14 +20,14 @@ from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
 from adapters_jax.training.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
-from adapters_jax.training.together import Optimizers, check_step
+from adapters_jax.training.together import Optimizers, check_step, picked
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
 Batch = Any
 Metrics = dict[str, Array]
 LossFn = Callable[[Any, Batch, PRNGKeyArray], Any]
 
-_OWN_METRICS = {"loss", "grad_norm", "finite"}
+_OWN_METRICS = {"loss", "grad_norm", "finite", "loss_scale"}
 
 
 def make_train_step(
@@ -50,7 +50,9 @@ def make_train_step(
         `step(state, batch) -> (state, metrics)`. The metrics are those of the loss function,
         "loss", "grad_norm" (global, before the optimiser), and "finite": 0.0 where loss or gradient
         was not finite; then only the step's number changes: adapters, optimiser state, collections,
-        and an NNX model's statistics and dropout counters are those before the step.
+        and an NNX model's statistics and dropout counters are those before the step. If the state
+        has a loss scale, it changes as well, and "loss_scale" is the one that the step used; "loss"
+        and "grad_norm" are without it.
         The given state cannot be used again: all of it but the base is donated.
         Of a state that `stack_states` made, each training makes its own step, on its own part of
         the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
@@ -110,29 +112,36 @@ def make_train_step(
             )
         return loss, (metrics, _after(whole, other))
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-    def one(state: TrainState, base: Tree, other: Any, batch: Batch, key: PRNGKeyArray):
-        (loss, (metrics, other)), grads = gradient(state.adapters, base, state, other, batch, key)
-        return other, (grads, {**metrics, "loss": loss})
+    def one(state: TrainState, base: Tree, changed: Any, batch: Batch, key: PRNGKeyArray):
+        other, scale = changed
+        arguments = (state.adapters, base, state, other, batch, key)
+        if scale is None:
+            gradient = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, (metrics, other)), grads = gradient(*arguments)
+        else:
+            gradient = scale.value_and_grad(loss_of, has_aux=True)
+            scale, _, (loss, (metrics, other)), grads = gradient(*arguments)
+        return (other, scale), (grads, {**metrics, "loss": loss})
 
     def gradients(state: TrainState, base: Tree, batch: Batch):
-        key = jax.random.fold_in(state.key, state.step)
+        key, changed = jax.random.fold_in(state.key, state.step), (state.other, state.loss_scale)
         if accumulate == 1:
-            return one(state, base, state.other, batch, key)
+            return one(state, base, changed, batch, key)
         parts = jax.tree.map(functools.partial(_split, accumulate), batch)
         keys = jax.random.split(key, accumulate)
-        other, stacked = jax.lax.scan(
-            lambda other, part: one(state, base, other, *part), state.other, (parts, keys)
+        changed, stacked = jax.lax.scan(
+            lambda changed, part: one(state, base, changed, *part), changed, (parts, keys)
         )
-        return other, jax.tree.map(lambda x: x.mean(0), stacked)
+        return changed, jax.tree.map(lambda x: x.mean(0), stacked)
 
     def measured(state: TrainState, base: Tree, batch: Batch) -> tuple[Any, Tree, Metrics]:
         """What the loss leaves behind, the gradients and the metrics."""
-        other, (grads, metrics) = gradients(state, base, batch)
+        changed, (grads, metrics) = gradients(state, base, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        return other, grads, {**metrics, "grad_norm": norm, "finite": finite}
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
+        return changed, grads, {**metrics, "grad_norm": norm, "finite": finite}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(
@@ -144,7 +153,7 @@ def make_train_step(
         several = isinstance(state.tx, Optimizers)
         each = jax.vmap(measured, (0, None, 0)) if several else measured
         with on_mesh(state.mesh):
-            other, grads, metrics = each(replace(state, opt_state=None), base, batch)
+            (other, scale), grads, metrics = each(replace(state, opt_state=None), base, batch)
         takes = metrics["finite"] if active is None else metrics["finite"] & active
 
         def after() -> tuple[Any, ...]:
@@ -155,10 +164,11 @@ def make_train_step(
             adapters, opt_state, other = state.tx.chosen(takes, after(), before)
         else:
             adapters, opt_state, other = jax.lax.cond(takes, after, lambda: before)
+        if active is not None:
+            scale = picked(active, scale, state.loss_scale)
+        changed = {"adapters": adapters, "opt_state": opt_state, "other": other}
         made = 1 if active is None else active.astype(jnp.int32)
-        state = replace(
-            state, step=state.step + made, adapters=adapters, opt_state=opt_state, other=other
-        )
+        state = replace(state, step=state.step + made, loss_scale=scale, **changed)
         state = _laid_out(state)
         return state, {**metrics, "finite": metrics["finite"].astype(jnp.float32)}
 

@@ -62,18 +62,21 @@ class Optimizers:
             before: the three before it.
         """
 
-        def pick(takes: Array, after: Any, before: Any) -> Any:
-            def one(new: Array, old: Array) -> Array:
-                return jnp.where(takes.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-            return jax.tree.map(one, after, before)
-
         adapters, states, other = zip(after, before, strict=True)
-        picked = [
-            pick(takes[np.array(own)], *pair)
+        kept = tuple(
+            picked(takes[np.array(own)], *pair)
             for (_, own), *pair in zip(self.groups, *states, strict=True)
-        ]
-        return pick(takes, *adapters), tuple(picked), pick(takes, *other)
+        )
+        return picked(takes, *adapters), kept, picked(takes, *other)
+
+
+def picked(takes: Bool[Array, " states"], after: Any, before: Any) -> Any:
+    """Stacked leaves: of each training the new ones where it takes them, else the old ones."""
+
+    def one(new: Array, old: Array) -> Array:
+        return jnp.where(takes.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(one, after, before)
 
 
 def _rows(tree: Tree, own: Sequence[int]) -> Tree:

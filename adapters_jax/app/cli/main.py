@@ -21,6 +21,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.texts import visible
 
 DEBUG = "--debug"
+_NO_LOOP = "Event loop is closed"
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
@@ -101,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments is None:  # the process runs only this command
         keep_freed()
+        if not debug:
+            sys.unraisablehook = _unraisable
     with _logging(debug):
         return _run(name, flags, debug)
 
@@ -146,7 +149,8 @@ def _logging(debug: bool) -> Iterator[None]:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not debug:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
+        for name in ("absl", "asyncio"):  # orbax and its tasks log what they raise
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     handler, logger = _Lines(), logging.getLogger("adapters_jax")
     before = logger.level
     logger.addHandler(handler)
@@ -156,6 +160,15 @@ def _logging(debug: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def _unraisable(problem: Any) -> None:
+    """Prints an error that nobody can catch, but not of writes that go on after one has failed.
+
+    orbax raises the first error of its writes and closes their loop; the others then find no loop.
+    """
+    if not (problem.exc_type is RuntimeError and str(problem.exc_value) == _NO_LOOP):
+        sys.__unraisablehook__(problem)
 
 
 def _say(name: str, message: str, status: int) -> int:

@@ -32,7 +32,8 @@ class Settings:
         max_length: length of a row in tokens; longer rows are cut; by default 128, for a decoder
             256.
         pooling: how an encoder's token states become one vector: mean, first token (cls) or pooler.
-        dtype: dtype of the model's arithmetic; trained parameters stay float32.
+        dtype: dtype of the model's arithmetic; trained parameters stay float32; in float16 the loss
+            is scaled, and steps that overflow are skipped, up to 20 in a row.
         quantize: keep the frozen weights in 8 or 4 bits, by qwix.
         attention: dense, by a kernel of a TPU or an NVIDIA GPU (flash), or whichever is better
             (auto).
@@ -51,7 +52,7 @@ class Settings:
     exact_match: int = 16
     max_length: int | None = None
     pooling: Literal["mean", "cls", "pooler"] = "mean"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "int4", "nf4"] | None = None
     attention: Literal["auto", "dense", "flash"] = "auto"
     mesh: str | None = None

@@ -158,10 +158,12 @@ def _sentence(config: Mapping[str, Any]) -> str:
     """The results in words."""
     rows, summary = config["rows"], config["summary"]
     best = config["metrics"][0]
+    skipped = summary.get("skipped_steps")
+    skips = f" {skipped} steps overflowed float16 and were skipped." if skipped else ""
     return (
         f"Trained on {rows['train']:,} rows, selected on {rows['dev']:,} by {best} (best at step "
         f"{summary['best_step']}: {show_metric(best, summary['dev'][best])}), tested once on "
-        f"{rows['test']:,}. The whole run took {duration(summary['seconds'])}."
+        f"{rows['test']:,}. The whole run took {duration(summary['seconds'])}.{skips}"
     )
 
 

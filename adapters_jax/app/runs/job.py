@@ -83,7 +83,7 @@ class Job:
         except CheckpointError as error:
             raise StoppedError(f"{error}; {self._again}") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise StoppedError(f"{error}; make room, and {self._again}") from error
         finally:
@@ -111,6 +111,8 @@ class Job:
             "dev": found.dev,
             "results": results,
         }
+        if found.skipped:
+            summary["skipped_steps"] = found.skipped
         metric = self.problem.metrics[0]
         levels = {row["method"]: row["dev"][metric] for row in results[:-1]}
         config = {**self.config, "summary": summary}
@@ -130,9 +132,11 @@ class Job:
 
     def _stopped(self, error: NotFiniteError) -> StoppedError:
         """Records in the run that the training stopped; returns the error to raise."""
+        fix = f"try a --learning-rate below {self.optimizer.learning_rate:g}"
+        if self.config["dtype"] == "float16":
+            fix += ", or --dtype bfloat16, which has the range of float32"
         message = (
-            f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; try a "
-            f"--learning-rate below {self.optimizer.learning_rate:g}"
+            f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; {fix}"
         )
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
@@ -194,7 +198,9 @@ class Job:
         with self.console.progress(title, optimizer.steps(len(problem.train))) as progress:
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], progress, speed)
-            found = train(problem, optimizer, key, on_record=log, on_best=on_best, saving=saving)
+            half = self.config["dtype"] == "float16"
+            use = {"on_record": log, "on_best": on_best, "saving": saving, "half": half}
+            found = train(problem, optimizer, key, **use)
         test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
@@ -205,14 +211,19 @@ class Job:
         self, title: str, metric: str, progress: Progress, speed: Speed
     ) -> Callable[[Record], None]:
         """Returns a function that writes records to the run's log and shows the progress."""
-        notes = {"loss": "", "speed": "", "dev": ""}
+        notes = {"loss": "", "speed": "", "dev": "", "skipped": ""}
+        skipped = 0
 
         def log(record: Record) -> None:
+            nonlocal skipped
             self.run.log({"method": title, **record})
             if "dev" in record:
                 notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
                 speed.pause()
-            else:
+            if "skipped" in record:
+                skipped += record["skipped"]
+                notes["skipped"] = f"{skipped} steps skipped"
+            if "loss" in record:
                 notes["loss"] = f"loss {record['loss']:.3f}"
                 notes["speed"] = speed.at(record["step"]) or notes["speed"]
             words = "  ".join(filter(None, notes.values()))

@@ -16,15 +16,25 @@ Record = dict[str, Any]
 class Log:
     """Collects metrics of steps, and reads them one window late, as records of means.
 
+    A step that is not finite changes nothing. With a loss scale, which starts too high, such steps
+    are skipped and counted, as "skipped" of a record, until there are `patience` in a row.
+
+    Args:
+        window: the number of steps in a record.
+        schedule: the learning rate by step.
+        patience: the number of steps in a row that are not finite and stop the training.
+
     Attributes:
         waiting: windows of `(step, metrics)` that are still on the device.
+        in_a_row: the number of steps that were not finite, since the last finite one.
     """
 
     _NAMES = ("loss", "grad_norm", "finite")
 
-    def __init__(self, window: int, schedule: Callable[[int], Any]):
-        self.window, self.schedule = window, schedule
+    def __init__(self, window: int, schedule: Callable[[int], Any], patience: int = 1):
+        self.window, self.schedule, self.patience = window, schedule, patience
         self.waiting: list[list[tuple[int, Any]]] = [[]]
+        self.in_a_row = 0
 
     def add(self, step: int, metrics: Any) -> list[Record]:
         """Adds the metrics of a step; returns the records that are due."""
@@ -49,8 +59,23 @@ class Log:
         ]
         steps = [step for step, _ in window]
         for step, metrics in zip(steps, values, strict=True):
-            if not metrics["finite"]:
-                raise NotFiniteError(step, "the loss or its gradient")
-        means = {name: float(np.mean([m[name] for m in values])) for name in ("loss", "grad_norm")}
-        rate = float(self.schedule(steps[-1] - 1))
-        return [{"step": steps[-1], **means, "learning_rate": rate}]
+            self.in_a_row = 0 if metrics["finite"] else self.in_a_row + 1
+            if self.in_a_row == self.patience:
+                raise NotFiniteError(step - self.patience + 1, self._cause)
+        good = [metrics for metrics in values if metrics["finite"]]
+        record: Record = {"step": steps[-1]}
+        if good:
+            means = {key: float(np.mean([m[key] for m in good])) for key in ("loss", "grad_norm")}
+            record |= {**means, "learning_rate": float(self.schedule(steps[-1] - 1))}
+        if len(good) < len(values):
+            record["skipped"] = len(values) - len(good)
+        return [record]
+
+    @property
+    def _cause(self) -> str:
+        if self.patience == 1:
+            return "the loss or its gradient"
+        return (
+            f"in this and the next {self.patience - 1} steps, the loss or its gradient, even with "
+            "the smallest loss scale,"
+        )

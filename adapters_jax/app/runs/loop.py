@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+from flax.training.dynamic_scale import DynamicScale
 from jaxtyping import PRNGKeyArray
 
 from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -25,6 +26,10 @@ from adapters_jax.tasks.base import NotFiniteError, Problem
 from adapters_jax.tasks.metrics import better
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_train_step
+
+# Steps in a row that overflow and stop a training in float16: the loss scale starts at 2**16 and is
+# halved by each, down to 1, which 16 of them reach.
+PATIENCE = 20
 
 
 @dataclass
@@ -52,6 +57,11 @@ class Trained:
     seconds: float = 0.0
     adapters: Any = None
     best: Any = None
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps that changed nothing, since they overflowed."""
+        return sum(record.get("skipped", 0) for record in self.records)
 
     def note(self, records: list[Record]) -> None:
         """Adds records to the log."""
@@ -104,6 +114,7 @@ def train(
     on_record: Callable[[Record], None] = lambda record: None,
     on_best: Callable[[TrainState], None] = lambda state: None,
     saving: Saving | None = None,
+    half: bool = False,
 ) -> Trained:
     """Trains the parameters of a recipe, and keeps the adapters that are best on dev.
 
@@ -114,22 +125,27 @@ def train(
         on_record: called with every record of the log.
         on_best: called with the first state, and after each evaluation that is the best so far.
         saving: how to save and resume the training; None does neither.
+        half: whether the model computes in float16: then the loss is scaled, and steps that
+            overflow are skipped, up to 20 in a row.
 
     Returns:
         The finished training, with the best adapters in its state `best`.
 
     Raises:
-        NotFiniteError: a loss or gradient is not finite. That step changed no parameter, and the
-            adapters before it are scored, unless their outputs are not finite either.
+        NotFiniteError: a loss or gradient is not finite; in float16, those of 20 steps in a row.
+            These steps changed no parameter, and the adapters before them are scored, unless their
+            outputs are not finite either.
         InterruptedRunError: a signal stopped the training, which is saved.
         CheckpointError: the training could not be saved, or a checkpoint cannot be read.
     """
     steps = options.steps(len(problem.train))
     tx = options.make(steps, problem.recipe)
-    state = TrainState.create(problem.model, problem.params, tx=tx, key=key)
+    scale = DynamicScale(minimum_scale=1.0) if half else None
+    state = TrainState.create(problem.model, problem.params, tx=tx, key=key, loss_scale=scale)
     if problem.mesh is not None:
         state = shard(state, problem.mesh)
-    log = Log(max(1, min(50, steps // 200)), options.schedule(steps, options.learning_rate or 0.0))
+    rate = options.schedule(steps, options.learning_rate or 0.0)
+    log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
     found = Trained(problem.metrics[0], on_record, on_best)
     training = _Training(problem, state, log, found, steps, options.marks(len(problem.train)))
     if saving is not None:
@@ -221,6 +237,7 @@ class _Training:
             "dev": found.dev,
             "records": list(found.records),
             "waiting": [list(window) for window in self.log.waiting],
+            "in_a_row": self.log.in_a_row,
             "seconds": found.seconds + time.monotonic() - self.began,
             "config": saving.config,
         }
@@ -233,6 +250,7 @@ class _Training:
         was = saving.checkpoints.restore(self.state)
         self.state, self.step, self.saved = was.state, was.step, was.step
         self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
+        self.log.in_a_row = was.progress.get("in_a_row", 0)
         for name in ("step", "dev", "records", "seconds"):
             setattr(self.found, name, was.progress[name])
         self.found.adapters = jax.device_get(was.best)
