@@ -360,7 +360,7 @@ cuda = pytest.mark.skipif(
 def check_program(device, kernel, parts):
     dense, auto = (program(device, choice) for choice in ("dense", "auto"))
     assert not dense.kernels and dense.temporaries > SCORES
-    assert sum(auto.kernels.values()) >= 3 and all(kernel in name for name in auto.kernels)
+    assert sum(auto.kernels.values()) >= 2 and all(kernel in name for name in auto.kernels)
     assert auto.temporaries < SCORES / 2
     packed = program(device, "flash", packed=True)
     assert packed.kernels and packed.temporaries < SCORES / 2
