@@ -360,12 +360,12 @@ cuda = pytest.mark.skipif(
 def check_program(device, kernel, parts):
     dense, auto = (program(device, choice) for choice in ("dense", "auto"))
     assert not dense.kernels and dense.temporaries > SCORES
-    assert sum(auto.kernels.values()) >= 3 and all(kernel in name for name in auto.kernels)
-    assert auto.temporaries < SCORES / 2
+    assert sum(auto.kernels.values()) >= 2 and all(kernel in name for name in auto.kernels)
+    assert auto.temporaries < dense.temporaries - SCORES / 2
     packed = program(device, "flash", packed=True)
-    assert packed.kernels and packed.temporaries < SCORES / 2
+    assert packed.kernels and packed.temporaries < dense.temporaries - SCORES / 4
     split = program(device + parts, "flash", "data=2,fsdp=2,model=2")
-    assert split.kernels and split.temporaries < SCORES / 8
+    assert split.kernels and split.temporaries < SCORES / 4
     assert not program(device, "auto", length=100).kernels
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 
 import adapters_jax as aj
 from adapters_jax.testing.linen_model import LinenNet
@@ -119,6 +120,37 @@ def test_each_stops_and_fails_for_itself(api):
     together, _ = step(together, (x, jnp.ones(3)), jnp.array([True, True, True]))
     assert together.step.tolist() == [2, 2, 1]
     assert step.jitted._cache_size() == 2  # this one and that of a state alone
+
+
+def test_each_has_its_loss_scale():
+    """An overflow halves the scale of its training alone; one that is not active keeps its own."""
+    model, params = adapted("linen", aj.LoRA("**/up", rank=2))
+
+    def loss(whole, batch, key):
+        x, weight = batch
+        return (model.apply({"params": whole}, x) * weight).mean()
+
+    new = lambda: aj.TrainState.create(  # noqa: E731
+        model,
+        params,
+        tx=optax.sgd(0.1),
+        key=jax.random.key(0),
+        loss_scale=DynamicScale(scale=8.0, growth_interval=1),
+    )
+    x, weights = jnp.stack([ids()] * 3), jnp.array([1.0, jnp.inf, 1.0])
+    step = aj.make_train_step(loss)
+    together, metrics = step(
+        aj.stack_states([new(), new(), new()]), (x, weights), jnp.array([True, True, False])
+    )
+    assert metrics["loss_scale"].tolist() == [8.0, 8.0, 8.0]
+    states = aj.unstack_states(together)
+    assert [float(state.loss_scale.scale) for state in states] == [8.0, 4.0, 8.0]
+    assert [int(state.loss_scale.fin_steps) for state in states] == [1, 0, 0]
+    alone, _ = step(new(), (x[0], weights[0]))
+    assert_close(states[0].adapters, alone.adapters)
+    plain = aj.TrainState.create(model, params, tx=optax.sgd(0.1), key=jax.random.key(0))
+    with pytest.raises(aj.MismatchError, match="stack_states: state 1"):
+        aj.stack_states([new(), plain])
 
 
 def test_checkpoints_of_each(tmp_path):

@@ -211,8 +211,8 @@ def _check_alike(i: int, first: TrainState, state: TrainState) -> None:
         )
     compare_trees(
         f"stack_states: state {i}",
-        leaves_by_path((state.adapters, state.other)),
-        leaves_by_path((first.adapters, first.other)),
+        leaves_by_path((state.adapters, state.other, state.loss_scale)),
+        leaves_by_path((first.adapters, first.other, first.loss_scale)),
         "Stack states of one model and recipe.",
         dtypes=True,
     )

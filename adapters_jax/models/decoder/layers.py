@@ -70,7 +70,8 @@ Norm = RMSNorm | LayerNorm
 class DecoderAttention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key and a value head.
 
-    `attention_fn` is called as flax's attention modules call theirs, and with `softcap` where the
+    `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
+    `Mask` (a model's `attention` of your own gets an array), and with `softcap` where the
     configuration bounds the scores. Query and key are rotated already. Key and value are not
     repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a cache their length is
     its number of slots.

@@ -154,19 +154,16 @@ class Cudnn:
     def _local(self, query: Rows, key: Rows, value: Rows, mask: Mask) -> Rows:
         length, keys = query.shape[1], key.shape[1]
         aligned = mask.causal and not mask.prefix and length == keys
-        whole = mask.by_position and (aligned or mask.sees_all)
         options: dict[str, Any] = {"is_causal": aligned, "implementation": self.implementation}
         if aligned and mask.window is not None:
             options["local_window_size"] = (mask.window - 1, 0)
-        if whole:
-            return jax.nn.dot_product_attention(query, key, value, **options)
-        # With an array, the derivative takes even lengths.
-        seen = mask.dense(length, keys)
-        seen = jnp.broadcast_to(seen, (len(seen), 1, length, keys))
-        seen = _longer(_longer(seen, 2, 2, True), 3, 2, False)
+        # The derivative takes even lengths. A causal mask hides the key that is added.
+        if not mask.by_position or not (aligned or (mask.sees_all and keys % 2 == 0)):
+            seen = mask.dense(length, keys)
+            seen = jnp.broadcast_to(seen, (len(seen), 1, length, keys))
+            options["mask"] = _longer(_longer(seen, 2, 2, True), 3, 2, False)
         query, key, value = (_longer(x, 1, 2) for x in (query, key, value))
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=seen, **options)
-        return mixed[:, :length]
+        return jax.nn.dot_product_attention(query, key, value, **options)[:, :length]
 
 
 KERNELS: Sequence[Kernel] = (Splash(), Cudnn())

@@ -114,7 +114,8 @@ class LayerNorm(Typed):
 class SelfAttention(Typed):
     """Multi-head self-attention with separate projections `query`, `key`, `value` and `output`.
 
-    With a `rotation`, queries and keys are rotated by their positions.
+    With a `rotation`, queries and keys are rotated by their positions. `attention_fn` is called as
+    flax's attention modules call theirs, except that the mask may be a `Mask`.
     """
 
     num_heads: int

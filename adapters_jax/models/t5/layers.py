@@ -25,7 +25,8 @@ Linear = Callable[[int, int, float], nnx.Linear]  # inputs, outputs, standard de
 class T5Attention(nnx.Module):
     """Attention whose scores are not scaled but biased by relative positions.
 
-    `attention_fn` is called as flax's attention modules call theirs.
+    `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
+    `Mask`.
     """
 
     def __init__(
