@@ -11,7 +11,9 @@ from helpers.errors import raises
 from helpers.tiny import FOODS, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from adapters_jax.app.cli.generate import Generate
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.console import Console
 from adapters_jax.data.conversations import Conversation, Conversations, read_conversations
 from adapters_jax.data.files import DataError
 from adapters_jax.data.packing import Marked, sequence
@@ -371,6 +373,15 @@ def test_a_run_learns_conversations_and_talks(monkeypatch, capsys):
     ):
         with command_raises(UserError if "system" in flags else DataError, data):
             assert main(["generate", "runs/talks", *flags.split()]) == 2
+
+
+def test_each_turn_reads_all_turns_before_it(capsys):
+    class Parrot:
+        def reply(self, messages, *sampling):
+            return " ".join(f"{m['role'][0]}:{m['content']}" for m in messages)
+
+    Generate("run", system="S")._talk(Parrot(), ["a", " ", "b"], Console(json=False))
+    assert capsys.readouterr().out.splitlines() == ["s:S u:a", "s:S u:a a:s:S u:a u:b"]
 
 
 def test_what_a_decoder_cannot_learn():

@@ -45,7 +45,10 @@ def test_lengths():
     assert found == (7, 7, 7, 7, [(7, 7, 1)])
     found = Lengths.of(list(range(100)))
     assert found.histogram == [(i, i + 9, 10) for i in range(0, 100, 10)]
-    assert sum(n for _, _, n in Lengths.of([0, 5, 5, 998]).histogram) == 4
+    for most in (9, 10, 15, 998):
+        histogram = Lengths.of([0, 5, 5, most]).histogram
+        assert sum(n for _, _, n in histogram) == 4 and 5 <= len(histogram) <= 10
+        assert histogram[0][0] == 0 and histogram[-1][0] <= most <= histogram[-1][1]
 
 
 def test_columns_labels_and_duplicates():
