@@ -5,8 +5,10 @@ those of the whole batch, and each row brings its adapter's arrays. So a row's o
 adapter alone computes, whatever the model and the methods are.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +19,23 @@ from jaxtyping import Array, Int
 
 from adapters_jax.errors import UserError
 from adapters_jax.methods.prompt import prompt_lengths
+
+_MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
+
+
+@contextlib.contextmanager
+def mapping() -> Iterator[None]:
+    """What is traced in the body is mapped over adapters."""
+    token = _MAPPED.set(True)
+    try:
+        yield
+    finally:
+        _MAPPED.reset(token)
+
+
+def mapped() -> bool:
+    """Whether what is traced now is mapped over adapters, which some kernels do not stand."""
+    return _MAPPED.get()
 
 
 @struct.dataclass
@@ -112,7 +131,7 @@ def by_rows(
         leaves = list(given.leaves)
         for i, part in zip(split, parts, strict=True):
             leaves[i] = part
-        with prompt_lengths(lengths):
+        with mapping(), prompt_lengths(lengths):
             y = run(adapters, jax.tree.unflatten(given.structure, leaves), keys)
         found.append(_Parts.of(y, rows.each))
         return found[-1].leaves

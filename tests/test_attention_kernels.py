@@ -18,6 +18,7 @@ from adapters_jax.attention.masks import Mask
 from adapters_jax.distributed import devices as described
 from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
+from adapters_jax.mixed import mapping
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.modernbert import ModernBert, ModernBertConfig
@@ -223,6 +224,21 @@ def on(monkeypatch):
 def taken(choice, **changes):
     """The kernel that a choice takes, and why what it takes cannot run."""
     return Attend(choice)._kernel(Problem(QUERY, QUERY, Mask(causal=True))._replace(**changes))
+
+
+def test_masks_that_are_arrays_are_dense_while_mapped_over_adapters(on):
+    """JAX cannot map cuDNN's call with such a mask; splash attention has no such masks."""
+    tokens = Mask(tokens=jnp.ones(QUERY.shape[:2], bool), causal=True)
+    on("gpu", "NVIDIA H100")
+    assert isinstance(taken("auto", mask=tokens)[0], Cudnn)
+    with mapping():
+        assert taken("auto", mask=tokens) == (None, None)
+        assert isinstance(taken("auto")[0], Cudnn)
+        with raises(UserError, "cannot map", "attention='auto'"):
+            taken("flash", mask=tokens)
+    on("tpu", "TPU v5")
+    with mapping():
+        assert isinstance(taken("flash", mask=tokens)[0], Splash)
 
 
 def test_the_kernel_of_the_device_is_taken_where_it_can_be(on):

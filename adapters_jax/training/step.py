@@ -4,6 +4,7 @@ The step differentiates the trained part alone, donates it and the optimiser's s
 returns the base: its arrays stay the same buffers for the whole of training.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
+from adapters_jax.mixed import mapping
 from adapters_jax.training.rows import on_mesh
 from adapters_jax.training.state import TrainState, checked_collections
 from adapters_jax.training.together import Optimizers, check_step, picked
@@ -152,7 +154,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         several = isinstance(state.tx, Optimizers)
         each = jax.vmap(measured, (0, None, 0)) if several else measured
-        with on_mesh(state.mesh):
+        with on_mesh(state.mesh), mapping() if several else contextlib.nullcontext():
             (other, scale), grads, metrics = each(replace(state, opt_state=None), base, batch)
         takes = metrics["finite"] if active is None else metrics["finite"] & active
 

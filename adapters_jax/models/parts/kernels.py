@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from adapters_jax.attention.masks import PADDING, Mask
+from adapters_jax.mixed import mapped
 from adapters_jax.training.rows import BATCH, current_mesh
 
 Rows = Float[Array, "batch length heads width"]
@@ -145,7 +146,11 @@ class Cudnn:
             return f"cuDNN has no soft cap of the scores, which this model has ({problem.softcap})"
         if width % 8 or width > widest:
             return f"cuDNN takes heads of a multiple of 8 up to {widest}, got {width}"
-        return _why_not(problem)
+        why, mask = _why_not(problem), problem.mask
+        sizes = problem.query.shape[1], problem.key.shape[1]
+        if why is None and isinstance(mask, Mask) and mapped() and _as_array(mask, *sizes):
+            return "JAX cannot map cuDNN's padded, packed and prefixed masks over adapters' rows"
+        return why
 
     def __call__(self, query: Rows, key: Rows, value: Rows, mask: Mask, cap: float | None) -> Rows:
         """Runs the kernel; there is no `cap`."""
@@ -153,17 +158,30 @@ class Cudnn:
 
     def _local(self, query: Rows, key: Rows, value: Rows, mask: Mask) -> Rows:
         length, keys = query.shape[1], key.shape[1]
-        aligned = mask.causal and not mask.prefix and length == keys
+        aligned = _is_aligned(mask, length, keys)
         options: dict[str, Any] = {"is_causal": aligned, "implementation": self.implementation}
         if aligned and mask.window is not None:
             options["local_window_size"] = (mask.window - 1, 0)
-        # The derivative takes even lengths. A causal mask hides the key that is added.
-        if not mask.by_position or not (aligned or (mask.sees_all and keys % 2 == 0)):
+        if _as_array(mask, length, keys):
             seen = mask.dense(length, keys)
             seen = jnp.broadcast_to(seen, (len(seen), 1, length, keys))
             options["mask"] = _longer(_longer(seen, 2, 2, True), 3, 2, False)
         query, key, value = (_longer(x, 1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(query, key, value, **options)[:, :length]
+
+
+def _is_aligned(mask: Mask, queries: int, keys: int) -> bool:
+    """Whether a mask is causal as cuDNN takes it, from the first query and key on."""
+    return mask.causal and not mask.prefix and queries == keys
+
+
+def _as_array(mask: Mask, queries: int, keys: int) -> bool:
+    """Whether cuDNN needs the mask as an array.
+
+    The derivative takes even lengths. A causal mask hides the key that is added.
+    """
+    said = _is_aligned(mask, queries, keys) or (mask.sees_all and keys % 2 == 0)
+    return not mask.by_position or not said
 
 
 KERNELS: Sequence[Kernel] = (Splash(), Cudnn())
