@@ -13,6 +13,7 @@ from benchmarks.report import Report
 # A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
 # part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
+    "accelerators": "a step by compilers of TPUs and GPUs, beside qwix, tunix, by hand; goes on",
     "estimate": "what a plan for a CPU is off by, beside that of a TPU's compiler; needs libtpu",
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",
