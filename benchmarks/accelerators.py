@@ -227,7 +227,8 @@ def largest(cells: Iterable[Whole], rows: Mapping[str, Row]) -> list[Row]:
     found: dict[tuple[str, str], Row] = {}
     for cell in cells:
         row = rows.get(_key(cell))
-        if row and ":" not in cell.device and row["total"] <= row["memory"]:
+        one = cell.method == "lora" and ":" not in cell.device
+        if row and one and row["total"] <= row["memory"]:
             shown = {"card": cell.device, "base in": cell.dtype, "model": cell.model}
             shown |= {"tokens a step": f"{cell.rows} x {cell.length}"}
             shown |= {"GiB of a device": row["memory"] / 2**30, "peak GiB": row["total"] / 2**30}
