@@ -13,6 +13,7 @@ from benchmarks.report import Report
 # A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
 # part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
+    "accelerators": "a step by compilers of TPUs and GPUs, beside qwix, tunix, by hand; goes on",
     "attention": "bytes of a step with attention dense and by a kernel; needs libtpu, CUDA's",
     "bank": "batches whose rows have an adapter each, beside one adapter's; PEFT's too",
     "estimate": "what a plan for a CPU is off by, beside that of a TPU's compiler; needs libtpu",

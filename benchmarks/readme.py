@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Spread
-from benchmarks.report import CLAIMS, FIGURES, Row, cell, table
+from benchmarks.report import CLAIMS, FIGURES, LARGEST, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+DEVICES = ROOT / "docs" / "accelerators.md"
 PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
@@ -98,19 +99,32 @@ def _machine(file: Row) -> str:
     )
 
 
-def write(readme: Path = README, results: Path = RESULTS) -> None:
-    """Writes the section between the two marks in the README.
+def largest(results: Path = RESULTS) -> str:
+    """The table of the largest models for each card, of the page of accelerators."""
+    file = json.loads((results / "accelerators.json").read_text())
+    return table(list(_rows(file, LARGEST)))
+
+
+def write(readme: Path = README, results: Path = RESULTS, devices: Path = DEVICES) -> None:
+    """Writes the sections between the marks in the README and in the page of accelerators.
 
     Args:
-        readme: the file to change.
+        readme: the file with the results.
         results: the directory with the results.
+        devices: the page of accelerators.
 
     Raises:
-        ValueError: the README does not have both marks exactly once.
+        ValueError: a file does not have its mark exactly once.
     """
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: expected one line {BEGIN!r} and one {END!r} after it")
-    before, rest = text.split(BEGIN)
+    _between_marks(readme, section(results))
+    if (results / "accelerators.json").exists():
+        _between_marks(devices, largest(results))
+
+
+def _between_marks(page: Path, text: str) -> None:
+    old = page.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        raise ValueError(f"{page}: expected one line {BEGIN!r} and one {END!r} after it")
+    before, rest = old.split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -46,7 +46,8 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of the model and of a batch, and the number of rounds."""
+    """The sizes of the model and of a batch, the number of rounds, whether the head is tied, and
+    whether layers are recomputed in the backward pass."""
 
     layers: int = 4
     d: int = 1024
@@ -57,6 +58,8 @@ class Size:
     batch: int = 2
     length: int = 256
     rounds: int = 21
+    tied: bool = True
+    remat: bool = False
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -70,7 +73,7 @@ class Size:
     @property
     def base(self) -> Any:
         """The model with random weights."""
-        from tunix.models.llama3.model import Llama3, ModelConfig
+        from tunix.models.llama3.model import Llama3, ModelConfig, RematConfig
 
         config = ModelConfig(
             num_layers=self.layers,
@@ -82,7 +85,8 @@ class Size:
             num_kv_heads=self.kv_heads,
             rope_theta=500_000,
             norm_eps=1e-5,
-            weight_tying=True,
+            weight_tying=self.tied,
+            remat_config=RematConfig.DECODER if self.remat else RematConfig.NONE,
         )
         return Llama3(config, rngs=nnx.Rngs(0))
 

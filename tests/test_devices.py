@@ -26,7 +26,6 @@ from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.distributed.program import Hlo, Program, TooLarge, compile_program
 from adapters_jax.errors import MissingPackageError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
 
 HAVE = described._installed("libtpu") is not None
 tpu = pytest.mark.skipif(not HAVE, reason="needs libtpu: pip install 'adapters-jax[tpu]'")
@@ -142,91 +141,6 @@ def test_a_program_that_is_too_large_has_its_bytes():
 # What follows compiles for TPUs.
 
 SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512}
-CONFIG = DecoderConfig(**SIZES, num_hidden_layers=6, num_attention_heads=4)
-METHODS = {
-    "lora": aj.lora(4),
-    "houlsby": aj.houlsby(8),
-    "prompts": aj.prefix_tuning(4),
-}
-
-
-def decoder(method, scan, dtype="bf16"):
-    options = {"param_dtype": jnp.bfloat16, "scan": scan, "remat": scan}
-    base = nnx.eval_shape(lambda: Decoder(CONFIG, **options, rngs=nnx.Rngs(0)))
-    base = base if dtype == "bf16" else aj.quantize(base, dtype=dtype)
-    ids = jnp.zeros((1, 8), jnp.int32)
-    recipe = METHODS[method]
-    model = nnx.eval_shape(lambda: aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,)))
-    return aj.abstract_state(model, tx=optax.adamw(1e-3))
-
-
-def loss(model, ids, key):
-    labels = ids[:, 1:]
-    return optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), labels).mean()
-
-
-def compiled(state, loss_fn=loss):
-    """A step of few tokens, compiled for a TPU."""
-    mesh = aj.make_mesh("data=1", aj.devices("v5e"))
-    ids = jax.ShapeDtypeStruct((1, 17), jnp.int32)
-    state, ids = aj.shard(state, mesh), aj.shard_batch(ids, mesh)
-    step = aj.make_train_step(loss_fn)
-    return step.jitted.lower(state.replace(base=None), state.base, ids).compile()
-
-
-def stored(*trees):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees) if x.dtype != "key<fry>")
-
-
-def widened(text, shapes):
-    """The float32 arrays of these shapes that a program writes, those within fusions left out."""
-    module = Hlo(text)
-    written = [line for name in (module.entry, *module.loops) for line in module.lines[name]]
-    arrays = {f"f32[{','.join(map(str, shape))}]" for shape in shapes}
-    heads = (line.partition(" = ")[2].split("{")[0] for line in written)
-    return arrays & set(heads)
-
-
-def check(state, program, text):
-    """The base is no output, and no float32 copy of one of its matrices is written."""
-    trained = stored(state.adapters, state.opt_state)
-    assert program.outputs - program.aliased < 10_000  # the metrics
-    assert trained <= program.aliased < 3 * trained < stored(state.base)  # a TPU pads what is thin
-    leaves = jax.tree.leaves(state.base)
-    matrices = {x.shape[-2:] for x in leaves if x.ndim > 1 and min(x.shape[-2:]) > 100}
-    stacked = {(6, *shape) for shape in matrices}
-    assert not widened(text, matrices | stacked)
-    assert program.total - program.arguments < 2 * sum(x.size for x in leaves)
-
-
-@tpu
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-@pytest.mark.parametrize(
-    ("method", "scan"),
-    [("lora", False), ("lora", True), ("houlsby", False), ("houlsby", True), ("prompts", False)],
-)
-def test_a_step_on_a_tpu_neither_copies_nor_returns_its_base(method, scan, dtype):
-    state = decoder(method, scan, dtype)
-    step = compiled(state)
-    program = Program.of(step)
-    check(state, program, step.as_text())
-    assert program.loops == ((6, 6) if scan else ())
-
-
-@tpu
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-def test_that_check_sees_a_base_that_is_widened():
-    def wide(model, ids, key):
-        kernel = model.layers[0].mlp.up.kernel[...].astype(jnp.float32)
-        return loss(model, ids, key) + jnp.sort(kernel, axis=0)[0, 0]
-
-    state = decoder("lora", False)
-    step = compiled(state, wide)
-    with pytest.raises(AssertionError, match="f32"):
-        check(state, Program.of(step), step.as_text())
 
 
 @tpu

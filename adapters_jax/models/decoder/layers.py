@@ -14,7 +14,7 @@ from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.decoder.config import DecoderConfig
 from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
 from adapters_jax.models.parts.cache import LayerCache
-from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize
+from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.models.parts.rotary import Rotation, rotate
 from adapters_jax.training.rows import split_rows
 
@@ -111,7 +111,7 @@ class DecoderAttention(nnx.Module):
         query, key = (self._heads(name, x) for name in ("query", "key"))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        value = self.value(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        value = split_heads(self.value(x), self.head_dim)
         if cache is not None:
             key, value = cache.extend(key, value)
         bounded = {} if self.softcap is None else {"softcap": self.softcap}
@@ -131,14 +131,14 @@ class DecoderAttention(nnx.Module):
 
     def _heads(self, name: str, x: Hidden) -> Float[Array, "batch length heads head_dim"]:
         """Queries or keys, normalised where the configuration says so."""
-        y, heads = getattr(self, name)(x), (*x.shape[:-1], -1, self.head_dim)
+        y = getattr(self, name)(x)
         match self.qk_norm:
             case "head":
-                return getattr(self, f"{name}_norm")(y.reshape(heads))
+                return getattr(self, f"{name}_norm")(split_heads(y, self.head_dim))
             case "projection":
-                return getattr(self, f"{name}_norm")(y).reshape(heads)
+                return split_heads(getattr(self, f"{name}_norm")(y), self.head_dim)
             case _:
-                return y.reshape(heads)
+                return split_heads(y, self.head_dim)
 
 
 register_attention(DecoderAttention)

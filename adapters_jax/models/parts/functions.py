@@ -155,6 +155,21 @@ def _normalize_jvp(
     return y, moved
 
 
+def split_heads(
+    x: Float[Array, "*batch features"], width: int
+) -> Float[Array, "*batch heads width"]:
+    """The heads of a projection.
+
+    Without the barrier, a TPU's compiler makes the split a part of the product, and for that lays
+    the stacked weights of scanned layers out anew: a copy of them in every step.
+
+    Args:
+        x: what a projection returns.
+        width: that of a head.
+    """
+    return jax.lax.optimization_barrier(x).reshape(*x.shape[:-1], -1, width)
+
+
 def dot_product_attention(
     query: Float[Array, "*batch length heads width"],
     key: Float[Array, "*batch keys kv_heads width"],

@@ -12,7 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
-from adapters_jax.models.parts.functions import ACTIVATIONS, dot_product_attention, normalize
+from adapters_jax.models.parts.functions import (
+    ACTIVATIONS,
+    dot_product_attention,
+    normalize,
+    split_heads,
+)
 from adapters_jax.models.parts.rotary import Rotation, rotate
 from adapters_jax.training.rows import split_rows
 
@@ -137,7 +142,7 @@ class SelfAttention(Typed):
         inits = {"kernel_init": self.kernel_init, "use_bias": self.use_bias, **self.types}
         width = x.shape[-1]
         query, key, value = (
-            nn.Dense(width, name=name, **inits)(x).reshape(*x.shape[:-1], self.num_heads, -1)
+            split_heads(nn.Dense(width, name=name, **inits)(x), width // self.num_heads)
             for name in ("query", "key", "value")
         )
         if rotation is not None:

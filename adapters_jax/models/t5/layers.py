@@ -11,7 +11,7 @@ from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.models.decoder.layers import DecoderSum, RMSNorm
 from adapters_jax.models.parts.cache import LayerCache
-from adapters_jax.models.parts.functions import ACTIVATIONS, gated
+from adapters_jax.models.parts.functions import ACTIVATIONS, gated, split_heads
 from adapters_jax.models.t5.config import T5Config
 
 Hidden = Float[Array, "batch length d"]
@@ -84,7 +84,7 @@ class T5Attention(nnx.Module):
         return self._heads(self.key(source)), self._heads(self.value(source))
 
     def _heads(self, x: Float[Array, "batch length inner"]) -> Heads:
-        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+        return split_heads(x, self.head_dim)
 
 
 register_attention(T5Attention)

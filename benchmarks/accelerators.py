@@ -1,0 +1,309 @@
+"""What the compilers of accelerators say of a step: peak memory, FLOPs, bytes moved, time.
+
+No accelerator is needed, and nothing is timed but the compilers. Steps are compiled for TPUs by
+libtpu and for GPUs by XLA's CUDA compiler; `adapters_jax.devices` describes the devices.
+
+A compiler counts the body of a loop once. So costs that are compared are those of one and of two
+unrolled layers, and the whole model's are computed from the two. Whole models are compiled as they
+are trained, with layers scanned and recomputed.
+
+Every cell is a line of a record as soon as it is compiled, and an interrupted run goes on behind
+it; to compile a cell anew, delete its line. Cells whose compiler or library is not installed are
+left for a run that has it. It takes `pip install "adapters-jax[tpu,cuda,quant]" google-tunix`.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.planning import Job
+from adapters_jax.distributed.devices import devices, memory_of
+from adapters_jax.distributed.mesh import make_mesh
+from adapters_jax.distributed.program import Program, TooLarge, compile_program
+from adapters_jax.errors import MissingPackageError
+from benchmarks.accelerator_sides import SIDES
+from benchmarks.report import LARGEST, Report, Row
+
+ATTENTION = "dense"  # the attention function of our models
+COSTS, WHOLE = "A step, its costs from one and two layers", "Whole models, layers scanned"
+QWIX, HAND, PEAK = 1.0, 1.01, 0.5
+COUNTED = ("flops", "bytes_accessed", "seconds", "total", "temporaries")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A side's step at its costs a layer."""
+
+    side: str
+    model: str
+    layers: int
+    rows: int
+    length: int
+    device: str = "v5e"
+    how: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("tunix", "qwix") if "tunix" in self.side else ()
+
+    def compile(self) -> Row:
+        """Compiles one and two layers."""
+        mesh = make_mesh("data=1,fsdp=1,tp=1", devices(self.device))  # tunix names the last two
+        size = self.model, self.rows, self.length
+        one, two = (_described(self._lowered(mesh, layers, *size)) for layers in (1, 2))
+        more = self.layers - 1
+        whole = {name: _along(one[name], two[name], more) for name in COUNTED}
+        return {**whole, "one": one, "two": two}
+
+    def _lowered(self, mesh: Any, layers: int, model: str, rows: int, length: int) -> Any:
+        return SIDES[self.side](mesh, model, layers, rows, length, **self.how)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole model's step, as `adapters-jax plan --device` compiles it."""
+
+    model: str
+    method: str
+    dtype: str
+    rows: int
+    length: int
+    device: str
+    mesh: str = "fsdp=-1"
+    needs: tuple[str, ...] = ()
+
+    def compile(self) -> Row:
+        """Compiles the step."""
+        there = devices(self.device)
+        base = "bfloat16" if self.dtype in ("int8", "int4", "nf4") else self.dtype
+        job = Job(
+            model=self.model,
+            method=MethodOptions(self.method),
+            mesh=make_mesh(self.mesh, there),
+            rows=self.rows,
+            length=self.length,
+            dtype=base,
+            quantize=None if base == self.dtype else self.dtype,
+            remat=True,
+            accelerator=True,
+            limit=None,
+            say=_quiet,
+        )
+        found = job.plan(self.rows)
+        described = asdict(found.program) if found.program else {}
+        memory = memory_of(there[0])
+        return {**described, **found.to_dict(), "memory": memory, "program": None}
+
+
+LLAMA, BERT = ("llama-3.2-1b", 16), ("bert-large", 24)
+CELLS: tuple[Cost | Whole, ...] = (
+    *(
+        Whole("llama-7b", method, dtype, rows, 2048, "v5e")
+        for method, dtype, rows in (
+            ("lora", "int8", 1),
+            ("houlsby", "int8", 1),
+            ("lora", "int4", 4),
+        )
+    ),
+    *(Cost(side, *LLAMA, 1, 2048) for side in ("ours, tunix's model", "qwix, tunix's model")),
+    *(
+        Cost(side, *LLAMA, 4, 4096, "v5p", {"remat": True, **more})
+        for side, more in (("ours", {"chunk": 256}), ("tunix", {}))
+    ),
+    *(Cost(side, *LLAMA, 1, 512) for side in ("ours, float32", "by hand, float32")),
+    *(Cost(side, *BERT, 32, 128) for side in ("ours, float32", "by hand, float32")),
+    *(Cost(side, *LLAMA, 1, 2048) for side in ("ours", "full fine-tuning")),
+    Whole("meta-llama-3-70b", "lora", "int8", 16, 2048, "v5e:4x4"),
+    Whole("gpt3-175b", "lora", "bfloat16", 64, 2048, "v5p:4x4x4"),
+    Whole("llama-7b", "lora", "nf4", 1, 2048, "v5e"),
+    *(
+        Whole(model, "lora", dtype, 1, 2048, device)
+        for device, dtype, model in (
+            ("v5e", "bfloat16", "llama-3.2-3b"),
+            ("v5e", "int8", "meta-llama-3-8b"),
+            ("v5e", "int4", "llama-2-13b"),
+            ("v5p", "bfloat16", "llama-30b"),
+            ("v5p", "int8", "meta-llama-3-70b"),
+            ("h100", "bfloat16", "llama-30b"),
+            ("h100", "int8", "llama-65b"),
+        )
+    ),
+    *(
+        Whole(model, "lora", dtype, rows, length, device)
+        for device in ("v5e", "v5p", "h100")
+        for model, rows, length in (
+            ("bert-large", 32, 128),
+            ("llama-3.2-1b", 1, 2048),
+            ("gemma-3-4b-pt", 1, 2048),
+            ("meta-llama-3-8b", 1, 2048),
+        )
+        for dtype in (("bfloat16", "int8") if device == "h100" else ("bfloat16", "int8", "int4"))
+    ),
+    *(
+        Cost(side, *model, rows, length, "v5p")
+        for model, rows, length in ((BERT, 32, 128), (("meta-llama-3-8b", 32), 1, 2048))
+        for side in ("ours", "full fine-tuning")
+    ),
+    *(
+        Cost(side, "meta-llama-3-8b", 32, 1, 2048, "v5p")
+        for side in ("ours, tunix's model", "qwix, tunix's model")
+    ),
+)
+
+
+def run(report: Report, quick: bool) -> None:
+    """Compiles the cells that the record does not have; the first two of BERT if quick."""
+    jax.config.update("jax_platforms", "cpu")
+    cells = [cell for cell in CELLS if isinstance(cell, Cost) and cell.model == "bert-large"]
+    cells = cells[:2] if quick else list(CELLS)
+    record = Record(report.directory / f"{report.name}-cells.jsonl")
+    for number, cell in enumerate(cells, 1):
+        _say(f"{number} of {len(cells)}: {_key(cell)}")
+        record.compile(cell)
+    show(report, cells, record.rows)
+
+
+class Record:
+    """The compiled cells by key, a line of a file each.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: dict[str, Row] = {row.pop("cell"): row for row in map(json.loads, lines)}
+
+    def compile(self, cell: Cost | Whole) -> None:
+        """Compiles a cell that is not here, unless something is missing for it."""
+        key = _key(cell)
+        if key in self.rows:
+            return
+        absent = [name for name in cell.needs if not find_spec(name)]
+        if absent:
+            _say(f"left out: {', '.join(absent)} not installed")
+            return
+        try:
+            row = {"attention": ATTENTION, "jax": jax.__version__, **cell.compile()}
+        except MissingPackageError as error:
+            _say(f"left out: {error}")
+            return
+        self.rows[key] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps({"cell": key, **row}) + "\n")
+
+
+def show(report: Report, cells: list[Any], rows: Mapping[str, Row]) -> None:
+    """Adds the rows of the compiled cells, and the figures that they reach."""
+    done = {cell: rows[_key(cell)] for cell in cells if _key(cell) in rows}
+    for cell, row in done.items():
+        add = _add_cost if isinstance(cell, Cost) else _add_whole
+        add(report, cell, row)
+    for first, second, limits in (
+        ("ours, tunix's model", "qwix, tunix's model", {"flops": QWIX, "bytes_accessed": QWIX}),
+        ("ours, float32", "by hand, float32", {"flops": HAND, "bytes_accessed": HAND}),
+        ("ours", "tunix", {"total": PEAK}),
+    ):
+        _claim(report, done, first, second, limits)
+    for row in largest((cell for cell in done if isinstance(cell, Whole)), rows):
+        report.add(LARGEST, **row)
+    for cell, row in done.items():
+        if isinstance(cell, Whole) and cell.model == "llama-7b":
+            what = f"{cell.method}, {cell.dtype}, {cell.rows} x {cell.length}, one {cell.device}"
+            fits = row["total"] / row["memory"]
+            report.claim(f"memory of LLaMA-7B, {what} / the device's", fits, 1.0)
+
+
+def largest(cells: Iterable[Whole], rows: Mapping[str, Row]) -> list[Row]:
+    """Of each card and dtype, the largest compiled model that fits one of it under LoRA."""
+    found: dict[tuple[str, str], Row] = {}
+    for cell in cells:
+        row = rows.get(_key(cell))
+        one = cell.method == "lora" and ":" not in cell.device
+        if row and one and row["total"] <= row["memory"]:
+            shown = {"card": cell.device, "base in": cell.dtype, "model": cell.model}
+            shown |= {"tokens a step": f"{cell.rows} x {cell.length}"}
+            shown |= {"GiB of a device": row["memory"] / 2**30, "peak GiB": row["total"] / 2**30}
+            best = found.get((cell.device, cell.dtype))
+            if best is None or row["parameters"] > best["parameters"]:
+                found[cell.device, cell.dtype] = {**shown, "parameters": row["parameters"]}
+    return [found[key] for key in sorted(found)]
+
+
+def _add_cost(report: Report, cell: Cost, row: Row) -> None:
+    report.add(
+        COSTS,
+        side=cell.side,
+        **_named(cell, row),
+        **{"peak GiB": _in(row["total"], 2**30), "TFLOP": _in(row["flops"], 1e12)},
+        **{"GB moved": _in(row["bytes_accessed"], 1e9), "ms, estimated": _in(row["seconds"], 1e-3)},
+    )
+
+
+def _add_whole(report: Report, cell: Whole, row: Row) -> None:
+    sent = row.get("collectives") or {}
+    report.add(
+        WHOLE,
+        **_named(cell, row),
+        recipe=cell.method,
+        base=cell.dtype,
+        **{"peak GiB": row["total"] / 2**30, "of a device's": row["memory"] / 2**30},
+        **{"base GiB": row["base"] / 2**30, "fits": row["total"] <= row["memory"]},
+        **{"GB exchanged": sum(sent.values()) / 1e9},
+    )
+
+
+def _named(cell: Cost | Whole, row: Row) -> Row:
+    tokens = {"tokens a step": f"{cell.rows} x {cell.length}"}
+    return {"model": cell.model, "device": cell.device, **tokens, "attention": row["attention"]}
+
+
+def _claim(
+    report: Report, done: Mapping[Any, Row], first: str, second: str, limits: Mapping[str, float]
+) -> None:
+    """The costs of one side over those of another, wherever both are compiled."""
+    for cell, row in done.items():
+        others = [x for x in done if isinstance(x, Cost) and x.side == second]
+        if not isinstance(cell, Cost) or cell.side != first:
+            continue
+        for other in others:
+            same = all(getattr(cell, k) == getattr(other, k) for k in ("model", "rows", "length"))
+            if same and cell.device == other.device:
+                for name, limit in limits.items():
+                    what = "peak memory" if name == "total" else name.replace("_", " ")
+                    tokens = f"{cell.model}, {cell.rows} x {cell.length}, {cell.device}"
+                    found = row[name] / done[other][name]
+                    report.claim(f"{what} of a step, {tokens}: {first} / {second}", found, limit)
+
+
+def _described(lowered: jax.stages.Lowered) -> Row:
+    """What a compiler says of a step; of one that does not fit, its bytes alone."""
+    found = compile_program(lowered)
+    if isinstance(found, TooLarge):
+        return {**dict.fromkeys(COUNTED), "total": found.total, "compile_seconds": None}
+    return {name: value for name, value in asdict(found).items() if name in Program.__annotations__}
+
+
+def _along(one: float | None, two: float | None, more: int) -> float | None:
+    return None if one is None or two is None else one + more * (two - one)
+
+
+def _in(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _key(cell: Cost | Whole) -> str:
+    """A cell as the text by which the record has it."""
+    return " ".join(f"{name}={value}" for name, value in asdict(cell).items() if value)
+
+
+_say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+_quiet: Callable[[str], None] = lambda line: None  # noqa: E731

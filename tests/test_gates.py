@@ -1,0 +1,176 @@
+"""Gates: what a step of every method may hold, write and compute, by the compilers of accelerators.
+
+Each is compiled for a device that this machine need not have; see `aj.devices`. A method that is
+registered and not here fails the first test.
+"""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.floor import products
+from helpers.gates import (
+    HIDDEN,
+    MATRICES,
+    MODELS,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    D,
+    compiled,
+    copies,
+    exchanged,
+    floor_of,
+    stored,
+)
+
+import adapters_jax as aj
+from adapters_jax.distributed import devices as described
+from adapters_jax.losses import cross_entropy
+from adapters_jax.methods import METHODS
+
+slow = pytest.mark.slow
+tpu = pytest.mark.skipif(
+    described._installed("libtpu") is None, reason="needs libtpu: pip install 'adapters-jax[tpu]'"
+)
+cuda = pytest.mark.skipif(
+    described._installed("jax-cuda13-plugin") is None,
+    reason="needs the CUDA compiler: pip install 'adapters-jax[cuda]'",
+)
+pytestmark = pytest.mark.usefixtures("optimized")
+
+RECIPES = {
+    "bottleneck": aj.houlsby(8),
+    "lora": aj.lora(4),
+    "dora": aj.Recipe(aj.DoRA("**/{query,value}", 4)),
+    "ia3": aj.ia3(),
+    "llama_adapter": aj.Recipe(aj.LlamaAdapter("**/attention", 4)),
+    "prefix": aj.Recipe(aj.PrefixTuning("**/attention", 4)),
+    "unfreeze": aj.layer_norms(),
+}
+# DoRA's norms depend on parameters alone, and in a scanned linen model on those of all layers:
+# they are taken in front of the loop, where a quantised base is in floats on the way.
+AT_ONCE = ("linen", True, "dora")
+
+
+def test_every_method_that_is_registered_has_a_gate():
+    built_in = {
+        name for name, each in METHODS.items() if each.__module__.startswith("adapters_jax")
+    }
+    assert built_in == set(RECIPES)
+
+
+@tpu
+@slow
+@pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
+@pytest.mark.parametrize("api", MODELS)
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan):
+    """The base is no output, is copied nowhere and never in floats as a whole; no product is done
+    that a gradient of the adapters can do without."""
+    floats = None
+    for dtype in ("bf16", "int8", "int4"):
+        state, loss = MODELS[api](RECIPES[method], scan, dtype)
+        floats = floats or (stored(state.base), *floor_of(state, loss))
+        base, needed, recomputed = floats
+        step = compiled(state, loss)
+        program, trained = step.program, stored((state.adapters, state.opt_state))
+        assert program.outputs - program.aliased < 10_000, dtype  # the metrics
+        assert trained <= program.aliased, dtype
+        assert needed <= products(step.text) <= 1.01 * (needed + recomputed), dtype
+        if (api, scan, method) != AT_ONCE:
+            assert copies(step.text, scan, dtype == "bf16") == [], dtype
+            if scan:
+                assert program.total - program.arguments < base / 4, dtype
+
+
+@tpu
+@slow
+def test_full_fine_tuning_computes_every_gradient_and_returns_no_copy():
+    for api, model in MODELS.items():
+        state, loss = model(aj.full(), False, "bf16")
+        step, (needed, _) = compiled(state, loss), floor_of(state, loss)
+        assert needed <= products(step.text) <= 1.01 * needed, api
+        assert step.program.outputs - step.program.aliased < 10_000, api
+        (lora, _) = floor_of(*model(RECIPES["lora"], False, "bf16"))
+        assert needed > 1.4 * lora, api
+
+
+PER_LAYER = {
+    "NNX": Counter({(D, D): 2, (D, WIDTH): 2, (D, HIDDEN): 2, (HIDDEN, D): 1}),
+    "linen": Counter({(D, D): 4, (D, HIDDEN): 1, (HIDDEN, D): 1}),
+}
+# Backward, a linen encoder gathers query, key and value once to compute them again, and once for
+# the gradient of their input.
+TWICE = {"NNX": Counter(), "linen": Counter({(D, D): 3})}
+
+
+@tpu
+@slow
+@pytest.mark.parametrize(("api", "mesh"), [("NNX", "fsdp=4"), ("linen", "data=2,fsdp=2")])
+def test_devices_exchange_weights_and_gradients_of_adapters_alone(api, mesh):
+    """A layer's weights are gathered at most once forward and once backward, and rows stay split.
+
+    There are so many rows that activations are larger than weights; with fewer, XLA rightly
+    exchanges activations.
+    """
+    state, loss = MODELS[api](RECIPES["lora"], True, "bf16", 6)
+    step = compiled(state, loss, "v5e:2x2", mesh, 16)
+    found = list(exchanged(step.text))
+    gathered = Counter(shape for rounds, _, shape in found if rounds == 6 and shape in MATRICES)
+    assert gathered and gathered <= PER_LAYER[api] + PER_LAYER[api] + TWICE[api]
+    activations = [shape for _, _, shape in found if TOKENS in shape and len(shape) > 2]
+    assert not activations
+    sums = step.program.collectives.get("all-reduce", 0)
+    looked_up = 2 * TOKENS * D  # positions, from a split table
+    assert 0 < sums <= stored(state.adapters) + (looked_up if api == "linen" else 1000)
+
+
+@tpu
+@slow
+def test_a_loss_in_chunks_gathers_a_split_head_for_each_chunk():
+    """An exception, and what it buys: never is a device's memory taken by the whole head."""
+    state, _ = MODELS["NNX"](RECIPES["lora"], True, "bf16", 2)
+
+    def loss(model, ids, key):
+        hidden = model.hidden(ids[:, :-1])
+        return cross_entropy(hidden, model.logits, ids[:, 1:], chunk=TOKENS // 3)
+
+    found = exchanged(compiled(state, loss, "v5e:2x2", "fsdp=4", 16).text)
+    heads = [rounds for rounds, _, shape in found if sorted(shape) == sorted((D, VOCAB))]
+    assert sum(heads) <= 1 + 3  # the embeddings once
+
+
+@tpu
+@slow
+def test_a_base_that_is_widened_or_copied_does_not_pass():
+    """A loss that turns a matrix around in float32, and one that turns a stack as it is stored."""
+
+    def turns(loss, kernel_of, dtype):
+        def turned(model, ids, key):
+            kernel = kernel_of(model).kernel[...].astype(dtype)
+            kernel = jax.lax.optimization_barrier(jnp.flip(kernel, 0))
+            return loss(model, ids, key) + kernel.ravel()[0].astype(jnp.float32)
+
+        return turned
+
+    for scan, kernel_of, dtype, expected in (
+        (False, lambda model: model.layers[0].mlp.up, jnp.float32, f"f32[{D}, {HIDDEN}]"),
+        (True, lambda model: model.layers.mlp.up, jnp.bfloat16, f"bf16[1000, {D}, {HIDDEN}]"),
+    ):
+        state, loss = MODELS["NNX"](RECIPES["lora"], scan, "bf16")
+        found = copies(compiled(state, turns(loss, kernel_of, dtype)).text, scan, True)
+        assert any(each.startswith(expected) for each in found), found
+
+
+@cuda
+@slow
+@pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_a_step_on_a_gpu_holds_its_base_once(method, scan):
+    """As on a TPU, but for the products, which are calls of cuBLAS."""
+    state, loss = MODELS["NNX"](RECIPES[method], scan, "bf16")
+    program = compiled(state, loss, "h100").program
+    assert program.outputs - program.aliased < 10_000
+    assert program.total - program.arguments < stored(state.base) / (4 if scan else 1)
