@@ -25,7 +25,7 @@ class CountParameters:
     examples: ClassVar[str] = """\
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
   adapters-jax audit --model gpt3-175b --method lora --rank 4 --json
-  adapters-jax audit --model runs/base --recipe recipe.json"""
+  adapters-jax audit --model bert-base --recipe recipe.json"""
 
     model: str
     method: MethodOptions = field(default_factory=MethodOptions)

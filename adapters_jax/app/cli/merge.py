@@ -17,7 +17,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
@@ -33,13 +33,13 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Merge:
-    """Merges a run's LoRA into its base, and writes a checkpoint that needs no adapter.
+    """Merges the LoRA of a run on a decoder into its base: a checkpoint that needs no adapter.
 
     The checkpoint has the layout of Hugging Face, with the tokenizer. Methods that do not change a
     weight, such as bottlenecks and prompts, raise an error.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, on a decoder.
         out: directory to write, which must not exist.
         dequantize: for a run with --quantize, merge into its weights as floats.
         json: print what was written as JSON.
@@ -68,8 +68,14 @@ class Merge:
             raise DataError(f"--out {self.out} exists already; give another directory")
         if not self.out.absolute().parent.is_dir():
             raise DataError(f"--out {self.out}: there is no directory {self.out.parent}")
+        config = Run(self.run).read_config()
+        if config.get("kind", "encoder") != "decoder":
+            raise RunError(
+                f"{self.run} is a run on an encoder, and merge writes decoders alone; its adapter "
+                f"leaves by adapters-jax convert {self.run} DIRECTORY --to peft or adapterhub"
+            )
         generator = load_generator(self.run)
-        quantized = Run(self.run).read_config("decoder").get("quantize")
+        quantized = config.get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
                 f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
