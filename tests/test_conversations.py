@@ -365,8 +365,6 @@ def test_a_run_learns_conversations_and_talks(monkeypatch, capsys):
         {"prompt": "food food Thai", "completion": "It serves Thai"},
         {"prompt": "food Dutch", "completion": "It serves Dutch"},
     ]
-    assert main(["generate", "runs/talks", "--chat", "--prompt", "food Greek", "food Thai"]) == 0
-    assert capsys.readouterr().out == "It serves Greek\nIt serves Thai\n"
     for flags, data in (
         ("--system x --prompt y", "--chat"),
         ("--chat --file talks.jsonl", "--file"),
@@ -382,6 +380,9 @@ def test_each_turn_reads_all_turns_before_it(capsys):
 
     Generate("run", system="S")._talk(Parrot(), ["a", " ", "b"], Console(json=False))
     assert capsys.readouterr().out.splitlines() == ["s:S u:a", "s:S u:a a:s:S u:a u:b"]
+    assert Generate("run", prompt=("a", "b"), chat=True)._turns() == ["a", "b"]
+    with raises(DataError, "empty"):
+        Generate("run", prompt=("a", " "), chat=True)._turns()
 
 
 def test_what_a_decoder_cannot_learn():

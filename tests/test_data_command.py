@@ -8,7 +8,10 @@ from helpers.commands import command_raises
 from helpers.tiny import write_llama, write_meanings, write_model
 from test_conversations import TINY, said
 
+from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.parsing import parse
 from adapters_jax.data.files import DataError
 from adapters_jax.data.summary import Lengths, summarize
 from adapters_jax.errors import UserError
@@ -149,16 +152,17 @@ def test_bad_input():
         assert main(["data", "rows.jsonl", "--model", "tiny"]) == 2
 
 
-def test_finetune_warns_of_rows_shared_with_train(capsys):
+def test_finetune_warns_of_rows_shared_with_train(caplog):
     write_model(Path("bert"))
     write("train.jsonl", *[{"text": f"film {i}", "label": i % 2} for i in range(20)])
     write("test.jsonl", {"text": "FILM 3", "label": 1}, {"text": "film 99", "label": 1})
-    words = "--method head-only --no-baselines --epochs 1 --max-length 8 --dev test.jsonl"
-    line = f"finetune --model bert --train train.jsonl --test train.jsonl {words}"
-    assert main(line.split()) == 0
-    err = capsys.readouterr().err
-    assert "warning: 1 of 2 rows of dev are in train" in err
-    assert "warning: 20 of 20 rows of test are in train" in err
+    words = "--model bert --train train.jsonl --dev test.jsonl --test train.jsonl --max-length 8"
+    job = parse(Finetune, words.split()).prepare(Console(json=True))
+    job.run.unlock(job.lock)
+    assert caplog.messages == [
+        "warning: 1 of 2 rows of dev are in train as well, so the score on dev is too good",
+        "warning: 20 of 20 rows of test are in train as well, so the score on test is too good",
+    ]
 
 
 @pytest.mark.slow
