@@ -1,6 +1,7 @@
 """`adapters-jax data`: what it counts, and the tokens that it marks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,12 +157,14 @@ def test_finetune_warns_of_rows_shared_with_train(caplog):
     write_model(Path("bert"))
     write("train.jsonl", *[{"text": f"film {i}", "label": i % 2} for i in range(20)])
     write("test.jsonl", {"text": "FILM 3", "label": 1}, {"text": "film 99", "label": 1})
-    words = "--model bert --train train.jsonl --dev test.jsonl --test train.jsonl --max-length 8"
+    shutil.copy("train.jsonl", "copy.jsonl")
+    words = "--model bert --train train.jsonl --dev test.jsonl --test copy.jsonl --max-length 8"
     job = parse(Finetune, words.split()).prepare(Console(json=True))
     job.run.unlock(job.lock)
     assert caplog.messages == [
-        "warning: 1 of 2 rows of dev are in train as well, so the score on dev is too good",
-        "warning: 20 of 20 rows of test are in train as well, so the score on test is too good",
+        "warning: 1 of 2 dev rows are also in train, so the dev scores are too good",
+        "warning: 20 of 20 test rows are also in train, so the test scores are too good",
+        "warning: 1 of 20 test rows are also in dev, so the test scores are too good",
     ]
 
 

@@ -33,7 +33,7 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
 from adapters_jax.errors import BaseFileError, RecipeError, TargetError, UserError
 from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.io.run_directory import Run, RunConfigError, RunError
 from adapters_jax.models.decoder import load_decoder
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
@@ -383,7 +383,11 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
             ["--text", "--template"],
         ),
         ("predict runs/full x", RunError, ["runs/full", "completion", "adapters-jax generate"]),
-        ("generate runs/none --prompt x", RunError, ["runs/none", "config.json", "runs/full"]),
+        (
+            "generate runs/none --prompt x",
+            RunConfigError,
+            ["runs/none", "config.json", "runs/full"],
+        ),
         ("generate runs/full", DataError, ["--prompt TEXT", "--prompt -", "--file"]),
         ("generate runs/full --prompt x --column mr", DataError, ["--column", "--file"]),
         ("generate runs/full --prompt x --top-p 0", UserError, ["--top-p 0", 1]),

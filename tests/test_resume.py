@@ -148,7 +148,7 @@ def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     holder.kill()
     holder.communicate()
     lock = run.lock()
-    with raises(RunError, tmp_path, f"process {os.getpid()};"):
+    with raises(RunError, tmp_path, f"process {os.getpid()}, which is this one;"):
         run.lock()
     run.unlock(lock)
     assert not os.listdir(tmp_path)
@@ -308,7 +308,7 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
     for key, value, datum in (
         ("stopped", "step 3: the loss is not finite", "step 3: the loss is not finite"),
         ("options", None, "adapters-jax finetune"),
-        ("task_type", None, "task None"),
+        ("task_type", None, "task_type=None"),
         ("task_type", [], "task []"),
         ("data_sha256", "0" * 64, "data_sha256"),
         ("base_sha256", "0" * 64, "base_sha256"),

@@ -79,7 +79,7 @@ def read_run(run: Run, command: str | None = None) -> tuple[Task, dict[str, Any]
         task = task_of(config)
     except (KeyError, TypeError):
         raise RunError(
-            f"{run.path} has the task {config['task_type']!r}, expected one of {', '.join(TASKS)}"
+            f"{run.path}: task_type={config['task_type']!r}, expected one of {', '.join(TASKS)}"
         ) from None
     if command not in (None, task.command):
         raise RunError(

@@ -18,7 +18,7 @@ from adapters_jax.counted import counted
 from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.trees import Tree, flatten, merge_trees, partition
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -220,10 +220,11 @@ def _check_params(recipe: Recipe, params: Tree) -> None:
             f"TrainState.create: {error}; pass what aj.init_adapters(model, params, key, "
             "*example_inputs) returned for this model"
         ) from error
-    for method in recipe.attached:
-        own = [a.owner for a in adapters if a.owner.method == method]
-        if own:  # where there is none at all, `_check_trained` says so
-            require_points(method, [path for o in own for path in (o.path, o.module)], {})
+    with checked_before():
+        for method in recipe.attached:
+            own = [a.owner for a in adapters if a.owner.method == method]
+            if own:  # where there is none at all, `_check_trained` says so
+                require_points(method, [path for o in own for path in (o.path, o.module)], {})
 
 
 def _check_optimizer(tx: Any) -> None:
