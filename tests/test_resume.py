@@ -309,7 +309,7 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
         ("stopped", "step 3: the loss is not finite", "step 3: the loss is not finite"),
         ("options", None, "adapters-jax finetune"),
         ("task_type", None, "task_type=None"),
-        ("task_type", [], "task []"),
+        ("task_type", [], "task_type=[]"),
         ("data_sha256", "0" * 64, "data_sha256"),
         ("base_sha256", "0" * 64, "base_sha256"),
     ):
