@@ -207,7 +207,7 @@ def run(report: Report, quick: bool) -> None:
         forward(report, subject, name, rounds)
     peft(report, subject, rounds)
     for name in (LORA, HOULSBY):
-        step(report, subject, name, 2 if quick else 8, rounds)
+        step(report, subject, name, 2 if quick else 8, max(2, rounds // 2))
     toy = llama.Size(llama.TINY, batch=2, length=8, prompt=4, tokens=3)
     size = toy if quick else llama.Size()
     base = Decoder(size.config, rngs=nnx.Rngs(0))
