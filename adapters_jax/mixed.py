@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from adapters_jax.errors import UserError
+from adapters_jax.methods.arrays import over_layers
 from adapters_jax.methods.prompt import prompt_lengths
 
 _MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
@@ -122,9 +123,7 @@ def by_rows(
             f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
         )
     mine = jax.tree.map(lambda x: jnp.take(x, rows.index, axis=0), stacked)
-    own = jax.tree.map(
-        lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(groups)), keys
-    )
+    own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
     found: list[_Parts] = []
 
     def one(adapters: Any, lengths: Any, keys: Any, parts: list[Any]) -> list[Any]:
@@ -142,6 +141,12 @@ def by_rows(
     (made,) = found
     merged = [_merged(y, axis) for y, axis in zip(outputs, made.axes, strict=True)]
     return jax.tree.unflatten(made.structure, merged)
+
+
+def _fold(key: Any) -> Callable[[Array], Array]:
+    """The key of a group by its number; of keys that are stacked over layers, each is folded."""
+    single = 0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    return lambda i: over_layers(lambda k: jax.random.fold_in(k, i), key.ndim - single)(key)
 
 
 def _grouped(x: Any, axis: int, groups: int) -> Array:

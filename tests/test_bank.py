@@ -258,6 +258,21 @@ def test_dropout_differs_between_rows():
     assert (y[0] == 0).any() and ((y[0] == 0) != (y[1] == 0)).any()
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_of_an_nnx_model_differs_between_rows(scan):
+    """Also where layers are scanned, whose random keys are stacked."""
+    recipe = aj.LoRA("**/mlp/*", rank=2, dropout=0.5)
+    case = Case("nnx", "mlp", recipe, scan=scan, layers=3)
+    bank = case.bank.put("a", case.adapter(recipe, 4)[0])
+    x = jnp.broadcast_to(ids()[:1], (2, 6))
+    y = case.run(bank, ["a", "a"], x)
+    assert np.abs(y[0] - y[1]).max() > 0.01
+    model = bank.model
+    model.eval()
+    y = model(x, adapters=bank.rows(["a", "a"]))
+    np.testing.assert_allclose(y[0], y[1], atol=1e-6)
+
+
 def test_statistics_of_rows():
     """Arrays that the model returns without rows come once for each row."""
     base = nn.BatchNorm(use_running_average=False, momentum=0.0)

@@ -35,10 +35,6 @@ class Optimizers:
             each.setdefault(id(tx), []).append(i)
         return cls(tuple((optimizers[own[0]], tuple(own)) for own in each.values()))
 
-    def init(self, params: Tree) -> Any:
-        """The states of the optimisers for stacked leaves."""
-        return tuple(jax.vmap(tx.init)(_rows(params, own)) for tx, own in self.groups)
-
     def update(self, grads: Tree, states: Any, params: Tree) -> tuple[Tree, Any]:
         """The updates of all trainings, and the states after them; as in optax."""
         parts, after = [], []
