@@ -198,7 +198,7 @@ def to_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, leaves, names, blocks.module_map)
+    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
     added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems)

@@ -163,7 +163,7 @@ def to_peft(
         The configuration, the tensors, and a sentence for each thing that PEFT does not support.
     """
     module_map = find_modules(names, base)
-    unrolled = as_in_file(recipe, leaves, names, module_map)
+    unrolled = as_in_file(recipe, dict(leaves), names, module_map)
     config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
     return config, tensors, problems + _held_twice(names, unrolled[1], module_map)
 
