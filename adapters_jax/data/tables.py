@@ -112,15 +112,7 @@ def choose_columns(
     """
     header, records = rows
     columns = _columns(path, header, names)
-    uneven = [
-        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
-    ]
-    if uneven:
-        raise DataError(
-            f"{path.as_posix()}: {count_rows(uneven)} another number of fields than the "
-            f"{len(header)} columns: {first_few(uneven)}; "
-            "a CSV field with a comma in it needs quotes"
-        )
+    check_even(path, rows)
     cells = [[cell(fields[i]) for i in columns] for _, fields in records]
     lines = [line for line, _ in records]
     blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
@@ -139,6 +131,20 @@ def choose_columns(
             f"fill them in or remove them{nested}"
         )
     return cells, lines
+
+
+def check_even(path: Path, rows: Rows) -> None:
+    """Raises DataError if a row has another number of fields than there are columns."""
+    header, records = rows
+    uneven = [
+        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
+    ]
+    if uneven:
+        raise DataError(
+            f"{path.as_posix()}: {count_rows(uneven)} another number of fields than the "
+            f"{len(header)} columns: {first_few(uneven)}; "
+            "a CSV field with a comma in it needs quotes"
+        )
 
 
 def cell(value: Any) -> str:

@@ -14,6 +14,7 @@ from adapters_jax.data.overlap import shared_rows
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.splits import spread
 from adapters_jax.data.summary import Lengths, Summary, inputs_of, summarize
+from adapters_jax.data.tables import check_even
 
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar
@@ -72,6 +73,8 @@ class DescribeData:
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
         tables = [(path, read_file(path)) for path in self.files]
+        for path, rows in tables:
+            check_even(path, rows)
         first = inputs_of(tables[0][1])
         found = []
         for i, (path, rows) in enumerate(tables):

@@ -19,7 +19,14 @@ from adapters_jax.interop.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.interop.adapterhub.config import VERSION
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_module, shortest
+from adapters_jax.interop.module_map import (
+    Leaves,
+    Names,
+    as_in_file,
+    as_in_model,
+    by_module,
+    shortest,
+)
 from adapters_jax.io import hub
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
@@ -159,13 +166,9 @@ def save_adapterhub(
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
     directory, blocks = directories.empty_directory(directory), find_blocks(names, base)
-    problems: list[str] = []
-    if not name or "." in name:
-        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, flat, names, blocks.module_map)
-    added, trained = by_module(unrolled, flat, problems)
-    config, tensors = writing.write(unrolled, added, blocks, name, problems)
-    head = heads.write(trained, blocks, name, pooling, labels, problems)
+    config, tensors, head, problems = to_adapterhub(
+        recipe, flat, names, blocks, name, pooling, labels
+    )
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
@@ -175,6 +178,31 @@ def save_adapterhub(
         settings = (HEAD_CONFIG, about | {"config": head[0]})
         files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
     return directories.write(directory, files, beside)
+
+
+def to_adapterhub(
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Array],
+    names: Names,
+    blocks: Blocks,
+    name: str = "adapter",
+    pooling: str | None = None,
+    labels: Sequence[str] = (),
+) -> tuple[dict[str, Any], Leaves, tuple[dict[str, Any], Leaves], list[str]]:
+    """Converts an adapter and its head; see `save_adapterhub`.
+
+    Returns:
+        The settings and the tensors, both of a head, which may have none, and a sentence for each
+        thing that AdapterHub does not support.
+    """
+    problems: list[str] = []
+    if not name or "." in name:
+        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
+    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
+    added, trained = by_module(unrolled, flat, problems)
+    config, tensors = writing.write(unrolled, added, blocks, name, problems)
+    head = heads.write(trained, blocks, name, pooling, labels, problems)
+    return config, tensors, head, problems
 
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io.tensors import open_tensors
 from adapters_jax.recipe import Recipe
@@ -80,6 +82,12 @@ class AdapterFormat(Protocol):
             AdapterFileError: the files are damaged, unsupported, or not for this base.
         """
 
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """Why the format does not support an adapter, one sentence each; `write` raises the same.
+
+        Of the arrays, only shapes and dtypes matter: `stand_ins` will do for what is not trained.
+        """
+
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes a directory, which appears whole or not at all.
 
@@ -99,6 +107,22 @@ class AdapterFormat(Protocol):
             shown: the base's name without directories of this machine.
             name: the adapter's directory or id.
         """
+
+
+def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays of these shapes and dtypes that take no memory, to ask a format for its `problems`.
+
+    Each holds a number of its own, as no two trained leaves are equal.
+
+    Example:
+        >>> found = stand_ins({"a": np.ones((2, 3)), "b": np.ones(4)})
+        >>> found["a"].shape, found["a"].strides, found["b"].tolist()
+        ((2, 3), (0, 0), [2.0, 2.0, 2.0, 2.0])
+    """
+    return {
+        path: np.broadcast_to(np.asarray(number, leaf.dtype), leaf.shape)
+        for number, (path, leaf) in enumerate(shapes.items(), 1)
+    }
 
 
 def has_head(leaves: Mapping[str, Any]) -> bool:

@@ -142,15 +142,30 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
-    module_map = find_modules(names, base)
-    unrolled = as_in_file(recipe, flat, names, module_map)
-    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
-    problems += _held_twice(names, unrolled[1], module_map)
+    config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
     files = directories.pair((CONFIG, config), (TENSORS, tensors))
     return directories.write(directory, files, beside)
+
+
+def to_peft(
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Array],
+    names: Names,
+    base: Any,
+    prefix: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
+    """Converts an adapter; see `save_peft`.
+
+    Returns:
+        The configuration, the tensors, and a sentence for each thing that PEFT does not support.
+    """
+    module_map = find_modules(names, base)
+    unrolled = as_in_file(recipe, dict(leaves), names, module_map)
+    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
+    return config, tensors, problems + _held_twice(names, unrolled[1], module_map)
 
 
 def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
