@@ -90,6 +90,29 @@ def load_peft(
     """
     directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
+    return from_peft(config, tensors, names, base, f"{directory} cannot be converted from PEFT")
+
+
+def from_peft(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    names: Names,
+    base: Any,
+    caller: str = "from_peft",
+) -> tuple[Recipe, dict[str, Any]]:
+    """Converts the configuration and the tensors of an adapter of PEFT's; see `load_peft`.
+
+    Args:
+        config, tensors: the content of the files.
+        names, base: as in `load_peft`.
+        caller: the beginning of error messages.
+
+    Returns:
+        The recipe, and the trained leaves as a tree.
+
+    Raises:
+        AdapterFileError: as in `load_peft`.
+    """
     module_map = find_modules(names, base)
     problems = config_problems(config)
     if not problems:
@@ -100,7 +123,7 @@ def load_peft(
                 return as_in_model(methods, leaves, names, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    raise AdapterFileError(f"{directory} cannot be converted from PEFT: {'; '.join(problems)}")
+    raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
 
 
 def save_peft(
@@ -142,15 +165,30 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
-    module_map = find_modules(names, base)
-    unrolled = as_in_file(recipe, flat, names, module_map)
-    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
-    problems += _held_twice(names, unrolled[1], module_map)
+    config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
     files = directories.pair((CONFIG, config), (TENSORS, tensors))
     return directories.write(directory, files, beside)
+
+
+def to_peft(
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Array],
+    names: Names,
+    base: Any,
+    prefix: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
+    """Converts an adapter; see `save_peft`.
+
+    Returns:
+        The configuration, the tensors, and a sentence for each thing that PEFT does not support.
+    """
+    module_map = find_modules(names, base)
+    unrolled = as_in_file(recipe, dict(leaves), names, module_map)
+    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
+    return config, tensors, problems + _held_twice(names, unrolled[1], module_map)
 
 
 def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
