@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import formats
 from adapters_jax.interop.directories import empty_directory
 from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat
+from adapters_jax.interop.peft.servers import MAX_ERROR, SERVERS, for_server
 from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.io.untrusted import read_json
@@ -53,12 +54,47 @@ class Written:
     notes: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Serving:
+    """The server that an adapter is written for.
+
+    Attributes:
+        name: one of `SERVERS`.
+        rank: the rank of all modules; by default the largest that the adapter has.
+        max_error: the largest part of a weight's change that may be lost.
+    """
+
+    name: str
+    rank: int | None = None
+    max_error: float = MAX_ERROR
+
+    def made_of(self, source: Source) -> tuple[Source, list[str]]:
+        """The adapter as the server loads it, and sentences about that; see `for_server`."""
+        base = source.base
+        if base.kind != "decoder":
+            raise UserError(
+                f"{SERVERS[self.name].owner} is written to for decoders, and {base.name!r} is an "
+                f"{base.kind}; leave --for out"
+            )
+        served = for_server(
+            SERVERS[self.name],
+            source.recipe,
+            source.leaves,
+            base.names,
+            base.params,
+            model_type=base.model_type,
+            rank=self.rank,
+            max_error=self.max_error,
+        )
+        return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
+
+
 def open_source(name: str, model: str | None = None, pooling: str | None = None) -> Source:
     """Reads an adapter and its base model.
 
     Args:
         name: a directory of a run, or of an adapter of adapters_jax, PEFT or AdapterHub, or the id
-            of one on the Hub, optionally with `@` and a revision.
+            of one on the Hub, optionally with `@` and a revision; or a GGUF file.
         model: the base model; by default the run's, or the one that the adapter's file names.
         pooling: what an encoder's head reads; a run has its own.
 
@@ -71,26 +107,28 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
         AssetError: the pinned model could not be fetched.
     """
     every = {RUN_CONFIG, *formats.every_file()}
-    run = Run(hub.find(name, None, sorted(every)))
+    path = Path(name)
+    run = Run(path if path.is_file() else hub.find(name, None, sorted(every)))
     config = None
     if run.config.is_file() and "base_sha256" in read_json(run.config):  # a run, not a model
         _, config = read_run(run)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)
-    form = formats.format_of(run.adapter if config or run.adapter.is_dir() else run.path)
-    called = model or (config["model"] if config else form.base_name(run.adapter))
+    place = run.adapter if config or run.adapter.is_dir() else run.path
+    form = formats.format_of(place)
+    called = model or (config["model"] if config else form.base_name(place))
     if called is None:
         raise AdapterFileError(
             f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
             "or an id on the Hugging Face Hub"
         )
     classifier = find_family(called).classifier
-    head = form.head(run.adapter, classifier.base) if classifier else None
+    head = form.head(place, classifier.base) if classifier else None
     width, pooled = (head.width, head.pooling) if head else (None, None)
     base = load_base_model(called, width, pooled or pooling)
     if config:
         check_base(run, {**config, "model": called}, base.sha256)
-    recipe, leaves = form.read(run.adapter, base)
+    recipe, leaves = form.read(place, base)
     return Source(form, base, recipe, leaves, config)
 
 
@@ -102,6 +140,7 @@ def export(
     name: str | None = None,
     head: bool = True,
     license: str | None = None,
+    server: Serving | None = None,
 ) -> Written:
     """Writes an adapter and its card in a format; a run also gets what prediction needs.
 
@@ -114,9 +153,11 @@ def export(
         name: the name by which the card loads the adapter; by default the directory.
         head: whether to write an encoder's head.
         license: the license in the card.
+        server: the server that has to load it; llama.cpp for gguf.
 
     Raises:
-        UserError: the format does not support the adapter; the message lists every problem.
+        UserError: the format or the server does not support the adapter; the message lists every
+            problem.
     """
     empty_directory(directory)
     form, native = FORMATS[to], to == "native"
@@ -129,6 +170,11 @@ def export(
     formats.check_head(form, source.base, source.leaves)
     shown = name or directory.as_posix()
     notes = [] if native else _notes(source, form, head)
+    if to == "gguf" and server is None:
+        server = Serving("llama.cpp")
+    if server:
+        source, changed = server.made_of(source)
+        notes += changed
     beside = {CARD: card_of(source, form, shown, license, notes)}
     if native and source.config:
         beside[RUN_CONFIG] = json.dumps(_public(source.config), indent=2, ensure_ascii=False) + "\n"

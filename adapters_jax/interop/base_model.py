@@ -31,6 +31,7 @@ class BaseModel:
         pooling: what that head reads; None if there is no head or its pooling is unknown.
         model_type: its type in `config.json`.
         one_layer: whether its architecture's classifier in transformers also has one layer.
+        heads: a decoder's numbers of heads of queries and of keys.
     """
 
     name: str
@@ -44,6 +45,7 @@ class BaseModel:
     pooling: str | None = None
     model_type: str = ""
     one_layer: bool = False
+    heads: tuple[int, int] = (0, 0)
 
     @property
     def public(self) -> str | None:

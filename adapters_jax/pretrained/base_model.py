@@ -56,4 +56,5 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         pooling=pooling,
         model_type=values["model_type"],
         one_layer=classifier is not None and values["model_type"] in classifier.one_layer,
+        heads=(config.num_attention_heads, config.kv_heads) if family.kind == "decoder" else (0, 0),
     )

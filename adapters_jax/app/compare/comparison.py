@@ -20,8 +20,10 @@ from adapters_jax.app.compare.cells import CellConsole, Cells
 from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
+from adapters_jax.app.compare.together import train_together
 from adapters_jax.app.console import Console, Progress, duration
 from adapters_jax.app.report.run import show_metric
+from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
 from adapters_jax.errors import FileSystemError, UserError
@@ -82,10 +84,12 @@ class Comparison:
             console = CellConsole(self.console, lambda part, note: pace.show(progress, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
-                results[cell] = self._train(cell, console)
-                interrupts.check()
-                self._write(results)
-                progress.update(pace.done, self._outcome(results[cell], cell), news=True)
+                for each in self._advanced(cell, results, console, interrupts):
+                    pace.start(each)
+                    results[each] = self._train(each, console)
+                    interrupts.check()
+                    self._write(results)
+                    progress.update(pace.done, self._outcome(results[each], each), news=True)
         summary = self._write(results)
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
@@ -96,15 +100,7 @@ class Comparison:
         """Trains or continues a cell; a cell that diverges has a result, too."""
         jax.clear_caches()
         gc.collect()
-        run = self.cells.run(cell)
-        began = time.perf_counter()
-        try:
-            if run.path.exists():
-                job = resume_run(run, console, began)
-            else:
-                job = open_run(prepare_run(self.options.run_options(cell), run, console, began))
-        except UserError as error:
-            raise StoppedError(str(error)) from error
+        run, job = self.cells.run(cell), self._opened(cell, console)
         try:
             job()
         except StoppedError as error:
@@ -114,6 +110,33 @@ class Comparison:
         if result is None:
             raise RunError(f"{run.path} is not finished")
         return result
+
+    def _opened(self, cell: Cell, console: Console) -> Job:
+        """A cell's job, new or to be continued, with its directory locked."""
+        run, began = self.cells.run(cell), time.perf_counter()
+        try:
+            if run.path.exists():
+                return resume_run(run, console, began)
+            return open_run(prepare_run(self.options.run_options(cell), run, console, began))
+        except UserError as error:
+            raise StoppedError(str(error)) from error
+
+    def _advanced(
+        self, cell: Cell, results: dict[Cell, Result], console: Console, interrupts: Interrupts
+    ) -> list[Cell]:
+        """The cells to train next; with --together, all but their last scores are done then."""
+        cells = self.grid.beside(cell, results) if self.options.together else [cell]
+        if len(cells) == 1:
+            return cells
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.ExitStack() as stack:
+            jobs = []
+            for each in cells:
+                jobs.append(self._opened(each, console))
+                stack.callback(jobs[-1].unlock)
+            done = train_together(jobs, interrupts, self.console.say)
+        return [each for each, own in zip(cells, done, strict=True) if own] or [cell]
 
     def _outcome(self, result: Result, cell: Cell) -> str:
         if "stopped" in result:

@@ -189,6 +189,20 @@ class Grid:
                         return cell
         return None
 
+    def beside(self, cell: Cell, results: Mapping[Cell, Result]) -> list[Cell]:
+        """The cells of a cell's recipe that can be trained now, that cell first.
+
+        Args:
+            cell: the next cell to run.
+            results: the results of the finished cells.
+        """
+        (candidate,) = (each for each in self.candidates if each.text == cell.recipe)
+        first, last = self.seeds[: self.tuning_seeds], self.seeds[self.tuning_seeds :]
+        tuning = cell.seed in first
+        seeds, rates = (first, candidate.learning_rates) if tuning else (last, [cell.learning_rate])
+        every = [Cell(candidate.text, rate, seed) for seed in seeds for rate in rates]
+        return [cell, *(each for each in every if each not in results and each != cell)]
+
     def _rates(
         self, candidate: Candidate, tuning: bool, results: Mapping[Cell, Result]
     ) -> Sequence[float]:

@@ -54,6 +54,8 @@ class CompareOptions(Settings):
         seeds: seeds to train with.
         tuning_seeds: number of seeds that try all learning rates; the others use the best one.
         out: directory of the comparison; by default comparisons/ with the model and the task.
+        together: train the rates and seeds of a recipe in one program, where a first step of it is
+            faster than theirs one by one.
     """
 
     recipes: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class CompareOptions(Settings):
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seeds: int = 1
     out: Path | None = None
+    together: bool = False
 
     def check(self, console: Console) -> tuple[CompareOptions, Grid, Cells, Path]:
         """Reads and checks everything, and writes nothing.

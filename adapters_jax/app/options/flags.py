@@ -16,8 +16,8 @@ def given(options: Any) -> dict[str, Any]:
 
 
 def flag(field: str) -> str:
-    """Returns a field's name as a flag: `learning_rate` becomes `--learning-rate`."""
-    return "--" + field.replace("_", "-")
+    """Returns a field's name as a flag: `learning_rate` as `--learning-rate`, `for_` as `--for`."""
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 def words(options: Any) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from filelock import FileLock
+from jaxtyping import PRNGKeyArray
 
 from adapters_jax.app.console import Console, Progress, Speed, duration
 from adapters_jax.app.options.method import HEAD_ONLY
@@ -87,8 +88,12 @@ class Job:
                 raise
             raise StoppedError(f"{error}; make room, and {self._again}") from error
         finally:
-            if self.lock is not None:
-                self.run.unlock(self.lock)
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Gives the run back, for another process or a continuation."""
+        if self.lock is not None:
+            self.run.unlock(self.lock)
 
     @property
     def _again(self) -> str:
@@ -140,6 +145,16 @@ class Job:
         )
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """The seed of dropout."""
+        return jax.random.fold_in(jax.random.key(self.seed), 1)
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in float16."""
+        return bool(self.config["dtype"] == "float16")
 
     @property
     def identity(self) -> BaseIdentity:
@@ -194,13 +209,18 @@ class Job:
         on_best = self.save if saving else lambda state: None
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
-        key = jax.random.fold_in(jax.random.key(self.seed), 1)
         with self.console.progress(title, optimizer.steps(len(problem.train))) as progress:
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], progress, speed)
-            half = self.config["dtype"] == "float16"
-            use = {"on_record": log, "on_best": on_best, "saving": saving, "half": half}
-            found = train(problem, optimizer, key, **use)
+            found = train(
+                problem,
+                optimizer,
+                self.key,
+                on_record=log,
+                on_best=on_best,
+                saving=saving,
+                half=self.half,
+            )
         test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.best.adapters))

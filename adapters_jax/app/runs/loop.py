@@ -138,16 +138,8 @@ def train(
         InterruptedRunError: a signal stopped the training, which is saved.
         CheckpointError: the training could not be saved, or a checkpoint cannot be read.
     """
-    steps = options.steps(len(problem.train))
-    tx = options.make(steps, problem.recipe)
-    scale = DynamicScale(minimum_scale=1.0) if half else None
-    state = TrainState.create(problem.model, problem.params, tx=tx, key=key, loss_scale=scale)
-    if problem.mesh is not None:
-        state = shard(state, problem.mesh)
-    rate = options.schedule(steps, options.learning_rate or 0.0)
-    log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
     found = Trained(problem.metrics[0], on_record, on_best)
-    training = _Training(problem, state, log, found, steps, options.marks(len(problem.train)))
+    training = Training.begin(problem, options, key, found, half)
     if saving is not None:
         training.resume(saving)
     on_best(found.with_best(training.state))
@@ -164,7 +156,7 @@ def train(
 
 
 @dataclass
-class _Training:
+class Training:
     """The loop over steps, and its state.
 
     Attributes:
@@ -178,6 +170,7 @@ class _Training:
         due: whether dev must be scored before the next step.
         saved: the step of the last checkpoint.
         began: the time at which this process began the training.
+        beside: the number of trainings that share this process's time, with this one.
     """
 
     problem: Problem
@@ -190,6 +183,32 @@ class _Training:
     due: bool = False
     saved: int = 0
     began: float = field(default_factory=time.monotonic)
+    beside: int = 1
+
+    @classmethod
+    def begin(
+        cls,
+        problem: Problem,
+        options: OptimizerOptions,
+        key: PRNGKeyArray,
+        found: Trained,
+        half: bool,
+    ) -> Training:
+        """A training before its first step; see `train`."""
+        steps = options.steps(len(problem.train))
+        tx = options.make(steps, problem.recipe)
+        scale = DynamicScale(minimum_scale=1.0) if half else None
+        state = TrainState.create(problem.model, problem.params, tx=tx, key=key, loss_scale=scale)
+        if problem.mesh is not None:
+            state = shard(state, problem.mesh)
+        rate = options.schedule(steps, options.learning_rate or 0.0)
+        log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
+        return cls(problem, state, log, found, steps, options.marks(len(problem.train)))
+
+    @property
+    def left(self) -> bool:
+        """Whether anything is left to do."""
+        return self.due or self.step < self.steps
 
     def run(self, step: Callable[..., Any], saving: Saving | None) -> None:
         """Runs the remaining steps."""
@@ -199,16 +218,16 @@ class _Training:
             interrupts, every = saving.interrupts, saving.every
         try:
             with interrupts.deferred():
-                while self.due or self.step < self.steps:
+                while self.left:
                     if self.due:
-                        self._score(interrupts)
+                        self.score(interrupts)
                     else:
                         self._advance(step)
-                    if not self.due and (self.step in self.marks or self.step % every == 0):
-                        self._save(saving)
+                    if self.saves(every):
+                        self.save(saving)
                     interrupts.check()
         except InterruptedRunError:
-            self._save(saving)
+            self.save(saving)
             if saving is not None:
                 saving.checkpoints.wait()
             raise
@@ -216,18 +235,29 @@ class _Training:
     def _advance(self, step: Callable[..., Any]) -> None:
         batch, mesh = self.problem.batch(self.step), self.problem.mesh
         self.state, metrics = step(self.state, shard_batch(batch, mesh) if mesh else batch)
+        self.made(metrics)
+
+    def made(self, metrics: Any) -> None:
+        """Notes that a step was made."""
         self.step += 1
         self.due = self.step in self.marks
         self.found.note(self.log.add(self.step, metrics))
 
-    def _score(self, interrupts: Interrupts) -> None:
+    def saves(self, every: int) -> bool:
+        """Whether the state of this step is to be saved, which waits until dev is scored."""
+        now = self.step in self.marks or self.step % every == 0
+        return now and not self.due and self.step != self.saved
+
+    def score(self, interrupts: Interrupts) -> None:
+        """Scores dev, and keeps the adapters if they are the best so far."""
         self.found.note(self.log.flush())
         with interrupts.at_once():
             dev = self.problem.score(self.state, "dev")
         self.found.consider(self.state, self.step, dev)
         self.due = False
 
-    def _save(self, saving: Saving | None) -> None:
+    def save(self, saving: Saving | None) -> None:
+        """Saves the state of this step, once."""
         if saving is None or self.step == self.saved:
             return
         found, self.saved = self.found, self.step
@@ -238,7 +268,7 @@ class _Training:
             "records": list(found.records),
             "waiting": [list(window) for window in self.log.waiting],
             "in_a_row": self.log.in_a_row,
-            "seconds": found.seconds + time.monotonic() - self.began,
+            "seconds": found.seconds + (time.monotonic() - self.began) / self.beside,
             "config": saving.config,
         }
         saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)

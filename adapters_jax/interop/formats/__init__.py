@@ -1,6 +1,6 @@
 """Recognises, reads and writes adapter formats.
 
-- `base`: the protocol `AdapterFormat`; `native`, `peft` and `adapterhub` implement it.
+- `base`: the protocol `AdapterFormat`; `native`, `peft`, `adapterhub` and `gguf` implement it.
 - `registry`: `FORMATS`, and the format of a directory.
 - `changes`: how an adapter differs after it was written and read again.
 """

@@ -26,7 +26,7 @@ class AdapterHub:
     files: tuple[str, ...] = adapterhub.FILES
     names_classes = True
 
-    def detects(self, values: Mapping[str, Any]) -> bool:
+    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
         """Tests for the keys of the adapter's name and settings."""
         return {"config", "name"} <= values.keys()
 

@@ -66,8 +66,13 @@ class AdapterFormat(Protocol):
     files: tuple[str, ...]
     names_classes: bool
 
-    def detects(self, values: Mapping[str, Any]) -> bool:
-        """Whether a directory has this format, given the values of its `adapter_config.json`."""
+    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
+        """Whether a directory has this format.
+
+        Args:
+            directory: the directory, or a file.
+            values: those of its `adapter_config.json`; empty if it has none.
+        """
 
     def base_name(self, directory: Path) -> str | None:
         """The base's name or id in an adapter's files; None if they have none."""

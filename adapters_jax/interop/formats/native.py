@@ -25,7 +25,7 @@ class Native:
     files: tuple[str, ...] = FILES
     names_classes = True  # in the run's configuration, which is saved with it
 
-    def detects(self, values: Mapping[str, Any]) -> bool:
+    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
         """Tests for the key `format`, the format's number."""
         return "format" in values
 

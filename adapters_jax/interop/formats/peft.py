@@ -38,7 +38,7 @@ class Peft:
     files: tuple[str, ...] = (peft.CONFIG, peft.TENSORS)
     names_classes = False
 
-    def detects(self, values: Mapping[str, Any]) -> bool:
+    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
         """Tests for the key `peft_type`."""
         return "peft_type" in values
 

@@ -10,6 +10,7 @@ from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.adapterhub import AdapterHub
 from adapters_jax.interop.formats.base import CONFIG, AdapterFormat, has_head
+from adapters_jax.interop.formats.gguf import Gguf
 from adapters_jax.interop.formats.native import Native
 from adapters_jax.interop.formats.peft import Peft
 from adapters_jax.io.untrusted import read_json
@@ -20,6 +21,7 @@ FORMATS: dict[str, AdapterFormat] = {
         Native(),
         Peft(),
         AdapterHub(),
+        Gguf(),
     )
 }
 
@@ -41,10 +43,11 @@ def format_of(directory: Path) -> AdapterFormat:
         AdapterFileError: the directory has no format or several, which the message names.
     """
     values = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
-    found = [each for each in FORMATS.values() if each.detects(values)]
+    found = [each for each in FORMATS.values() if each.detects(directory, values)]
     if len(found) == 1:
         return found[0]
-    owners = [each.owner for each in found or FORMATS.values()]
+    with_config = [each for each in FORMATS.values() if CONFIG in each.files]
+    owners = [each.owner for each in found or with_config]
     if found:
         raise AdapterFileError(
             f"{directory / CONFIG} has the keys of {' and '.join(owners)}; expected those of one "
@@ -52,7 +55,7 @@ def format_of(directory: Path) -> AdapterFormat:
         )
     raise AdapterFileError(
         f"{directory} is not an adapter: it has no {CONFIG} of {', '.join(owners[:-1])} or "
-        f"{owners[-1]}"
+        f"{owners[-1]}, and is no GGUF file"
     )
 
 

@@ -83,6 +83,20 @@ def tensor_name(theirs: str, architecture: Layout = LLAMA) -> str:
     return f"model.layers.{match[1]}.{architecture.modules[match[2]]}.{match[3]}"
 
 
+def stored_name(module: str, architecture: Layout) -> str | None:
+    """The name in GGUF of a module of Hugging Face's, if it has one; undoes `tensor_name`.
+
+    Example:
+        >>> stored_name("model.layers.3.self_attn.q_proj", LLAMA)
+        'blk.3.attn_q'
+    """
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    among = architecture.modules if match else _MODEL
+    own = match[2] if match else module
+    found = next((name for name, theirs in among.items() if theirs == own), None)
+    return f"blk.{match[1]}.{found}" if match and found else found
+
+
 def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.ndarray:
     """Reorders the rows of a q or k weight for rotary positions, which rotate pairs of features.
 
@@ -99,3 +113,14 @@ def half_split(weight: np.ndarray, heads: int, name: str = "the weight") -> np.n
             f"{name} has {rows} rows, expected an even number for each of {heads} heads."
         )
     return weight.reshape(heads, -1, 2, *width).swapaxes(1, 2).reshape(weight.shape)
+
+
+def neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders rows as llama.cpp has them; undoes `half_split`.
+
+    Example:
+        >>> neighbours(np.array([["a0"], ["a1"], ["b0"], ["b1"]]), heads=1).ravel().tolist()
+        ['a0', 'b0', 'a1', 'b1']
+    """
+    rows = weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(weight.shape)

@@ -90,6 +90,29 @@ def load_peft(
     """
     directory = hub.find(directory, revision, (CONFIG, TENSORS))
     config, tensors = _read(directory)
+    return from_peft(config, tensors, names, base, f"{directory} cannot be converted from PEFT")
+
+
+def from_peft(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    names: Names,
+    base: Any,
+    caller: str = "from_peft",
+) -> tuple[Recipe, dict[str, Any]]:
+    """Converts the configuration and the tensors of an adapter of PEFT's; see `load_peft`.
+
+    Args:
+        config, tensors: the content of the files.
+        names, base: as in `load_peft`.
+        caller: the beginning of error messages.
+
+    Returns:
+        The recipe, and the trained leaves as a tree.
+
+    Raises:
+        AdapterFileError: as in `load_peft`.
+    """
     module_map = find_modules(names, base)
     problems = config_problems(config)
     if not problems:
@@ -100,7 +123,7 @@ def load_peft(
                 return as_in_model(methods, leaves, names, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    raise AdapterFileError(f"{directory} cannot be converted from PEFT: {'; '.join(problems)}")
+    raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
 
 
 def save_peft(

@@ -53,7 +53,7 @@ def read(
     """Returns the methods, their leaves by path, and a sentence for each problem."""
     problems: list[str] = []
     kind = KINDS[config["peft_type"]]
-    added, plain = _sorted(tensors, kind, problems)
+    added, plain = by_module_and_leaf(tensors, kind, problems)
     methods, leaves = kind.read(config, added, module_map, problems)
     trained = read_trained(plain, module_map, problems)
     if trained:
@@ -61,7 +61,7 @@ def read(
     return methods, leaves | trained, problems
 
 
-def _sorted(
+def by_module_and_leaf(
     tensors: Mapping[str, Array], kind: Kind, problems: list[str]
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
     """Splits tensors into the added ones, by module and our leaf's name, and the base's own."""

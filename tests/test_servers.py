@@ -1,0 +1,287 @@
+"""Adapters for servers: products as before, errors of an approximation as computed by hand."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.errors import raises
+from helpers.finished import decoder_run, encoder_run
+from safetensors.numpy import load_file
+
+import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.interop.peft import save_peft
+from adapters_jax.interop.peft.config import ROOT
+from adapters_jax.interop.peft.servers import SERVERS, Server, check_server, for_server
+from adapters_jax.trees import unflatten
+
+VLLM, SGLANG = SERVERS["vllm"], SERVERS["sglang"]
+NAMES = {"q_proj": "query", "v_proj": "value"}
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+BASE = {name: {"kernel": draw(i, 12, 10)} for i, name in enumerate(NAMES.values())}
+
+
+def pair(i, rank, shape=(12, 10)):
+    return {"a": draw(10 + i, shape[0], rank), "b": draw(20 + i, rank, shape[1])}
+
+
+def leaves_of(ranks, **more):
+    """Factors of query and value, by path."""
+    found = {}
+    for i, (name, rank) in enumerate(zip(NAMES.values(), ranks, strict=True)):
+        found |= {f"{name}/lora/{k}": x for k, x in (pair(i, rank) | more.get(name, {})).items()}
+    return found
+
+
+def dora(seed=0):
+    """DoRA of rank 2 with magnitudes that differ from the weights' norms."""
+    more = {}
+    for i, name in enumerate(NAMES.values()):
+        norm = np.linalg.norm(BASE[name]["kernel"], axis=0)
+        more[name] = {"magnitude": norm * (1 + 0.2 * draw(30 + i + seed, 10))}
+    return aj.DoRA(("query", "value"), 2, alpha=3.0), leaves_of((2, 2), **more)
+
+
+def read_as_a_server(directory, served, base=BASE, names=NAMES):
+    """Each module's change as servers compute it: one rank, one alpha, and no other field."""
+    save_peft(directory, served.recipe, unflatten(served.leaves), names, base)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    tensors = load_file(directory / "adapter_model.safetensors")
+    assert not (config["use_dora"] or config["rank_pattern"] or config["alpha_pattern"])
+    assert not config["use_rslora"]
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            b = tensors[key.replace("lora_A", "lora_B")]
+            assert len(a) == config["r"]
+            name = key.removeprefix(ROOT).removesuffix(".lora_A.weight")
+            scale = config["lora_alpha"] / config["r"]
+            found[name] = scale * b.astype(np.float64) @ a.astype(np.float64)
+    return config, found
+
+
+def products(recipe, leaves):
+    """Each module's change by the formula of LoRA, in float64."""
+    found = {}
+    for theirs, ours in NAMES.items():
+        a, b = (leaves[f"{ours}/lora/{k}"].astype(np.float64) for k in "ab")
+        found[theirs] = (recipe.scale_at(ours) * a @ b).T
+    return found
+
+
+@pytest.mark.parametrize("server", [VLLM, SGLANG])
+@pytest.mark.parametrize("stable", [False, True])
+def test_ranks_and_alphas_become_one_with_the_same_products(tmp_path, server, stable):
+    recipe = aj.LoRA(
+        ("query", "value"),
+        3,
+        alpha=5.0,
+        rank_pattern={"value": 8},
+        alpha_pattern={"value": 2.0},
+        rank_stabilized=stable,
+    )
+    leaves = leaves_of((3, 8))
+    served = for_server(server, recipe, leaves, NAMES, BASE)
+    config, changes = read_as_a_server(tmp_path / "out", served)
+    assert config["r"] == 8
+    for name, expected in products(recipe, leaves).items():
+        np.testing.assert_allclose(changes[name], expected, rtol=0, atol=2e-6)
+    assert "3 and 8" in served.notes[0] and served.notes[-1].endswith("--max-lora-rank 8")
+
+
+def test_an_adapter_that_a_server_loads_stays_as_it_is(tmp_path):
+    recipe, leaves = aj.LoRA(("query", "value"), 4, alpha=6.0), leaves_of((4, 4))
+    served = for_server(SGLANG, recipe, leaves, NAMES, BASE)
+    assert served.recipe == aj.Recipe(recipe) and len(served.notes) == 1
+    assert all(np.array_equal(served.leaves[path], leaf) for path, leaf in leaves.items())
+
+
+def test_rank_stabilized_factors_stay_and_alpha_is_said_otherwise_to_a_server_without_it(tmp_path):
+    recipe = aj.LoRA(("query", "value"), 4, alpha=6.0, rank_stabilized=True)
+    leaves = leaves_of((4, 4))
+    assert for_server(VLLM, recipe, leaves, NAMES, BASE).recipe == aj.Recipe(recipe)
+    served = for_server(SGLANG, recipe, leaves, NAMES, BASE)
+    config, changes = read_as_a_server(tmp_path / "out", served)
+    assert config["lora_alpha"] == 12  # 6 / sqrt(4) is 12 / 4
+    assert all(np.array_equal(served.leaves[path], leaf) for path, leaf in leaves.items())
+    for name, expected in products(recipe, leaves).items():
+        np.testing.assert_allclose(changes[name], expected, rtol=0, atol=1e-6)
+
+
+def dora_change(leaves, name, scale):
+    """m (W + s A B) / |W + s A B| - W, as PyTorch has it."""
+    a, b, m = (leaves[f"{name}/lora/{k}"].astype(np.float64) for k in ("a", "b", "magnitude"))
+    weight = BASE[name]["kernel"].astype(np.float64)
+    changed = weight + scale * a @ b
+    return (m * changed / np.linalg.norm(changed, axis=0) - weight).T
+
+
+@pytest.mark.parametrize("rank", [4, 10, 16])
+def test_dora_becomes_the_nearest_lora_and_its_error_is_stated(tmp_path, rank):
+    recipe, leaves = dora()
+    served = for_server(VLLM, recipe, leaves, NAMES, BASE, rank=rank, max_error=0.9)
+    config, changes = read_as_a_server(tmp_path / "out", served)
+    assert config["r"] == rank
+    errors = {}
+    for theirs, ours in NAMES.items():
+        whole = dora_change(leaves, ours, 1.5)
+        u, s, v = np.linalg.svd(whole)
+        nearest = (u[:, : min(rank, 10)] * s[:rank]) @ v[: min(rank, 10)]
+        np.testing.assert_allclose(changes[theirs], nearest, rtol=0, atol=5e-6)
+        errors[theirs] = np.linalg.norm(nearest - whole) / np.linalg.norm(whole)
+    worst = max(errors, key=errors.get)
+    if rank < 10:
+        assert f"{errors[worst]:.3g} of a change" in served.notes[1] and worst in served.notes[1]
+
+
+def test_dora_that_loses_more_than_allowed_names_the_rank_that_would_do():
+    recipe, leaves = dora()
+    with raises(aj.UserError, "at rank 2", "0.2", "--rank", "--max-error") as caught:
+        for_server(VLLM, recipe, leaves, NAMES, BASE, max_error=0.2)
+    rank = int(str(caught.value).split("--rank ")[1].split(",")[0])
+    for_server(VLLM, recipe, leaves, NAMES, BASE, rank=rank, max_error=0.2)
+    with raises(aj.UserError, f"at rank {rank - 1}"):
+        for_server(VLLM, recipe, leaves, NAMES, BASE, rank=rank - 1, max_error=0.2)
+
+
+def test_a_rank_above_the_limit_becomes_the_nearest_change_at_the_limit(tmp_path):
+    server = Server("Small", ranks=(1, 2))
+    recipe, leaves = aj.LoRA(("query", "value"), 3, alpha=6.0), leaves_of((3, 3))
+    leaves["value/lora/b"][2] = leaves["value/lora/b"][1]  # of rank 2, which is exact
+    served = for_server(server, recipe, leaves, NAMES, BASE, max_error=0.9)
+    _, changes = read_as_a_server(tmp_path / "out", served)
+    whole = products(recipe, leaves)
+    for name, change in changes.items():
+        u, s, v = np.linalg.svd(whole[name])
+        np.testing.assert_allclose(change, (u[:, :2] * s[:2]) @ v[:2], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(changes["v_proj"], whole["v_proj"], rtol=0, atol=1e-5)
+    assert "at q_proj" in served.notes[-2]
+    with raises(aj.UserError, "at most 2"):
+        for_server(server, recipe, leaves, NAMES, BASE, rank=3)
+
+
+def test_a_module_that_fuses_several_of_ours_has_the_sum_of_their_ranks(tmp_path):
+    shapes = {"q": (6, 4), "k": (6, 2)}
+    base = {name: {"kernel": draw(i, *shape)} for i, (name, shape) in enumerate(shapes.items())}
+    leaves = {
+        f"{name}/lora/{k}": x
+        for i, (name, shape) in enumerate(shapes.items())
+        for k, x in pair(i, 2, shape).items()
+    }
+    recipe, names = aj.LoRA(("q", "k"), 2, alpha_pattern={"k": 3.0}), {"qk": ("q", "k")}
+    served = for_server(SGLANG, recipe, leaves, names, base, rank=5)
+    config, changes = read_as_a_server(tmp_path / "out", served, base, names)
+    parts = [
+        recipe.scale_at(n) * (leaves[f"{n}/lora/a"].astype(float) @ leaves[f"{n}/lora/b"]).T
+        for n in "qk"
+    ]
+    assert config["r"] == 5
+    np.testing.assert_allclose(changes["qk"], np.concatenate(parts), rtol=0, atol=2e-6)
+
+
+def shapes_alone(leaves):
+    """Arrays of these shapes that hold nothing that was trained."""
+    return {path: np.full(leaf.shape, i) for i, (path, leaf) in enumerate(leaves.items())}
+
+
+def test_the_check_reads_shapes_alone():
+    base = jax.eval_shape(lambda: BASE)
+    recipe, leaves = dora()
+    notes = check_server(VLLM, recipe, shapes_alone(leaves), NAMES, base, rank=16)
+    assert "DoRA" in notes[0] and notes[-1].endswith("--max-lora-rank 16")
+    with raises(aj.UserError, "q_proj", "values"):
+        for_server(VLLM, recipe, leaves, NAMES, base)
+
+
+REFUSED = {
+    "IA3": (aj.IA3("query"), {"query/ia3/scale": draw(1, 10)}, "IA3"),
+    "bottleneck": (
+        aj.Bottleneck("query", 2),
+        {f"query/adapter/{k}": draw(1, *s) for k, s in (("down/kernel", (10, 2)),)},
+        "Bottleneck",
+    ),
+    "head": (
+        [aj.LoRA("query", 2), aj.Unfreeze("value/kernel")],
+        {
+            "query/lora/a": draw(1, 12, 2),
+            "query/lora/b": draw(2, 2, 10),
+            "value/kernel": draw(3, 12, 10),
+        },
+        "v_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_server_never_loads_is_refused_with_the_way(case):
+    recipe, leaves, datum = REFUSED[case]
+    recipe = aj.Recipe(*recipe) if isinstance(recipe, list) else recipe
+    with raises(aj.UserError, "vLLM", datum, "adapters-jax merge"):
+        check_server(VLLM, recipe, leaves, NAMES, BASE)
+
+
+def test_biases_convolutions_embeddings_and_other_bases_are_refused():
+    with_bias = {"query": {"kernel": draw(0, 12, 10), "bias": draw(1, 10)}}
+    leaves = {f"query/lora/{k}": x for k, x in pair(0, 2).items()}
+    recipe = aj.Recipe(aj.LoRA("query", 2), aj.Unfreeze("query/bias"))
+    names = {"q_proj": "query"}
+    with raises(aj.UserError, "biases"):
+        check_server(VLLM, recipe, {**leaves, "query/bias": draw(2, 10)}, names, with_bias)
+    with raises(aj.UserError, "gpt2", "llama"):
+        check_server(VLLM, aj.LoRA("query", 2), leaves, names, with_bias, model_type="gpt2")
+    window = {"query": {"kernel": draw(0, 3, 3, 4, 5)}}
+    factors = {"query/lora/a": draw(1, 3, 3, 4, 2), "query/lora/b": draw(2, 2, 5)}
+    with raises(aj.UserError, "convolutions", "q_proj"):
+        check_server(VLLM, aj.LoRA("query", 2), factors, names, window)
+    table = {"words": {"embedding": draw(0, 9, 4)}}
+    factors = {"words/lora/a": draw(1, 9, 2), "words/lora/b": draw(2, 2, 4)}
+    with raises(aj.UserError, "embed_tokens"):
+        check_server(VLLM, aj.LoRA("words", 2), factors, {"embed_tokens": "words"}, table)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with a finished run of DoRA."""
+    folder = tmp_path_factory.mktemp("servers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        decoder_run("--method lora --rank 4 --dora", "dora")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return "runs/dora"
+
+
+def test_the_command_states_the_error_and_what_it_writes_is_what_it_states(run, capsys):
+    words = ["convert", run, "out", "--to", "peft", "--for", "vllm", "--json"]
+    assert main(words) == 2
+    assert "--max-error" in capsys.readouterr().err
+    assert main([*words, "--rank", "32", "--max-error", "0.5"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [n for n in report["notes"] if "DoRA" in n] and "tensors" not in str(report["notes"])
+    assert "max-lora-rank 32" in Path("out/README.md").read_text()
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"]) == (32, False)
+
+
+def test_the_command_refuses_flags_that_mean_nothing(run, capsys):
+    for words, datum in (
+        (["--to", "native", "--for", "vllm"], "--for"),
+        (["--to", "peft", "--rank", "3"], "--rank"),
+        (["--to", "peft", "--max-error", "0.3"], "--max-error"),
+    ):
+        assert main(["convert", run, "no", *words]) == 2
+        assert datum in capsys.readouterr().err
+    reviews = encoder_run()
+    assert main(["convert", reviews, "no", "--to", "peft", "--no-head", "--for", "sglang"]) == 2
+    assert "decoders" in capsys.readouterr().err
