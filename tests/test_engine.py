@@ -15,7 +15,15 @@ from adapters_jax.errors import UserError
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.generation import generate
 from adapters_jax.models.t5 import T5, T5Config
-from adapters_jax.serving import BusyError, Choice, Engine, Sizes, TextSink, UnknownModelError
+from adapters_jax.serving import (
+    BusyError,
+    Choice,
+    Engine,
+    FullError,
+    Sizes,
+    TextSink,
+    UnknownModelError,
+)
 from adapters_jax.testing.subjects import shaken
 
 CONFIG = DecoderConfig(
@@ -73,7 +81,7 @@ class Collected:
         return self.ids, self.done.result(60)
 
 
-def started(sizes=SIZES, adapters=ADAPTERS, capacity=5):
+def started(sizes=SIZES, adapters=ADAPTERS, capacity=9):
     model = aj.adapt(BASE, LARGEST, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
     engine = Engine(aj.Bank(model, capacity=capacity), sizes)
     engine.start()
@@ -248,8 +256,8 @@ def test_bad_requests_and_adapters_change_nothing(engine):
 
 def test_a_full_queue_and_a_closed_engine():
     sizes = Sizes(rows=1, context=8, pieces=(8,), queue=2)
-    engine = started(sizes, {"small": ADAPTERS["small"]}, capacity=1)
-    with raises(UserError, "1 places"):
+    engine = started(sizes, {"small": ADAPTERS["small"]}, capacity=5)
+    with raises(FullError, 1):
         engine.put("large", engine.fit("x", ADAPTERS["large"]), "").result(60)
     go_on = threading.Event()
     running = Collected(pause=go_on)

@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -40,6 +40,10 @@ class UnknownModelError(UserError):
     """No adapter has this name."""
 
 
+class FullError(UserError):
+    """There is no place for a further adapter."""
+
+
 class Sink(Protocol):
     """What takes the tokens of a request; the engine's thread calls it, so it must be quick."""
 
@@ -56,11 +60,11 @@ class Served:
 
     Attributes:
         key: its name in the bank, which no other one ever had.
-        about: what it is, for people.
+        about: what it is.
     """
 
     key: str
-    about: Mapping[str, Any]
+    about: Any
 
 
 @dataclass(eq=False)
@@ -140,8 +144,8 @@ class Engine:
     """A decoder with many adapters that completes requests as they come.
 
     Args:
-        bank: the adapters' bank over an NNX decoder. The engine takes it over: its arrays are
-            written in place.
+        bank: the adapters' bank over an NNX decoder, with `sizes.spare` places more than adapters
+            can be named. The engine takes it over: its arrays are written in place.
         sizes: the sizes.
 
     Raises:
@@ -276,14 +280,14 @@ class Engine:
         return self._slots.bank.fit(name, adapter)
 
     def put(
-        self, name: str, fitted: Fitted, about: Mapping[str, Any], *, replace: bool = False
+        self, name: str, fitted: Fitted, about: Any, *, replace: bool = False
     ) -> "Future[None]":
         """Adds an adapter between two steps; requests that come later can name it.
 
         Args:
             name: what requests call it.
             fitted: what `fit` made of it.
-            about: what it is, for people.
+            about: what it is; the engine hands it on.
             replace: whether one of that name is replaced. Its requests go on with it.
 
         Returns:
@@ -321,6 +325,14 @@ class Engine:
     def _put(self, name: str, served: Served, fitted: Fitted, replace: bool) -> None:
         if name in self.adapters and not replace:
             raise UserError(f"the name {name!r} is taken; give another one, or replace it")
+        bank = self._slots.bank
+        if name not in self.adapters and len(self.adapters) >= bank.capacity - self.sizes.spare:
+            raise FullError(f"there are {len(self.adapters)} adapters, which is the most; drop one")
+        if len(bank) == bank.capacity:
+            raise FullError(
+                "adapters that were replaced or dropped are still in use, so no place is free; try "
+                "again when their requests have ended"
+            )
         self._slots.bank = self._slots.bank.put(served.key, fitted, donate=True)
         jax.block_until_ready(self._slots.bank.split)
         with self._changed:
@@ -408,10 +420,10 @@ class Engine:
                 self._waiting.remove(each)
         for each, why in gone:
             self._end(each, why)
-        for row, each in enumerate(self._running):
-            if each is not None and (why := over(each)):
+        for row, request in enumerate(self._running):
+            if request is not None and (why := over(request)):
                 self._free(row)
-                self._end(each, why)
+                self._end(request, why)
 
     def _join(self) -> None:
         """Gives free rows to those that wait longest."""
