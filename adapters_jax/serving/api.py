@@ -43,6 +43,13 @@ _BROKEN: dict[End, tuple[int, str]] = {
 }
 
 
+# The page is one file, and asks no other host.
+_ALONE = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A prompt as tokens, and what ends its answer."""
@@ -359,7 +366,7 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
     description = schemas.openapi(version("adapters-jax"))
 
     async def show_page(_: Request) -> Response:
-        return HTMLResponse(page)
+        return HTMLResponse(page, headers={"Content-Security-Policy": _ALONE})
 
     async def describe(_: Request) -> Response:
         return JSONResponse(description)
