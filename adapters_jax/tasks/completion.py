@@ -25,7 +25,12 @@ from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.models.generation import check_length
-from adapters_jax.pretrained.decoder import PretrainedDecoder, complete, load_pretrained_decoder
+from adapters_jax.pretrained.decoder import (
+    DecoderTokenizer,
+    PretrainedDecoder,
+    complete,
+    load_pretrained_decoder,
+)
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
@@ -136,17 +141,22 @@ class Completion(Task):
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
-        try:
-            prompts = Prompts(**config["prompts"])
-        except (TypeError, ValueError) as error:
-            raise RunError(
-                f"{run.config} is damaged: its prompts are {config['prompts']}"
-            ) from error
         decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
         ids = np.zeros((1, 8), np.int32)
         adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
         check_base(run, dict(config), decoder.sha256)
-        return Generator(decoder, adapted, prompts)
+        return Generator(decoder, adapted, *self.asking(run, config, decoder))
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: DecoderTokenizer
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers."""
+        try:
+            return Prompts(**config["prompts"]), ()
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"{run.config} is damaged: its prompts are {config['prompts']}"
+            ) from error
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""

@@ -15,7 +15,11 @@ from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.errors import UserError
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, check_base
-from adapters_jax.pretrained.decoder import DecoderTokenizer, load_pretrained_decoder
+from adapters_jax.pretrained.decoder import (
+    DecoderTokenizer,
+    PretrainedDecoder,
+    load_pretrained_decoder,
+)
 from adapters_jax.tasks.base import Setup, Task, Usage
 from adapters_jax.tasks.completion import Generator, PreparedCompletions, adapted, length_of
 from adapters_jax.tasks.completion_problem import CompletionProblem
@@ -110,8 +114,14 @@ class ConversationTask(Task):
         ids = np.zeros((1, 8), np.int32)
         model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
         check_base(run, dict(config), decoder.sha256)
+        return Generator(decoder, model, *self.asking(run, config, decoder))
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: PretrainedDecoder
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers."""
         end = ChatEncoder(decoder, decoder.config.longest).end
-        return Generator(decoder, model, Prompts(), () if end is None else (end,))
+        return Prompts(), () if end is None else (end,)
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
