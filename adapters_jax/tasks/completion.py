@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
@@ -71,18 +71,8 @@ class Completion(Task):
         """
         prompt, completion = self._pair(columns)
         parts = {n: read_rows(path, prompt, completion, None) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        table = parts["train"]
-        keys = [key_of(text) for text, _ in table.texts]
-        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (table.take(taken) for taken in rows)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(text) for text, _ in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or self.metrics)
 
     def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
         """The columns of the prompt and the completion; for plain texts, theirs and None."""

@@ -1,4 +1,4 @@
-"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and classification heads.
+"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
 
 A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
 `head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A pickled
@@ -56,8 +56,8 @@ def load_adapterhub(
             the sublayer's output, its first input, to the residual stream.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module.
         with_head: whether to read a head, if there is one.
-        pooling: what the model's head reads, "pooler" or "cls"; required for a head on the first
-            token, because the parameters of one on the mean are the same.
+        pooling: what the model's head reads, "pooler", "cls" or "tokens"; required for a head on
+            the first or on each token, because the parameters of one on the mean are the same.
         revision: a branch, tag or commit on the Hub.
 
     Returns:
@@ -122,6 +122,7 @@ def save_adapterhub(
     prefix: str | None = None,
     pooling: str | None = None,
     labels: Sequence[str] = (),
+    head_type: str | None = None,
     beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
@@ -143,7 +144,10 @@ def save_adapterhub(
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.
         pooling: as in `load_adapterhub`.
-        labels: the names of a head's classes.
+        labels: the names of a head's classes, or of the choices.
+        head_type: AdapterHub's kind of the head: "classification", "multilabel_classification",
+            "multiple_choice", "tagging" or "question_answering"; by default "tagging" if it reads
+            tokens, "classification" if not.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; by default
             `model_type` and `model_class` are those with this prefix, RobertaAdapterModel for
@@ -165,7 +169,7 @@ def save_adapterhub(
     unrolled, flat = as_in_file(recipe, flat, names, blocks.module_map)
     added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
-    head = heads.write(trained, blocks, name, pooling, labels, problems)
+    head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
