@@ -9,11 +9,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Sequence
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import MissingPackageError, UserError
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -159,6 +160,42 @@ def exact_match(generated: Sequence[str], references: Sequence[Collection[str]])
 
     hits = [words(g) in map(words, r) for g, r in zip(generated, references, strict=True)]
     return float(np.mean(hits))
+
+
+def rouge(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, by Google's rouge-score: the mean of each text's F1.
+
+    Words are stemmed; a text with several references has its best score.
+
+    Args:
+        generated: the generated text of each row.
+        references: the right texts of each row.
+
+    Returns:
+        Numbers in [0, 1].
+
+    Raises:
+        MissingPackageError: rouge-score is not installed.
+
+    Reference:
+        Lin 2004, "ROUGE: A package for automatic evaluation of summaries".
+    """
+    scorer = rouge_scorer().RougeScorer(list(ROUGE), use_stemmer=True)
+    pairs = zip(references, generated, strict=True)
+    scores = [scorer.score_multi(list(right), text) for right, text in pairs]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGE}
+
+
+def rouge_scorer() -> ModuleType:
+    """The module of rouge-score; raises MissingPackageError if it is not installed."""
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise MissingPackageError("ROUGE", "rouge-score", extra="rouge") from error
+    return rouge_scorer
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
