@@ -311,7 +311,7 @@ def test_layouts_are_known_by_their_columns(layout):
 
 def test_the_layout_is_named_where_a_column_is_missing():
     write("a.conll", "EU B-ORG\n")
-    with raises(DataError, "'text' or 'label'", "tokens/ner_tags", "no task learns yet"):
+    with raises(DataError, "'text' or 'label'", "tokens/ner_tags", "token-classification"):
         read_rows("a.conll")
     write("a.jsonl", '{"messages": []}')
     with raises(DataError, "layout messages", "--task conversation"):

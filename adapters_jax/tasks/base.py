@@ -39,7 +39,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.tables import Texts
+from adapters_jax.data.tables import read_rows
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
@@ -101,7 +101,9 @@ class Task(ABC):
         kind: the kind of its base.
         pipeline: the tag of the task on the Hugging Face Hub.
         command: the command of adapters-jax that uses a finished run. "predict" reads `text` and
-            `pairs` of the run's configuration, and `text_pair` if it has pairs.
+            `pairs` of the run's configuration, and `text_pair` if it has pairs; where a row has
+            more than two texts, `texts` names the columns of all.
+        head: AdapterHub's name for the kind of its head.
         metrics: the metrics that the user can choose with `--metrics`.
         columns: the roles of the columns it reads, each with its default name; None is optional.
         flags: the flags of this task that not every task has, as fields of the options.
@@ -113,6 +115,7 @@ class Task(ABC):
     kind: ClassVar[Literal["encoder", "decoder"]]
     pipeline: ClassVar[str]
     command: ClassVar[Literal["predict", "generate"]]
+    head: ClassVar[str] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[Mapping[str, str | None]]
     flags: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +170,15 @@ class Task(ABC):
             config: its configuration.
             model: the base model's directory or id; by default the one in the configuration.
         """
+
+    def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
+        """Reads a file of rows to predict, by the columns of their texts.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        pair = columns[1] if len(columns) > 1 else None
+        return read_rows(path, columns[0], pair, label=None).texts
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: those that the user named, and the defaults of the others."""
@@ -271,9 +283,11 @@ class TrainedHead:
 
     Attributes:
         problem: makes the problem of the head.
+        epochs: the passes over the training rows; None is the default of head-only.
     """
 
     problem: Callable[[], Problem]
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -305,11 +319,11 @@ class Predictor(Protocol):
     def max_length(self) -> int:
         """The largest number of tokens; longer texts are cut."""
 
-    def count_cut(self, texts: Texts) -> int:
+    def count_cut(self, texts: Sequence[Any]) -> int:
         """The number of texts longer than `max_length`."""
 
-    def predict(self, texts: Texts) -> Sequence[Prediction]:
-        """Predicts each text."""
+    def predict(self, texts: Sequence[Any]) -> Sequence[Prediction]:
+        """Predicts each row of texts."""
 
 
 class BatchSource(Protocol):
@@ -359,15 +373,21 @@ class Problem(Protocol):
 
 def in_row_order(
     run: Callable[[Batch], Any], batches: BatchSource
-) -> Float[np.ndarray, "rows width"]:
-    """Runs a function on batches and puts its outputs into the order of the rows."""
+) -> Float[np.ndarray, "rows ..."]:
+    """Runs a function on batches and puts its outputs into the order of the rows.
+
+    Outputs for each token are `(rows, length, ...)`; those of shorter batches end in zeros.
+    """
     index, pending = [], []
     for batch in batches:
         index.append(batch["index"])
         pending.append(run(batch))
-    rows, outputs = np.concatenate(index), np.concatenate(jax.device_get(pending))
-    ordered = np.zeros((rows.max() + 1, outputs.shape[1]), outputs.dtype)
-    ordered[rows[rows >= 0]] = outputs[rows >= 0]
+    found = jax.device_get(pending)
+    shape = np.max([outputs.shape[1:] for outputs in found], axis=0).tolist()
+    ordered: Any = np.zeros((np.concatenate(index).max() + 1, *shape), found[0].dtype)
+    for rows, outputs in zip(index, found, strict=True):
+        inside = tuple(slice(n) for n in outputs.shape[1:])
+        ordered[(rows[rows >= 0], *inside)] = outputs[rows >= 0]
     return ordered
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
@@ -34,6 +34,7 @@ from adapters_jax.pretrained.decoder import (
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
+from adapters_jax.tasks.metrics import ROUGE, rouge_scorer
 from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
@@ -49,13 +50,14 @@ class Completion(Task):
     kind = "decoder"
     pipeline = "text-generation"
     command = "generate"
-    metrics = ("perplexity", "exact_match")
+    metrics = ("perplexity", "exact_match", *ROUGE)
+    defaults = ("perplexity", "exact_match")
     columns: ClassVar[Mapping[str, str | None]] = {
         "prompt": "prompt",
         "completion": "completion",
         "text": None,
     }
-    flags = ("template", "chat", "pack", "held_out", "exact_match")
+    flags = ("metrics", "template", "chat", "pack", "held_out", "exact_match")
     needed: ClassVar[Mapping[str, type]] = {"prompts": dict}
     example = (
         "--train rows.csv --prompt COLUMN --completion COLUMN, or --train rows.csv --text COLUMN"
@@ -76,18 +78,11 @@ class Completion(Task):
         """
         prompt, completion = self._pair(columns)
         parts = {n: read_rows(path, prompt, completion, None) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        table = parts["train"]
-        keys = [key_of(text) for text, _ in table.texts]
-        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (table.take(taken) for taken in rows)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(text) for text, _ in parts["train"].texts]
+        chosen = tuple(metrics) or self.defaults
+        if {*ROUGE} & {*chosen}:
+            rouge_scorer()  # an absent package is found before training
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
 
     def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
         """The columns of the prompt and the completion; for plain texts, theirs and None."""
@@ -118,7 +113,9 @@ class Completion(Task):
             setup.exact_match,
         )
         rows = builder.build(data, setup.say)
-        metrics = data.metrics if rows.held_out["dev"].prompts else data.metrics[:1]
+        metrics = data.metrics
+        if not rows.held_out["dev"].prompts:
+            metrics = _without_texts(metrics)
         problem = CompletionProblem(
             model=adapted(setup, decoder),
             decoder=decoder,
@@ -200,6 +197,16 @@ def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
         setup.say(f"{setup.model} has no chat template; prompts stay as they are")
         return dataclasses.replace(setup.prompts, chat=False)
     return setup.prompts
+
+
+def _without_texts(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics of tokens alone; raises UserError if the first one needs generated texts."""
+    if metrics[0] != "perplexity":
+        raise UserError(
+            f"--metrics {metrics[0]} needs generated texts: give --exact-match a number of prompts "
+            "above 0, and let rows have prompts"
+        )
+    return metrics[:1]
 
 
 @dataclass(frozen=True)

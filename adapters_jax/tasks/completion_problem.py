@@ -21,7 +21,7 @@ from adapters_jax.nnx import recipe_of
 from adapters_jax.pretrained.decoder import STEP, PretrainedDecoder, complete
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
-from adapters_jax.tasks.metrics import exact_match, perplexity
+from adapters_jax.tasks.metrics import ROUGE, exact_match, perplexity, rouge
 from adapters_jax.training.state import TrainState
 
 # Paths by which a recipe adapts the head of a model, which may be the embedding.
@@ -122,7 +122,9 @@ class CompletionProblem:
             texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
             self.generated[part] = texts
             found["exact_match"] = exact_match(texts, rows.references)
-        return found
+            if {*ROUGE} & {*self.metrics}:
+                found |= rouge(texts, rows.references)
+        return {name: found[name] for name in self.metrics if name in found}
 
 
 def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:

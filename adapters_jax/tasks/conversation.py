@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from adapters_jax.data.conversations import Conversations, read_conversations
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, check_base
@@ -58,18 +58,8 @@ class ConversationTask(Task):
             (32, 4, 4)
         """
         parts = {n: read_conversations(path, columns.get("messages")) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        rows = parts["train"]
-        keys = [key_of(row.opening) for row in rows.rows]
-        chosen = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (rows.take(taken) for taken in chosen)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(row.opening) for row in parts["train"].rows]
+        return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or self.metrics)
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
         """Packs the conversations for a decoder; the baseline is the base. See `Task.prepare`."""

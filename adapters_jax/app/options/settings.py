@@ -28,7 +28,8 @@ class Settings:
         loss: tokens of conversations that count in the loss: those of the assistant's turns, of its
             last turn, or all.
         held_out: score a decoder on at most this many rows of dev and of test, evenly spread.
-        exact_match: number of these prompts to generate for and compare; 0 for none.
+        exact_match: number of these prompts to generate for and compare, by exact match or another
+            of --metrics; 0 for none.
         max_length: length of a row in tokens; longer rows are cut; by default 128, for a decoder
             256.
         pooling: how an encoder's token states become one vector: mean, first token (cls) or pooler.

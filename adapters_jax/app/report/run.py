@@ -23,7 +23,7 @@ from adapters_jax.tasks import task_of
 from adapters_jax.texts import visible
 
 BLUE, GREY = "#0f62a8", "#6b7280"
-PERCENT = ("accuracy", "f1", "exact_match")
+PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall", "exact_match")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
 _NOT_SETTINGS = ("data", "options", "summary")  # the page shows these elsewhere
 

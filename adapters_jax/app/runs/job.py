@@ -176,7 +176,9 @@ class Job:
         """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
             size = self.optimizer.batch_size
-            optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
+            epochs = baseline.epochs
+            optimizer = OptimizerOptions(batch_size=size, evaluations=1, epochs=epochs)
+            optimizer = optimizer.of(HEAD_ONLY)
             return self.train(HEAD_ONLY, baseline.problem(), optimizer)[1]
         scores: dict[str, Any] = {**baseline.score()}
         self.run.log({"method": baseline.title, **scores})

@@ -80,13 +80,14 @@ class AdapterHub:
             prefix=base.prefix,
             pooling=_pooling(base, adapter.leaves),
             labels=adapter.labels,
+            head_type=adapter.head_type,
             beside=adapter.beside,
             model_name=base.public,
             **about,
         )
 
     def head_problem(self, base: BaseModel) -> str:
-        """AdapterHub's heads read the pooler or the first token."""
+        """AdapterHub's heads read the pooler, the first token or each token."""
         return pooling_problem(base, self.owner, heads.POOLINGS)
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:

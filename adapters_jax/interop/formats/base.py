@@ -23,7 +23,7 @@ class Head:
 
     Attributes:
         width: the number of its outputs.
-        pooling: what it reads: "pooler", "cls" or "mean"; None if the files do not tell.
+        pooling: what it reads: "pooler", "cls", "mean" or "tokens"; None if the files do not tell.
     """
 
     width: int
@@ -39,6 +39,7 @@ class Adapter:
         leaves: the trained leaves by path.
         name: the adapter's name, for formats that store one.
         labels: the names of its head's classes.
+        head_type: AdapterHub's kind of its head; None is the default of what the head reads.
         beside: further texts by file name, such as the model card.
     """
 
@@ -46,6 +47,7 @@ class Adapter:
     leaves: Mapping[str, Any]
     name: str = "adapter"
     labels: Sequence[str] = ()
+    head_type: str | None = None
     beside: Mapping[str, str] | None = None
 
 
