@@ -258,6 +258,29 @@ def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:
     return {part: make_dataset(table, task, names) for part, table in tables.items()}
 
 
+def hold_out_groups(
+    train: FilePath,
+    parts: Mapping[str, Any],
+    keys: Sequence[str],
+    metrics: Sequence[str],
+    strata: Sequence[int] | None = None,
+) -> TaskData:
+    """Completes the parts of a decoder's task; an absent "dev" or "test" is held out of "train".
+
+    Args:
+        train: the file of "train", which names the task.
+        parts: the rows of "train" and maybe of "dev" and "test", each with a method `take`.
+        keys: a key of each training row; rows with the same key are held out together.
+        metrics: their names, the one to select on first.
+        strata: the stratum of each training row, which keeps its proportion; None has one.
+    """
+    fractions = {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
+    chosen = split_rows(keys, strata or [0] * len(keys), SPLIT_SEED, **fractions)
+    rows, dev, test = (parts["train"].take(taken) for taken in chosen)
+    dev, test = parts.get("dev", dev), parts.get("test", test)
+    return TaskData(title_of(train), rows, dev, test, tuple(metrics))
+
+
 def hold_out(
     name: str, parts: Mapping[str, Dataset], metrics: Sequence[str], seed: int
 ) -> TaskData:

@@ -5,6 +5,7 @@
   share, `readout` what differs, `head` the baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
+- `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match.
 """
 
@@ -18,6 +19,7 @@ from adapters_jax.tasks.base import Task
 from adapters_jax.tasks.classification import Classification
 from adapters_jax.tasks.completion import Completion
 from adapters_jax.tasks.conversation import ConversationTask
+from adapters_jax.tasks.preference import PreferenceTask
 from adapters_jax.tasks.regression import Regression
 
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
@@ -27,6 +29,7 @@ TASKS: dict[str, Task] = {
     Regression.name: Regression(),
     Completion.name: Completion(),
     ConversationTask.name: ConversationTask(),
+    PreferenceTask.name: PreferenceTask(),
 }
 
 

@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.datasets import TaskData, hold_out_groups
+from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
@@ -29,6 +28,7 @@ from adapters_jax.pretrained.decoder import PretrainedDecoder, complete, load_pr
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
+from adapters_jax.tasks.conversation_rows import ChatEncoder
 from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
@@ -71,18 +71,8 @@ class Completion(Task):
         """
         prompt, completion = self._pair(columns)
         parts = {n: read_rows(path, prompt, completion, None) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        table = parts["train"]
-        keys = [key_of(text) for text, _ in table.texts]
-        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (table.take(taken) for taken in rows)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(text) for text, _ in parts["train"].texts]
+        return hold_out_groups(files["train"], parts, keys, metrics or self.metrics)
 
     def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
         """The columns of the prompt and the completion; for plain texts, theirs and None."""
@@ -98,7 +88,7 @@ class Completion(Task):
         """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
-        prompts = _prompts(setup, decoder, alone=completion is None)
+        prompts = _alone(setup, decoder) if completion is None else chosen_prompts(setup, decoder)
         length = length_of(setup, decoder)
         pack = setup.pack and not decoder.encodes
         if setup.pack and decoder.encodes:
@@ -136,17 +126,7 @@ class Completion(Task):
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
-        try:
-            prompts = Prompts(**config["prompts"])
-        except (TypeError, ValueError) as error:
-            raise RunError(
-                f"{run.config} is damaged: its prompts are {config['prompts']}"
-            ) from error
-        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
-        ids = np.zeros((1, 8), np.int32)
-        adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-        check_base(run, dict(config), decoder.sha256)
-        return Generator(decoder, adapted, prompts)
+        return open_generator(run, config, prompts_of(run, config))
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
@@ -175,21 +155,51 @@ def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
     return setup.max_length
 
 
-def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
-    """The format of prompts: without a chat template for plain texts, or if the model has none."""
-    if alone and decoder.encodes:
+def _alone(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of plain texts, which have no chat template."""
+    if decoder.encodes:
         raise UserError(
             f"--text is for decoders; the encoder of {setup.model!r} reads a prompt, for which its "
             "decoder learns a completion: write --prompt COLUMN --completion COLUMN instead"
         )
-    if alone:
-        if setup.prompts != Prompts():
-            raise UserError("--text is of texts alone, which have no --template and no chat")
-        return Prompts(chat=False)
+    if setup.prompts != Prompts():
+        raise UserError("--text is of texts alone, which have no --template and no chat")
+    return Prompts(chat=False)
+
+
+def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of prompts: without a chat template if the model has none."""
     if setup.prompts.chat and decoder.chat_template is None:
         setup.say(f"{setup.model} has no chat template; prompts stay as they are")
         return dataclasses.replace(setup.prompts, chat=False)
     return setup.prompts
+
+
+def prompts_of(run: Run, config: Mapping[str, Any]) -> Prompts:
+    """The format of prompts that a run was trained with."""
+    try:
+        return Prompts(**config["prompts"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
+
+
+def open_generator(
+    run: Run, config: Mapping[str, Any], prompts: Prompts, talks: bool = False
+) -> Generator:
+    """Opens a run that generates; see `Task.open`.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        prompts: the format of prompts.
+        talks: whether it learnt answers that end as the chat template ends them.
+    """
+    decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
+    ids = np.zeros((1, 8), np.int32)
+    model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+    check_base(run, dict(config), decoder.sha256)
+    end = ChatEncoder(decoder, decoder.config.longest).end if talks else None
+    return Generator(decoder, model, prompts, () if end is None else (end,))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ class DataOptions:
         text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
-        task: what is learnt: classification or regression by an encoder, completion or conversation
-            by a decoder; by default that of the columns, or the first one of the model's kind.
+        task: what is learnt: classification or regression by an encoder, completion, conversation
+            or preference by a decoder; by default that of the columns, or the first one of the
+            model's kind.
         metrics: metrics to report; the first one selects the best adapter; by default accuracy f1,
             or pearson spearman.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
