@@ -108,7 +108,7 @@ def test_conversations_as_a_decoder_sees_them(data):
         ["<user> food Thai <end> <bot>", False],
         ["It serves Thai <end>", True],
     ]
-    out = data("talks.jsonl --model tiny --loss last")
+    out = data("talks.jsonl --model tiny --turns last")
     assert "8 of 27 tokens count in the loss" in out
     left, right = (
         "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}",

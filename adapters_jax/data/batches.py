@@ -245,7 +245,7 @@ class Batches:
         if step < 0:
             raise IndexError(f"step is {step}; steps count from 0")
         real = self._plan[step]
-        taken = np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
+        taken = self.rows_of(step)
         rows = [self.rows[i] for i in taken]
         width = self.buckets[self._bucket_of[real[0]]]
         weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
@@ -263,6 +263,11 @@ class Batches:
         if self._ordered:
             batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
         return batch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """The positions of a batch's rows in `rows`, `(batch,)`; filler rows repeat the first."""
+        real = self._plan[step]
+        return np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
 
 
 def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):

@@ -289,7 +289,11 @@ def hold_out(
 
 
 def hold_out_rows(
-    name: str, parts: Mapping[str, Any], keys: Sequence[str], metrics: Sequence[str]
+    name: str,
+    parts: Mapping[str, Any],
+    keys: Sequence[str],
+    metrics: Sequence[str],
+    strata: Sequence[int] | None = None,
 ) -> TaskData:
     """Completes the parts of a task as `hold_out` does, for rows of any type.
 
@@ -298,8 +302,9 @@ def hold_out_rows(
         parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
         keys: the key of each row of "train"; rows with the same key are held out together.
         metrics: the names of the metrics.
+        strata: the stratum of each row of "train", which keeps its proportion; None has one.
     """
-    rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **_fractions(parts))
+    rows = split_rows(keys, strata or [0] * len(keys), SPLIT_SEED, **_fractions(parts))
     train, dev, test = (parts["train"].take(taken) for taken in rows)
     return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
 

@@ -35,6 +35,20 @@ INSTRUCTIONS = Layout(
     "an instruction with its output",
     "conversation",
 )
+PREFERENCES = Layout(
+    "chosen/rejected",
+    ("chosen", "rejected"),
+    ("prompt", "chosen", "rejected"),
+    "a preferred answer beside another one",
+    "preference",
+)
+JUDGED = Layout(
+    "prompt/completion/label",
+    ("prompt", "completion", "label"),
+    ("prompt", "completion"),
+    "a completion that is desirable or not",
+    "preference",
+)
 COMPLETIONS = Layout(
     "prompt/completion",
     ("prompt", "completion"),
@@ -46,9 +60,8 @@ LAYOUTS = (
     MESSAGES,
     SHAREGPT,
     INSTRUCTIONS,
-    Layout(
-        "chosen/rejected", ("chosen", "rejected"), ("prompt", "chosen"), "a preferred answer", None
-    ),
+    PREFERENCES,
+    JUDGED,
     COMPLETIONS,
     Layout(
         "tokens/ner_tags",

@@ -6,6 +6,7 @@
   `readout` what differs, `head` the baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
+- `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets.
 """
 
@@ -21,6 +22,7 @@ from adapters_jax.tasks.completion import Completion
 from adapters_jax.tasks.conversation import ConversationTask
 from adapters_jax.tasks.multilabel import MultiLabel
 from adapters_jax.tasks.multiple_choice import MultipleChoice
+from adapters_jax.tasks.preference import PreferenceTask
 from adapters_jax.tasks.question_answering import QuestionAnswering
 from adapters_jax.tasks.regression import Regression
 from adapters_jax.tasks.token_classification import TokenClassification
@@ -36,6 +38,7 @@ TASKS: dict[str, Task] = {
     MultipleChoice.name: MultipleChoice(),
     Completion.name: Completion(),
     ConversationTask.name: ConversationTask(),
+    PreferenceTask.name: PreferenceTask(),
 }
 
 

@@ -13,15 +13,13 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
-How three further tasks fit:
+How two further tasks fit:
 
 - Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
   `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
   and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is a complete example.
 - Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
   windows a row and keeps the row of each; `score` joins the windows of a row again.
-- Preferences: `load` reads `prompt`, `chosen` and `rejected`, two completions a row; a batch has
-  both, and the loss compares their likelihoods.
 """
 
 from __future__ import annotations
@@ -68,7 +66,9 @@ class Setup:
         max_length: the largest number of tokens in a row; None is the task's default.
         prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
-        loss: what the loss of conversations counts: "assistant", "all" or "last".
+        turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
+        loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
+        beta: its strength.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
         say: called with messages for the user.
@@ -87,7 +87,9 @@ class Setup:
     max_length: int | None = None
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True
-    loss: Literal["assistant", "all", "last"] = "assistant"
+    turns: Literal["assistant", "last", "all"] = "assistant"
+    loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
+    beta: float = 0.1
     exact_match: int = 0
     mesh: Mesh | None = None
     say: Callable[[str], None] = lambda message: None
@@ -255,6 +257,20 @@ class Prepared(ABC):
     @abstractmethod
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
         """The baselines that a run is compared with, the simplest first."""
+
+    def begin(self, run: Run, progress: Callable[..., Any]) -> None:
+        """Does what a training needs once before its first step, and keeps it with the run.
+
+        A run that is resumed calls it again, and it reads what it kept.
+
+        Args:
+            run: the run, whose directory is there.
+            progress: shows the work, as `Console.progress` of the application.
+
+        Raises:
+            RunError: what was kept is damaged, or belongs to other rows or another base.
+        """
+        return None  # most trainings need nothing
 
     def samples(self) -> list[dict[str, str]]:
         """A few outputs of the last scoring on test, for the report: prompt, completion, generated.

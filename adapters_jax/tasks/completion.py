@@ -34,6 +34,7 @@ from adapters_jax.pretrained.decoder import (
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
+from adapters_jax.tasks.conversation_rows import ChatEncoder
 from adapters_jax.tasks.metrics import ROUGE, rouge_scorer
 from adapters_jax.tasks.prompts import Prompts
 
@@ -98,7 +99,7 @@ class Completion(Task):
         """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
-        prompts = _prompts(setup, decoder, alone=completion is None)
+        prompts = _alone(setup, decoder) if completion is None else chosen_prompts(setup, decoder)
         length = length_of(setup, decoder)
         pack = setup.pack and not decoder.encodes
         if setup.pack and decoder.encodes:
@@ -138,22 +139,13 @@ class Completion(Task):
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
-        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
-        ids = np.zeros((1, 8), np.int32)
-        adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-        check_base(run, dict(config), decoder.sha256)
-        return Generator(decoder, adapted, *self.asking(run, config, decoder))
+        return open_generator(self, run, config)
 
     def asking(
         self, run: Run, config: Mapping[str, Any], decoder: DecoderTokenizer
     ) -> tuple[Prompts, tuple[int, ...]]:
         """The format of a run's prompts, and the tokens that end its answers."""
-        try:
-            return Prompts(**config["prompts"]), ()
-        except (TypeError, ValueError) as error:
-            raise RunError(
-                f"{run.config} is damaged: its prompts are {config['prompts']}"
-            ) from error
+        return prompts_of(run, config), ()
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
@@ -182,17 +174,20 @@ def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
     return setup.max_length
 
 
-def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
-    """The format of prompts: without a chat template for plain texts, or if the model has none."""
-    if alone and decoder.encodes:
+def _alone(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of plain texts, which have no chat template."""
+    if decoder.encodes:
         raise UserError(
             f"--text is for decoders; the encoder of {setup.model!r} reads a prompt, for which its "
             "decoder learns a completion: write --prompt COLUMN --completion COLUMN instead"
         )
-    if alone:
-        if setup.prompts != Prompts():
-            raise UserError("--text is of texts alone, which have no --template and no chat")
-        return Prompts(chat=False)
+    if setup.prompts != Prompts():
+        raise UserError("--text is of texts alone, which have no --template and no chat")
+    return Prompts(chat=False)
+
+
+def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of prompts: without a chat template if the model has none."""
     if setup.prompts.chat and decoder.chat_template is None:
         setup.say(f"{setup.model} has no chat template; prompts stay as they are")
         return dataclasses.replace(setup.prompts, chat=False)
@@ -207,6 +202,29 @@ def _without_texts(metrics: tuple[str, ...]) -> tuple[str, ...]:
             "above 0, and let rows have prompts"
         )
     return metrics[:1]
+
+
+def prompts_of(run: Run, config: Mapping[str, Any]) -> Prompts:
+    """The format of prompts that a run was trained with."""
+    try:
+        return Prompts(**config["prompts"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
+
+
+def open_generator(task: Any, run: Run, config: Mapping[str, Any]) -> Generator:
+    """Opens a run of a task that has `asking` as a generator; see `Task.open`."""
+    decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
+    ids = np.zeros((1, 8), np.int32)
+    model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+    check_base(run, dict(config), decoder.sha256)
+    return Generator(decoder, model, *task.asking(run, config, decoder))
+
+
+def ends_of_chat(decoder: PretrainedDecoder) -> tuple[int, ...]:
+    """The token that ends an answer where a model's chat template has one."""
+    end = ChatEncoder(decoder, decoder.config.longest).end
+    return () if end is None else (end,)
 
 
 @dataclass(frozen=True)

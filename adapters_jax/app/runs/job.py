@@ -104,6 +104,7 @@ class Job:
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.console.show(counts)
+        self.prepared.begin(self.run, self.console.progress)
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
             found, results = self.train_all(saving)

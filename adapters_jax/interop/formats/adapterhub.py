@@ -62,6 +62,7 @@ class AdapterHub:
             adapter.name,
             _pooling(base, adapter.leaves),
             adapter.labels,
+            adapter.head_type,
         )[3]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
