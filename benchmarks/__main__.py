@@ -25,6 +25,7 @@ BENCHMARKS = {
     "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
+    "serve": "the server's engine: clients at once, new adapters, whose answer each one is",
     "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",
     "step": "a training step beside one written by hand; adapting and auditing; import time",
     "step-tunix": "the row of `step` on tunix's Llama alone: ours beside qwix's",

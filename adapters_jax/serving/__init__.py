@@ -2,15 +2,17 @@
 
 - `slots`: the rows of a batch, each with a cache and an adapter of its own; the compiled programs.
 - `engine`: the queue, and the thread that lets requests join and leave between steps.
+- `requests`: requests and the adapters that they name; sizes and counts.
+- `labels`: labels of texts by an encoder with many adapters.
 - `adapters`: reading adapters from anyone, and the recipe that has room for all of them.
-- `api`, `schemas`, `metrics`: the HTTP interface, in OpenAI's form.
+- `api`, `completions`, `schemas`, `metrics`: the HTTP interface, in OpenAI's form.
 - `guard`, `server`: what a request must pass; listening and draining.
 - `texts`: tokens as pieces of text, and the texts that end a completion.
 """
 
-from adapters_jax.serving.engine import (
+from adapters_jax.serving.engine import Engine
+from adapters_jax.serving.requests import (
     BusyError,
-    Engine,
     FullError,
     Request,
     Sizes,

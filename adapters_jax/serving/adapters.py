@@ -58,6 +58,9 @@ class Read:
 class DecoderBase:
     """A decoder on which adapters are served.
 
+    Attributes:
+        files: the names of the files that an adapter from anyone may have.
+
     Args:
         name: the decoder, as `load_pretrained_decoder` takes it.
         dtype: the dtype of its weights.
@@ -66,6 +69,8 @@ class DecoderBase:
         UserError: it cannot be loaded, or an encoder reads its prompts.
         AssetError: the pinned asset could not be fetched.
     """
+
+    files = frozenset(formats.every_file())
 
     def __init__(self, name: str, dtype: str = "float32") -> None:
         self.decoder: PretrainedDecoder = load_pretrained_decoder(name, dtype)
@@ -95,7 +100,7 @@ class DecoderBase:
             return self._read_run(run)
         form = formats.format_of(directory)
         recipe, leaves = form.read(directory, self._base)
-        return Read(recipe, leaves, About(_shown(form.name, recipe, leaves)))
+        return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
 
     def _read_run(self, run: Run) -> Read:
         task, config = read_run(run, "generate")
@@ -103,7 +108,7 @@ class DecoderBase:
         check_base(run, config, self.decoder.sha256)
         recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
         prompts, stop = task.asking(run, config, self.decoder)  # type: ignore[attr-defined]
-        return Read(recipe, leaves, About(_shown("run", recipe, leaves), prompts, stop))
+        return Read(recipe, leaves, About(shown_of("run", recipe, leaves), prompts, stop))
 
     def planned(self, recipe: Recipe) -> Read:
         """The shapes of an adapter that is yet to come."""
@@ -156,7 +161,7 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
 
 
-def _shown(form: str, recipe: Recipe, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def shown_of(form: str, recipe: Recipe, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter is, for people."""
     return {
         "format": form,

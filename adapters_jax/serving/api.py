@@ -1,19 +1,14 @@
-"""The HTTP interface of an engine, in OpenAI's form, as a Starlette application."""
+"""The paths that every server has, and the Starlette application of them all."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import secrets
 import tempfile
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -21,27 +16,22 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop import formats
 from adapters_jax.serving import schemas
-from adapters_jax.serving.adapters import About, DecoderBase
-from adapters_jax.serving.engine import BusyError, End, Engine, FullError, UnknownModelError
-from adapters_jax.serving.guard import Guard, Limits, failure, refused
+from adapters_jax.serving.adapters import About, Read
+from adapters_jax.serving.guard import Guard, Limits, refused
 from adapters_jax.serving.metrics import Metrics
-from adapters_jax.serving.slots import Choice
-from adapters_jax.serving.texts import TextSink
-from adapters_jax.tasks.completion import NEW_TOKENS
-
-_BROKEN: dict[End, tuple[int, str]] = {
-    "timeout": (408, "the answer took longer than the server's limit; ask for fewer tokens"),
-    "not finite": (400, "the adapter's numbers are not finite; train it again"),
-    "closed": (503, "the server is shutting down; try another one"),
-    "cancelled": (408, "the request was cancelled"),
-}
-
+from adapters_jax.serving.requests import (
+    BusyError,
+    Counts,
+    FullError,
+    Served,
+    UnknownModelError,
+)
+from adapters_jax.transforms.fitting import Fitted
 
 # The page is one file, and asks no other host.
 _ALONE = (
@@ -50,50 +40,60 @@ _ALONE = (
 )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A prompt as tokens, and what ends its answer."""
+class Work(Protocol):
+    """What computes the answers of a server: an `Engine`, or a `Labeller`."""
 
-    ids: list[int]
-    adapter: str | None
-    stop: frozenset[int]
+    adapters: dict[str, Served]
+    counts: Counts
 
+    @property
+    def alive(self) -> bool:
+        """Whether it works on requests."""
 
-class _Answer:
-    """The text of an answer as it comes from the engine's thread."""
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
 
-    def __init__(self) -> None:
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Any, int]]()
-        self.why: End = "cancelled"
-        self.tokens = 0
+    @property
+    def running(self) -> int:
+        """How many requests are computed."""
 
-    def put(self, item: Any, tokens: int = 0) -> None:
-        """Hands on a piece of text, or the reason of the end; the engine's thread calls it."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (item, tokens))
+    def fit(self, name: str, adapter: Any) -> Fitted:
+        """See `Engine.fit`."""
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The pieces of text; afterwards `why` has the reason of the end."""
-        while True:
-            item, tokens = await self.queue.get()
-            self.tokens = max(self.tokens, tokens)
-            if isinstance(item, tuple):
-                (self.why,) = item
-                return
-            yield item
+    def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool) -> Future[None]:
+        """See `Engine.put`."""
+
+    def drop(self, name: str) -> Future[None]:
+        """See `Engine.drop`."""
 
 
-class TextApi:
-    """What the paths of a decoder's server do.
+class Base(Protocol):
+    """What reads adapters onto the base of a server.
+
+    Attributes:
+        files: the names of the files that an adapter may have.
+    """
+
+    files: frozenset[str]
+
+    def read(self, directory: Path) -> Read:
+        """See `DecoderBase.read`."""
+
+
+class Api:
+    """What the paths of every server do: the base, the adapters, and the server's health.
 
     Args:
-        base: the decoder.
-        engine: its engine, which has been started.
+        base: what reads adapters onto the base.
+        engine: what computes the answers; it has been started.
         name: what requests call the base.
         limits: the limits of requests.
     """
 
-    def __init__(self, base: DecoderBase, engine: Engine, name: str, limits: Limits) -> None:
-        self.base, self.engine, self.name, self.limits = base, engine, name, limits
+    def __init__(self, base: Base, engine: Work, name: str, limits: Limits) -> None:
+        self.files, self.reader = base.files, base
+        self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine)
         self.began = int(time.time())
         self._reading = asyncio.Lock()
@@ -123,11 +123,6 @@ class TextApi:
         """Figures for Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def predict(self, request: Request) -> Response:
-        """Refuses: a decoder labels nothing."""
-        schemas.parsed(schemas.PredictRequest, await request.body())
-        raise UserError(f"{self.name} is a decoder, which labels no texts; use /v1/completions")
-
     async def models(self, _: Request) -> Response:
         """The base and the adapters."""
         names = [self.name, *self.engine.adapters]
@@ -154,7 +149,7 @@ class TextApi:
         name = self._free_name(request.path_params["name"])
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise HTTPException(415, "expected multipart/form-data with the adapter's files")
-        known = formats.every_file()
+        known = self.files
         async with request.form(max_files=len(known), max_fields=0) as form:
             files = [each for _, each in form.multi_items() if isinstance(each, UploadFile)]
             names = [file.filename or "" for file in files]
@@ -177,7 +172,7 @@ class TextApi:
             for file, content in contents.items():
                 Path(folder, file).write_bytes(content)
             try:
-                read = self.base.read(Path(folder))
+                read = self.reader.read(Path(folder))
                 return self.engine.fit(name, (read.recipe, read.leaves)), read.about
             except UserError as error:
                 raise UserError(
@@ -209,139 +204,17 @@ class TextApi:
             )
         return model, served.about
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, _: Request) -> Response:
         """Completes a prompt."""
-        body = schemas.parsed(schemas.CompletionRequest, await request.body())
-        adapter, about = self._adapter(body.model)
-        ids = body.prompt
-        if isinstance(ids, str):
-            prompts, decoder = about.prompts, self.base.decoder
-            if prompts is None:
-                ids = decoder.tokenizer.encode(ids).ids
-            else:
-                ids = await asyncio.to_thread(prompts.encode, ids, decoder)
-        return await self._answer(request, body, self._asked(ids, adapter, about), False)
+        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, _: Request) -> Response:
         """Answers a conversation."""
-        body = schemas.parsed(schemas.ChatRequest, await request.body())
-        adapter, about = self._adapter(body.model)
-        decoder = self.base.decoder
-        messages = [message.plain() for message in body.messages]
-        text, _ = await asyncio.to_thread(decoder.render, messages)
-        ids = decoder.tokenizer.encode(text, add_special_tokens=False).ids
-        return await self._answer(request, body, self._asked(ids, adapter, about), True)
+        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
 
-    def _asked(self, ids: list[int], adapter: str | None, about: About) -> _Asked:
-        return _Asked(ids, adapter, frozenset({self.base.decoder.end, *about.stop}))
-
-    async def _answer(self, request: Request, body: Any, asked: _Asked, chat: bool) -> Response:
-        """Submits a prompt, and answers as a stream or as a whole."""
-        room = self.engine.sizes.context - len(asked.ids)
-        wanted = body.max_tokens or getattr(body, "max_completion_tokens", None)
-        seed = secrets.randbits(32) if body.seed is None else body.seed
-        answer, decode = _Answer(), self.base.decoder.tokenizer.decode
-        sink = TextSink(decode, answer.put, lambda why: answer.put((why,)), body.stops)
-        running = self.engine.submit(
-            asked.ids,
-            sink,
-            model=asked.adapter,
-            most=wanted or max(1, min(NEW_TOKENS, room)),
-            choice=Choice(body.temperature, body.top_p, body.top_k, seed),
-            stop=asked.stop,
-            seconds=self.limits.seconds,
-        )
-        form = _Form(body.model, chat)
-
-        async def pieces() -> AsyncGenerator[str, None]:
-            began, first = time.monotonic(), True
-            try:
-                async for piece in answer.pieces():
-                    if first:
-                        self.metrics.first.observe(time.monotonic() - began)
-                    first = False
-                    yield piece
-            finally:
-                self.engine.cancel(running)  # of no effect once it has ended
-
-        def usage() -> dict[str, int]:
-            made, given = sink.tokens, len(asked.ids)
-            counts = {"prompt_tokens": given, "completion_tokens": made}
-            return {**counts, "total_tokens": given + made}
-
-        async def events() -> AsyncIterator[str]:
-            async with contextlib.aclosing(pieces()) as texts:
-                async for text in texts:
-                    yield _event(form.piece(text, None))
-            if answer.why in _BROKEN:
-                yield _event(failure(*_BROKEN[answer.why]))
-                return
-            yield _event(form.piece("", answer.why))
-            if body.stream_options and body.stream_options.include_usage:
-                yield _event({**form.piece("", None), "choices": [], "usage": usage()})
-            yield "data: [DONE]\n\n"
-
-        if body.stream:
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
-        text = await _unless_gone(request, _joined(pieces()))
-        if answer.why in _BROKEN:
-            return refused(*_BROKEN[answer.why])
-        return JSONResponse({**form.whole(text, answer.why), "usage": usage()})
-
-
-class _Form:
-    """The JSON of an answer, as OpenAI's."""
-
-    def __init__(self, model: str, chat: bool) -> None:
-        self.chat = chat
-        self.head = {"created": int(time.time()), "model": model}
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-
-    def whole(self, text: str, why: str) -> dict[str, Any]:
-        """A whole answer."""
-        message = {"role": "assistant", "content": text}
-        said = {"message": message} if self.chat else {"text": text}
-        return self._of("chat.completion" if self.chat else "text_completion", said, why)
-
-    def piece(self, text: str, why: str | None) -> dict[str, Any]:
-        """A piece of an answer."""
-        delta = {"role": "assistant", "content": text} if text else {}
-        said = {"delta": delta} if self.chat else {"text": text}
-        return self._of("chat.completion.chunk" if self.chat else "text_completion", said, why)
-
-    def _of(self, kind: str, said: dict[str, Any], why: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": why}
-        return {"id": self.id, "object": kind, **self.head, "choices": [choice]}
-
-
-def _event(value: Any) -> str:
-    """An event of a stream."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _joined(pieces: AsyncGenerator[str, None]) -> str:
-    async with contextlib.aclosing(pieces) as texts:
-        return "".join([text async for text in texts])
-
-
-async def _unless_gone(request: Request, work: Any) -> str:
-    """The result of some work; if the client hangs up before, the work is cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise HTTPException(408, "the client hung up")
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def predict(self, _: Request) -> Response:
+        """Labels texts."""
+        raise UserError(f"{self.name} is a decoder, which labels no texts; use /v1/completions")
 
 
 _STATUS: dict[type[Exception], int] = {UnknownModelError: 404, BusyError: 429, FullError: 409}

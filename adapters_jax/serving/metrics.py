@@ -6,8 +6,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from adapters_jax.serving.engine import Engine
-
 _SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -20,7 +18,7 @@ class Metrics:
         first: the seconds until the first piece of an answer.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Any) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "adapters_jax_http_requests", "Requests", ["status"], registry=self.registry

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from adapters_jax.serving.engine import End
+from adapters_jax.serving.requests import End
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decodes from a part of a character
 

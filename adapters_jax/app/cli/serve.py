@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from adapters_jax.app.compare.grid import read_candidate
 from adapters_jax.app.console import Console
 from adapters_jax.app.report.pages import render
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.errors import UserError
-from adapters_jax.io.run_directory import find_run
+from adapters_jax.io.run_directory import Run, find_run
+from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.serving.adapters import DecoderBase, Read, covering
-from adapters_jax.serving.api import TextApi, application
+from adapters_jax.serving.api import Api, application
+from adapters_jax.serving.completions import TextApi
 from adapters_jax.serving.engine import Engine, Sizes
 from adapters_jax.serving.guard import LOOPBACK, Limits
+from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
 from adapters_jax.serving.schemas import NAME, matches_name
 from adapters_jax.serving.server import serve
+from adapters_jax.tasks import read_run
 from adapters_jax.transforms.bank import Bank
 
 KEY = "ADAPTERS_JAX_API_KEY"
+_Made = tuple[Api, Engine | Labeller, dict[str, Read]]
 
 
 @dataclass(frozen=True)
 class Serve:
     """Serves a base and many adapters over HTTP, as OpenAI's API: /v1/completions, /v1/chat/...
+
+    An encoder's server labels texts by /predict instead.
 
     A request names its adapter as `model`. Requests of all adapters are computed together, and
     adapters come and go meanwhile (/v1/adapters). The address itself shows a page to try them on.
@@ -35,7 +42,7 @@ class Serve:
     ADAPTERS_JAX_API_KEY. SIGTERM ends it once the answers that run are whole.
 
     Args:
-        base: smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub.
+        base: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub.
         runs: directories of runs or of adapters of adapters_jax, PEFT or AdapterHub, optionally as
             NAME=DIRECTORY, or ids of runs on the Hub.
         host: address to listen on.
@@ -99,19 +106,13 @@ class Serve:
                 f"--host {self.host} lets other machines in; set {KEY} to a key that they need, or "
                 "leave --host out"
             )
-        named = self._named()
-        base = DecoderBase(self.base, self.dtype)
-        read = {name: base.read(find_run(path).path) for name, path in named.items()}
-        recipe = covering([*read.values(), *self._planned(base)])
-        model = base.adapted(recipe)
-        context = min(self.context, base.decoder.config.longest)
-        sizes = Sizes(self.rows, context, queue=self.queue)
-        bank = Bank(model, capacity=self.adapters + sizes.spare)
-        engine = Engine(bank, sizes)
+        runs = {name: find_run(path).path for name, path in self._named().items()}
         called = self.name or (Path(self.base).name if Path(self.base).exists() else self.base)
-        if called in named:
+        if called in runs:
             raise UserError(f"--name {called}: an adapter has this name; give another one")
         limits = Limits(seconds=self.seconds, receiving=self.stall, connections=self.connections)
+        make = self._completing if is_decoder(self.base) else self._labelling
+        api, engine, read = make(runs, called, limits)
         page = render("serve", title="adapters-jax serve", base=called, key=key is not None)
 
         def listening(port: int) -> None:
@@ -127,12 +128,42 @@ class Serve:
                 for name, each in read.items():
                     fitted = engine.fit(name, (each.recipe, each.leaves))
                     engine.put(name, fitted, each.about).result()
-                app = application(TextApi(base, engine, called, limits), page, limits, key)
+                app = application(api, page, limits, key)
                 serve(app, self.host, self.port, limits, listening)
             finally:
                 engine.close()
 
         return run
+
+    def _completing(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
+        """The server of a decoder."""
+        base = DecoderBase(self.base, self.dtype)
+        read = {name: base.read(path) for name, path in runs.items()}
+        texts = self.room or (() if runs else ("lora --rank 16",))
+        layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
+        later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
+        model = base.adapted(covering([*read.values(), *later]))
+        context = min(self.context, base.decoder.config.longest)
+        sizes = Sizes(self.rows, context, queue=self.queue)
+        engine = Engine(Bank(model, capacity=self.adapters + sizes.spare), sizes)
+        return TextApi(base, engine, called, limits), engine, read
+
+    def _labelling(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
+        """The server of an encoder."""
+        if self.room or not runs:
+            raise UserError(
+                f"{self.base} is an encoder, whose server has room for adapters like its runs; "
+                "give at least one run, and leave --room out"
+            )
+        configs = [read_run(Run(path), "predict")[1] for path in runs.values()]
+        base = EncoderBase(self.base, configs[0]["pooling"], self.dtype)
+        read = {name: base.read(path) for name, path in runs.items()}
+        abouts: list[Any] = [each.about for each in read.values()]
+        width = max(about.readout.width for about in abouts)
+        bank = base.bank(covering(read.values()), width, self.adapters)
+        longest = max(about.max_length for about in abouts)
+        engine = Labeller(base, bank, longest, self.queue)
+        return LabelApi(base, engine, called, limits), engine, read
 
     def _named(self) -> dict[str, str]:
         """The directories of the runs, by the names of their adapters."""
@@ -149,9 +180,3 @@ class Serve:
         if len(named) > self.adapters:
             raise UserError(f"--adapters {self.adapters}: there are {len(named)} runs; raise it")
         return named
-
-    def _planned(self, base: DecoderBase) -> list[Read]:
-        """The shapes of adapters that may come later."""
-        texts = self.room or (() if self.runs else ("lora --rank 16",))
-        layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
-        return [base.planned(read_candidate(text).method.build(**layers)) for text in texts]

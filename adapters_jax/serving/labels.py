@@ -1,0 +1,262 @@
+"""Labels of texts by an encoder with many adapters, each with a head of its own.
+
+One thread runs the model; the texts of a request are one or more batches of static shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from adapters_jax.adapt import adapt
+from adapters_jax.errors import UserError
+from adapters_jax.interop import formats
+from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.io.run_directory import Run, check_base, check_finished
+from adapters_jax.linen import init_adapters
+from adapters_jax.presets import HEAD
+from adapters_jax.pretrained.encoder import INPUTS, load_encoder, store_frozen
+from adapters_jax.recipe import Recipe
+from adapters_jax.serving import schemas
+from adapters_jax.serving.adapters import About, Read, shown_of
+from adapters_jax.serving.api import Api
+from adapters_jax.serving.requests import (
+    BusyError,
+    Counts,
+    FullError,
+    Served,
+    UnknownModelError,
+)
+from adapters_jax.tasks import read_run
+from adapters_jax.tasks.base import in_row_order
+from adapters_jax.tasks.readout import Readout
+from adapters_jax.transforms.bank import Bank
+from adapters_jax.transforms.fitting import Fitted
+
+BATCH = 8
+WIDTHS = (32, 128)  # of short texts; others have the width of the longest
+_IDS = jnp.ones((1, 8), jnp.int32)
+
+
+@dataclass(frozen=True)
+class Labels(About):
+    """What an adapter with a head is.
+
+    Attributes:
+        readout: maps the head's outputs to labels.
+        max_length: the largest number of tokens; longer texts are cut.
+        pairs: whether it takes pairs of texts.
+    """
+
+    readout: Readout | None = None
+    max_length: int = 0
+    pairs: bool = False
+
+
+class EncoderBase:
+    """An encoder on which adapters are served; see `DecoderBase`.
+
+    Args:
+        name: the encoder, as `load_encoder` takes it.
+        pooling: what the heads read.
+        dtype: the computation dtype.
+
+    Raises:
+        UserError: it cannot be loaded.
+        AssetError: the pinned asset could not be fetched.
+    """
+
+    files = frozenset({*formats.every_file(), "config.json"})
+
+    def __init__(self, name: str, pooling: str = "mean", dtype: str = "float32") -> None:
+        self.encoder = encoder = load_encoder(name, pooling, dtype)
+        self._base = BaseModel(
+            name,
+            "encoder",
+            encoder.architecture.names,
+            "",
+            encoder.init(1, jax.random.key(0)),
+            identity=encoder.identity,
+            sha256=encoder.sha256,
+            classifies=True,
+            pooling=pooling,
+        )
+
+    def read(self, directory: Path) -> Read:
+        """Reads a run, or an exported one from anyone.
+
+        Raises:
+            UserError: it is damaged, not a run, or of another base.
+        """
+        run = Run(directory)
+        task, config = read_run(run, "predict")
+        check_finished(run, config)
+        check_base(run, config, self.encoder.sha256)
+        if config["pooling"] != self.encoder.pooling:
+            raise UserError(
+                f"{directory}: its head reads {config['pooling']}, and those of this server "
+                f"{self.encoder.pooling}; serve it by itself"
+            )
+        try:
+            readout = task.readout.from_config(config["target"])  # type: ignore[attr-defined]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{run.config} is damaged: its target: {error}") from error
+        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
+        width = leaves[f"{HEAD}/bias"].shape[-1] if f"{HEAD}/bias" in leaves else None
+        if width != readout.width:
+            raise UserError(
+                f"{run.config} names {readout.width} outputs, and the adapter's head has {width}"
+            )
+        self.encoder.encode([("", None)], config["max_length"])  # the model has the positions
+        about = Labels(
+            shown_of("run", recipe, leaves),
+            None,
+            (),
+            readout,
+            config["max_length"],
+            config["pairs"],
+        )
+        return Read(recipe, leaves, about)
+
+    def bank(self, recipe: Recipe, width: int, capacity: int) -> Bank:
+        """A bank whose heads have at most `width` outputs."""
+        encoder = self.encoder
+        model = adapt(encoder.classifier(width), recipe)
+        params = encoder.init(width, jax.random.key(0))
+        params = init_adapters(model, params, jax.random.key(0), _IDS)
+        return Bank(model, store_frozen(params, recipe, encoder.dtype), capacity=capacity)
+
+
+class Labeller:
+    """An encoder with many adapters that labels texts; the counterpart of `Engine`.
+
+    Args:
+        base: the encoder.
+        bank: the bank of its adapters, which the labeller takes over.
+        longest: the largest number of tokens of a text.
+        queue: how many requests wait.
+    """
+
+    def __init__(self, base: EncoderBase, bank: Bank, longest: int, queue: int) -> None:
+        self.adapters: dict[str, Served] = {}
+        self.counts = Counts()
+        self.waiting, self.running = 0, 0
+        self.alive = False
+        self._base, self._bank, self._queue = base, bank, queue
+        self._lock = threading.Lock()
+        self._widths = tuple(sorted({longest, *(width for width in WIDTHS if width < longest)}))
+        self._thread = ThreadPoolExecutor(1, "labeller")
+        model = bank.model
+
+        @jax.jit
+        def outputs(params: Any, inputs: Any, rows: Any) -> Any:
+            return model.apply({"params": params}, *inputs, adapters=rows)
+
+        self._outputs = outputs
+
+    def start(self) -> None:
+        """Compiles every program."""
+        idle = self._bank.fit("idle", (self._bank.recipe, {}))
+        self._bank = self._bank.put("idle", idle, donate=True).drop("idle")
+        for width in self._widths:
+            inputs = [jnp.zeros((BATCH, width), jnp.int32) for _ in INPUTS]
+            self._outputs(self._bank.params, inputs, self._bank.rows([None] * BATCH))
+        self.alive = True
+
+    def close(self) -> None:
+        """Stops after what it does now."""
+        self.alive = False
+        self._thread.shutdown(cancel_futures=True)
+
+    def fit(self, name: str, adapter: Any) -> Fitted:
+        """See `Engine.fit`."""
+        return self._bank.fit(name, adapter)
+
+    def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool = False) -> Future[None]:
+        """See `Engine.put`; requests that came before have the old adapter."""
+
+        def work() -> None:
+            if name not in self._bank and len(self._bank) == self._bank.capacity:
+                raise FullError(f"there are {len(self._bank)} adapters, the most; drop one")
+            self._bank = self._bank.put(name, fitted, replace=replace, donate=True)
+            self.adapters = {**self.adapters, name: Served(name, about)}
+            self.counts.changes += 1
+
+        return self._thread.submit(work)
+
+    def drop(self, name: str) -> Future[None]:
+        """See `Engine.drop`."""
+
+        def work() -> None:
+            self._served(name)
+            self._bank = self._bank.drop(name)
+            self.adapters = {n: each for n, each in self.adapters.items() if n != name}
+            self.counts.changes += 1
+
+        return self._thread.submit(work)
+
+    def predict(self, name: str, texts: Sequence[tuple[str, str | None]]) -> Future[list[Any]]:
+        """Labels texts, after what waits already.
+
+        Raises:
+            BusyError: too many requests wait.
+            UnknownModelError: there is no such adapter.
+        """
+        self._served(name)
+        with self._lock:
+            if not self.alive or self.waiting >= self._queue:
+                raise BusyError(f"{self.waiting} requests are waiting, the most; try again later")
+            self.waiting += 1
+        future = self._thread.submit(self._predict, name, texts)
+        future.add_done_callback(lambda _: self._done())
+        return future
+
+    def _done(self) -> None:
+        with self._lock:
+            self.waiting -= 1
+
+    def _served(self, name: str) -> Served:
+        if name not in self.adapters:
+            raise UnknownModelError(f"no adapter is named {name!r}")
+        return self.adapters[name]
+
+    def _predict(self, name: str, texts: Sequence[tuple[str, str | None]]) -> list[Any]:
+        about: Labels = self._served(name).about
+        if about.readout is None or any((pair is not None) != about.pairs for _, pair in texts):
+            wanted = "pairs of texts" if about.pairs else "single texts"
+            raise UserError(f"{name} was trained on {wanted}; give it {wanted}")
+        rows, _ = self._base.encoder.encode(list(texts), about.max_length)
+        batches = self._base.encoder.in_order(rows, None, BATCH, self._widths)
+        params, places = self._bank.params, self._bank.rows([name] * BATCH)
+        outputs = in_row_order(
+            lambda batch: self._outputs(params, [batch[key] for key in INPUTS], places), batches
+        )[:, : about.readout.width]
+        if not np.isfinite(outputs).all():
+            raise UserError(f"the numbers of {name} are not finite; train it again")
+        self.counts.ended["labelled"] += 1
+        found = zip(texts, outputs, strict=True)
+        return [about.readout.predict(*pair, row).to_dict() for pair, row in found]
+
+
+class LabelApi(Api):
+    """What the paths of an encoder's server do."""
+
+    engine: Labeller
+
+    async def predict(self, request: Request) -> Response:
+        """Labels texts."""
+        body = schemas.parsed(schemas.PredictRequest, await request.body())
+        texts = [(t, None) if isinstance(t, str) else (t[0], t[1]) for t in body.texts]
+        found = await asyncio.wrap_future(self.engine.predict(body.model, texts))
+        return JSONResponse({"model": body.model, "predictions": found})
