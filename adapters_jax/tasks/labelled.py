@@ -122,7 +122,7 @@ class EncoderTask(Task):
         recipe = setup.recipe(
             head=HEAD if readout.has_head else None, num_layers=encoder.config.num_layers
         )
-        if not len(recipe):
+        if not readout.has_head and recipe == head_only():
             raise UserError(f"--task {self.name} has no head to train; give another --method")
         model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
