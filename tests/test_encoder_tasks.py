@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.annotated import asked, chosen, labelled, tagged
+from helpers.annotated import asked, chosen, labelled, paired, tagged
+from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.tiny import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,10 +22,12 @@ from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run
 from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.tasks import TASKS
-from adapters_jax.tasks.metrics import set_scores, squad_scores
+from adapters_jax.tasks.metrics import retrieval, set_scores, squad_scores
 from adapters_jax.tasks.multilabel import LabelSets
 from adapters_jax.tasks.multiple_choice import Choices
 from adapters_jax.tasks.question_answering import Answer, Spans
+from adapters_jax.tasks.readout import Inputs
+from adapters_jax.tasks.sentence_embedding import Embeddings
 from adapters_jax.tasks.token_classification import Tags, TokenClassification, first_pieces
 
 NER, QA, CHOICE = "token-classification", "question-answering", "multiple-choice"
@@ -108,6 +111,78 @@ def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, mo
 
 def _row(texts):
     return tuple(texts) if len(texts) > 1 else (texts[0], None)
+
+
+PAIRS = "finetune --task sentence-embedding --model tiny --train rows.jsonl --name run"
+
+
+def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("tiny"))
+    paired(Path("rows.jsonl"))
+    assert main(f"{PAIRS} --label score {TRAIN}".split()) == 0
+    run = Run(Path("runs/run"))
+    words, frozen, ours = run.read_config()["summary"]["results"]
+    assert (words["method"], frozen["method"]) == ("share of common words", "frozen base")
+    assert ours["test"]["spearman"] > max(0.8, frozen["test"]["spearman"])
+    _, tensors = aj.read_adapter(run.adapter)
+    assert not any(path.startswith("head/") for path in tensors)
+    capsys.readouterr()
+    texts = ["film good", "plot fine", "film good", "plot dull"]
+    assert main(["predict", "runs/run", *texts, "--json"]) == 0
+    near, far = map(json.loads, capsys.readouterr().out.splitlines())
+    assert near["similarity"] > 0.7 > 0.4 > far["similarity"]
+    predictor = load_predictor(run.path)
+    first, second = predictor.predict([(text, None) for text in texts[:2]])
+    cosine = np.dot(first.embedding, second.embedding)
+    assert cosine == pytest.approx(near["similarity"], abs=1e-5)
+    assert np.linalg.norm(first.embedding) == pytest.approx(1, abs=1e-6)
+    for to in ("native", "adapterhub"):
+        assert main(f"push runs/run me/{to} --dry-run --to {to}".split()) == 0
+    assert not Path("adapterhub", "head_config.json").exists()
+    again = load_predictor("native", model="tiny").predict([tuple(texts[2:])])
+    assert again[0].similarity == pytest.approx(far["similarity"], abs=1e-6)
+    assert main(["convert", "adapterhub", "back", "--to", "native", "--model", "tiny"]) == 0
+    _, after = aj.read_adapter("back")
+    for path, tensor in tensors.items():
+        np.testing.assert_array_equal(after[path.removeprefix("bert/")], tensor, err_msg=path)
+    with command_raises(aj.UserError, "--task sentence-embedding", "--method"):
+        assert main(f"{PAIRS}2 --label score --method head-only".split()) == 2
+    with command_raises(aj.UserError, "--metrics mrr", "spearman"):
+        assert main(f"{PAIRS}2 --label score --metrics mrr".split()) == 2
+
+
+def test_the_losses_of_embeddings_are_their_formulas():
+    outputs = np.random.default_rng(5).normal(size=(4, 2, 3))
+    unit = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)
+    labels = np.array([0.0, 5.0, 2.5, 1.0])
+    scored = Embeddings.of(Annotated([("a", "b")] * 4, labels.tolist()))
+    assert scored == Embeddings(True, 0.0, 5.0)
+    _, targets = scored.targets(Inputs([None] * 4, 0), labels)
+    got = scored.losses(jnp.asarray(outputs), {"labels": targets})
+    expected = ((unit[:, 0] * unit[:, 1]).sum(1) - labels / 5) ** 2
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+    weight = np.array([1.0, 1.0, 1.0, 0.0])  # the last row only fills the batch
+    got = Embeddings(False).losses(jnp.asarray(outputs), {"weight": weight})
+    cosines = 20 * unit[:3, 0] @ unit[:3, 1].T
+    shares = cosines - np.log(np.exp(cosines).sum(1, keepdims=True))
+    np.testing.assert_allclose(got[:3], -shares.diagonal(), rtol=1e-4)
+
+
+def test_second_texts_are_found_by_their_similarity():
+    draw = np.random.default_rng(6).normal(size=(20, 20))
+    places = [1 + sum(row > row[i]) for i, row in enumerate(draw)]
+    expected = {"recall_at_1": np.mean(np.equal(places, 1)), "mrr": np.mean(1 / np.array(places))}
+    outputs = np.stack([np.eye(20), draw.T], axis=1)
+    unit = draw / np.linalg.norm(draw, axis=0)
+    cosines = Embeddings(False).decode(outputs)
+    np.testing.assert_allclose(cosines, unit, atol=1e-9)
+    assert Embeddings(False).score(["recall_at_1", "mrr"], draw, None) == pytest.approx(expected)
+    assert retrieval(np.ones((4, 4))) == {"recall_at_1": 0.0, "mrr": 0.25}
+    part = Annotated([("a b", "b"), ("c", "c d e")], [None, None])
+    shared = Embeddings(False).constant(part, part)
+    np.testing.assert_allclose(shared, [[1 / 2, 0], [0, 1 / 3]])
 
 
 @pytest.fixture
@@ -440,6 +515,7 @@ def test_rows_to_predict_have_as_many_texts_as_those_of_training():
         (Tags, {"names": [1, 2]}),
         (Spans, {"unanswerable": 1}),
         (LabelSets, {"names": []}),
+        (Embeddings, {"scored": True, "low": 1.0, "high": 1.0}),
         (Choices, {"names": ["0"]}),
         (Choices, {"names": ["a", "b"]}),
     ],

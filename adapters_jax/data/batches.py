@@ -30,6 +30,28 @@ class Row(NamedTuple):
     token_type_ids: np.ndarray
 
 
+class Rows(NamedTuple):
+    """A row of several inputs of a model: three int32 arrays `(inputs, length)`."""
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    attention_mask: np.ndarray
+
+
+def together(rows: Sequence[Row], pad_id: int) -> Rows:
+    """Puts rows of different lengths together as one row of several inputs.
+
+    Example:
+        >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (1, 2)]
+        >>> together(rows, pad_id=9).input_ids.tolist()
+        [[1, 9], [2, 2]]
+    """
+    ones = [np.ones_like(row.input_ids) for row in rows]
+    width = max(map(len, ones))
+    ids, types = zip(*rows, strict=True)
+    return Rows(_padded(ids, width, pad_id), _padded(types, width, 0), _padded(ones, width, 0))
+
+
 def encode(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, str | None]], max_length: int
 ) -> tuple[list[Row], int]:
@@ -287,7 +309,7 @@ def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
     return shuffled(grain.MapDataset.concatenate(buckets)).repeat()
 
 
-def _padded(arrays: list[np.ndarray], width: int, fill: int) -> np.ndarray:
+def _padded(arrays: Sequence[np.ndarray], width: int, fill: int) -> np.ndarray:
     """Ragged int arrays `(..., length)` as one int32 array `(batch, ..., width)`."""
     out = np.full((len(arrays), *arrays[0].shape[:-1], width), fill, np.int32)
     for row, array in zip(out, arrays, strict=True):

@@ -78,6 +78,16 @@ class Encoder:
         head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
         return self.under(head)
 
+    @property
+    def bare(self) -> tuple[nn.Module, Any]:
+        """The classifier and its parameters with the identity as its head.
+
+        Its outputs are what a head reads.
+        """
+        width = self.config.hidden_size
+        identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
+        return self.classifier(width), self.under(identity)
+
     def under(self, head: Any) -> Any:
         """The parameters of the classifier: the encoder's and the head's."""
         return {self.architecture.base: self.params, HEAD: head}

@@ -2,12 +2,13 @@
 
 - `base`: the interface of a task, and what its author provides.
 - `classification`, `regression`, `multilabel`, `token_classification`, `question_answering` and
-  `multiple_choice`: an encoder with a head; `labelled` and `labelled_problem` have what all share,
-  `readout` what differs, `head` the baseline.
+  `multiple_choice`: an encoder with a head; `sentence_embedding`: one without. `labelled` and
+  `labelled_problem` have what all share, `readout` what differs, `head` the baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
 - `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
-- `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets.
+- `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets;
+  retrieval.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from adapters_jax.tasks.multiple_choice import MultipleChoice
 from adapters_jax.tasks.preference import PreferenceTask
 from adapters_jax.tasks.question_answering import QuestionAnswering
 from adapters_jax.tasks.regression import Regression
+from adapters_jax.tasks.sentence_embedding import SentenceEmbedding
 from adapters_jax.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
@@ -36,6 +38,7 @@ TASKS: dict[str, Task] = {
     TokenClassification.name: TokenClassification(),
     QuestionAnswering.name: QuestionAnswering(),
     MultipleChoice.name: MultipleChoice(),
+    SentenceEmbedding.name: SentenceEmbedding(),
     Completion.name: Completion(),
     ConversationTask.name: ConversationTask(),
     PreferenceTask.name: PreferenceTask(),

@@ -104,10 +104,10 @@ class CompletionProblem:
         found = self.score_model(state.model, part)
         if not np.isfinite(found["perplexity"]):
             raise NotFiniteError(int(state.step), f"the loss on {part}")
-        return found
+        return {name: found[name] for name in self.metrics}
 
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
-        """The metrics of a model, which may be the base without adapters."""
+        """All metrics of a model, which may be the base without adapters."""
         rows, (graphdef, state) = self.held_out[part], nnx.split(model)
         self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
 
@@ -124,7 +124,7 @@ class CompletionProblem:
             found["exact_match"] = exact_match(texts, rows.references)
             if {*ROUGE} & {*self.metrics}:
                 found |= rouge(texts, rows.references)
-        return {name: found[name] for name in self.metrics if name in found}
+        return found
 
 
 def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:

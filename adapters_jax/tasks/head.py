@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -78,11 +77,7 @@ def feature_reader(
     encoder: Encoder, inputs: tuple[str, ...]
 ) -> Callable[[BatchSource], np.ndarray]:
     """Makes a function that computes the pooled features of batches in order."""
-    width = encoder.config.hidden_size
-    # With the identity as its head, the classifier returns its features.
-    model = encoder.classifier(width)
-    identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
-    params = encoder.under(identity)
+    model, params = encoder.bare
     apply = jax.jit(
         lambda params, arrays: apply_to_rows(
             lambda *inputs: model.apply({"params": params}, *inputs), arrays

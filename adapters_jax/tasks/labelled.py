@@ -17,6 +17,7 @@ import numpy as np
 from adapters_jax.adapt import adapt
 from adapters_jax.data.batches import Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData, load_labelled
+from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
@@ -36,7 +37,7 @@ from adapters_jax.tasks.base import (
     Usage,
     in_row_order,
 )
-from adapters_jax.tasks.head import head_problem
+from adapters_jax.tasks.head import feature_reader, head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
 from adapters_jax.tasks.readout import Inputs, Readout
 
@@ -118,13 +119,17 @@ class EncoderTask(Task):
         batches: Batches,
         inputs: Mapping[str, Inputs],
     ) -> LabelledProblem:
-        recipe = setup.recipe(head=HEAD, num_layers=encoder.config.num_layers)
-        model = adapt(encoder.classifier(readout.width, setup.dropout), recipe)
+        recipe = setup.recipe(
+            head=HEAD if readout.has_head else None, num_layers=encoder.config.num_layers
+        )
+        if not readout.has_head and recipe == head_only():
+            raise UserError(f"--task {self.name} has no head to train; give another --method")
+        model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
         example = [batches[0][name] for name in INPUTS]
         params = init_adapters(
             model,
-            encoder.init(readout.width, head_key),
+            encoder.init(readout.width, head_key) if readout.has_head else encoder.bare[1],
             adapters_key,
             *(array.reshape(-1, array.shape[-1]) for array in example),
         )
@@ -157,9 +162,11 @@ class EncoderTask(Task):
         encoder = load_encoder(
             config["model"], config["pooling"], config["dtype"], config.get("quantize")
         )
-        params = encoder.init(readout.width, jax.random.key(0))
+        params = encoder.bare[1]
+        if readout.has_head:
+            params = encoder.init(readout.width, jax.random.key(0))
         ids = np.zeros((1, 8), np.int32)
-        classifier, base = encoder.classifier(readout.width), encoder.identity
+        classifier, base = encoder.classifier(_width(encoder, readout)), encoder.identity
         adapted, params = load_adapter(run.adapter, classifier, params, ids, base=base)
         check_base(run, dict(config), encoder.sha256)
         params = store_frozen(params, adapted.recipe, config["dtype"])
@@ -201,6 +208,11 @@ class LabelledTexts(EncoderTask):
         )
 
 
+def _width(encoder: Encoder, readout: Readout) -> int:
+    """The number of outputs of the model."""
+    return readout.width if readout.has_head else encoder.config.hidden_size
+
+
 def _length(setup: Setup, readout: Readout, encoder: Encoder) -> int:
     """The largest number of tokens; the default is at most what the model has positions for."""
     return setup.max_length or min(readout.max_length, encoder.longest)
@@ -240,8 +252,10 @@ class PreparedTexts(Prepared):
         return self._head_problem() if cached else self.problem
 
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
-        """The best constant prediction, and a trained head on the frozen base."""
+        """The best constant prediction, and the frozen base, with a trained head if it has one."""
         constant = Untrained(self.problem.readout.constant_title, self._constant)
+        if not self.problem.readout.has_head:
+            return [constant, Untrained("frozen base", self._frozen)]
         epochs = EPOCHS if self._reads_tokens else None
         trained = TrainedHead(self._head_problem, epochs)
         return [constant] if self._head_alone else [constant, trained]
@@ -254,6 +268,17 @@ class PreparedTexts(Prepared):
         if not self._reads_tokens:
             self.setup.say("computing the frozen base's features, once for all epochs of its head")
         return head_problem(self.problem, self.encoder, self.in_order, self.setup.seed)
+
+    def _frozen(self) -> Scores:
+        problem, read = self.problem, feature_reader(self.encoder, INPUTS)
+        return {
+            part: problem.readout.score(
+                problem.metrics,
+                problem.readout.decode(read(batches), problem.where[part]),
+                problem.labels[part],
+            )
+            for part, batches in problem.held_out.items()
+        }
 
     def _constant(self) -> Scores:
         problem = self.problem

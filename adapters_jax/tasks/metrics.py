@@ -325,6 +325,26 @@ def set_scores(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     }
 
 
+def retrieval(similarities: ArrayLike) -> dict[str, float]:
+    """How well each row finds its own column, the one with its number, by similarity.
+
+    Equal similarities share the worse place.
+
+    Args:
+        similarities: `(rows, rows)`.
+
+    Returns:
+        The fraction of rows that find theirs first (recall_at_1), and the mean of 1 / place (mrr).
+
+    Example:
+        >>> retrieval([[0.9, 0.1], [0.8, 0.7]])
+        {'recall_at_1': 0.5, 'mrr': 0.75}
+    """
+    found = np.asarray(similarities)
+    places = (found >= found.diagonal()[:, None]).sum(axis=1)
+    return {"recall_at_1": float(np.mean(places == 1)), "mrr": float(np.mean(1 / places))}
+
+
 LOWER_IS_BETTER = ("perplexity",)
 
 

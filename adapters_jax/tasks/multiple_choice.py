@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_choices
+from adapters_jax.data.batches import together
 from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import DataError, read_file, title_of
 from adapters_jax.data.splits import key_of
@@ -24,14 +25,6 @@ from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.readout import Inputs, Readout
-
-
-class ChoiceRow(NamedTuple):
-    """A text with each of its choices, `(choices, length)`."""
-
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    attention_mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Choices(Readout):
         ]
         found, cut = encoder.encode(pairs, max_length)
         groups = [found[i : i + self.count] for i in range(0, len(found), self.count)]
-        return Inputs([_together(group, encoder.config.pad_token_id) for group in groups], cut)
+        return Inputs([together(group, encoder.config.pad_token_id) for group in groups], cut)
 
     def encode(self, labels: Sequence[int]) -> Int[np.ndarray, " rows"]:
         """The numbers of the right choices."""
@@ -137,18 +130,6 @@ class Choices(Readout):
             ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], shares[n])
             for n, (row, i) in enumerate(zip(texts, self.decode(outputs).tolist(), strict=True))
         ]
-
-
-def _together(rows: Sequence[Any], pad_id: int) -> ChoiceRow:
-    """Rows of different lengths as one row of several inputs."""
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    found = ChoiceRow(np.full(shape, pad_id, np.int32), *np.zeros((2, *shape), np.int32))
-    for i, row in enumerate(rows):
-        inside = slice(len(row.input_ids))
-        found.input_ids[i, inside] = row.input_ids
-        found.token_type_ids[i, inside] = row.token_type_ids
-        found.attention_mask[i, inside] = 1
-    return found
 
 
 class MultipleChoice(EncoderTask):

@@ -38,12 +38,14 @@ class Readout(ABC):
         pooling: what the head reads; None leaves it to the user.
         max_length: the largest number of tokens if the user gives none.
         fits: whether `fitted` learns from the outputs on dev.
+        has_head: whether a head trains; otherwise the outputs are what it would read.
     """
 
     constant_title: ClassVar[str]
     pooling: ClassVar[str | None] = None
     max_length: ClassVar[int] = 128
     fits: ClassVar[bool] = False
+    has_head: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

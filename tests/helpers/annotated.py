@@ -51,6 +51,17 @@ def labelled(path, count=240):
     return _write(path, rows)
 
 
+def paired(path, count=240):
+    """Pairs with a score: 5 if their words are of one kind, and 0 if not."""
+    draw, rows = random.Random(4), []
+    for _ in range(count):
+        kinds = draw.choices((GOOD, BAD), k=2)
+        texts = [f"{draw.choice(FILLER)} {draw.choice(kind)}" for kind in kinds]
+        score = 5.0 * (kinds[0] == kinds[1])
+        rows.append({"sentence1": texts[0], "sentence2": texts[1], "score": score})
+    return _write(path, rows)
+
+
 def chosen(path, count=240):
     """The right choice is the one with a good word."""
     draw, rows = random.Random(3), []

@@ -46,9 +46,9 @@ class DataOptions:
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
         task: what is learnt: by an encoder classification, regression, multilabel,
-            token-classification, question-answering or multiple-choice; by a decoder completion,
-            conversation or preference; by default that of the columns, or the first one of the
-            model's kind.
+            token-classification, question-answering, multiple-choice or sentence-embedding; by a
+            decoder completion, conversation or preference; by default that of the columns, or the
+            first one of the model's kind.
         metrics: metrics to report; the first one selects the best adapter; by default the task's.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.

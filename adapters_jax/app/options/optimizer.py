@@ -111,7 +111,7 @@ class OptimizerOptions:
             schedule = self.schedule(steps, peak or 0.0)
             return optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
 
-        rate = self.head_learning_rate
+        rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
         if self.lora_plus != 1.0:
             groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)

@@ -23,7 +23,8 @@ from adapters_jax.tasks import task_of
 from adapters_jax.texts import visible
 
 BLUE, GREY = "#0f62a8", "#6b7280"
-PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall", "exact_match")
+_SHARES = ("precision", "recall", "exact_match", "recall_at_1")
+PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
 _NOT_SETTINGS = ("data", "options", "summary")  # the page shows these elsewhere
 

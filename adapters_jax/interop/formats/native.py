@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters_jax.errors import AdapterMismatchError, OtherBaseError
 from adapters_jax.interop.base_model import BaseModel
-from adapters_jax.interop.formats.base import CONFIG, HEAD, Adapter, Head
+from adapters_jax.interop.formats.base import CONFIG, HEAD, Adapter, Head, has_head
 from adapters_jax.io.adapter import FILES, STATE, TENSORS, read_adapter, save_adapter
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.manifest import Manifest
@@ -75,6 +75,8 @@ class Native:
         """See `save_adapter`."""
         tree = unflatten(dict(adapter.leaves))
         identity, beside = base.identity, adapter.beside
+        if base.classifies and not has_head(adapter.leaves):  # its width is not known
+            identity = dataclasses.replace(identity, tree_sha256=None)
         save_adapter(directory, tree, adapter.recipe, base=identity, beside=beside)
 
     def head_problem(self, base: BaseModel) -> str:
