@@ -196,11 +196,18 @@ class Job:
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
-        with self.console.progress(title, optimizer.steps(len(problem.train))) as progress:
+        steps = optimizer.steps(len(problem.train))
+        with self.console.progress(title, steps, first="compiling") as progress:
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], progress, speed)
             half = self.config["dtype"] == "float16"
-            use = {"on_record": log, "on_best": on_best, "saving": saving, "half": half}
+            use: dict[str, Any] = {
+                "on_record": log,
+                "on_best": on_best,
+                "saving": saving,
+                "half": half,
+            }
+            use["on_first"] = lambda step: progress.update(step, "")
             found = train(problem, optimizer, key, **use)
         test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
