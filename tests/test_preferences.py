@@ -31,6 +31,7 @@ from adapters_jax.tasks.preference import PreferenceTask
 from adapters_jax.tasks.preference_problem import PreferenceProblem
 from adapters_jax.tasks.preference_rows import PreferenceEncoder, mismatched
 from adapters_jax.tasks.prompts import Prompts
+from examples.preference_pairs import pairs_of
 
 LOSSES = ("dpo", "ipo", "orpo", "kto")
 TINY = "{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }} "
@@ -127,6 +128,12 @@ def test_texts_judged_rows_and_other_columns():
 def test_rows_that_cannot_be_compared_are_errors(row, data):
     with raises(DataError, "rows.jsonl", *data):
         read_preferences(write(row))
+
+
+def test_the_script_pairs_each_prompt_with_the_text_of_the_next():
+    texts = [("a", "1"), ("a", "2"), ("b", "3"), ("c", "1")]
+    pairs = [("a", "1", "3"), ("b", "3", "1")]  # those of c would be equal
+    assert [tuple(pair.values()) for pair in pairs_of(texts, 9)] == pairs
 
 
 # Tokens
