@@ -1,7 +1,7 @@
 """Makes preference pairs of a file of prompts with their completions, such as E2E's.
 
-The preferred completion of a prompt is its own; the other one is that of the next prompt in the
-file, which in E2E describes nearly the same restaurant. Then, for DPO:
+The preferred completion of a prompt is its own; the other one is that of the prompt which stands
+half the file away, as E2E's are sorted. Then, for DPO:
 
     python examples/preference_pairs.py devset.csv pairs.jsonl --prompt mr --completion ref
     adapters-jax finetune --model smollm2-135m --train pairs.jsonl --loss dpo --method lora
@@ -16,11 +16,11 @@ from adapters_jax.data.tables import read_rows
 
 
 def pairs_of(texts: list[tuple[str, str]], rows: int) -> list[dict[str, str]]:
-    """Pairs of prompts that are spread over the file, each with the next other prompt's text."""
+    """Pairs of prompts that are spread over the file, each with the text of one far away."""
     first = dict(reversed(texts))  # the first completion of each prompt
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts))
     chosen = spread(len(prompts), rows)
-    others = [prompts[(i + 1) % len(prompts)] for i in chosen]
+    others = [prompts[(i + len(prompts) // 2) % len(prompts)] for i in chosen]
     return [
         {"prompt": prompts[i], "chosen": first[prompts[i]], "rejected": first[other]}
         for i, other in zip(chosen, others, strict=True)

@@ -130,9 +130,9 @@ def test_rows_that_cannot_be_compared_are_errors(row, data):
         read_preferences(write(row))
 
 
-def test_the_script_pairs_each_prompt_with_the_text_of_the_next():
-    texts = [("a", "1"), ("a", "2"), ("b", "3"), ("c", "1")]
-    pairs = [("a", "1", "3"), ("b", "3", "1")]  # those of c would be equal
+def test_the_script_pairs_each_prompt_with_the_text_of_one_far_away():
+    texts = [("a", "1"), ("a", "2"), ("b", "3"), ("c", "1"), ("d", "4")]
+    pairs = [("b", "3", "4"), ("d", "4", "3")]  # those of a and c would be equal
     assert [tuple(pair.values()) for pair in pairs_of(texts, 9)] == pairs
 
 
