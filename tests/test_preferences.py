@@ -1,6 +1,7 @@
 """Preferences: their rows, their encoding, a training by hand, and the runs that learn them."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from adapters_jax.tasks.preference import PreferenceTask
 from adapters_jax.tasks.preference_problem import PreferenceProblem
 from adapters_jax.tasks.preference_rows import PreferenceEncoder, mismatched
 from adapters_jax.tasks.prompts import Prompts
+from examples.preference_pairs import pairs_of
 
 LOSSES = ("dpo", "ipo", "orpo", "kto")
 TINY = "{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }} "
@@ -126,6 +128,12 @@ def test_texts_judged_rows_and_other_columns():
 def test_rows_that_cannot_be_compared_are_errors(row, data):
     with raises(DataError, "rows.jsonl", *data):
         read_preferences(write(row))
+
+
+def test_the_script_pairs_each_prompt_with_the_text_of_one_far_away():
+    texts = [("a", "1"), ("a", "2"), ("b", "3"), ("c", "1"), ("d", "4")]
+    pairs = [("b", "3", "4"), ("d", "4", "3")]  # those of a and c would be equal
+    assert [tuple(pair.values()) for pair in pairs_of(texts, 9)] == pairs
 
 
 # Tokens
@@ -258,7 +266,7 @@ def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_base_is_there_once_in_the_audit_the_plan_and_the_step(optimized):
+def test_the_base_is_there_once_in_the_audit_the_plan_and_the_step():
     problem = prepared("dpo").problem
     base = sum(x.size for x in jax.tree.leaves(nnx.state(problem.decoder.model, nnx.Param)))
     counts = aj.audit(problem.model)
@@ -306,6 +314,28 @@ def made(rows=40):
     write_pairs(rows)
 
 
+def interrupted(stop, words, monkeypatch):
+    """Runs a command that is interrupted before a step, and resumes it."""
+    batch = PreferenceProblem.batch
+
+    def stopping(problem, step):
+        if step == stop:
+            raise InterruptedRunError(signal.SIGTERM)
+        return batch(problem, step)
+
+    shutil.rmtree("runs/cut", ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceProblem, "batch", stopping)
+        assert main(f"{words} --name cut".split()) == 143
+    assert main(["finetune", "--resume", "runs/cut"]) == 0
+
+
+def check_same_result():
+    for file in ("metrics.jsonl", "adapter/adapter.safetensors", "reference.safetensors"):
+        straight, cut = (Path("runs", run, file).read_bytes() for run in ("straight", "cut"))
+        assert cut == straight, file
+
+
 def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatch, capsys):
     made()
     assert main(f"{TRAIN} --name straight --json".split()) == 0
@@ -325,31 +355,19 @@ def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatc
     assert int.from_bytes(raw[16:20], "big") == 2025  # three pictures side by side
     assert list(load_generator("runs/straight").generate(["food Thai"], max_new_tokens=2))
 
-    computed, log_probs, batch = [], PreferenceProblem.log_probs, PreferenceProblem.batch
+    computed, log_probs = [], PreferenceProblem.log_probs
 
     def counted(problem, model, part, *done):
         if model is problem.decoder.model:
             computed.append(part)
         return log_probs(problem, model, part, *done)
 
-    def interrupted(problem, step):
-        if step == stop:
-            raise InterruptedRunError(signal.SIGTERM)
-        return batch(problem, step)
-
     monkeypatch.setattr(PreferenceProblem, "log_probs", counted)
     for stop in (0, 3):  # after the reference, after a few steps
-        name = f"cut{stop}"
-        with monkeypatch.context() as patch:
-            patch.setattr(PreferenceProblem, "batch", interrupted)
-            assert main(f"{TRAIN} --name {name}".split()) == 143
-        assert computed == ["train", "dev", "test"]
-        assert main(["finetune", "--resume", f"runs/{name}"]) == 0
-        assert computed == ["train", "dev", "test"]  # read, not computed again
+        interrupted(stop, TRAIN, monkeypatch)
+        assert computed == ["train", "dev", "test"]  # read when it went on, not computed again
         computed.clear()
-        for file in ("metrics.jsonl", "adapter/adapter.safetensors", "reference.safetensors"):
-            straight, cut = (Path("runs", run, file).read_bytes() for run in ("straight", name))
-            assert cut == straight, file
+        check_same_result()
 
 
 def test_a_reference_of_other_rows_or_another_base_is_an_error(monkeypatch):
@@ -387,13 +405,27 @@ def test_runs_of_the_other_losses(loss, capsys):
     assert all(np.isfinite(r["loss"]) for r in records("it") if "loss" in r)
 
 
+@pytest.mark.slow
+def test_batches_of_one_label_are_logged_and_resumed(monkeypatch):
+    """They have no margin, which is left out of their records."""
+    made()
+    words = f"{TRAIN} --loss kto --batch-size 2 --epochs 1"
+    assert main(f"{words} --name straight".split()) == 0
+    found = [record for record in records("straight") if "loss" in record]
+    assert {"margin" in record for record in found} == {True, False}
+    stop = next(i for i, record in enumerate(found) if "margin" not in record) + 1
+    interrupted(stop, words, monkeypatch)
+    check_same_result()
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "data"),
     [
         (UserError, "--beta 0", ["--beta", "0.0"]),
         (UserError, "--beta -1", ["--beta", "-1.0"]),
         (UserError, "--beta nan", ["--beta", "nan"]),
-        (UserError, "--loss kto --batch-size 1", ["--loss kto", "1", "--batch-size"]),
+        (UserError, "--loss kto --batch-size 1", ["--loss kto", "1 row", "--batch-size"]),
+        (UserError, "--loss kto --accumulate 8", ["--loss kto", "1 row", "--accumulate"]),
         (UserError, "--model bert --loss dpo", ["--loss", "preference", "encoder"]),
         (UserError, "--model bert --beta 0.1", ["--beta", "preference", "encoder"]),
         (UserError, "--task completion --completion chosen --loss dpo", ["--loss", "preference"]),

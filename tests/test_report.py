@@ -2,16 +2,22 @@
 
 import ast
 import base64
+import io
 import re
 import shlex
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rich.console
 from helpers.errors import raises
 from jinja2 import UndefinedError
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import adapters_jax as aj
+from adapters_jax.app import console
 from adapters_jax.app.console import Console, duration
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.run import (
@@ -271,6 +277,57 @@ def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
     assert (width, height) == (1350, 540)
 
 
+def test_margins_of_rewards_have_a_picture_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **how: drawn.append((axes, xy[:2])))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: None)
+    monkeypatch.setattr(Axes, "legend", lambda axes, **how: None)
+    records = [
+        {"step": 1, "loss": 0.7, "margin": 0.0},
+        {"step": 2, "loss": 0.6, "margin": 0.5},
+        {"step": 2, "dev": {"accuracy": 0.8, "margin": 0.25}},
+    ]
+    draw_curves(tmp_path / "c.png", "lora", records, "accuracy", {})
+    margins = [xy for axes, xy in drawn if axes.get_title() == "Reward margin"]
+    assert margins == [((1, 2), (0.0, 0.5)), ((1, 2), pytest.approx([0.0, 0.5])), ((2,), (0.25,))]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that progress reads, which a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_the_first_step_compiles_and_is_in_no_estimate(clock, capsys):
+    with Console(json=False).progress("lora", 100, first="compiling") as progress:
+        for clock[0], step in ((60.0, 1), (70.0, 11)):
+            progress.update(step, f"loss {step}")
+    lines = ["lora  compiling", "lora  step 1 of 100  loss 1"]
+    assert capsys.readouterr().out.splitlines() == [
+        *lines, "lora  step 11 of 100  loss 11  1 min 29 s left"
+    ]  # fmt: skip
+
+
+def test_a_terminal_shows_the_same(clock):
+    shown, terminal = io.StringIO(), Console(json=False)
+    terminal.printer = rich.console.Console(file=shown, force_terminal=True, width=99)
+    with terminal.progress("lora", 100, first="compiling") as progress:
+        for clock[0], step in ((60.0, 1), (70.0, 11)):
+            progress.update(step, "")
+    assert "compiling" in shown.getvalue() and "1 min 29 s left" in shown.getvalue()
+
+
+def test_the_speed_is_of_steps_that_took_time(clock):
+    speed, found = console.Speed(tokens=10.0), []
+    for clock[0], step in ((5.0, 1), (5.0, 3), (7.0, 5)):  # the second is read with the first
+        found.append(speed.at(step))
+    assert found == ["", "", "10 tokens/s"]
+    speed.pause()
+    assert speed.at(6) == ""
+
+
 def test_results_and_metrics_read_well():
     header, rows = results_table(RESULTS, ["f1"])
     assert header == ["method", "trainable parameters", "test f1"]
@@ -310,7 +367,7 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
         progress.began = progress.last = progress.last - 11
         progress.update(1, "loss 0.5")
         progress.update(2, "loss 0.4")
-    assert capsys.readouterr().out == "lora  step 1 of 3  loss 0.5  22.0 s left\n"
+    assert capsys.readouterr().out == "lora  step 1 of 3  loss 0.5\n"
 
 
 def test_the_loss_is_smoothed_over_its_neighbours():

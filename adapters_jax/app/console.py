@@ -17,6 +17,7 @@ from adapters_jax.texts import visible
 
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
+TOGETHER = 0.01  # seconds within which updates count as one
 
 
 class Progress(Protocol):
@@ -77,6 +78,7 @@ class Console:
         steps: int,
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
+        first: str = "",
     ) -> Iterator[Progress]:
         """Shows progress: as a live bar on a terminal, as occasional lines elsewhere.
 
@@ -85,20 +87,49 @@ class Console:
             steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
-                they are estimated from the pace of the steps.
+                they are estimated from the pace of the steps after the first.
+            first: what is done before the first update, such as "compiling".
         """
         if not self.printer.is_terminal:
-            yield _Lines(self, title, steps, unit, left)
+            yield _Lines(self, title, steps, unit, left, first)
             return
         columns = (
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[note]}", markup=False),
-            bars.TextColumn("{task.fields[left]}") if left else bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[left]}"),
         )
         with bars.Progress(*columns, console=self.printer) as bar:
-            yield _Bar(bar, title, steps, left)
+            yield _Bar(bar, title, steps, left, first)
+
+
+class Pace:
+    """Measures the seconds of a step, from the first update on, since the first step compiles.
+
+    Updates that come at once, as those of steps that are read late, count as one.
+
+    Example:
+        >>> pace = Pace()
+        >>> [pace.at(step, now) for step, now in ((1, 60.0), (2, 60.0), (4, 64.0))]
+        [None, None, 2.0]
+    """
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+
+    def at(self, step: int, now: float) -> float | None:
+        """The mean seconds of a step up to this one; None if they are not known yet.
+
+        Args:
+            step: the number of steps that are done.
+            now: the time, in seconds of `time.monotonic`.
+        """
+        first, began = self.first or (step, now)
+        if now - began < TOGETHER:
+            first = step
+        self.first = first, began
+        return (now - began) / (step - first) if step > first else None
 
 
 class Speed:
@@ -110,32 +141,35 @@ class Speed:
 
     def __init__(self, tokens: float):
         self.tokens = tokens
-        self.first: tuple[int, float] | None = None
+        self.pace = Pace()
 
     def at(self, step: int) -> str:
         """The mean speed up to a step, as text; empty if it is not known yet."""
-        now = time.monotonic()
-        first, began = self.first = self.first or (step, now)
-        if not self.tokens or step == first or now == began:
-            return ""
-        return f"{self.tokens * (step - first) / (now - began):,.0f} tokens/s"
+        pace = self.pace.at(step, time.monotonic())
+        return f"{self.tokens / pace:,.0f} tokens/s" if self.tokens and pace else ""
 
     def pause(self) -> None:
         """Restarts the measurement at the next step."""
-        self.first = None
+        self.pace = Pace()
 
 
 class _Bar:
     """Progress as a live bar."""
 
     def __init__(
-        self, bar: bars.Progress, title: str, steps: int, left: Callable[[], float | None] | None
+        self,
+        bar: bars.Progress,
+        title: str,
+        steps: int,
+        left: Callable[[], float | None] | None,
+        first: str,
     ):
-        self.bar, self.left = bar, left
-        self.task = bar.add_task(visible(title, lines=False), total=steps, note="", left="")
+        self.bar, self.steps, self.left, self.pace = bar, steps, left, Pace()
+        self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        left = self.left() if self.left else None
+        pace = self.pace.at(step, time.monotonic())
+        left = self.left() if self.left else pace and pace * (self.steps - step)
         self.bar.update(self.task, completed=step, note=note, left=_left(left))
 
 
@@ -149,32 +183,25 @@ class _Lines:
         steps: int,
         unit: str,
         left: Callable[[], float | None] | None,
+        first: str,
     ):
         self.console, self.title, self.steps, self.unit = console, title, steps, unit
-        self.left = left or self._by_pace
-        self.began = self.last = self.now = time.monotonic()
-        self.first: tuple[int, float] | None = None  # the first step compiles, later ones do not
-        self.step = 0
+        self.left, self.pace = left, Pace()
+        self.began = self.last = time.monotonic()
+        if first:
+            console.say(f"{title}  {first}")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        self.step, self.now = step, time.monotonic()
-        self.first = self.first or (step, self.now)
+        now = time.monotonic()
+        pace = self.pace.at(step, now)
         pause = NEWS_SECONDS if news else QUIET_SECONDS
-        if self.now - self.last < pause and not (news and step == self.steps):
+        if now - self.last < pause and not (news and step == self.steps):
             return
-        self.last = self.now
-        time_words = duration(self.now - self.began) if step == self.steps else _left(self.left())
+        self.last = now
+        left = self.left() if self.left else pace and pace * (self.steps - step)
+        time_words = duration(now - self.began) if step == self.steps else _left(left)
         parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
-        self.console.say("  ".join(parts).rstrip())
-
-    def _by_pace(self) -> float:
-        """The seconds left, if the steps to come take as long as those since the first."""
-        first, since = self.first or (0, self.began)
-        if self.step > first:
-            pace = (self.now - since) / (self.step - first)
-        else:
-            pace = (self.now - self.began) / self.step
-        return pace * (self.steps - self.step)
+        self.console.say("  ".join(filter(None, parts)))
 
 
 def _cell(text: str) -> Text:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters_jax.data.files import DataError, FilePath, Line, Rows, first_few, place
+from adapters_jax.data.files import DataError, FilePath, PlacedRows, Rows, first_few, place
 from adapters_jax.data.layouts import COMPLETIONS, INSTRUCTIONS, MESSAGES, SHAREGPT, layout_of
 from adapters_jax.data.readers import read_file
 from adapters_jax.strict_json import loads
@@ -48,22 +48,10 @@ class Conversation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """The conversations of one file.
+class Conversations(PlacedRows[Conversation]):
+    """The conversations of one file."""
 
-    Attributes:
-        path: the path of the file, for messages.
-        rows: the conversations.
-        lines: the line that each of them starts on, or another name of its place.
-    """
-
-    path: str
-    rows: list[Conversation]
-    lines: list[Line]
     labels = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     @property
     def texts(self) -> list[tuple[str, str | None]]:
@@ -72,10 +60,6 @@ class Conversations:
             (_as_text(row.messages), None if row.tools is None else _as_text(row.tools))
             for row in self.rows
         ]
-
-    def take(self, rows: Sequence[int]) -> Conversations:
-        """The rows with these indices, in the given order."""
-        return Conversations(self.path, [self.rows[i] for i in rows], [self.lines[i] for i in rows])
 
 
 def _as_text(value: Any) -> str:

@@ -11,8 +11,9 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 from adapters_jax.errors import UserError
 
@@ -20,10 +21,33 @@ FilePath = str | os.PathLike[str]
 Line = int | str  # the line that a row starts on; a text for formats without lines, as "row 3"
 Record = tuple[Line, list[Any]]  # the line, the values
 Rows = tuple[list[str], list[Record]]  # column names, records
+Row = TypeVar("Row")
 Reader = Callable[[Path, bytes], Rows]
 
 MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
 _CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class PlacedRows(Generic[Row]):
+    """The rows of one file, which know their places.
+
+    Attributes:
+        path: the path of the file, for messages.
+        rows: the rows.
+        lines: the line that each of them starts on, or another name of its place.
+    """
+
+    path: str
+    rows: list[Row]
+    lines: list[Line]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """The rows with these indices, in the given order."""
+        return replace(self, rows=[self.rows[i] for i in rows], lines=[self.lines[i] for i in rows])
 
 
 class DataError(UserError):

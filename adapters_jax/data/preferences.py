@@ -7,13 +7,13 @@ other messages are its prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapters_jax.data.conversations import Conversation, Message, conversation_of
-from adapters_jax.data.files import DataError, FilePath, Line, Rows, first_few, place
+from adapters_jax.data.files import DataError, FilePath, PlacedRows, Rows, first_few, place
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.tables import cell
 from adapters_jax.strict_json import loads
@@ -44,21 +44,8 @@ class Preference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """The rows of one file, all of them pairs, or all of them single.
-
-    Attributes:
-        path: the path of the file, for messages.
-        rows: the rows.
-        lines: the line that each of them starts on, or another name of its place.
-    """
-
-    path: str
-    rows: list[Preference]
-    lines: list[Line]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+class Preferences(PlacedRows[Preference]):
+    """The rows of one file, all of them pairs, or all of them single."""
 
     @property
     def paired(self) -> bool:
@@ -74,10 +61,6 @@ class Preferences:
     def labels(self) -> list[bool | None]:
         """Whether the completion of each row is desirable; None for pairs."""
         return [row.desirable for row in self.rows]
-
-    def take(self, rows: Sequence[int]) -> Preferences:
-        """The rows with these indices, in the given order."""
-        return Preferences(self.path, [self.rows[i] for i in rows], [self.lines[i] for i in rows])
 
     def singles(self) -> Preferences:
         """Rows of one completion each: of a pair, the preferred one is desirable.

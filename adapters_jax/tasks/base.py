@@ -69,6 +69,7 @@ class Setup:
         turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
         loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
         beta: its strength.
+        accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
         say: called with messages for the user.
@@ -90,6 +91,7 @@ class Setup:
     turns: Literal["assistant", "last", "all"] = "assistant"
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
     beta: float = 0.1
+    accumulate: int = 1
     exact_match: int = 0
     mesh: Mesh | None = None
     say: Callable[[str], None] = lambda message: None

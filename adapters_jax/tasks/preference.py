@@ -94,7 +94,7 @@ class PreferenceTask(Task):
     def prepare(self, data: TaskData, setup: Setup) -> PreparedPreferences:
         """Encodes the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         objective = Objective(setup.loss, setup.beta)
-        objective.check_batch(setup.batch_size)
+        objective.check_batch(setup.batch_size // setup.accumulate)
         tables = {part: _compared(getattr(data, part), setup.loss, part) for part in PARTS}
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
         talks = any(row.talks for table in tables.values() for row in table.rows)
@@ -204,7 +204,7 @@ class PreparedPreferences(Prepared):
         """The log-probabilities of the rows of each part by the base without adapters."""
         problem, found = self.problem, {}
         steps = sum(len(part.batches) for part in problem.parts.values())
-        with progress("reference", steps, unit="batch") as bar:
+        with progress("reference", steps, unit="batch", first="compiling") as bar:
             step = 0
 
             def done() -> None:

@@ -54,12 +54,11 @@ class Objective:
         return self.loss != "orpo"
 
     def check_batch(self, rows: int) -> None:
-        """Raises UserError for a batch that is too small."""
+        """Raises UserError if a batch, or a part of it that is computed alone, is too small."""
         if self.loss == "kto" and rows < 2:
             raise UserError(
-                f"--loss kto in batches of {rows}: it estimates a divergence from the mismatched "
-                "completions of a batch; write a --batch-size of 2 or more for each part of "
-                "--accumulate"
+                f"--loss kto on {rows} row at a time: it estimates a divergence from mismatched "
+                "completions of a batch; write a --batch-size of at least 2, and twice --accumulate"
             )
 
     def losses(self, log_probs: Float[Array, "batch 2"], batch: Batch) -> Float[Array, " batch"]:
@@ -150,7 +149,6 @@ class PreferenceProblem:
 
     def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's rows, and the metrics of their rewards."""
-        self.objective.check_batch(len(batch["weight"]))
         log_probs = pair_log_probs(model, batch, self.most, self._chunk(batch))
         losses = self.objective.losses(log_probs, batch)
         return jnp.mean(batch["weight"] * losses), self.objective.metrics(log_probs, batch)

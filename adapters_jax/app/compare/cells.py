@@ -170,6 +170,7 @@ class CellConsole(Console):
         steps: int,
         unit: str = "step",
         left: Callable[[], float | None] | None = None,
+        first: str = "",
     ) -> Iterator[Progress]:
         """Passes the progress of a cell on to the comparison."""
         yield _CellProgress(steps, self._on_progress)

@@ -56,6 +56,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         turns=options.turns,
         loss=options.loss or Setup.loss,
         beta=Setup.beta if options.beta is None else options.beta,
+        accumulate=training.accumulate,
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
         say=console.say,

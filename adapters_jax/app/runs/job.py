@@ -212,7 +212,8 @@ class Job:
         on_best = self.save if saving else lambda state: None
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
-        with self.console.progress(title, optimizer.steps(len(problem.train))) as progress:
+        steps = optimizer.steps(len(problem.train))
+        with self.console.progress(title, steps, first="compiling") as progress:
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], progress, speed)
             found = train(
@@ -220,6 +221,7 @@ class Job:
                 optimizer,
                 self.key,
                 on_record=log,
+                on_first=lambda step: progress.update(step, ""),
                 on_best=on_best,
                 saving=saving,
                 half=self.half,

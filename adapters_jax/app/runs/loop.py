@@ -113,6 +113,7 @@ def train(
     *,
     on_record: Callable[[Record], None] = lambda record: None,
     on_best: Callable[[TrainState], None] = lambda state: None,
+    on_first: Callable[[int], None] = lambda step: None,
     saving: Saving | None = None,
     half: bool = False,
 ) -> Trained:
@@ -124,6 +125,8 @@ def train(
         key: the seed of dropout.
         on_record: called with every record of the log.
         on_best: called with the first state, and after each evaluation that is the best so far.
+        on_first: called with the number of steps when the first of this process is done, which was
+            compiled before.
         saving: how to save and resume the training; None does neither.
         half: whether the model computes in float16: then the loss is scaled, and steps that
             overflow are skipped, up to 20 in a row.
@@ -143,7 +146,7 @@ def train(
     if saving is not None:
         training.resume(saving)
     on_best(found.with_best(training.state))
-    step = make_train_step(problem.loss, accumulate=options.accumulate)
+    step = _first_noted(make_train_step(problem.loss, accumulate=options.accumulate), on_first)
     try:
         training.run(step, saving)
     except NotFiniteError as error:
@@ -153,6 +156,21 @@ def train(
         raise
     found.best = found.with_best(training.state)
     return found
+
+
+def _first_noted(step: Callable[..., Any], on_first: Callable[[int], None]) -> Callable[..., Any]:
+    """A step that calls a function once its first call is computed."""
+    first = True
+
+    def noted(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        nonlocal first
+        after, metrics = step(state, batch)
+        if first:
+            first = False
+            on_first(int(after.step))  # which waits for it
+        return after, metrics
+
+    return noted
 
 
 @dataclass
