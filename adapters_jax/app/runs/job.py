@@ -6,7 +6,7 @@ import errno
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 from filelock import FileLock
 
 from adapters_jax.app.console import Console, Progress, Speed, duration
+from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
@@ -47,6 +48,7 @@ class Job:
         began: the time at which the command began, in seconds of `time.perf_counter`.
         every: the number of steps between checkpoints.
         lock: the lock of this process on the run; None before `open_run`.
+        ways: what the run can become.
     """
 
     run: Run
@@ -60,6 +62,7 @@ class Job:
     began: float
     every: int
     lock: FileLock | None = None
+    ways: Sequence[Way] = ()
 
     @property
     def problem(self) -> Problem:
@@ -99,6 +102,8 @@ class Job:
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.console.show(counts)
+        for line in sentences(self.ways):
+            self.console.say(line)
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
             found, results = self.train_all(saving)
