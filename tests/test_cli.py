@@ -249,7 +249,6 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --targets **/nothing", TargetError, ["'**/nothing'"]),
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
-        ("merge runs/single --out merged", RunError, ["runs/single", "encoder", "convert"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),
         ("predict runs/single x --text review", DataError, ["--text", "--text-pair", "--file"]),

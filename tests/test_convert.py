@@ -145,13 +145,25 @@ def test_a_head_is_written_under_the_names_of_each_library(convert):
     (weight,) = [x for k, x in load_file(there / "model_head.safetensors").items() if x.ndim == 2]
     np.testing.assert_array_equal(weight, kernel.T)
     without, report = convert("runs/reviews", "peft", "--no-head")
-    assert "the head is left out" in report["notes"]
+    assert "the head is left out: as asked" in report["notes"]
     tensors = load_file(without / PEFT)
     assert not any("classifier" in name for name in tensors)
     assert all(name.startswith("base_model.model.encoder.") for name in tensors)  # a BertModel's
     assert json.loads((without / "adapter_config.json").read_text())["task_type"] == (
         "FEATURE_EXTRACTION"
     )
+
+
+@pytest.mark.parametrize("to", ["peft", "adapterhub"])
+def test_a_head_that_the_library_has_not_is_left_out_with_a_note(convert, to):
+    there, report = convert("runs/mean", to)
+    assert [n for n in report["notes"] if n.startswith("the head is left out: its head reads mean")]
+    back, _ = convert(there, "native", "--model", "tiny")
+    before, after = (aj.read_adapter(path)[1] for path in ("runs/mean/adapter", back))
+    kept = {path: x for path, x in before.items() if not path.startswith("head/")}
+    assert {f"bert/{path}": x.tolist() for path, x in after.items()} == {
+        path: x.tolist() for path, x in kept.items()
+    }
 
 
 def test_from_one_library_to_the_other(convert):
@@ -215,11 +227,11 @@ def test_no_row_and_no_directory_of_this_machine_is_written(convert, folder, to)
     [
         ("runs/bottlenecks peft", ["PEFT", "adds Bottleneck;"]),
         ("gpt2-norms adapterhub --model gpt2", ["AdapterHub", "layers/0/mlp_norm/scale"]),
-        ("runs/mean peft", ["PEFT", "mean", "pooler", "--no-head"]),
-        ("runs/mean adapterhub", ["AdapterHub", "mean", "pooler or cls", "--no-head"]),
+        ("runs/mean peft --head", ["PEFT", "mean", "pooler", "--head"]),
+        ("runs/mean adapterhub --head", ["AdapterHub", "mean", "pooler or cls", "--head"]),
         ("runs/reviews native --no-head", ["--no-head"]),
         ("runs/reviews/adapter peft", ["runs/reviews/adapter", "--model"]),
-        ("runs/reviews/adapter peft --model tiny", ["--pooling pooler, cls or mean"]),
+        ("runs/reviews/adapter peft --model tiny --head", ["--pooling pooler, cls or mean"]),
         ("runs/reviews peft --model llama", ["llama", "runs/reviews"]),
         ("gpt2-lora peft --model tiny", ["gpt2-lora", "'tiny'", "tree_sha256"]),
         ("gpt2-houlsby peft --model gpt2", ["PEFT", "adds Bottleneck;"]),
@@ -275,8 +287,8 @@ def test_a_roberta_has_its_own_prefix_and_no_head_in_peft(convert, tmp_path):
     assert all(name.startswith("roberta.") for name in load_file(there / HUB))
     assert json.loads((there / "adapter_config.json").read_text())["model_type"] == "roberta"
     same(headed, convert(there, "native", *model)[0])
-    message = convert(headed, "peft", *pooled, status=2)
-    assert "two layers" in message and "--no-head" in message
+    message = convert(headed, "peft", *pooled, "--head", status=2)
+    assert "two layers" in message and "--head" in message
 
 
 def test_a_directory_of_two_formats_raises(convert, tmp_path):

@@ -198,6 +198,16 @@ def test_images_by_folder_and_by_table():
         read_file("none")
 
 
+def test_tables_of_images_with_a_long_name_or_a_short_row():
+    write("images/a.png", b"")
+    write("images/metadata.csv", "file_name,label\n" + "a" * 5000 + ",cat\n")
+    with raises(DataError, "images/metadata.csv", "line 2"):
+        read_file("images")
+    write("images/metadata.csv", "label,file_name\ncat\n")
+    with raises(DataError, "images/metadata.csv", "line 2 has 1"):
+        read_file("images")
+
+
 def test_several_files_are_read_as_one():
     write("part-1.csv", "text,label\na,0\nb,1\n")
     write("part-2.jsonl", '{"label": 1, "text": "c", "id": 7}\n')

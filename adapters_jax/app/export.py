@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.app.leaving import without_head
 from adapters_jax.app.report.card import Source, card_of
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import formats
@@ -138,7 +139,7 @@ def export(
     to: str,
     *,
     name: str | None = None,
-    head: bool = True,
+    head: bool | None = None,
     license: str | None = None,
     server: Serving | None = None,
 ) -> Written:
@@ -151,7 +152,8 @@ def export(
         directory: a new or empty directory; it appears whole or not at all.
         to: the name of the format.
         name: the name by which the card loads the adapter; by default the directory.
-        head: whether to write an encoder's head.
+        head: whether to write an encoder's head; None writes it where the format's library has
+            such a head, and else says in a note that it is left out.
         license: the license in the card.
         server: the server that has to load it; llama.cpp for gguf.
 
@@ -161,15 +163,13 @@ def export(
     """
     empty_directory(directory)
     form, native = FORMATS[to], to == "native"
-    if not head:
-        if native:
-            raise UserError(
-                "--no-head: a native adapter holds all that its recipe trains; leave it out"
-            )
-        source = source.without_head()
-    formats.check_head(form, source.base, source.leaves)
+    if head is False and native:
+        raise UserError(
+            "--no-head: a native adapter holds all that its recipe trains; leave it out"
+        )
+    source, headless = without_head(source, form, head)
     shown = name or directory.as_posix()
-    notes = [] if native else _notes(source, form, head)
+    notes = [] if native else _notes(source, form, headless)
     if to == "gguf" and server is None:
         server = Serving("llama.cpp")
     if server:
@@ -193,12 +193,12 @@ def export(
     return Written(sizes, sum(leaf.size for leaf in source.leaves.values()), notes)
 
 
-def _notes(source: Source, to: AdapterFormat, head: bool) -> list[str]:
+def _notes(source: Source, to: AdapterFormat, headless: str) -> list[str]:
     """Sentences about what the files of another library cannot hold."""
     notes, config = [], source.config or {}
     target = config.get("target", {})
-    if not head:
-        notes.append("the head is left out")
+    if headless:
+        notes.append(f"the head is left out: {headless}")
     elif source.labels and not to.names_classes:
         notes.append(
             f"{to.owner}'s files do not name the classes: from 0 on, {', '.join(source.labels)}"

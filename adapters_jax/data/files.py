@@ -132,3 +132,17 @@ def count_rows(items: Sequence[Any]) -> str:
 def first_few(items: Sequence[str]) -> str:
     """The first five items and the number of the others, for a message."""
     return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)
+
+
+def check_even(path: Path, rows: Rows) -> None:
+    """Raises DataError if a row has another number of fields than there are columns."""
+    header, records = rows
+    uneven = [
+        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
+    ]
+    if uneven:
+        raise DataError(
+            f"{path.as_posix()}: {count_rows(uneven)} another number of fields than the "
+            f"{len(header)} columns: {first_few(uneven)}; "
+            "a CSV field with a comma in it needs quotes"
+        )

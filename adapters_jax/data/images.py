@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters_jax.data.files import DataError, Rows, first_few, place
+from adapters_jax.data.files import DataError, Rows, check_even, first_few, place
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -43,6 +44,7 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
 
 
 def _of_table(directory: Path, table: Path, rows: Rows) -> Rows:
+    check_even(table, rows)
     header, records = rows
     if FILE_NAME not in header:
         raise DataError(
@@ -50,12 +52,12 @@ def _of_table(directory: Path, table: Path, rows: Rows) -> Rows:
             f"{', '.join(header)}"
         )
     at = header.index(FILE_NAME)
-    inside = directory.resolve()
+    inside = os.path.realpath(directory)
     paths = [directory / str(values[at]) for _, values in records]
     wrong = [
         f"{values[at]!r} ({place(line)})"
         for (line, values), path in zip(records, paths, strict=True)
-        if not path.is_file() or not path.resolve().is_relative_to(inside)
+        if not os.path.isfile(path) or not Path(os.path.realpath(path)).is_relative_to(inside)
     ]
     if wrong:
         raise DataError(f"{table.as_posix()}: not an image in this directory: {first_few(wrong)}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters_jax.data.files import DataError as DataError
 from adapters_jax.data.files import FilePath as FilePath
-from adapters_jax.data.files import Line, Rows, count_rows, first_few, place, places
+from adapters_jax.data.files import Line, Rows, check_even, count_rows, place, places
 from adapters_jax.data.layouts import hint
 from adapters_jax.data.readers import read_file
 
@@ -154,20 +154,6 @@ def choose_values(
     columns = _columns(path, header, names)
     check_even(path, rows)
     return [[fields[i] for i in columns] for _, fields in records], [line for line, _ in records]
-
-
-def check_even(path: Path, rows: Rows) -> None:
-    """Raises DataError if a row has another number of fields than there are columns."""
-    header, records = rows
-    uneven = [
-        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
-    ]
-    if uneven:
-        raise DataError(
-            f"{path.as_posix()}: {count_rows(uneven)} another number of fields than the "
-            f"{len(header)} columns: {first_few(uneven)}; "
-            "a CSV field with a comma in it needs quotes"
-        )
 
 
 def cell(value: Any) -> str:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io import hub
-from adapters_jax.io.identity import base_identity
+from adapters_jax.io.identity import BaseIdentity, base_identity
+from adapters_jax.models.family import Family
 from adapters_jax.models.registry import family_of
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.locate import locate, read_config, sha256_of
@@ -34,7 +35,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
     family = family_of(values, name)
     config: Any
     params: Any
-    names, classifier = family.names, family.classifier
+    classifier = family.classifier
     if classifier is None:
         config, params = family.load(files)
     else:
@@ -42,19 +43,51 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
     classifies = classifier is not None and width is not None
     if classifier is not None and width is not None:
         head = {"kernel": jnp.zeros((config.hidden_size, width)), "bias": jnp.zeros(width)}
-        names, params = classifier.names, {classifier.base: params, HEAD: head}
+        params = {classifier.base: params, HEAD: head}
     public = None if Path(name).exists() else hub.split(name)[0]
-    return BaseModel(
+    return described(
         name,
-        family.kind,
-        names,
-        family.prefixes[values["model_type"]],
+        family,
+        values["model_type"],
         params,
+        heads=heads_of(family, config),
         identity=base_identity(params, id=public, config=config.identity()),
         sha256=sha256_of(files),
         classifies=classifies,
         pooling=pooling,
-        model_type=values["model_type"],
-        one_layer=classifier is not None and values["model_type"] in classifier.one_layer,
-        heads=(config.num_attention_heads, config.kv_heads) if family.kind == "decoder" else (0, 0),
     )
+
+
+def described(
+    name: str,
+    family: Family,
+    model_type: str,
+    params: Any,
+    *,
+    heads: tuple[int, int],
+    identity: BaseIdentity,
+    sha256: str,
+    classifies: bool,
+    pooling: str | None,
+) -> BaseModel:
+    """A base whose parameters are there already, with what its family says; see `BaseModel`."""
+    classifier = family.classifier
+    return BaseModel(
+        name,
+        family.kind,
+        classifier.names if classifier and classifies else family.names,
+        family.prefixes[model_type],
+        params,
+        heads=heads,
+        identity=identity,
+        sha256=sha256,
+        classifies=classifies,
+        pooling=pooling,
+        model_type=model_type,
+        one_layer=classifier is not None and model_type in classifier.one_layer,
+    )
+
+
+def heads_of(family: Family, config: Any) -> tuple[int, int]:
+    """A decoder's numbers of heads of queries and of keys; of other models, zeros."""
+    return (config.num_attention_heads, config.kv_heads) if family.kind == "decoder" else (0, 0)

@@ -20,9 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 RESULTS = ROOT / ".fuzz"  # ignored by git
-SECONDS = 30.0  # without a word from a process, after which it is ended
+SECONDS, WAITING = 20.0, 900.0  # of computing, and of waiting, after which a process is ended
 ADDRESSES = 2**33  # bytes that a process may map beside what it has mapped at its start
-EVERY = 500  # cases between two writes of the counts
 
 
 def results_of(target, seed, guided):
@@ -75,8 +74,7 @@ def work(target, seed, stop, guided):
                 again = save(RESULTS / "failures" / name, target, wrong, case)
                 counts["failures"].append([counts["cases"], wrong, again])
             counts["cases"] += 1
-            if counts["cases"] % EVERY == 0 or counts["cases"] >= stop or wrong:
-                write_counts(path, counts)
+            write_counts(path, counts)
 
         if not guided:
             while counts["cases"] < stop:
@@ -103,7 +101,7 @@ def watch(target, seed, stop, guided, show):
         words += [] if guided else ["--seeded"]
         command = [sys.executable, "-m", "tests.fuzz", *words]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            at, why = follow(process, counts["cases"], lambda n: show(target, n, stop))
+            at, why = follow(process, lambda n: show(target, n, stop))
         if why is None:
             continue
         if at is None:
@@ -115,25 +113,35 @@ def watch(target, seed, stop, guided, show):
     return counts
 
 
-def follow(process, at, show):
+def processor_time(process):
+    """The seconds that a process has computed; a busy machine does not count against a case."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def follow(process, show):
     """Reads a process's numbers of cases; returns the last, and why it failed, None if it did not.
 
-    Without a number for `SECONDS`, the process is ended.
+    A process that computes for `SECONDS`, or waits for `WAITING`, without a number is ended.
     """
-    number, rest, began = None, b"", time.monotonic()
+    number, rest, shown = None, b"", 0.0
+    began, spent = time.monotonic(), processor_time(process)
     while True:
-        patience = SECONDS if number is not None else 20 * SECONDS  # its first case is imports
-        ready, _, _ = select.select([process.stdout], [], [], patience)
-        if not ready:
+        ready, _, _ = select.select([process.stdout], [], [], 1.0)
+        computed, waited = processor_time(process) - spent, time.monotonic() - began
+        if not ready and ((number is not None and computed > SECONDS) or waited > WAITING):
             process.kill()
-            return number, f"it took over {SECONDS} s"
+            return number, f"it computed for {computed:.0f} s in {waited:.0f} s"
+        if not ready:
+            continue
         data = os.read(process.stdout.fileno(), 2**16)
         if not data:
             break
+        began, spent = time.monotonic(), processor_time(process)
         *lines, rest = (rest + data).split(b"\n")
         number = int(lines[-1]) if lines else number
-        if time.monotonic() - began > 1 and number is not None:
-            began = time.monotonic()
+        if began - shown > 1 and number is not None:
+            shown = began
             show(number)
     status = process.wait()
     return number, None if status == 0 else f"the process ended with status {status}"

@@ -19,9 +19,10 @@ from helpers import hostile, tiny
 
 import adapters_jax as aj
 from adapters_jax.data.conversations import read_conversations
-from adapters_jax.data.readers import DataError, read_file
+from adapters_jax.data.files import DataError, check_even
+from adapters_jax.data.readers import read_file
 from adapters_jax.data.summary import inputs_of, summarize
-from adapters_jax.data.tables import check_even, make_table
+from adapters_jax.data.tables import make_table
 from adapters_jax.interop import adapterhub, chat, huggingface, peft
 from adapters_jax.interop.gguf import read_gguf
 from adapters_jax.interop.names import from_tensors

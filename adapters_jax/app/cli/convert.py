@@ -39,7 +39,7 @@ class Convert:
         model: the base model: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hub;
             by default the run's, or the one that the source names.
         pooling: what an encoder's head reads: mean, first token (cls) or pooler; a run has its own.
-        head: also write an encoder's head.
+        head: also write an encoder's head; by default, where the format's library has such a head.
         license: license of the adapter in the card, such as apache-2.0.
         json: print what was written as JSON.
     """
@@ -60,7 +60,7 @@ class Convert:
     max_error: float = MAX_ERROR
     model: str | None = None
     pooling: Literal["mean", "cls", "pooler"] | None = None
-    head: bool = True
+    head: bool | None = None
     license: str | None = None
     json: bool = False
 

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.examples import Seen, see
-from adapters_jax.data.files import DataError, Rows
+from adapters_jax.data.files import DataError, Rows, check_even
 from adapters_jax.data.overlap import shared_rows
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.splits import spread
 from adapters_jax.data.summary import Lengths, Summary, inputs_of, summarize
-from adapters_jax.data.tables import check_even
 
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from adapters_jax.app.console import Console
+from adapters_jax.app.leaving import check_writable
 from adapters_jax.data.readers import DataError
-from adapters_jax.errors import UserError, file_errors
-from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.errors import file_errors
+from adapters_jax.inference import load_generator, load_predictor
+from adapters_jax.interop import huggingface
+from adapters_jax.interop.names import to_tensors
+from adapters_jax.io.run_directory import Run
+from adapters_jax.models.parts.checkpoint import save_tensors
+from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
+from adapters_jax.pretrained.locate import find_family, locate
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
 
+Written = tuple[list[str], list[str]]  # the names of the files, and notes
 TOKENIZER_FILES = (
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -31,15 +42,20 @@ TOKENIZER_FILES = (
 )
 
 
+HEAD_FILE = "head.safetensors"
+
+
 @dataclass(frozen=True)
 class Merge:
-    """Merges the LoRA of a run on a decoder into its base: a checkpoint that needs no adapter.
+    """Merges the LoRA of a run into its base: a checkpoint that needs no adapter.
 
-    The checkpoint has the layout of Hugging Face, with the tokenizer. Methods that do not change a
-    weight, such as bottlenecks and prompts, raise an error.
+    The checkpoint has the layout of Hugging Face, with the tokenizer. That of an encoder that reads
+    its pooler is a classifier of transformers, with the names of the classes; other encoders have
+    their head in a file of its own. Methods that do not change a weight, such as bottlenecks and
+    prompts, raise an error.
 
     Args:
-        run: directory of the run, on a decoder.
+        run: directory of the run.
         out: directory to write, which must not exist.
         dequantize: for a run with --quantize, merge into its weights as floats.
         json: print what was written as JSON.
@@ -69,26 +85,36 @@ class Merge:
         if not self.out.absolute().parent.is_dir():
             raise DataError(f"--out {self.out}: there is no directory {self.out.parent}")
         config = Run(self.run).read_config()
-        if config.get("kind", "encoder") != "decoder":
-            raise RunError(
-                f"{self.run} is a run on an encoder, and merge writes decoders alone; its adapter "
-                f"leaves by adapters-jax convert {self.run} DIRECTORY --to peft or adapterhub"
-            )
-        generator = load_generator(self.run)
         quantized = config.get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
                 f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
                 "adapter; add --dequantize to merge it into floats"
             )
-        model = merge(dequantize(generator.model) if quantized else generator.model)
+        opened: Callable[[Any], Any] = dequantize if quantized else lambda subject: subject
+        merged = self._decoder if config.get("kind", "encoder") == "decoder" else self._encoder
+        save = merged(opened)
 
         def write() -> None:
-            files = write_checkpoint(self.out, generator.decoder, model)
+            files, notes = save()
             console.say(f"{self.out} holds {', '.join(files)}")
-            console.result({"out": self.out.as_posix(), "files": files})
+            for note in notes:
+                console.say(note)
+            console.result({"out": self.out.as_posix(), "files": files, "notes": notes})
 
         return write
+
+    def _decoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
+        generator = load_generator(self.run)
+        model = merge(opened(generator.model))
+        return lambda: (write_checkpoint(self.out, generator.decoder, model), [])
+
+    def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
+        predictor: Any = load_predictor(self.run)
+        ids = np.zeros((1, 8), np.int32)
+        params = merge(predictor.model, opened(predictor.params), ids)
+        config = Run(self.run).read_config()
+        return lambda: write_encoder(self.out, config, params)
 
 
 def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
@@ -106,20 +132,79 @@ def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
         UserError: checkpoints of the model's family cannot be written.
         FileSystemError: the system cannot write the directory.
     """
-    save = decoder.family.save
-    if save is None:
-        raise UserError(f"checkpoints of the family {decoder.family.name} cannot be written")
+    check_writable(decoder.family)
+    save: Any = decoder.family.save
+    with _whole(directory) as beside:
+        save(beside, decoder.config, model, **decoder.settings())
+        _write_tokenizer(beside, decoder)
+    return sorted(path.name for path in directory.iterdir())
+
+
+def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Written:
+    """Writes a merged encoder, with its head; the directory appears whole or not at all.
+
+    Args:
+        directory: the directory to write, which does not exist.
+        config: the configuration of the run.
+        params: the merged parameters of its classifier.
+
+    Returns:
+        The names of the files, and sentences about what the checkpoint does not say.
+
+    Raises:
+        FileSystemError: the system cannot write the directory.
+    """
+    family, files = find_family(config["model"]), locate(config["model"])
+    classifier: Any = family.classifier
+    values = huggingface.read_json(files / "config.json")
+    prefixes = (family.prefixes[values["model_type"]],)
+    head, notes = params[HEAD], []
+    target = config["target"]
+    if "std" in target:  # its outputs are the labels then
+        kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
+        head = {"kernel": kernel, "bias": bias}
+        values["problem_type"] = "regression"
+    beside_it: dict[str, Any] = {}
+    if config["pooling"] == "pooler":
+        names = target.get("names") or ["LABEL_0"]
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+        values["architectures"] = [
+            re.sub(r"(Model|For\w+)$", "ForSequenceClassification", name)
+            for name in values.get("architectures") or ()
+        ] or None
+        tree, table = {**params, HEAD: head}, replace(classifier.names, prefixes=prefixes)
+    else:
+        tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
+        beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
+        read = "mean of the tokens" if config["pooling"] == "mean" else "first token"
+        notes.append(
+            f"transformers has no classifier that reads the {read}, so the head's weight and bias "
+            f"are in {HEAD_FILE}: logits = {config['pooling']}(last_hidden_state) @ weight.T + bias"
+        )
+    with _whole(directory) as beside:
+        save_tensors(beside, values, to_tensors(tree, table))
+        if beside_it:
+            arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
+            save_file(arrays, beside / HEAD_FILE)
+        for name in (*TOKENIZER_FILES, "vocab.txt"):
+            if (files / name).is_file():
+                shutil.copyfile(files / name, beside / name)
+    return sorted(path.name for path in directory.iterdir()), notes
+
+
+@contextlib.contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A directory that gets another's name at the end, and is gone if something fails before."""
     with file_errors(directory, "written"):
         parent = directory.absolute().parent
         beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
         try:
             beside.chmod(0o755)
-            save(beside, decoder.config, model, **decoder.settings())
-            _write_tokenizer(beside, decoder)
+            yield beside
             os.rename(beside, directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    return sorted(path.name for path in directory.iterdir())
 
 
 def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:

@@ -31,7 +31,7 @@ class Push:
         to: the format: native, peft or adapterhub.
         private: make the repository private.
         revision: branch to upload to, which is created if it does not exist; by default main.
-        head: also upload an encoder's head.
+        head: also upload an encoder's head; by default, where the format's library has such a head.
         license: license of the adapter in the card, such as apache-2.0.
         dry_run: write what would be uploaded to --out, and upload nothing.
         out: directory to keep the uploaded files in; with --dry-run by default the repository's
@@ -50,7 +50,7 @@ class Push:
     to: Format = "native"
     private: bool = False
     revision: str | None = None
-    head: bool = True
+    head: bool | None = None
     license: str | None = None
     dry_run: bool = False
     out: Path | None = None

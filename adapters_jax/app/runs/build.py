@@ -6,6 +6,7 @@ import logging
 from dataclasses import fields, is_dataclass, replace
 
 from adapters_jax.app.console import Console
+from adapters_jax.app.leaving import ways_out
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
@@ -65,6 +66,13 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     for sentence in shared:
         _LOG.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
+    config = {
+        "kind": kind,
+        "task_type": task.name,
+        **shared_config(options, prepared.base_sha256, data, recipe, training),
+        **prepared.config,
+    }
+    ways = ways_out(prepared.problem, config, prepared.identity)
     return Job(
         run=run,
         title=options.method.title,
@@ -72,12 +80,8 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         optimizer=training,
         seed=options.seed,
         baselines=options.baselines,
-        config={
-            "kind": kind,
-            "task_type": task.name,
-            **shared_config(options, prepared.base_sha256, data, recipe, training),
-            **prepared.config,
-        },
+        config={**config, "ways_out": {way.name: str(way) for way in ways}},
+        ways=ways,
         console=console,
         began=began,
         every=options.checkpoint_every,

@@ -123,6 +123,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
         stored = {**_with_turns(json.loads(json.dumps(config))), "format": FORMAT}
+        stored.pop("ways_out", None)  # it follows from the others
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
         stored["recipe"] = as_compared(stored.get("recipe"))

@@ -6,7 +6,7 @@ import errno
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from filelock import FileLock
 from jaxtyping import PRNGKeyArray
 
 from adapters_jax.app.console import Console, Progress, Speed, duration
+from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
@@ -48,6 +49,7 @@ class Job:
         began: the time at which the command began, in seconds of `time.perf_counter`.
         every: the number of steps between checkpoints.
         lock: the lock of this process on the run; None before `open_run`.
+        ways: what the run can become.
     """
 
     run: Run
@@ -61,6 +63,7 @@ class Job:
     began: float
     every: int
     lock: FileLock | None = None
+    ways: Sequence[Way] = ()
 
     @property
     def problem(self) -> Problem:
@@ -104,6 +107,8 @@ class Job:
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.console.show(counts)
+        for line in sentences(self.ways):
+            self.console.say(line)
         self.prepared.begin(self.run, self.console.progress)
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)

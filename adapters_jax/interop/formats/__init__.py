@@ -18,7 +18,6 @@ from adapters_jax.interop.formats.changes import changes
 from adapters_jax.interop.formats.registry import (
     FORMATS,
     Format,
-    check_head,
     every_file,
     format_of,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "Format",
     "Head",
     "changes",
-    "check_head",
     "every_file",
     "format_of",
     "has_head",

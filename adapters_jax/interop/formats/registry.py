@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from adapters_jax.errors import AdapterFileError, UserError
-from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop.formats.adapterhub import AdapterHub
-from adapters_jax.interop.formats.base import CONFIG, AdapterFormat, has_head
+from adapters_jax.interop.formats.base import CONFIG, AdapterFormat
 from adapters_jax.interop.formats.gguf import Gguf
 from adapters_jax.interop.formats.native import Native
 from adapters_jax.interop.formats.peft import Peft
@@ -57,13 +55,3 @@ def format_of(directory: Path) -> AdapterFormat:
         f"{directory} is not an adapter: it has no {CONFIG} of {', '.join(owners[:-1])} or "
         f"{owners[-1]}, and is no GGUF file"
     )
-
-
-def check_head(form: AdapterFormat, base: BaseModel, leaves: Mapping[str, Any]) -> None:
-    """Raises a `UserError` if leaves have a head that the format's library does not support."""
-    problem = form.head_problem(base) if has_head(leaves) else ""
-    if problem:
-        raise UserError(
-            f"{form.owner} does not support the head: {problem}; --no-head writes the adapter "
-            "without it"
-        )

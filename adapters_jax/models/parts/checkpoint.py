@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
@@ -61,8 +62,18 @@ def save_model(
     Raises:
         UserError: `max_shard_size` is not a number of at least 1.
     """
-    check_number("the checkpoint", "max_shard_size", max_shard_size, low=1, closed=True)
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
+    save_tensors(directory, settings, tensors, max_shard_size)
+
+
+def save_tensors(
+    directory: str | Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    max_shard_size: int = SHARD,
+) -> None:
+    """Writes a checkpoint of tensors by their names there; see `save_model`."""
+    check_number("the checkpoint", "max_shard_size", max_shard_size, low=1, closed=True)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {**settings, **dict.fromkeys(("dtype", "torch_dtype"), dtype)}  # new and old readers
     _write_json(Path(directory, "config.json"), values)

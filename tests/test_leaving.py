@@ -1,0 +1,140 @@
+"""What a run is said to become before it trains is what it becomes after; merged encoders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.arrays import read_arrays
+from helpers.finished import decoder_run, encoder_run, finished_run
+from helpers.tiny import write_words
+from safetensors.numpy import load_file
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.leaving import MERGED
+from adapters_jax.inference import load_predictor
+from adapters_jax.interop.formats import FORMATS
+from adapters_jax.interop.names import from_tensors
+from adapters_jax.models import FAMILIES
+from adapters_jax.models.bert import Bert
+
+FIXTURES = Path(__file__).parent / "fixtures"
+slow = pytest.mark.slow
+MEAN = "--pooling mean --method"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "flags"),
+    [
+        (encoder_run, "--method lora --rank 2"),
+        (encoder_run, f"{MEAN} houlsby"),
+        (decoder_run, "--method lora --rank 2"),
+        pytest.param(decoder_run, "--method llama-adapter", marks=slow),
+        pytest.param(encoder_run, f"{MEAN} lora", marks=slow),
+        pytest.param(encoder_run, "--pooling cls --method ia3", marks=slow),
+        pytest.param(encoder_run, "--method lora --dora", marks=slow),
+        pytest.param(encoder_run, "--method houlsby --layer-norms=", marks=slow),
+        pytest.param(encoder_run, "--method pfeiffer", marks=slow),
+        pytest.param(encoder_run, "--method head-only", marks=slow),
+        pytest.param(encoder_run, "--method layer-norms", marks=slow),
+        pytest.param(encoder_run, "--method prefix-tuning", marks=slow),
+        pytest.param(encoder_run, "--method lora --quantize int8", marks=slow),
+        pytest.param(decoder_run, "--method lora --dora", marks=slow),
+        pytest.param(decoder_run, "--method ia3", marks=slow),
+        pytest.param(decoder_run, "--method houlsby", marks=slow),
+        pytest.param(decoder_run, "--method pfeiffer", marks=slow),
+        pytest.param(decoder_run, "--method prefix-tuning", marks=slow),
+        pytest.param(decoder_run, "--method lora --quantize int8", marks=slow),
+    ],
+)
+def test_what_is_promised_before_training_is_what_happens_after(make, flags, capsys):
+    run = make(flags, "mine")
+    promised = json.loads(Path(run, "config.json").read_text())["ways_out"]
+    assert promised.keys() == {*FORMATS, MERGED}
+    for name, promise in promised.items():
+        words = ["convert", run, name, "--to", name]
+        if name == MERGED:
+            words = ["merge", run, "--out", name, *(["--dequantize"] * ("quantize" in flags))]
+        capsys.readouterr()
+        status = main([*words, "--json"])
+        out, line = capsys.readouterr()
+        assert status == 2 * promise.startswith("no: "), line
+        if status:
+            assert promise.removeprefix("no: ")[:50] in line
+        else:
+            notes = " ".join(json.loads(out)["notes"])
+            left = "head is left out" in notes or "head.safetensors" in notes
+            assert left == promise.startswith("yes, without its head"), notes
+
+
+OTHERS = ("xlm_roberta", "distilbert", "electra", "modernbert", "deberta_v3")
+
+
+@pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=slow) for name in OTHERS)])
+def test_a_merged_encoder_is_a_classifier_of_transformers(base):
+    run = encoder_run()
+    if base != "tiny":
+        _fixture(base)
+        run = finished_run(
+            f"--model {base} --train reviews.jsonl --text review --max-length 12 --pooling pooler "
+            "--method lora --rank 2 --name other",
+            {"accuracy": 0.75, "f1": 0.8},
+        )
+    assert main(["merge", run, "--out", "merged"]) == 0
+    predictor = load_predictor(run)
+    texts = [("a good film", None), ("the plot was dull", None)]
+    expected = _outputs(predictor, predictor.params, predictor.model, texts)
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    family = next(f for f in FAMILIES.values() if config["model_type"] in f.prefixes)
+    model = predictor.encoder.classifier(2)
+    like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    params = from_tensors(read_arrays("merged"), family.classifier.names, like)
+    found = _outputs(predictor, params, model, texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unmerged = {**params, family.classifier.base: predictor.encoder.params}
+    plain = _outputs(predictor, unmerged, model, texts)
+    assert np.abs(plain - expected).max() > 1e-3
+    prefix = family.prefixes[config["model_type"]]
+    heads = (prefix, "classifier.", "pre_classifier.", "head.", "pooler.")
+    assert all(name.startswith(heads) for name in read_arrays("merged"))
+    assert Path("merged/tokenizer.json").exists()
+
+
+def _fixture(name):
+    shutil.copytree(FIXTURES / name, name)
+    write_words(Path(name))
+
+
+def _outputs(predictor, params, model, texts):
+    rows, _ = predictor.encoder.encode(texts, 12)
+    batch = predictor.encoder.in_order(rows, None, 2, (12,))[0]
+    arrays = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
+    return np.asarray(model.apply({"params": params}, *arrays))
+
+
+def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
+    run = encoder_run(f"{MEAN} lora --rank 2 --label stars --task regression", "mine")
+    assert main(["merge", run, "--out", "merged", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "head.safetensors" in note and "mean of the tokens" in note
+    predictor = load_predictor(run)
+    texts = [("a good film", None), ("the plot was dull", None)]
+    rows, _ = predictor.encoder.encode(texts, 12)
+    batch = predictor.encoder.in_order(rows, None, 2, (12,))[0]
+    _, params = FAMILIES["bert"].load("merged")
+    inputs = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
+    hidden = np.asarray(Bert(predictor.encoder.config).apply({"params": params}, *inputs))
+    weights = batch["attention_mask"][:, :, None]
+    pooled = (hidden * weights).sum(1) / weights.sum(1)
+    head = load_file("merged/head.safetensors")
+    found = pooled @ head["weight"].T + head["bias"]
+    expected = [p.value for p in predictor.predict(texts)]
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-5)
