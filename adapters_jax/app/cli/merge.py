@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from flax import nnx
 
 from adapters_jax.app.console import Console
 from adapters_jax.data.readers import DataError
-from adapters_jax.errors import UserError, file_errors
+from adapters_jax.errors import BaseFileError, UserError, file_errors
 from adapters_jax.inference import load_generator
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
+from adapters_jax.trees import flatten
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,8 +37,8 @@ TOKENIZER_FILES = (
 class Merge:
     """Merges the LoRA of a run on a decoder into its base: a checkpoint that needs no adapter.
 
-    The checkpoint has the layout of Hugging Face, with the tokenizer. Methods that do not change a
-    weight, such as bottlenecks and prompts, raise an error.
+    The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. Methods
+    that do not change a weight, such as bottlenecks and prompts, raise an error.
 
     Args:
         run: directory of the run, on a decoder.
@@ -85,7 +87,8 @@ class Merge:
 
         def write() -> None:
             files = write_checkpoint(self.out, generator.decoder, model)
-            console.say(f"{self.out} holds {', '.join(files)}")
+            check_checkpoint(self.out, generator.decoder, model)
+            console.say(f"{self.out} holds {', '.join(files)}, read again with equal weights")
             console.result({"out": self.out.as_posix(), "files": files})
 
         return write
@@ -120,6 +123,28 @@ def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
+
+
+def check_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> None:
+    """Reads a checkpoint again, and compares each weight with the model's.
+
+    Raises:
+        BaseFileError: weights differ; the message names one.
+    """
+    _, found = decoder.family.load(directory)
+    ours, theirs = (flatten(nnx.state(each, nnx.Param)) for each in (model, found))
+    differing = sorted(
+        path
+        for path in ours.keys() | theirs.keys()
+        if path not in ours
+        or path not in theirs
+        or not np.array_equal(*(np.asarray(x[path], np.float32) for x in (ours, theirs)))
+    )
+    if differing:
+        raise BaseFileError(
+            f"{str(directory)!r} was read again with {len(differing)} other weights, such as "
+            f"{differing[0]}, than were merged; do not use it"
+        )
 
 
 def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
