@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from adapters_jax.attached import own_leaves, weight_of
 from adapters_jax.errors import MismatchError
+from adapters_jax.methods import METHODS
 from adapters_jax.methods.base import Count
 from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.targets import selects
 
 Shape = tuple[int, ...]
 
@@ -82,6 +84,51 @@ def counted(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[Counted]:
     if problems:
         raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
     return adapters
+
+
+def without_adapter(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
+    """Targets that have no adapter, though their leaves are like those of a target that has one.
+
+    Example:
+        >>> from adapters_jax import LoRA
+        >>> shapes = {f"{name}/kernel": (4, 4) for name in ("query", "value")}
+        >>> shapes |= {"query/lora/a": (4, 2), "query/lora/b": (2, 4)}
+        >>> without_adapter(Recipe(LoRA("*", 2)), shapes)
+        ['value (LoRA)']
+    """
+    owners = {path: recipe.owner(path) for path in shapes}
+    owned = own_leaves({path: x for path, x in shapes.items() if owners[path] is None})
+    kinds = {path: {name: len(x) for name, x in own.items()} for path, own in owned.items()}
+    found = []
+    for method in recipe.attached:
+        have = {own.module for own in owners.values() if own and own.method == method}
+        alike = [kinds[module] for module in have if module in kinds]
+        found += [
+            f"{path} ({type(method).__name__})"
+            for path, kind in kinds.items()
+            if path not in have and kind in alike and selects(method.targets, path)
+        ]
+    return found
+
+
+def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
+    """Leaves beside a module under the name of a method that the recipe does not have there.
+
+    Example:
+        >>> from adapters_jax import LoRA
+        >>> left_over(Recipe(LoRA("query")), {"query/kernel": (4, 4), "query/ia3/scale": (4,)})
+        ['query/ia3/scale']
+    """
+    slots = {method.slot for method in METHODS.values() if method.slot}
+    own = {path.rpartition("/")[0] for path in shapes}
+    found = []
+    for path in shapes:
+        names = path.split("/")
+        modules = ("/".join(names[:i]) for i, name in enumerate(names) if name in slots)
+        beside = any(module in own for module in modules)
+        if beside and not recipe.trains(path):
+            found.append(path)
+    return found
 
 
 def _strays(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapters_jax.texts import visible
 
+_MOST_MESSAGE = 10_000  # characters
 _LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
 
@@ -17,8 +18,12 @@ class UserError(ValueError):
 
     Every error that the library raises on purpose is a `UserError`, except a `TypeError` where a
     function is called with arguments that it does not take. Any other error is a bug of the
-    library, of a package that it uses, or of the model.
+    library, of a package that it uses, or of the model. A message has at most 10,000 characters,
+    whatever the names in a file are.
     """
+
+    def __str__(self) -> str:
+        return shortened(super().__str__(), _MOST_MESSAGE)
 
 
 class FileSystemError(UserError, OSError):

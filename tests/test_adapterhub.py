@@ -370,7 +370,8 @@ def with_head(tmp_path, fixture, change=None, tensors=None):
 @pytest.mark.parametrize(
     ("change", "data"),
     [
-        ({"head_type": "tagging"}, ["head_type='tagging'", "'classification' or 'multilabel_"]),
+        ({"head_type": "causal_lm"}, ["head_type='causal_lm'", "'classification' or 'multilabel_"]),
+        ({"head_type": "tagging"}, ["layers=2, expected 1"]),
         ({"layers": 3}, ["layers=3", "1 or 2"]),
         ({"use_pooler": True}, ["layers=2", "1"]),
         ({"activation_function": "relu"}, ["activation_function='relu'", "'tanh'"]),

@@ -23,6 +23,8 @@ import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_predictor
 from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.models.bert import BertClassifier, load_bert
+from adapters_jax.trees import flatten
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -131,6 +133,51 @@ def test_a_head_on_the_first_token_goes_over(tmp_path):
     adapters, logits = trained(of, recipe)
     saved = save_adapterhub(tmp_path / "a", recipe, adapters, of[0], of[2], pooling="cls")
     np.testing.assert_allclose(theirs("bert", saved), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "width"),
+    [
+        ("tagging", "tokens", 3),
+        ("question_answering", "tokens", 2),
+        ("multilabel_classification", "cls", 3),
+        ("multiple_choice", "pooler", 1),
+    ],
+)
+def test_heads_of_other_tasks_go_over_and_come_back(kind, pooling, width, tmp_path):
+    names, _, params, inputs = base_of("bert", "pooler" if pooling == "pooler" else "cls")
+    head = {"kernel": np.zeros((32, width), np.float32), "bias": np.zeros(width, np.float32)}
+    config = load_bert(BASES / "bert")[0]
+    of = names, BertClassifier(config, width, pooling), {**params, "head": head}, inputs
+    recipe = aj.houlsby(4, layer_norms=None, head="head")
+    adapters, logits = trained(of, recipe)
+    rows = [str(i) for i in range(len(logits))]
+    saved = save_adapterhub(
+        tmp_path / "a",
+        recipe,
+        adapters,
+        names,
+        of[2],
+        pooling=pooling,
+        head_type=kind,
+        labels=rows if kind == "multiple_choice" else (),
+    )
+    model, info = hub.BertAdapterModel.from_pretrained(BASES / "bert"), {}
+    model.load_adapter(str(saved), use_safetensors=True, set_active=True, loading_info=info)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert model.heads["adapter"].config["head_type"] == kind
+    with torch.no_grad():
+        there = model.eval()(**{name: torch.tensor(np.asarray(x)) for name, x in inputs.items()})
+    if kind == "question_answering":
+        got = np.stack([there.start_logits.numpy(), there.end_logits.numpy()], -1)
+    else:
+        got = there.logits.numpy().reshape(logits.shape)
+    real = inputs["attention_mask"] == 1 if pooling == "tokens" else slice(None)
+    np.testing.assert_allclose(got[real], np.asarray(logits)[real], atol=1e-4)
+    model.save_adapter(str(tmp_path / "b"), "adapter", use_safetensors=True)
+    _, again = load_adapterhub(tmp_path / "b", names, of[2], pooling=pooling)
+    for path, tensor in flatten(adapters).items():
+        np.testing.assert_allclose(flatten(again)[path], tensor, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)

@@ -1,5 +1,6 @@
 """`adapters-jax convert`: equal tensors after a round trip, and errors for what is unsupported."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.export import open_source
 from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.formats import FORMATS, Head, changes, format_of
+from adapters_jax.interop.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
 from adapters_jax.interop.formats.native import Native
 from adapters_jax.io.adapter import STATE
 from adapters_jax.models.decoder import load_decoder
@@ -234,6 +236,23 @@ def test_unsupported_conversions_raise_an_error_that_names_the_cause(convert, wo
     source, to, *flags = words.split()
     message = convert(source, to, *flags, status=2)
     assert [datum for datum in data if datum not in message] == [], message
+
+
+PROMISED = ("runs/reviews", "runs/bottlenecks", "gpt2-lora", "gpt2-norms", "prompts", "qwen-lora")
+
+
+@pytest.mark.parametrize("source", PROMISED)
+@pytest.mark.parametrize("to", ["native", "peft", "adapterhub"])
+def test_problems_by_shapes_are_those_that_write_raises(folder, monkeypatch, tmp_path, source, to):
+    monkeypatch.chdir(folder)
+    models = {"prompts": "llama", "qwen-lora": "qwen3"}
+    model = None if source.startswith("runs") else models.get(source, "gpt2")
+    found = open_source(source, model)
+    adapter = Adapter(found.recipe, stand_ins(found.leaves))
+    problems = FORMATS[to].problems(adapter, found.base)
+    outcome = raises(aj.UserError, *problems) if problems else contextlib.nullcontext()
+    with outcome:
+        FORMATS[to].write(tmp_path / "out", Adapter(found.recipe, found.leaves), found.base)
 
 
 def test_a_roberta_has_its_own_prefix_and_no_head_in_peft(convert, tmp_path):

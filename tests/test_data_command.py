@@ -55,6 +55,12 @@ def test_lengths():
         assert histogram[0][0] == 0 and histogram[-1][0] <= most <= histogram[-1][1]
 
 
+def test_a_row_that_lacks_a_field_is_an_error():
+    Path("a.csv").write_text("text,label\nGood,1\nBad\n")
+    with command_raises(DataError, "a.csv", "line 3 has 1", "2 columns"):
+        assert main(["data", "a.csv"]) == 2
+
+
 def test_columns_labels_and_duplicates():
     rows = [["Good film", 1, None, ["B", "O"]], ["good  Film", 1, None, ["B", "O"]]]
     rows += [["Bad", 0, 2.5, ["O"]], ["Dull", 0, "x", ["O"]]]
@@ -102,7 +108,7 @@ def test_conversations_as_a_decoder_sees_them(data):
         ["<user> food Thai <end> <bot>", False],
         ["It serves Thai <end>", True],
     ]
-    out = data("talks.jsonl --model tiny --loss last")
+    out = data("talks.jsonl --model tiny --turns last")
     assert "8 of 27 tokens count in the loss" in out
     left, right = (
         "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}",

@@ -101,6 +101,37 @@ def test_the_bytes_of_collectives_over_the_rounds_of_loops():
     assert Hlo(stated).collectives()["all-gather"] == 9 * 32
 
 
+MOVES = """HloModule jit_f
+%fused (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %twice = f32[4]{0} add(%q, %q)
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=1
+  %y = f32[4]{0:T(8)} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[4]{0}) tuple(%i, %y)
+}
+%test (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+ENTRY %main (a: f32[8], b: bf16[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = bf16[8]{0} parameter(1)
+  %w = (s32[], f32[4]) while(%t), condition=%test, body=%body
+  %start = (f32[8]{0:S(1)}, f32[8]{0}, u32[]) copy-start(%a)
+  %done = f32[8]{0:S(1)} copy-done(%start)
+  %joined = f32[8]{0} custom-call(%done, %done), custom_call_target="ConcatBitcast"
+  ROOT %r = f32[8]{0} fusion(%joined, %b), kind=kLoop, calls=%fused
+}"""
+
+
+def test_bytes_moved_leave_out_fused_operations_and_copies_ahead():
+    body, condition, joined = 5 * (16 + 16), 1 + 4, 32 + 32 + 16
+    assert Hlo(MOVES).moved() == body + condition + joined
+
+
 def test_loops_of_a_compiled_program_are_those_of_its_scans():
     def f(x):
         inner = lambda x, _: (jnp.sin(x @ x), None)  # noqa: E731

@@ -341,7 +341,7 @@ def test_filler_rows_do_not_count():
     params = model.init(jax.random.key(0), rows)["params"]
     batches = FeatureBatches(rows, labels, 4, seed=None)
     problem = LabelledProblem(model, params, ("features",), classes, batches, {}, {}, ())
-    losses = classes.losses(model.apply({"params": params}, rows), labels)
+    losses = classes.losses(model.apply({"params": params}, rows), {"labels": labels})
     for step, part in enumerate((slice(0, 4), slice(4, 5))):
         loss = problem.loss(params, problem.batch(step), jax.random.key(0))
         assert float(loss) == pytest.approx(float(losses[part].mean()), rel=1e-5)

@@ -1,11 +1,13 @@
-"""Hostile adapter files raise only our own errors, in little time and memory, and change nothing.
+"""Hostile files raise only our own errors, in little time and memory, and change nothing.
 
-Each run draws the same examples; with `--slow` it draws many more, and new ones.
+Each run reads the same spoilt files; with `--slow` it reads more. `python -m tests.fuzz` reads
+as many as one likes.
 """
 
 import json
 import math
 import os
+import random
 import time
 import tracemalloc
 
@@ -14,27 +16,51 @@ import numpy as np
 import pytest
 import safetensors
 from flax import nnx
-from helpers.hostile import NODES, RECIPES, X, linen_base, nnx_base, save, spoilt, taken_apart
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzz.cases import Fuzzer, load, replay, save
+from fuzz.mutators import NODES, Choices, spoilt, taken_apart
+from fuzz.targets import TARGETS, files_of
+from helpers import hostile
+from helpers.hostile import X, linen_base, nnx_base
 
 import adapters_jax as aj
 from adapters_jax.io.adapter import TENSORS, read_adapter
 from adapters_jax.io.manifest import CONFIG
 from adapters_jax.trees import flatten
 
-USUAL, MANY = 1000, 50_000
-SHARE = 10  # one in SHARE files is loaded onto a model as well
+USUAL, MANY = 1000, 5000
+FEW = 60  # files of each reader
+ADAPTER = TARGETS["adapter"]
 
 
-def fuzzed(slow, share=1):
-    return settings(
-        max_examples=(MANY if slow else USUAL) // share,
-        deadline=None,
-        database=None,
-        derandomize=not slow,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
+@pytest.mark.parametrize("target", TARGETS)
+def test_spoilt_files_end_in_documented_errors(target, tmp_path):
+    fuzzer, refused = Fuzzer(target, tmp_path), 0
+    for number in range(6 if target == "base" else FEW):
+        case = fuzzer.numbered(0, number)
+        error, wrong = fuzzer.outcome(case)
+        assert not wrong, save(f".fuzz/failures/{target}-0-{number}.json", target, wrong, case)
+        refused += error is not None
+    assert refused
+
+
+def test_a_failure_is_a_file_that_repeats_it(tmp_path, monkeypatch):
+    def read(directory):
+        if b"{" not in (directory / "rows.csv").read_bytes():
+            raise IndexError("no brace")
+
+    good = {"rows": {"rows.csv": b"{}"}}
+    monkeypatch.setitem(TARGETS, "odd", type(TARGETS["csv"])(lambda _: good, read, own=True))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    fuzzer = Fuzzer("odd", tmp_path / "a")
+    cases = [fuzzer.case(Choices(bytes([n, n, n]))) for n in range(40)]
+    outcomes = [(case, fuzzer.outcome(case)[1]) for case in cases]
+    case, wrong = next(each for each in outcomes if "IndexError" in each[1])
+    command = save(tmp_path / "case.json", "odd", wrong, case)
+    assert command.endswith(f"--replay {tmp_path / 'case.json'}")
+    assert load(tmp_path / "case.json")[1].files == case.files
+    assert replay(tmp_path / "case.json", tmp_path / "b") == wrong
+    assert [each for each in outcomes if not each[1]]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +72,14 @@ def folder(tmp_path_factory):
 def adapters(folder):
     """The files of valid adapters, by API and method."""
     return {
-        f"{api}-{name}": {file: (directory / file).read_bytes() for file in (TENSORS, CONFIG)}
-        for api in ("linen", "nnx")
-        for name in RECIPES
-        for directory in [save(folder, api, name)]
+        f"{api}-{name}": files_of(hostile.save(folder, api, name)) for api, name in hostile.EVERY
     }
+
+
+def cases(count, adapters):
+    """Spoilt files of adapters, the same in each run."""
+    for number in range(count):
+        yield spoilt(random.Random(number), adapters, more=ADAPTER.more, rounds=1)
 
 
 def written(folder, files, whole):
@@ -120,11 +149,8 @@ def size_of(files):
 @pytest.mark.slow
 def test_a_spoilt_file_raises_our_error_or_reads_as_other_readers_read_it(folder, adapters, slow):
     outcomes = {True: 0, False: 0}
-
-    @fuzzed(slow)
-    @given(spoilt(adapters))
-    def run(case):
-        whole, files = adapters[case.adapter], case.files
+    for case in cases(MANY if slow else USUAL, adapters):
+        whole, files = adapters[case.seed], case.files
         directory = written(folder, files, whole)
         before = state_of(directory)
         tracemalloc.start()
@@ -142,8 +168,6 @@ def test_a_spoilt_file_raises_our_error_or_reads_as_other_readers_read_it(folder
             assert got, message
             assert read_independently(whole) == read_independently(files)
         outcomes[got is not None] += 1
-
-    run()
     assert min(outcomes.values()) > USUAL // 50, outcomes
 
 
@@ -154,13 +178,9 @@ def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(folder, adapt
     before = [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())]
     of_api = {key: files for key, files in adapters.items() if key.startswith(api)}
     loaded = 0
-
-    @fuzzed(slow, 2 * SHARE)
-    @given(spoilt(of_api))
-    def run(case):
-        nonlocal loaded
+    for case in cases((MANY if slow else USUAL) // 20, of_api):
         files = case.files
-        directory = written(folder, files, adapters[case.adapter])
+        directory = written(folder, files, adapters[case.seed])
         seen = state_of(directory)
         model, message = outcome(aj.load_adapter, directory, *base, X)
         assert model or (str(directory) in message and len(message) < 9000)
@@ -172,6 +192,4 @@ def test_a_spoilt_file_is_not_loaded_and_leaves_the_model_as_it_is(folder, adapt
                 assert (whole[name].shape, np.asarray(whole[name]).tobytes()) == (shape, data)
         assert state_of(directory) == seen
         assert [np.asarray(x).tobytes() for x in jax.tree.leaves(tree())] == before
-
-    run()
     assert loaded

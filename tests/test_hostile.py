@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from fuzz.mutators import RAW, put_together, taken_apart
 from helpers.arrays import drawn
 from helpers.errors import raises
-from helpers.hostile import RAW, RECIPES, X, linen_base, nnx_base, put_together, save, taken_apart
+from helpers.hostile import RECIPES, X, linen_base, nnx_base, save
 from safetensors.numpy import save_file
 
 import adapters_jax as aj

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from fuzz.mutators import RAW, put_together, taken_apart
 from helpers.arrays import read_arrays
 from helpers.commands import command_raises
 from helpers.errors import raises
-from helpers.hostile import RAW, put_together, taken_apart
 from helpers.tiny import write_llama
 from safetensors.numpy import save_file
 

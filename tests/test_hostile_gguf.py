@@ -1,20 +1,15 @@
 """Hostile GGUF files raise only our own errors, in little time and memory."""
 
 import struct
-import time
 import tracemalloc
 
 import numpy as np
 import pytest
 from helpers.errors import raises
-from helpers.hostile import flipped, spliced
-from hypothesis import given
-from hypothesis import strategies as st
-from test_fuzz import fuzzed
 from test_gguf import CONFIG as SHAPE
 from test_gguf import build, tensors_of, write
 
-from adapters_jax.errors import BaseFileError, UserError
+from adapters_jax.errors import BaseFileError
 from adapters_jax.interop.gguf import read_gguf
 from adapters_jax.models.decoder import DecoderConfig
 
@@ -171,57 +166,3 @@ def used(path):
     opened.token("eos")
     assert isinstance(opened.chat_template, str | None)
     return sum(np.asarray(tensor).size for tensor in opened.tensors().values())
-
-
-NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 12, 32, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
-
-
-def overwritten(draw, data, end):
-    """Bytes with a number of four or eight bytes somewhere in the header replaced."""
-    layout = draw(st.sampled_from(("<I", "<Q")))
-    number = draw(st.sampled_from(NUMBERS)) % 2 ** (8 * struct.calcsize(layout))
-    at = draw(st.integers(0, end))
-    return data[:at] + struct.pack(layout, number) + data[at + struct.calcsize(layout) :]
-
-
-@st.composite
-def spoilt(draw, data, end):
-    """The bytes of a file, spoilt in some way, mostly in the header."""
-    way = draw(st.sampled_from(("number", "number", "bits", "splice", "cut", "anywhere")))
-    if way == "number":
-        return overwritten(draw, data, end)
-    if way == "bits":
-        return flipped(draw, data[:end]) + data[end:]
-    if way == "splice":
-        return spliced(draw, data[:end]) + data[end:]
-    if way == "cut":
-        return data[: draw(st.integers(0, len(data) - 1))]
-    return flipped(draw, data)
-
-
-def test_a_spoilt_file_raises_our_error_or_is_read(tmp_path, tensors, slow):
-    path = write(tmp_path / "a.gguf", tensors)
-    whole = path.read_bytes()
-    count, end = used(path), min(x.begin for x in read_gguf(path).stored.values())
-    outcomes = {True: 0, False: 0}
-
-    @fuzzed(slow, 4)
-    @given(spoilt(whole, end))
-    def run(data):
-        path.write_bytes(data)
-        tracemalloc.start()
-        began = time.thread_time()
-        try:
-            got = used(path)
-        except UserError as error:
-            got, message = None, str(error)
-        took, peak = time.thread_time() - began, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert took < 2
-        assert peak < 2**23 + 8 * len(data)
-        assert got is not None or len(message) < 4000
-        assert got is None or got <= 2 * count
-        outcomes[got is not None] += 1
-
-    run()
-    assert min(outcomes.values()) > 10, outcomes

@@ -11,6 +11,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.io.checkpoint import Checkpoints
+from adapters_jax.trees import flatten, unflatten
 
 X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)
 
@@ -118,6 +119,21 @@ def test_parameters_that_lack_the_adapters_of_a_pattern():
     params = aj.init_adapters(aj.adapt(Two(), LORA), BASE, jax.random.key(1), X)
     with raises(aj.TargetError, "'b'"):
         aj.TrainState.create(aj.adapt(Two(), aj.LoRA(["a", "b"], 2)), params, tx=SGD, key=KEY)
+
+
+@pytest.mark.parametrize("targets", ["*", "{a|b}"])
+def test_parameters_that_lack_adapters_of_a_wildcard(targets):
+    params = aj.init_adapters(aj.adapt(Two(), LORA), BASE, jax.random.key(1), X)
+    with pytest.warns(aj.AdapterWarning, match=r"targets b \(LoRA\), .* aj\.init_adapters"):
+        aj.TrainState.create(aj.adapt(Two(), aj.LoRA(targets, 2)), params, tx=SGD, key=KEY)
+
+
+@pytest.mark.parametrize("leaf", ["lora/c", "adapter/down/kernel"])
+def test_parameters_that_have_leaves_of_other_adapters(leaf):
+    params = flatten(aj.init_adapters(aj.adapt(Two(), LORA), BASE, jax.random.key(1), X))
+    params = unflatten({**params, f"b/{leaf}": jnp.ones((4, 2))})
+    with pytest.warns(aj.AdapterWarning, match=rf"have b/{leaf}, .* aj\.init_adapters"):
+        aj.TrainState.create(aj.adapt(Two(), LORA), params, tx=SGD, key=KEY)
 
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf"), "0.1", None])

@@ -11,7 +11,8 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.losses import cross_entropy
+from adapters_jax.errors import UserError
+from adapters_jax.losses import cross_entropy, sequence_log_probs
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 
 ROWS, LENGTH, D, WORDS = 3, 11, 6, 40
@@ -244,3 +245,43 @@ def test_bad_input(given, named):
     usual = {"hidden": hidden, "head": capped(table), "labels": labels}
     with raises(aj.UserError, *named):
         cross_entropy(**usual | given)
+
+
+# Of whole sequences
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+def test_log_probabilities_of_sequences_are_those_of_the_formula(chunk):
+    """Each with a factor of its own in the loss, as losses of preferences have."""
+    factors = np.array([2.0, -0.5, 1.0])
+    weights = np.broadcast_to(-factors[:, None], LABELS.shape)
+    *_, tokens = by_formula(None)
+    value, *expected, _ = by_formula(weights)
+    found = sequence_log_probs(HIDDEN, capped(TABLE), LABELS, chunk=chunk)
+    np.testing.assert_allclose(found, -tokens.sum(1), rtol=1e-6)
+
+    def loss(hidden, table, labels):
+        return factors @ sequence_log_probs(hidden, capped(table), labels, chunk=chunk)
+
+    found, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays())
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    np.testing.assert_allclose(grads[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(grads[1], expected[1], atol=1e-5)
+
+
+def test_log_probabilities_hold_few_logits():
+    hidden, labels = jnp.zeros((4, 64, 8)), jnp.zeros((4, 64), int)
+
+    def loss(hidden, table):
+        return sequence_log_probs(hidden, lambda x: x @ table, labels, chunk=8).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(hidden, jnp.zeros((8, 1000))))
+    sizes = [np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert 4 * 8 * 1000 in sizes and max(sizes) == 4 * 8 * 1000
+
+
+def test_sequences_that_do_not_fit_their_labels_are_errors():
+    with raises(UserError, "labels", "(2, 3)"):
+        sequence_log_probs(jnp.zeros((2, 4, 1)), lambda x: x, jnp.zeros((2, 3), int))
+    with raises(UserError, "sequence_log_probs", "chunk=0"):
+        sequence_log_probs(jnp.zeros((2, 3, 1)), lambda x: x, jnp.zeros((2, 3), int), chunk=0)

@@ -1,11 +1,13 @@
 """Metrics against figures worked out by hand, and their edges."""
 
+import sys
+
 import numpy as np
 import pytest
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.tasks.metrics import METRICS, better, compute, perplexity
+from adapters_jax.tasks.metrics import METRICS, better, compute, perplexity, rouge
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])
@@ -70,6 +72,21 @@ def test_perplexity_is_a_number_if_the_loss_is_one():
     assert perplexity(1400.0, 2) == pytest.approx(np.exp(700.0))
     assert np.isfinite(perplexity(1e9, 1))
     assert [perplexity(nll, 1) for nll in (float("inf"), float("nan"))] == [float("inf")] * 2
+
+
+def test_rouge_counts_words_pairs_and_the_longest_common_sequence():
+    pytest.importorskip("rouge_score", reason="needs rouge-score: adapters-jax[rouge]")
+    # Of 6 and 5 words 4 are shared (the cat sat mat), of 5 and 4 pairs 2 (the cat, cat sat).
+    got = rouge(["the cat sat on a mat"], [["no such words", "the cat sat near mat"]])
+    assert got == pytest.approx({"rouge1": 8 / 11, "rouge2": 4 / 9, "rougeL": 8 / 11})
+    assert rouge(["mat cat"], [["cat mat"]]) == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": 0.5}
+    assert rouge(["a cat", "x"], [["cats a"], ["y"]])["rouge1"] == 0.5  # stems are compared
+
+
+def test_rouge_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with raises(aj.errors.MissingPackageError, "rouge-score", "adapters-jax[rouge]"):
+        rouge(["a"], [["a"]])
 
 
 def test_equal_values_are_not_better():

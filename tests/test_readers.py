@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import logging
+import struct
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,26 @@ def test_conll_columns():
         read_file(write("b.conll", "a O\nb B x\n"))
     with raises(DataError, "c.conll", "line 1 has 1"):
         read_file(write("c.conll", "only\ntokens\n"))
+
+
+def test_conll_without_a_token_is_one_sentence():
+    write("rows.conll", "-DOCSTART- -X- O\n\n-DOCSTART-\n")
+    with raises(DataError, "rows.conll", "no tokens"):
+        read_file("rows.conll")
+
+
+def test_arrow_with_an_offset_behind_its_end_is_one_sentence():
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([{"text": "abc"}, {"text": "de"}])
+    with pyarrow.ipc.new_file("a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    good, bad = (struct.pack("<3i", 0, 3, end) for end in (5, -5))
+    data = Path("a.arrow").read_bytes()
+    assert data.count(good) == 1
+    write("a.arrow", data.replace(good, bad))
+    with raises(DataError, "a.arrow", -5):
+        read_file("a.arrow")
 
 
 def test_squad():
@@ -290,7 +311,7 @@ def test_layouts_are_known_by_their_columns(layout):
 
 def test_the_layout_is_named_where_a_column_is_missing():
     write("a.conll", "EU B-ORG\n")
-    with raises(DataError, "'text' or 'label'", "tokens/ner_tags", "no task learns yet"):
+    with raises(DataError, "'text' or 'label'", "tokens/ner_tags", "token-classification"):
         read_rows("a.conll")
     write("a.jsonl", '{"messages": []}')
     with raises(DataError, "layout messages", "--task conversation"):

@@ -104,6 +104,24 @@ def test_an_encoder_decoder_is_trained_used_merged_converted_and_pushed(name, ru
     run("push runs/mine me/mine --dry-run")
 
 
+def test_metrics_of_texts_need_prompts_to_generate_for(run):
+    shutil.copytree(FIXTURES / "t5", "base")
+    with command_raises(UserError, "--metrics exact_match", "--exact-match"):
+        assert main(f"{SHORT} --metrics exact_match perplexity".split()) == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_selected_by_rouge(run):
+    pytest.importorskip("rouge_score", reason="needs rouge-score: adapters-jax[rouge]")
+    shutil.copytree(FIXTURES / "flan_t5", "base")
+    run(f"{TRAIN} --epochs 1 --exact-match 2 --limit 16 --metrics rougeL exact_match")
+    config = json.loads(Path("runs/mine/config.json").read_text())
+    assert config["metrics"] == ["rougeL", "exact_match"]
+    (row,) = config["summary"]["results"]
+    assert list(row["test"]) == ["rougeL", "exact_match"]
+    assert 0.0 <= row["test"]["exact_match"] <= row["test"]["rougeL"] <= 1.0
+
+
 @pytest.mark.slow
 def test_it_learns_to_answer_prompts(run):
     shutil.copytree(FIXTURES / "flan_t5", "base")

@@ -152,6 +152,11 @@ def test_a_page_and_a_picture_of_such_names(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_a_message_has_a_bound_whatever_the_names_in_a_file_are():
+    assert str(aj.UserError("a" * 10_000)) == "a" * 10_000
+    assert str(aj.UserError("a" * 60_000)) == "a" * 10_000 + "... (60000 characters)"
+
+
 def test_words_that_are_no_text(capsys):
     assert main(["predict", "run", "a\udcff"]) == 2
     assert "a\\udcff" in capsys.readouterr().err

@@ -11,12 +11,14 @@ import tokenizers
 from adapters_jax.data.conversations import make_conversations
 from adapters_jax.data.files import Rows
 from adapters_jax.data.layouts import layout_of
-from adapters_jax.data.packing import Marked
+from adapters_jax.data.packing import Example, Marked
+from adapters_jax.data.preferences import make_preferences
 from adapters_jax.data.tables import make_table
 from adapters_jax.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
 from adapters_jax.pretrained.locate import is_decoder, locate, read_tokenizer
 from adapters_jax.tasks.conversation import check_chats
-from adapters_jax.tasks.conversation_rows import ChatEncoder, Learnt
+from adapters_jax.tasks.conversation_rows import ChatEncoder, Turns
+from adapters_jax.tasks.preference_rows import PreferenceEncoder
 from adapters_jax.tasks.prompts import Prompts, encode_table
 
 _ENDLESS = 2**31
@@ -48,7 +50,7 @@ class Seen:
 
 
 def see(
-    model: str, path: Path, rows: Rows, columns: Mapping[str, str], learnt: Learnt = "assistant"
+    model: str, path: Path, rows: Rows, columns: Mapping[str, str], learnt: Turns = "assistant"
 ) -> Seen:
     """Encodes rows as the task of their layout does, but cuts none.
 
@@ -82,13 +84,20 @@ def _by_decoder(
     path: Path,
     rows: Rows,
     columns: Mapping[str, str],
-    learnt: Learnt,
+    learnt: Turns,
 ) -> list[Marked]:
     """The examples of a decoder, by the columns that are named, or by the layout."""
     layout = layout_of(rows[0])
     if not columns and layout is not None and layout.task == "conversation":
-        check_chats(reader, model)
+        check_chats(reader, model, layout.task)
         return ChatEncoder(reader, _ENDLESS, learnt).encode(make_conversations(path, rows)).examples
+    if not columns and layout is not None and layout.task == "preference":
+        pairs = make_preferences(path, rows, {})
+        if any(row.talks for row in pairs.rows):
+            check_chats(reader, model, layout.task)
+        prompts = Prompts(chat=reader.chat_template is not None)
+        encoded, _ = PreferenceEncoder(reader, prompts, _ENDLESS).encode(pairs)
+        return [_marked(example) for row in encoded for example in row]
     if "text" in columns:
         prompts, table = Prompts(chat=False), make_table(path, rows, columns["text"], None, None)
     else:
@@ -96,7 +105,9 @@ def _by_decoder(
         prompts = Prompts(chat=reader.chat_template is not None)
         table = make_table(path, rows, prompt, completion, None)
     examples, _ = encode_table(table, prompts, reader, _ENDLESS)
-    return [
-        Marked(example.ids, [False] * len(example.prompt) + [True] * len(example.completion))
-        for example in examples
-    ]
+    return [_marked(example) for example in examples]
+
+
+def _marked(example: Example) -> Marked:
+    """An example whose completion is marked."""
+    return Marked(example.ids, [False] * len(example.prompt) + [True] * len(example.completion))

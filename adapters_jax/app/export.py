@@ -183,6 +183,7 @@ def export(
         source.leaves,
         name=re.sub(r"[^\w-]+", "-", shown.split("/")[-1]),
         labels=source.labels,
+        head_type=task_of(source.config).head if source.config else None,
         beside=beside,
     )
     form.write(directory, adapter, source.base)
@@ -202,7 +203,7 @@ def _notes(source: Source, to: AdapterFormat, head: bool) -> list[str]:
         notes.append(
             f"{to.owner}'s files do not name the classes: from 0 on, {', '.join(source.labels)}"
         )
-    elif target and not source.labels:
+    elif "mean" in target and not source.labels:
         mean, std = target["mean"], target["std"]
         notes.append(f"the head's output y means {mean:g} + {std:g} y; only this card says so")
     if config.get("quantize"):

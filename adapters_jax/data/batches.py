@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from adapters_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 NOTHING = -1  # the label of a token that has no loss
@@ -57,14 +57,32 @@ def encode(
         >>> rows[0].input_ids.tolist(), truncated
         ([1, 1, 2], 0)
     """
+    encodings = tokenize(tokenizer, texts, max_length, strategy="longest_first")
+    return [row_of(each) for each in encodings], sum(bool(e.overflowing) for e in encodings)
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str | None]], max_length: int, **options: Any
+) -> list[Encoding]:
+    """Encodes texts as `encode` does, with the places of the tokens in the texts.
+
+    Args:
+        tokenizer: as for `encode`.
+        texts: as for `encode`.
+        max_length: as for `encode`.
+        **options: of the tokenizer's `enable_truncation`, such as `strategy` and `stride`.
+    """
     if max_length < 8:
         raise UserError(f"max_length is {max_length}; it must be at least 8 tokens")
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    encodings = tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
-    rows = [Row(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32)) for e in encodings]
-    return rows, sum(bool(e.overflowing) for e in encodings)
+    tokenizer.enable_truncation(max_length, **options)
+    return tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
+
+
+def row_of(encoding: Encoding) -> Row:
+    """The row of one encoded text, or of one window of it."""
+    return Row(np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32))
 
 
 def choose_buckets(
@@ -123,8 +141,9 @@ class Batches:
 
     Args:
         rows: the rows that `encode` returns, or other named tuples of int32 arrays `(length,)` with
-            a field `input_ids`; a batch has one array for each field.
-        labels: class ids or floats, `(rows,)`; integers become int32, others float32. None for
+            a field `input_ids`; a batch has one array for each field. A row of several inputs has
+            arrays `(inputs, length)`, and a field `attention_mask`.
+        labels: class ids or floats, `(rows, ...)`; integers become int32, others float32. None for
             texts without labels: batches then have no `labels`.
         batch_size: the number of rows in a batch.
         seed: the seed of the order, at least 0 and below 2**32; None keeps the order, as
@@ -226,7 +245,7 @@ class Batches:
         if step < 0:
             raise IndexError(f"step is {step}; steps count from 0")
         real = self._plan[step]
-        taken = np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
+        taken = self.rows_of(step)
         rows = [self.rows[i] for i in taken]
         width = self.buckets[self._bucket_of[real[0]]]
         weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
@@ -235,13 +254,20 @@ class Batches:
             name: _padded([getattr(row, name) for row in rows], width, fills.get(name, 0))
             for name in rows[0]._fields
         }
-        batch["attention_mask"] = _padded([np.ones_like(row.input_ids) for row in rows], width, 0)
+        if "attention_mask" not in batch:
+            ones = [np.ones_like(row.input_ids) for row in rows]
+            batch["attention_mask"] = _padded(ones, width, 0)
         batch["weight"] = weight
         if self.labels is not None:
             batch["labels"] = self.labels[taken]
         if self._ordered:
             batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
         return batch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """The positions of a batch's rows in `rows`, `(batch,)`; filler rows repeat the first."""
+        real = self._plan[step]
+        return np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
 
 
 def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
@@ -262,21 +288,23 @@ def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
 
 
 def _padded(arrays: list[np.ndarray], width: int, fill: int) -> np.ndarray:
-    """Ragged int arrays as one int32 array `(batch, width)`."""
-    out = np.full((len(arrays), width), fill, np.int32)
+    """Ragged int arrays `(..., length)` as one int32 array `(batch, ..., width)`."""
+    out = np.full((len(arrays), *arrays[0].shape[:-1], width), fill, np.int32)
     for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
+        row[..., : array.shape[-1]] = array
     return out
 
 
 def _lengths(rows: Sequence[Any]) -> np.ndarray:
     if not rows:
         raise UserError("there are no rows to batch; give at least one")
-    return np.array([len(row.input_ids) for row in rows])
+    return np.array([row.input_ids.shape[-1] for row in rows])
 
 
 def _labels(labels: ArrayLike, rows: int) -> np.ndarray:
     labels = np.asarray(labels)
-    if labels.shape != (rows,):
-        raise UserError(f"labels have shape {labels.shape}; {rows} rows need ({rows},)")
+    if labels.shape[:1] != (rows,):
+        raise UserError(
+            f"labels have shape {labels.shape}; {rows} rows need ({rows},) or ({rows}, ...)"
+        )
     return labels.astype(np.int32 if labels.dtype.kind in "iub" else np.float32)

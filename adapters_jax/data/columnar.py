@@ -39,6 +39,7 @@ def _read(path: Path, raw: bytes, kind: str) -> Rows:
     size = 0
     try:
         for batch in _batches(raw, kind):
+            batch.validate(full=True)  # a damaged file may have offsets behind its end
             header = batch.schema.names
             size += batch.nbytes
             if size > MOST_MEMORY:

@@ -124,7 +124,7 @@ def make_conversations(path: Path, rows: Rows, column: str | None = None) -> Con
     found, lines, problems = [], [], []
     for line, values in records:
         row = dict(zip(header, values, strict=False))
-        conversation = _conversation(row, _MAKERS[layout], column or layout.columns[0])
+        conversation = _made(row, _MAKERS[layout], column or layout.columns[0])
         if isinstance(conversation, str):
             problems.append(f"{place(line)}: {conversation}")
         else:
@@ -138,14 +138,30 @@ def make_conversations(path: Path, rows: Rows, column: str | None = None) -> Con
     return Conversations(path.as_posix(), found, lines)
 
 
-def _conversation(
+def _made(
     row: Mapping[str, Any], make: Callable[[Mapping[str, Any], str], Any], column: str
 ) -> Conversation | str:
     """The conversation of a row, or what is wrong with it."""
     try:
-        messages, tools = _parsed(make(row, column)), _parsed(row.get("tools") or None)
+        return conversation_of(_parsed(make(row, column)), row)
     except ValueError as error:
         return f"not JSON: {error}"
+
+
+def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation | str:
+    """The conversation of messages with its row's system prompt and tools, or what is wrong.
+
+    Raises:
+        ValueError: the tools are a text that is not JSON.
+
+    Example:
+        >>> said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        >>> [message["role"] for message in conversation_of(said, {"system": "Be kind."}).messages]
+        ['system', 'user', 'assistant']
+        >>> conversation_of([], {})
+        'it has no messages'
+    """
+    tools = _parsed(row.get("tools") or None)
     if not isinstance(messages, list) or not messages:
         return "it has no messages"
     if tools is not None and not isinstance(tools, list):

@@ -91,30 +91,52 @@ def make_dataset(
 
 
 def class_names(table: Table) -> tuple[str, ...]:
-    """The distinct labels of a table, sorted; as numbers if all of them are numbers.
-
-    One warning lists those that look alike, such as 1 and 1.0, and those that say "missing".
-    """
-    names = sorted(set(table.labels or ()))
-    doubtful = [*_alike(names), *(f"{n!r} may say missing" for n in names if n.lower() in _MISSING)]
-    if doubtful:
-        warnings.warn(
-            f"{table.path}: each of these labels is a class of its own: {'; '.join(doubtful)}",
-            stacklevel=2,
+    """The classes of a table; see `sorted_names`."""
+    names = sorted_names(table.path, table.labels or ())
+    _check_joined(table, names)
+    values = [_number(name) for name in names]
+    whole = all(value.is_integer() for value in values)
+    if len(names) > 50 and all(map(math.isfinite, values)) and not whole:
+        raise DataError(
+            f"{table.path}: {len(names)} distinct decimal numbers as labels are no classes; "
+            "ask for task='regression'"
         )
-    values = {name: _number(name) for name in names}
-    if all(map(math.isfinite, values.values())):
-        names.sort(key=values.__getitem__)
-        if len(names) > 50 and not all(value.is_integer() for value in values.values()):
-            raise DataError(
-                f"{table.path}: {len(names)} distinct decimal numbers as labels are no classes; "
-                "ask for task='regression'"
-            )
     if len(names) < 2:
         raise DataError(
             f"{table.path}: every label is {names[0]!r}; classification needs at least two classes"
         )
     return tuple(names)
+
+
+def sorted_names(where: str, labels: Sequence[str]) -> list[str]:
+    """Distinct labels, sorted; as numbers if all of them are numbers.
+
+    One warning lists those that look alike, such as 1 and 1.0, and those that say "missing";
+    `where` begins it.
+    """
+    names = sorted(set(labels))
+    doubtful = [*_alike(names), *(f"{n!r} may say missing" for n in names if n.lower() in _MISSING)]
+    if doubtful:
+        warnings.warn(
+            f"{where}: each of these labels is a class of its own: {'; '.join(doubtful)}",
+            stacklevel=2,
+        )
+    values = {name: _number(name) for name in names}
+    if all(map(math.isfinite, values.values())):
+        names.sort(key=values.__getitem__)
+    return names
+
+
+def _check_joined(table: Table, names: Sequence[str]) -> None:
+    """Raises DataError if labels are others joined by "|", as in `a|b`."""
+    known = {name for name in names if "|" not in name}
+    joined = [name for name in names if "|" in name and known.issuperset(name.split("|"))]
+    if joined:
+        raise DataError(
+            f"{table.path}: {first_few([repr(name) for name in joined])} are other labels with | "
+            "between: for several labels a row write --task multilabel --columns labels=COLUMN "
+            "--label-separator '|', or else rename these classes"
+        )
 
 
 def _alike(names: Sequence[str]) -> list[str]:
@@ -262,6 +284,31 @@ def hold_out(
     name: str, parts: Mapping[str, Dataset], metrics: Sequence[str], seed: int
 ) -> TaskData:
     """Completes the parts of a task: an absent "dev" or "test" is held out of "train"."""
-    fractions = {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
-    train, dev, test = split(parts["train"], seed, **fractions)
+    train, dev, test = split(parts["train"], seed, **_fractions(parts))
     return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+
+
+def hold_out_rows(
+    name: str,
+    parts: Mapping[str, Any],
+    keys: Sequence[str],
+    metrics: Sequence[str],
+    strata: Sequence[int] | None = None,
+) -> TaskData:
+    """Completes the parts of a task as `hold_out` does, for rows of any type.
+
+    Args:
+        name: the name of the data.
+        parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
+        keys: the key of each row of "train"; rows with the same key are held out together.
+        metrics: the names of the metrics.
+        strata: the stratum of each row of "train", which keeps its proportion; None has one.
+    """
+    rows = split_rows(keys, strata or [0] * len(keys), SPLIT_SEED, **_fractions(parts))
+    train, dev, test = (parts["train"].take(taken) for taken in rows)
+    return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+
+
+def _fractions(parts: Mapping[str, Any]) -> dict[str, float]:
+    """The fraction of "train" to hold out for each part: a tenth if the part is absent."""
+    return {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}

@@ -82,6 +82,8 @@ def read_conll(path: Path, raw: bytes) -> Rows:
             sentences.append((number, []))
         fresh = False
         sentences[-1][1].append([field.strip() for field in fields])
+    if not sentences:
+        raise DataError(f"{path.as_posix()}: it has no tokens, only lines between documents")
     return _columns_of(path, sentences)
 
 

@@ -35,6 +35,20 @@ INSTRUCTIONS = Layout(
     "an instruction with its output",
     "conversation",
 )
+PREFERENCES = Layout(
+    "chosen/rejected",
+    ("chosen", "rejected"),
+    ("prompt", "chosen", "rejected"),
+    "a preferred answer beside another one",
+    "preference",
+)
+JUDGED = Layout(
+    "prompt/completion/label",
+    ("prompt", "completion", "label"),
+    ("prompt", "completion"),
+    "a completion that is desirable or not",
+    "preference",
+)
 COMPLETIONS = Layout(
     "prompt/completion",
     ("prompt", "completion"),
@@ -46,26 +60,38 @@ LAYOUTS = (
     MESSAGES,
     SHAREGPT,
     INSTRUCTIONS,
-    Layout(
-        "chosen/rejected", ("chosen", "rejected"), ("prompt", "chosen"), "a preferred answer", None
-    ),
+    PREFERENCES,
+    JUDGED,
     COMPLETIONS,
-    Layout("tokens/ner_tags", ("tokens", "ner_tags"), ("tokens",), "tokens with their tags", None),
-    Layout("tokens/tags", ("tokens", "tags"), ("tokens",), "tokens with their tags", None),
+    Layout(
+        "tokens/ner_tags",
+        ("tokens", "ner_tags"),
+        ("tokens",),
+        "tokens with their tags",
+        "token-classification",
+    ),
+    Layout(
+        "tokens/tags",
+        ("tokens", "tags"),
+        ("tokens",),
+        "tokens with their tags",
+        "token-classification",
+    ),
     Layout(
         "context/question/answers",
         ("context", "question", "answers"),
         ("context", "question"),
         "a question with its answers in a context",
-        None,
+        "question-answering",
     ),
     Layout(
         "premise/choice1/choice2",
         ("premise", "choice1", "choice2"),
         ("premise", "choice1", "choice2"),
         "a premise with two choices",
-        None,
+        "multiple-choice",
     ),
+    Layout("text/labels", ("text", "labels"), ("text",), "a text with its labels", "multilabel"),
     Layout("image/label", ("image", "label"), ("image",), "an image with its class", None),
     Layout("text/label", ("text", "label"), ("text",), "a text with its label", "classification"),
 )

@@ -110,8 +110,55 @@ def choose_columns(
         >>> choose_columns(Path("a.csv"), (["q", "r", "s"], [(2, ["x", "y", "z"])]), ["s", "q"])
         ([['z', 'x']], [2])
     """
+    values, lines = choose_values(path, rows, names)
+    cells = [[cell(value) for value in row] for row in values]
+    blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
+    if blank:
+        nested = next(
+            (
+                f"; {place(line)} has a {type(value).__name__}, expected a text or a number"
+                for line, row in zip(lines, values, strict=True)
+                for value in row
+                if isinstance(value, list | Mapping)
+            ),
+            "",
+        )
+        raise DataError(
+            f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: {places(blank)}; "
+            f"fill them in or remove them{nested}"
+        )
+    return cells, lines
+
+
+def choose_values(
+    path: Path, rows: Rows, names: Sequence[str]
+) -> tuple[list[list[Any]], list[Line]]:
+    """Chooses columns by name, whose values may be lists and mappings.
+
+    Args:
+        path: the path of the file, for messages.
+        rows: the rows, as `readers.read_file` returns them.
+        names: the names of the columns.
+
+    Returns:
+        The values of each row, one for each name; and the line of each row.
+
+    Raises:
+        DataError: a column is missing or there twice, or a row has another number of fields.
+
+    Example:
+        >>> choose_values(Path("a.jsonl"), (["q", "r"], [(2, [["x", "y"], None])]), ["q"])
+        ([[['x', 'y']]], [2])
+    """
     header, records = rows
     columns = _columns(path, header, names)
+    check_even(path, rows)
+    return [[fields[i] for i in columns] for _, fields in records], [line for line, _ in records]
+
+
+def check_even(path: Path, rows: Rows) -> None:
+    """Raises DataError if a row has another number of fields than there are columns."""
+    header, records = rows
     uneven = [
         f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
     ]
@@ -121,24 +168,6 @@ def choose_columns(
             f"{len(header)} columns: {first_few(uneven)}; "
             "a CSV field with a comma in it needs quotes"
         )
-    cells = [[cell(fields[i]) for i in columns] for _, fields in records]
-    lines = [line for line, _ in records]
-    blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
-    if blank:
-        nested = next(
-            (
-                f"; {place(line)} has a {type(fields[i]).__name__}, expected a text or a number"
-                for line, fields in records
-                for i in columns
-                if isinstance(fields[i], list | Mapping)
-            ),
-            "",
-        )
-        raise DataError(
-            f"{path.as_posix()}: {count_rows(blank)} no {' or '.join(names)}: {places(blank)}; "
-            f"fill them in or remove them{nested}"
-        )
-    return cells, lines
 
 
 def cell(value: Any) -> str:

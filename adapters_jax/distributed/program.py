@@ -22,6 +22,11 @@ _EXHAUSTED = re.compile(
 )
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)|_computations=\{(.*?)\}")
+_INSIDE = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(?:, |$)")
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional"}
+_AHEAD = {"copy-start", "copy-done", "slice-start", "slice-done"}
+_JOINED = 'custom_call_target="ConcatBitcast"'  # slices that were copied ahead
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 _LIMIT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
@@ -42,6 +47,9 @@ class Program:
             so this is less than the sum of the parts; before JAX 0.12, it is the sum.
         flops: floating-point operations; None if the compiler does not say.
         bytes_accessed: bytes read and written in memory, likewise.
+        moved: bytes of what the program's operations are given and return, over all rounds of the
+            loops. A TPU's compiler copies some weights into fast memory ahead of their use, whole
+            or in slices; `bytes_accessed` counts some of these copies once more, this none.
         seconds: the compiler's own estimate of the time; None if it has none that is positive.
         loops: how often the body of each loop runs. `flops`, `bytes_accessed` and `seconds` count
             every body once.
@@ -60,6 +68,7 @@ class Program:
     total: int
     flops: float | None = None
     bytes_accessed: float | None = None
+    moved: int = 0
     seconds: float | None = None
     loops: tuple[int, ...] = ()
     collectives: dict[str, int] = field(default_factory=dict)
@@ -86,6 +95,7 @@ class Program:
             getattr(memory, "total_allocation_bytes", 0) or summed,
             costs.get("flops"),
             costs.get("bytes accessed"),
+            module.moved(),
             seconds if seconds > 0 else None,
             tuple(sorted(module.loops.values())),
             module.collectives(),
@@ -172,6 +182,31 @@ class Hlo:
                         if called not in found:
                             found[called] = found[name] * self.loops.get(called, 1)
                             left.append(called)
+        return found
+
+    def moved(self) -> int:
+        """The bytes of operands and results, without copies ahead of use and what joins them.
+
+        Example:
+            >>> text = "ENTRY main () {\\n  %a = f32[2,3] parameter(0)\\n"
+            >>> Hlo(text + "  ROOT %b = bf16[2,3] convert(%a)\\n}").moved()
+            36
+        """
+        inside = {
+            name for lines in self.lines.values() for x in lines for name in _INSIDE.findall(x)
+        }
+        found = 0
+        for name, times in self.times().items():
+            if name in inside:
+                continue
+            results: dict[str, int] = {}
+            for line in self.lines[name]:
+                if match := _OPERATION.match(line):
+                    result, shape, kind, operands = match.groups()
+                    results[result] = _bytes(shape, "", False)
+                    if kind not in _FREE | _AHEAD and _JOINED not in line:
+                        given = re.findall(r"%?([\w.-]+)", operands)
+                        found += times * sum(results.get(x, 0) for x in [result, *given])
         return found
 
     def collectives(self) -> dict[str, int]:

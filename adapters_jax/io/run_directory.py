@@ -83,6 +83,11 @@ class Run:
         """The checkpoints to resume from; removed when the run is finished."""
         return self.path / "checkpoints"
 
+    @property
+    def reference(self) -> Path:
+        """The log-probabilities of a preference run's rows by the base without adapters."""
+        return self.path / "reference.safetensors"
+
     def refuse_existing(self) -> None:
         """Raises RunError if the path exists: a run is never overwritten."""
         if self.path.exists():

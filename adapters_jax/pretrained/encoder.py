@@ -45,7 +45,7 @@ class Encoder:
         config: its configuration.
         params: its parameters without a head, float32 or quantised.
         tokenizer: its tokenizer.
-        pooling: how the hidden states become one vector: mean, cls or pooler.
+        pooling: what the head reads: mean, cls, pooler, or tokens.
         dtype: the computation dtype.
         sha256: the checksum of the weights' files; it shows an adapter loaded onto another base.
         identity: its identity, as an adapter's manifest stores it.
@@ -93,13 +93,22 @@ class Encoder:
         """Batches in order, padded with the model's padding id; see `Batches.in_order`."""
         return Batches.in_order(rows, labels, size, buckets, self.config.pad_token_id)
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens that the model has positions for."""
+        return self.config.max_position_embeddings - self.config.first_position
+
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError if the model has no positions for rows of this length."""
+        if max_length > self.longest:
+            raise UserError(
+                f"--max-length {max_length}: expected at most {self.longest}, the positions of the "
+                "model"
+            )
+
     def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
         """Encodes texts to rows of token ids, and counts those truncated; see `batches.encode`."""
-        room = self.config.max_position_embeddings - self.config.first_position
-        if max_length > room:
-            raise UserError(
-                f"--max-length {max_length}: expected at most {room}, the positions of the model"
-            )
+        self.check_length(max_length)
         return encode(self.tokenizer, texts, max_length)
 
 
@@ -114,7 +123,7 @@ def load_encoder(
 
     Args:
         name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
-        pooling: mean, cls or pooler.
+        pooling: mean, cls, pooler, or tokens, whose head reads the state of each token.
         dtype: the computation dtype, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
         attention: "auto", "dense" or "flash".

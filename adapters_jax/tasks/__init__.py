@@ -1,11 +1,13 @@
 """Tasks: what a model learns from rows; a registry has them by name.
 
 - `base`: the interface of a task, and what its author provides.
-- `classification`, `regression`: labels of texts; `labelled` and `labelled_problem` have what both
-  share, `readout` what differs, `head` the baseline.
+- `classification`, `regression`, `multilabel`, `token_classification`, `question_answering` and
+  `multiple_choice`: an encoder with a head; `labelled` and `labelled_problem` have what all share,
+  `readout` what differs, `head` the baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
-- `metrics`: accuracy, F1, correlations, perplexity, exact match.
+- `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
+- `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets.
 """
 
 from __future__ import annotations
@@ -18,15 +20,25 @@ from adapters_jax.tasks.base import Task
 from adapters_jax.tasks.classification import Classification
 from adapters_jax.tasks.completion import Completion
 from adapters_jax.tasks.conversation import ConversationTask
+from adapters_jax.tasks.multilabel import MultiLabel
+from adapters_jax.tasks.multiple_choice import MultipleChoice
+from adapters_jax.tasks.preference import PreferenceTask
+from adapters_jax.tasks.question_answering import QuestionAnswering
 from adapters_jax.tasks.regression import Regression
+from adapters_jax.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
 
 TASKS: dict[str, Task] = {
     Classification.name: Classification(),
     Regression.name: Regression(),
+    MultiLabel.name: MultiLabel(),
+    TokenClassification.name: TokenClassification(),
+    QuestionAnswering.name: QuestionAnswering(),
+    MultipleChoice.name: MultipleChoice(),
     Completion.name: Completion(),
     ConversationTask.name: ConversationTask(),
+    PreferenceTask.name: PreferenceTask(),
 }
 
 
@@ -34,8 +46,8 @@ def tasks_on(kind: str) -> list[Task]:
     """The tasks on a kind of base, "encoder" or "decoder"; the first is the default.
 
     Example:
-        >>> [task.name for task in tasks_on("encoder")]
-        ['classification', 'regression']
+        >>> [task.name for task in tasks_on("decoder")]
+        ['completion', 'conversation']
     """
     return [task for task in TASKS.values() if task.kind == kind]
 

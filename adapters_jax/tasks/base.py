@@ -13,15 +13,13 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
-How three further tasks fit:
+How two further tasks fit:
 
 - Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
   `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
   and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is a complete example.
 - Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
   windows a row and keeps the row of each; `score` joins the windows of a row again.
-- Preferences: `load` reads `prompt`, `chosen` and `rejected`, two completions a row; a batch has
-  both, and the loss compares their likelihoods.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.tables import Texts
+from adapters_jax.data.tables import read_rows
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
@@ -68,7 +66,9 @@ class Setup:
         max_length: the largest number of tokens in a row; None is the task's default.
         prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
-        loss: what the loss of conversations counts: "assistant", "all" or "last".
+        turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
+        loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
+        beta: its strength.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
         say: called with messages for the user.
@@ -87,7 +87,9 @@ class Setup:
     max_length: int | None = None
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True
-    loss: Literal["assistant", "all", "last"] = "assistant"
+    turns: Literal["assistant", "last", "all"] = "assistant"
+    loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
+    beta: float = 0.1
     exact_match: int = 0
     mesh: Mesh | None = None
     say: Callable[[str], None] = lambda message: None
@@ -101,7 +103,9 @@ class Task(ABC):
         kind: the kind of its base.
         pipeline: the tag of the task on the Hugging Face Hub.
         command: the command of adapters-jax that uses a finished run. "predict" reads `text` and
-            `pairs` of the run's configuration, and `text_pair` if it has pairs.
+            `pairs` of the run's configuration, and `text_pair` if it has pairs; where a row has
+            more than two texts, `texts` names the columns of all.
+        head: AdapterHub's name for the kind of its head.
         metrics: the metrics that the user can choose with `--metrics`.
         columns: the roles of the columns it reads, each with its default name; None is optional.
         flags: the flags of this task that not every task has, as fields of the options.
@@ -113,6 +117,7 @@ class Task(ABC):
     kind: ClassVar[Literal["encoder", "decoder"]]
     pipeline: ClassVar[str]
     command: ClassVar[Literal["predict", "generate"]]
+    head: ClassVar[str] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[Mapping[str, str | None]]
     flags: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +172,15 @@ class Task(ABC):
             config: its configuration.
             model: the base model's directory or id; by default the one in the configuration.
         """
+
+    def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
+        """Reads a file of rows to predict, by the columns of their texts.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        pair = columns[1] if len(columns) > 1 else None
+        return read_rows(path, columns[0], pair, label=None).texts
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: those that the user named, and the defaults of the others."""
@@ -244,6 +258,20 @@ class Prepared(ABC):
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
         """The baselines that a run is compared with, the simplest first."""
 
+    def begin(self, run: Run, progress: Callable[..., Any]) -> None:
+        """Does what a training needs once before its first step, and keeps it with the run.
+
+        A run that is resumed calls it again, and it reads what it kept.
+
+        Args:
+            run: the run, whose directory is there.
+            progress: shows the work, as `Console.progress` of the application.
+
+        Raises:
+            RunError: what was kept is damaged, or belongs to other rows or another base.
+        """
+        return None  # most trainings need nothing
+
     def samples(self) -> list[dict[str, str]]:
         """A few outputs of the last scoring on test, for the report: prompt, completion, generated.
 
@@ -271,9 +299,11 @@ class TrainedHead:
 
     Attributes:
         problem: makes the problem of the head.
+        epochs: the passes over the training rows; None is the default of head-only.
     """
 
     problem: Callable[[], Problem]
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -305,11 +335,11 @@ class Predictor(Protocol):
     def max_length(self) -> int:
         """The largest number of tokens; longer texts are cut."""
 
-    def count_cut(self, texts: Texts) -> int:
+    def count_cut(self, texts: Sequence[Any]) -> int:
         """The number of texts longer than `max_length`."""
 
-    def predict(self, texts: Texts) -> Sequence[Prediction]:
-        """Predicts each text."""
+    def predict(self, texts: Sequence[Any]) -> Sequence[Prediction]:
+        """Predicts each row of texts."""
 
 
 class BatchSource(Protocol):
@@ -359,15 +389,21 @@ class Problem(Protocol):
 
 def in_row_order(
     run: Callable[[Batch], Any], batches: BatchSource
-) -> Float[np.ndarray, "rows width"]:
-    """Runs a function on batches and puts its outputs into the order of the rows."""
+) -> Float[np.ndarray, "rows ..."]:
+    """Runs a function on batches and puts its outputs into the order of the rows.
+
+    Outputs for each token are `(rows, length, ...)`; those of shorter batches end in zeros.
+    """
     index, pending = [], []
     for batch in batches:
         index.append(batch["index"])
         pending.append(run(batch))
-    rows, outputs = np.concatenate(index), np.concatenate(jax.device_get(pending))
-    ordered = np.zeros((rows.max() + 1, outputs.shape[1]), outputs.dtype)
-    ordered[rows[rows >= 0]] = outputs[rows >= 0]
+    found = jax.device_get(pending)
+    shape = np.max([outputs.shape[1:] for outputs in found], axis=0).tolist()
+    ordered: Any = np.zeros((np.concatenate(index).max() + 1, *shape), found[0].dtype)
+    for rows, outputs in zip(index, found, strict=True):
+        inside = tuple(slice(n) for n in outputs.shape[1:])
+        ordered[(rows[rows >= 0], *inside)] = outputs[rows >= 0]
     return ordered
 
 

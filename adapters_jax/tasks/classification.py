@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.errors import UserError
-from adapters_jax.tasks.base import Prediction
+from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
+from adapters_jax.tasks.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ClassPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(Readout):
     """A `Readout` of classes: the head's outputs are logits.
 
     Args:
@@ -74,23 +75,19 @@ class Classes:
         """The number of outputs of the head."""
         return len(self.names)
 
-    def encode(self, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
-        """The labels for the loss: unchanged."""
-        return labels
-
-    def losses(
-        self, outputs: Float[Array, "rows width"], labels: Int[Array, " rows"]
-    ) -> Float[Array, " rows"]:
+    def losses(self, outputs: Float[Array, "rows width"], batch: Batch) -> Float[Array, " rows"]:
         """The cross-entropy of each row."""
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["labels"])
 
-    def decode(self, outputs: Float[np.ndarray, "rows width"]) -> Int[np.ndarray, " rows"]:
+    def decode(
+        self, outputs: Float[np.ndarray, "rows width"], where: Any = None
+    ) -> Int[np.ndarray, " rows"]:
         """The class ids of outputs."""
         return outputs.argmax(axis=1)
 
-    def constant(self, train: Dataset, rows: int) -> Int[np.ndarray, " rows"]:
-        """The best constant prediction for `rows` rows: the most frequent class in training."""
-        return np.full(rows, np.bincount(train.labels).argmax())
+    def constant(self, train: Dataset, part: Dataset) -> Int[np.ndarray, " rows"]:
+        """The most frequent class in training for each row of a part."""
+        return np.full(len(part), np.bincount(train.labels).argmax())
 
     def predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]

@@ -16,19 +16,26 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.models.generation import check_length
-from adapters_jax.pretrained.decoder import PretrainedDecoder, complete, load_pretrained_decoder
+from adapters_jax.pretrained.decoder import (
+    DecoderTokenizer,
+    PretrainedDecoder,
+    complete,
+    load_pretrained_decoder,
+)
 from adapters_jax.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
+from adapters_jax.tasks.conversation_rows import ChatEncoder
+from adapters_jax.tasks.metrics import ROUGE, rouge_scorer
 from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
@@ -44,13 +51,14 @@ class Completion(Task):
     kind = "decoder"
     pipeline = "text-generation"
     command = "generate"
-    metrics = ("perplexity", "exact_match")
+    metrics = ("perplexity", "exact_match", *ROUGE)
+    defaults = ("perplexity", "exact_match")
     columns: ClassVar[Mapping[str, str | None]] = {
         "prompt": "prompt",
         "completion": "completion",
         "text": None,
     }
-    flags = ("template", "chat", "pack", "held_out", "exact_match")
+    flags = ("metrics", "template", "chat", "pack", "held_out", "exact_match")
     needed: ClassVar[Mapping[str, type]] = {"prompts": dict}
     example = (
         "--train rows.csv --prompt COLUMN --completion COLUMN, or --train rows.csv --text COLUMN"
@@ -71,18 +79,11 @@ class Completion(Task):
         """
         prompt, completion = self._pair(columns)
         parts = {n: read_rows(path, prompt, completion, None) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        table = parts["train"]
-        keys = [key_of(text) for text, _ in table.texts]
-        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (table.take(taken) for taken in rows)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(text) for text, _ in parts["train"].texts]
+        chosen = tuple(metrics) or self.defaults
+        if {*ROUGE} & {*chosen}:
+            rouge_scorer()  # an absent package is found before training
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
 
     def _pair(self, columns: Mapping[str, str]) -> tuple[str, str | None]:
         """The columns of the prompt and the completion; for plain texts, theirs and None."""
@@ -98,7 +99,7 @@ class Completion(Task):
         """Packs the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         column, completion = self._pair(setup.columns)
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
-        prompts = _prompts(setup, decoder, alone=completion is None)
+        prompts = _alone(setup, decoder) if completion is None else chosen_prompts(setup, decoder)
         length = length_of(setup, decoder)
         pack = setup.pack and not decoder.encodes
         if setup.pack and decoder.encodes:
@@ -113,7 +114,9 @@ class Completion(Task):
             setup.exact_match,
         )
         rows = builder.build(data, setup.say)
-        metrics = data.metrics if rows.held_out["dev"].prompts else data.metrics[:1]
+        metrics = data.metrics
+        if not rows.held_out["dev"].prompts:
+            metrics = _without_texts(metrics)
         problem = CompletionProblem(
             model=adapted(setup, decoder),
             decoder=decoder,
@@ -136,17 +139,13 @@ class Completion(Task):
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
-        try:
-            prompts = Prompts(**config["prompts"])
-        except (TypeError, ValueError) as error:
-            raise RunError(
-                f"{run.config} is damaged: its prompts are {config['prompts']}"
-            ) from error
-        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
-        ids = np.zeros((1, 8), np.int32)
-        adapted = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-        check_base(run, dict(config), decoder.sha256)
-        return Generator(decoder, adapted, prompts)
+        return open_generator(self, run, config)
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: DecoderTokenizer
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers."""
+        return prompts_of(run, config), ()
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
@@ -175,21 +174,57 @@ def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
     return setup.max_length
 
 
-def _prompts(setup: Setup, decoder: PretrainedDecoder, alone: bool) -> Prompts:
-    """The format of prompts: without a chat template for plain texts, or if the model has none."""
-    if alone and decoder.encodes:
+def _alone(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of plain texts, which have no chat template."""
+    if decoder.encodes:
         raise UserError(
             f"--text is for decoders; the encoder of {setup.model!r} reads a prompt, for which its "
             "decoder learns a completion: write --prompt COLUMN --completion COLUMN instead"
         )
-    if alone:
-        if setup.prompts != Prompts():
-            raise UserError("--text is of texts alone, which have no --template and no chat")
-        return Prompts(chat=False)
+    if setup.prompts != Prompts():
+        raise UserError("--text is of texts alone, which have no --template and no chat")
+    return Prompts(chat=False)
+
+
+def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
+    """The format of prompts: without a chat template if the model has none."""
     if setup.prompts.chat and decoder.chat_template is None:
         setup.say(f"{setup.model} has no chat template; prompts stay as they are")
         return dataclasses.replace(setup.prompts, chat=False)
     return setup.prompts
+
+
+def _without_texts(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics of tokens alone; raises UserError if the first one needs generated texts."""
+    if metrics[0] != "perplexity":
+        raise UserError(
+            f"--metrics {metrics[0]} needs generated texts: give --exact-match a number of prompts "
+            "above 0, and let rows have prompts"
+        )
+    return metrics[:1]
+
+
+def prompts_of(run: Run, config: Mapping[str, Any]) -> Prompts:
+    """The format of prompts that a run was trained with."""
+    try:
+        return Prompts(**config["prompts"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{run.config} is damaged: its prompts are {config['prompts']}") from error
+
+
+def open_generator(task: Any, run: Run, config: Mapping[str, Any]) -> Generator:
+    """Opens a run of a task that has `asking` as a generator; see `Task.open`."""
+    decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
+    ids = np.zeros((1, 8), np.int32)
+    model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
+    check_base(run, dict(config), decoder.sha256)
+    return Generator(decoder, model, *task.asking(run, config, decoder))
+
+
+def ends_of_chat(decoder: PretrainedDecoder) -> tuple[int, ...]:
+    """The token that ends an answer where a model's chat template has one."""
+    end = ChatEncoder(decoder, decoder.config.longest).end
+    return () if end is None else (end,)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.losses import TOKENS, cross_entropy
+from adapters_jax.losses import TOKENS, cross_entropy, sequence_log_probs
 from adapters_jax.nnx import recipe_of
 from adapters_jax.pretrained.decoder import STEP, PretrainedDecoder, complete
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
-from adapters_jax.tasks.metrics import exact_match, perplexity
+from adapters_jax.tasks.metrics import ROUGE, exact_match, perplexity, rouge
 from adapters_jax.training.state import TrainState
 
 # Paths by which a recipe adapts the head of a model, which may be the embedding.
@@ -122,7 +122,9 @@ class CompletionProblem:
             texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
             self.generated[part] = texts
             found["exact_match"] = exact_match(texts, rows.references)
-        return found
+            if {*ROUGE} & {*self.metrics}:
+                found |= rouge(texts, rows.references)
+        return {name: found[name] for name in self.metrics if name in found}
 
 
 def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:
@@ -146,6 +148,13 @@ def _learnt(
     hidden = model.hidden(
         batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
     )
+    return learnt_first(hidden, labels, most)
+
+
+def learnt_first(
+    hidden: Float[Array, "batch length d"], labels: Int[Array, "batch length"], most: int
+) -> tuple[Float[Array, "batch most d"], Int[Array, "batch most"]]:
+    """The hidden states and labels of each sequence's tokens to learn, and others behind them."""
     learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
     hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
     return hidden, jnp.take_along_axis(labels, learnt, axis=1)
@@ -153,12 +162,8 @@ def _learnt(
 
 def token_losses(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, " batch"]:
     """The loss of each sequence, summed over its tokens to learn."""
-
-    def row(hidden: Array, labels: Array) -> Array:
-        weights = jnp.ones((1, len(labels)))
-        return cross_entropy(hidden[None], model.logits, labels[None], weights, chunk=chunk)
-
-    return jax.vmap(row)(*_learnt(model, batch, most))
+    hidden, labels = _learnt(model, batch, most)
+    return -sequence_log_probs(hidden, model.logits, labels, chunk=chunk)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))

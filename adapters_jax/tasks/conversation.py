@@ -6,18 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from adapters_jax.data.conversations import Conversations, read_conversations
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.readers import title_of
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
-from adapters_jax.io.loading import load_adapter
-from adapters_jax.io.run_directory import Run, check_base
-from adapters_jax.pretrained.decoder import DecoderTokenizer, load_pretrained_decoder
+from adapters_jax.io.run_directory import Run
+from adapters_jax.pretrained.decoder import (
+    DecoderTokenizer,
+    PretrainedDecoder,
+    load_pretrained_decoder,
+)
 from adapters_jax.tasks.base import Setup, Task, Usage
-from adapters_jax.tasks.completion import Generator, PreparedCompletions, adapted, length_of
+from adapters_jax.tasks.completion import (
+    Generator,
+    PreparedCompletions,
+    adapted,
+    ends_of_chat,
+    length_of,
+    open_generator,
+)
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, build_batches
 from adapters_jax.tasks.conversation_rows import ChatEncoder, Encoded
@@ -25,7 +33,7 @@ from adapters_jax.tasks.prompts import Prompts
 
 
 class ConversationTask(Task):
-    """Conversations of several turns; the loss counts the assistant's tokens (`--loss`)."""
+    """Conversations of several turns; the loss counts the assistant's tokens (`--turns`)."""
 
     name = "conversation"
     kind = "decoder"
@@ -33,8 +41,7 @@ class ConversationTask(Task):
     command = "generate"
     metrics = ("perplexity",)
     columns: ClassVar[Mapping[str, str | None]] = {"messages": None}
-    flags = ("loss", "pack", "held_out")
-    needed: ClassVar[Mapping[str, type]] = {"loss": str}
+    flags = ("turns", "pack", "held_out")
     example = "--train rows.jsonl, with a column messages"
 
     def load(
@@ -54,25 +61,15 @@ class ConversationTask(Task):
             (32, 4, 4)
         """
         parts = {n: read_conversations(path, columns.get("messages")) for n, path in files.items()}
-        fractions = {part: 0.0 if part in parts else 0.1 for part in HELD_OUT}
-        rows = parts["train"]
-        keys = [key_of(row.opening) for row in rows.rows]
-        chosen = split_rows(keys, [0] * len(keys), SPLIT_SEED, **fractions)
-        train, dev, test = (rows.take(taken) for taken in chosen)
-        return TaskData(
-            title_of(files["train"]),
-            train,
-            parts.get("dev", dev),
-            parts.get("test", test),
-            tuple(metrics) or self.metrics,
-        )
+        keys = [key_of(row.opening) for row in parts["train"].rows]
+        return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or self.metrics)
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedCompletions:
         """Packs the conversations for a decoder; the baseline is the base. See `Task.prepare`."""
         decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize)
-        check_chats(decoder, setup.model)
+        check_chats(decoder, setup.model, self.name)
         length = length_of(setup, decoder)
-        encoder = ChatEncoder(decoder, length, setup.loss)
+        encoder = ChatEncoder(decoder, length, setup.turns)
         parts: dict[str, Conversations] = {p: getattr(data, p) for p in ("train", *HELD_OUT)}
         encoded = {part: encoder.encode(rows) for part, rows in parts.items()}
         for part, found in encoded.items():
@@ -99,19 +96,20 @@ class ConversationTask(Task):
         config = {
             "max_length": length,
             "metrics": list(data.metrics),
-            "loss": setup.loss,
+            "turns": setup.turns,
             "pack": setup.pack,
         }
         return PreparedCompletions(problem, decoder.sha256, rows.tokens, config)
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator that also talks; see `Task.open`."""
-        decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
-        ids = np.zeros((1, 8), np.int32)
-        model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-        check_base(run, dict(config), decoder.sha256)
-        end = ChatEncoder(decoder, decoder.config.longest).end
-        return Generator(decoder, model, Prompts(), () if end is None else (end,))
+        return open_generator(self, run, config)
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: PretrainedDecoder
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers."""
+        return Prompts(), ends_of_chat(decoder)
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
@@ -120,17 +118,18 @@ class ConversationTask(Task):
         return Usage.of(words, "load_generator", run, model, f"generate([{asked!r}])")
 
 
-def check_chats(decoder: DecoderTokenizer, model: str) -> None:
+def check_chats(decoder: DecoderTokenizer, model: str, task: str) -> None:
     """Raises UserError if a base cannot learn conversations."""
     if decoder.encodes:
         raise UserError(
-            f"--task conversation is for decoders; the encoder of {model!r} reads one prompt: use "
+            f"--task {task} is for decoders; the encoder of {model!r} reads one prompt: use "
             "--task completion"
         )
     if decoder.chat_template is None:
         raise UserError(
             f"{model!r} has no chat template to write conversations with; use a base that has one, "
-            "put chat_template.jinja into its directory, or use --task completion"
+            "put chat_template.jinja into its directory, or use rows of texts, as prompt and "
+            "completion, with --task completion"
         )
 
 

@@ -26,7 +26,7 @@ from adapters_jax.data.packing import Marked
 from adapters_jax.errors import ChatTemplateError
 from adapters_jax.pretrained.decoder import DecoderTokenizer
 
-Learnt = Literal["assistant", "all", "last"]
+Turns = Literal["assistant", "last", "all"]
 
 
 def _common(one: str, other: str) -> int:
@@ -80,7 +80,7 @@ class ChatEncoder:
 
     decoder: DecoderTokenizer
     max_length: int
-    learnt: Learnt = "assistant"
+    learnt: Turns = "assistant"
 
     def encode(self, rows: Conversations) -> Encoded:
         """Encodes conversations.
@@ -91,7 +91,7 @@ class ChatEncoder:
         examples: list[Marked] = []
         counts: Counter[str] = Counter()
         for row, line in zip(rows.rows, rows.lines, strict=True):
-            answers = self._answers(row, rows.path, line)
+            answers = self.answers_at(row, rows.path, line)
             kept = self._fitting(answers)
             own = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
             examples += own
@@ -107,7 +107,7 @@ class ChatEncoder:
             )
         return Encoded(examples, **counts)
 
-    def _answers(self, row: Conversation, path: str, line: Line) -> list[Answer]:
+    def answers_at(self, row: Conversation, path: str, line: Line) -> list[Answer]:
         """The answers of a row; raises DataError if the template cannot write them."""
         if row.tools and "tools" not in (self.decoder.chat_template or ""):
             raise DataError(

@@ -1,7 +1,8 @@
-"""The baseline of a trained head on a frozen base, trained on cached features.
+"""The baseline of a trained head on a frozen base.
 
 A frozen base gives a row the same pooled features in every epoch. They are computed once, and the
-head then learns from them in seconds.
+head then learns from them in seconds. The states of all tokens would need too much memory; a head
+that reads them learns in a few epochs beside the base.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from jaxtyping import Array, Float
 
 from adapters_jax.adapt import adapt
 from adapters_jax.data.batches import Batches
-from adapters_jax.presets import head_only
+from adapters_jax.models.parts.encoder import TOKENS
+from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, BatchSource, in_row_order
-from adapters_jax.tasks.labelled_problem import LabelledProblem
+from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
 
 
 class Head(nn.Module):
@@ -42,8 +44,8 @@ class FeatureBatches:
     """Batches of cached features; a batch is a pure function of the seed and the step.
 
     Args:
-        features: the features, `(rows, d)`.
-        labels: the labels, `(rows,)`; None for batches without labels.
+        features: the features, `(rows, d)`, or `(rows, inputs, d)`.
+        labels: the labels, `(rows, ...)`; None for batches without labels.
         batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps the order of the rows.
     """
@@ -75,13 +77,17 @@ class FeatureBatches:
 def feature_reader(
     encoder: Encoder, inputs: tuple[str, ...]
 ) -> Callable[[BatchSource], np.ndarray]:
-    """Makes a function that computes the pooled features `(rows, d)` of batches in order."""
+    """Makes a function that computes the pooled features of batches in order."""
     width = encoder.config.hidden_size
     # With the identity as its head, the classifier returns its features.
     model = encoder.classifier(width)
     identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
     params = encoder.under(identity)
-    apply = jax.jit(lambda params, arrays: model.apply({"params": params}, *arrays))
+    apply = jax.jit(
+        lambda params, arrays: apply_to_rows(
+            lambda *inputs: model.apply({"params": params}, *inputs), arrays
+        )
+    )
     return lambda batches: in_row_order(
         lambda batch: apply(params, [batch[name] for name in inputs]), batches
     )
@@ -90,7 +96,7 @@ def feature_reader(
 def head_problem(
     problem: LabelledProblem, encoder: Encoder, train: Batches, seed: int
 ) -> LabelledProblem:
-    """Makes the problem of training the head alone, on cached features of the frozen base.
+    """Makes the problem of training the head alone; pooled features of the base are cached.
 
     Args:
         problem: the problem on texts.
@@ -98,11 +104,17 @@ def head_problem(
         train: its training rows, in order.
         seed: the seed of the order in training.
     """
+    if encoder.pooling == TOKENS:
+        return dataclasses.replace(
+            problem,
+            model=adapt(encoder.classifier(problem.readout.width, dropout=0.0), head_only()),
+            params=encoder.under(problem.params[HEAD]),
+        )
     features, size = feature_reader(encoder, problem.inputs), train.batch_size
     return dataclasses.replace(
         problem,
         model=adapt(Head(problem.readout.width), head_only()),
-        params={"head": problem.params["head"]},
+        params={HEAD: problem.params[HEAD]},
         inputs=("features",),
         train=FeatureBatches(features(train), train.labels, size, seed),
         held_out={

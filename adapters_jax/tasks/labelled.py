@@ -1,6 +1,6 @@
-"""What tasks on texts with one label share: an encoder with a head learns the labels.
+"""What tasks on an encoder with a head share: the model, its rows, training, prediction.
 
-The task's `Readout` has what a label is: a class or a number.
+The task's `Readout` has what a label is: a class, a number, the tags of words, an answer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 from adapters_jax.adapt import adapt
-from adapters_jax.data.batches import Batches, Row, choose_buckets
+from adapters_jax.data.batches import Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData, load_labelled
-from adapters_jax.data.readers import DataError
-from adapters_jax.data.tables import Texts
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.linen import Adapted, init_adapters
+from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import INPUTS, Encoder, load_encoder, store_frozen
 from adapters_jax.tasks.base import (
@@ -38,16 +37,16 @@ from adapters_jax.tasks.base import (
     in_row_order,
 )
 from adapters_jax.tasks.head import head_problem
-from adapters_jax.tasks.labelled_problem import LabelledProblem
-from adapters_jax.tasks.metrics import compute
-from adapters_jax.tasks.readout import Readout
+from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
+from adapters_jax.tasks.readout import Inputs, Readout
 
-MAX_LENGTH = 128
 BATCH_SIZE = 32  # texts predicted at a time
+EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
+PARTS = ("train", "dev", "test")
 
 
-class LabelledTexts(Task):
-    """A task on texts with one label each.
+class EncoderTask(Task):
+    """A task that an encoder with a head learns.
 
     Attributes:
         defaults: the metrics if the user chooses none.
@@ -55,14 +54,8 @@ class LabelledTexts(Task):
     """
 
     kind = "encoder"
-    pipeline = "text-classification"
     command = "predict"
-    columns: ClassVar[Mapping[str, str | None]] = {
-        "text": "text",
-        "text_pair": None,
-        "label": "label",
-    }
-    flags = ("metrics", "glue", "data", "pooling", "dropout", "head_learning_rate")
+    flags: ClassVar[tuple[str, ...]] = ("metrics", "dropout", "head_learning_rate")
     needed: ClassVar[Mapping[str, type]] = {
         "pooling": str,
         "target": dict,
@@ -72,35 +65,30 @@ class LabelledTexts(Task):
     defaults: ClassVar[tuple[str, ...]]
     readout: ClassVar[type[Readout]]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads texts or pairs of texts, and their labels; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        return load_labelled(
-            files["train"],
-            files.get("dev"),
-            files.get("test"),
-            **named,
-            task=self.name,
-            metrics=metrics or self.defaults,
-        )
+    def texts(self, columns: Mapping[str, Any]) -> list[str]:
+        """The columns of the texts that are needed to predict a row."""
+        return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
-        encoder = load_encoder(
-            setup.model, setup.pooling, setup.dtype, setup.quantize, setup.attention
-        )
-        length = setup.max_length or MAX_LENGTH
-        rows = {
-            part: _encode(encoder, getattr(data, part).texts, part, length, setup)
-            for part in ("train", "dev", "test")
+        readout = self.readout.of(data.train)
+        pooling = readout.pooling or setup.pooling
+        encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
+        length = _length(setup, readout, encoder)
+        inputs = {
+            part: readout.inputs(encoder, getattr(data, part).texts, length) for part in PARTS
         }
-        buckets = choose_buckets(rows["train"], length, setup.batch_size)
-        problem = self._problem(data, setup, encoder, rows, buckets)
-        labels = problem.readout.encode(data.train.labels)
-        columns = self.of_columns(setup.columns)
-        tokens = sum(len(row.input_ids) for row in rows["train"])
+        for part, found in inputs.items():
+            if found.cut:
+                count = len(getattr(data, part))
+                setup.say(f"{found.cut} of {count} {part} texts are cut at {length} tokens")
+        rows, labels = readout.targets(inputs["train"], data.train.labels)
+        buckets = choose_buckets(rows, length, setup.batch_size)
+        size, pad_id = setup.batch_size, encoder.config.pad_token_id
+        batches = Batches(rows, labels, size, setup.seed, buckets, pad_id)
+        problem = self._problem(data, setup, encoder, readout, batches, inputs)
+        columns = self.texts(self.of_columns(setup.columns))
+        tokens = sum(row.input_ids.size for row in rows)
         return PreparedTexts(
             problem,
             encoder.sha256,
@@ -108,16 +96,17 @@ class LabelledTexts(Task):
             {
                 "max_length": length,
                 "metrics": list(data.metrics),
-                "pooling": setup.pooling,
-                "target": problem.readout.to_config(),
-                "text": columns["text"],
-                "text_pair": columns["text_pair"],
-                "pairs": columns["text_pair"] is not None,
+                "pooling": pooling,
+                "target": readout.to_config(),
+                "text": columns[0],
+                "text_pair": columns[1] if len(columns) == 2 else None,
+                "pairs": len(columns) == 2,
+                **({"texts": columns} if len(columns) > 2 else {}),
             },
             data,
             setup,
             encoder,
-            encoder.in_order(rows["train"], labels, setup.batch_size, buckets),
+            encoder.in_order(rows, labels, size, buckets),
         )
 
     def _problem(
@@ -125,37 +114,42 @@ class LabelledTexts(Task):
         data: TaskData,
         setup: Setup,
         encoder: Encoder,
-        rows: Mapping[str, Sequence[Row]],
-        buckets: tuple[int, ...],
+        readout: Readout,
+        batches: Batches,
+        inputs: Mapping[str, Inputs],
     ) -> LabelledProblem:
-        readout, size = self.readout.of(data.train), setup.batch_size
-        labels, pad_id = readout.encode(data.train.labels), encoder.config.pad_token_id
-        batches = Batches(rows["train"], labels, size, setup.seed, buckets, pad_id)
         recipe = setup.recipe(head=HEAD, num_layers=encoder.config.num_layers)
         model = adapt(encoder.classifier(readout.width, setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
+        example = [batches[0][name] for name in INPUTS]
         params = init_adapters(
             model,
             encoder.init(readout.width, head_key),
             adapters_key,
-            *(batches[0][name] for name in INPUTS),
+            *(array.reshape(-1, array.shape[-1]) for array in example),
         )
+        held_out = {part: inputs[part] for part in ("dev", "test")}
         return LabelledProblem(
             model,
             store_frozen(params, recipe, setup.dtype),
             INPUTS,
             readout,
             batches,
-            {p: encoder.in_order(rows[p], None, size, buckets) for p in ("dev", "test")},
-            {"dev": data.dev.labels, "test": data.test.labels},
+            {
+                part: encoder.in_order(found.rows, None, setup.batch_size, batches.buckets)
+                for part, found in held_out.items()
+            },
+            {part: getattr(data, part).labels for part in held_out},
             data.metrics,
             setup.mesh,
+            {part: found.where for part, found in held_out.items()},
         )
 
     def open(self, run: Run, config: Mapping[str, Any]) -> TextPredictor:
         """Opens a run as a predictor; see `Task.open`."""
         try:
             readout = self.readout.from_config(config["target"])
+            readout = readout.restored(config.get("summary", {}).get("dev", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{run.config} is damaged: its target is {config['target']!r}: {error}"
@@ -181,11 +175,35 @@ class LabelledTexts(Task):
         return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
 
-def _encode(encoder: Encoder, texts: Texts, part: str, max_length: int, setup: Setup) -> list[Row]:
-    rows, cut = encoder.encode(texts, max_length)
-    if cut:
-        setup.say(f"{cut} of {len(rows)} {part} texts are cut at {max_length} tokens")
-    return rows
+class LabelledTexts(EncoderTask):
+    """A task on texts, or pairs of texts, with one label each."""
+
+    pipeline = "text-classification"
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "text": "text",
+        "text_pair": None,
+        "label": "label",
+    }
+    flags = (*EncoderTask.flags, "glue", "data", "pooling")
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads texts or pairs of texts, and their labels; see `Task.load`."""
+        named: Any = self.of_columns(columns)
+        return load_labelled(
+            files["train"],
+            files.get("dev"),
+            files.get("test"),
+            **named,
+            task=self.name,
+            metrics=metrics or self.defaults,
+        )
+
+
+def _length(setup: Setup, readout: Readout, encoder: Encoder) -> int:
+    """The largest number of tokens; the default is at most what the model has positions for."""
+    return setup.max_length or min(readout.max_length, encoder.longest)
 
 
 @dataclass(frozen=True)
@@ -218,22 +236,32 @@ class PreparedTexts(Prepared):
     @property
     def trained(self) -> Problem:
         """The problem; a head that trains alone trains on cached features."""
-        return self._head_problem() if self._head_alone else self.problem
+        cached = self._head_alone and not self._reads_tokens
+        return self._head_problem() if cached else self.problem
 
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
         """The best constant prediction, and a trained head on the frozen base."""
         constant = Untrained(self.problem.readout.constant_title, self._constant)
-        return [constant] if self._head_alone else [constant, TrainedHead(self._head_problem)]
+        epochs = EPOCHS if self._reads_tokens else None
+        trained = TrainedHead(self._head_problem, epochs)
+        return [constant] if self._head_alone else [constant, trained]
+
+    @property
+    def _reads_tokens(self) -> bool:
+        return self.encoder.pooling == TOKENS
 
     def _head_problem(self) -> LabelledProblem:
-        self.setup.say("computing the frozen base's features, once for all epochs of its head")
+        if not self._reads_tokens:
+            self.setup.say("computing the frozen base's features, once for all epochs of its head")
         return head_problem(self.problem, self.encoder, self.in_order, self.setup.seed)
 
     def _constant(self) -> Scores:
         problem = self.problem
         return {
-            part: compute(
-                problem.metrics, problem.readout.constant(self.data.train, len(labels)), labels
+            part: problem.readout.score(
+                problem.metrics,
+                problem.readout.constant(self.data.train, getattr(self.data, part)),
+                labels,
             )
             for part, labels in problem.labels.items()
         }
@@ -259,33 +287,32 @@ class TextPredictor:
     max_length: int
     pairs: bool
 
-    def count_cut(self, texts: Texts) -> int:
+    def count_cut(self, texts: Sequence[Any]) -> int:
         """The number of texts longer than `max_length` tokens."""
-        return self.encoder.encode(texts, self.max_length)[1]
+        self.readout.check(texts, self.pairs)
+        return self.readout.inputs(self.encoder, texts, self.max_length).cut
 
-    def predict(self, texts: Texts) -> list[Prediction]:
+    def predict(self, texts: Sequence[Any]) -> list[Prediction]:
         """Predicts each text.
 
         Args:
-            texts: `(text, None)`, or `(text, second text)` for a run on pairs.
+            texts: `(text, None)`, or `(text, second text)` for a run on pairs; for a run on more
+                columns, all of them.
 
         Raises:
             DataError: there are no texts, one is no `(text, second)`, or they are pairs for a run
                 on single texts, or the other way round.
         """
-        if not texts or any(isinstance(row, str) or len(row) != 2 for row in texts):
-            raise DataError(
-                "predict: expected at least one text, each as (text, None) or (text, second text): "
-                'predict([("A text.", None)])'
+        self.readout.check(texts, self.pairs)
+        inputs = self.readout.inputs(self.encoder, texts, self.max_length)
+        buckets = choose_buckets(inputs.rows, self.max_length, BATCH_SIZE)
+        batches = self.encoder.in_order(inputs.rows, None, BATCH_SIZE, buckets)
+        apply = jax.jit(
+            lambda params, arrays: apply_to_rows(
+                lambda *inputs: self.model.apply({"params": params}, *inputs), arrays
             )
-        if any((pair is not None) != self.pairs for _, pair in texts):
-            expected = "pairs of texts" if self.pairs else "single texts"
-            raise DataError(f"the run was trained on {expected}; give it {expected}")
-        rows, _ = self.encoder.encode(texts, self.max_length)
-        buckets = choose_buckets(rows, self.max_length, BATCH_SIZE)
-        batches = self.encoder.in_order(rows, None, BATCH_SIZE, buckets)
-        apply = jax.jit(lambda params, arrays: self.model.apply({"params": params}, *arrays))
+        )
         outputs = in_row_order(
             lambda batch: apply(self.params, [batch[name] for name in INPUTS]), batches
         )
-        return [self.readout.predict(*pair, row) for pair, row in zip(texts, outputs, strict=True)]
+        return self.readout.predictions(texts, outputs, inputs)

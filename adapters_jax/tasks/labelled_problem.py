@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,6 @@ from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.linen import Adapted
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
-from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.readout import Readout
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step
@@ -36,6 +35,7 @@ class LabelledProblem:
         labels: the labels of the held-out rows.
         metrics: the names of the metrics, the one to select on first.
         mesh: the mesh of devices that batches are split over; None is one device.
+        where: `Inputs.where` of the held-out rows, for readouts that need it.
     """
 
     model: Adapted
@@ -44,9 +44,10 @@ class LabelledProblem:
     readout: Readout
     train: BatchSource
     held_out: Mapping[str, BatchSource]
-    labels: Mapping[str, np.ndarray]
+    labels: Mapping[str, Any]
     metrics: Sequence[str]
     mesh: Mesh | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -59,24 +60,36 @@ class LabelledProblem:
         return make_eval_step(self.outputs)
 
     def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
-        """The model's outputs on a batch."""
+        """The model's outputs on a batch; a row may be several inputs of the model."""
         arrays = [batch[name] for name in self.inputs]
-        return self.model.apply({"params": params}, *arrays, **options)
+        return apply_to_rows(lambda *x: self.model.apply({"params": params}, *x, **options), arrays)
 
     def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
         outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
-        losses = self.readout.losses(outputs, jnp.asarray(batch["labels"]))
+        losses = self.readout.losses(outputs, batch)
         return jnp.mean(batch["weight"] * losses)
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step; the mean of its weights is 1."""
+        """The training batch of a step, weighted so that `loss` is the mean over all losses."""
         batch = self.train[step]
-        return {**batch, "weight": batch["weight"] / batch["weight"].mean()}
+        counts = self.readout.counts(batch)
+        mean = max((batch["weight"] * counts).mean(), 1 / len(counts))
+        return {**batch, "weight": batch["weight"] / mean}
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
+        outputs, readout = self._outputs(state, part), self.readout
+        if readout.fits:
+            dev = outputs if part == "dev" else self._outputs(state, "dev")
+            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+        predictions = readout.decode(outputs, self.where.get(part))
+        return {
+            **readout.score(self.metrics, predictions, self.labels[part]),
+            **readout.found(),
+        }
 
+    def _outputs(self, state: TrainState, part: str) -> np.ndarray:
         def run(batch: Batch) -> Any:
             inputs = {name: batch[name] for name in self.inputs}
             return self._evaluate(state, shard_batch(inputs, self.mesh) if self.mesh else inputs)
@@ -84,4 +97,23 @@ class LabelledProblem:
         outputs = in_row_order(run, self.held_out[part])
         if not np.isfinite(outputs).all():
             raise NotFiniteError(int(state.step), f"an output on {part}")
-        return compute(self.metrics, self.readout.decode(outputs), self.labels[part])
+        return outputs
+
+
+def apply_to_rows(apply: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+    """Applies a model to rows of one or several inputs each, such as the choices of a question.
+
+    Args:
+        apply: the model, on arrays `(inputs, ...)`; it returns outputs `(inputs, ...)`.
+        arrays: `(rows, length)` for one input a row, `(rows, several, length)` for several.
+
+    Returns:
+        Outputs `(rows, ...)`, or `(rows, several, ...)`.
+
+    Example:
+        >>> apply_to_rows(lambda x: x.sum(axis=-1), [jnp.ones((2, 3, 4))]).shape
+        (2, 3)
+    """
+    lead = arrays[0].shape[:-1]
+    outputs = apply(*(x.reshape(-1, x.shape[-1]) for x in arrays))
+    return outputs.reshape(*lead, *outputs.shape[1:])

@@ -1,16 +1,20 @@
-"""Metrics of predicted classes and numbers, and of generated text.
+"""Metrics of predicted classes, numbers, tags, answers and sets, and of generated text.
 
 Every metric is defined for constant predictions; correlations are then 0.0.
 """
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Collection, Sequence
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import MissingPackageError, UserError
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -156,6 +160,169 @@ def exact_match(generated: Sequence[str], references: Sequence[Collection[str]])
 
     hits = [words(g) in map(words, r) for g, r in zip(generated, references, strict=True)]
     return float(np.mean(hits))
+
+
+def rouge(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, by Google's rouge-score: the mean of each text's F1.
+
+    Words are stemmed; a text with several references has its best score.
+
+    Args:
+        generated: the generated text of each row.
+        references: the right texts of each row.
+
+    Returns:
+        Numbers in [0, 1].
+
+    Raises:
+        MissingPackageError: rouge-score is not installed.
+
+    Reference:
+        Lin 2004, "ROUGE: A package for automatic evaluation of summaries".
+    """
+    scorer = rouge_scorer().RougeScorer(list(ROUGE), use_stemmer=True)
+    pairs = zip(references, generated, strict=True)
+    scores = [scorer.score_multi(list(right), text) for right, text in pairs]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGE}
+
+
+def rouge_scorer() -> ModuleType:
+    """The module of rouge-score; raises MissingPackageError if it is not installed."""
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise MissingPackageError("ROUGE", "rouge-score", extra="rouge") from error
+    return rouge_scorer
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The spans that BIO tags mark, by the rules of CoNLL's conlleval.
+
+    A span begins at B, and at I after O or after a tag of another kind. No maintained library has
+    these rules: seqeval's last release is of 2020, and nervaluate counts partial matches.
+
+    Args:
+        tags: the tags of a text: O, B-kind and I-kind.
+
+    Returns:
+        The kind of each span, its first token, and the token after its last.
+
+    Example:
+        >>> spans_of(["B-per", "I-per", "O", "I-loc", "B-loc"])
+        [('per', 0, 2), ('loc', 3, 4), ('loc', 4, 5)]
+    """
+    spans: list[tuple[str, int, int]] = []
+    inside = None
+    for i, tag in enumerate(tags):
+        mark, _, kind = tag.partition("-")
+        if mark == "I" and kind == inside:
+            spans[-1] = (kind, spans[-1][1], i + 1)
+        elif mark != "O":
+            spans.append((kind, i, i + 1))
+        inside = None if mark == "O" else kind
+    return spans
+
+
+def span_scores(
+    predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Precision, recall and F1 of the spans that BIO tags mark, over all texts together.
+
+    Args:
+        predictions: the predicted tags of each text.
+        labels: the right tags of each text.
+
+    Returns:
+        Numbers in [0, 1]; 0.0 where nothing is right.
+
+    Example:
+        >>> scores = span_scores([["B-a", "O", "B-b"]], [["B-a", "I-a", "B-b"]])
+        >>> scores["precision"], scores["recall"], scores["f1"]
+        (0.5, 0.5, 0.5)
+    """
+    found, right, both = 0, 0, 0
+    for predicted, gold in zip(predictions, labels, strict=True):
+        spans, expected = {*spans_of(predicted)}, {*spans_of(gold)}
+        found, right, both = found + len(spans), right + len(expected), both + len(spans & expected)
+    return {
+        "precision": both / max(found, 1),
+        "recall": both / max(right, 1),
+        "f1": 2 * both / max(found + right, 1),
+    }
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def squad_words(text: str) -> list[str]:
+    """The words of an answer without case, punctuation and articles, as SQuAD compares them.
+
+    Example:
+        >>> squad_words("The  Panthers' defense.")
+        ['panthers', 'defense']
+    """
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return _ARTICLES.sub(" ", plain).split()
+
+
+def squad_scores(predictions: Sequence[str], labels: Sequence[Collection[str]]) -> dict[str, float]:
+    """SQuAD's exact match and F1 of words, each with the best of a question's answers.
+
+    The libraries that have them, `evaluate` and torchmetrics, fetch a script or need torch.
+
+    Args:
+        predictions: the answer to each question; "" says that there is none.
+        labels: the right answers of each question; none where it has no answer.
+
+    Returns:
+        Numbers in [0, 1].
+
+    Reference:
+        Rajpurkar et al. 2018, arXiv:1806.03822, and its evaluation script.
+
+    Example:
+        >>> squad_scores(["the Ann Lee", ""], [["Ann", "Bob"], []])
+        {'exact_match': 0.5, 'f1': 0.833...}
+    """
+    exact, overlap = [], []
+    for prediction, answers in zip(predictions, labels, strict=True):
+        right = [each for each in answers if squad_words(each)] or [""]
+        exact.append(max(squad_words(prediction) == squad_words(each) for each in right))
+        overlap.append(max(_word_f1(squad_words(prediction), squad_words(each)) for each in right))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def _word_f1(found: list[str], right: list[str]) -> float:
+    if not found or not right:
+        return float(found == right)
+    return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
+
+
+def set_scores(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """F1 of sets of labels: over all decisions (micro) and as the mean over labels (macro).
+
+    Args:
+        predictions: 1 for each predicted label, `(rows, labels)`.
+        labels: 1 for each right label, `(rows, labels)`.
+
+    Returns:
+        Numbers in [0, 1], and the fraction of rows whose sets are equal (accuracy).
+
+    Example:
+        >>> set_scores([[1, 0], [1, 1]], [[1, 0], [0, 1]])
+        {'f1_micro': 0.8, 'f1_macro': 0.833..., 'accuracy': 0.5}
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    return {
+        "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(labels, predictions)),
+    }
 
 
 LOWER_IS_BETTER = ("perplexity",)

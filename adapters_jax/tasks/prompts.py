@@ -80,7 +80,7 @@ def encode_table(
     Raises:
         DataError: a prompt leaves no room for a completion.
     """
-    examples = [_example(*pair, prompts, decoder) for pair in table.texts]
+    examples = [encode_pair(*pair, prompts, decoder) for pair in table.texts]
     rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
     long = [
         f"{place(line)} ({len(prompt)} tokens)"
@@ -97,9 +97,10 @@ def encode_table(
     return [Example(p, c[:room]) for (p, c), room in zip(examples, rooms, strict=True)], cut
 
 
-def _example(
+def encode_pair(
     prompt: str, completion: str | None, prompts: Prompts, decoder: DecoderTokenizer
 ) -> Example:
+    """Encodes a prompt and its completion, which the end token follows; or a plain text."""
     if completion is None:
         first, *rest = decoder.tokenizer.encode(prompt).ids
         return Example([first], [*rest, decoder.end])

@@ -1,49 +1,132 @@
-"""The interface that maps the outputs of a head to labels, and back."""
+"""What differs between tasks on an encoder with a head: what it reads, learns and predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
-from adapters_jax.data.datasets import Dataset
-from adapters_jax.tasks.base import Prediction
+import numpy as np
+
+from adapters_jax.data.readers import DataError
+from adapters_jax.pretrained.encoder import Encoder
+from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.metrics import compute
 
 
-class Readout(Protocol):
-    """Maps a head's outputs to labels, such as `classification.Classes`.
+class Inputs(NamedTuple):
+    """Encoded texts.
 
     Attributes:
-        constant_title: the name of the best constant prediction in tables.
+        rows: the encoded rows; `data.batches.Batches` takes them.
+        cut: the number of texts that lost tokens.
+        where: what `Readout.decode` needs beside the outputs, such as the words of each token.
     """
 
-    constant_title: str
+    rows: Sequence[Any]
+    cut: int
+    where: Any = None
+
+
+class Readout(ABC):
+    """Maps texts to the inputs of a model, and its outputs to labels and back.
+
+    The methods that are not abstract are those of tasks with one label for each row.
+
+    Attributes:
+        constant_title: the name of the best prediction without a model in tables.
+        pooling: what the head reads; None leaves it to the user.
+        max_length: the largest number of tokens if the user gives none.
+        fits: whether `fitted` learns from the outputs on dev.
+    """
+
+    constant_title: ClassVar[str]
+    pooling: ClassVar[str | None] = None
+    max_length: ClassVar[int] = 128
+    fits: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, train: Dataset) -> Self:
+    @abstractmethod
+    def of(cls, train: Any) -> Self:
         """Makes it from a training set; raises DataError if there is nothing to learn."""
 
     @classmethod
+    @abstractmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
 
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """The values for a run's configuration."""
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """The number of outputs of the head."""
 
+    def check(self, texts: Sequence[Any], pairs: bool) -> None:
+        """Raises DataError unless all texts to predict are single ones, or all are pairs."""
+        if not texts or any(isinstance(row, str) or len(row) != 2 for row in texts):
+            raise DataError(
+                "predict: expected at least one text, each as (text, None) or (text, second text): "
+                'predict([("A text.", None)])'
+            )
+        if any((pair is not None) != pairs for _, pair in texts):
+            expected = "pairs of texts" if pairs else "single texts"
+            raise DataError(f"the run was trained on {expected}; give it {expected}")
+
+    def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes texts."""
+        return Inputs(*encoder.encode(list(texts), max_length))
+
+    def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
+        """The encoded rows to train on, and their labels for `Batches`."""
+        return inputs.rows, self.encode(labels)
+
     def encode(self, labels: Any) -> Any:
-        """The labels `(rows,)` for the loss."""
+        """The labels `(rows, ...)` for the loss."""
+        return labels
 
-    def losses(self, outputs: Any, labels: Any) -> Any:
-        """The loss of each row, `(rows,)`, from outputs `(rows, width)` and encoded labels."""
+    def counts(self, batch: Batch) -> np.ndarray:
+        """The number of losses that each row's loss is the sum of, `(rows,)`."""
+        return np.ones_like(batch["weight"])
 
-    def decode(self, outputs: Any) -> Any:
-        """The predictions `(rows,)` for metrics, from outputs `(rows, width)`."""
+    @abstractmethod
+    def losses(self, outputs: Any, batch: Batch) -> Any:
+        """The loss of each row, `(rows,)`, from its outputs and the batch's `labels`."""
 
-    def constant(self, train: Dataset, rows: int) -> Any:
-        """The best constant prediction for `rows` rows."""
+    @abstractmethod
+    def decode(self, outputs: np.ndarray, where: Any = None) -> Any:
+        """The predictions from outputs in the order of the rows, and `Inputs.where`."""
 
-    def predict(self, text: str, text_pair: str | None, outputs: Any) -> Prediction:
-        """The prediction of one row of outputs, `(width,)`."""
+    def fitted(self, metric: str, outputs: np.ndarray, labels: Any) -> Self:
+        """What the outputs on dev make of it, such as a threshold that is best for a metric."""
+        return self
+
+    def found(self) -> dict[str, float]:
+        """What `fitted` learnt, by name; it stands beside the metrics."""
+        return {}
+
+    def restored(self, dev: Mapping[str, float]) -> Self:
+        """The readout with what `fitted` learnt in training, from a run's results on dev."""
+        return self
+
+    def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+        """The metrics of predictions."""
+        return compute(metrics, predictions, labels)
+
+    @abstractmethod
+    def constant(self, train: Any, part: Any) -> Any:
+        """The best predictions without a model for a part: mostly the same for each row."""
+
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The prediction of each text."""
+        return [
+            self.predict(text, pair, row) for (text, pair), row in zip(texts, outputs, strict=True)
+        ]
+
+    def predict(self, text: str, text_pair: str | None, outputs: np.ndarray) -> Prediction:
+        """The prediction of one row of outputs, for the default of `predictions`."""
+        raise NotImplementedError

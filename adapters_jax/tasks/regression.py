@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
-from adapters_jax.tasks.base import Prediction
+from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
+from adapters_jax.tasks.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class NumberPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(Readout):
     """A `Readout` of numbers: the head's output is a standardised number.
 
     The labels are standardised by their mean and standard deviation in training, so that one
@@ -83,19 +84,19 @@ class Numbers:
         """The labels for the loss: standardised."""
         return ((labels - self.mean) / self.std).astype(np.float32)
 
-    def losses(
-        self, outputs: Float[Array, "rows width"], labels: Float[Array, " rows"]
-    ) -> Float[Array, " rows"]:
+    def losses(self, outputs: Float[Array, "rows width"], batch: Batch) -> Float[Array, " rows"]:
         """The squared error of each row."""
-        return jnp.square(outputs[:, 0] - labels)
+        return jnp.square(outputs[:, 0] - batch["labels"])
 
-    def decode(self, outputs: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, " rows"]:
+    def decode(
+        self, outputs: Float[np.ndarray, "rows width"], where: Any = None
+    ) -> Float[np.ndarray, " rows"]:
         """The numbers of outputs, on the scale of the labels."""
         return outputs[:, 0] * self.std + self.mean
 
-    def constant(self, train: Dataset, rows: int) -> Float[np.ndarray, " rows"]:
-        """The best constant prediction for `rows` rows: the mean of the training rows."""
-        return np.full(rows, self.mean)
+    def constant(self, train: Dataset, part: Dataset) -> Float[np.ndarray, " rows"]:
+        """The mean of the training rows for each row of a part."""
+        return np.full(len(part), self.mean)
 
     def predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]

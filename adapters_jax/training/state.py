@@ -14,8 +14,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
 from adapters_jax.checks import shown
-from adapters_jax.counted import counted
-from adapters_jax.errors import MismatchError, RecipeError, UserError
+from adapters_jax.counted import counted, left_over, without_adapter
+from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe, checked_before, require_points
@@ -125,6 +125,8 @@ class TrainState:
                 "call aj.adapt(model, recipe) first"
             )
         _check_trained(recipe, adapters)
+        if params is not None:
+            _warn_of_rest(recipe, params)
         _check_optimizer(tx)
         _check_key(key)
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
@@ -225,6 +227,22 @@ def _check_params(recipe: Recipe, params: Tree) -> None:
             own = [a.owner for a in adapters if a.owner.method == method]
             if own:  # where there is none at all, `_check_trained` says so
                 require_points(method, [path for o in own for path in (o.path, o.module)], {})
+
+
+def _warn_of_rest(recipe: Recipe, params: Tree) -> None:
+    """Gives an AdapterWarning for targets without an adapter, and for leaves of other adapters."""
+    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
+    fix = "pass what aj.init_adapters(model, params, key, *example_inputs) returned for this model"
+    if bare := without_adapter(recipe, shapes):
+        warn(
+            f"TrainState.create: the recipe targets {shortened(', '.join(bare))}, and the params "
+            f"have no adapter there, so nothing is learnt there; if the model runs it, {fix}"
+        )
+    if rest := left_over(recipe, shapes):
+        warn(
+            f"TrainState.create: the params have {shortened(', '.join(rest))}, named like an "
+            f"adapter's, and the recipe has none there, so it changes nothing; {fix}"
+        )
 
 
 def _check_optimizer(tx: Any) -> None:

@@ -16,7 +16,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.mixed import Rows
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.training.state import TrainState
-from adapters_jax.transforms.fitting import fitted, is_prompt, neutral, owners_of
+from adapters_jax.transforms.fitting import Fitted, fitted, is_prompt, neutral, owners_of
 from adapters_jax.trees import (
     Adapter,
     Tree,
@@ -133,15 +133,32 @@ class Bank:
         """The model, to call with `adapters=bank.rows([...])`; in NNX with the stacked adapters."""
         if isinstance(self._model, Adapted):
             return self._model
-        return nnx.merge(self._model, with_leaves(self._trained, self._stacked), self._rest)
+        return nnx.merge(*self.split)
 
-    def put(self, name: str, adapter: Adapter | TrainState, *, replace: bool = False) -> Self:
+    @property
+    def split(self) -> tuple[Any, Any, Any]:
+        """NNX: what `nnx.split(bank.model, AdapterParam, ...)` gives, without making the model."""
+        if isinstance(self._model, Adapted):
+            raise TypeError("this bank is of a linen model; use bank.params")
+        return self._model, with_leaves(self._trained, self._stacked), self._rest
+
+    def put(
+        self,
+        name: str,
+        adapter: Adapter | TrainState | Fitted,
+        *,
+        replace: bool = False,
+        donate: bool = False,
+    ) -> Self:
         """The bank with one more adapter.
 
         Args:
             name: what `rows` calls it.
-            adapter: its recipe and its trained tree, as `read_adapter` returns them, or a state.
+            adapter: its recipe and its trained tree, as `read_adapter` returns them, or a state; or
+                what `fit` made of it.
             replace: whether an adapter of that name may be replaced.
+            donate: whether the new bank may take over the stacked arrays of this one, so that only
+                the adapter is written. No other bank that shares them can be used afterwards.
 
         Raises:
             UserError: the bank is full, the name is taken, or it is no text.
@@ -151,15 +168,28 @@ class Bank:
             TypeError: `adapter` is no pair of a recipe and a tree.
         """
         place = self._free_place(name, replace)
-        if isinstance(adapter, TrainState):
-            adapter = adapter.recipe, adapter.trained
-        recipe, flat = adapter_leaves(adapter, "Bank.put")
-        made = fitted(f"Bank.put({name!r})", recipe, flat, self.recipe, self._idle)
+        made = adapter if isinstance(adapter, Fitted) else self.fit(name, adapter)
         lengths = {path: x.copy() for path, x in self._lengths.items()}
         for path, counts in lengths.items():
             counts[place] = made.lengths.get(path, 0)
-        stacked = _written(self._stacked, {**self._idle, **made.leaves}, place)
+        write = _written_in_place if donate else _written
+        stacked = write(self._stacked, {**self._idle, **made.leaves}, place)
         return self._with({**self._places, name: place}, _stacked=stacked, _lengths=lengths)
+
+    def fit(self, name: str, adapter: Adapter | TrainState) -> Fitted:
+        """An adapter in the bank's shapes, for `put`; it holds for every bank made from this one.
+
+        Args:
+            name: what error messages call it.
+            adapter: as for `put`.
+
+        Raises:
+            RecipeError, MismatchError, TypeError: as for `put`.
+        """
+        if isinstance(adapter, TrainState):
+            adapter = adapter.recipe, adapter.trained
+        recipe, flat = adapter_leaves(adapter, "Bank.put")
+        return fitted(f"Bank.put({name!r})", recipe, flat, self.recipe, self._idle)
 
     def drop(self, name: str) -> Self:
         """The bank without an adapter.
@@ -227,7 +257,10 @@ class Bank:
         raise UserError(f"Bank: no adapter is named {shown(name)}; {hint}")
 
 
-@jax.jit
-def _written(stacked: dict[str, Any], leaves: dict[str, Any], place: Any) -> dict[str, Any]:
+def _with_adapter(stacked: dict[str, Any], leaves: dict[str, Any], place: Any) -> dict[str, Any]:
     """Stacked leaves with one adapter's in a place."""
     return {path: x.at[place].set(leaves[path]) for path, x in stacked.items()}
+
+
+_written = jax.jit(_with_adapter)
+_written_in_place = jax.jit(_with_adapter, donate_argnums=0)

@@ -14,6 +14,7 @@ from adapters_jax.data.overlap import shared_rows
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.splits import spread
 from adapters_jax.data.summary import Lengths, Summary, inputs_of, summarize
+from adapters_jax.data.tables import check_even
 
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar
@@ -41,7 +42,7 @@ class DescribeData:
         text_pair: column of the second text.
         prompt: for a decoder, column of the prompt.
         completion: for a decoder, column of the completion.
-        loss: tokens of conversations that count in the loss.
+        turns: tokens of conversations that count in the loss.
         max_length: count the rows that have more tokens than this.
         json: print one JSON object for each file.
     """
@@ -58,7 +59,7 @@ class DescribeData:
     text_pair: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    loss: Literal["assistant", "last", "all"] = "assistant"
+    turns: Literal["assistant", "last", "all"] = "assistant"
     max_length: int | None = None
     json: bool = False
 
@@ -72,6 +73,8 @@ class DescribeData:
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
         tables = [(path, read_file(path)) for path in self.files]
+        for path, rows in tables:
+            check_even(path, rows)
         first = inputs_of(tables[0][1])
         found = []
         for i, (path, rows) in enumerate(tables):
@@ -90,7 +93,7 @@ class DescribeData:
         if self.model is None:
             return None
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
-        return see(self.model, path, rows, columns, self.loss)
+        return see(self.model, path, rows, columns, self.turns)
 
     def _to_dict(self, described: _Described) -> dict[str, Any]:
         values = {"file": described.path.as_posix(), **described.summary.to_dict()}

@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": ("adapters_jax.app.cli.compare", "Compare"),
     "predict": ("adapters_jax.app.cli.predict", "Predict"),
     "generate": ("adapters_jax.app.cli.generate", "Generate"),
+    "serve": ("adapters_jax.app.cli.serve", "Serve"),
     "merge": ("adapters_jax.app.cli.merge", "Merge"),
     "combine": ("adapters_jax.app.cli.combine", "Combine"),
     "convert": ("adapters_jax.app.cli.convert", "Convert"),
@@ -52,6 +53,7 @@ commands:
   compare    train several recipes over seeds; compare scores with trainable parameters
   predict    label texts with a finished run
   generate   complete prompts with a finished run, or talk with it
+  serve      answer requests for a base and many adapters over HTTP, as OpenAI's API
   merge      merge a finished decoder's LoRA into its base, as a Hugging Face checkpoint
   combine    add up the LoRA of several runs, with weights
   convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
@@ -191,7 +193,8 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("adapters_jax"):
             raise
-        raise MissingPackageError(f"adapters-jax {name}", error.name) from error
+        extra = "serve" if name == "serve" else "finetune"
+        raise MissingPackageError(f"adapters-jax {name}", error.name, extra) from error
     summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
     paragraphs = [" ".join(paragraph.split()) for paragraph in summary.split("\n\n")]
     about = "\n\n".join([*paragraphs, f"examples:\n{command.examples}"])

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 from adapters_jax.app.console import Console, stdin_lines
 from adapters_jax.data.readers import DataError
-from adapters_jax.data.tables import Texts, read_rows
 from adapters_jax.errors import file_errors
 from adapters_jax.inference import Prediction, load_predictor
 from adapters_jax.io.run_directory import find_run
-from adapters_jax.tasks import read_run
+from adapters_jax.tasks import Task, read_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +26,8 @@ class Predict:
 
     Args:
         run: directory of the run, or the id of one on the Hugging Face Hub.
-        texts: texts; two by two for a run on pairs; - reads one text per line from stdin.
+        texts: texts; two by two for a run on pairs, and likewise for more; - reads one row per line
+            from stdin.
         file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
@@ -58,7 +58,7 @@ class Predict:
             AssetError: the pinned model could not be fetched.
         """
         run = find_run(self.run)
-        texts = self._read(read_run(run, "predict")[1])
+        texts = self._read(*read_run(run, "predict"))
         if self.out is not None:
             _check_out(self.out)
         predictor = load_predictor(run.path)
@@ -69,27 +69,28 @@ class Predict:
             )
         return lambda: self._write(predictor.predict(texts), console)
 
-    def _read(self, config: dict[str, Any]) -> Texts:
+    def _read(self, task: Task, config: dict[str, Any]) -> Sequence[Any]:
         """Reads the texts of the command line, stdin or --file."""
+        columns = config.get("texts") or [config["text"], config.get("text_pair")]
+        columns = [column for column in columns if column]
         if (self.file is None) == (not self.texts):
             raise DataError("expected one of texts, - for stdin, and --file FILE")
         if self.file is not None:
-            pair = self.text_pair or config.get("text_pair")
-            if pair and not config["pairs"]:
+            if self.text_pair and len(columns) < 2:
                 raise DataError("--text-pair: the run was trained on single texts")
-            return read_rows(self.file, self.text or config["text"], pair, label=None).texts
+            named = [self.text, self.text_pair][: len(columns)]
+            return task.read_texts(self.file, [*map(_either, named, columns), *columns[2:]])
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
             lines = [line for line in stdin_lines() if line.strip()]
             if not lines:
                 raise DataError("stdin has no text; expected one in each line")
-            parts = (
-                [part for line in lines for part in line.split("\t")] if config["pairs"] else lines
-            )
+            one = len(columns) == 1
+            parts = lines if one else [part for line in lines for part in line.split("\t")]
         else:
             parts = list(self.texts)
-        return _paired(parts) if config["pairs"] else _single(parts)
+        return _rows(parts, columns)
 
     def _write(self, predictions: Sequence[Prediction], console: Console) -> None:
         """Writes predictions to --out, or prints them as JSON lines or a table."""
@@ -104,20 +105,24 @@ class Predict:
             console.table(header, body, words=2 if predictions[0].text_pair else 1)
 
 
-def _single(parts: list[str]) -> Texts:
+def _either(named: str | None, column: str) -> str:
+    return named or column
+
+
+def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ...]]:
+    """Texts as rows: one by one, two by two, or as many as a row has columns."""
+    size = len(columns)
     if not parts or not all(part.strip() for part in parts):
         raise DataError("a text is empty; expected some words in each")
-    return [(part, None) for part in parts]
-
-
-def _paired(parts: list[str]) -> Texts:
-    if len(parts) % 2:
+    if size == 1:
+        return [(part, None) for part in parts]
+    if len(parts) % size:
         raise DataError(
-            f"the run was trained on pairs of texts and got {len(parts)} texts; give them two by "
-            "two (on stdin: one pair per line, separated by a tab)"
+            f"the run was trained on rows of {size} texts ({', '.join(columns)}) and got "
+            f"{len(parts)} texts; give {size} for each row (on stdin: one row per line, its texts "
+            "separated by tabs)"
         )
-    single = [text for text, _ in _single(parts)]
-    return list(zip(single[::2], single[1::2], strict=True))
+    return list(zip(*(parts[i::size] for i in range(size)), strict=True))
 
 
 def _cells(predictions: Sequence[Prediction]) -> list[list[str]]:

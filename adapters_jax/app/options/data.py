@@ -26,6 +26,7 @@ _ONLY_WITH_FILES = (
     "prompt",
     "completion",
     "columns",
+    "label_separator",
     "task",
     "metrics",
 )
@@ -44,16 +45,18 @@ class DataOptions:
         text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label.
-        task: what is learnt: classification or regression by an encoder, completion or conversation
-            by a decoder; by default that of the columns, or the first one of the model's kind.
-        metrics: metrics to report; the first one selects the best adapter; by default accuracy f1,
-            or pearson spearman.
+        task: what is learnt: by an encoder classification, regression, multilabel,
+            token-classification, question-answering or multiple-choice; by a decoder completion,
+            conversation or preference; by default that of the columns, or the first one of the
+            model's kind.
+        metrics: metrics to report; the first one selects the best adapter; by default the task's.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.
         prompt: for a decoder, column of the prompt.
         completion: for a decoder, column of the completion; only its tokens count in the loss.
         limit: train on at most n rows, spread evenly over the training rows.
         columns: further columns that a task reads, as role=column.
+        label_separator: what separates the labels of a row, for --task multilabel.
     """
 
     train: Path | None = None
@@ -70,6 +73,7 @@ class DataOptions:
     completion: str = "completion"
     limit: int | None = None
     columns: tuple[str, ...] = ()
+    label_separator: str | None = None
 
     @property
     def is_demo(self) -> bool:
@@ -106,14 +110,14 @@ class DataOptions:
         return TASKS[name]
 
     def _task_by_layout(self, kind: str) -> str | None:
-        """The task on a decoder that learns the layout of --train, unless flags name its columns.
+        """The task that learns the layout of --train, unless flags name its columns.
 
         Raises:
             UserError: no task learns the layout.
             DataError: the file cannot be used.
         """
-        named = {"text", "prompt", "completion", "columns"} & {*given(self)}
-        if self.train is None or kind != "decoder" or named:
+        named = {"text", "text_pair", "label", "prompt", "completion", "columns"} & {*given(self)}
+        if self.train is None or named:
             return None
         layout = layout_of(read_file(self.train)[0])
         if layout is None:
@@ -124,7 +128,8 @@ class DataOptions:
             raise UserError(f"{found}, which no task learns yet; the tasks are {names}")
         if TASKS[layout.task].kind != kind:
             return None
-        _log.info("%s, so the task is %s", found, layout.task)
+        if kind == "decoder" or layout.task != tasks_on(kind)[0].name:
+            _log.info("%s, so the task is %s", found, layout.task)
         return layout.task
 
     def columns_of(self, task: Task) -> dict[str, str]:

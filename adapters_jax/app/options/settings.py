@@ -25,10 +25,16 @@ class Settings:
         optimizer: the training.
         prompts: how a decoder is given a prompt.
         pack: put a decoder's short rows side by side in sequences of --max-length tokens.
-        loss: tokens of conversations that count in the loss: those of the assistant's turns, of its
-            last turn, or all.
+        turns: tokens of conversations that count in the loss: those of the assistant's turns, of
+            its last turn, or all.
+        loss: loss of preferences: dpo, ipo or orpo on pairs, kto also on single completions that a
+            label calls desirable (true) or not; by default dpo. Where a row is longer than
+            --max-length, the beginning of its prompt is cut.
+        beta: strength of that loss: of the penalty for leaving the base in dpo, ipo and kto, of the
+            odds ratio in orpo; by default 0.1, as in TRL.
         held_out: score a decoder on at most this many rows of dev and of test, evenly spread.
-        exact_match: number of these prompts to generate for and compare; 0 for none.
+        exact_match: number of these prompts to generate for and compare, by exact match or another
+            of --metrics; 0 for none.
         max_length: length of a row in tokens; longer rows are cut; by default 128, for a decoder
             256.
         pooling: how an encoder's token states become one vector: mean, first token (cls) or pooler.
@@ -47,7 +53,9 @@ class Settings:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     prompts: Prompts = field(default_factory=Prompts)
     pack: bool = True
-    loss: Literal["assistant", "last", "all"] = "assistant"
+    turns: Literal["assistant", "last", "all"] = "assistant"
+    loss: Literal["dpo", "ipo", "orpo", "kto"] | None = None
+    beta: float | None = None
     held_out: int = 100
     exact_match: int = 16
     max_length: int | None = None

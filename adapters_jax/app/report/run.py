@@ -23,7 +23,7 @@ from adapters_jax.tasks import task_of
 from adapters_jax.texts import visible
 
 BLUE, GREY = "#0f62a8", "#6b7280"
-PERCENT = ("accuracy", "f1", "exact_match")
+PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall", "exact_match")
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
 _NOT_SETTINGS = ("data", "options", "summary")  # the page shows these elsewhere
 
@@ -74,7 +74,7 @@ def draw_curves(
     metric: str,
     baselines: Mapping[str, float],
 ) -> None:
-    """Draws the training loss and the dev metric over the steps.
+    """Draws the training loss and the dev metric over the steps, and rewards where there are any.
 
     Args:
         path: the PNG file to write.
@@ -85,8 +85,10 @@ def draw_curves(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    loss_axes, dev_axes = figure.subplots(1, 2)
+    margins = [(r["step"], r["margin"]) for r in records if "margin" in r]
+    count = 3 if margins else 2
+    figure = Figure(figsize=(4.5 * count, 3.6), dpi=150, layout="constrained")
+    loss_axes, dev_axes, *reward_axes = figure.subplots(1, count)
     factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     scores = [(r["step"], factor * r["dev"][metric]) for r in records if "dev" in r]
@@ -101,12 +103,26 @@ def draw_curves(
         dev_axes.axhline(factor * value, color=GREY, linestyle=style, linewidth=1.5, label=label)
     dev_axes.set(title=f"Dev {metric}", ylabel=metric + unit)
     dev_axes.legend(frameon=False, loc="best")
-    for axes in (loss_axes, dev_axes):
+    for axes in reward_axes:
+        _draw_margins(
+            axes, margins, [(r["step"], r["dev"]["margin"]) for r in records if "dev" in r]
+        )
+    for axes in (loss_axes, dev_axes, *reward_axes):
         axes.set(xlabel="step", xlim=(0, 1.03 * records[-1]["step"]))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e3e3e3", linewidth=0.7)
         axes.set_axisbelow(True)
     figure.savefig(path)
+
+
+def _draw_margins(axes: Any, train: Sequence[tuple[int, float]], dev: Sequence[Any]) -> None:
+    """Draws by how much the reward of preferred completions is above that of others."""
+    steps, raw = zip(*train, strict=True)
+    axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
+    axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8, label="train")
+    axes.plot(*zip(*dev, strict=True), "o--", color=GREY, linewidth=1.5, label="dev")
+    axes.set(title="Reward margin", ylabel="reward of preferred - of other")
+    axes.legend(frameon=False, loc="best")
 
 
 def in_picture(text: str) -> str:

@@ -24,6 +24,7 @@ from adapters_jax.io.run_directory import FORMAT, Run, RunError
 from adapters_jax.recipe import Recipe, as_compared
 from adapters_jax.tasks import task_of
 
+_TURNS = ("assistant", "last", "all")  # the values of --turns, which was --loss
 _ELSEWHERE = ("--runs=", "--name=")  # the run's directory, which is not among its options
 
 
@@ -67,12 +68,21 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
     options, command = config.get("options"), config.get("command")
     try:
         if isinstance(options, dict):
-            return from_plain(RunOptions, options)
+            return from_plain(RunOptions, _with_turns(options))
         if isinstance(command, list):
-            return parse(RunOptions, [w for w in command if not w.startswith(_ELSEWHERE)])
+            words = [w for w in command if not w.startswith(_ELSEWHERE)]
+            was = {f"--loss={turns}": f"--turns={turns}" for turns in _TURNS}
+            return parse(RunOptions, [was.get(word, word) for word in words])
     except UserError as error:
         raise RunError(f"{run.config} is damaged: its options: {error}") from error
     raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+
+
+def _with_turns(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which `turns` has its name, which is `loss` in older runs."""
+    if settings.get("loss") not in _TURNS:
+        return dict(settings)
+    return {"turns": settings["loss"], **{k: v for k, v in settings.items() if k != "loss"}}
 
 
 def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +122,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
-        stored = {**json.loads(json.dumps(config)), "format": FORMAT}
+        stored = {**_with_turns(json.loads(json.dumps(config))), "format": FORMAT}
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
         stored["recipe"] = as_compared(stored.get("recipe"))

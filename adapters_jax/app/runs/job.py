@@ -104,6 +104,7 @@ class Job:
         tx = self.optimizer.make(steps, self.problem.recipe)
         counts = audit(self.problem.model, self.problem.params, tx)
         self.console.show(counts)
+        self.prepared.begin(self.run, self.console.progress)
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
             found, results = self.train_all(saving)
@@ -176,7 +177,9 @@ class Job:
         """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
             size = self.optimizer.batch_size
-            optimizer = OptimizerOptions(batch_size=size, evaluations=1).of(HEAD_ONLY)
+            epochs = baseline.epochs
+            optimizer = OptimizerOptions(batch_size=size, evaluations=1, epochs=epochs)
+            optimizer = optimizer.of(HEAD_ONLY)
             return self.train(HEAD_ONLY, baseline.problem(), optimizer)[1]
         scores: dict[str, Any] = {**baseline.score()}
         self.run.log({"method": baseline.title, **scores})

@@ -16,6 +16,8 @@ Record = dict[str, Any]
 class Log:
     """Collects metrics of steps, and reads them one window late, as records of means.
 
+    A mean is over the steps in which a metric is a number; a metric of none is left out.
+
     A step that is not finite changes nothing. With a loss scale, which starts too high, such steps
     are skipped and counted, as "skipped" of a record, until there are `patience` in a row.
 
@@ -29,7 +31,7 @@ class Log:
         in_a_row: the number of steps that were not finite, since the last finite one.
     """
 
-    _NAMES = ("loss", "grad_norm", "finite")
+    _OWN = ("loss", "grad_norm", "finite", "loss_scale")
 
     def __init__(self, window: int, schedule: Callable[[int], Any], patience: int = 1):
         self.window, self.schedule, self.patience = window, schedule, patience
@@ -38,7 +40,7 @@ class Log:
 
     def add(self, step: int, metrics: Any) -> list[Record]:
         """Adds the metrics of a step; returns the records that are due."""
-        self.waiting[-1].append((step, {name: metrics[name] for name in self._NAMES}))
+        self.waiting[-1].append((step, {k: v for k, v in metrics.items() if k != "loss_scale"}))
         if step % self.window:
             return []
         self.waiting.append([])
@@ -65,8 +67,10 @@ class Log:
         good = [metrics for metrics in values if metrics["finite"]]
         record: Record = {"step": steps[-1]}
         if good:
-            means = {key: float(np.mean([m[key] for m in good])) for key in ("loss", "grad_norm")}
-            record |= {**means, "learning_rate": float(self.schedule(steps[-1] - 1))}
+            names = ("loss", "grad_norm", *(k for k in good[0] if k not in self._OWN))
+            columns = {name: [m[name] for m in good if m[name] == m[name]] for name in names}
+            record |= {name: float(np.mean(column)) for name, column in columns.items() if column}
+            record["learning_rate"] = float(self.schedule(steps[-1] - 1))
         if len(good) < len(values):
             record["skipped"] = len(values) - len(good)
         return [record]

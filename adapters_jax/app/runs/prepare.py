@@ -11,7 +11,7 @@ from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.build import build_job
 from adapters_jax.app.runs.config import check_same, check_unfinished, read_options
 from adapters_jax.app.runs.job import Job
-from adapters_jax.checks import check_size
+from adapters_jax.checks import check_number, check_size
 from adapters_jax.distributed.hosts import PROCESSES
 from adapters_jax.errors import UserError
 from adapters_jax.io.checkpoint import Checkpoints
@@ -47,6 +47,8 @@ def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -
     check_size("scoring", "--held-out", options.held_out)
     if options.exact_match < 0:
         raise UserError(f"--exact-match {options.exact_match}: expected a number of rows, or 0")
+    if options.beta is not None:
+        check_number("the loss of preferences", "--beta", options.beta)
     options = replace(options, model=pinned(options.model))
     return build_job(options, run, console, began)
 

@@ -7,6 +7,7 @@
 """
 
 from adapters_jax.interop.adapterhub.architectures import ALIKE, MODEL_TYPES
+from adapters_jax.interop.adapterhub.blocks import find_blocks
 from adapters_jax.interop.adapterhub.files import (
     CONFIG,
     FILES,
@@ -15,6 +16,7 @@ from adapters_jax.interop.adapterhub.files import (
     TENSORS,
     load_adapterhub,
     save_adapterhub,
+    to_adapterhub,
 )
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "HEAD_TENSORS",
     "MODEL_TYPES",
     "TENSORS",
+    "find_blocks",
     "load_adapterhub",
     "save_adapterhub",
+    "to_adapterhub",
 ]

@@ -1,4 +1,4 @@
-"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and classification heads.
+"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
 
 A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
 `head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A pickled
@@ -19,7 +19,14 @@ from adapters_jax.interop.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.interop.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.interop.adapterhub.config import VERSION
 from adapters_jax.interop.layouts import Array
-from adapters_jax.interop.module_map import Names, as_in_file, as_in_model, by_module, shortest
+from adapters_jax.interop.module_map import (
+    Leaves,
+    Names,
+    as_in_file,
+    as_in_model,
+    by_module,
+    shortest,
+)
 from adapters_jax.io import hub
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
@@ -56,8 +63,8 @@ def load_adapterhub(
             the sublayer's output, its first input, to the residual stream.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module.
         with_head: whether to read a head, if there is one.
-        pooling: what the model's head reads, "pooler" or "cls"; required for a head on the first
-            token, because the parameters of one on the mean are the same.
+        pooling: what the model's head reads, "pooler", "cls" or "tokens"; required for a head on
+            the first or on each token, because the parameters of one on the mean are the same.
         revision: a branch, tag or commit on the Hub.
 
     Returns:
@@ -122,6 +129,7 @@ def save_adapterhub(
     prefix: str | None = None,
     pooling: str | None = None,
     labels: Sequence[str] = (),
+    head_type: str | None = None,
     beside: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
@@ -143,7 +151,10 @@ def save_adapterhub(
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.
         pooling: as in `load_adapterhub`.
-        labels: the names of a head's classes.
+        labels: the names of a head's classes, or of the choices.
+        head_type: AdapterHub's kind of the head: "classification", "multilabel_classification",
+            "multiple_choice", "tagging" or "question_answering"; by default "tagging" if it reads
+            tokens, "classification" if not.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
         **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; by default
             `model_type` and `model_class` are those with this prefix, RobertaAdapterModel for
@@ -159,13 +170,9 @@ def save_adapterhub(
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
     directory, blocks = directories.empty_directory(directory), find_blocks(names, base)
-    problems: list[str] = []
-    if not name or "." in name:
-        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, flat, names, blocks.module_map)
-    added, trained = by_module(unrolled, flat, problems)
-    config, tensors = writing.write(unrolled, added, blocks, name, problems)
-    head = heads.write(trained, blocks, name, pooling, labels, problems)
+    config, tensors, head, problems = to_adapterhub(
+        recipe, flat, names, blocks, name, pooling, labels, head_type
+    )
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
@@ -175,6 +182,32 @@ def save_adapterhub(
         settings = (HEAD_CONFIG, about | {"config": head[0]})
         files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
     return directories.write(directory, files, beside)
+
+
+def to_adapterhub(
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Array],
+    names: Names,
+    blocks: Blocks,
+    name: str = "adapter",
+    pooling: str | None = None,
+    labels: Sequence[str] = (),
+    head_type: str | None = None,
+) -> tuple[dict[str, Any], Leaves, tuple[dict[str, Any], Leaves], list[str]]:
+    """Converts an adapter and its head; see `save_adapterhub`.
+
+    Returns:
+        The settings and the tensors, both of a head, which may have none, and a sentence for each
+        thing that AdapterHub does not support.
+    """
+    problems: list[str] = []
+    if not name or "." in name:
+        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
+    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
+    added, trained = by_module(unrolled, flat, problems)
+    config, tensors = writing.write(unrolled, added, blocks, name, problems)
+    head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
+    return config, tensors, head, problems
 
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Converts AdapterHub's classification heads to our leaves, and back.
+"""Converts AdapterHub's heads to our leaves, and back.
 
-AdapterHub's heads read the pooler or the first token. A head of two layers corresponds to ours of
+AdapterHub's heads read the pooler, the first token or, for tags and answers, the state of each
+token. A head of two layers corresponds to ours of
 one layer on a pooler that trains with it, since a pooler computes `tanh(dense(first token))`.
 """
 
@@ -15,8 +16,11 @@ from adapters_jax.interop.module_map import Leaves, ModuleMap, as_in_base, train
 
 HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
 _OURS = {HEAD: "head", POOLER: "pooler/dense"}
-POOLINGS = ("pooler", "cls")
-_FIELDS = {"head_type", "num_labels", "layers", "activation_function", "use_pooler", "bias"}
+POOLINGS = ("pooler", "cls", "tokens")
+OF_TOKENS = ("tagging", "question_answering")
+KINDS = ("classification", "multilabel_classification", "multiple_choice", *OF_TOKENS)
+_FIELDS = {"head_type", "num_labels", "num_choices", "layers", "activation_function"}
+_FIELDS |= {"use_pooler", "bias"}
 # The names of other architectures' own classifiers.
 _STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD, "pre_classifier": POOLER}
 _ADVICE = "load_adapterhub(..., with_head=False) omits the head"
@@ -99,10 +103,11 @@ def _flexible(
         problems.append(f"the head's config={config!r}, expected an object with the settings")
         return {}, "cls"
     idle = {"label2id", "id2label"}
+    of_tokens = config.get("head_type") in OF_TOKENS
     layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
     expected: dict[str, tuple[Any, ...]] = {
-        "head_type": ("classification", "multilabel_classification"),
-        "layers": (1,) if pooled else (1, 2),
+        "head_type": KINDS,
+        "layers": (1,) if pooled or of_tokens else (1, 2),
         "use_pooler": (True, False),
         "bias": (True,),
     }
@@ -128,7 +133,7 @@ def _flexible(
 
 
 def pooling_of(whole: Config) -> str:
-    """The pooling that a head's settings select: "pooler" or "cls".
+    """The pooling that a head's settings select: "pooler", "cls" or "tokens".
 
     Example:
         >>> pooling_of({"config": {"layers": 1, "use_pooler": False}}), pooling_of({})
@@ -137,6 +142,8 @@ def pooling_of(whole: Config) -> str:
     config = whole.get("config")
     if not isinstance(config, Mapping):  # a model class's own head
         return "pooler"
+    if config.get("head_type") in OF_TOKENS:
+        return "tokens"
     return "pooler" if config.get("use_pooler") or config.get("layers", 2) == 2 else "cls"
 
 
@@ -147,8 +154,9 @@ def write(
     pooling: str | None,
     labels: Sequence[str],
     problems: list[str],
+    head_type: str | None = None,
 ) -> tuple[dict[str, Any], Leaves]:
-    """Returns the settings and tensors of a head; empty if none trains."""
+    """Returns the settings and tensors of a head of a type in `KINDS`; empty if none trains."""
     module_map = blocks.module_map
     modules = {
         path: m
@@ -169,8 +177,9 @@ def write(
     known = pooling or ("pooler" if pooled else None)
     if known not in POOLINGS or not _at(module_map, HEAD) or (known == "pooler") != pooled:
         problems.append(
-            "AdapterHub's heads read the pooler or the first token, but this base's parameters do "
-            'not show that its head does; if it reads the first token, give pooling="cls"'
+            "AdapterHub's heads read the pooler or the first token, or each token, but this base's "
+            "parameters do not show that its head does; if it reads the first token, give "
+            'pooling="cls", if it reads each token, pooling="tokens"'
         )
         return {}, {}
     # A head can read the pooler of a base that has one; otherwise the pooler is its first layer.
@@ -183,8 +192,16 @@ def write(
             value = trained_value(f"{reference.path}/{leaf}", trained, module_map, problems)
             kind = "bias" if leaf == "bias" else "weight"
             tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
+    head_type = head_type or (OF_TOKENS[0] if known == "tokens" else KINDS[0])
+    if head_type not in KINDS or (head_type in OF_TOKENS) != (known == "tokens"):
+        problems.append(
+            f"head_type={head_type!r} with pooling={known!r}, expected {' or '.join(OF_TOKENS)} "
+            "for a head that reads tokens, and another one otherwise"
+        )
+    if head_type == "multiple_choice" and len(labels) < 2:
+        problems.append("labels must name the choices of a multiple_choice head")
     config = {
-        "head_type": "classification",
+        "head_type": head_type,
         "num_labels": _at(module_map, HEAD)[0].width,
         "layers": len(order),
         "activation_function": blocks.architecture.pooler,
@@ -193,7 +210,12 @@ def write(
         "dropout_prob": None,
         "label2id": {label: i for i, label in enumerate(labels)} or None,
     }
-    return config, tensors
+    if head_type == "multiple_choice":
+        config["num_choices"] = len(labels)
+    # Each kind has its own settings, and AdapterHub takes no others.
+    others = {"multiple_choice": ("num_labels", "bias")}
+    others |= dict.fromkeys(OF_TOKENS, ("use_pooler", "bias"))
+    return {name: x for name, x in config.items() if name not in others.get(head_type, ())}, tensors
 
 
 def _own(reference: Any) -> list[str]:

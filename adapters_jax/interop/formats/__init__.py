@@ -5,7 +5,15 @@
 - `changes`: how an adapter differs after it was written and read again.
 """
 
-from adapters_jax.interop.formats.base import CONFIG, HEAD, Adapter, AdapterFormat, Head
+from adapters_jax.interop.formats.base import (
+    CONFIG,
+    HEAD,
+    Adapter,
+    AdapterFormat,
+    Head,
+    has_head,
+    stand_ins,
+)
 from adapters_jax.interop.formats.changes import changes
 from adapters_jax.interop.formats.registry import (
     FORMATS,
@@ -27,4 +35,6 @@ __all__ = [
     "check_head",
     "every_file",
     "format_of",
+    "has_head",
+    "stand_ins",
 ]

@@ -50,14 +50,25 @@ class AdapterHub:
         )
         return recipe, flatten(leaves)
 
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """See `to_adapterhub`, which `save_adapterhub` calls; and the base's type."""
+        if lacking := _no_such_type(base):
+            return [lacking]
+        return adapterhub.to_adapterhub(
+            adapter.recipe,
+            adapter.leaves,
+            base.names,
+            adapterhub.find_blocks(base.names, base.params),
+            adapter.name,
+            _pooling(base, adapter.leaves),
+            adapter.labels,
+            adapter.head_type,
+        )[3]
+
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
-        supported = adapterhub.MODEL_TYPES
-        if base.model_type and base.model_type not in supported:
-            raise UserError(
-                f"AdapterHub's files are written for {', '.join(sorted(supported))}, and the base "
-                f"is a {base.model_type}; write PEFT's instead (--to peft)"
-            )
+        if lacking := _no_such_type(base):
+            raise UserError(f"{lacking}; write PEFT's instead (--to peft)")
         own = adapterhub.ALIKE.get(base.model_type)
         about = {"model_type": base.model_type, "model_class": own} if own else {}
         adapterhub.save_adapterhub(
@@ -68,15 +79,16 @@ class AdapterHub:
             base.params,
             name=adapter.name,
             prefix=base.prefix,
-            pooling=base.pooling if has_head(adapter.leaves) else None,
+            pooling=_pooling(base, adapter.leaves),
             labels=adapter.labels,
+            head_type=adapter.head_type,
             beside=adapter.beside,
             model_name=base.public,
             **about,
         )
 
     def head_problem(self, base: BaseModel) -> str:
-        """AdapterHub's heads read the pooler or the first token."""
+        """AdapterHub's heads read the pooler, the first token or each token."""
         return pooling_problem(base, self.owner, heads.POOLINGS)
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
@@ -86,3 +98,19 @@ class AdapterHub:
             f"model = AutoAdapterModel.from_pretrained({shown!r})\n"
             f"model.load_adapter({name!r}, use_safetensors=True, set_active=True)"
         )
+
+
+def _no_such_type(base: BaseModel) -> str:
+    """Why AdapterHub has no files for a type of bases; empty if it has."""
+    supported = adapterhub.MODEL_TYPES
+    if not base.model_type or base.model_type in supported:
+        return ""
+    return (
+        f"AdapterHub's files are written for {', '.join(sorted(supported))}, and the base is a "
+        f"{base.model_type}"
+    )
+
+
+def _pooling(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
+    """What the head reads, if there is one."""
+    return base.pooling if has_head(leaves) else None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io.tensors import open_tensors
 from adapters_jax.recipe import Recipe
@@ -21,7 +23,7 @@ class Head:
 
     Attributes:
         width: the number of its outputs.
-        pooling: what it reads: "pooler", "cls" or "mean"; None if the files do not tell.
+        pooling: what it reads: "pooler", "cls", "mean" or "tokens"; None if the files do not tell.
     """
 
     width: int
@@ -37,6 +39,7 @@ class Adapter:
         leaves: the trained leaves by path.
         name: the adapter's name, for formats that store one.
         labels: the names of its head's classes.
+        head_type: AdapterHub's kind of its head; None is the default of what the head reads.
         beside: further texts by file name, such as the model card.
     """
 
@@ -44,6 +47,7 @@ class Adapter:
     leaves: Mapping[str, Any]
     name: str = "adapter"
     labels: Sequence[str] = ()
+    head_type: str | None = None
     beside: Mapping[str, str] | None = None
 
 
@@ -85,6 +89,12 @@ class AdapterFormat(Protocol):
             AdapterFileError: the files are damaged, unsupported, or not for this base.
         """
 
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """Why the format does not support an adapter, one sentence each; `write` raises the same.
+
+        Of the arrays, only shapes and dtypes matter: `stand_ins` will do for what is not trained.
+        """
+
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes a directory, which appears whole or not at all.
 
@@ -104,6 +114,22 @@ class AdapterFormat(Protocol):
             shown: the base's name without directories of this machine.
             name: the adapter's directory or id.
         """
+
+
+def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays of these shapes and dtypes that take no memory, to ask a format for its `problems`.
+
+    Each holds a number of its own, as no two trained leaves are equal.
+
+    Example:
+        >>> found = stand_ins({"a": np.ones((2, 3)), "b": np.ones(4)})
+        >>> found["a"].shape, found["a"].strides, found["b"].tolist()
+        ((2, 3), (0, 0), [2.0, 2.0, 2.0, 2.0])
+    """
+    return {
+        path: np.broadcast_to(np.asarray(number, leaf.dtype), leaf.shape)
+        for number, (path, leaf) in enumerate(shapes.items(), 1)
+    }
 
 
 def has_head(leaves: Mapping[str, Any]) -> bool:

@@ -67,6 +67,10 @@ class Native:
             )
         return read_adapter(directory)
 
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """None: this format supports every recipe."""
+        return []
+
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapter`."""
         tree = unflatten(dict(adapter.leaves))

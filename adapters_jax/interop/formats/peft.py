@@ -60,6 +60,11 @@ class Peft:
         recipe, leaves = peft.load_peft(directory, base.names, base.params)
         return recipe, flatten(leaves)
 
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """See `to_peft`, which `save_peft` calls."""
+        prefix = _prefix(base, adapter.leaves)
+        return peft.to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
         task = _task(base, adapter.leaves)
@@ -69,7 +74,7 @@ class Peft:
             unflatten(dict(adapter.leaves)),
             base.names,
             base.params,
-            prefix="" if task == "FEATURE_EXTRACTION" else base.prefix,
+            prefix=_prefix(base, adapter.leaves),
             beside=adapter.beside,
             task_type=task,
             base_model_name_or_path=base.public,
@@ -95,3 +100,8 @@ class Peft:
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str:
     """PEFT's name of the task, which decides the class of the model."""
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
+
+
+def _prefix(base: BaseModel, leaves: Mapping[str, Any]) -> str:
+    """What begins the names of modules in the class of the model."""
+    return "" if _task(base, leaves) == "FEATURE_EXTRACTION" else base.prefix

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import UserError
+from adapters_jax.models.parts.functions import scanning
 
 POLICIES = (
     "nothing_saveable",
@@ -72,6 +73,7 @@ def run_linen(
     def block(layer: Any, x: Array) -> Array:
         return layer(x, *args)
 
+    @scanning()
     def step(layer: Any, x: Array, _: None) -> tuple[Array, None]:
         return block(layer, x), None
 
@@ -124,7 +126,7 @@ def run_nnx(
         return x
     context = _by_kind(contexts)
     scan = nnx.scan(
-        lambda x, layer, kind: block(layer, x, context(kind)),
+        scanning()(lambda x, layer, kind: block(layer, x, context(kind))),
         in_axes=(nnx.Carry, 0, 0),
         out_axes=nnx.Carry,
     )
@@ -158,7 +160,7 @@ def extend_nnx(
     if not isinstance(layers, nnx.List):
         context = _by_kind(contexts)
         scan = nnx.scan(
-            lambda x, layer, kind, *pair: step(x, layer, context(kind), *pair),
+            scanning()(lambda x, layer, kind, *pair: step(x, layer, context(kind), *pair)),
             in_axes=(nnx.Carry, 0, 0, 0, 0),
             out_axes=(nnx.Carry, 0, 0),
         )

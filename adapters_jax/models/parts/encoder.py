@@ -41,6 +41,8 @@ def mean_pool(
     return (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
 
 
+TOKENS = "tokens"  # the pooling of a head that reads the state of each token
+
 Inputs = Callable[[Any], jax.ShapeDtypeStruct]
 
 
@@ -123,15 +125,16 @@ class PooledEncoder(TransformerEncoder):
 
 
 class EncoderClassifier(Typed):
-    """An encoder whose pooled output goes through dropout and a dense `head`.
+    """An encoder whose pooled output, or each token's state, goes through dropout and a `head`.
 
     A subclass for each encoder names its class and the module that holds it.
 
     Args:
         config: the encoder's shape.
         num_labels: the width of the head; 1 for regression.
-        pooling: "mean" over the tokens, "cls" for the first token, or "pooler" for the layers that
-            the architecture's classifier in transformers has before its last one.
+        pooling: "mean" over the tokens, "cls" for the first token, "pooler" for the layers that
+            the architecture's classifier in transformers has before its last one, or "tokens" for
+            no pooling: the head then reads the state of each token.
         dtype, param_dtype, attention, remat, scan: as in `TransformerEncoder`.
     """
 
@@ -147,8 +150,10 @@ class EncoderClassifier(Typed):
 
     def setup(self) -> None:
         """Checks the settings and creates the submodules."""
-        if self.pooling not in ("mean", "cls", "pooler"):
-            raise UserError(f"pooling must be 'mean', 'cls' or 'pooler', got {self.pooling!r}.")
+        if self.pooling not in ("mean", "cls", "pooler", TOKENS):
+            raise UserError(
+                f"pooling must be 'mean', 'cls', 'pooler' or 'tokens', got {self.pooling!r}."
+            )
         if self.num_labels < 1:
             raise UserError(f"num_labels must be at least 1, got {self.num_labels}.")
         encoder = type(self).encoder(
@@ -170,11 +175,13 @@ class EncoderClassifier(Typed):
         token_type_ids: Int[Array, "batch length"] | None = None,
         position_ids: Int[Array, "#batch length"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch labels"]:
+    ) -> Float[Array, "batch labels"] | Float[Array, "batch length labels"]:
         """Computes float32 logits; the arguments are those of the encoder."""
         encoder = getattr(self, self.base)
         hidden = encoder(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
-        if self.pooling == "mean":
+        if self.pooling == TOKENS:
+            pooled = hidden
+        elif self.pooling == "mean":
             pooled = mean_pool(hidden, attention_mask)
         elif self.pooling == "pooler":
             pooled = encoder.pool(hidden, attention_mask, deterministic)

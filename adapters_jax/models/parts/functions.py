@@ -6,10 +6,16 @@ stores two arrays beside its input, its softmax two beside its output, its norms
 derivatives here store one (`gated` its two inputs). Each is written in another form than its
 function, so that XLA finds no common subexpression to store. Sums inside a derivative are written
 as products with a vector, because XLA's CPU compiler stores the operands of a separate sum.
+
+On a TPU, activations have JAX's own derivatives: its compiler makes them, the activation and the
+products beside them one operation, and takes the other forms apart. A step of BERT-large's 24
+layers moves 11 % fewer bytes that way (`python -m benchmarks accelerators`).
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 
 import flax.linen as nn
@@ -23,14 +29,19 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from adapters_jax.attention.masks import Mask, as_array
 
 Activation = Callable[[Array], Array]
+_SCANNING: ContextVar[bool] = ContextVar("scanning", default=False)
 
 
 def _with(derivative: Activation, function: Activation) -> Activation:
     """Returns the function with this derivative, which is computed in float32 at least."""
     found = jax.custom_jvp(function)
 
+    def automatic(x: Array) -> Array:
+        return jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
     def tangent(change: Array, y: Array, x: Array) -> Array:
-        slope = derivative(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        slope = jax.lax.platform_dependent(wide, tpu=automatic, default=derivative)
         return change * slope.astype(change.dtype)
 
     found.defjvps(tangent)
@@ -160,14 +171,25 @@ def split_heads(
 ) -> Float[Array, "*batch heads width"]:
     """The heads of a projection.
 
-    Without the barrier, a TPU's compiler makes the split a part of the product, and for that lays
-    the stacked weights of scanned layers out anew: a copy of them in every step.
+    A TPU's compiler makes the split a part of the product, and for that lays the stacked weights of
+    scanned layers out anew: a copy of them in every step. A barrier keeps it from that.
 
     Args:
         x: what a projection returns.
         width: that of a head.
     """
-    return jax.lax.optimization_barrier(x).reshape(*x.shape[:-1], -1, width)
+    x = jax.lax.optimization_barrier(x) if _SCANNING.get() else x
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+@contextlib.contextmanager
+def scanning() -> Iterator[None]:
+    """What is traced in the body is the body of a scan over layers."""
+    token = _SCANNING.set(True)
+    try:
+        yield
+    finally:
+        _SCANNING.reset(token)
 
 
 def dot_product_attention(

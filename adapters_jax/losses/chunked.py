@@ -69,7 +69,7 @@ def cross_entropy(
     wide = jnp.promote_types(jnp.promote_types(hidden.dtype, weights.dtype), jnp.float32)
     weights = jnp.where(counted, weights.astype(wide), 0.0)
     batch, length = labels.shape
-    chunk = max(1, -(-TOKENS // max(batch, 1))) if chunk is None else chunk
+    chunk = _chunk(batch) if chunk is None else chunk
     check_size("cross_entropy", "chunk", chunk)
     parts = -(-length // chunk)
     if parts <= 1:
@@ -96,6 +96,60 @@ def cross_entropy(
     return largest * _total(pure, rows, tuple(held))
 
 
+def sequence_log_probs(
+    hidden: Float[Array, "batch length d"],
+    head: Callable[[Float[Array, "batch chunk d"]], Float[Array, "batch chunk vocab"]],
+    labels: Int[Array, "batch length"],
+    *,
+    chunk: int | None = None,
+) -> Float[Array, " batch"]:
+    """The log-probability of each sequence, the sum over its tokens, by `cross_entropy`.
+
+    The logits of one chunk are held at a time, and gradients are exact. Where the head itself
+    trains, its gradient is held once for each sequence until they are added up.
+
+    Args:
+        hidden: the last hidden states.
+        head: computes logits of hidden states, as for `cross_entropy`.
+        labels: the next token of each position. Negative labels, as those of a prompt, count
+            nothing.
+        chunk: the number of positions, in every sequence, whose logits are held at once; as for
+            `cross_entropy`.
+
+    Returns:
+        The log-probabilities, in float32 at least; 0 for a sequence without labels that count.
+
+    Raises:
+        UserError: as for `cross_entropy`.
+
+    Example:
+        >>> hidden, table = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))
+        >>> labels = jnp.array([[-1, 1, 2], [-1, -1, 5]])
+        >>> found = sequence_log_probs(hidden, lambda x: x @ table, labels, chunk=2)
+        >>> (found / jnp.log(8)).round(4).tolist()
+        [-2.0, -1.0]
+    """
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    _check(hidden, labels, None)
+    batch, length = labels.shape
+    chunk = _chunk(batch) if chunk is None else chunk
+    check_size("sequence_log_probs", "chunk", chunk)
+    weights = (labels >= 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    if chunk >= length:
+        return -_losses(head, hidden, labels, weights).sum(-1)
+
+    def one(*row: Array) -> Array:
+        hidden, labels, weights = (x[None] for x in row)
+        return -cross_entropy(hidden, head, labels, weights, chunk=chunk)
+
+    return jax.vmap(one)(hidden, labels, weights)
+
+
+def _chunk(batch: int) -> int:
+    """The positions in every row whose logits are held at once, by default."""
+    return max(1, -(-TOKENS // max(batch, 1)))
+
+
 def _check(hidden: Any, labels: Any, weights: Any) -> None:
     """Raises UserError unless the arrays fit each other."""
     wrong = []
@@ -117,11 +171,16 @@ def _check(hidden: Any, labels: Any, weights: Any) -> None:
 
 def _loss(head: Head, hidden: Array, labels: Array, weights: Array, *held: Array) -> Array:
     """The weighted sum of the losses of some tokens, with all their logits."""
+    return _losses(head, hidden, labels, weights, *held).sum()
+
+
+def _losses(head: Head, hidden: Array, labels: Array, weights: Array, *held: Array) -> Array:
+    """The weighted loss of each token."""
     logits = head(hidden, *held).astype(weights.dtype)
     # A sum over the vocabulary, unlike an index, stays apart where the vocabulary is split.
     mine = labels[..., None] == jnp.arange(logits.shape[-1])
     own = jnp.where(mine, logits, 0.0).sum(-1)
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, -1) - own))
+    return weights * (jax.nn.logsumexp(logits, -1) - own)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

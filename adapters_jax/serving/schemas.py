@@ -1,0 +1,223 @@
+"""The bodies of requests, in OpenAI's form, and the OpenAPI description of the server."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapters_jax.errors import UserError, shortened
+
+MOST_STOPS, LONGEST_STOP = 4, 200
+LOWEST_TEMPERATURE = 0.01  # below, logits would overflow; 0 is greedy
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+_Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """What a stream has beside its pieces."""
+
+    include_usage: bool = False
+
+
+class _Generation(_Body):
+    """What completions and conversations have in common."""
+
+    model: str = Field(max_length=200, description="the base, or an adapter")
+    max_tokens: int | None = Field(
+        None, ge=1, description="by default 128, or what there is room for"
+    )
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy; others from 0.01 on")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 is all tokens")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="by default a random one")
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    user: str | None = Field(None, max_length=200, description="is not used")
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(_Generation):
+    """A prompt to go on with; with the adapter of a run it is formatted as in its training."""
+
+    prompt: str | Annotated[list[int], Field(min_length=1)]
+
+
+class TextPart(_Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """The message with its content as one text."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(_Generation):
+    """A conversation to answer."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
+
+
+class PredictRequest(_Body):
+    """Texts to label, or pairs of texts."""
+
+    model: str = Field(max_length=200)
+    texts: list[str | Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        min_length=1, max_length=64
+    )
+
+
+_B = TypeVar("_B", bound=BaseModel)
+
+
+def parsed(kind: type[_B], data: bytes) -> _B:
+    """A request's body.
+
+    Raises:
+        UserError: it is no JSON, or has another form; the message has every problem.
+
+    Example:
+        >>> parsed(PredictRequest, b'{"model": "a", "texts": ["x"], "top": 1}')
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: the body: top: Extra inputs are not permitted
+    """
+    try:
+        body = kind.model_validate_json(data)
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
+            for problem in error.errors(include_url=False, include_input=False)
+        ]
+        raise UserError(f"the body: {shortened('; '.join(found), 600)}") from None
+    temperature = getattr(body, "temperature", 0.0)
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise UserError(
+            f"the body: temperature: {temperature:g}, expected 0 (greedy) or at least "
+            f"{LOWEST_TEMPERATURE}"
+        )
+    return body
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_FAILURES = {
+    "400": "the request has another form, or cannot be done",
+    "401": "the API key is missing or another one",
+    "403": "the request comes from a page of another host",
+    "404": "there is no such adapter or path",
+    "408": "the request or its answer took too long",
+    "409": "there is no room for a further adapter",
+    "413": "the body is too large",
+    "415": "the body is of another type",
+    "429": "too many requests are waiting; come again after the seconds of Retry-After",
+    "503": "the server is shutting down",
+}
+
+
+def _operation(summary: str, *, body: Any = None, kind: str = "application/json") -> dict[str, Any]:
+    """An operation of a path."""
+    answer = {"description": "done", "content": {kind: {"schema": {}}}}
+    failures = {
+        status: {
+            "description": text,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
+        for status, text in _FAILURES.items()
+    }
+    made: dict[str, Any] = {"summary": summary, "responses": {"200": answer, **failures}}
+    if body is not None:
+        made["requestBody"] = {"required": True, "content": body}
+    return made
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """The OpenAPI description of the server."""
+    schemas: dict[str, Any] = {"Error": _ERROR}
+
+    def of(kind: type[BaseModel]) -> dict[str, Any]:
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(schema.pop("$defs", {}))
+        schemas[kind.__name__] = schema
+        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    files = {
+        "type": "object",
+        "required": ["files"],
+        "properties": {"files": {"type": "array", "items": file}},
+    }
+    put = _operation(
+        "Adds an adapter, or replaces one", body={"multipart/form-data": {"schema": files}}
+    )
+    put["responses"]["201"] = {"description": "added", "content": {"application/json": {}}}
+    paths = {
+        "/v1/models": {"get": _operation("The base and the adapters, as OpenAI lists models")},
+        "/v1/models/{name}": {
+            "parameters": [name],
+            "get": _operation("The base or an adapter"),
+        },
+        "/v1/completions": {"post": _operation("Completes a prompt", body=of(CompletionRequest))},
+        "/v1/chat/completions": {
+            "post": _operation("Answers a conversation", body=of(ChatRequest))
+        },
+        "/v1/adapters": {"get": _operation("The adapters, and what they are")},
+        "/v1/adapters/{name}": {
+            "parameters": [{**name, "schema": {"type": "string", "pattern": NAME}}],
+            "put": put,
+            "delete": _operation("Drops an adapter"),
+        },
+        "/predict": {"post": _operation("Labels texts by an encoder", body=of(PredictRequest))},
+        "/healthz": {"get": _operation("Whether the server works")},
+        "/metrics": {"get": _operation("Figures for Prometheus", kind="text/plain")},
+    }
+    key = {"type": "http", "scheme": "bearer"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "adapters-jax serve", "version": version},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": {"key": key}},
+    }
+
+
+def matches_name(name: str) -> bool:
+    """Whether an adapter may have a name."""
+    return re.fullmatch(NAME, name) is not None

@@ -1,0 +1,204 @@
+"""Multiple choice: one of several choices continues a text.
+
+The model reads the text with each choice; the head gives each a score, and the best is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from adapters_jax.data.annotated import Annotated, read_choices
+from adapters_jax.data.datasets import TaskData, hold_out_rows
+from adapters_jax.data.readers import DataError, read_file, title_of
+from adapters_jax.data.splits import key_of
+from adapters_jax.data.tables import choose_columns
+from adapters_jax.errors import UserError
+from adapters_jax.pretrained.encoder import Encoder
+from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.readout import Inputs, Readout
+
+
+class ChoiceRow(NamedTuple):
+    """A text with each of its choices, `(choices, length)`."""
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    attention_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChoicePrediction(Prediction):
+    """The choice that continues a text.
+
+    Attributes:
+        choice: its number, from 0 on.
+        label: the choice.
+        probabilities: the probability of each choice, in their order.
+    """
+
+    choice: int
+    label: str
+    probabilities: list[float]
+
+    def cells(self) -> dict[str, str]:
+        """The choice and its probability."""
+        return {"label": self.label, "probability": f"{self.probabilities[self.choice]:.4f}"}
+
+
+@dataclass(frozen=True)
+class Choices(Readout):
+    """A `Readout` of choices: the head's one output scores a text with a choice.
+
+    Args:
+        names: the numbers of the choices, as texts.
+
+    Example:
+        >>> Choices(("0", "1")).decode(np.array([[[0.1], [2.0]], [[3.0], [1.0]]])).tolist()
+        [1, 0]
+    """
+
+    names: tuple[str, ...]
+    constant_title = "most frequent position"
+    width = 1
+
+    @classmethod
+    def of(cls, train: Annotated) -> Choices:
+        """The numbers of the choices of a training set."""
+        return cls(tuple(map(str, range(len(train.texts[0]) - 1))))
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Choices:
+        """Reads what `to_config` wrote; raises KeyError or UserError if it cannot."""
+        names = tuple(values["names"])
+        if names != tuple(map(str, range(len(names)))) or len(names) < 2:
+            raise UserError(f"names={names}, expected 0, 1, ... for two or more choices")
+        return cls(names)
+
+    def to_config(self) -> dict[str, Any]:
+        """The values for a run's configuration."""
+        return {"names": self.names}
+
+    @property
+    def count(self) -> int:
+        """The number of choices."""
+        return len(self.names)
+
+    def check(self, texts: Sequence[Any], pairs: bool) -> None:
+        """Raises DataError unless each row has a text and all choices."""
+        if not texts or any(isinstance(r, str) or len(r) <= self.count for r in texts):
+            raise DataError(
+                f"predict: expected at least one row, each of a text and {self.count} choices"
+            )
+
+    def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes each text with each of its choices."""
+        pairs = [
+            (" ".join(row[: -self.count]), choice) for row in texts for choice in row[-self.count :]
+        ]
+        found, cut = encoder.encode(pairs, max_length)
+        groups = [found[i : i + self.count] for i in range(0, len(found), self.count)]
+        return Inputs([_together(group, encoder.config.pad_token_id) for group in groups], cut)
+
+    def encode(self, labels: Sequence[int]) -> Int[np.ndarray, " rows"]:
+        """The numbers of the right choices."""
+        return np.asarray(labels, np.int32)
+
+    def losses(
+        self, outputs: Float[Array, "rows choices 1"], batch: Batch
+    ) -> Float[Array, " rows"]:
+        """The cross-entropy of each row over its choices."""
+        return optax.softmax_cross_entropy_with_integer_labels(outputs[..., 0], batch["labels"])
+
+    def decode(
+        self, outputs: Float[np.ndarray, "rows choices 1"], where: Any = None
+    ) -> Int[np.ndarray, " rows"]:
+        """The numbers of the best choices."""
+        return outputs[..., 0].argmax(axis=1)
+
+    def constant(self, train: Annotated, part: Annotated) -> Int[np.ndarray, " rows"]:
+        """The number that is right most often in training."""
+        return np.full(len(part), np.bincount(train.labels).argmax())
+
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The choice of each row."""
+        odds = np.exp(outputs[..., 0].astype(np.float64))
+        shares = (odds / odds.sum(axis=1, keepdims=True)).tolist()
+        return [
+            ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], shares[n])
+            for n, (row, i) in enumerate(zip(texts, self.decode(outputs).tolist(), strict=True))
+        ]
+
+
+def _together(rows: Sequence[Any], pad_id: int) -> ChoiceRow:
+    """Rows of different lengths as one row of several inputs."""
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    found = ChoiceRow(np.full(shape, pad_id, np.int32), *np.zeros((2, *shape), np.int32))
+    for i, row in enumerate(rows):
+        inside = slice(len(row.input_ids))
+        found.input_ids[i, inside] = row.input_ids
+        found.token_type_ids[i, inside] = row.token_type_ids
+        found.attention_mask[i, inside] = 1
+    return found
+
+
+class MultipleChoice(EncoderTask):
+    """The right one of several choices."""
+
+    name = "multiple-choice"
+    pipeline = "multiple-choice"
+    head = "multiple_choice"
+    metrics = ("accuracy",)
+    defaults = ("accuracy",)
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "premise": "premise",
+        "question": None,
+        "choices": "choice1,choice2",
+        "label": "label",
+    }
+    flags = (*EncoderTask.flags, "pooling")
+    readout = Choices
+    example = "--train rows.jsonl --columns premise=COLUMN choices=COLUMN,COLUMN,..."
+
+    def texts(self, columns: Mapping[str, Any]) -> list[str]:
+        """The columns of the premise, of the question if there is one, and of the choices."""
+        asked = [columns[role] for role in ("premise", "question") if columns.get(role)]
+        return [*asked, *_choices(columns)]
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads rows with their choices; see `Task.load`."""
+        named: Any = self.of_columns(columns)
+        choices = _choices(named)
+        asked = self.texts(named)[: -len(choices)]
+        parts = {
+            part: read_choices(path, asked, choices, named["label"]) for part, path in files.items()
+        }
+        keys = [key_of(*texts) for texts in parts["train"].texts]
+        chosen = tuple(metrics) or self.defaults
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """Reads the texts and choices of each row."""
+        return [tuple(row) for row in choose_columns(path, read_file(path), columns)[0]]
+
+
+def _choices(columns: Mapping[str, Any]) -> list[str]:
+    """The columns of the choices."""
+    found = [name.strip() for name in columns["choices"].split(",")]
+    if len(found) < 2 or not all(found):
+        raise UserError(
+            f"choices={columns['choices']}: expected two or more columns with commas between, as "
+            "--columns choices=choice1,choice2"
+        )
+    return found

@@ -1,0 +1,157 @@
+"""The page of a server in a real Chromium: wide and narrow, light and dark, by mouse and keyboard.
+
+It needs selenium (the extra serve-test) and Debian's chromium and chromium-driver.
+With the environment variable SCREENSHOTS, pictures of the page are put into that directory.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.finished import decoder_run
+from helpers.serving import serving
+
+from adapters_jax.inference import load_generator
+
+pytestmark = pytest.mark.slow
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    pytest.skip("chromium and chromium-driver are not installed", allow_module_level=True)
+QUIET = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync"
+QUIET += " disable-background-networking disable-component-update hide-scrollbars"
+PROMPT = "food food Thai"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runs = [decoder_run(f"--method lora --rank {n}", f"rank-{n}") for n in (2, 3)]
+    return [folder / run for run in runs]
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    base = str(runs[0].parents[1] / "llama")
+    with serving(base, *map(str, runs), "--context", "48", "--rows", "3") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in QUIET.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with webdriver.Chrome(options, service) as browser:
+        yield browser
+
+
+class Page:
+    """The page of a server, at a width and in a colour scheme."""
+
+    def __init__(self, browser, server, width=1280, scheme="light"):
+        self.browser, self.shown = browser, f"{width}-{scheme}"
+        sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.get(server.address)
+        self.wait(lambda: self.all("#models input"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.browser.find_element("css selector", selector)
+
+    def run(self, script):
+        return self.browser.execute_script(f"return {script}")
+
+    def wait(self, check, seconds=30):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, seconds, 0.05).until(lambda _: check())
+
+    def answers(self):
+        """The texts of the answers by model, once all are there."""
+        self.wait(lambda: self.one("#state").text == "Done")
+        parts = [(s.find_elements("css selector", "h2, pre, .timing")) for s in self.all("section")]
+        return {
+            name.text: (text.get_property("textContent"), timing.text)
+            for name, timing, text in parts
+        }
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme):
+    page = Page(browser, server, width, scheme)
+    listed = [label.text for label in page.all("#models label")]
+    assert [text.split()[0] for text in listed] == ["llama", "rank-2", "rank-3"]
+    assert "LoRA, 672 parameters, run" in listed[1]
+    page.one("#prompt").send_keys(PROMPT)
+    page.one("#tokens").clear()
+    page.one("#tokens").send_keys("8")
+    page.one("#send").click()
+    answers = page.answers()
+    for run in runs:
+        text, timing = answers[run.name]
+        assert text == next(load_generator(run).generate([PROMPT], 8))
+        assert "tokens in" in timing and "the first after" in timing
+    assert answers.keys() == {"llama", "rank-2", "rank-3"}
+    places = [section.rect for section in page.all("section")]
+    beside = {place["y"] for place in places}
+    assert len(beside) == (1 if width == 1280 else 3)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
+    assert dark == (scheme == "dark")
+    if "SCREENSHOTS" in os.environ:
+        browser.save_screenshot(str(Path(os.environ["SCREENSHOTS"], f"{page.shown}.png")))
+
+
+def test_by_keyboard_alone(browser, server):
+    from selenium.webdriver import ActionChains, Keys
+
+    page = Page(browser, server)
+    keys = lambda *k: ActionChains(browser).send_keys(*k).perform()  # noqa: E731
+    keys(Keys.TAB, PROMPT, Keys.TAB, Keys.SPACE)  # the prompt; then not the base
+    order = [page.run("document.activeElement.value")]
+    for _ in range(7):
+        keys(Keys.TAB)
+        order.append(page.run("document.activeElement.id || document.activeElement.value"))
+    wanted = ["llama", "rank-2", "rank-3", "reload", "tokens", "temperature", "seed", "chat"]
+    assert order == wanted
+    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    keys(Keys.SPACE, Keys.TAB, Keys.ENTER)  # as a conversation; Answer
+    assert page.answers().keys() == {"rank-2", "rank-3"}
+    page.run("document.getElementById('prompt').focus()")
+    ActionChains(browser).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(
+        Keys.CONTROL
+    ).perform()
+    page.answers()
+
+
+def test_errors_are_shown_and_nothing_else_is_asked(browser, server):
+    page = Page(browser, server)
+    page.one("#prompt").send_keys("food " * 100)
+    page.one("#send").click()
+    assert all("48" in timing for _, timing in page.answers().values())
+    assert len(page.all("section.failed")) == 3
+    said = [entry["message"] for entry in browser.get_log("browser")]
+    assert [text for text in said if "400 (Bad Request)" not in text] == []
+    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    asked = {
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+        and event["params"]["documentURL"].startswith(server.address)  # not the first, empty tab
+    }
+    foreign = {url for url in asked if not url.startswith((server.address, "data:"))}
+    assert asked and not foreign

@@ -1,0 +1,412 @@
+"""The readers of files from outside, each with valid files to spoil.
+
+A new reader is a function that reads a directory, one that makes valid files, and a line of
+`TARGETS`.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from helpers import hostile, tiny
+
+import adapters_jax as aj
+from adapters_jax.data.conversations import read_conversations
+from adapters_jax.data.readers import DataError, read_file
+from adapters_jax.data.summary import inputs_of, summarize
+from adapters_jax.data.tables import check_even, make_table
+from adapters_jax.interop import adapterhub, chat, huggingface, peft
+from adapters_jax.interop.gguf import read_gguf
+from adapters_jax.interop.names import from_tensors
+from adapters_jax.io import untrusted
+from adapters_jax.io.adapter import read_adapter
+from adapters_jax.io.run_directory import Run
+from adapters_jax.models import FAMILIES
+from adapters_jax.models.decoder import DecoderConfig
+from adapters_jax.models.parts.encoder import abstract
+from adapters_jax.models.registry import family_of
+from adapters_jax.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.tasks import read_run
+
+from .mutators import Fixed, bad_recipe, overwritten
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader.
+
+    Attributes:
+        seeds: makes valid files by name, by the name of the seed; it may use a new directory.
+        read: reads a directory of such files, as a user of the library would.
+        words: words of the format.
+        more: ways to spoil its files beside those of their suffixes.
+        own: whether the user names each file, which may then be a pipe or a device.
+    """
+
+    seeds: Callable[[Path], Mapping[str, Files]]
+    read: Callable[[Path], Any]
+    words: tuple[str, ...] = ()
+    more: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    own: bool = False
+
+
+def files_of(directory: Path, *names: str) -> Files:
+    """The files of a directory, or those of these names, by their paths in it."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    found = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+    return {name: data for name, data in found.items() if not names or name in names}
+
+
+def _fixtures(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
+    def seeds(_: Path) -> Mapping[str, Files]:
+        found = {path.name: path for path in sorted((FIXTURES / parent).iterdir())}
+        return {name: files_of(found[name]) for name in names or found}
+
+    return seeds
+
+
+# Adapters.
+
+
+def _adapters(folder: Path) -> Mapping[str, Files]:
+    return {f"{api}-{n}": files_of(hostile.save(folder, api, n)) for api, n in hostile.EVERY}
+
+
+@cache
+def _base(name: str) -> tuple[Any, Any]:
+    """The name table and the parameters of a base with a head if it is an encoder, as shapes."""
+    family = FAMILIES[name]
+    config = family.config.from_json(FIXTURES / name / "config.json")
+    if family.classifier is None:
+        return family.names, family.shapes(config)
+    model = family.classifier.build(config, 3, "pooler")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), family.inputs(config, 1, 4))
+    return family.classifier.names, shapes["params"]
+
+
+def _read_with_base(load: Callable[..., Any], directory: Path) -> None:
+    values = json.loads((directory / "base").read_text())
+    recipe, leaves = load(directory, *_base(values))
+    assert recipe and leaves
+
+
+def _of_base(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
+    """The fixtures of adapters, each with the name of its base in a file that is never spoilt."""
+
+    def seeds(folder: Path) -> Mapping[str, Files]:
+        found = _fixtures(parent, *names)(folder)
+        return {n: {**f, "base": Fixed(json.dumps(n.split("_")[0]))} for n, f in found.items()}
+
+    return seeds
+
+
+# Bases.
+
+_BASES = ("bert", "distilbert", "modernbert", "gpt2", "llama", "decoders/qwen3")
+
+
+def _checkpoints(_: Path) -> Mapping[str, Files]:
+    names = ("config.json", "model.safetensors")
+    found = {name: files_of(FIXTURES / name, *names) for name in _BASES}
+    index = dict.fromkeys(huggingface.read_tensors(FIXTURES / "llama"), "model.safetensors")
+    text = json.dumps({"weight_map": index}).encode()
+    return {**found, "sharded": {**found["llama"], huggingface.INDEX: text}}
+
+
+def _read_checkpoint(directory: Path) -> None:
+    values = huggingface.read_json(directory / "config.json")
+    family = family_of(values, str(directory))
+    config = family.config.from_dict(values)
+    huggingface.resolve(directory)
+    tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
+    like = family.shapes(config) if family.kind == "decoder" else abstract(family.build(config))
+    from_tensors(tensors, family.names, like)
+
+
+def _configs(_: Path) -> Mapping[str, Files]:
+    found = sorted(FIXTURES.glob("*/config.json")) + sorted(FIXTURES.glob("*/*/config.json"))
+    return {p.parent.name: {"config.json": p.read_bytes()} for p in found}
+
+
+def _read_config(directory: Path) -> None:
+    values = huggingface.read_json(directory / "config.json")
+    config = family_of(values, str(directory)).config.from_dict(values)
+    assert config.num_layers <= 1_000
+
+
+def _gguf(folder: Path) -> Mapping[str, Files]:
+    from test_gguf import CONFIG, build, tensors_of, write
+
+    return {"tiny": {"a.gguf": write(folder / "a.gguf", tensors_of(build(CONFIG))).read_bytes()}}
+
+
+def _read_gguf(directory: Path) -> None:
+    opened = read_gguf(directory / "a.gguf")
+    DecoderConfig.of_file(opened.config, opened.path)
+    opened.tokenizer()
+    opened.token("eos")
+    assert isinstance(opened.chat_template, str | None)
+    size = sum(np.asarray(tensor).size for tensor in opened.tensors().values())
+    assert size <= 2 * opened.path.stat().st_size  # two weights a byte
+
+
+def _header(chance, data, words=()):
+    return overwritten(chance, data, words, end=min(len(data), 2000))
+
+
+def _tokenizers(folder: Path) -> Mapping[str, Files]:
+    llama = tiny.write_llama(folder / "llama")
+    (llama / "chat_template.jinja").write_text(tiny.CHAT)
+    (llama / "model.safetensors").write_bytes(b"")
+    whole = files_of(llama)
+    listed = json.loads(whole["tokenizer_config.json"])
+    listed["chat_template"] = [{"name": "default", "template": tiny.CHAT}]
+    plain = {**whole, "tokenizer_config.json": json.dumps(listed).encode()}
+    del plain["chat_template.jinja"]
+    fixed = {"model.safetensors": Fixed("")}
+    return {"jinja": whole | fixed, "listed": plain | fixed}
+
+
+def _read_tokenizer(directory: Path) -> None:
+    reader = load_decoder_tokenizer(str(directory))
+    ids = reader.tokenizer.encode("food French It serves").ids
+    reader.tokenizer.decode(ids)
+    if reader.chat_template is not None:
+        reader.chat("food French")
+
+
+_CHATS = (
+    tiny.CHAT,
+    "{%- set ns = namespace(found=false) %}{%- for message in messages -%}{%- if loop.first and "
+    "message['role'] != 'system' %}{{- '<s>' }}{%- endif %}{{- message.role | upper ~ ': ' + "
+    "message['content'].strip() + eos_token }}{% set ns.found = true %}{%- endfor -%}",
+    "{% if messages|length > 9 %}{{ raise_exception('many') }}{% endif %}{% macro m(x, n=2) %}"
+    "{{ x[:n] * n }}{% endmacro %}{% for i in range(3) %}{{ m(messages[-1].content, i) }}"
+    "{{ '%05d' % i }}{{ messages | tojson(indent=1) }}{% endfor %}{% generation %}{{ "
+    "messages | map(attribute='role') | join(',') }}{% endgeneration %}",
+)
+_JINJA = (
+    *("{% for x in range(10**9) %}", "{% endfor %}", "{{ 9**9**9 }}", "{{ 'a' * 10**9 }}", "{%"),
+    *("{{ x.__class__.__mro__ }}", "{{ ''.join(messages) }}", "|center(5000000000)", "{{ {} }}"),
+    *("{% include 'a' %}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "|tojson", "{{"),
+    *("{% set x = [1] %}{% set y = x.append(x) %}", "|replace('', 'aa')", "|batch(0)", "|int"),
+    *("{{ '%999999999d' % 1 }}", "|slice(0)|list", "|sort|unique|list", "{# ", "{% raw %}", "}}"),
+    *("{{ cycler(1).next() }}", "{{ lipsum() }}", "{{ dict(a=1)|dictsort }}", "|format(1, 2)"),
+    *("|attr('__init__')", "|truncate(10**9)", "|indent(10**8)", "|wordwrap(1)", "{% break %}"),
+    *("{{ messages[10] }}", "{{ nothing.nothing }}", "{{ 1/0 }}", "|round(400)", "|random"),
+    *("{{ '{0.__class__}'.format(1) }}", "|map('upper')|list", "{% call m(1) %}{% endcall %}"),
+)
+
+
+def _templates(_: Path) -> Mapping[str, Files]:
+    return {str(n): {"chat.jinja": text.encode()} for n, text in enumerate(_CHATS)}
+
+
+def _text(directory: Path, name: str) -> str:
+    """A text as the command line reads one; what is none ends the case."""
+    data = untrusted.read_file(directory / name, untrusted.MOST_JSON, DataError, "text")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(str(error)) from error
+
+
+def _read_template(directory: Path) -> None:
+    said = [
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": "Hi", "tool_calls": [{"name": "f", "arguments": {}}]},
+    ]
+    template = _text(directory, "chat.jinja")
+    text, spans = chat.render_marked(template, said, bos_token="<s>", eos_token="</s>")
+    assert all(0 <= start <= stop <= len(text) for start, stop in spans)
+
+
+# Recipes, runs and rows.
+
+
+def _recipes(_: Path) -> Mapping[str, Files]:
+    every = {
+        **hostile.RECIPES,
+        "houlsby": aj.houlsby(4, head="head"),
+        "more": aj.Recipe(aj.IA3("**/value"), aj.PrefixTuning("**/attention", 3)),
+    }
+    return {name: {"recipe.json": recipe.to_json().encode()} for name, recipe in every.items()}
+
+
+def _read_recipe(directory: Path) -> None:
+    recipe = aj.Recipe.from_json(_text(directory, "recipe.json"))
+    assert aj.Recipe.from_json(recipe.to_json()) == recipe
+    recipe.at("layer_0/attention/query")
+
+
+def _runs(folder: Path) -> Mapping[str, Files]:
+    from adapters_jax.app.options.settings import RunOptions
+    from adapters_jax.app.options.stored import plain
+
+    target = {"names": ["no", "yes"]}
+    base = {"model": "tiny", "base_sha256": "0" * 64, "dtype": "float32", "max_length": 12}
+    whole = {
+        **{"format": 1, "kind": "encoder", "task_type": "classification", "pooling": "mean"},
+        **{"target": target, "text": "text", "pairs": False, "text_pair": None, "metrics": ["f1"]},
+        **{"options": plain(RunOptions()), "recipe": json.loads(aj.lora(2).to_json()), **base},
+        **{"summary": {"results": [], "dev": {"f1": 1.0}}, "quantize": None},
+    }
+    return {"classification": {"config.json": json.dumps(whole).encode()}}
+
+
+def _read_run(directory: Path) -> None:
+    from adapters_jax.app.runs.config import read_options
+
+    _, config = read_run(Run(directory))
+    read_options(Run(directory), config)
+
+
+_TABLE = [["Good, long", "5", "a"], ["Bad\nshort", "1", "b"], ['Said "x"', "3", "c"]]
+_ROWS = [dict(zip(("text", "label", "more"), values, strict=True)) for values in _TABLE]
+_SAID = [
+    {"messages": [{"role": r, "content": "Hi"} for r in ("system", "user", "assistant")]},
+    {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]},
+]
+
+
+def _one(name: str, content: str | bytes) -> Callable[[Path], Mapping[str, Files]]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda _: {"rows": {name: data}}
+
+
+def _lines(rows: Any) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def _csv(_: Path) -> Mapping[str, Files]:
+    import csv
+
+    made = {}
+    for name, separator in (("commas", ","), ("semicolons", ";"), ("tabs", "\t")):
+        text = io.StringIO()
+        csv.writer(text, delimiter=separator).writerows([["text", "label", "more"], *_TABLE])
+        made[name] = {"rows.csv": text.getvalue().encode()}
+    return made
+
+
+def _packed(kind: str) -> Callable[[Path], Mapping[str, Files]]:
+    def seeds(_: Path) -> Mapping[str, Files]:
+        import pyarrow
+        from pyarrow import parquet
+
+        nested = [{**row, "ids": [1, 2], "said": {"role": "user"}} for row in _ROWS]
+        table, file = pyarrow.Table.from_pylist(nested), io.BytesIO()
+        if kind == "parquet":
+            parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        return {"rows": {f"rows.{kind}": file.getvalue()}}
+
+    return seeds
+
+
+_CONLL = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\nBlackburn NNP I-PER\n"
+_SQUAD = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": "T",
+            "paragraphs": [
+                {
+                    "context": "A b c.",
+                    "qas": [
+                        {
+                            "id": "1",
+                            "question": "What?",
+                            "answers": [{"text": "b", "answer_start": 2}],
+                        }
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def _read_rows(directory: Path) -> None:
+    rows = read_file(next(directory.iterdir(), directory / "rows.csv"))
+    assert all(len(values) <= 10**6 for _, values in rows[1])
+    check_even(directory, rows)
+    summarize(rows), inputs_of(rows)
+    with contextlib.suppress(DataError):  # the columns may be others by now
+        make_table(directory, rows, "text", None, "label")
+
+
+def _images(_: Path) -> Mapping[str, Files]:
+    pixels = {"cats/a.png": b"\x89PNG", "dogs/b.png": b"\x89PNG"}
+    table = "file_name,label\ncats/a.png,cat\ndogs/b.png,dog\n"
+    lines = _lines([{"file_name": "cats/a.png", "label": "cat"}])
+    return {
+        "folders": pixels,
+        "csv": {**pixels, "metadata.csv": table.encode()},
+        "jsonl": {**pixels, "metadata.jsonl": lines.encode()},
+    }
+
+
+def _read_images(directory: Path) -> None:
+    summarize(read_file(directory))
+
+
+def _conversations(_: Path) -> Mapping[str, Files]:
+    shared = {"conversations": [{"from": f, "value": "Hi"} for f in ("human", "gpt")]}
+    return {
+        "messages": {"rows.jsonl": _lines(_SAID).encode()},
+        "shared": {"rows.jsonl": _lines([shared, shared]).encode()},
+        "instruction": {"rows.jsonl": _lines([{"instruction": "a", "output": "b"}]).encode()},
+        "completion": {"rows.jsonl": _lines([{"prompt": "a", "completion": "b"}]).encode()},
+    }
+
+
+def _read_conversations(directory: Path) -> None:
+    found = read_conversations(directory / "rows.jsonl")
+    assert len(found.texts) == len(found)
+    assert all(row.answers and isinstance(row.opening, str) for row in found.rows)
+
+
+_KEYS = ("messages", "conversations", "role", "content", "tools", "text", "label", "answers")
+_FIELDS = ('"', ",", "\t", ";", "\n", "\r\n", "\x00", "\ufeff", "-DOCSTART-", '""', " ", "#", "\\")
+_ROWS_OF = partial(Target, read=_read_rows, own=True)
+_PEFT = ("bert_head", "bert_dora", "gpt2_tied", "llama_prompt", "bert_embedding")
+_HUB = ("bert_double", "bert_union", "bert_norms", "gpt2_double", "llama_lora")
+
+TARGETS: dict[str, Target] = {
+    "adapter": Target(_adapters, read_adapter, more={".json": (bad_recipe, bad_recipe)}),
+    "peft": Target(_of_base("peft", *_PEFT), partial(_read_with_base, peft.load_peft)),
+    "adapterhub": Target(
+        _of_base("adapterhub", *_HUB), partial(_read_with_base, adapterhub.load_adapterhub)
+    ),
+    "base": Target(_checkpoints, _read_checkpoint),
+    "gguf": Target(_gguf, _read_gguf, more={".gguf": (_header,) * 4}),
+    "config": Target(_configs, _read_config),
+    "tokenizer": Target(_tokenizers, _read_tokenizer),
+    "template": Target(_templates, _read_template, words=_JINJA),
+    "recipe": Target(_recipes, _read_recipe, more={".json": (bad_recipe,) * 6}),
+    "run": Target(_runs, _read_run),
+    "csv": _ROWS_OF(_csv, words=_FIELDS),
+    "tsv": _ROWS_OF(_one("rows.tsv", "text\tlabel\nGood\t5\nBad\t1\n"), words=_FIELDS),
+    "jsonl": _ROWS_OF(_one("rows.jsonl", _lines(_ROWS)), words=_KEYS),
+    "json": _ROWS_OF(_one("rows.json", json.dumps(_ROWS)), words=_KEYS),
+    "squad": _ROWS_OF(_one("rows.json", json.dumps(_SQUAD)), words=_KEYS),
+    "conll": _ROWS_OF(_one("rows.conll", _CONLL), words=_FIELDS),
+    "parquet": _ROWS_OF(_packed("parquet")),
+    "arrow": _ROWS_OF(_packed("arrow")),
+    "images": Target(_images, _read_images, words=(*_FIELDS, "../a.png", "cats/a.png")),
+    "conversations": Target(_conversations, _read_conversations, words=_KEYS, own=True),
+}

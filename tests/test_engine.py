@@ -1,0 +1,310 @@
+"""The engine: whatever joins and leaves meanwhile, each answer is that of `generate` alone."""
+
+import threading
+from concurrent.futures import Future
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.errors import raises
+
+import adapters_jax as aj
+from adapters_jax.errors import UserError
+from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.models.generation import generate
+from adapters_jax.models.t5 import T5, T5Config
+from adapters_jax.serving import (
+    BusyError,
+    Choice,
+    Engine,
+    FullError,
+    Sizes,
+    TextSink,
+    UnknownModelError,
+)
+from adapters_jax.testing.subjects import shaken
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+)
+SIZES = Sizes(rows=3, context=32, pieces=(1, 8), queue=16)
+LARGEST = aj.Recipe(
+    aj.LoRA("**/{query,value}", rank=4), aj.LlamaAdapter("**/attention", prompt_length=3)
+)
+RECIPES = {
+    "small": aj.LoRA("**/query", rank=2, alpha=6.0),
+    "large": aj.LoRA("**/{query,value}", rank=4),
+    "prompt": aj.LlamaAdapter("**/attention", prompt_length=2),
+}
+BASE = Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def trained(recipe, seed):
+    """An adapter with noise on every leaf, and the model that has it alone."""
+    model = aj.adapt(BASE, recipe, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+    graphdef, tree, rest = nnx.split(model, aj.nnx.AdapterParam, ...)
+    tree = shaken(tree, seed)
+    return (aj.Recipe(recipe), tree), nnx.merge(graphdef, tree, rest)
+
+
+ADAPTERS, ALONE = {}, {None: BASE}
+for seed, (name, recipe) in enumerate(RECIPES.items()):
+    ADAPTERS[name], ALONE[name] = trained(recipe, seed + 3)
+
+
+class Collected:
+    """A sink that keeps everything; `wait` gives the tokens and the reason of the end."""
+
+    def __init__(self, most=1000, pause=None):
+        self.ids, self.most, self.pause, self.done = [], most, pause, Future()
+        self.first = threading.Event()
+
+    def token(self, token):
+        self.ids.append(token)
+        self.first.set()
+        if self.pause is not None:
+            self.pause.wait()
+        return len(self.ids) < self.most
+
+    def end(self, why):
+        self.done.set_result(why)
+
+    def wait(self):
+        return self.ids, self.done.result(60)
+
+
+def started(sizes=SIZES, adapters=ADAPTERS, capacity=9):
+    model = aj.adapt(BASE, LARGEST, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+    engine = Engine(aj.Bank(model, capacity=capacity), sizes)
+    engine.start()
+    for name, adapter in adapters.items():
+        engine.put(name, engine.fit(name, adapter), name).result(60)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = started()
+    yield engine
+    engine.close()
+
+
+def offline(name, prompt, most, choice=Choice(), stop=()):
+    """What `generate` makes of one prompt, without the token that ends it."""
+    width = 32  # one program for all prompts
+    ids, lengths = generate(
+        ALONE[name],
+        jnp.array([[0] * (width - len(prompt)) + prompt]),
+        jnp.arange(width)[None] >= width - len(prompt),
+        max_new_tokens=12,
+        temperature=choice.temperature,
+        top_p=choice.top_p,
+        key=jax.random.key(choice.seed),
+        stop=[*stop, *[-1] * (1 - len(stop))],
+    )
+    return np.asarray(ids)[0, : min(most, int(lengths[0]))].tolist()
+
+
+def prompts(n, seed=0, longest=20):
+    draw = np.random.default_rng(seed)
+    return [
+        draw.integers(0, CONFIG.vocab_size, draw.integers(1, longest)).tolist() for _ in range(n)
+    ]
+
+
+def test_many_requests_of_all_adapters_at_once(engine):
+    names = [*ALONE] * 4
+    given = list(zip(names, prompts(len(names)), strict=True))
+    sinks = [Collected() for _ in given]
+    for (name, prompt), sink in zip(given, sinks, strict=True):
+        engine.submit(prompt, sink, model=name, most=12)
+    answers = [sink.wait() for sink in sinks]
+    assert answers == [(offline(name, prompt, 12), "length") for name, prompt in given]
+    distinct = {tuple(offline(name, given[0][1], 12)) for name in ALONE}
+    assert len(distinct) == len(ALONE)  # so that another's adapter would show
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_samples_are_those_of_generate(engine, top_p):
+    choice = Choice(temperature=0.9, top_p=top_p, seed=7)
+    (prompt,) = prompts(1, seed=2)
+    sinks = {name: Collected() for name in ALONE}
+    for name, sink in sinks.items():  # beside a greedy one and others
+        engine.submit(prompt, sink, model=name, most=12, choice=choice if name else Choice())
+    for name, sink in sinks.items():
+        expected = offline(name, prompt, 12, choice if name else Choice())
+        assert sink.wait() == (expected, "length")
+
+
+def test_top_k(engine):
+    (prompt,) = prompts(1, seed=4)
+    likely = np.argsort(np.asarray(BASE(jnp.array([prompt])))[0, -1])[::-1].tolist()
+    firsts = {1: set(), 3: set()}
+    for k, found in firsts.items():
+        for seed in range(12):
+            sink = Collected()
+            choice = Choice(temperature=5.0, top_k=k, seed=seed)
+            engine.submit(prompt, sink, most=1, choice=choice)
+            found.add(sink.wait()[0][0])
+    assert firsts[1] == {likely[0]}
+    assert firsts[3] <= {*likely[:3]} and len(firsts[3]) > 1
+
+
+def test_the_reasons_of_an_end(engine):
+    (prompt,) = prompts(1, seed=5)
+    made = offline("large", prompt, 12)
+    stop = next(token for token in made if made.index(token) > 2)
+    sink = Collected()
+    engine.submit(prompt, sink, model="large", most=12, stop=frozenset({stop}))
+    assert sink.wait() == (offline("large", prompt, 12, stop=[stop]), "stop")
+    sink = Collected(most=2)
+    engine.submit(prompt, sink, model="large", most=12)
+    assert sink.wait() == (made[:2], "stop")
+    sink = Collected()
+    engine.submit(prompt, sink, most=12, seconds=0.0)
+    assert sink.wait()[1] == "timeout"
+    go_on = threading.Event()
+    sink = Collected(pause=go_on)
+    request = engine.submit(prompt, sink, most=12)
+    sink.first.wait()
+    engine.cancel(request)
+    go_on.set()
+    assert sink.wait()[1] == "cancelled" and len(sink.ids) < 12
+
+
+def test_a_replaced_adapter_finishes_what_it_began(engine):
+    (prompt,) = prompts(1, seed=6)
+    go_on = threading.Event()
+    engine.put("changing", engine.fit("x", ADAPTERS["small"]), "").result(60)
+    running = [Collected(pause=go_on) for _ in range(2)]
+    first, second = running
+    engine.submit(prompt, first, model="changing", most=12)
+    first.first.wait()
+    second_done = engine.put("changing", engine.fit("x", ADAPTERS["large"]), "", replace=True)
+    go_on.set()
+    second_done.result(60)
+    engine.submit(prompt, second, model="changing", most=12)
+    engine.drop("changing").result(60)
+    with raises(UnknownModelError, "changing"):
+        engine.submit(prompt, Collected(), model="changing", most=12)
+    assert first.wait() == (offline("small", prompt, 12), "length")
+    assert second.wait() == (offline("large", prompt, 12), "length")
+    for _ in range(6):  # as many as there are places: the old ones are free again
+        engine.put("changing", engine.fit("x", ADAPTERS["prompt"]), "").result(60)
+        engine.drop("changing").result(60)
+
+
+def test_changes_compile_nothing(engine, caplog):
+    fitted = engine.fit("new", ADAPTERS["small"])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.put("new", fitted, "").result(60)
+        for name, prompt in zip(["new", None, "large"], prompts(3, seed=8), strict=True):
+            sink = Collected()
+            engine.submit(prompt, sink, model=name, most=8, choice=Choice(0.5, 0.9, 3, 1))
+            sink.wait()
+        engine.drop("new").result(60)
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+def test_numbers_that_are_not_finite_stay_where_they_are(engine):
+    """A mask multiplies what it hides by zero, which does not hide what is not finite."""
+    recipe, tree = ADAPTERS["large"]
+    huge = jax.tree.map(lambda x: x * 1e30, tree)
+    engine.put("huge", engine.fit("huge", (recipe, huge)), "").result(60)
+    (prompt,) = prompts(1, seed=9)
+    sinks = [Collected() for _ in range(3)]
+    for sink, name in zip(sinks, ["huge", "small", "huge"], strict=True):
+        engine.submit(prompt, sink, model=name, most=12)
+    assert [sink.wait()[1] for sink in sinks] == ["not finite", "length", "not finite"]
+    assert sinks[1].ids == offline("small", prompt, 12)
+    after = [Collected() for _ in range(3)]
+    for sink in after:
+        engine.submit(prompt, sink, model="small", most=12)
+    assert [sink.wait()[0] for sink in after] == [offline("small", prompt, 12)] * 3
+    engine.drop("huge").result(60)
+
+
+def test_bad_requests_and_adapters_change_nothing(engine):
+    before, sink = dict(engine.adapters), Collected()
+    for prompt, most, data in [
+        ([], 1, ["empty"]),
+        ([64], 1, [64, 63]),
+        ([-1], 1, [-1]),
+        ([1] * 30, 3, [30, 3, 32]),
+        ([1], 0, [0]),
+    ]:
+        with raises(UserError, *data):
+            engine.submit(prompt, sink, most=most)
+    with raises(UnknownModelError, "none"):
+        engine.submit([1], sink, model="none", most=1)
+    with raises(UnknownModelError, "none"):
+        engine.drop("none").result(60)
+    with raises(UserError, "small"):
+        engine.put("small", engine.fit("x", ADAPTERS["large"]), "").result(60)
+    with raises(aj.MismatchError, "query", [32, 5], [32, 4]):
+        engine.fit("x", trained(aj.LoRA("**/query", rank=5), 1)[0])
+    assert engine.adapters == before and not sink.ids
+
+
+def test_a_full_queue_and_a_closed_engine():
+    sizes = Sizes(rows=1, context=8, pieces=(8,), queue=2)
+    engine = started(sizes, {"small": ADAPTERS["small"]}, capacity=5)
+    with raises(FullError, 1):
+        engine.put("large", engine.fit("x", ADAPTERS["large"]), "").result(60)
+    go_on = threading.Event()
+    running = Collected(pause=go_on)
+    engine.submit([1], running, most=3, model="small")
+    running.first.wait()
+    sinks = [Collected() for _ in range(2)]
+    for sink in sinks:
+        engine.submit([1], sink, most=2)
+    with raises(BusyError, 2):
+        engine.submit([1], Collected(), most=2)
+    assert (engine.waiting, engine.running, engine.alive) == (2, 1, True)
+    go_on.set()
+    assert running.wait() == (offline("small", [1], 3), "length")
+    assert [sink.wait() for sink in sinks] == [(offline(None, [1], 2), "length")] * 2
+    engine.close()
+    assert not engine.alive
+    with raises(BusyError, "shutting down"):
+        engine.submit([1], Collected(), most=2)
+    with raises(BusyError, "shutting down"):
+        engine.drop("small")
+
+
+def test_what_an_engine_cannot_serve():
+    t5 = T5(
+        T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+        rngs=nnx.Rngs(0),
+    )
+    adapted = aj.adapt(t5, aj.LoRA("**/query", rank=1), rngs=nnx.Rngs(1))
+    with raises(UserError, "T5"):
+        Engine(aj.Bank(adapted, capacity=1))
+    for wrong in [{"rows": 0}, {"pieces": (8, 1)}, {"pieces": ()}]:
+        with raises(UserError, *wrong):
+            Sizes(**wrong)
+
+
+def test_texts_come_in_whole_characters_and_end_at_stops():
+    letters = ["a", "é", "b", "c"]
+    whole = "".join(letters).encode()
+    decode = lambda ids: whole[: len(ids)].decode(errors="replace")  # noqa: E731  a byte a token
+    pieces, ends = [], []
+    sink = TextSink(decode, lambda text, n: pieces.append((text, n)), ends.append, ["bc", "zz"])
+    assert [sink.token(i) for i in range(5)] == [True, True, True, True, False]
+    sink.end("stop")
+    assert pieces == [("a", 1), ("é", 3)] and ends == ["stop"]
+    pieces.clear()
+    sink = TextSink(decode, lambda text, n: pieces.append((text, n)), ends.append, ["bx"])
+    for i in range(4):
+        sink.token(i)
+    sink.end("length")  # what may have been a stop is text after all
+    assert pieces == [("a", 1), ("é", 3), ("b", 4)]

@@ -1,0 +1,447 @@
+"""Preferences: their rows, their encoding, a training by hand, and the runs that learn them."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers.commands import command_raises
+from helpers.errors import raises
+from helpers.tiny import FOODS, write_llama, write_model, write_reviews
+from safetensors.numpy import load_file, save_file
+
+import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.runs.stopping import InterruptedRunError
+from adapters_jax.data.files import DataError
+from adapters_jax.data.packing import Example
+from adapters_jax.data.preferences import Preference, read_preferences
+from adapters_jax.errors import UserError
+from adapters_jax.inference import load_generator
+from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.tasks.base import Setup
+from adapters_jax.tasks.preference import PreferenceTask
+from adapters_jax.tasks.preference_problem import PreferenceProblem
+from adapters_jax.tasks.preference_rows import PreferenceEncoder, mismatched
+from adapters_jax.tasks.prompts import Prompts
+
+LOSSES = ("dpo", "ipo", "orpo", "kto")
+TINY = "{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }} "
+TINY += "{{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+def write(*rows, name="rows.jsonl"):
+    Path(name).write_text("\n".join(map(json.dumps, rows)))
+    return Path(name)
+
+
+def write_pairs(rows=40):
+    """The preferred answer names the food of the prompt, and the other one another."""
+    found = []
+    for i in range(rows):
+        food, other = FOODS[i % 4], FOODS[(i + 1 + i // 4 % 3) % 4]
+        answers = {"chosen": f"It serves {food} dishes", "rejected": f"It serves {other}"}
+        found.append({"prompt": f"{'food ' * (1 + i // 4)}{food}", **answers})
+    return write(*found, name="pairs.jsonl")
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]},
+        {"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]},
+        {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]},
+        {"prompt": "q", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]},
+        {"chosen": json.dumps([user("q"), bot("a")]), "rejected": [user("q"), bot("b")]},
+        {"chosen": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+         "rejected": [user("q"), bot("b")]},
+    ],
+    ids=["lists", "text and answers", "list and answers", "both", "JSON", "ShareGPT"],
+)  # fmt: skip
+def test_lists_of_messages_have_their_common_beginning_as_prompt(row):
+    (found,) = read_preferences(write(row)).rows
+    assert found == Preference([user("q")], (bot("a"), bot("b")))
+    assert found.talks
+
+
+def test_texts_judged_rows_and_other_columns():
+    rows = read_preferences(write({"prompt": "q", "chosen": "[a]", "rejected": 2}))
+    assert rows.rows == [Preference("q", ("[a]", "2"))] and rows.paired
+    Path("rows.csv").write_text("q,completion,good\nx,y,True\nx,z,false\n")
+    rows = read_preferences("rows.csv", {"prompt": "q", "label": "good"})
+    assert rows.rows == [Preference("x", ("y",), True), Preference("x", ("z",), False)]
+    assert (rows.labels, rows.paired, rows.lines) == ([True, False], False, [2, 3])
+    (single,) = read_preferences(
+        write({"prompt": [user("q")], "completion": [bot("a")], "label": False, "system": "s"})
+    ).rows
+    before = [{"role": "system", "content": "s"}, user("q")]
+    assert single == Preference(before, (bot("a"),), False)
+
+
+@pytest.mark.parametrize(
+    ("row", "data"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, ["line 1", "equal"]),
+        ({"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("a")]}, ["equal"]),
+        ({"chosen": [user("q"), bot("a")], "rejected": [user("p"), bot("b")]}, ["prompts"]),
+        ({"chosen": [user("q"), bot("a"), user("r"), bot("c")],
+          "rejected": [user("q"), bot("b"), user("r"), bot("d")]}, ["prompts"]),
+        ({"prompt": "q", "chosen": "a"}, ["rejected", "prompt, chosen"]),
+        ({"prompt": "q", "completion": "a"}, ["label", "prompt, completion"]),
+        ({"completion": "q", "label": True}, ["no column prompt"]),
+        ({"chosen": "a", "rejected": "b"}, ["chosen", "no prompt"]),
+        ({"prompt": "q", "chosen": " ", "rejected": "b"}, ["chosen", "empty"]),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, ["rejected", "a role"]),
+        ({"prompt": "q", "chosen": "a", "rejected": [bot("b")]}, ["text", "list"]),
+        ({"chosen": [user("q")], "rejected": [user("q"), bot("b")]}, ["chosen", "nothing"]),
+        ({"chosen": [user("q"), bot("b"), user("r")], "rejected": [bot("b")]}, ["of user"]),
+        ({"prompt": "q", "chosen": "[{a", "rejected": "b"}, ["not JSON"]),
+        ({"prompt": "q", "completion": "a", "label": 1}, ["label is 1", "true or false"]),
+        ({"prompt": "q", "completion": "a", "label": "good"}, ["label is 'good'"]),
+        ({"prompt": "q", "completion": "a", "label": None}, ["label is None"]),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_compared_are_errors(row, data):
+    with raises(DataError, "rows.jsonl", *data):
+        read_preferences(write(row))
+
+
+# Tokens
+
+
+def words(examples, reader):
+    back = reader.tokenizer.id_to_token
+    return [tuple(" ".join(map(back, part)) for part in example) for example in examples]
+
+
+def test_completions_follow_their_prompts_as_in_the_other_tasks():
+    reader = load_decoder_tokenizer(str(write_llama(Path("tiny"), chat_template=TINY)))
+    rows = read_preferences(write({"prompt": "food", "chosen": "It is", "rejected": "Thai"}))
+    (texts,), cut = PreferenceEncoder(reader, Prompts(), 99).encode(rows)
+    lists = write({"chosen": [user("food"), bot("It is")], "rejected": [user("food"), bot("Thai")]})
+    (messages,), _ = PreferenceEncoder(reader, Prompts(), 99).encode(read_preferences(lists))
+    expected = [
+        ("<user> food <end> <bot>", "It is <end>"),
+        ("<user> food <end> <bot>", "Thai <end>"),
+    ]
+    assert words(texts, reader) == words(messages, reader) == expected and cut == 0
+    (plain,), cut = PreferenceEncoder(reader, Prompts("It {prompt}", chat=False), 4).encode(rows)
+    assert words(plain, reader) == [("food", "It is <end>"), ("food", "Thai <end>")] and cut == 1
+    with raises(DataError, "rows.jsonl", "line 1 (3 tokens)", "--max-length 3"):
+        PreferenceEncoder(reader, Prompts(), 3).encode(rows)
+
+
+def test_each_row_gets_the_completion_of_another_prompt():
+    own = [(Example([9, 9, i // 2], [10 + i]),) for i in range(8)]
+    found = mismatched(own, 3, 5, "rows.csv")
+    assert [mine for mine, _ in found] == [row[0] for row in own]
+    assert all(other.prompt == mine.prompt[-2:] for mine, other in found)
+    assert all((other.completion[0] - 10) // 2 != mine.prompt[-1] for mine, other in found)
+    assert len({other.completion[0] for _, other in found}) > 4
+    with raises(DataError, "rows.csv", "one prompt"):
+        mismatched(own[:2], 3, 5, "rows.csv")
+
+
+# Training
+
+
+def prepared(loss, rows=8, lora=0.3, **settings):
+    """A problem on a tiny Llama, whose LoRA is away from its start, with its reference."""
+    if not Path("tiny").exists():
+        write_llama(Path("tiny"), num_hidden_layers=1)
+        write_pairs(rows)
+    files = dict.fromkeys(("train", "dev", "test"), Path("pairs.jsonl"))
+    task = PreferenceTask()
+    setup = Setup(
+        "tiny", lambda **_: aj.Recipe(aj.LoRA("**/{query,value}", 2)), 4, 0, {},
+        loss=loss, beta=0.3, max_length=24, **settings,
+    )  # fmt: skip
+    found = task.prepare(task.load(files, {}, ()), setup)
+    draw = np.random.default_rng(1).normal
+    state = nnx.state(found.problem.model, aj.nnx.AdapterParam)
+    shaken = jax.tree.map(lambda x: jnp.asarray(draw(0, lora, x.shape), x.dtype), state)
+    nnx.update(found.problem.model, shaken)
+    for part in found.problem.parts:
+        found.problem.reference[part] = found.problem.log_probs(found.decoder.model, part)
+    return found
+
+
+def by_hand(model, batch):
+    """The log-probabilities of both segments of each row, each read alone, from all logits."""
+    columns = (batch[name] for name in ("input_ids", "segments", "labels"))
+    rows = [
+        [(ids[segments == each], labels[segments == each]) for each in (1, 2)]
+        for ids, segments, labels in zip(*columns, strict=True)
+    ]
+    ids, labels = np.zeros((2, 2 * len(rows), 24), int)
+    for i, (mine, own) in enumerate(pair for row in rows for pair in row):
+        ids[i, : len(mine)], labels[i, : len(mine)] = mine, own  # padding after it, which none sees
+        labels[i, len(mine) :] = -1
+    chances = jax.nn.log_softmax(model(jnp.asarray(ids)))
+    own = jnp.take_along_axis(chances, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    return jnp.where(labels >= 0, own, 0.0).sum(1).reshape(-1, 2)
+
+
+def formula(loss, beta, log_probs, batch):
+    """The mean loss of a batch and its rewards, as the papers write them."""
+    tokens, reference = batch["tokens"], batch.get("reference")
+    log = jnp.log
+    if loss == "orpo":
+        means = log_probs / tokens
+        odds = jnp.exp(means) / (1 - jnp.exp(means))
+        ratio = odds[:, 0] / odds[:, 1]
+        return (-means[:, 0] - beta * log(jax.nn.sigmoid(log(ratio)))).mean(), beta * means
+    rewards = beta * (log_probs - reference)
+    if loss == "dpo":
+        return -log(jax.nn.sigmoid(rewards[:, 0] - rewards[:, 1])).mean(), rewards
+    if loss == "ipo":
+        gaps = (log_probs - reference) / tokens
+        return ((gaps[:, 0] - gaps[:, 1] - 1 / (2 * beta)) ** 2).mean(), rewards
+    point = jax.lax.stop_gradient(jnp.maximum(rewards[:, 1].mean(), 0))
+    sign = 2 * batch["desirable"] - 1
+    return (1 - jax.nn.sigmoid(sign * (rewards[:, 0] - point))).mean(), rewards[:, :1]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
+    problem = prepared(loss).problem
+    state = aj.TrainState.create(problem.model, tx=optax.sgd(0.5), key=jax.random.key(0))
+    graphdef, trained, rest = nnx.split(problem.model, aj.nnx.AdapterParam, ...)
+    step = aj.make_train_step(problem.loss)
+    for i in range(2):
+        batch = problem.batch(i)
+
+        def slow(trained, batch=batch):
+            model = nnx.merge(graphdef, trained, rest)
+            return formula(loss, 0.3, by_hand(model, batch), batch)
+
+        (expected, rewards), grads = jax.jit(jax.value_and_grad(slow, has_aux=True))(trained)
+        trained = jax.tree.map(lambda x, g: x - 0.5 * g, trained, grads)
+        state, metrics = step(state, batch)
+        assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+        if loss == "kto":
+            good = batch["desirable"] > 0
+            high, low = rewards[good, 0], rewards[~good, 0]
+            right = (high[:, None] > low[None]).mean()
+        else:
+            high, low = rewards.T
+            right = (high > low).mean()
+        exact = {"rewards_chosen": high.mean(), "rewards_rejected": low.mean(), "accuracy": right}
+        exact["margin"] = exact["rewards_chosen"] - exact["rewards_rejected"]
+        for name, value in exact.items():
+            assert float(metrics[name]) == pytest.approx(float(value), abs=1e-5), name
+        ours = jax.tree.leaves(nnx.to_pure_dict(state.adapters))
+        theirs = jax.tree.leaves(nnx.to_pure_dict(trained))
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_base_is_there_once_in_the_audit_the_plan_and_the_step(optimized):
+    problem = prepared("dpo").problem
+    base = sum(x.size for x in jax.tree.leaves(nnx.state(problem.decoder.model, nnx.Param)))
+    counts = aj.audit(problem.model)
+    assert counts.frozen_parameters == base
+    state = aj.TrainState.create(problem.model, tx=optax.adam(0.1), key=jax.random.key(0))
+    own = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.base)}
+    whole = jax.tree.leaves(nnx.state(problem.decoder.model, nnx.Param))
+    assert own == {x.unsafe_buffer_pointer() for x in whole}
+    batch = problem.batch(0)
+    abstract = aj.abstract_state(problem.model, tx=optax.adam(0.1))
+    mesh = aj.make_mesh({"data": 1}, jax.devices()[:1])
+    planned = aj.plan(abstract, problem.loss, batch, mesh)
+    assert planned.base == 4 * base
+    step = aj.make_train_step(problem.loss)
+    arguments = step.jitted.lower(state.replace(base=None), state.base, batch).compile()
+    sizes = [x.nbytes for x in jax.tree.leaves((state.adapters, state.opt_state, batch))]
+    read = arguments.memory_analysis().argument_size_in_bytes
+    assert 4 * base < read < 4 * base + sum(sizes) + 64
+
+
+def test_equal_rewards_are_half_right_and_absent_ones_are_left_out():
+    problem = prepared("kto").problem
+    rows = np.arange(4)
+    batch = {**problem._columns("dev", rows), "weight": np.ones(4, np.float32)}
+    found = problem.objective.metrics(jnp.asarray(batch["reference"]), batch)
+    assert (float(found["accuracy"]), float(found["margin"])) == (0.5, 0.0)
+    only = {**batch, "desirable": np.ones(4, np.float32)}
+    found = problem.objective.metrics(jnp.asarray(batch["reference"]), only)
+    assert float(found["rewards_chosen"]) == 0.0
+    assert all(np.isnan(found[name]) for name in ("rewards_rejected", "margin", "accuracy"))
+
+
+# Commands
+
+TRAIN = "finetune --model tiny --train pairs.jsonl --method lora --rank 4 --learning-rate 0.05"
+TRAIN += " --max-length 24 --epochs 2 --batch-size 8 --evaluations 1"
+
+
+def records(run):
+    return list(map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines()))
+
+
+def made(rows=40):
+    write_llama(Path("tiny"), num_hidden_layers=1, chat_template=TINY)
+    write_pairs(rows)
+
+
+def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatch, capsys):
+    made()
+    assert main(f"{TRAIN} --name straight --json".split()) == 0
+    captured = capsys.readouterr()
+    assert "the task is preference" in captured.err and "reference" in captured.err
+    base, ours = json.loads(captured.out)["results"]
+    assert (base["test"]["accuracy"], base["test"]["margin"]) == (0.5, 0.0)
+    assert ours["test"]["accuracy"] == 1.0 and ours["test"]["margin"] > 0
+    first = records("straight")[0]
+    assert (first["loss"], first["accuracy"]) == (pytest.approx(np.log(2), rel=1e-6), 0.5)
+    names = {"rewards_chosen", "rewards_rejected", "margin", "accuracy", "loss"}
+    assert all(names <= r.keys() for r in records("straight") if "loss" in r)
+    assert all(names == r["dev"].keys() for r in records("straight") if "dev" in r)
+    config = Run(Path("runs/straight")).read_config()
+    assert (config["task_type"], config["loss"], config["beta"]) == ("preference", "dpo", 0.1)
+    raw = Path("runs/straight/curves.png").read_bytes()
+    assert int.from_bytes(raw[16:20], "big") == 2025  # three pictures side by side
+    assert list(load_generator("runs/straight").generate(["food Thai"], max_new_tokens=2))
+
+    computed, log_probs, batch = [], PreferenceProblem.log_probs, PreferenceProblem.batch
+
+    def counted(problem, model, part, *done):
+        if model is problem.decoder.model:
+            computed.append(part)
+        return log_probs(problem, model, part, *done)
+
+    def interrupted(problem, step):
+        if step == stop:
+            raise InterruptedRunError(signal.SIGTERM)
+        return batch(problem, step)
+
+    monkeypatch.setattr(PreferenceProblem, "log_probs", counted)
+    for stop in (0, 3):  # after the reference, after a few steps
+        name = f"cut{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(PreferenceProblem, "batch", interrupted)
+            assert main(f"{TRAIN} --name {name}".split()) == 143
+        assert computed == ["train", "dev", "test"]
+        assert main(["finetune", "--resume", f"runs/{name}"]) == 0
+        assert computed == ["train", "dev", "test"]  # read, not computed again
+        computed.clear()
+        for file in ("metrics.jsonl", "adapter/adapter.safetensors", "reference.safetensors"):
+            straight, cut = (Path("runs", run, file).read_bytes() for run in ("straight", name))
+            assert cut == straight, file
+
+
+def test_a_reference_of_other_rows_or_another_base_is_an_error(monkeypatch):
+    found, run = prepared("dpo"), Run(Path("run"))
+    run.path.mkdir()
+    kept = dict(found.problem.reference)
+    monkeypatch.setattr(type(found), "_compute", lambda self, progress: kept)
+    found.begin(run, None)
+    arrays = load_file(run.reference)
+    np.testing.assert_array_equal(arrays["dev"], kept["dev"])
+    for name, data in (("rows", "other rows"), ("base", "another base"), ("dev", "dev")):
+        save_file({**arrays, name: arrays[name][:1] + 1}, run.reference)
+        with raises(RunError, run.reference, data, "remove"):
+            found.begin(run, None)
+    run.reference.write_bytes(b"nothing")
+    with raises(RunError, run.reference, "remove"):
+        found.begin(run, None)
+    run.reference.unlink()
+    shuffled = Path("pairs.jsonl").read_text().splitlines()[::-1]
+    found.begin(run, None)
+    Path("pairs.jsonl").write_text("\n".join(shuffled))
+    other = prepared("dpo")
+    with raises(RunError, run.reference, "other rows"):
+        other.begin(run, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_runs_of_the_other_losses(loss, capsys):
+    made()
+    assert main(f"{TRAIN} --loss {loss} --beta 0.2 --name it --json".split()) == 0
+    base, ours = json.loads(capsys.readouterr().out)["results"]
+    assert ours["test"]["margin"] > base["test"]["margin"]
+    assert Path("runs/it/reference.safetensors").exists() == (loss != "orpo")
+    assert all(np.isfinite(r["loss"]) for r in records("it") if "loss" in r)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "data"),
+    [
+        (UserError, "--beta 0", ["--beta", "0.0"]),
+        (UserError, "--beta -1", ["--beta", "-1.0"]),
+        (UserError, "--beta nan", ["--beta", "nan"]),
+        (UserError, "--loss kto --batch-size 1", ["--loss kto", "1", "--batch-size"]),
+        (UserError, "--model bert --loss dpo", ["--loss", "preference", "encoder"]),
+        (UserError, "--model bert --beta 0.1", ["--beta", "preference", "encoder"]),
+        (UserError, "--task completion --completion chosen --loss dpo", ["--loss", "preference"]),
+        (UserError, "--turns last", ["--turns", "conversation", "preference"]),
+        (DataError, "--max-length 5", ["pairs.jsonl", "line ", "5 tokens", "--max-length 5"]),
+        (DataError, "--dev judged.jsonl", ["judged.jsonl", "pairs.jsonl"]),
+        (DataError, "--train judged.jsonl", ["judged.jsonl", "--loss dpo", "--loss kto"]),
+        (DataError, "--train good.jsonl --loss kto", ["good.jsonl", "dev", "true", "--dev"]),
+    ],
+)
+def test_commands_that_cannot_learn_are_one_sentence(kind, words, data):
+    made()
+    judged = [{"prompt": f"food {i}", "completion": "Thai", "label": i % 2 == 0} for i in range(40)]
+    write(*judged, name="judged.jsonl")
+    write(*judged[::2], name="good.jsonl")
+    if "bert" in words:
+        write_model(Path("bert"))
+        write_reviews(Path("pairs.jsonl"), rows=40)
+        words += " --text review"
+    with command_raises(kind, *data):
+        assert main(f"{TRAIN} {words}".split()) == 2
+    assert not Path("runs").exists()
+
+
+def test_lists_of_messages_need_a_chat_template_and_take_no_other(capsys):
+    write_llama(Path("plain"), num_hidden_layers=1, chat_template=None)
+    made()
+    rows = [
+        {"chosen": [user(f"food {i}"), bot("It")], "rejected": [user(f"food {i}"), bot("is")]}
+        for i in range(40)
+    ]
+    write(*rows, name="pairs.jsonl")
+    with command_raises(UserError, "'plain'", "chat template"):
+        assert main(f"{TRAIN} --model plain".split()) == 2
+    with command_raises(UserError, "--template", "lists"):
+        assert main([*TRAIN.split(), "--template", "Q: {prompt}"]) == 2
+    assert main(["data", "pairs.jsonl", "--model", "tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"][0] == [["<user> food [UNK] <end> <bot>", False], ["It <end>", True]]
+
+
+def test_older_runs_have_loss_for_turns():
+    from adapters_jax.app.runs.config import differences, read_options
+
+    run, options = Run(Path("run")), {"model": "tiny", "loss": "last"}
+    assert read_options(run, {"options": options}).turns == "last"
+    assert read_options(run, {"command": ["--model=tiny", "--loss=all"]}).turns == "all"
+    assert read_options(run, {"options": {"loss": "kto"}}).loss == "kto"
+    was = {"task_type": "conversation", "loss": "last"}
+    assert differences(was, {"task_type": "conversation", "turns": "last"}) == []
+    assert differences(was, {"task_type": "conversation", "turns": "all"}) == ["turns"]

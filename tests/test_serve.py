@@ -1,0 +1,387 @@
+"""The HTTP interface, through Starlette's client: answers are those of `adapters-jax generate`."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.commands import command_raises
+from helpers.errors import raises
+from helpers.finished import decoder_run
+from starlette.testclient import TestClient
+
+import adapters_jax as aj
+from adapters_jax.app.cli.main import main
+from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
+from adapters_jax.inference import load_generator
+from adapters_jax.pretrained.decoder import complete
+from adapters_jax.recipe import Recipe
+from adapters_jax.serving import Engine, Sizes
+from adapters_jax.serving.adapters import DecoderBase, Read, covering
+from adapters_jax.serving.api import TextApi, application
+from adapters_jax.serving.guard import Limits
+from adapters_jax.transforms.bank import Bank
+
+HERE = "http://127.0.0.1"
+LIMITS = Limits(body=4000, upload=40_000, seconds=20.0)
+PROMPT = "food food Thai"
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+class Served:
+    """A server of a tiny Llama with two runs, and those runs themselves."""
+
+    def __init__(self, folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            first = decoder_run("--method lora --rank 2", "first")
+            second = decoder_run("--method lora --rank 3 --targets **/value", "second")
+            self.runs = {"first": folder / first, "second": folder / second}
+            self.base = DecoderBase(str(folder / "llama"))
+            self.alone = {name: load_generator(path) for name, path in self.runs.items()}
+        read = {name: self.base.read(path) for name, path in self.runs.items()}
+        self.recipe = covering(read.values())
+        self.engine = Engine(
+            Bank(self.base.adapted(self.recipe), capacity=5),
+            Sizes(rows=2, context=48, pieces=(1, 16), queue=2, spare=1),
+        )
+        self.engine.start()
+        for name, each in read.items():
+            self.engine.put(name, self.engine.fit(name, (each.recipe, each.leaves)), each.about)
+        self.api = TextApi(self.base, self.engine, "base", LIMITS)
+        self.client = self.asking()
+
+    def asking(self, key=None, page="<title>page</title>"):
+        return TestClient(application(self.api, page, LIMITS, key), HERE)
+
+    def files(self, name, **changed):
+        """The files of a run's adapter, as a form has them; those changed have other bytes."""
+        folder = self.runs[name] / "adapter"
+        files = {path.name: path.read_bytes() for path in folder.iterdir()} | changed
+        return [("files", (file, content)) for file, content in files.items() if content]
+
+    def ask(self, path="/v1/completions", **values):
+        body = {"model": "first", "prompt": PROMPT, **GREEDY, **values}
+        return self.client.post(path, json={k: v for k, v in body.items() if v is not None})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("served"))
+    yield served
+    served.engine.close()
+
+
+def test_answers_are_those_of_the_runs_alone(served):
+    distinct = set()
+    for name, alone in served.alone.items():
+        (expected,) = alone.generate([PROMPT], 8)
+        answer = served.ask(model=name).json()
+        (choice,) = answer["choices"]
+        assert choice["text"] == expected and choice["finish_reason"] in ("length", "stop")
+        ids = alone.prompts.encode(PROMPT, alone.decoder)
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        sampled = served.ask(model=name, temperature=0.8, top_p=0.9, seed=5).json()
+        (expected,) = complete(
+            alone.model,
+            alone.decoder,
+            [ids],
+            8,
+            temperature=0.8,
+            top_p=0.9,
+            key=jax.random.key(5),
+        )
+        assert sampled["choices"][0]["text"] == expected
+        distinct.add(choice["text"])
+    decoder = served.base.decoder
+    raw = decoder.tokenizer.encode(PROMPT).ids
+    (expected,) = complete(decoder.model, decoder, [raw], 8)
+    for prompt in (PROMPT, raw):  # the base takes prompts as they are
+        assert served.ask(model="base", prompt=prompt).json()["choices"][0]["text"] == expected
+    assert len(distinct | {expected}) == 3
+
+
+def test_conversations(served):
+    messages = [{"role": "user", "content": PROMPT}]
+    for name, alone in served.alone.items():
+        expected = alone.reply(messages, 8)
+        asked = {"prompt": None, "messages": messages, "max_tokens": None}
+        asked["max_completion_tokens"] = 8
+        answer = served.ask("/v1/chat/completions", model=name, **asked).json()
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    parts = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    again = served.ask("/v1/chat/completions", model=name, **asked | {"messages": parts}).json()
+    assert again["choices"] == answer["choices"]
+
+
+def events(response):
+    """The events of a stream."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line.removeprefix("data: ") for line in lines]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_has_the_same_text_in_pieces(served, chat):
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked = {"prompt": None, "messages": [{"role": "user", "content": PROMPT}]} if chat else {}
+    whole = served.ask(path, **asked).json()
+    found = events(served.ask(path, stream=True, stream_options={"include_usage": True}, **asked))
+    assert found.pop() == "[DONE]"
+    *pieces, usage = map(json.loads, found)
+    assert usage["usage"] == whole["usage"] and usage["choices"] == []
+    said = [piece["choices"][0] for piece in pieces]
+    texts = [s["delta"].get("content", "") if chat else s["text"] for s in said]
+    kept = whole["choices"][0]
+    assert "".join(texts) == (kept["message"]["content"] if chat else kept["text"])
+    assert len(texts) > 3 and said[-1]["finish_reason"] == kept["finish_reason"]
+    assert {s["finish_reason"] for s in said[:-1]} == {None}
+
+
+def test_stop_texts(served):
+    text = served.ask().json()["choices"][0]["text"]
+    word = text.split()[2]
+    before = text[: text.index(f" {word}")]
+    for stop in (f" {word}", ["never", f" {word}"]):
+        (choice,) = served.ask(stop=stop).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (before, "stop")
+
+
+def test_the_lists_of_models_and_adapters(served):
+    models = served.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["base", "first", "second"]
+    assert served.client.get("/v1/models/second").json()["parent"] == "base"
+    rows = served.client.get("/v1/adapters").json()["adapters"]
+    assert [(row["name"], row["format"], row["methods"]) for row in rows] == [
+        ("first", "run", ["LoRA"]),
+        ("second", "run", ["LoRA"]),
+    ]
+    assert rows[1]["parameters"] == 3 * 3 * (32 + 16)  # layers, rank, sizes
+    assert served.client.get("/healthz").json() == {"status": "ok"}
+    assert "page" in served.client.get("/").text
+    served.ask()
+    figures = served.client.get("/metrics").text
+    assert 'adapters_jax_http_requests_total{status="200"}' in figures
+    assert "adapters_jax_adapters 2.0" in figures and "adapters_jax_tokens_total" in figures
+
+
+@pytest.mark.parametrize("form", ["native", "peft"])
+def test_adapters_come_change_and_go(served, form, tmp_path):
+    files = served.files("second")
+    if form == "peft":
+        assert (
+            main(["convert", str(served.runs["second"]), str(tmp_path / "p"), "--to", "peft"]) == 0
+        )
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        files = [("files", (name, (tmp_path / "p" / name).read_bytes())) for name in names]
+    put = lambda files: served.client.put("/v1/adapters/new", files=files)  # noqa: E731
+    made = put(files)
+    assert (made.status_code, made.json()["format"]) == (201, form)
+    alone = served.alone["second"]
+    (expected,) = complete(
+        alone.model, alone.decoder, [alone.decoder.tokenizer.encode(PROMPT).ids], 8
+    )
+    assert served.ask(model="new").json()["choices"][0]["text"] == expected
+    assert put(served.files("first")).status_code == 200
+    assert served.ask(model="new").json()["choices"][0]["text"] != expected
+    assert served.client.delete("/v1/adapters/new").json()["deleted"] is True
+    for again in (served.client.delete("/v1/adapters/new"), served.ask(model="new")):
+        assert again.status_code == 404 and "new" in again.json()["error"]["message"]
+
+
+def test_hostile_adapters_leave_the_server_as_it_was(served):
+    before = served.ask().json()["choices"], served.client.get("/v1/adapters").json()
+    big = {"adapter.safetensors": b"\0" * 50_000}
+    config = json.loads((served.runs["first"] / "adapter/adapter_config.json").read_text())
+    other = json.dumps({**config, "base": {"id": "another/base"}}).encode()
+    for files, status, data in [
+        (served.files("first", **{"adapter.safetensors": b"\xff" * 100}), 400, "safetensors"),
+        (served.files("first", **{"adapter.safetensors": None}), 400, "adapter.safetensors"),
+        (served.files("first", **{"adapter_config.json": b"{"}), 400, "adapter_config.json"),
+        (served.files("first", **{"adapter_config.json": b"[" * 9000}), 400, "adapter_config"),
+        (served.files("first", **{"adapter_config.json": other}), 400, "another"),
+        (served.files("first", **{"../../evil": b"x"}), 400, "evil"),
+        (served.files("first") * 2, 400, "adapter_config.json"),
+        (served.files("first", **big), 413, "40000"),
+        ([("files", ("adapter_model.bin", b"\x80\x04."))], 400, "adapter_model.bin"),
+        ([("name", (None, "x"))], 400, ""),
+    ]:
+        answer = served.client.put("/v1/adapters/evil", files=files)
+        assert answer.status_code == status, answer.text
+        assert data in answer.json()["error"]["message"] and "/tmp" not in answer.text
+    answer = served.client.put("/v1/adapters/evil", json={})
+    assert answer.status_code == 415
+    for name in ("base", "-x", "a" * 65, "a b"):
+        answer = served.client.put(f"/v1/adapters/{name}", files=served.files("first"))
+        assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+    larger = aj.LoRA("**/value", rank=9)
+    read = served.base.planned(Recipe(larger))
+    leaves = {path: np.ones(leaf.shape, np.float32) for path, leaf in read.leaves.items()}
+    with raises(aj.MismatchError, 9):
+        served.engine.fit("larger", (read.recipe, leaves))
+    assert (served.ask().json()["choices"], served.client.get("/v1/adapters").json()) == before
+
+
+BAD = {
+    "not JSON": (b"{", 400, "JSON"),
+    "no object": (b"[]", 400, "object"),
+    "not UTF-8": (b'"\xff"', 400, ""),
+    "deep": (b"[" * 3000, 400, ""),
+    "no model": (b'{"prompt": "x"}', 400, "model"),
+    "a number for a text": (b'{"model": "first", "prompt": 1}', 400, "prompt"),
+    "an unknown field": (
+        b'{"model": "first", "prompt": "food", "logit_bias": {}}',
+        400,
+        "logit_bias",
+    ),
+    "several answers": (b'{"model": "first", "prompt": "food", "n": 2}', 400, "n"),
+    "temperature NaN": (
+        b'{"model": "first", "prompt": "food", "temperature": NaN}',
+        400,
+        "temperature",
+    ),
+    "temperature near 0": (
+        b'{"model": "first", "prompt": "food", "temperature": 1e-30}',
+        400,
+        "1e-30",
+    ),
+    "top_p 0": (b'{"model": "first", "prompt": "food", "top_p": 0}', 400, "top_p"),
+    "a text for a number": (
+        b'{"model": "first", "prompt": "food", "max_tokens": "8"}',
+        400,
+        "max_tokens",
+    ),
+    "a long stop": (
+        b'{"model": "first", "prompt": "food", "stop": "%s"}' % (b"x" * 201),
+        400,
+        "stop",
+    ),
+    "an unknown model": (b'{"model": "third", "prompt": "food"}', 404, "third"),
+    "no tokens": (b'{"model": "base", "prompt": ""}', 400, "empty"),
+    "a token too high": (b'{"model": "base", "prompt": [99999999999]}', 400, "99999999999"),
+    "a long prompt": (b'{"model": "first", "prompt": "%s"}' % (b"food " * 60), 400, "48"),
+    "many new tokens": (b'{"model": "first", "prompt": "food", "max_tokens": 48}', 400, "48"),
+    "a large body": (b'{"model": "%s"}' % (b"x" * 4000), 413, "4000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_bodies(served, case):
+    data, status, datum = BAD[case]
+    headers = {"content-type": "application/json"}
+    answer = served.client.post("/v1/completions", content=data, headers=headers)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert datum in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_other_bad_requests(served):
+    client, chat = served.client, "/v1/chat/completions"
+    for messages in ([], [{"role": "robot", "content": "x"}], [{"role": "user"}], "x"):
+        answer = served.ask(chat, prompt=None, messages=messages)
+        assert answer.status_code == 400 and "messages" in answer.json()["error"]["message"]
+    assert client.get("/v1/nothing").status_code == 404
+    assert client.get("/v1/completions").json()["error"]["message"] == "Method Not Allowed"
+    answer = client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    answer = client.post("/predict", json={"model": "first", "texts": ["x"]})
+    assert answer.status_code == 400 and "decoder" in answer.json()["error"]["message"]
+
+
+def test_pages_of_other_hosts_cannot_ask(served):
+    for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
+        assert served.client.get("/v1/models", headers=headers).status_code == 403
+    own = {"origin": HERE}
+    assert served.client.get("/v1/models", headers=own).status_code == 200
+
+
+def test_a_key(served):
+    client = served.asking(key="secret")
+    assert client.get("/").status_code == client.get("/healthz").status_code == 200
+    for given in ({}, {"authorization": "Bearer other"}):
+        answer = client.get("/v1/models", headers=given)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["type"] == "authentication_error"
+    right = {"authorization": "Bearer secret", "host": "server.example"}
+    assert client.get("/v1/models", headers=right).status_code == 200
+
+
+def test_a_full_queue_is_refused_and_says_when_to_come_again(served):
+    """Two run, two wait, and a fifth is refused."""
+    go_on, taken = threading.Event(), threading.Semaphore(0)
+
+    class Held:
+        def token(self, token):
+            taken.release()
+            go_on.wait()
+            return False
+
+        def end(self, why):
+            pass
+
+    served.engine.submit([5], Held(), most=2)
+    taken.acquire()
+    for _ in range(2):
+        served.engine.submit([5], Held(), most=2)
+    answer = served.ask()
+    go_on.set()
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert served.ask().status_code == 200
+
+
+def test_an_answer_that_takes_too_long(served):
+    api = TextApi(served.base, served.engine, "base", Limits(seconds=1e-9))
+    client = TestClient(application(api, "", LIMITS), HERE)
+    body = {"model": "first", "prompt": PROMPT, **GREEDY}
+    assert client.post("/v1/completions", json=body).status_code == 408
+    (event,) = events(client.post("/v1/completions", json={**body, "stream": True}))
+    assert "longer" in json.loads(event)["error"]["message"]
+
+
+def test_the_description_names_every_path(served):
+    described = served.client.get("/openapi.json").json()
+    routes = {route.path.replace(":path", "") for route in served.api.routes()}
+    assert described["paths"].keys() == routes
+    assert {"CompletionRequest", "ChatRequest", "Message"} <= described["components"][
+        "schemas"
+    ].keys()
+
+
+def test_covering_has_room_for_every_adapter(served):
+    (method,) = served.recipe
+    assert (method.rank, len(method.targets)) == (3, 6)
+    houlsby = served.base.planned(Recipe(aj.Bottleneck("**/attention_sum", bottleneck_dim=4)))
+    unfrozen = Read(Recipe(aj.Unfreeze("**/scale")), {"norm/scale": np.ones(32)})
+    covered = covering([houlsby, unfrozen, served.base.read(served.runs["first"])])
+    assert [type(method) for method in covered] == [aj.Bottleneck, aj.LoRA, aj.Unfreeze]
+    assert covered.methods[0].bottleneck_dim == 4 and covered.methods[2].targets == ("norm/scale",)
+
+
+def test_bad_flags(served, monkeypatch):
+    monkeypatch.delenv("ADAPTERS_JAX_API_KEY", raising=False)
+    base, run = str(served.runs["first"].parents[1] / "llama"), str(served.runs["first"])
+    for flags, kind, data in [
+        (["--host", "0.0.0.0"], UserError, ["0.0.0.0", "ADAPTERS_JAX_API_KEY"]),
+        (["--port", "70000"], UserError, [70000]),
+        (["--rows", "0"], UserError, ["--rows", 0]),
+        ([f"x={run}", f"x={run}"], UserError, ["'x'", run]),
+        ([f"a b={run}"], UserError, ["'a b'"]),
+        ([run, f"b={run}", "--adapters", "1"], UserError, ["--adapters 1", 2]),
+        ([str(Path(base).parent / "none")], AdapterFileError, ["none"]),
+        (["--name", "first", run], UserError, ["first"]),
+    ]:
+        with command_raises(kind, *data):
+            assert main(["serve", base, *flags]) == 2
+
+
+def test_without_its_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("starlette")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("app.cli.serve", "serving.api", "serving.guard"):
+        monkeypatch.delitem(sys.modules, f"adapters_jax.{name}", raising=False)
+    with command_raises(MissingPackageError, "starlette", "adapters-jax[serve]"):
+        assert main(["serve", "base"]) == 2
