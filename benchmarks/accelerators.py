@@ -219,7 +219,7 @@ def show(report: Report, cells: list[Any], rows: Mapping[str, Row]) -> None:
         ("ours, tunix's model", "qwix, tunix's model", dict.fromkeys(costs, QWIX)),
         ("ours, float32", "by hand, float32", dict.fromkeys(costs, HAND)),
         ("ours", "tunix", {"total": PEAK}),
-        (EACH, "ours", {"flops": MIXED, "bytes_accessed": MIXED}),
+        (EACH, "ours", dict.fromkeys(costs, MIXED)),
     ):
         _claim(report, done, first, second, limits)
     for row in largest((cell for cell in done if isinstance(cell, Whole)), rows):
@@ -285,12 +285,16 @@ def _claim(
         if not isinstance(cell, Cost) or cell.side != first:
             continue
         for other in others:
-            same = all(getattr(cell, k) == getattr(other, k) for k in ("model", "rows", "length"))
-            if same and cell.device == other.device:
+            size = ("model", "rows", "length", "device")
+            method, beside = (each.how.get("method", "") for each in (cell, other))
+            if method == beside and all(getattr(cell, k) == getattr(other, k) for k in size):
                 for name, limit in limits.items():
+                    if row[name] is None:  # a GPU's compiler does not say
+                        continue
                     what = {"total": "peak memory", "moved": "bytes moved"}.get(name, name)
                     what = what.replace("_", " ")
-                    tokens = f"{cell.model}, {cell.rows} x {cell.length}, {cell.device}"
+                    tokens = f"{cell.rows} x {cell.length}, {cell.device}"
+                    tokens = ", ".join(filter(None, (cell.model, method, tokens)))
                     found = round(row[name] / done[other][name], 3)
                     report.claim(f"{what} of a step, {tokens}: {first} / {second}", found, limit)
 
