@@ -290,8 +290,10 @@ def test_a_merged_checkpoint_is_read_again_and_compared(run, capsys):
 
 
 def test_the_command_refuses_flags_that_mean_nothing(run, capsys):
+    Path("flags.json").write_text('{"to": "native", "for": "vllm"}')
     for words, datum in (
         (["--to", "native", "--for", "vllm"], "--for"),
+        (["--config", "flags.json"], "--for vllm"),
         (["--to", "peft", "--rank", "3"], "--rank"),
         (["--to", "peft", "--max-error", "0.3"], "--max-error"),
     ):

@@ -133,13 +133,13 @@ def check_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
     """
     _, found = decoder.family.load(directory)
     ours, theirs = (flatten(nnx.state(each, nnx.Param)) for each in (model, found))
-    differing = sorted(
-        path
-        for path in ours.keys() | theirs.keys()
-        if path not in ours
-        or path not in theirs
-        or not np.array_equal(*(np.asarray(x[path], np.float32) for x in (ours, theirs)))
-    )
+
+    def same(path: str) -> bool:
+        one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
+        return np.array_equal(one, other)
+
+    both = ours.keys() & theirs.keys()
+    differing = sorted(p for p in ours.keys() | theirs.keys() if p not in both or not same(p))
     if differing:
         raise BaseFileError(
             f"{str(directory)!r} was read again with {len(differing)} other weights, such as "
