@@ -38,8 +38,9 @@ def ours(
         layers: how many of its layers.
         rows: sequences in the batch.
         length: tokens in a sequence.
-        **how: `method` ("lora", "houlsby", "full"), `dtype`, `remat`, and `chunk`, the positions
-            whose logits are held at once; None holds all.
+        **how: `method` ("lora", "houlsby", "full"), `dtype`, `remat`, `chunk`, the positions
+            whose logits are held at once (None holds all), and `trainings`, by which the batch is
+            divided, each with an adapter of its own.
     """
     method, dtype = how.get("method", "lora"), jnp.dtype(how.get("dtype", "bfloat16"))
     options = MethodOptions(method, rank=RANK) if method == "lora" else MethodOptions(method)
@@ -56,7 +57,14 @@ def ours(
         return jnp.mean(jnp.square(adapted.apply({"params": params}, ids).astype(jnp.float32)))
 
     loss = of_decoder if family.kind == "decoder" else of_encoder
-    return _ours(aj.abstract_state(adapted, params, tx=TX), loss, inputs, mesh)
+    state = aj.abstract_state(adapted, params, tx=TX)
+    if (trainings := how.get("trainings")) is None:
+        return _ours(state, loss, inputs, mesh)
+    parts = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((trainings, len(x) // trainings, *x.shape[1:]), x.dtype),
+        inputs,
+    )
+    return _several(state, loss, parts, mesh)
 
 
 def ours_on_tunix(
@@ -131,6 +139,7 @@ SIDES: dict[str, Callable[..., jax.stages.Lowered]] = {
     "ours, float32": ours_beside_by_hand,
     "by hand, float32": by_hand,
     "full fine-tuning": partial(ours, method="full"),
+    "ours, an adapter for each 4 rows": partial(ours, trainings=8),
 }
 
 
@@ -138,6 +147,15 @@ def _ours(state: aj.TrainState, loss: Any, batch: Any, mesh: Mesh) -> jax.stages
     state, batch = aj.shard(state, mesh), aj.shard_batch(batch, mesh)
     step: Any = aj.make_train_step(loss)
     return step.jitted.lower(replace(state, base=None), state.base, batch)
+
+
+def _several(state: aj.TrainState, loss: Any, batch: Any, mesh: Mesh) -> jax.stages.Lowered:
+    """A step of several trainings of one base, one for each entry of the batch's first axis."""
+    n = len(jax.tree.leaves(batch)[0])
+    alone = replace(state, base=None)
+    stacked = jax.eval_shape(lambda state: aj.stack_states([state] * n), alone)
+    step: Any = aj.make_train_step(loss)
+    return step.jitted.lower(*(_on(mesh, part) for part in (stacked, state.base, batch)))
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:

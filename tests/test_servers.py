@@ -12,9 +12,13 @@ from safetensors.numpy import load_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.cli.merge import check_checkpoint
+from adapters_jax.errors import BaseFileError
+from adapters_jax.inference import load_generator
 from adapters_jax.interop.peft import save_peft
 from adapters_jax.interop.peft.config import ROOT
 from adapters_jax.interop.peft.servers import SERVERS, Server, check_server, for_server
+from adapters_jax.transforms.merge import merge
 from adapters_jax.trees import unflatten
 
 VLLM, SGLANG = SERVERS["vllm"], SERVERS["sglang"]
@@ -274,9 +278,22 @@ def test_the_command_states_the_error_and_what_it_writes_is_what_it_states(run, 
     assert (config["r"], config["use_dora"]) == (32, False)
 
 
+def test_a_merged_checkpoint_is_read_again_and_compared(run, capsys):
+    assert main(["merge", run, "--out", "merged"]) == 0
+    generator = load_generator(run)
+    model = merge(generator.model)
+    check_checkpoint(Path("merged"), generator.decoder, model)
+    kernel = model.layers[2].mlp.output.kernel
+    kernel[...] = kernel[...].at[3, 4].add(1e-6)
+    with raises(BaseFileError, "merged", "1 other", "layers/2/mlp/output/kernel"):
+        check_checkpoint(Path("merged"), generator.decoder, model)
+
+
 def test_the_command_refuses_flags_that_mean_nothing(run, capsys):
+    Path("flags.json").write_text('{"to": "native", "for": "vllm"}')
     for words, datum in (
         (["--to", "native", "--for", "vllm"], "--for"),
+        (["--config", "flags.json"], "--for vllm"),
         (["--to", "peft", "--rank", "3"], "--rank"),
         (["--to", "peft", "--max-error", "0.3"], "--max-error"),
     ):

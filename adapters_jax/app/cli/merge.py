@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from adapters_jax.app.console import Console
 from adapters_jax.app.leaving import check_writable
 from adapters_jax.data.readers import DataError
-from adapters_jax.errors import file_errors
+from adapters_jax.errors import BaseFileError, file_errors
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
@@ -31,6 +31,7 @@ from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.pretrained.locate import find_family, locate
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
+from adapters_jax.trees import flatten
 
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
 TOKENIZER_FILES = (
@@ -49,10 +50,10 @@ HEAD_FILE = "head.safetensors"
 class Merge:
     """Merges the LoRA of a run into its base: a checkpoint that needs no adapter.
 
-    The checkpoint has the layout of Hugging Face, with the tokenizer. That of an encoder that reads
-    its pooler is a classifier of transformers, with the names of the classes; other encoders have
-    their head in a file of its own. Methods that do not change a weight, such as bottlenecks and
-    prompts, raise an error.
+    The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. That of an
+    encoder that reads its pooler is a classifier of transformers, with the names of the classes;
+    other encoders have their head in a file of its own. Methods that do not change a weight, such
+    as bottlenecks and prompts, raise an error.
 
     Args:
         run: directory of the run.
@@ -97,7 +98,7 @@ class Merge:
 
         def write() -> None:
             files, notes = save()
-            console.say(f"{self.out} holds {', '.join(files)}")
+            console.say(f"{self.out} holds {', '.join(files)}, read again with equal weights")
             for note in notes:
                 console.say(note)
             console.result({"out": self.out.as_posix(), "files": files, "notes": notes})
@@ -107,7 +108,13 @@ class Merge:
     def _decoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
         generator = load_generator(self.run)
         model = merge(opened(generator.model))
-        return lambda: (write_checkpoint(self.out, generator.decoder, model), [])
+
+        def save() -> Written:
+            files = write_checkpoint(self.out, generator.decoder, model)
+            check_checkpoint(self.out, generator.decoder, model)
+            return files, []
+
+        return save
 
     def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
         predictor: Any = load_predictor(self.run)
@@ -190,6 +197,8 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         for name in (*TOKENIZER_FILES, "vocab.txt"):
             if (files / name).is_file():
                 shutil.copyfile(files / name, beside / name)
+    _, found = classifier.load(directory, config["pooling"], absent=True)
+    _check_equal(directory, params[classifier.base], found)
     return sorted(path.name for path in directory.iterdir()), notes
 
 
@@ -205,6 +214,32 @@ def _whole(directory: Path) -> Iterator[Path]:
             os.rename(beside, directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> None:
+    """Reads a checkpoint again, and compares each weight with the model's.
+
+    Raises:
+        BaseFileError: weights differ; the message names one.
+    """
+    _, found = decoder.family.load(directory)
+    _check_equal(directory, *(nnx.state(each, nnx.Param) for each in (model, found)))
+
+
+def _check_equal(directory: Path, merged: Any, read: Any) -> None:
+    ours, theirs = flatten(merged), flatten(read)
+
+    def same(path: str) -> bool:
+        one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
+        return np.array_equal(one, other)
+
+    both = ours.keys() & theirs.keys()
+    differing = sorted(p for p in ours.keys() | theirs.keys() if p not in both or not same(p))
+    if differing:
+        raise BaseFileError(
+            f"{str(directory)!r} was read again with {len(differing)} other weights, such as "
+            f"{differing[0]}, than were merged; do not use it"
+        )
 
 
 def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:

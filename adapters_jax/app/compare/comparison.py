@@ -124,7 +124,7 @@ class Comparison:
     def _advanced(
         self, cell: Cell, results: dict[Cell, Result], console: Console, interrupts: Interrupts
     ) -> list[Cell]:
-        """The cells to train next; with --together, all but their last scores are done then."""
+        """The cells to train next, one by one; with --together, some are trained so far already."""
         cells = self.grid.beside(cell, results) if self.options.together else [cell]
         if len(cells) == 1:
             return cells
@@ -136,7 +136,7 @@ class Comparison:
                 jobs.append(self._opened(each, console))
                 stack.callback(jobs[-1].unlock)
             done = train_together(jobs, interrupts, self.console.say)
-        return [each for each, own in zip(cells, done, strict=True) if own] or [cell]
+        return [each for each, own in zip(cells, done, strict=True) if own] or cells
 
     def _outcome(self, result: Result, cell: Cell) -> str:
         if "stopped" in result:

@@ -281,15 +281,16 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         raise UsageError(f"{path} holds a {type(values).__name__}, expected names and values")
     found, problems = {}, []
     for key, value in values.items():
-        leaf = leaves.get(key.replace("-", "_"))
+        name = key.replace("-", "_")
+        leaf = leaves.get(name) or leaves.get(f"{name}_")  # as `for_`, which Python has for --for
         if leaf is None:
-            near = difflib.get_close_matches(key.replace("-", "_"), leaves, 1)
+            near = difflib.get_close_matches(name, leaves, 1)
             problems.append(f"{key} is unknown" + (f", is it {near[0]}?" if near else ""))
         elif expected := misfit(value, leaf.hint):
             problems.append(f"{key}={shown(value)}, expected {expected}")
         elif value is not None:
             flat = [word for pair in value.items() for word in pair] if leaf.is_dict else value
-            found[leaf.name] = flat
+            found[leaf.name.rstrip("_")] = flat
     if problems:
         raise UsageError(f"{path}: {'; '.join(problems)}")
     return found
