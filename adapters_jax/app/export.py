@@ -15,7 +15,7 @@ from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop import formats
 from adapters_jax.interop.directories import empty_directory
 from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat
-from adapters_jax.interop.peft.servers import MAX_ERROR, SERVERS, for_server
+from adapters_jax.interop.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
 from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.io.untrusted import read_json
@@ -72,11 +72,7 @@ class Serving:
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""
         base = source.base
-        if base.kind != "decoder":
-            raise UserError(
-                f"{SERVERS[self.name].owner} is written to for decoders, and {base.name!r} is an "
-                f"{base.kind}; leave --for out"
-            )
+        check_decoder(SERVERS[self.name], base.kind)
         served = for_server(
             SERVERS[self.name],
             source.recipe,
@@ -172,6 +168,8 @@ def export(
     notes = [] if native else _notes(source, form, headless)
     if to == "gguf" and server is None:
         server = Serving("llama.cpp")
+        if problems := form.problems(Adapter(source.recipe, source.leaves), source.base):
+            raise UserError("; ".join(problems))
     if server:
         source, changed = server.made_of(source)
         notes += changed

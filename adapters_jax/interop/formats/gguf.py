@@ -12,7 +12,7 @@ from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.base import Adapter, Head
 from adapters_jax.interop.gguf import adapters, find_gguf
 from adapters_jax.interop.peft.files import from_peft, to_peft
-from adapters_jax.interop.peft.servers import SERVERS, check_server, for_server
+from adapters_jax.interop.peft.servers import SERVERS, check_decoder, check_server, for_server
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
@@ -51,6 +51,7 @@ class Gguf:
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
         """See `check_server`; and the base's type."""
         try:
+            check_decoder(_SERVER, base.kind)
             adapters.layout_of(base.model_type)
             check_server(_SERVER, adapter.recipe, adapter.leaves, base.names, base.params)
         except UserError as error:

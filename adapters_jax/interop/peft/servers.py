@@ -105,6 +105,12 @@ class _Pair:
         return len(self.a)
 
 
+def check_decoder(server: Server, kind: str) -> None:
+    """Raises UserError if a base is not of the kind "decoder"."""
+    if kind != "decoder":
+        raise UserError(f"{server.owner} takes adapters of decoders, and the base is an {kind}")
+
+
 def check_server(
     server: Server,
     recipe: Recipe | Method,
