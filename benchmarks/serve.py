@@ -112,7 +112,7 @@ def adding(report: Report, base: Decoder, name: str, rounds: int, sizes: Sizes) 
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    idle, busy = [], []
+    idle, busy, cpu = list[float](), list[float](), list[float]()
     for took, running in ((idle, False), (busy, True)):
         sink = Collected()
         if running:
@@ -120,15 +120,22 @@ def adding(report: Report, base: Decoder, name: str, rounds: int, sizes: Sizes) 
             request = engine.submit([1], sink, model="first", most=room)
         for i in range(rounds):
             adapter = jax.block_until_ready(random_adapter(model, i))
-            start = time.perf_counter()
+            start, of_cpu = time.perf_counter(), time.process_time()
             fitted = engine.fit("new", adapter)
             engine.put("new", fitted, None, replace=True).result()
             took.append(time.perf_counter() - start)
+            cpu += [] if running else [time.process_time() - of_cpu]
         if running:
             engine.cancel(request)
             sink.done.result()
     engine.close()
-    report.add("Seconds to add an adapter", method=name, idle=Spread.of(idle), busy=Spread.of(busy))
+    report.add(
+        "Seconds to add an adapter",
+        method=name,
+        idle=Spread.of(idle),
+        busy=Spread.of(busy),
+        processor=Spread.of(cpu),
+    )
     report.claim(f"seconds to add an adapter, {name}", Spread.of(idle), PUT)
     report.claim(f"programs compiled by adding adapters, {name}", len(compiled), 0)
 

@@ -24,7 +24,6 @@ def test_no_request_of_the_description_is_an_error_of_the_server(tmp_path):
             [*fuzz, f"{server.address}/openapi.json"], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        assert "11 selected" in done.stdout or "Operations" in done.stdout, done.stdout[-2000:]
         again = server.ask("/v1/completions", {"model": "llama", "prompt": "food"})
         assert again["usage"]["prompt_tokens"] == answer["usage"]["prompt_tokens"]
         assert server.figure('adapters_jax_http_requests_total{status="500"}') == 0

@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import jax
-
 from adapters_jax.errors import UserError
 from adapters_jax.serving.requests import (
     BusyError,
@@ -233,7 +231,6 @@ class Engine:
                 "again when their requests have ended"
             )
         self._slots.bank = self._slots.bank.put(served.key, fitted, donate=True)
-        jax.block_until_ready(self._slots.bank.split)
         with self._changed:
             old = self.adapters.get(name)
             self.adapters = {**self.adapters, name: served}

@@ -81,7 +81,7 @@ class Slots:
     @bank.setter
     def bank(self, bank: Bank) -> None:
         self._bank = bank
-        self._model = bank.split
+        self._model = jax.block_until_ready(bank.split)  # so that a step need not wait for it
 
     def read(
         self, row: int, ids: Sequence[int], first: bool, adapter: str | None, choice: Choice
