@@ -13,15 +13,10 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
-How three further tasks fit:
-
-- Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
-  `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
-  and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is a complete example.
-- Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
-  windows a row and keeps the row of each; `score` joins the windows of a row again.
-- Preferences: `load` reads `prompt`, `chosen` and `rejected`, two completions a row; a batch has
-  both, and the loss compares their likelihoods.
+A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
+`open`; its `Readout` says what differs. A task of another kind fits like this: preferences `load`
+`prompt`, `chosen` and `rejected`, two completions a row; a batch has both, and the loss compares
+their likelihoods. `tests/helpers/tagging.py` is a whole task that uses neither.
 """
 
 from __future__ import annotations
