@@ -13,13 +13,8 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
-How two further tasks fit:
-
-- Token classification: `load` reads a column of tags; a row has its tags as a field `labels`, which
-  `Batches` pad (as they do those of `data.packing.Packed`); the model has a head on token states,
-  and the loss leaves out `NOTHING`. `tests/helpers/tagging.py` is a complete example.
-- Question answering: `load` reads `question`, `context` and `answers`; `prepare` encodes several
-  windows a row and keeps the row of each; `score` joins the windows of a row again.
+A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
+`open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
 """
 
 from __future__ import annotations
