@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 from helpers.arrays import read_arrays
+from helpers.commands import command_raises
 from helpers.finished import decoder_run, encoder_run, finished_run
 from helpers.tiny import write_words
 from safetensors.numpy import load_file
 
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.leaving import MERGED
+from adapters_jax.errors import UserError
 from adapters_jax.inference import load_predictor
 from adapters_jax.interop.formats import FORMATS
 from adapters_jax.interop.names import from_tensors
@@ -138,3 +140,13 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     found = pooled @ head["weight"].T + head["bias"]
     expected = [p.value for p in predictor.predict(texts)]
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-5)
+
+
+def test_a_run_and_a_shape_without_weights_are_no_bases(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = encoder_run()
+    with command_raises(UserError, f"'{run}' is a run", "tiny'"):
+        assert main(["audit", "--model", run]) == 2
+    flags = ["--train", "reviews.jsonl", "--text", "review"]
+    with command_raises(UserError, "'bert-base' is a shape", "audit and plan", "minilm"):
+        assert main(["finetune", "--model", "bert-base", *flags]) == 2

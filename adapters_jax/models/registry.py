@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import UserError
 from adapters_jax.models import bert, deberta, decoder, modernbert, t5, vit
 from adapters_jax.models.family import Family
@@ -55,6 +56,10 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         adapters_jax.errors.UserError: 'mine' has model_type='bart'; expected one of bert, ...
     """
     found = values.get("model_type")
+    if found is None and "base_sha256" in values:
+        raise UserError(
+            f"{name!r} is a run, expected a base; write the run's: {shown(values.get('model'))}"
+        )
     for family in FAMILIES.values():
         if isinstance(found, str) and found in family.prefixes:
             return family

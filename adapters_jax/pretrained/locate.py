@@ -90,7 +90,10 @@ def _config_file(name: str) -> Path:
         return found / "config.json"
     except UserError as error:
         pinned = [asset.name for asset in assets.ASSETS.values() if asset.shape]
-        raise UserError(f"{error}; the pinned models are {' and '.join(pinned)}") from error
+        shape = f"; {name!r} is a shape that audit and plan know, without weights"
+        raise UserError(
+            f"{error}; the pinned models are {' and '.join(pinned)}{shape * bool(find_known(name))}"
+        ) from error
 
 
 def pinned(name: str) -> str:
