@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
-from helpers.finished import decoder_run, encoder_run
+from helpers.finished import decoder_run
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
-from adapters_jax.inference import load_generator, load_predictor
+from adapters_jax.inference import load_generator
 from adapters_jax.pretrained.decoder import complete
 from adapters_jax.recipe import Recipe
 from adapters_jax.serving import Engine, Sizes
@@ -24,7 +24,6 @@ from adapters_jax.serving.adapters import DecoderBase, Read, covering
 from adapters_jax.serving.api import application
 from adapters_jax.serving.completions import TextApi
 from adapters_jax.serving.guard import Limits
-from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
 from adapters_jax.transforms.bank import Bank
 
 HERE = "http://127.0.0.1"
@@ -393,78 +392,3 @@ def test_without_its_extra(monkeypatch):
         monkeypatch.delitem(sys.modules, f"adapters_jax.{name}", raising=False)
     with command_raises(MissingPackageError, "starlette", "adapters-jax[serve]"):
         assert main(["serve", "base"]) == 2
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory):
-    """A server of a tiny BERT with a classifier and a regression."""
-    folder = tmp_path_factory.mktemp("labels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        of_words = encoder_run("--method lora --rank 2 --label label", "words")
-        numbers = "--method houlsby --bottleneck-dim 3 --task regression --label stars"
-        runs = {"words": folder / of_words, "numbers": folder / encoder_run(numbers, "numbers")}
-        base = EncoderBase(str(folder / "tiny"), "pooler")
-        read = {name: base.read(path) for name, path in runs.items()}
-    engine = Labeller(base, base.bank(covering(read.values()), 2, 3), 12, queue=2)
-    engine.start()
-    for name, each in read.items():
-        engine.put(name, engine.fit(name, (each.recipe, each.leaves)), each.about).result()
-    api = LabelApi(base, engine, "tiny", LIMITS)
-    yield TestClient(application(api, "", LIMITS), HERE), runs, engine
-    engine.close()
-
-
-def plain(value):
-    """A prediction whose numbers compare with a tolerance."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    return pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
-
-
-def test_labels_are_those_of_the_runs_alone(labels):
-    client, runs, _ = labels
-    texts = ["good film", "the plot was dull and very poor", "music"] * 4
-    for name, path in runs.items():
-        expected = [p.to_dict() for p in load_predictor(path).predict([(t, None) for t in texts])]
-        answer = client.post("/predict", json={"model": name, "texts": texts})
-        found = answer.json()["predictions"]
-        for one, other in zip(found, expected, strict=True):
-            assert plain(one) == plain(other)
-    assert len({str(p) for p in found}) > 2
-
-
-def test_adapters_of_an_encoder_come_and_go(labels):
-    client, runs, engine = labels
-    folder = runs["words"]
-    files = {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
-    files["config.json"] = (folder / "config.json").read_bytes()
-    put = lambda files: client.put(  # noqa: E731
-        "/v1/adapters/new", files=[("files", each) for each in files.items()]
-    )
-    asked = {"texts": ["good film"]}
-    assert put(files).status_code == 201
-    first, second = (
-        client.post("/predict", json={"model": name, **asked}).json()["predictions"]
-        for name in ("words", "new")
-    )
-    assert first == second
-    config = json.loads(files["config.json"])
-    target = {**config["target"], "names": ["one", "two", "three"]}
-    for changed, datum in [
-        ({**config, "target": target}, "3 outputs"),
-        ({**config, "target": 5}, "target"),
-        ({**config, "max_length": 10**9}, "1000000000"),
-        ({**config, "pooling": "mean"}, "mean"),
-        ({**config, "base_sha256": "0" * 64}, "0000"),
-    ]:
-        answer = put({**files, "config.json": json.dumps(changed).encode()})
-        assert answer.status_code == 400 and datum in answer.json()["error"]["message"]
-    assert client.delete("/v1/adapters/new").status_code == 200
-    assert client.post("/predict", json={"model": "new", **asked}).status_code == 404
-    pair = {"model": "words", "texts": [["good", "film"]]}
-    assert "single texts" in client.post("/predict", json=pair).json()["error"]["message"]
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        answer = client.post(path, json={})
-        assert answer.status_code == 400 and "encoder" in answer.json()["error"]["message"]
-    assert list(engine.adapters) == ["words", "numbers"]
