@@ -37,11 +37,11 @@ class Entry:
 
         Example:
             >>> Entry(FAMILIES["bert"], {}).commands, Entry(FAMILIES["llama"], {}).commands
-            (['finetune', 'predict'], ['finetune', 'generate', 'merge'])
+            (['finetune', 'predict', 'merge'], ['finetune', 'generate', 'merge'])
         """
         family, found = self.family, []
         if family.classifier is not None:
-            found += ["finetune", "predict"]
+            found += ["finetune", "predict", "merge"]
         if family.generates:
             found += ["finetune", "generate", *(["merge"] if family.save else [])]
         return found
@@ -55,9 +55,10 @@ class Entry:
             ['safetensors (read)', 'PEFT', 'AdapterHub']
         """
         types = self.family.prefixes.keys()
-        found = ["safetensors" if self.family.save else "safetensors (read)", "PEFT"]
+        written = self.family.save or self.family.classifier
+        found = ["safetensors" if written else "safetensors (read)", "PEFT"]
         found += ["AdapterHub"] if types & MODEL_TYPES else []
-        return found + (["GGUF (read)"] if types & gguf.MODEL_TYPES else [])
+        return found + (["GGUF (LoRA; models read)"] if types & gguf.MODEL_TYPES else [])
 
     @property
     def methods(self) -> list[str]:
