@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.data.annotated import Annotated
+from adapters_jax.data.annotated import Annotated, read_answers, read_choices
 from adapters_jax.data.batches import NOTHING, tokenize
 from adapters_jax.data.readers import DataError
 from adapters_jax.inference import load_predictor
@@ -85,6 +86,9 @@ def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, mo
     # The tags are the words' own here, so the baseline of words knows all.
     assert scores[0] == 1.0 if name == NER else scores[2] > scores[0]
 
+    usage = TASKS[name].usage("runs/run", config)
+    assert main(shlex.split(usage.shell)[1:]) == 0
+    exec(usage.python, {})
     capsys.readouterr()
     assert main(["predict", "runs/run", *texts, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -533,3 +537,63 @@ def test_tags_without_spans_have_accuracy_alone(tmp_path):
     assert Tags.of(data.train).names == ("DET", "NOUN")
     with raises(DataError, "'DET'", "'NOUN'"):
         TokenClassification().load({"train": path}, {}, ("f1", "accuracy"))
+
+
+def test_one_label_is_not_two_classes():
+    sets = LabelSets(("joy",))
+    names = ["f1_micro", "f1_macro", "accuracy"]
+    never = sets.score(names, [()] * 10, [("joy",)] + [()] * 9)
+    assert never == pytest.approx({"f1_micro": 0, "f1_macro": 0, "accuracy": 0.9})
+    half = sets.score(names[:2], [("joy",), ("joy",), ()], [("joy",), (), ()])
+    assert half == pytest.approx({"f1_micro": 2 / 3, "f1_macro": 2 / 3})
+
+
+@pytest.mark.parametrize("text", ["a good film", " a  good\n\nfilm "])
+def test_words_are_found_whatever_space_is_between(text, encoder):
+    (first,) = Tags(("B-a", "O")).inputs(encoder, [(text, None)], 16).where
+    assert first.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("answers", "labels"),
+    [
+        ({"text": "Ann", "answer_start": 7}, [(7, "Ann")]),
+        ({"text": "Ann"}, [(7, "Ann")]),
+        ({"text": ["Ann"], "answer_start": 7}, [(7, "Ann")]),
+        ({"text": [], "answer_start": []}, []),
+        ({"text": "", "answer_start": None}, []),
+        ("Ann", [(7, "Ann")]),
+        (0, [(12, "0")]),
+        (None, []),
+    ],
+)
+def test_an_answer_may_be_a_list_or_not(answers, labels, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": "Who?", "c": "It was Ann, 0.", "answers": answers}))
+    assert read_answers(path, "q", "c", "answers").labels == [labels]
+
+
+def test_a_mapping_without_texts_is_no_question_without_an_answer(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": "Who?", "c": "It was Ann.", "answers": {"answer": "Ann"}}))
+    with raises(DataError, path, "line 1", "'answer'"):
+        read_answers(path, "q", "c", "answers")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [(["3", "1"], [1, 0]), (["0", "1"], [0, 1]), (["two", "one"], [1, 0])]
+)
+def test_all_labels_of_choices_are_read_alike(labels, expected, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"p": "A sum.", "one": "1", "two": "3", "label": label} for label in labels]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_choices(path, ["p"], ["one", "two"], "label").labels == expected
+
+
+@pytest.mark.parametrize("sizes", ["--batch-size 1", "--batch-size 16 --accumulate 16"])
+def test_pairs_without_scores_need_other_rows(sizes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("tiny"))
+    paired(Path("rows.jsonl"))
+    with command_raises(aj.UserError, "1 row", "--batch-size", "--accumulate"):
+        assert main(f"{PAIRS} {sizes}".split()) == 2

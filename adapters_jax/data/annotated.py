@@ -192,7 +192,7 @@ def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label
         texts: the columns of what the choices continue.
         choices: the columns of the choices.
         label: the column of the right one: its number from 0 on, the name of its column, or its
-            text.
+            text, the same in all rows.
 
     Returns:
         Rows with the texts, joined by spaces, and the choices; a label is the number of the right
@@ -210,10 +210,17 @@ def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label
     """
     cells, lines = choose_columns(path, read_file(path), [*texts, *choices, label])
     rows = [(" ".join(row[: len(texts)]), *row[len(texts) : -1]) for row in cells]
-    found = []
-    for (*_, right), row in zip(cells, rows, strict=True):
-        names = [*map(str, range(len(choices))), *choices, *row[1:]]
-        found.append(names.index(right) % len(choices) if right in names else -1)
+    numbers = [*map(str, range(len(choices)))]
+    # One reading for all rows: the text of a choice may be the number of another one.
+    readings = [
+        [
+            own.index(right) if right in own else -1
+            for (*_, right), row in zip(cells, rows, strict=True)
+            for own in (list(row[1:]) if names is None else names,)
+        ]
+        for names in (numbers, [*choices], None)
+    ]
+    found = min(readings, key=lambda each: each.count(-1))
     wrong = [
         f"{row[-1]!r} ({place(n)})" for n, row, i in zip(lines, cells, found, strict=True) if i < 0
     ]
@@ -235,14 +242,21 @@ def _items(value: Any, separator: str | None = None) -> list[str]:
 
 def _starts(answers: Any) -> list[tuple[str, int | None]]:
     """The answers of a row with where they start in the context, None if that is not given."""
-    if isinstance(answers, Mapping):
-        texts = answers.get("text") or []
-        starts = answers.get("answer_start") or [None] * len(texts)
+    starts: list[Any] = []
+    if isinstance(answers, Mapping) and "text" in answers:
+        texts, starts = _listed(answers["text"]), _listed(answers.get("answer_start"))
     else:
-        texts = answers if isinstance(answers, list | tuple) else [answers] if answers else []
-        starts = [None] * len(texts)
+        texts = _listed(answers)
+    starts = starts or [None] * len(texts)
     whole = len(starts) == len(texts)
     return list(zip(map(str, texts), starts if whole else [-1] * len(texts), strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, and a single value as a list; None and "" have none."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None or value == "" else [value]
 
 
 def _placed(context: str, text: str, start: Any) -> tuple[int, str]:

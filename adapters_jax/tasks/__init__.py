@@ -50,7 +50,7 @@ def tasks_on(kind: str) -> list[Task]:
 
     Example:
         >>> [task.name for task in tasks_on("decoder")]
-        ['completion', 'conversation']
+        ['completion', 'conversation', 'preference']
     """
     return [task for task in TASKS.values() if task.kind == kind]
 

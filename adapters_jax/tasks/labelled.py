@@ -73,6 +73,7 @@ class EncoderTask(Task):
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
         readout = self.readout.of(data.train)
+        readout.check_batch(setup.batch_size // setup.accumulate)
         pooling = readout.pooling or setup.pooling
         encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
         length = _length(setup, readout, encoder)

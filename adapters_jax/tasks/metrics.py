@@ -9,6 +9,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -317,11 +318,13 @@ def set_scores(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
     from sklearn.metrics import accuracy_score, f1_score
 
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    # scikit-learn takes a single column for two classes, so each side has an empty one more.
+    found, right = (np.pad(np.asarray(sets), ((0, 0), (0, 1))) for sets in (predictions, labels))
+    f1 = partial(f1_score, right, found, labels=range(right.shape[1] - 1), zero_division=0)
     return {
-        "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0)),
-        "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(labels, predictions)),
+        "f1_micro": float(f1(average="micro")),
+        "f1_macro": float(f1(average="macro")),
+        "accuracy": float(accuracy_score(right, found)),
     }
 
 

@@ -22,7 +22,7 @@ from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch, Prediction, Usage
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.readout import Inputs, Readout
 
@@ -168,6 +168,13 @@ class MultipleChoice(EncoderTask):
         keys = [key_of(*texts) for texts in parts["train"].texts]
         chosen = tuple(metrics) or self.defaults
         return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """Examples with one row; see `Task.usage`."""
+        choices = (f"Choice {i}." for i in range(1, len(config["texts"])))
+        row = ("A text of your own.", *choices)
+        words = ["adapters-jax", "predict", run, *row]
+        return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
     def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
         """Reads the texts and choices of each row."""

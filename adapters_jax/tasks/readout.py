@@ -77,6 +77,10 @@ class Readout(ABC):
             expected = "pairs of texts" if pairs else "single texts"
             raise DataError(f"the run was trained on {expected}; give it {expected}")
 
+    def check_batch(self, rows: int) -> None:
+        """Raises UserError if a batch, or a part of it that is computed alone, is too small."""
+        return None  # most losses are of each row by itself
+
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes texts."""
         return Inputs(*encoder.encode(list(texts), max_length))

@@ -104,6 +104,15 @@ class Embeddings(Readout):
         """Raises DataError unless all texts are single ones, or all are pairs."""
         super().check(texts, bool(texts) and texts[0][-1] is not None)
 
+    def check_batch(self, rows: int) -> None:
+        """Raises UserError unless a text has others in its batch to tell its partner from."""
+        if not self.scored and rows < 2:
+            raise UserError(
+                f"pairs without scores on {rows} row at a time: a text learns to tell its partner "
+                "from those of the other rows, and there are none; write a --batch-size of at "
+                "least 2, and twice --accumulate"
+            )
+
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes each text by itself."""
         each = 1 if texts[0][1] is None else 2

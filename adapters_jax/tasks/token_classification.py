@@ -110,10 +110,10 @@ class Tags(Readout):
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes texts; `where` is the token of each word's first piece, -1 if it has none."""
         encoder.check_length(max_length)
-        found = tokenize(encoder.tokenizer, texts, max_length)
-        where = [
-            first_pieces(each, text.split()) for each, (text, _) in zip(found, texts, strict=True)
-        ]
+        words = [text.split() for text, _ in texts]
+        spaced: list[tuple[str, str | None]] = [(" ".join(row), None) for row in words]
+        found = tokenize(encoder.tokenizer, spaced, max_length)
+        where = [first_pieces(*each) for each in zip(found, words, strict=True)]
         return Inputs([row_of(e) for e in found], sum(bool(e.overflowing) for e in found), where)
 
     def targets(
