@@ -300,7 +300,10 @@ def test_roberta_has_fewer_usable_positions():
     ("settings", "data"),
     [
         ({"num_labels": 0}, ["num_labels", 0]),
-        ({"num_labels": 2, "pooling": "max"}, ["pooling", "'mean', 'cls' or 'pooler'", "'max'"]),
+        (
+            {"num_labels": 2, "pooling": "max"},
+            ["pooling", "'mean', 'cls', 'pooler' or 'tokens'", "'max'"],
+        ),
     ],
 )
 def test_classifier_settings_are_checked(settings, data):

@@ -229,7 +229,7 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_pa
     status, printed, err = command(["merge", f"runs/{name}", "--out", str(out), "--json"])
     assert status == 0, err
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert json.loads(printed) == {"out": out.as_posix(), "files": files}
+    assert json.loads(printed) == {"out": out.as_posix(), "files": files, "notes": []}
     ids = jnp.array([[4, 9, 5, 6]])
     adapted = full_pass(load_generator(f"runs/{name}").model, ids)
     merged, base = (full_pass(load_decoder(path)[1], ids) for path in (out, "tiny"))
