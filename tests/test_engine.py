@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.errors import raises
+from tokenizers import Tokenizer, decoders, models
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
@@ -280,6 +281,58 @@ def test_a_full_queue_and_a_closed_engine():
         engine.drop("small")
 
 
+def held(engine):
+    """An engine that waits in the sink of a request until the event is set."""
+    go_on = threading.Event()
+    running = Collected(pause=go_on)
+    engine.submit([1], running, most=3)
+    running.first.wait()
+    return go_on, running
+
+
+def test_a_cancelled_change_does_not_happen_and_the_engine_goes_on(engine):
+    before = dict(engine.adapters)
+    go_on, running = held(engine)
+    future = engine.put("late", engine.fit("late", ADAPTERS["small"]), "")
+    assert future.cancel()
+    go_on.set()
+    assert running.wait()[1] == "length"
+    engine.put("next", engine.fit("next", ADAPTERS["small"]), "").result(60)
+    engine.drop("next").result(60)
+    assert engine.alive and engine.adapters == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_a_bug_nobody_waits_for_ever():
+    engine = started(Sizes(rows=2, context=8, pieces=(8,)), {})
+    go_on, running = held(engine)
+
+    class Failing(Collected):
+        def end(self, why):
+            raise ValueError(why)
+
+    engine.submit([1], Failing(), most=2)
+    waiting = Collected()
+    engine.submit([1], waiting, most=2)
+    bug, later = engine.put("bug", None, ""), engine.drop("later")
+    go_on.set()
+    assert (running.wait()[1], waiting.wait()[1]) == ("closed", "closed")
+    for future in (bug, later):
+        with raises(BusyError, "shutting down"):
+            future.result(60)
+    assert not engine.alive
+    engine.close()  # joins the thread, whose error is this test's
+
+
+def test_the_step_of_a_choice_is_the_engines(engine):
+    found = []
+    for step in (0, 5):
+        sink = Collected()
+        engine.submit([1, 2], sink, most=6, choice=Choice(1.0, seed=3, step=step))
+        found.append(sink.wait())
+    assert found[0] == found[1]
+
+
 def test_what_an_engine_cannot_serve():
     t5 = T5(
         T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
@@ -308,3 +361,21 @@ def test_texts_come_in_whole_characters_and_end_at_stops():
         sink.token(i)
     sink.end("length")  # what may have been a stop is text after all
     assert pieces == [("a", 1), ("é", 3), ("b", 4)]
+
+
+def test_bytes_that_end_in_no_character_lose_no_text_after_them():
+    """Tokenizers decode neighbouring bytes together: one bad byte spoils the good ones before."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"x": 256, "y": 257, "?": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="?"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    pieces = []
+    sink = TextSink(tokenizer.decode, lambda text, n: pieces.append(text), lambda why: None)
+    for token in (256, 0xC3, 0xA9, 0xE2, 257, 256, 257):
+        sink.token(token)
+    sink.end("length")
+    assert pieces[:2] == ["x", "é"] and "".join(pieces).endswith("yxy")
+    whole = []
+    sink = TextSink(tokenizer.decode, lambda text, n: whole.append(text), lambda why: None)
+    for token in (256, *"é€".encode(), 257):  # the bytes of € spoil é only until they are whole
+        sink.token(token)
+    assert "".join(whole) == "xé€y"

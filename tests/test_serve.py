@@ -1,5 +1,6 @@
 """The HTTP interface, through Starlette's client: answers are those of `adapters-jax generate`."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -295,6 +296,8 @@ def test_other_bad_requests(served):
 def test_pages_of_other_hosts_cannot_ask(served):
     for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
         assert served.client.get("/v1/models", headers=headers).status_code == 403
+    for headers in ({"host": "["}, {"origin": "http://["}):
+        assert served.client.get("/v1/models", headers=headers).status_code == 400
     own = {"origin": HERE}
     assert served.client.get("/v1/models", headers=own).status_code == 200
 
@@ -308,6 +311,32 @@ def test_a_key(served):
         assert answer.json()["error"]["type"] == "authentication_error"
     right = {"authorization": "Bearer secret", "host": "server.example"}
     assert client.get("/v1/models", headers=right).status_code == 200
+    client = served.asking(key="clé")
+    for key, status in (("bearer clé", 200), ("Basic clé", 401)):
+        answer = client.get("/v1/models", headers={"authorization": key.encode()})
+        assert answer.status_code == status
+
+
+def test_a_client_that_hangs_up_in_its_body_is_no_error_of_the_server(served):
+    app, sent = served.client.app, []
+    arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }
+
+    async def receive():
+        return next(arriving, {"type": "http.disconnect"})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
 
 
 def test_a_full_queue_is_refused_and_says_when_to_come_again(served):

@@ -1,11 +1,16 @@
 """An encoder's server: its labels are those of each run alone, and adapters come and go."""
 
+import dataclasses
 import json
 
 import pytest
-from helpers.finished import encoder_run
+from helpers.annotated import asked, labelled, tagged
+from helpers.errors import raises
+from helpers.finished import encoder_run, finished_run
+from helpers.tiny import write_model
 from starlette.testclient import TestClient
 
+from adapters_jax.errors import UserError
 from adapters_jax.inference import load_predictor
 from adapters_jax.serving.adapters import covering
 from adapters_jax.serving.api import application
@@ -88,3 +93,45 @@ def test_adapters_of_an_encoder_come_and_go(labels):
         answer = client.post(path, json={})
         assert answer.status_code == 400 and "encoder" in answer.json()["error"]["message"]
     assert list(engine.adapters) == ["words", "numbers"]
+
+
+TASKS = {
+    "multilabel": (labelled, "--pooling cls", ["the fine plot was bad", "dull music"]),
+    "token-classification": (tagged, "", ["a good plot was dull", "a film"]),
+    "question-answering": (asked, "", [["the plot", "a film and lovely music"]]),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monkeypatch):
+    write, flags, texts = TASKS[task]
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny")
+    write(tmp_path / "rows.jsonl")
+    words = f"--model tiny --train rows.jsonl --max-length 16 {flags} --method lora --rank 2"
+    # Scores on dev; the threshold of multilabel belongs to its answers.
+    run = tmp_path / finished_run(f"{words} --name run", {"f1": 0.5, "threshold": 0.9})
+    alone = load_predictor(run)
+    base = EncoderBase(
+        str(tmp_path / "tiny"), json.loads((run / "config.json").read_text())["pooling"]
+    )
+    read = base.read(run)
+    engine = Labeller(
+        base, base.bank(covering([read]), read.about.readout.width + 1, 2), 16, queue=2
+    )
+    engine.start()
+    engine.put("run", engine.fit("run", (read.recipe, read.leaves)), read.about).result()
+    client = TestClient(application(LabelApi(base, engine, "tiny", LIMITS), "", LIMITS), HERE)
+    answer = client.post("/predict", json={"model": "run", "texts": texts})
+    engine.close()
+    rows = [(text, None) if isinstance(text, str) else tuple(text) for text in texts]
+    for one, other in zip(answer.json()["predictions"], alone.predict(rows), strict=True):
+        assert plain(one) == plain(json.loads(json.dumps(other.to_dict())))
+
+
+def test_an_adapter_of_longer_texts_than_there_are_programs_for_is_refused(labels):
+    _, runs, engine = labels
+    read = EncoderBase(str(runs["words"].parents[1] / "tiny"), "pooler").read(runs["words"])
+    fitted = engine.fit("long", (read.recipe, read.leaves))
+    with raises(UserError, 13, 12):
+        engine.put("long", fitted, dataclasses.replace(read.about, max_length=13))

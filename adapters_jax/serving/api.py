@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -224,6 +224,8 @@ async def _refuse(_: Request, error: Exception) -> Response:
     """The answer to a request that cannot be done."""
     if isinstance(error, HTTPException):
         return refused(error.status_code, str(error.detail), error.headers)
+    if isinstance(error, ClientDisconnect):
+        return refused(408, "the client hung up before its body was whole")
     return refused(_STATUS.get(type(error), 400), str(error))
 
 
@@ -247,5 +249,5 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
     return Starlette(
         routes=[Route("/", show_page), Route("/openapi.json", describe), *api.routes()],
         middleware=[Middleware(Guard, limits=limits, key=key, requests=api.metrics.requests)],
-        exception_handlers={UserError: _refuse, HTTPException: _refuse},
+        exception_handlers=dict.fromkeys((UserError, HTTPException, ClientDisconnect), _refuse),
     )

@@ -53,7 +53,8 @@ class _Answer:
 
     def put(self, item: Any, tokens: int = 0) -> None:
         """Hands on a piece of text, or the reason of the end; the engine's thread calls it."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (item, tokens))
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody reads it
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (item, tokens))
 
     async def pieces(self) -> AsyncIterator[str]:
         """The pieces of text; afterwards `why` has the reason of the end."""

@@ -12,6 +12,7 @@ Reference: Yu et al., Orca: A Distributed Serving System for Transformer-Based G
 (2022), https://www.usenix.org/conference/osdi22/presentation/yu
 """
 
+import contextlib
 import itertools
 import threading
 import time
@@ -35,6 +36,8 @@ from adapters_jax.serving.requests import (
 from adapters_jax.serving.slots import Choice, Slots
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
+
+_CLOSING = "the server is shutting down; try another one"
 
 
 class Engine:
@@ -212,7 +215,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise BusyError("the server is shutting down; try another one")
+            raise BusyError(_CLOSING)
 
     def _served(self, name: str) -> Served:
         if name not in self.adapters:
@@ -261,15 +264,7 @@ class Engine:
                     self._changed.wait_for(self._has_work)
                     if self._closing:
                         return
-                    orders = [*self._orders]
-                    self._orders.clear()
-                for future, work in orders:
-                    try:
-                        work()
-                    except UserError as error:
-                        future.set_exception(error)
-                    else:
-                        future.set_result(None)
+                self._obey()
                 self._turn()
         finally:  # also after a bug, so that nobody waits for ever
             with self._changed:
@@ -277,10 +272,28 @@ class Engine:
                 left = [*filter(None, self._running), *self._waiting]
                 self._waiting.clear()
                 orders = [*self._orders]
-            for request in left:
-                request.sink.end("closed")
-            for future, _ in orders:
-                future.set_exception(BusyError("the server is shutting down; try another one"))
+            with contextlib.ExitStack() as told:  # all of them, also if a sink fails
+                for request in left:
+                    told.callback(request.sink.end, "closed")
+                for future, _ in orders:
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(BusyError(_CLOSING))
+
+    def _obey(self) -> None:
+        """Does what was ordered until now, but for what was cancelled."""
+        for _ in range(len(self._orders)):
+            future, work = self._orders.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                work()
+            except UserError as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            finally:
+                if not future.done():  # a bug, which ends the engine
+                    future.set_exception(BusyError(_CLOSING))
 
     def _has_work(self) -> bool:
         return bool(self._closing or self._orders or self._waiting or any(self._running))
@@ -331,7 +344,7 @@ class Engine:
     def _read(self, row: int, request: Request) -> None:
         """Reads a piece of a prompt; the last one gives the first token."""
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]
-        token = self._slots.read(row, part, not request.read, request.adapter, request.choice)
+        token = self._slots.read(row, part, not request.read, request.adapter, _choice(request))
         request.read += len(part)
         self.counts.prompt_tokens += len(part)
         if request.read == len(request.prompt):

@@ -89,11 +89,16 @@ class Guard:
     def _problem(self, scope: Scope, headers: Headers, most: int) -> tuple[int, str] | None:
         """Why a request is refused, with its status."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        try:
+            page, name = urlsplit(origin or "").netloc, urlsplit(f"//{host}").hostname
+        except ValueError:
+            return 400, "the Host or the Origin is no address"
+        if origin is not None and page != host:
             return 403, "a page of another host asks, which is not allowed"
-        if self.key is None and urlsplit(f"//{host}").hostname not in LOOPBACK:
+        if self.key is None and name not in LOOPBACK:
             return 403, f"the Host is not this machine; ask {LOOPBACK[1]}"
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        scheme, _, given_key = headers.get("authorization", "").partition(" ")
+        given = given_key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         wanted = (self.key or "").encode()
         if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, wanted):
             return 401, "the API key is missing or another one; send Authorization: Bearer KEY"

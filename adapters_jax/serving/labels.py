@@ -40,6 +40,7 @@ from adapters_jax.serving.requests import (
 )
 from adapters_jax.tasks import read_run
 from adapters_jax.tasks.base import in_row_order
+from adapters_jax.tasks.labelled_problem import apply_to_rows
 from adapters_jax.tasks.readout import Readout
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
@@ -110,8 +111,11 @@ class EncoderBase:
             )
         try:
             readout = task.readout.from_config(config["target"])  # type: ignore[attr-defined]
+            readout = readout.restored(config.get("summary", {}).get("dev", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{run.config} is damaged: its target: {error}") from error
+        if not readout.has_head:
+            raise UserError(f"{directory} is a run of the task {task.name}, which is not served")
         recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
         width = leaves[f"{HEAD}/bias"].shape[-1] if f"{HEAD}/bias" in leaves else None
         if width != readout.width:
@@ -161,7 +165,9 @@ class Labeller:
 
         @jax.jit
         def outputs(params: Any, inputs: Any, rows: Any) -> Any:
-            return model.apply({"params": params}, *inputs, adapters=rows)
+            return apply_to_rows(
+                lambda *each: model.apply({"params": params}, *each, adapters=rows), inputs
+            )
 
         self._outputs = outputs
 
@@ -184,7 +190,16 @@ class Labeller:
         return self._bank.fit(name, adapter)
 
     def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool = False) -> Future[None]:
-        """See `Engine.put`; requests that came before have the old adapter."""
+        """See `Engine.put`; requests that came before have the old adapter.
+
+        Raises:
+            UserError: the adapter reads longer texts than the labeller has programs for.
+        """
+        if about.max_length > self._widths[-1]:
+            raise UserError(
+                f"{name} reads texts of {about.max_length} tokens, expected at most "
+                f"{self._widths[-1]}, those of the runs that the server began with"
+            )
 
         def work() -> None:
             if name not in self._bank and len(self._bank) == self._bank.capacity:
@@ -233,20 +248,20 @@ class Labeller:
 
     def _predict(self, name: str, texts: Sequence[tuple[str, str | None]]) -> list[Any]:
         about: Labels = self._served(name).about
-        if about.readout is None or any((pair is not None) != about.pairs for _, pair in texts):
-            wanted = "pairs of texts" if about.pairs else "single texts"
-            raise UserError(f"{name} was trained on {wanted}; give it {wanted}")
-        rows, _ = self._base.encoder.encode(list(texts), about.max_length)
-        batches = self._base.encoder.in_order(rows, None, BATCH, self._widths)
-        params, places = self._bank.params, self._bank.rows([name] * BATCH)
+        readout: Any = about.readout
+        readout.check(texts, about.pairs)
+        inputs = readout.inputs(self._base.encoder, texts, about.max_length)
+        batches = self._base.encoder.in_order(inputs.rows, None, BATCH, self._widths)
+        several = inputs.rows[0].input_ids.ndim == 2  # such as the choices of a question
+        each = len(inputs.rows[0].input_ids) if several else 1
+        params, places = self._bank.params, self._bank.rows([name] * BATCH, each=each)
         outputs = in_row_order(
             lambda batch: self._outputs(params, [batch[key] for key in INPUTS], places), batches
-        )[:, : about.readout.width]
+        )[..., : readout.width]
         if not np.isfinite(outputs).all():
             raise UserError(f"the numbers of {name} are not finite; train it again")
         self.counts.ended["labelled"] += 1
-        found = zip(texts, outputs, strict=True)
-        return [about.readout.predict(*pair, row).to_dict() for pair, row in found]
+        return [each.to_dict() for each in readout.predictions(texts, outputs, inputs)]
 
 
 class LabelApi(Api):

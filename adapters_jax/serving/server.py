@@ -36,10 +36,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._wait_for_progress()
 
         def data_received(self, data: bytes) -> None:
-            """Takes data; a connection without a request has some seconds to send one."""
+            """Takes data; a request that has begun has some seconds to become whole headers."""
             super().data_received(data)
-            if self.cycle is not None:
+            if self.flow.write_paused:
+                return  # what it sends does not make it read
+            if self.cycle is not None and not self.cycle.response_complete:
                 self._go_on()
+            elif self._stalled is None and not self.transport.is_closing():
+                self._wait_for_progress()
 
         def pause_writing(self) -> None:
             """The client reads slowly."""

@@ -1,5 +1,6 @@
 """Tokens as pieces of text, as they come, up to the first of some texts that end a completion."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from adapters_jax.serving.requests import End
@@ -72,6 +73,11 @@ class TextSink:
         return whole - max(held, default=0)
 
     def _send(self, text: str) -> None:
-        if text.startswith(self._sent) and len(text) > len(self._sent):
-            self._deliver(text[len(self._sent) :], len(self._ids))
-            self._sent = text
+        if self._sent.startswith(text):
+            return
+        # Bytes that turn out to be no text change the characters that they were before; what was
+        # handed on stays, and what comes from there on is new.
+        pairs = zip(text, self._sent, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._deliver(text[same:], len(self._ids))
+        self._sent = text
