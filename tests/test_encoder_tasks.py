@@ -168,10 +168,26 @@ def test_the_losses_of_embeddings_are_their_formulas():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
     outputs[3], weight = outputs[0], np.array([1.0, 1.0, 1.0, 0.0])  # a row that fills the batch
-    got = Embeddings(False).losses(jnp.asarray(outputs), {"weight": weight})
+    batch = {"weight": weight, "labels": np.array([[0, 0], [1, 1], [2, 2], [0, 0]])}
+    got = Embeddings(False).losses(jnp.asarray(outputs), batch)
     cosines = 20 * unit[:3, 0] @ unit[:3, 1].T
     shares = cosines - np.log(np.exp(cosines).sum(1, keepdims=True))
     np.testing.assert_allclose(got[:3], -shares.diagonal(), rtol=1e-4)
+
+
+def test_a_partner_of_several_texts_is_no_rival_of_itself():
+    """Of questions with two answers among them, each finds the one that it has."""
+    pairs = [(f"q{i}", f"a{i % 2}") for i in range(6)]
+    outputs = np.stack([np.eye(2)[np.arange(6) % 2]] * 2, axis=1)
+    embeddings = Embeddings.of(Annotated(pairs, pairs))
+    _, labels = embeddings.targets(Inputs([None] * 6, 0), pairs)
+    batch = {"weight": np.ones(6), "labels": labels}
+    losses = embeddings.losses(jnp.asarray(outputs), batch)
+    np.testing.assert_allclose(losses, np.log1p(3 * np.exp(-20)), atol=1e-6)
+    scores = embeddings.score(["recall_at_1", "mrr"], embeddings.decode(outputs), pairs)
+    assert scores == {"recall_at_1": 1.0, "mrr": 1.0}
+    wrong = embeddings.score(["mrr"], embeddings.decode(outputs[:, ::-1] * [[[1], [-1]]]), pairs)
+    assert wrong == {"mrr": 0.25}
 
 
 def test_second_texts_are_found_by_their_similarity():
@@ -182,7 +198,8 @@ def test_second_texts_are_found_by_their_similarity():
     unit = draw / np.linalg.norm(draw, axis=0)
     cosines = Embeddings(False).decode(outputs)
     np.testing.assert_allclose(cosines, unit, atol=1e-9)
-    assert Embeddings(False).score(["recall_at_1", "mrr"], draw, None) == pytest.approx(expected)
+    pairs = [(f"{i}", f"{i}") for i in range(20)]
+    assert Embeddings(False).score(["recall_at_1", "mrr"], draw, pairs) == pytest.approx(expected)
     assert retrieval(np.ones((4, 4))) == {"recall_at_1": 0.0, "mrr": 0.25}
     part = Annotated([("a b", "b"), ("c", "c d e")], [None, None])
     shared = Embeddings(False).constant(part, part)
@@ -467,6 +484,9 @@ def test_each_choice_is_read_with_its_text(encoder):
         ),
         (QA, {"context": "A b", "answers": {"text": ["A"], "answer_start": [0, 1]}}, ("'A'",)),
         ("multilabel", {"text": "x", "labels": "a|b"}, ("'a|b'", "--label-separator '|'")),
+        ("multilabel", {"text": "x", "labels": [["a"]]}, ("'labels'", "line 1")),
+        ("multilabel", {"text": "x", "labels": ["a", None]}, ("'labels'", "line 1")),
+        ("multilabel", {"text": "x", "labels": {"a": 1}}, ("'labels'", "line 1")),
         (CHOICE, {"choice1": "a", "choice2": "b", "label": 2}, ("'2'", "choice1, choice2")),
     ],
 )
@@ -475,6 +495,14 @@ def test_bad_rows_are_named(task, row, data, tmp_path):
     path.write_text(json.dumps({"question": "q", "premise": "p", **row}))
     with raises(DataError, path, *data):
         TASKS[task].load({"train": path}, {}, ())
+
+
+def test_a_number_for_each_label_is_no_list_of_names(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"t{i}", "labels": [i % 2, 1, 0]} for i in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with raises(DataError, path, "'labels'", "3 labels", "line 1"):
+        TASKS["multilabel"].load({"train": path}, {}, ())
 
 
 def test_nothing_to_learn():
@@ -597,3 +625,16 @@ def test_pairs_without_scores_need_other_rows(sizes, tmp_path, monkeypatch):
     paired(Path("rows.jsonl"))
     with command_raises(aj.UserError, "1 row", "--batch-size", "--accumulate"):
         assert main(f"{PAIRS} {sizes}".split()) == 2
+
+
+def test_the_space_around_an_answer_is_none_of_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    answers = {"text": ["good ", " was"], "answer_start": [7, 2]}
+    path.write_text(json.dumps({"q": "How?", "c": "it was good ", "answers": answers}))
+    assert read_answers(path, "q", "c", "answers").labels == [[(7, "good"), (3, "was")]]
+
+
+def test_large_outputs_of_choices_have_shares():
+    outputs = np.array([[[800.0], [0.0]]])
+    (found,) = Choices(("0", "1")).predictions([("x", "a", "b")], outputs, Inputs([None], 0))
+    assert found.probabilities == [1.0, 0.0]

@@ -90,7 +90,7 @@ def test_texts_judged_rows_and_other_columns():
         ({"prompt": "q", "chosen": "a", "rejected": [bot("b")]}, ["text", "list"]),
         ({"chosen": [user("q")], "rejected": [user("q"), bot("b")]}, ["chosen", "nothing"]),
         ({"chosen": [user("q"), bot("b"), user("r")], "rejected": [bot("b")]}, ["of user"]),
-        ({"prompt": "q", "chosen": "[{a", "rejected": "b"}, ["not JSON"]),
+        ({"prompt": "q", "chosen": '[{"role": a', "rejected": "b"}, ["not JSON"]),
         ({"prompt": "q", "completion": "a", "label": 1}, ["label is 1", "true or false"]),
         ({"prompt": "q", "completion": "a", "label": "good"}, ["label is 'good'"]),
         ({"prompt": "q", "completion": "a", "label": None}, ["label is None"]),
@@ -141,3 +141,16 @@ def test_each_row_gets_the_completion_of_another_prompt():
     assert len({other.completion[0] for _, other in found}) > 4
     with raises(DataError, "rows.csv", "one prompt"):
         mismatched(own[:2], 3, 5, "rows.csv")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_messages_as_a_text_of_json_are_told_from_an_answer_in_json(indent, tmp_path):
+    told = [json.dumps([user("Hi"), bot(word)], indent=indent) for word in ("It", "is")]
+    answers = [json.dumps([{"name": word}], indent=indent) for word in ("It", "is")]
+    for name, pair, talks in (("told", told, True), ("answers", answers, False)):
+        row = {"prompt": "Hi", "chosen": pair[0], "rejected": pair[1]}
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row))
+        (found,) = read_preferences(path).rows
+        assert found.talks == talks
+        assert talks or found.completions == tuple(pair)

@@ -302,3 +302,10 @@ def test_the_command_refuses_flags_that_mean_nothing(run, capsys):
     reviews = encoder_run()
     assert main(["convert", reviews, "no", "--to", "peft", "--no-head", "--for", "sglang"]) == 2
     assert "decoders" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_have_no_nearest_change():
+    recipe, leaves = dora()
+    path = next(path for path in leaves if path.endswith("/a"))
+    with raises(aj.UserError, "not finite"):
+        for_server(VLLM, recipe, leaves | {path: leaves[path] * np.nan}, NAMES, BASE, max_error=0.9)

@@ -159,7 +159,8 @@ def read_label_sets(path: Path, text: str, labels: str, separator: str | None) -
         Rows with the text `(text, None)`; a label is the tuple of labels.
 
     Raises:
-        DataError: the file cannot be used, or there are texts of labels and no separator.
+        DataError: the file cannot be used, there are texts of labels and no separator, a label is
+            blank or a list, or all rows have 0 or 1 for each label.
 
     Example:
         >>> import tempfile
@@ -178,10 +179,19 @@ def read_label_sets(path: Path, text: str, labels: str, separator: str | None) -
             f"{path.as_posix()}: {labels!r} is a text in {first_few(texts)}, such as {shown!r}; "
             "say what separates the labels of a row: --label-separator '|'"
         )
-    return Annotated(
-        [(each, None) for (each,) in cells],
-        [tuple(dict.fromkeys(_items(value, separator))) for (value,) in values],
-    )
+    found = [_items(value, separator) for (value,) in values]
+    blank = [isinstance(value, Mapping) for (value,) in values]
+    blank = [wrong or not all(row) for wrong, row in zip(blank, found, strict=True)]
+    _refuse(path, lines, blank, f"{labels!r} has a label without a name; expected a list of names")
+    even = len(found) > 1 and len({*map(len, found)}) == 1 < len(found[0])
+    if even and {"0", "1", "0.0", "1.0", "false", "true"} >= {
+        name for row in found for name in row
+    }:
+        raise DataError(
+            f"{path.as_posix()}: {labels!r} has 0 or 1 for each of {len(found[0])} labels, as "
+            f"{found[0]} ({place(lines[0])}); expected the names of the labels that a text has"
+        )
+    return Annotated([(each, None) for (each,) in cells], [tuple(dict.fromkeys(r)) for r in found])
 
 
 def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label: str) -> Annotated:
@@ -260,12 +270,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _placed(context: str, text: str, start: Any) -> tuple[int, str]:
-    """Where an answer starts; -1 if it is not there, or is empty."""
+    """Where an answer starts, without the space around it; -1 if it is not there, or is empty."""
+    bare = text.strip()
     if start is None:
-        return (context.find(text) if text else -1), text
+        return (context.find(bare) if bare else -1), bare
     whole = isinstance(start, int) and start >= 0
-    there = whole and text and context[start : start + len(text)] == text
-    return (start if there else -1), text
+    there = whole and bare and context[start : start + len(text)] == text
+    return (start + text.index(bare) if there else -1), bare
 
 
 def _refuse(path: Path, lines: Sequence[Line], wrong: Sequence[Any], what: str) -> None:

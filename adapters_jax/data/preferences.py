@@ -7,6 +7,7 @@ other messages are its prompt.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from adapters_jax.data.tables import cell
 from adapters_jax.strict_json import loads
 
 ROLES = ("prompt", "chosen", "rejected", "completion", "label")
+_MESSAGES = re.compile(r'\s*\[\s*\{.*?"(role|from)"\s*:', re.DOTALL)
 _JUDGED = {True: True, False: False, "true": True, "false": False}
 
 
@@ -209,4 +211,4 @@ def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Any:
 
 def _parsed(value: Any) -> Any:
     """A list of messages that is stored as a text of JSON; any other value as it is."""
-    return loads(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
+    return loads(value) if isinstance(value, str) and _MESSAGES.match(value) else value

@@ -328,13 +328,15 @@ def set_scores(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     }
 
 
-def retrieval(similarities: ArrayLike) -> dict[str, float]:
+def retrieval(similarities: ArrayLike, alike: ArrayLike = False) -> dict[str, float]:
     """How well each row finds its own column, the one with its number, by similarity.
 
     Equal similarities share the worse place.
 
     Args:
         similarities: `(rows, rows)`.
+        alike: whether a column is as right for a row as the row's own, and so no rival of it,
+            `(rows, rows)`.
 
     Returns:
         The fraction of rows that find theirs first (recall_at_1), and the mean of 1 / place (mrr).
@@ -344,7 +346,8 @@ def retrieval(similarities: ArrayLike) -> dict[str, float]:
         {'recall_at_1': 0.5, 'mrr': 0.75}
     """
     found = np.asarray(similarities)
-    places = (found >= found.diagonal()[:, None]).sum(axis=1)
+    rivals = ~(np.asarray(alike) | np.eye(len(found), dtype=bool))
+    places = 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
     return {"recall_at_1": float(np.mean(places == 1)), "mrr": float(np.mean(1 / places))}
 
 

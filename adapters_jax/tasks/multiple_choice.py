@@ -124,7 +124,8 @@ class Choices(Readout):
         self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
     ) -> list[Prediction]:
         """The choice of each row."""
-        odds = np.exp(outputs[..., 0].astype(np.float64))
+        scores = outputs[..., 0].astype(np.float64)
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares = (odds / odds.sum(axis=1, keepdims=True)).tolist()
         return [
             ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], shares[n])

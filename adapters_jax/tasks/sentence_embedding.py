@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated
 from adapters_jax.data.batches import together
@@ -81,7 +81,7 @@ class Embeddings(Readout):
     @classmethod
     def of(cls, train: Annotated) -> Embeddings:
         """The scale of a training set's scores, if it has scores."""
-        if train.labels[0] is None:
+        if isinstance(train.labels[0], tuple):
             return cls(False)
         low, high = min(train.labels), max(train.labels)
         if low == high:
@@ -123,9 +123,9 @@ class Embeddings(Readout):
         return Inputs([together(group, encoder.config.pad_token_id) for group in groups], cut)
 
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
-        """The scores as cosines; zeros without scores."""
+        """The scores as cosines; without scores, a number of each text, `(rows, 2)`."""
         if not self.scored:
-            return inputs.rows, np.zeros(len(labels), np.float32)
+            return inputs.rows, _numbers(labels)
         scores = (np.asarray(labels) - self.low) / (self.high - self.low)
         return inputs.rows, scores.astype(np.float32)
 
@@ -136,7 +136,8 @@ class Embeddings(Readout):
             return jnp.square((unit[:, 0] * unit[:, 1]).sum(axis=-1) - batch["labels"])
         cosines = SCALE * unit[:, 0] @ unit[:, 1].T
         real = jnp.asarray(batch["weight"]) > 0  # filler rows repeat others
-        cosines = jnp.where(real[None] | jnp.eye(len(cosines), dtype=bool), cosines, -1e9)
+        rivals = real[None] & ~_alike(jnp.asarray(batch["labels"]))
+        cosines = jnp.where(rivals | jnp.eye(len(cosines), dtype=bool), cosines, -1e9)
         return optax.softmax_cross_entropy_with_integer_labels(cosines, jnp.arange(len(cosines)))
 
     def decode(self, outputs: Float[np.ndarray, "rows 2 d"], where: Any = None) -> np.ndarray:
@@ -148,7 +149,7 @@ class Embeddings(Readout):
         """The correlations of cosines and scores; or how well second texts are found."""
         if self.scored:
             return compute(metrics, predictions, labels)
-        found = retrieval(predictions)
+        found = retrieval(predictions, _alike(_numbers(labels)))
         return {name: found[name] for name in metrics}
 
     def constant(self, train: Annotated, part: Annotated) -> np.ndarray:
@@ -158,7 +159,11 @@ class Embeddings(Readout):
         )
         if self.scored:
             return np.array([_shared(*pair) for pair in zip(first, second, strict=True)])
-        return np.array([[_shared(a, b) for b in second] for a in first])
+        words = {word: i for i, word in enumerate(set[str]().union(*first, *second))}
+        found, others = (_word_sets(side, words) for side in (first, second))
+        both = (found @ others.T).toarray()
+        sums = np.add.outer([*map(len, first)], [*map(len, second)])
+        return both / np.maximum(sums - both, 1)
 
     def predictions(
         self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
@@ -177,6 +182,27 @@ class Embeddings(Readout):
 
 def _shared(first: set[str], second: set[str]) -> float:
     return len(first & second) / max(len(first | second), 1)
+
+
+def _numbers(pairs: Sequence[tuple[str, str]]) -> Int[np.ndarray, "rows 2"]:
+    """A number of each text, the same for equal texts of a side."""
+    sides = [np.unique(side, return_inverse=True)[1] for side in zip(*pairs, strict=True)]
+    return np.stack(sides, axis=1).astype(np.int32)
+
+
+def _alike(numbers: Any) -> Any:
+    """Whether a row's partner is one of another row, too: either of their texts is equal."""
+    return (numbers[:, None] == numbers[None]).any(axis=-1)
+
+
+def _word_sets(texts: Sequence[set[str]], words: Mapping[str, int]) -> Any:
+    """1 for each word of a text, a sparse `(texts, words)`."""
+    from scipy.sparse import csr_array
+
+    columns = [words[word] for text in texts for word in text]
+    ends = np.cumsum([0, *map(len, texts)])
+    shape = len(texts), len(words)
+    return csr_array((np.ones(len(columns)), columns, ends), shape=shape)
 
 
 def _unit(outputs: Float[np.ndarray, "rows texts d"]) -> Float[np.ndarray, "rows texts d"]:
@@ -213,7 +239,7 @@ class SentenceEmbedding(EncoderTask):
         parts = {}
         for part, path in files.items():
             table = read_rows(path, named["text"], named["text_pair"], named["label"])
-            labels = numbers_of(table) if named["label"] else [None] * len(table)
-            parts[part] = Annotated([*table.texts], labels)
+            labels: Any = numbers_of(table) if named["label"] else table.texts
+            parts[part] = Annotated([*table.texts], [*labels])
         keys = [key_of(text) for text, _ in parts["train"].texts]
         return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or allowed)

@@ -321,6 +321,8 @@ def _nearest(name: str, pair: _Pair, rank: int, module_map: ModuleMap) -> tuple[
     """The change of a module at a rank, and what it loses."""
     a, b = pair.a.astype(np.float64), pair.scale * pair.b.astype(np.float64)
     size = None
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise UserError(f"{name} has numbers that are not finite; train the adapter again")
     if pair.magnitude is None:
         (left, first), (right, last) = np.linalg.qr(b), np.linalg.qr(a.T)
         u, s, v = np.linalg.svd(first @ last.T)
@@ -329,7 +331,7 @@ def _nearest(name: str, pair: _Pair, rank: int, module_map: ModuleMap) -> tuple[
         weight = _weight(name, a.shape[1], module_map)
         changed = weight + b @ a
         norms = np.linalg.norm(changed, axis=1, keepdims=True)
-        whole = pair.magnitude.reshape(-1, 1) * changed / norms
+        whole = pair.magnitude.reshape(-1, 1) * changed / np.where(norms, norms, 1.0)
         u, s, v = np.linalg.svd(whole - weight, full_matrices=False)
         size = np.linalg.norm(whole)
     tails = np.sqrt(np.append(np.cumsum(s[::-1] ** 2)[::-1], 0.0))  # by the rank that is kept
