@@ -156,6 +156,25 @@ def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
         assert main(f"{PAIRS}2 --label score --metrics mrr".split()) == 2
 
 
+def test_a_column_of_scores_may_have_the_name_label(tmp_path):
+    from adapters_jax.app.options.data import DataOptions
+    from adapters_jax.app.options.parsing import parse
+    from adapters_jax.app.runs.config import differences, read_options
+
+    rows = [{"sentence1": f"a {i}", "sentence2": "b", "label": i % 5} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TASKS["sentence-embedding"]
+    words = ["--train", str(tmp_path / "rows.jsonl"), "--task", task.name]
+    for more, metric in (([], "mrr"), (["--label", "label"], "pearson")):
+        assert metric in parse(DataOptions, [*words, *more]).load(task).metrics
+    assert parse(DataOptions, [*words, *more]).load(task).train.labels[0] == 0.0
+    run, scored = Run(tmp_path), {"label": "label", "task": task.name}
+    for stored, now in (({"label": "label"}, None), (scored, "label")):  # as older runs have it
+        assert read_options(run, {"options": {"data": stored}}).data.label == now
+    of = {"task_type": "classification"}
+    assert differences({**of, "data": {"label": "label"}}, {**of, "data": {"label": None}}) == []
+
+
 def test_the_losses_of_embeddings_are_their_formulas():
     outputs = np.random.default_rng(5).normal(size=(4, 2, 3))
     unit = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)

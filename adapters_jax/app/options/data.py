@@ -44,7 +44,8 @@ class DataOptions:
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
-        label: column of the label.
+        label: column of the label, "label" by default; for sentence-embedding, column of the
+            scores of pairs, by default none.
         task: what is learnt: by an encoder classification, regression, multilabel,
             token-classification, question-answering, multiple-choice or sentence-embedding; by a
             decoder completion, conversation or preference; by default that of the columns, or the
@@ -64,7 +65,7 @@ class DataOptions:
     test: Path | None = None
     text: str | None = None
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = None
     task: str | None = None
     metrics: tuple[str, ...] = ()
     glue: str | None = None

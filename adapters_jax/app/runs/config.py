@@ -68,7 +68,7 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
     options, command = config.get("options"), config.get("command")
     try:
         if isinstance(options, dict):
-            return from_plain(RunOptions, _with_turns(options))
+            return from_plain(RunOptions, _with_label(_with_turns(options)))
         if isinstance(command, list):
             words = [w for w in command if not w.startswith(_ELSEWHERE)]
             was = {f"--loss={turns}": f"--turns={turns}" for turns in _TURNS}
@@ -83,6 +83,15 @@ def _with_turns(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("loss") not in _TURNS:
         return dict(settings)
     return {"turns": settings["loss"], **{k: v for k, v in settings.items() if k != "loss"}}
+
+
+def _with_label(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose data have no label where it is the default, which older runs store."""
+    data = settings.get("data")
+    if not isinstance(data, dict) or data.get("label") != "label":
+        return dict(settings)
+    scored = data.get("task") == "sentence-embedding"  # its default is none
+    return {**settings, "data": data if scored else {**data, "label": None}}
 
 
 def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
-        stored = {**_with_turns(json.loads(json.dumps(config))), "format": FORMAT}
+        stored = {**_with_label(_with_turns(json.loads(json.dumps(config)))), "format": FORMAT}
         stored.pop("ways_out", None)  # it follows from the others
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
