@@ -341,6 +341,8 @@ def test_what_an_engine_cannot_serve():
     adapted = aj.adapt(t5, aj.LoRA("**/query", rank=1), rngs=nnx.Rngs(1))
     with raises(UserError, "T5"):
         Engine(aj.Bank(adapted, capacity=1))
+    with raises(UserError, "2 places", "4 spare"):
+        started(capacity=2)
     for wrong in [{"rows": 0}, {"pieces": (8, 1)}, {"pieces": ()}]:
         with raises(UserError, *wrong):
             Sizes(**wrong)
@@ -351,16 +353,16 @@ def test_texts_come_in_whole_characters_and_end_at_stops():
     whole = "".join(letters).encode()
     decode = lambda ids: whole[: len(ids)].decode(errors="replace")  # noqa: E731  a byte a token
     pieces, ends = [], []
-    sink = TextSink(decode, lambda text, n: pieces.append((text, n)), ends.append, ["bc", "zz"])
+    sink = TextSink(decode, pieces.append, ends.append, ["bc", "zz"])
     assert [sink.token(i) for i in range(5)] == [True, True, True, True, False]
     sink.end("stop")
-    assert pieces == [("a", 1), ("é", 3)] and ends == ["stop"]
+    assert pieces == ["a", "é"] and ends == ["stop"]
     pieces.clear()
-    sink = TextSink(decode, lambda text, n: pieces.append((text, n)), ends.append, ["bx"])
+    sink = TextSink(decode, pieces.append, ends.append, ["bx"])
     for i in range(4):
         sink.token(i)
     sink.end("length")  # what may have been a stop is text after all
-    assert pieces == [("a", 1), ("é", 3), ("b", 4)]
+    assert pieces == ["a", "é", "b"]
 
 
 def test_bytes_that_end_in_no_character_lose_no_text_after_them():
@@ -369,13 +371,13 @@ def test_bytes_that_end_in_no_character_lose_no_text_after_them():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="?"))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     pieces = []
-    sink = TextSink(tokenizer.decode, lambda text, n: pieces.append(text), lambda why: None)
+    sink = TextSink(tokenizer.decode, pieces.append, lambda why: None)
     for token in (256, 0xC3, 0xA9, 0xE2, 257, 256, 257):
         sink.token(token)
     sink.end("length")
     assert pieces[:2] == ["x", "é"] and "".join(pieces).endswith("yxy")
     whole = []
-    sink = TextSink(tokenizer.decode, lambda text, n: whole.append(text), lambda why: None)
+    sink = TextSink(tokenizer.decode, whole.append, lambda why: None)
     for token in (256, *"é€".encode(), 257):  # the bytes of € spoil é only until they are whole
         sink.token(token)
     assert "".join(whole) == "xé€y"

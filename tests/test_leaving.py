@@ -37,6 +37,7 @@ def place(tmp_path, monkeypatch):
     [
         (encoder_run, "--method lora --rank 2"),
         (encoder_run, f"{MEAN} houlsby"),
+        (encoder_run, f"{MEAN} lora --quantize int8"),
         (decoder_run, "--method lora --rank 2"),
         pytest.param(decoder_run, "--method llama-adapter", marks=slow),
         pytest.param(encoder_run, f"{MEAN} lora", marks=slow),
@@ -60,6 +61,7 @@ def test_what_is_promised_before_training_is_what_happens_after(make, flags, cap
     run = make(flags, "mine")
     promised = json.loads(Path(run, "config.json").read_text())["ways_out"]
     assert promised.keys() == {*FORMATS, MERGED}
+    assert ("--dequantize" in promised[MERGED]) == ("quantize" in flags)
     for name, promise in promised.items():
         words = ["convert", run, name, "--to", name]
         if name == MERGED:

@@ -36,7 +36,7 @@ def labels(tmp_path_factory):
     for name, each in read.items():
         engine.put(name, engine.fit(name, (each.recipe, each.leaves)), each.about).result()
     api = LabelApi(base, engine, "tiny", LIMITS)
-    yield TestClient(application(api, "", LIMITS), HERE), runs, engine
+    yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()
 
 
@@ -48,7 +48,7 @@ def plain(value):
 
 
 def test_labels_are_those_of_the_runs_alone(labels):
-    client, runs, _ = labels
+    client, runs, *_ = labels
     texts = ["good film", "the plot was dull and very poor", "music"] * 4
     for name, path in runs.items():
         expected = [p.to_dict() for p in load_predictor(path).predict([(t, None) for t in texts])]
@@ -60,7 +60,7 @@ def test_labels_are_those_of_the_runs_alone(labels):
 
 
 def test_adapters_of_an_encoder_come_and_go(labels):
-    client, runs, engine = labels
+    client, runs, engine, _ = labels
     folder = runs["words"]
     files = {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
     files["config.json"] = (folder / "config.json").read_bytes()
@@ -130,8 +130,20 @@ def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monke
 
 
 def test_an_adapter_of_longer_texts_than_there_are_programs_for_is_refused(labels):
-    _, runs, engine = labels
+    _, runs, engine, _ = labels
     read = EncoderBase(str(runs["words"].parents[1] / "tiny"), "pooler").read(runs["words"])
     fitted = engine.fit("long", (read.recipe, read.leaves))
     with raises(UserError, 13, 12):
         engine.put("long", fitted, dataclasses.replace(read.about, max_length=13))
+
+
+def test_the_base_labels_nothing_and_time_is_limited(labels):
+    client, _, engine, base = labels
+    answer = client.post("/predict", json={"model": "tiny", "texts": ["good film"]})
+    assert answer.status_code == 400 and "adapter" in answer.json()["error"]["message"]
+    limits = dataclasses.replace(LIMITS, seconds=1e-9)
+    late = TestClient(application(LabelApi(base, engine, "tiny", limits), "", limits), HERE)
+    several = {"model": "words", "texts": ["the plot was dull"] * 64}
+    assert late.post("/predict", json=several).status_code == 408
+    assert client.post("/predict", json=several).status_code == 200  # comes after it
+    assert (engine.waiting, engine.running) == (0, 0)

@@ -160,7 +160,8 @@ def _merged(problem: Problem, family: Family, config: Mapping[str, Any]) -> Way:
     except UserError as error:
         return Way(MERGED, shortened(str(error), 200))
     if config.get("pooling") != "pooler":
-        lacks = f"its head in transformers' format: it reads {config.get('pooling')}"
+        head = f"its head in transformers' format: it reads {config.get('pooling')}"
+        lacks = f"{head}; {lacks}" if lacks else head
     return Way(MERGED, lacks=lacks)
 
 

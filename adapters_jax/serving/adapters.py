@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from adapters_jax.tasks import read_run
 from adapters_jax.tasks.prompts import Prompts
 from adapters_jax.transforms.fitting import owners_of
 from adapters_jax.trees import flatten, join
+
+_log = logging.getLogger(__name__)
 
 _EXAMPLE = jnp.ones((1, 8), jnp.int32)
 
@@ -106,6 +109,7 @@ class DecoderBase:
         task, config = read_run(run, "generate")
         check_finished(run, config)
         check_base(run, config, self.decoder.sha256)
+        warn_of_bits(run, config)
         recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
         prompts, stop = task.asking(run, config, self.decoder)  # type: ignore[attr-defined]
         return Read(recipe, leaves, About(shown_of("run", recipe, leaves), prompts, stop))
@@ -159,6 +163,17 @@ def covering(adapters: Iterable[Read]) -> Recipe:
         for kind, kept, targets, sizes in found.values()
     ]
     return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
+
+
+def warn_of_bits(run: Run, config: Mapping[str, Any]) -> None:
+    """Warns of a run that was trained on a quantised base, since the server's has floats."""
+    if config.get("quantize"):
+        _log.warning(
+            "%s was trained on its base in %s, and is served on a base in floats, whose answers "
+            "may differ",
+            run.path,
+            config["quantize"],
+        )
 
 
 def shown_of(form: str, recipe: Recipe, leaves: Mapping[str, Any]) -> dict[str, Any]:

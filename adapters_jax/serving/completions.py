@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -47,20 +48,18 @@ class _Answer:
     """The text of an answer as it comes from the engine's thread."""
 
     def __init__(self) -> None:
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Any, int]]()
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self.why: End = "cancelled"
-        self.tokens = 0
 
-    def put(self, item: Any, tokens: int = 0) -> None:
+    def put(self, item: Any) -> None:
         """Hands on a piece of text, or the reason of the end; the engine's thread calls it."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody reads it
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (item, tokens))
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
     async def pieces(self) -> AsyncIterator[str]:
         """The pieces of text; afterwards `why` has the reason of the end."""
         while True:
-            item, tokens = await self.queue.get()
-            self.tokens = max(self.tokens, tokens)
+            item = await self.queue.get()
             if isinstance(item, tuple):
                 (self.why,) = item
                 return
@@ -91,7 +90,7 @@ class TextApi(Api):
         if isinstance(ids, str):
             prompts, decoder = about.prompts, self.decoder
             if prompts is None:
-                ids = decoder.tokenizer.encode(ids).ids
+                ids = (await asyncio.to_thread(decoder.tokenizer.encode, ids)).ids
             else:
                 ids = await asyncio.to_thread(prompts.encode, ids, decoder)
         return await self._answer(request, body, self._asked(ids, adapter, about), False)
@@ -103,7 +102,8 @@ class TextApi(Api):
         decoder = self.decoder
         messages = [message.plain() for message in body.messages]
         text, _ = await asyncio.to_thread(decoder.render, messages)
-        ids = decoder.tokenizer.encode(text, add_special_tokens=False).ids
+        encode = partial(decoder.tokenizer.encode, add_special_tokens=False)
+        ids = (await asyncio.to_thread(encode, text)).ids
         return await self._answer(request, body, self._asked(ids, adapter, about), True)
 
     def _asked(self, ids: list[int], adapter: str | None, about: About) -> _Asked:

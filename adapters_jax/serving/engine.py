@@ -66,6 +66,10 @@ class Engine:
                 f"a context of {sizes.context} tokens: expected at most {longest}, the positions "
                 "of the model"
             )
+        if bank.capacity <= sizes.spare:
+            raise UserError(
+                f"a bank of {bank.capacity} places: expected more than the {sizes.spare} spare ones"
+            )
         self.sizes, self.counts = sizes, Counts()
         self.vocabulary: int = model.config.vocab_size
         self.adapters: dict[str, Served] = {}

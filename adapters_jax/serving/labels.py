@@ -29,8 +29,9 @@ from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, load_encoder, store_frozen
 from adapters_jax.recipe import Recipe
 from adapters_jax.serving import schemas
-from adapters_jax.serving.adapters import About, Read, shown_of
+from adapters_jax.serving.adapters import About, Read, shown_of, warn_of_bits
 from adapters_jax.serving.api import Api
+from adapters_jax.serving.guard import refused
 from adapters_jax.serving.requests import (
     BusyError,
     Counts,
@@ -116,6 +117,7 @@ class EncoderBase:
             raise UserError(f"{run.config} is damaged: its target: {error}") from error
         if not readout.has_head:
             raise UserError(f"{directory} is a run of the task {task.name}, which is not served")
+        warn_of_bits(run, config)
         recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
         width = leaves[f"{HEAD}/bias"].shape[-1] if f"{HEAD}/bias" in leaves else None
         if width != readout.width:
@@ -233,13 +235,21 @@ class Labeller:
             if not self.alive or self.waiting >= self._queue:
                 raise BusyError(f"{self.waiting} requests are waiting, the most; try again later")
             self.waiting += 1
-        future = self._thread.submit(self._predict, name, texts)
-        future.add_done_callback(lambda _: self._done())
+        future = self._thread.submit(self._answer, name, texts)
+        future.add_done_callback(lambda done: self._moved(-1, 0) if done.cancelled() else None)
         return future
 
-    def _done(self) -> None:
+    def _answer(self, name: str, texts: Sequence[tuple[str, str | None]]) -> list[Any]:
+        self._moved(-1, 1)
+        try:
+            return self._predict(name, texts)
+        finally:
+            self._moved(0, -1)
+
+    def _moved(self, waiting: int, running: int) -> None:
         with self._lock:
-            self.waiting -= 1
+            self.waiting += waiting
+            self.running += running
 
     def _served(self, name: str) -> Served:
         if name not in self.adapters:
@@ -273,5 +283,13 @@ class LabelApi(Api):
         """Labels texts."""
         body = schemas.parsed(schemas.PredictRequest, await request.body())
         texts = [(t, None) if isinstance(t, str) else (t[0], t[1]) for t in body.texts]
-        found = await asyncio.wrap_future(self.engine.predict(body.model, texts))
+        if body.model == self.name:
+            raise UserError(
+                f"{self.name} labels nothing without an adapter; name one of /v1/models"
+            )
+        future = asyncio.wrap_future(self.engine.predict(body.model, texts))
+        try:
+            found = await asyncio.wait_for(future, self.limits.seconds)
+        except TimeoutError:
+            return refused(408, "the labels took longer than the server's limit; send fewer texts")
         return JSONResponse({"model": body.model, "predictions": found})

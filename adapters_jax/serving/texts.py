@@ -13,7 +13,7 @@ class TextSink:
 
     Args:
         decode: the text of all tokens so far.
-        deliver: takes each piece of text, with the number of tokens until then.
+        deliver: takes each piece of text.
         finish: takes the reason of the end, after the last piece.
         stops: texts that end the completion, and are no part of it.
 
@@ -22,7 +22,7 @@ class TextSink:
         >>> pieces = []
         >>> sink = TextSink(
         ...     lambda ids: "".join(words[i] for i in ids),
-        ...     lambda text, tokens: pieces.append(text), pieces.append, [" end"])
+        ...     pieces.append, pieces.append, [" end"])
         >>> [sink.token(i) for i in range(4)]
         [True, True, True, False]
         >>> sink.end("stop"); pieces
@@ -32,7 +32,7 @@ class TextSink:
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        deliver: Callable[[str, int], None],
+        deliver: Callable[[str], None],
         finish: Callable[[End], None],
         stops: Sequence[str] = (),
     ) -> None:
@@ -79,5 +79,5 @@ class TextSink:
         # handed on stays, and what comes from there on is new.
         pairs = zip(text, self._sent, strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._deliver(text[same:], len(self._ids))
+        self._deliver(text[same:])
         self._sent = text

@@ -12,7 +12,7 @@ from adapters_jax.app.compare.grid import read_candidate
 from adapters_jax.app.console import Console
 from adapters_jax.app.report.pages import render
 from adapters_jax.checks import check_number, check_size
-from adapters_jax.errors import UserError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.io.run_directory import Run, find_run
 from adapters_jax.pretrained.locate import is_decoder
 from adapters_jax.serving.adapters import DecoderBase, Read, covering
@@ -142,7 +142,7 @@ class Serve:
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
         later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
-        model = base.adapted(covering([*read.values(), *later]))
+        model = _together(lambda: base.adapted(covering([*read.values(), *later])))
         context = min(self.context, base.decoder.config.longest)
         sizes = Sizes(self.rows, context, queue=self.queue)
         engine = Engine(Bank(model, capacity=self.adapters + sizes.spare), sizes)
@@ -160,7 +160,7 @@ class Serve:
         read = {name: base.read(path) for name, path in runs.items()}
         abouts: list[Any] = [each.about for each in read.values()]
         width = max(about.readout.width for about in abouts)
-        bank = base.bank(covering(read.values()), width, self.adapters)
+        bank = _together(lambda: base.bank(covering(read.values()), width, self.adapters))
         longest = max(about.max_length for about in abouts)
         engine = Labeller(base, bank, longest, self.queue)
         return LabelApi(base, engine, called, limits), engine, read
@@ -173,10 +173,21 @@ class Serve:
             name, path = (name, path) if sign else (Path(text).name.partition("@")[0], text)
             if not matches_name(name) or name in named:
                 raise UserError(
-                    f"the adapter of {path} would be named {name!r}; write NAME={path} with a name "
+                    f"the adapter of {path} would be named {name!r}; write NAME={text} with a name "
                     f"of its own like {NAME}"
                 )
             named[name] = path
         if len(named) > self.adapters:
             raise UserError(f"--adapters {self.adapters}: there are {len(named)} runs; raise it")
         return named
+
+
+def _together(make: Callable[[], Any]) -> Any:
+    """What is made of all adapters; raises UserError if there is no recipe for all of them."""
+    try:
+        return make()
+    except RecipeError as error:
+        raise UserError(
+            f"these adapters cannot share a server: {error}. Serve them apart; a LoRA of a DoRA is "
+            "what adapters-jax convert --to peft --for vllm writes"
+        ) from error
