@@ -168,8 +168,6 @@ def export(
     notes = [] if native else _notes(source, form, headless)
     if to == "gguf" and server is None:
         server = Serving("llama.cpp")
-        if problems := form.problems(Adapter(source.recipe, source.leaves), source.base):
-            raise UserError("; ".join(problems))
     if server:
         source, changed = server.made_of(source)
         notes += changed

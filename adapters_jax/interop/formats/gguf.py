@@ -13,10 +13,15 @@ from adapters_jax.interop.formats.base import Adapter, Head
 from adapters_jax.interop.gguf import adapters, find_gguf
 from adapters_jax.interop.peft.files import from_peft, to_peft
 from adapters_jax.interop.peft.servers import SERVERS, check_decoder, check_server, for_server
+from adapters_jax.methods.dora import DoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
 _SERVER = SERVERS["llama.cpp"]
+_NEAREST = (
+    "a DoRA is written as the nearest LoRA, and what that loses is known once it is trained; "
+    "convert says it, and has --max-error"
+)
 
 
 class Gguf:
@@ -56,6 +61,8 @@ class Gguf:
             check_server(_SERVER, adapter.recipe, adapter.leaves, base.names, base.params)
         except UserError as error:
             return [str(error)]
+        if any(isinstance(method, DoRA) for method in adapter.recipe):
+            return [_NEAREST]
         return []
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
