@@ -211,7 +211,7 @@ def _qwix(mesh: Mesh, size: Size, loss_of: Any, **how: Any) -> jax.stages.Lowere
     def loss(adapters: Any, frozen: Any, inputs: Any) -> jax.Array:
         kind = jnp.dtype(how.get("dtype", "bfloat16"))
         cast = jax.tree.map(lambda x: x.astype(kind), adapters)
-        return loss_of(nnx.merge(graphdef, cast, frozen), inputs)
+        return loss_of(nnx.merge(graphdef, cast, frozen, copy=True), inputs)
 
     return make_step(loss, TX).lower(adapters, opt_state, frozen, inputs)
 
