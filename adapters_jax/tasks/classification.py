@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from adapters_jax.data.datasets import Dataset
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
-from adapters_jax.tasks.readout import Readout
+from adapters_jax.tasks.readout import Inputs, Readout
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Classes(Readout):
         >>> classes = Classes(("no", "yes"))
         >>> classes.decode(np.array([[0.1, 2.0], [0.3, 0.2]])).tolist()
         [1, 0]
-        >>> classes.predict("A joy.", None, np.array([0.0, 0.0])).probabilities
+        >>> classes.predictions([("A joy.", None)], np.zeros((1, 2)), None)[0].probabilities
         {'no': 0.5, 'yes': 0.5}
     """
 
@@ -89,10 +89,16 @@ class Classes(Readout):
         """The most frequent class in training for each row of a part."""
         return np.full(len(part), np.bincount(train.labels).argmax())
 
-    def predict(
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The class of each text."""
+        rows = zip(texts, outputs, strict=True)
+        return [self._predict(text, pair, row) for (text, pair), row in rows]
+
+    def _predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
     ) -> ClassPrediction:
-        """The prediction of one row of outputs."""
         odds = np.exp((outputs - outputs.max()).astype(np.float64))
         shares = (odds / odds.sum()).tolist()
         label = self.names[int(outputs.argmax())]

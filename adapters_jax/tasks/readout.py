@@ -125,14 +125,8 @@ class Readout(ABC):
     def constant(self, train: Any, part: Any) -> Any:
         """The best predictions without a model for a part: mostly the same for each row."""
 
+    @abstractmethod
     def predictions(
         self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
     ) -> list[Prediction]:
         """The prediction of each text."""
-        return [
-            self.predict(text, pair, row) for (text, pair), row in zip(texts, outputs, strict=True)
-        ]
-
-    def predict(self, text: str, text_pair: str | None, outputs: np.ndarray) -> Prediction:
-        """The prediction of one row of outputs, for the default of `predictions`."""
-        raise NotImplementedError

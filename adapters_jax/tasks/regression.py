@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
-from adapters_jax.tasks.readout import Readout
+from adapters_jax.tasks.readout import Inputs, Readout
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,16 @@ class Numbers(Readout):
         """The mean of the training rows for each row of a part."""
         return np.full(len(part), self.mean)
 
-    def predict(
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The number of each text."""
+        rows = zip(texts, outputs, strict=True)
+        return [self._predict(text, pair, row) for (text, pair), row in rows]
+
+    def _predict(
         self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
     ) -> NumberPrediction:
-        """The prediction of one row of outputs."""
         return NumberPrediction(text, text_pair, float(self.decode(outputs[None])[0]))
 
 
