@@ -84,8 +84,11 @@ class RunOptions(Settings):
         seed: seed of the head, the adapters, the order of rows, and dropout.
         baselines: also report the majority class and the frozen base with a trained head; for a
             decoder, the base model.
+        budget: time for the run, such as 90s, 10m or 1h30m: as many epochs as fit into it, at most
+            --epochs, by default 20; the answers that a decoder generates at the end come on top.
     """
 
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     baselines: bool = True
+    budget: str | None = None

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,11 +18,13 @@ from adapters_jax.app.console import Console, Progress, Speed, duration
 from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.stored import plain
 from adapters_jax.app.report.run import draw_curves, results_table, write_report
+from adapters_jax.app.runs.budget import fitted, measured, seconds_of
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
-from adapters_jax.audit import audit
+from adapters_jax.audit import Audit, audit
 from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
@@ -110,6 +112,38 @@ class Job:
         for line in sentences(self.ways):
             self.console.say(line)
         self.prepared.begin(self.run, self.console.progress)
+        self._in_budget()._train_and_report(counts, interrupts)
+
+    def _in_budget(self) -> Job:
+        """The job with as many epochs as fit into the time that was asked for, if one was."""
+        budget = self.config["options"]["budget"]
+        if budget is None:
+            return self
+        self.console.say("measuring the steps; they are compiled for it")
+        cost = measured(self.problem, self.optimizer, self.half)
+        rows = self.config["rows"]
+        passes = sum(
+            getattr(each, "epochs", None) or 1
+            for each in (self.prepared.baselines() if self.baselines else [])
+        )
+        beside = passes * cost.score * sum(rows.values()) / rows["dev"]
+        left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
+        steps = len(self.problem.train)
+        optimizer = fitted(self.optimizer, cost, left, steps, budget)
+        self.console.say(
+            f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
+        )
+        options = self.config["options"]
+        own = {**options["optimizer"], "epochs": optimizer.epochs}
+        config = {
+            **self.config,
+            "optimizer": plain(optimizer),
+            "options": {**options, "budget": None, "optimizer": own},
+        }
+        self.run.write_config(config)  # what continues the run has the same epochs
+        return replace(self, optimizer=optimizer, config=config)
+
+    def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
             found, results = self.train_all(saving)
