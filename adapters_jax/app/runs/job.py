@@ -22,7 +22,7 @@ from adapters_jax.app.report.run import draw_curves, results_table, write_report
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
-from adapters_jax.audit import audit
+from adapters_jax.auditing import audit
 from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
