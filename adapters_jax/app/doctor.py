@@ -19,7 +19,7 @@ from flax import nnx
 from packaging.requirements import Requirement
 
 from adapters_jax.adapting import adapt
-from adapters_jax.auditing import bytes_text
+from adapters_jax.display import bytes_text
 from adapters_jax.distributed.devices import memory_of
 from adapters_jax.methods import LoRA
 from adapters_jax.nnx import AdapterParam

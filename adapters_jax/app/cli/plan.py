@@ -203,7 +203,7 @@ class PlanTraining:
         )
 
     def _show(self, results: dict[str, Planned], mesh: Mesh, console: Console) -> None:
-        from adapters_jax.auditing import bytes_text
+        from adapters_jax.display import bytes_text
         from adapters_jax.distributed.plan import PARTS
 
         number = f"{mesh.size} device{'s' * (mesh.size > 1)}"
@@ -251,7 +251,7 @@ class PlanTraining:
 
 def _costs(result: Planned) -> dict[str, str]:
     """Names and texts of what a compiler says beside the memory."""
-    from adapters_jax.auditing import bytes_text
+    from adapters_jax.display import bytes_text
 
     program = result.asked.program
     if program is None:
