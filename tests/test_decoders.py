@@ -22,13 +22,14 @@ from test_gguf import tensors_of, write
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
-from adapters_jax.app.cli.merge import write_checkpoint
 from adapters_jax.app.console import Console
+from adapters_jax.app.merging import write_checkpoint
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.data.batches import NOTHING, Batches
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, pack, sequence
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import Table
 from adapters_jax.errors import BaseFileError, RecipeError, TargetError, UserError
@@ -40,7 +41,7 @@ from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.tasks import TASKS, completion, completion_problem
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
 from adapters_jax.tasks.completion_rows import RowBuilder
-from adapters_jax.tasks.prompts import Prompts, encode_table
+from adapters_jax.tasks.prompts import encode_table
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]

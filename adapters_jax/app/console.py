@@ -72,6 +72,18 @@ class Console:
         self.result(value)
 
     @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Within, a terminal shows a spinner with a text; elsewhere, nothing is shown.
+
+        It is on stderr, so that what a command prints stays as it is.
+        """
+        with contextlib.ExitStack() as stack:
+            if sys.stderr.isatty():
+                shown = rich.console.Console(stderr=True)
+                stack.enter_context(shown.status(Text(visible(text, lines=False))))
+            yield
+
+    @contextlib.contextmanager
     def progress(
         self,
         title: str,

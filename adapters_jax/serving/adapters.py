@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.errors import UserError
 from adapters_jax.interop import formats
 from adapters_jax.interop.base_model import BaseModel
@@ -25,7 +26,6 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks import read_run
-from adapters_jax.tasks.prompts import Prompts
 from adapters_jax.transforms.fitting import owners_of
 from adapters_jax.trees import flatten, join
 

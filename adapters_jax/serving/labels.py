@@ -20,7 +20,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
 from adapters_jax.interop import formats
 from adapters_jax.interop.base_model import BaseModel

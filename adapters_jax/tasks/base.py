@@ -32,11 +32,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.tables import read_rows
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.prompts import Prompts
 from adapters_jax.training.state import TrainState
 
 Batch = Mapping[str, np.ndarray]

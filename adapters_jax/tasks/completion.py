@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.data.datasets import TaskData, hold_out_rows
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
@@ -36,7 +37,6 @@ from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
 from adapters_jax.tasks.conversation_rows import ChatEncoder
 from adapters_jax.tasks.metrics import ROUGE, rouge_scorer
-from adapters_jax.tasks.prompts import Prompts
 
 MAX_LENGTH = 256
 BATCH_SIZE = 16  # prompts completed at a time

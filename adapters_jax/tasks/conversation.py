@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from adapters_jax.data.conversations import Conversations, read_conversations
 from adapters_jax.data.datasets import TaskData, hold_out_rows
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
@@ -29,7 +30,6 @@ from adapters_jax.tasks.completion import (
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, build_batches
 from adapters_jax.tasks.conversation_rows import ChatEncoder, Encoded
-from adapters_jax.tasks.prompts import Prompts
 
 
 class ConversationTask(Task):

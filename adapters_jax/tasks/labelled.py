@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.data.batches import Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData, load_labelled
 from adapters_jax.errors import UserError

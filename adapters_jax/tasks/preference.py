@@ -15,6 +15,7 @@ import safetensors.numpy
 from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.files import DataError
 from adapters_jax.data.preferences import Preferences, read_preferences
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
@@ -37,7 +38,6 @@ from adapters_jax.tasks.completion_rows import HELD_OUT
 from adapters_jax.tasks.conversation import check_chats
 from adapters_jax.tasks.preference_problem import Objective, PreferenceProblem
 from adapters_jax.tasks.preference_rows import PreferenceEncoder, build_preferences
-from adapters_jax.tasks.prompts import Prompts
 
 PARTS = ("train", *HELD_OUT)
 

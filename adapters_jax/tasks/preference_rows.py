@@ -18,9 +18,10 @@ from adapters_jax.data.conversations import Conversation
 from adapters_jax.data.files import DataError, Line, count_rows, first_few, place
 from adapters_jax.data.packing import Example, Packed, sequence
 from adapters_jax.data.preferences import Preference, Preferences
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.pretrained.decoder import DecoderTokenizer, rounded
 from adapters_jax.tasks.conversation_rows import ChatEncoder
-from adapters_jax.tasks.prompts import Prompts, encode_pair
+from adapters_jax.tasks.prompts import encode_pair
 
 _ENDLESS = 2**31
 

@@ -104,8 +104,8 @@ def main():
     import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
-    from adapters_jax.app.cli import finetune as run  # noqa: F401
     from adapters_jax.app.cli import main as cli
+    from adapters_jax.app.runs import prepare  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

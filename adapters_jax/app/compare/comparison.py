@@ -26,6 +26,7 @@ from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.display import html_table
 from adapters_jax.errors import FileSystemError, UserError
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.base import NotFiniteError
@@ -52,6 +53,12 @@ class Comparison:
     out: Path
     console: Console
     lock: FileLock
+
+    def _repr_html_(self) -> str:
+        results = self.cells.results(self.grid.possible())
+        summary = summarize(self.options, self.grid, self.cells, self.out, results)
+        left = f"{summary['done']} runs are done, {summary['missing']} are missing: {self.out}"
+        return html_table(*comparison_table(summary), notes=[left])
 
     def __call__(self) -> None:
         """Trains the remaining cells, and writes the comparison after each.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters_jax.app.options.stored import absolute
+
+Format = Literal["native", "peft", "adapterhub", "gguf"]  # the names of `interop.formats.FORMATS`
 
 
 def given(options: Any) -> dict[str, Any]:

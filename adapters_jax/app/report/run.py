@@ -16,7 +16,7 @@ from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.report import pages
-from adapters_jax.audit import HEADERS, Audit
+from adapters_jax.auditing import HEADERS, Audit
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of

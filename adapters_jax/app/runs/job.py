@@ -24,7 +24,7 @@ from adapters_jax.app.runs.budget import fitted, measured, seconds_of
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
-from adapters_jax.audit import Audit, audit
+from adapters_jax.auditing import Audit, audit
 from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
