@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m benchmarks step                 the whole, minutes\n"
         "  python -m benchmarks step --quick         toy sizes: does it run?\n"
         "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere\n"
-        "  python -m benchmarks readme               put the results into the README",
+        "  python -m benchmarks readme               put the results into README and docs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="*", help="which to run; without a name all are listed")

@@ -16,6 +16,7 @@ from adapters_jax.attention.heads import Inline
 from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.methods.spelling import check_settings
 from adapters_jax.targets import as_patterns
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.calls import Returned
@@ -178,6 +179,11 @@ class Method:
     subset_fields: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
+
+    def __new__(cls, *args: Any, **settings: Any) -> "Method":
+        """Makes the method; raises UserError for settings in another library's spelling."""
+        check_settings(cls.__name__, cls.__dataclass_fields__, settings)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))

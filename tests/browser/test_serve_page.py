@@ -1,26 +1,15 @@
-"""The page of a server in a real Chromium: wide and narrow, light and dark, by mouse and keyboard.
-
-It needs selenium (the extra serve-test) and Debian's chromium and chromium-driver.
-With the environment variable SCREENSHOTS, pictures of the page are put into that directory.
-"""
+"""The page of a server in Chromium: wide and narrow, light and dark, by mouse and keyboard."""
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
+from helpers.browser import chromium, open_page, picture
 from helpers.finished import decoder_run
 from helpers.serving import serving
 
 from adapters_jax.inference import load_generator
 
 pytestmark = pytest.mark.slow
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-if not (shutil.which("chromium") and shutil.which("chromedriver")):
-    pytest.skip("chromium and chromium-driver are not installed", allow_module_level=True)
-QUIET = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync"
-QUIET += " disable-background-networking disable-component-update hide-scrollbars"
 PROMPT = "food food Thai"
 
 
@@ -42,14 +31,7 @@ def server(runs):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in QUIET.split():
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    with webdriver.Chrome(options, service) as browser:
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
 
@@ -58,11 +40,7 @@ class Page:
 
     def __init__(self, browser, server, width=1280, scheme="light"):
         self.browser, self.shown = browser, f"{width}-{scheme}"
-        sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        browser.get(server.address)
+        open_page(browser, server.address, width, scheme)
         self.wait(lambda: self.all("#models input"))
 
     def all(self, selector):
@@ -112,8 +90,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     assert page.run("document.documentElement.scrollWidth") <= width
     dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
     assert dark == (scheme == "dark")
-    if "SCREENSHOTS" in os.environ:
-        browser.save_screenshot(str(Path(os.environ["SCREENSHOTS"], f"{page.shown}.png")))
+    picture(browser, page.shown)
 
 
 def test_by_keyboard_alone(browser, server):
