@@ -557,6 +557,9 @@ def test_rows_to_predict_have_as_many_texts_as_those_of_training():
         Choices(("0", "1")).check([("a", "b")], False)
     with raises(DataError, "at least one"):
         Choices(("0", "1")).check([], False)
+    for choice in (None, " "):
+        with raises(DataError, "row 2", repr(choice), "2 choices"):
+            Choices(("0", "1")).check([("a", "b", "c"), ("a", "b", choice)], False)
 
 
 @pytest.mark.parametrize(

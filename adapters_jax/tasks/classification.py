@@ -14,6 +14,7 @@ from adapters_jax.data.datasets import Dataset
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
+from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.readout import Inputs, Readout
 
 
@@ -84,6 +85,10 @@ class Classes(Readout):
     ) -> Int[np.ndarray, " rows"]:
         """The class ids of outputs."""
         return outputs.argmax(axis=1)
+
+    def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+        """The metrics of predictions; F1 counts the classes of training."""
+        return compute(metrics, predictions, labels, classes=self.width)
 
     def constant(self, train: Dataset, part: Dataset) -> Int[np.ndarray, " rows"]:
         """The most frequent class in training for each row of a part."""

@@ -15,8 +15,11 @@ import jax
 import numpy as np
 
 from adapters_jax.adapting import adapt
+from adapters_jax.data.annotated import Annotated
 from adapters_jax.data.batches import Batches, choose_buckets
-from adapters_jax.data.datasets import TaskData, load_labelled
+from adapters_jax.data.datasets import TaskData, hold_out_rows, load_labelled
+from adapters_jax.data.readers import title_of
+from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
@@ -69,6 +72,24 @@ class EncoderTask(Task):
     def texts(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns of the texts that are needed to predict a row."""
         return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
+        chosen = tuple(metrics) or self.defaults
+        named = self.of_columns(columns)
+        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
+        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads one file; a task that has no `load` of its own has this."""
+        raise NotImplementedError(f"{type(self).__name__} has neither load nor read")
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The texts of a row by which rows count as the same."""
+        return texts
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""

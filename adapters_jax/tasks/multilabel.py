@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 from scipy.special import expit
 
 from adapters_jax.data.annotated import Annotated, read_label_sets
-from adapters_jax.data.datasets import TaskData, hold_out_rows, sorted_names
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.datasets import sorted_names
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
@@ -170,15 +169,6 @@ class MultiLabel(EncoderTask):
     readout = LabelSets
     example = "--train rows.jsonl with lists in a column labels, or --label-separator '|'"
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads texts with their labels; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        parts = {
-            part: read_label_sets(path, named["text"], named["labels"], named["label_separator"])
-            for part, path in files.items()
-        }
-        keys = [key_of(text) for text, _ in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads texts with their labels."""
+        return read_label_sets(path, columns["text"], columns["labels"], columns["label_separator"])

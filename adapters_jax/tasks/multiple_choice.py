@@ -16,9 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_choices
 from adapters_jax.data.batches import together
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, read_file, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError, read_file
 from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
@@ -90,6 +88,13 @@ class Choices(Readout):
             raise DataError(
                 f"predict: expected at least one row, each of a text and {self.count} choices"
             )
+        for number, row in enumerate(texts, 1):
+            wrong = [part for part in row if not isinstance(part, str) or not part.strip()]
+            if wrong:
+                raise DataError(
+                    f"predict: row {number} has {wrong[0]!r} among its texts; expected some words "
+                    f"in the text and in each of its {self.count} choices"
+                )
 
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes each text with each of its choices."""
@@ -156,19 +161,11 @@ class MultipleChoice(EncoderTask):
         asked = [columns[role] for role in ("premise", "question") if columns.get(role)]
         return [*asked, *_choices(columns)]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads rows with their choices; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        choices = _choices(named)
-        asked = self.texts(named)[: -len(choices)]
-        parts = {
-            part: read_choices(path, asked, choices, named["label"]) for part, path in files.items()
-        }
-        keys = [key_of(*texts) for texts in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads rows with their choices."""
+        choices = _choices(columns)
+        asked = self.texts(columns)[: -len(choices)]
+        return read_choices(path, asked, choices, columns["label"])
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with one row; see `Task.usage`."""

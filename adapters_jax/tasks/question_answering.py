@@ -19,9 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_answers
 from adapters_jax.data.batches import row_of, tokenize
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
@@ -244,15 +242,10 @@ class QuestionAnswering(EncoderTask):
         """The columns of the question and the context."""
         return [columns["question"], columns["context"]]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads questions; those on the same context are held out together. See `Task.load`."""
-        named: Any = self.of_columns(columns)
-        parts = {
-            part: read_answers(path, named["question"], named["context"], named["answers"])
-            for part, path in files.items()
-        }
-        keys = [key_of(context) for _, context in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads questions with their contexts and answers."""
+        return read_answers(path, columns["question"], columns["context"], columns["answers"])
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The context, so that its questions stay together."""
+        return texts[1:]

@@ -20,9 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_tagged, read_words
 from adapters_jax.data.batches import NOTHING, row_of, tokenize
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
@@ -215,19 +213,10 @@ class TokenClassification(EncoderTask):
         """The column of the tokens."""
         return [columns["tokens"]]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads tokens with their tags; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        chosen = tuple(metrics) or self.defaults
-        spans = chosen != ("accuracy",)
-        parts = {
-            part: read_tagged(path, named["tokens"], named["tags"], spans)
-            for part, path in files.items()
-        }
-        keys = [key_of(text) for text, _ in parts["train"].texts]
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads tokens with their tags, which mark spans unless accuracy is the only metric."""
+        spans = tuple(metrics) != ("accuracy",)
+        return read_tagged(path, columns["tokens"], columns["tags"], spans)
 
     def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, None]]:
         """Reads the tokens of each row, or texts that are split at spaces."""

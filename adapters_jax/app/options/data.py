@@ -44,8 +44,9 @@ class DataOptions:
 
     Args:
         train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
-            follow; several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face
-            Hub, as hub:user/name#config:split@revision.
+            follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
+            several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face Hub, as
+            hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
