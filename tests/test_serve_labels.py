@@ -1,5 +1,6 @@
 """An encoder's server: its labels are those of each run alone, and adapters come and go."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -22,10 +23,9 @@ from adapters_jax.serving.requests import BusyError
 HERE, LIMITS = "http://127.0.0.1", Limits()
 
 
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory):
+@contextlib.contextmanager
+def labelling(folder):
     """A server of a tiny BERT with a classifier and a regression."""
-    folder = tmp_path_factory.mktemp("labels")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         of_words = encoder_run("--method lora --rank 2 --label label", "words")
@@ -40,6 +40,12 @@ def labels(tmp_path_factory):
     api = LabelApi(base, engine, "tiny", LIMITS)
     yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    with labelling(tmp_path_factory.mktemp("labels")) as made:
+        yield made
 
 
 def plain(value):
