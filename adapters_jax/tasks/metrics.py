@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -407,7 +408,7 @@ def compute(
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
         raise UserError("predictions and labels must be finite numbers, and some are not")
-    known = {**METRICS, "f1": partial(f1, classes=classes)}
+    known: dict[str, Any] = {**METRICS, "f1": partial(f1, classes=classes)}
     return {name: known[name](predictions, labels) for name in names}
 
 
