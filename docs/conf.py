@@ -21,7 +21,7 @@ release = metadata.version("adapters-jax")
 sys.path.insert(0, str(HERE.parent))
 extensions = [
     "docs.facts",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -37,6 +37,10 @@ napoleon_custom_sections = [
 ]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+nb_execution_mode = "force"  # every notebook runs, and an error in one is an error of the build
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_execution_in_temp = True
 html_theme = "furo"
 html_title = "adapters_jax"
 html_static_path = ["_static"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from docstring_parser import parse
 from flax import nnx
 
 import adapters_jax as aj
@@ -164,14 +165,13 @@ def _llama(recipe: aj.Recipe) -> tuple[BaseModel, dict[str, Any]]:
 def settings(name: str) -> str:
     """The settings of a method with their defaults, and what else the library knows of it."""
     method, entry = METHODS[name], ENTRIES[name]
+    means = _meanings(method)
     fields = [
-        (
-            f"`{field.name}`",
-            "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`",
-        )
+        (f"`{field.name}`", _default(field), means.get(field.name, ""))
         for field in dataclasses.fields(method)
     ]
-    flags = [flag for flag, each in PRESETS.items() if flag.replace("-", "_") in entry.presets]
+    more = " --dora" if name == "dora" else ""
+    flags = [flag + more for flag in PRESETS if flag.replace("-", "_") in entry.presets]
     facts = [
         ("class", f"`aj.{method.__name__}`"),
         ("presets", ", ".join(f"`aj.{each}`" for each in entry.presets)),
@@ -181,7 +181,21 @@ def settings(name: str) -> str:
         ("merges into the base", "yes" if merges(method) else f"no: {method.unmergeable}"),
         ("files", ", ".join(formats(name))),
     ]
-    return f"{table([('fact', 'value'), *facts])}\n\n{table([('setting', 'default'), *fields])}"
+    tables = [("fact", "value"), *facts], [("setting", "default", "meaning"), *fields]
+    return "\n\n".join(map(table, tables))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
+def _meanings(method: type[Method]) -> dict[str, str]:
+    """What each setting means, as the docstrings of the method and of its bases say."""
+    found: dict[str, str] = {}
+    for each in reversed(method.__mro__):
+        for parameter in parse(each.__doc__ or "").params:
+            found[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return found
 
 
 def _leaves(method: type[Method]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "measured" not in page.parts]
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
 PRINTED = re.compile(r"^(?:print|adapters-jax).*?(?<! )  # (.*)$", re.M)
-OTHERS = {"", "json", "text", "{toctree}", "{include}", "{facts}", "{automodule}", "{autofunction}"}
+OTHERS = {"json", "text", "{toctree}", "{include}", "{facts}", "{eval-rst}"}
 
 
 class Block(NamedTuple):

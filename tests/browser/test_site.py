@@ -19,7 +19,7 @@ import adapters_jax as aj
 pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
-LOOKED_AT = ("index", "methods/lora", "guides/plan", "results", "api/adapting")
+LOOKED_AT = ("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers")
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
