@@ -49,7 +49,7 @@ from adapters_jax.transforms.fitting import Fitted
 
 BATCH = 8
 WIDTHS = (32, 128)  # of short texts; others have the width of the longest
-_IDS = jnp.ones((1, 8), jnp.int32)
+_IDS = np.ones((1, 8), np.int32)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from .target import Files, files_of
 # Uploads.
 
 FORM = ("--x\r\n", "--x--\r\n", "\r\n\r\n", "Content-Disposition: form-data; ", 'filename="', "; ")
-_TYPE = "multipart/form-data; boundary=x"
+TYPE = "multipart/form-data; boundary=x"
 _servers: dict[str, tuple[TestClient, Callable[[], Any]]] = {}  # one a process
 
 
-def _body(files: Files) -> bytes:
+def form(files: Files) -> bytes:
     """A form with some files."""
     head = 'Content-Disposition: form-data; name="files"; filename="{}"'
     parts = (f"--x\r\n{head.format(n)}\r\n\r\n".encode() + files[n] + b"\r\n" for n in files)
@@ -58,7 +58,7 @@ def uploads(folder: Path) -> Mapping[str, Files]:
     seeds = {f"decoder-{n}": files_of(path / "adapter") for n, path in served.runs.items()}
     seeds["decoder-peft"] = _peft(served.runs["second"], folder / "peft")
     seeds["encoder-words"] = words
-    forms = {f"{key}-form": {"form": _body(files)} for key, files in seeds.items()}
+    forms = {f"{key}-form": {"form": form(files)} for key, files in seeds.items()}
     every = {**seeds, **forms}
     return {k: {**files, "server": Fixed(k.partition("-")[0])} for k, files in every.items()}
 
@@ -73,12 +73,12 @@ def _peft(run: Path, directory: Path) -> Files:
 def read_upload(directory: Path) -> None:
     """Sends the files to a server, and looks whether it is as it was."""
     client, ask = _servers[(directory / "server").read_text()]
-    path, form = "/v1/adapters/new", directory / "form"
+    path, whole = "/v1/adapters/new", directory / "form"
     before = client.get("/v1/adapters").json(), ask()
     sent = [p for p in sorted(directory.iterdir()) if p.is_file() and not p.is_symlink()]
-    if form in sent:
-        headers = {"content-type": _TYPE}
-        answer = client.put(path, content=form.read_bytes(), headers=headers)
+    if whole in sent:
+        headers = {"content-type": TYPE}
+        answer = client.put(path, content=whole.read_bytes(), headers=headers)
     else:
         files = [("files", (p.name, p.read_bytes())) for p in sent if p.name != "server"]
         answer = client.put(path, files=files)
