@@ -40,6 +40,7 @@ COMMANDS = {
     "audit": ("adapters_jax.app.cli.audit", "CountParameters"),
     "plan": ("adapters_jax.app.cli.plan", "PlanTraining"),
     "models": ("adapters_jax.app.cli.models", "ListModels"),
+    "report": ("adapters_jax.app.cli.report", "Report"),
     "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
 }
 HELP = """\
@@ -61,6 +62,7 @@ commands:
   audit      count what a recipe adds to a model and trains in it
   plan       compute the memory of training on each device, without the devices
   models     list the families of models, their published names and what they support
+  report     write the page of a run or of a comparison anew, from its files
   doctor     check the installed versions, the devices and a tiny step
 
 examples:

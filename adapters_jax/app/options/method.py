@@ -27,6 +27,7 @@ class Preset:
             None for the learning rate of the rest.
         dropout: the default dropout of the base model; None for the checkpoint's own. Methods that
             train few parameters for few epochs learn more without dropout.
+        paper: the number on arXiv of the paper of the recipe; by default those of its methods.
     """
 
     make: Callable[..., Recipe]
@@ -35,6 +36,7 @@ class Preset:
     epochs: float = 3.0
     head_learning_rate: float | None = 1e-2
     dropout: float | None = 0.0
+    paper: str = ""
 
 
 def _full(*, head: str | None = None) -> Recipe:
@@ -67,13 +69,13 @@ _LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
 
 PRESETS = {
     "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
-    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
-    "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
+    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3, paper="2005.00247"),
+    "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(recipes.lora, _LORA, 2e-3),
     "ia3": Preset(recipes.ia3, ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
-    "bitfit": Preset(recipes.bitfit, (), 2e-3),
+    "bitfit": Preset(recipes.bitfit, (), 2e-3, paper="2106.10199"),
     "layer-norms": Preset(recipes.layer_norms, (), 2e-3),
     "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
     "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
