@@ -17,11 +17,13 @@ from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
 from adapters_jax.tasks.readout import Inputs, Readout
 from adapters_jax.tasks.views import (
+    NAMES,
     Judged,
     Note,
     View,
     absent_classes,
     confusion,
+    cut,
     of_part,
     per_class,
     percent,
@@ -114,7 +116,8 @@ class Classes(Readout):
         """The figures of each class and the confusion matrix, of test."""
         found: list[View] = []
         if len(self.names) == 2 and "f1" in metrics:
-            found.append(Note(f"F1 is that of the class {self.names[1]}, the positive one."))
+            positive = cut(self.names[1], NAMES)
+            found.append(Note(f"F1 is that of the class {positive}, the positive one."))
         found += absent_classes(judged, self.names)
         right, guess = judged.column("test", "gold"), judged.column("test", "predicted")
         if right:

@@ -135,7 +135,8 @@ class Readout(ABC):
         """The loss of each row of a part."""
         _, encoded = self.targets(Inputs((), 0, where), labels)
         weight = np.ones(len(outputs), np.float32)
-        losses: Any = self.losses(outputs, {"labels": encoded, "weight": weight})
+        batch = {"labels": encoded, "weight": weight}
+        losses: Any = self.losses(np.asarray(outputs, np.float32), batch)
         return np.asarray(losses, np.float64).tolist()
 
     @abstractmethod
