@@ -93,7 +93,8 @@ def test_trainable_parameters_are_exact(houlsby):
 
 def test_every_file_is_there(houlsby):
     _, summary, run, printed = houlsby
-    names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
+    names = ["adapter", "config.json", "curves.png", "findings.json", "metrics.jsonl"]
+    names.append("report.html")
     assert sorted(path.name for path in run.path.iterdir()) == names
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     config = json.loads(run.config.read_text())

@@ -106,17 +106,28 @@ class CompletionProblem:
             raise NotFiniteError(int(state.step), f"the loss on {part}")
         return {name: found[name] for name in self.metrics}
 
+    def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
+        """Each sequence of "dev" or "test" with its mean loss of a token, for the report."""
+        sums = self._losses(state.model, part).astype(np.float64)[:, 0]
+        batches: Any = self.held_out[part].batches
+        return [
+            {"loss": float(loss) / max(int((row.labels != NOTHING).sum()), 1), **self._words(row)}
+            for row, loss in zip(batches.rows, sums, strict=True)
+        ]
+
+    def _words(self, row: Any) -> dict[str, Any]:
+        """What a sequence says, and which of it is learnt."""
+        learnt, decode = row.labels[row.labels != NOTHING], self.decoder.tokenizer.decode
+        text = decode(row.input_ids.tolist(), skip_special_tokens=False)
+        return {
+            "words": {"text": text, "learnt": decode(learnt.tolist(), skip_special_tokens=False)}
+        }
+
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """All metrics of a model, which may be the base without adapters."""
-        rows, (graphdef, state) = self.held_out[part], nnx.split(model)
+        rows = self.held_out[part]
         self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
-
-        def run(batch: Batch) -> Array:
-            placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            chunk = self._chunk(batch["labels"])
-            return _token_losses(graphdef, state, placed, self.most, chunk)
-
-        losses = in_row_order(run, rows.batches)
+        losses = self._losses(model, part)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:
             texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
@@ -125,6 +136,17 @@ class CompletionProblem:
             if {*ROUGE} & {*self.metrics}:
                 found |= rouge(texts, rows.references)
         return found
+
+    def _losses(self, model: nnx.Module, part: str) -> Float[np.ndarray, "rows 1"]:
+        """The loss of each sequence of a part, summed over its tokens."""
+        graphdef, state = nnx.split(model)
+
+        def run(batch: Batch) -> Array:
+            placed = shard_batch(batch, self.mesh) if self.mesh else batch
+            chunk = self._chunk(batch["labels"])
+            return _token_losses(graphdef, state, placed, self.most, chunk)
+
+        return in_row_order(run, self.held_out[part].batches)
 
 
 def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:

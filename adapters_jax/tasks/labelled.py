@@ -43,6 +43,8 @@ from adapters_jax.tasks.base import (
 from adapters_jax.tasks.head import feature_reader, head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, lengths_of, shared
+from adapters_jax.training.state import TrainState
 
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
@@ -203,6 +205,11 @@ class EncoderTask(Task):
         words = ["adapters-jax", "predict", run, first, second]
         return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """Those of the readout, and those of every task; see `Task.views`."""
+        readout = self.readout.from_config(config["target"])
+        return [*readout.views(judged, config["metrics"]), *shared(judged)]
+
 
 class LabelledTexts(EncoderTask):
     """A task on texts, or pairs of texts, with one label each."""
@@ -281,6 +288,14 @@ class PreparedTexts(Prepared):
         epochs = EPOCHS if self._reads_tokens else None
         trained = TrainedHead(self._head_problem, epochs)
         return [constant] if self._head_alone else [constant, trained]
+
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The predictions of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        parts: dict[str, Any] = {"train": self.in_order, **self.problem.held_out}
+        lengths = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        data = {part: getattr(self.data, part) for part in self.problem.held_out}
+        rows = {part: problem.judged(state, part, found) for part, found in data.items()}
+        return Judged.of(lengths, **rows)
 
     @property
     def _reads_tokens(self) -> bool:

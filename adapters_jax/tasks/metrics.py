@@ -351,10 +351,20 @@ def retrieval(similarities: ArrayLike, alike: ArrayLike = False) -> dict[str, fl
         >>> retrieval([[0.9, 0.1], [0.8, 0.7]])
         {'recall_at_1': 0.5, 'mrr': 0.75}
     """
+    found = places(similarities, alike)
+    return {"recall_at_1": float(np.mean(found == 1)), "mrr": float(np.mean(1 / found))}
+
+
+def places(similarities: ArrayLike, alike: ArrayLike = False) -> np.ndarray:
+    """The place of each row's own column among all columns, from 1 on; see `retrieval`.
+
+    Example:
+        >>> places([[0.9, 0.1], [0.8, 0.7]]).tolist()
+        [1, 2]
+    """
     found = np.asarray(similarities)
     rivals = ~(np.asarray(alike) | np.eye(len(found), dtype=bool))
-    places = 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
-    return {"recall_at_1": float(np.mean(places == 1)), "mrr": float(np.mean(1 / places))}
+    return 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
 
 
 LOWER_IS_BETTER = ("perplexity",)

@@ -20,6 +20,7 @@ from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import set_scores
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, of_part, per_class
 
 THRESHOLDS = np.arange(1, 20) / 20
 
@@ -132,6 +133,25 @@ class LabelSets(Readout):
         every = LabelSets(tuple(names))
         found = set_scores(every.encode(predictions), every.encode(labels))
         return {name: found[name] for name in metrics}
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted labels of each row."""
+        return [
+            {
+                "gold": [*right],
+                "predicted": [*found],
+                "words": {"labels": ", ".join(right), "predicted": ", ".join(found)},
+            }
+            for right, found in zip(part.labels, self.decode(outputs), strict=True)
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The figures of each label, of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        if not right:
+            return []
+        sides = self.encode(right), self.encode(found)
+        return [per_class("Labels", self.names, *sides, of_part(judged, "test"))]
 
     def constant(self, train: Annotated, part: Annotated) -> list[tuple[str, ...]]:
         """The most frequent labels, as many as have the best micro F1 in training."""

@@ -23,6 +23,7 @@ from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, confusion, of_part
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,25 @@ class Choices(Readout):
     ) -> Int[np.ndarray, " rows"]:
         """The numbers of the best choices."""
         return outputs[..., 0].argmax(axis=1)
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted choice of each row."""
+        found = zip(part.texts, part.labels, self.decode(outputs).tolist(), strict=True)
+        return [
+            {
+                "gold": str(right + 1),
+                "predicted": str(i + 1),
+                "words": {"right": row[right - self.count], "predicted": row[i - self.count]},
+            }
+            for row, right, i in found
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The confusion matrix of positions, of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        names = [str(i + 1) for i in range(self.count)]
+        about = f"{of_part(judged, 'test')} The numbers are the positions of the choices."
+        return [confusion("Confusion matrix", names, right, found, about)] if right else []
 
     def constant(self, train: Annotated, part: Annotated) -> Int[np.ndarray, " rows"]:
         """The number that is right most often in training."""

@@ -19,7 +19,8 @@ from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.stored import plain
-from adapters_jax.app.report.run import draw_curves, results_table, write_report
+from adapters_jax.app.report.findings import write_findings
+from adapters_jax.app.report.run import results_table, write_report
 from adapters_jax.app.runs.budget import fitted, measured, seconds_of
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
@@ -30,6 +31,7 @@ from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
+from adapters_jax.tasks.views import Judged
 from adapters_jax.training.state import TrainState
 
 Result = dict[str, Any]  # a row of the table of results
@@ -146,7 +148,7 @@ class Job:
     def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
-            found, results = self.train_all(saving)
+            found, results, judged = self.train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
@@ -158,11 +160,9 @@ class Job:
         }
         if found.skipped:
             summary["skipped_steps"] = found.skipped
-        metric = self.problem.metrics[0]
-        levels = {row["method"]: row["dev"][metric] for row in results[:-1]}
         config = {**self.config, "summary": summary}
-        draw_curves(self.run.curves, self.title, found.records, metric, levels)
-        write_report(self.run, config, counts)
+        write_findings(self.run, counts, judged)
+        write_report(self.run, config)
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
@@ -201,16 +201,19 @@ class Job:
         """The identity of the base model, for the adapter's file."""
         return self.prepared.identity
 
-    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
-        """Trains the method, then its baselines; returns the training and the table of results."""
-        prepared = self.prepared
-        found, row = self.train(
-            self.title, prepared.trained, self.optimizer, prepared.tokens, saving
-        )
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result], Judged]:
+        """Trains the method, then its baselines.
+
+        Returns:
+            The training, the table of results, and the predictions.
+        """
+        prepared, problem = self.prepared, self.prepared.trained
+        found, row = self.train(self.title, problem, self.optimizer, prepared.tokens, saving)
         if samples := prepared.samples():
             row["samples"] = samples
+        judged = prepared.judged(problem, found.best)
         baselines = prepared.baselines() if self.baselines else []
-        return found, [*map(self._compare, baselines), row]
+        return found, [*map(self._compare, baselines), row], judged
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
         """Trains or scores a baseline; returns its row."""
