@@ -117,6 +117,7 @@ class RunOptions(Settings):
         "Run": (
             "seed",
             "baselines",
+            "budget",
         ),
     }
     method: MethodOptions = field(default_factory=MethodOptions)
