@@ -1,5 +1,7 @@
 """Settings of the site: `sphinx-build -W docs site` builds it."""
 
+import dataclasses
+import inspect
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ from typing import Any
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from sphinx.util.inspect import stringify_signature
 
 HERE = Path(__file__).parent
 MEASURED = HERE.parent / "benchmarks" / "results"
@@ -77,6 +80,13 @@ def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
         lines[i] = "``".join(parts)
 
 
+def _settings(app: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
+    """The signature of a dataclass is that of its fields, also where its base has a `__new__`."""
+    if not dataclasses.is_dataclass(obj):
+        return None
+    return stringify_signature(inspect.signature(obj), show_annotation=False), None
+
+
 def _inline_math(self: Any, node: Any) -> None:
     self.body.append(convert(node.astext()))
     raise SkipNode
@@ -91,4 +101,5 @@ def setup(app: Any) -> None:
     """Formulas are MathML, which browsers draw themselves; nothing is loaded from elsewhere."""
     app.connect("source-read", _moved)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _settings)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))

@@ -5,8 +5,11 @@ still read. `# Takes...` makes a block slow. A `print` or a command that two spa
 follow prints the comment.
 """
 
+import ast
 import contextlib
+import inspect
 import io
+import operator
 import os
 import re
 import shlex
@@ -18,6 +21,8 @@ from typing import NamedTuple
 import pytest
 from helpers.tiny import write_llama, write_meanings, write_model
 
+import adapters_jax as aj
+from adapters_jax import errors
 from adapters_jax.app.cli import main as command_line
 from adapters_jax.pretrained.assets import cached
 from docs import facts
@@ -27,6 +32,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "measured" not in page.parts]
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
 PRINTED = re.compile(r"^(?:print|adapters-jax).*?(?<! )  # (.*)$", re.M)
+INLINE = re.compile(r"(?<!`)`(aj\.[^`]+)`(?!`)")
+EXPRESSION = re.compile(r"aj\.[\w.]+(\(.*\))?$", re.S)
+RECIPES = ("adapters_jax.presets", "adapters_jax.methods")
 OTHERS = {"json", "text", "{toctree}", "{include}", "{facts}", "{eval-rst}"}
 
 
@@ -141,6 +149,39 @@ def test_blocks_that_are_not_run_are_python(block):
 def test_no_block_is_in_a_language_that_nobody_runs(page):
     languages = {block.language for block in blocks_of(page)}
     assert languages <= {"python", "sh", *OTHERS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_calls_in_the_text_are_ours(page):
+    for code in INLINE.findall(FENCE.sub("", page.read_text()).replace("\\|", "|")):
+        tree = ast.parse(code, mode="eval") if EXPRESSION.match(code) else ast.Tuple([])
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Attribute) and ast.unparse(call.value) == "aj":
+                assert hasattr(aj, call.attr), code
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("aj."):
+                function = operator.attrgetter(ast.unparse(call.func)[3:])(aj)
+                given = [a for a in call.args if ast.unparse(a) != "..." and not is_star(a)]
+                named = dict.fromkeys([keyword.arg for keyword in call.keywords])
+                inspect.signature(function).bind_partial(*given, **named)
+                if function.__module__.startswith(RECIPES) and complete(call):
+                    eval(ast.unparse(call), {"aj": aj})
+
+
+def complete(call):
+    names = {each.id for each in ast.walk(call) if isinstance(each, ast.Name)}
+    return names == {"aj"} and "..." not in ast.unparse(call)
+
+
+def is_star(argument):
+    return isinstance(argument, ast.Starred)
+
+
+def test_the_page_of_errors_has_all_of_them():
+    text = (ROOT / "docs" / "errors.md").read_text()
+    kinds = [name for name, kind in vars(errors).items() if isinstance(kind, type)]
+    assert [
+        name for name in kinds if name.endswith(("Error", "Warning")) and name not in text
+    ] == []
 
 
 def test_the_two_commands_are_there():

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-if not (shutil.which("chromium") and shutil.which("chromedriver")):
-    pytest.skip("chromium and chromium-driver are not installed", allow_module_level=True)
 QUIET = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync"
 QUIET += " disable-background-networking disable-component-update hide-scrollbars"
 
@@ -20,6 +17,9 @@ QUIET += " disable-background-networking disable-component-update hide-scrollbar
 @contextlib.contextmanager
 def chromium(profile):
     """A browser with a profile of its own, which logs what pages say and ask for."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromium-driver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for flag in QUIET.split():
