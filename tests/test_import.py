@@ -101,6 +101,17 @@ def test_a_wrong_flag_is_found_before_the_work_is_imported():
     assert not imported_by(code) & WORK
 
 
+def test_what_files_hold_is_shown_without_jax(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0\n")
+    words = ["data", str(tmp_path / "rows.csv")]
+    code = (
+        "from adapters_jax.app.cli.main import main\nwith contextlib.redirect_stdout(printed), "
+        f"contextlib.redirect_stderr(printed):\n    assert main({words}) == 0\n"
+        "assert 'importing' not in printed.getvalue(), printed.getvalue()"
+    )
+    assert "jax" not in imported_by(code)
+
+
 def test_the_package_itself_imports_nothing_until_a_name_is_used():
     assert not imported_by("import adapters_jax\nadapters_jax.__version__") & WORK
     assert imported_by("import adapters_jax\nadapters_jax.lora") >= {"jax", "flax", "numpy"}

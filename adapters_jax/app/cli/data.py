@@ -63,6 +63,11 @@ class DescribeData:
     max_length: int | None = None
     json: bool = False
 
+    @property
+    def needs_jax(self) -> bool:
+        """Whether jax is imported: for a model's tokenizer, beside which its module is."""
+        return self.model is not None
+
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the files and, with a model, encodes their rows.
 
@@ -92,10 +97,10 @@ class DescribeData:
         return report
 
     def _seen(self, path: Path, rows: Rows) -> Seen | None:
-        from adapters_jax.app.examples import see
-
         if self.model is None:
             return None
+        from adapters_jax.app.examples import see
+
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
         return see(self.model, path, rows, columns, self.turns)
 

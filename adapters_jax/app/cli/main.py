@@ -1,6 +1,7 @@
 """The command line: lists the commands, and runs one of them.
 
-A command is a frozen dataclass whose fields are its flags. Its method `prepare` reads and checks
+A command is a frozen dataclass whose fields are its flags; `examples` and `groups` are for its
+help, and `needs_jax = False` says that it works without. Its method `prepare` reads and checks
 everything that the user gave, and returns a function that does the work. What the work needs is
 imported in these methods, so that a help is there before jax is. A `UserError` is printed as one
 line. Any other error is a bug, and is printed with its traceback.
