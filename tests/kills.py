@@ -90,7 +90,7 @@ def kill_compare(commands, place, name, number, seconds):
     chance, log, kills = random.Random(number), place / f"{name}.log", 0
     words = compare(place, name)
     for _ in range(EACH):
-        _, timer = killed_later(commands, log, words, chance.uniform(0.0, seconds))
+        _, timer = killed_later(commands, log, words, chance.uniform(0.0, seconds / 2))
         status = commands.wait()
         timer.cancel()
         if status == 0:

@@ -204,6 +204,14 @@ def test_what_cannot_be_read_is_damage(harm, name, tmp_path, caplog):
     assert [m.split(":")[0] for m in messages] == ["the checkpoint of step 2 is damaged"][gone:]
 
 
+def test_a_pipe_that_no_checksum_covers_is_damage(tmp_path, caplog):
+    saved(tmp_path, [None, None])
+    os.mkfifo(tmp_path / "2" / "arrays" / "more")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert "arrays/more is no ordinary file" in caplog.text
+
+
 def test_an_error_of_the_device_is_damage(tmp_path, monkeypatch, caplog):
     saved(tmp_path, [None, None])
 

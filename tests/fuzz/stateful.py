@@ -93,7 +93,7 @@ def read_upload(directory: Path) -> None:
 # Checkpoints.
 
 _SAVED = (1, 2)
-_checksums: dict[int, bytes] = {}  # as they were written, by step
+_kept: dict[str, bytes] = {}  # arrays and checksums, as they were written
 
 
 @cache
@@ -109,26 +109,33 @@ def _adapters(step: int) -> Any:
 
 
 def checkpoints(folder: Path) -> Mapping[str, Files]:
-    """A directory of checkpoints; and one that gets checksums of what was spoilt."""
+    """A directory of checkpoints; and one that gets checksums of what was spoilt.
+
+    The arrays of the latter are whole: tensorstore, which reads them, waits for ever or ends the
+    process where someone has changed them together with their checksums.
+    """
     with Checkpoints(folder / "saved") as saved:
         for step in _SAVED:
             progress = {"metrics": [{"step": step}], "config": {"format": 1}}
             saved.save(step, replace(_state(), adapters=_adapters(step)), progress=progress)
     files = files_of(folder / "saved")
-    _checksums.update({step: files[f"{step}/{CHECKSUMS}"] for step in _SAVED})
-    bare = {name: data for name, data in files.items() if not name.endswith(CHECKSUMS)}
-    return {"sealed": files, "sealed again": {**bare, "seal": Fixed("")}}
+    _kept.update({n: x for n, x in files.items() if "/arrays/" in n or n.endswith(CHECKSUMS)})
+    others = {name: data for name, data in files.items() if name not in _kept}
+    return {"sealed": files, "sealed again": {**others, "seal": Fixed("")}}
 
 
 def read_checkpoint(directory: Path) -> None:
     """Restores the newest whole checkpoint, as `finetune --resume` does."""
-    sealed = {p.parent.name: p.read_bytes() for p in directory.glob(f"*/{CHECKSUMS}")}
     if (directory / "seal").exists():
-        for step in directory.glob("[0-9]*"):
-            write_checksums(step)
+        for name, data in ((n, x) for n, x in _kept.items() if "/arrays/" in n):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(data)
+        for step in _SAVED:
+            write_checksums(directory / str(step))
+    seals = {p.parent.name: p.read_bytes() for p in directory.glob(f"*/{CHECKSUMS}")}
     with Checkpoints(directory) as opened:
         opened.progress()
         adapters = opened.restore(_state()).state.adapters
     step = int(jax.tree.leaves(adapters)[0].ravel()[0])
-    if sealed.get(str(step)) == _checksums.get(step):
+    if seals[str(step)] == _kept[f"{step}/{CHECKSUMS}"]:
         jax.tree.map(np.testing.assert_array_equal, adapters, _adapters(step))
