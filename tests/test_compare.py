@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 from helpers.commands import command_raises
+from helpers.reports import Page
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from test_report import Page
 
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
