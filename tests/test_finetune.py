@@ -107,6 +107,7 @@ def test_every_file_is_there(houlsby):
     judged = read_findings(run).judged
     hits = np.equal(judged.column("test", "gold"), judged.column("test", "predicted"))
     assert hits.mean() == summary["results"][-1]["test"]["accuracy"]
+    assert "F1 is that of the class yes, the positive one." in printed
     assert "bert/layer_0/attention/output" in printed
     assert "head-only" in printed
 
