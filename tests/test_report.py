@@ -6,132 +6,23 @@ import io
 import json
 import re
 import shlex
-from collections import Counter
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import rich.console
 from helpers.errors import raises
+from helpers.reports import CONFIG, HOSTILE, PICTURES, RECORDS, RESULTS, Page, write_page
 from jinja2 import UndefinedError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import adapters_jax as aj
 from adapters_jax.app import console
 from adapters_jax.app.cli.main import COMMANDS
 from adapters_jax.app.console import Console, duration
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.findings import write_findings
-from adapters_jax.app.report.pictures import Picture, curves, figure_of, smooth, svg
-from adapters_jax.app.report.run import results_table, show_metric, write_report
-from adapters_jax.io.run_directory import Run
+from adapters_jax.app.report.pictures import curves, figure_of, smooth, svg
+from adapters_jax.app.report.run import results_table, show_metric
 from adapters_jax.tasks import task_of
-from adapters_jax.tasks.views import Judged
-
-HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""
-RESULTS = [
-    {
-        "method": "majority class",
-        "trainable_parameters": 0,
-        "dev": {"f1": 0.1},
-        "test": {"f1": 0.2},
-    },
-    {"method": "<lora>", "trainable_parameters": 1234, "dev": {"f1": 0.8}, "test": {"f1": 0.75}},
-]
-CONFIG = {
-    "model": "some/<b>base",
-    "task": 'a "task" & more',
-    "metrics": ["f1"],
-    "recipe": {"methods": [{"method": "lora", "targets": ["**/query"], "rank": 2, "alpha": 2.0}]},
-    "target": {"names": ["no", HOSTILE], "mean": 0.0, "std": 1.0},
-    "rows": {"train": 12345, "dev": 20, "test": 30},
-    "seed": 0,
-    "nothing": None,
-    "text": HOSTILE,
-    "pairs": False,
-    "data": {"train": "/of/this/machine.csv", "prompt": "of another task"},
-    "files": {"train": "/of/this/machine.csv"},
-    "options": {"data": {"train": "/of/this/machine.csv", "text": HOSTILE}},
-    "summary": {"best_step": 7, "dev": {"f1": 0.8}, "seconds": 61.0, "results": RESULTS},
-}
-PICTURES = [Picture("a line", lambda axes: axes.plot([0, 1]))]
-RECORDS = [
-    {"step": 1, "loss": 2.0},
-    {"step": 2, "loss": 1.0},
-    {"step": 2, "dev": {"f1": 0.8}},
-]
-
-
-WORDS = {"text": HOSTILE, "class": "no", "predicted": "<i>yes</i> (90.0 %)"}
-ROW = {"gold": "no", "predicted": HOSTILE, "probability": 0.9, "loss": 2.3}
-RIGHT = {"gold": HOSTILE, "predicted": HOSTILE, "probability": 0.9, "loss": 0.1}
-JUDGED = Judged.of(
-    {"train": Counter({5: 3}), "dev": Counter({5: 1, 9: 2})},
-    dev=[{**ROW, "words": WORDS}],
-    test=[{**ROW, "words": WORDS}, {**RIGHT, "words": WORDS}],
-)
-
-
-class Page(HTMLParser):
-    """Parses a page, and checks that its tags nest.
-
-    Attributes:
-        tags: in order.
-        links: what `src` and `href` name.
-        words: every piece of text.
-        sections: the tables of each heading, as rows of cells, and its lines of code.
-    """
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.words, self.links = [], [], [], []
-        self.sections, self.labels = {}, []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-        self.labels += [value for name, value in attributes if name == "aria-label"]
-        assert not [name for name, _ in attributes if name.startswith("on")]
-        assert all(value is not None for _, value in attributes)
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.section.append([])
-        if tag in ("td", "th"):
-            self.section[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_data(self, data):
-        self.words.append(data)
-        inner = self.open[-1] if self.open else ""
-        if inner == "h2":
-            self.section = self.sections[data] = []
-        elif inner in ("td", "th"):
-            self.section[-1][-1] += data
-        elif inner == "code":
-            self.section.append(data)
-
-
-def write_page(directory, config, judged=JUDGED):
-    """The page of a run with a configuration."""
-    run = Run(directory / "a run")
-    run.path.mkdir()
-    method = config["summary"]["results"][-1]["method"]
-    run.write_log({"method": method, **record} for record in RECORDS)
-    counts = aj.audit(aj.Recipe(aj.Unfreeze("w")), {"w": np.zeros((2, 3), np.float32)})
-    write_findings(run, counts, judged)
-    write_report(run, config)
-    return run.report.read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.commands import command_raises
-from test_report import CONFIG, JUDGED, Page, write_page
+from helpers.reports import CONFIG, JUDGED, Page, write_compared, write_page
 
 from adapters_jax.app.cli.main import main
-from adapters_jax.app.compare.summary import rewrite_comparison
 from adapters_jax.app.report import findings
 from adapters_jax.app.report.findings import read_findings, write_findings
 from adapters_jax.io.run_directory import Run, RunConfigError, RunError
@@ -106,34 +105,15 @@ def test_what_is_kept_is_read_as_it_was(run):
 
 def test_a_comparison_is_written_anew(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    spread = {"mean": 0.75, "deviation": None}
-    row = {
-        **{"recipe": "lora --rank 2", "method": "lora", "family": "lora", "size": 2},
-        **{"size_name": "rank", "trainable_parameters": 128, "percent": 1.5, "learning_rate": 1e-3},
-        **{"tuned": False, "seeds": [0], "diverged": 0, "missing": 0},
-        **{"dev": {"accuracy": spread}, "test": {"accuracy": spread}},
-    }
-    summary = {
-        **{"out": "out", "task": "reviews", "metrics": ["accuracy"], "seeds": [0]},
-        **{"tuning_seeds": 1, "done": 1, "missing": 0, "seconds": 2.0, "recipes": [row]},
-        **{
-            "best": {"recipe": "lora --rank 2", "command": "adapters-jax finetune --train=/a/b.csv"}
-        },
-        **{"command": "adapters-jax compare --train=/a/b.csv --out=/c/out", "notes": ["A note."]},
-        **{"papers": ["2106.09685"], "configuration": {"model": "/a/tiny", "rows": ROWS}},
-    }
-    cell = {"recipe": "lora --rank 2", "learning_rate": 1e-3, "seed": 0, "run": "x"}
-    cell |= {"dev": {"accuracy": 0.75}, "test": {"accuracy": 0.75}, "seconds": 2.0}
-    (out / "comparison.json").write_text(json.dumps(summary))
-    (out / "cells.jsonl").write_text(json.dumps(cell) + "\n")
-    rewrite_comparison(out)
-    found = Page((out / "comparison.html").read_text())
+    summary = write_compared(out)
+    page = out / "comparison.html"
+    before = page.read_text()
+    page.unlink()
+    assert main(["report", str(out)]) == 0
+    assert page.read_text() == before
+    found = Page(before)
     assert found.sections["The same again"] == ["adapters-jax compare --train=b.csv --out=out"]
     assert found.sections["The best on dev, alone"] == ["adapters-jax finetune --train=b.csv"]
     assert "A note." in found.words and "hu2022lora" in found.sections["How to cite it"][0]
-    assert any(label.endswith("lora --rank 2: 128, 75.0 %.") for label in found.labels)
+    assert any("lora --rank 1: 128, 70.0 ± 1.0 %;" in label for label in found.labels)
     assert json.loads((out / "comparison.json").read_text()) == summary
-
-
-ROWS = {"train": 8, "dev": 1, "test": 2}

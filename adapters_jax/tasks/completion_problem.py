@@ -107,21 +107,21 @@ class CompletionProblem:
         return {name: found[name] for name in self.metrics}
 
     def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
-        """Each sequence of "dev" or "test" with its mean loss of a token, for the report."""
+        """Each sequence of "dev" or "test" with the mean loss of what it learns, for the report."""
         sums = self._losses(state.model, part).astype(np.float64)[:, 0]
         batches: Any = self.held_out[part].batches
-        return [
-            {"loss": float(loss) / max(int((row.labels != NOTHING).sum()), 1), **self._words(row)}
-            for row, loss in zip(batches.rows, sums, strict=True)
-        ]
+        found = []
+        for row, loss in zip(batches.rows, sums.tolist(), strict=True):
+            learnt = row.labels[row.labels != NOTHING]
+            judged = {"loss": loss / max(len(learnt), 1), "learnt": len(learnt)}
+            found.append({**judged, "words": self._words(row.input_ids, learnt)})
+        return found
 
-    def _words(self, row: Any) -> dict[str, Any]:
+    def _words(self, ids: np.ndarray, learnt: np.ndarray) -> dict[str, str]:
         """What a sequence says, and which of it is learnt."""
-        learnt, decode = row.labels[row.labels != NOTHING], self.decoder.tokenizer.decode
-        text = decode(row.input_ids.tolist(), skip_special_tokens=False)
-        return {
-            "words": {"text": text, "learnt": decode(learnt.tolist(), skip_special_tokens=False)}
-        }
+        sides = {"text": ids, "learnt": learnt}
+        decode = self.decoder.tokenizer.decode
+        return {k: decode(x.tolist(), skip_special_tokens=False) for k, x in sides.items()}
 
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """All metrics of a model, which may be the base without adapters."""

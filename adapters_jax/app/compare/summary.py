@@ -19,14 +19,14 @@ from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.papers import bibtex, papers_of
 from adapters_jax.app.report.pictures import svg, write_png
-from adapters_jax.app.report.run import PERCENT, settings, show_metric
+from adapters_jax.app.report.run import PERCENT, notes, settings, show_metric
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import RunError
 from adapters_jax.io.untrusted import read_json
 from adapters_jax.tasks import task_of
 from adapters_jax.tasks.metrics import better
-from adapters_jax.tasks.views import Judged, Note
+from adapters_jax.tasks.views import Judged
 
 Summary = dict[str, Any]
 SUMMARY, CELLS, PAGE = "comparison.json", "cells.jsonl", "comparison.html"  # files
@@ -66,7 +66,7 @@ def summarize(
         "recipes": rows,
         "best": _best(options, grid, rows, out),
         "command": options.command,
-        "notes": [v.text for v in task_of(first).views(first, Judged()) if isinstance(v, Note)],
+        "notes": notes(task_of(first).views(first, Judged())),
         "papers": [*papers],
         "configuration": {name: first.get(name) for name in (*_SHOWN, "versions")},
     }

@@ -191,7 +191,7 @@ def _ends(points: Sequence[tuple[int, float]]) -> str:
 def _steps(axes: Any) -> None:
     """The axis of steps, which are whole numbers."""
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _draw_smooth(axes: Any, steps: Sequence[int], raw: Sequence[float], **how: Any) -> None:

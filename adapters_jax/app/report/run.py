@@ -31,7 +31,7 @@ from adapters_jax.auditing import HEADERS
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
-from adapters_jax.tasks.views import Histogram, Note, Scatter
+from adapters_jax.tasks.views import Histogram, Note, Scatter, View
 
 _SHARES = ("precision", "recall", "exact_match", "recall_at_1")
 PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
@@ -109,7 +109,7 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         title=f"{config['task']}: {method} on {Path(config['model']).name}",
         results=results_table(summary["results"], metrics),
         sentence=_sentence(config),
-        notes=[view.text for view in views if isinstance(view, Note)],
+        notes=notes(views),
         curves=[drawn_svg(picture) for picture in drawn],
         views=[shown_view(view) for view in views if not isinstance(view, Note)],
         samples=[
@@ -127,7 +127,12 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
     write_file(run.report, page.encode())
 
 
-def shown_view(view: Any) -> tuple[Any, Any]:
+def notes(views: Sequence[View]) -> list[str]:
+    """The sentences among views."""
+    return [view.text for view in views if isinstance(view, Note)]
+
+
+def shown_view(view: View) -> tuple[Any, Any]:
     """A view, and its picture if it has one."""
     if isinstance(view, Histogram):
         return view, drawn_svg(histogram(view))

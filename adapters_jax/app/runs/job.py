@@ -20,7 +20,7 @@ from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.stored import plain
 from adapters_jax.app.report.findings import write_findings
-from adapters_jax.app.report.run import results_table, write_report
+from adapters_jax.app.report.run import notes, results_table, write_report
 from adapters_jax.app.runs.budget import fitted, measured, seconds_of
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
@@ -30,6 +30,7 @@ from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks import task_of
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
 from adapters_jax.tasks.views import Judged
 from adapters_jax.training.state import TrainState
@@ -163,6 +164,8 @@ class Job:
         config = {**self.config, "summary": summary}
         write_findings(self.run, counts, judged)
         write_report(self.run, config)
+        for note in notes(task_of(config).views(config, judged)):
+            self.console.say(note)
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
