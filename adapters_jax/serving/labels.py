@@ -261,7 +261,7 @@ class Labeller:
         readout: Any = about.readout
         readout.check(texts, about.pairs)
         inputs = readout.inputs(self._base.encoder, texts, about.max_length)
-        batches = self._base.encoder.in_order(inputs.rows, None, BATCH, self._widths)
+        batches = readout.batches(self._base.encoder, inputs.rows, None, BATCH, None, self._widths)
         several = inputs.rows[0].input_ids.ndim == 2  # such as the choices of a question
         each = len(inputs.rows[0].input_ids) if several else 1
         params, places = self._bank.params, self._bank.rows([name] * BATCH, each=each)

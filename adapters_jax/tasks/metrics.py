@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -356,7 +356,7 @@ def retrieval(similarities: ArrayLike, alike: ArrayLike = False) -> dict[str, fl
     return {"recall_at_1": float(np.mean(places == 1)), "mrr": float(np.mean(1 / places))}
 
 
-LOWER_IS_BETTER = ("perplexity",)
+LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 def better(name: str, new: float, old: float) -> bool:
@@ -407,7 +407,7 @@ def compute(
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
         raise UserError("predictions and labels must be finite numbers, and some are not")
-    known = {**METRICS, "f1": partial(f1, classes=classes)}
+    known: dict[str, Callable[..., float]] = {**METRICS, "f1": partial(f1, classes=classes)}
     return {name: known[name](predictions, labels) for name in names}
 
 

@@ -25,6 +25,7 @@ from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
 from adapters_jax.io.run_directory import Run
+from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.checkpoint import save_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
@@ -118,8 +119,8 @@ class Merge:
 
     def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
         predictor: Any = load_predictor(self.run)
-        ids = np.zeros((1, 8), np.int32)
-        params = merge(predictor.model, opened(predictor.params), ids)
+        example = predictor.encoder.example
+        params = merge(predictor.model, opened(predictor.params), example)
         config = Run(self.run).read_config()
         return lambda: write_encoder(self.out, config, params)
 
@@ -162,7 +163,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         FileSystemError: the system cannot write the directory.
     """
     family, files = find_family(config["model"]), locate(config["model"])
-    classifier: Any = family.classifier
+    classifier: Any = family.headed(config["pooling"])
     values = huggingface.read_json(files / "config.json")
     prefixes = (family.prefixes[values["model_type"]],)
     head, notes = params[HEAD], []
@@ -172,15 +173,21 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         head = {"kernel": kernel, "bias": bias}
         values["problem_type"] = "regression"
     beside_it: dict[str, Any] = {}
-    if config["pooling"] == "pooler":
+    kind = "ForImageClassification" if family.kind == "vision" else "ForSequenceClassification"
+    if config["pooling"] == "pooler" or family.kind == "vision":
         names = target.get("names") or ["LABEL_0"]
         values["id2label"] = {str(i): name for i, name in enumerate(names)}
         values["label2id"] = {name: i for i, name in enumerate(names)}
         values["architectures"] = [
-            re.sub(r"(Model|For\w+)$", "ForSequenceClassification", name)
-            for name in values.get("architectures") or ()
+            re.sub(r"(Model|For\w+)$", kind, name) for name in values.get("architectures") or ()
         ] or None
         tree, table = {**params, HEAD: head}, replace(classifier.names, prefixes=prefixes)
+    elif config["pooling"] == MASKED:
+        values["architectures"] = [
+            re.sub(r"(Model|For\w+)$", "ForMaskedLM", name)
+            for name in values.get("architectures") or ()
+        ] or None
+        tree, table = params, replace(classifier.names, prefixes=prefixes)
     else:
         tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
         beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
@@ -194,7 +201,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         if beside_it:
             arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
             save_file(arrays, beside / HEAD_FILE)
-        for name in (*TOKENIZER_FILES, "vocab.txt"):
+        for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
             if (files / name).is_file():
                 shutil.copyfile(files / name, beside / name)
     _, found = classifier.load(directory, config["pooling"], absent=True)
