@@ -38,8 +38,9 @@ class DataOptions:
 
     Args:
         train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow, CoNLL or text; .gz may
-            follow; or a directory with a folder of images for each class; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
-            several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face Hub, as
+            follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
+            several as a pattern, such as 'part-*.jsonl'; a directory with a folder of images for
+            each class; or a data set of the Hugging Face Hub, as
             hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
