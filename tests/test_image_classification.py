@@ -310,7 +310,7 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
     with command_raises(aj.UserError, "--task classification", "vision"):
         main(f"{TRAIN} --task classification".split())
     monkeypatch.setitem(__import__("sys").modules, "dm_pix", None)
-    with command_raises(MissingPackageError, "dm-pix", "adapters-jax[images]"):
+    with command_raises(MissingPackageError, "dm-pix", "[images]"):
         main(f"{TRAIN} --augment flip".split())
 
 

@@ -5,6 +5,7 @@ Images are read with the preprocessing of the checkpoint, which has the size tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,14 @@ class ImageClasses(Classes):
     def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
         """None: all images have one size."""
         return ()
+
+    def named(self, texts: Sequence[Any]) -> dict[str, str]:
+        """The image's name and its folder's."""
+        return {"image": "/".join(Path(texts[0]).parts[-2:])}
+
+    def lengths(self, batches: Any) -> Counter[int]:
+        """None: images have no tokens of their own."""
+        return Counter()
 
     def tokens(self, rows: Sequence[Any]) -> int:
         """0: images have no tokens of their own."""

@@ -44,7 +44,7 @@ from adapters_jax.tasks.base import (
 from adapters_jax.tasks.head import head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows, one_by_one
 from adapters_jax.tasks.readout import Inputs, Readout
-from adapters_jax.tasks.views import Judged, View, lengths_of, shared
+from adapters_jax.tasks.views import Judged, View, shared
 from adapters_jax.training.state import TrainState
 
 BATCH_SIZE = 32  # texts predicted at a time
@@ -294,7 +294,11 @@ class PreparedTexts(Prepared):
     def judged(self, problem: Any, state: TrainState) -> Judged:
         """The predictions of dev and test, and the lengths of all rows; see `Prepared.judged`."""
         parts: dict[str, Any] = {"train": self.in_order, **self.problem.held_out}
-        lengths = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        lengths = {
+            part: found
+            for part, batches in parts.items()
+            if (found := self.problem.readout.lengths(batches))
+        }
         data = {part: getattr(self.data, part) for part in self.problem.held_out}
         rows = {part: problem.judged(state, part, found) for part, found in data.items()}
         return Judged.of(lengths, **rows)

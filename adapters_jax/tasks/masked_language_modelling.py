@@ -8,6 +8,7 @@ A checkpoint's own head stays frozen; where it has none, a new head trains.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,6 +311,18 @@ class MaskedTokens(Readout):
             "accuracy": float((right * hidden).sum() / count),
         }
         return {name: found[name] for name in metrics}
+
+    def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
+        """None: a block of several texts is no row of anybody's."""
+        return self.verdicts(part, outputs, where)
+
+    def lengths(self, batches: Any) -> Counter[int]:
+        """How many blocks have a number of tokens."""
+        return super().lengths(batches.batches)
+
+    def verdicts(self, part: Any, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """See `judged`."""
+        return []
 
     def constant(self, train: Any, part: Any) -> Any:
         """See `untrained`, which needs tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,9 +13,10 @@ from adapters_jax.data.batches import Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
 from adapters_jax.pretrained.encoder import INPUTS, Encoder
+from adapters_jax.tasks import views
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.metrics import compute
-from adapters_jax.tasks.views import Judged, View, named
+from adapters_jax.tasks.views import Judged, View
 
 
 class Inputs(NamedTuple):
@@ -172,9 +174,17 @@ class Readout(ABC):
         losses = self.row_losses(outputs, part.labels, where)
         verdicts = self.verdicts(part, outputs, where)
         return [
-            {**verdict, "loss": loss, "words": {**named(texts), **verdict["words"]}}
+            {**verdict, "loss": loss, "words": {**self.named(texts), **verdict["words"]}}
             for texts, verdict, loss in zip(part.texts, verdicts, losses, strict=True)
         ]
+
+    def named(self, texts: Sequence[Any]) -> dict[str, str]:
+        """What the report shows of a row's inputs."""
+        return views.named(texts)
+
+    def lengths(self, batches: Any) -> Counter[int]:
+        """How many rows have a number of tokens; empty if it would mean nothing."""
+        return views.lengths_of(batches.rows)
 
     def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
         """The loss of each row of a part."""
