@@ -43,6 +43,7 @@ autodoc_member_order = "bysource"
 nb_execution_mode = "force"  # every notebook runs, and an error in one is an error of the build
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True
 nb_execution_in_temp = True
 html_theme = "furo"
 html_title = "adapters_jax"
