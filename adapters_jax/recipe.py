@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from adapters_jax.display import html_table
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.strict_json import check_nesting, loads
@@ -84,6 +85,13 @@ class Recipe:
 
     def __repr__(self) -> str:
         return "Recipe(\n" + "".join(f"  {_short(m)},\n" for m in self.methods) + ")"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [type(m).__name__, ", ".join(m.targets), ", ".join(_settings(m, ("targets",)))]
+            for m in self.methods
+        ]
+        return html_table(["method", "targets", "settings"], rows, words=3)
 
     @property
     def attached(self) -> tuple[Method, ...]:
@@ -298,12 +306,17 @@ def _members(item: Any) -> Iterable[Method]:
 
 def _short(method: Method) -> str:
     """The repr of a method without the fields that have their default."""
-    shown = [
+    return f"{type(method).__name__}({', '.join(_settings(method))})"
+
+
+def _settings(method: Method, without: Sequence[str] = ()) -> list[str]:
+    """The fields of a method that do not have their default, as `name=value`."""
+    return [
         f"{f.name}={getattr(method, f.name)!r}"
         for f in dataclasses.fields(method)
-        if f.default is dataclasses.MISSING or getattr(method, f.name) != f.default
+        if f.name not in without
+        and (f.default is dataclasses.MISSING or getattr(method, f.name) != f.default)
     ]
-    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def _method(row: Any) -> Method:

@@ -10,7 +10,7 @@ from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.app.catalog import Entry, catalog
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.options.method import PRESETS, MethodOptions

@@ -1,14 +1,16 @@
 """The command line: its help, its JSON, and one line for each user error."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from helpers.commands import command_raises
@@ -16,7 +18,12 @@ from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
+import adapters_jax as aj
+from adapters_jax.app.cli.convert import Convert
 from adapters_jax.app.cli.main import COMMANDS, _unraisable, main
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.flags import Format
+from adapters_jax.app.options.method import MethodName
 from adapters_jax.app.options.parsing import UsageError
 from adapters_jax.data.readers import DataError
 from adapters_jax.distributed.mesh import ShardingError
@@ -31,7 +38,11 @@ from adapters_jax.errors import (
     UserError,
 )
 from adapters_jax.inference import load_predictor
+from adapters_jax.interop.formats import FORMATS
+from adapters_jax.interop.peft.servers import MAX_ERROR
 from adapters_jax.io.run_directory import Run, RunConfigError, RunError
+from adapters_jax.methods.registry import every_method
+from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
@@ -97,12 +108,108 @@ def test_every_command_has_help_with_examples(name, capsys, monkeypatch):
     assert out.startswith(f"Usage: adapters-jax {name}")
     assert len(re.findall(rf"\n  adapters-jax {name}\b", out)) >= 2
     assert all(word in out for word in ("--json", "--config", "--debug"))
-    assert all(len(line) <= 80 for line in out.splitlines() if "adapters-jax" not in line)
+    assert all(len(line) <= 80 for line in out.splitlines())
+    examples = out.partition("examples:\n")[2].partition("\n\n")[0]
+    assert all(line.startswith("  ") for line in examples.splitlines())  # none was wrapped
+
+
+def test_flags_are_grouped_by_what_they_are_about(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["finetune", "--help"]) == 0
+    found, title = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("╭─ "):
+            title = line.strip("╭─╮ ")
+        for flag in re.findall(r"^│ {1,4}(--[a-z-]+)", line):
+            found[flag] = title
+    assert list(dict.fromkeys(found.values())) == [
+        *("Model", "Data", "Method", "Optimizer", "Prompts", "Decoders", "Run", "Every command"),
+    ]
+    assert (found["--dtype"], found["--train"], found["--rank"]) == ("Model", "Data", "Method")
+    assert (found["--beta"], found["--resume"]) == ("Decoders", "Run")
+    assert (found["--json"], found["--debug"]) == ("Every command", "Every command")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("adapters-jax fine", {"finetune"}),
+        ("adapters-jax finetune --learning", {"--learning-rate"}),
+        ("adapters-jax finetune --dtype b", {"bfloat16"}),
+        ("adapters-jax audit --method llama", {"llama-adapter"}),
+        ("adapters-jax completion f", {"fish"}),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(completion_of_bash, line, expected):
+    """A shell of its own sources the script and completes the last word of a line."""
+    words = line.split()
+    program = (
+        f'source "$1"; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; '
+        '_adapters_jax; printf "%s\n" "${COMPREPLY[@]}"'
+    )
+    shell = ["bash", "-c", program, "bash", completion_of_bash]
+    done = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert {word.strip() for word in done.stdout.split()} == expected
+
+
+@pytest.fixture(scope="module")
+def completion_of_bash(tmp_path_factory):
+    """The file of the script for bash."""
+    path = tmp_path_factory.mktemp("completion") / "adapters-jax"
+    with path.open("w") as file, contextlib.redirect_stdout(file):
+        assert main(["completion", "bash"]) == 0
+    return path
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_scripts_of_other_shells_have_every_command_and_flag(command, shell):
+    status, out, _ = command(f"completion {shell} --json")
+    script = json.loads(out)["script"]
+    assert status == 0 and all(name in script for name in COMMANDS)
+    assert "learning-rate" in script and "layer-norms" in script
+
+
+def test_the_methods_are_listed_with_those_of_the_registry(command):
+    status, out, _ = command("methods --json")
+    found = {each["method"]: each for each in json.loads(out)}
+    assert status == 0 and [*found] == [*get_args(MethodName)]
+    assert found["lora"]["about"].startswith("Hu et al. 2021, arXiv:2106.09685")
+    assert found["lora"]["learning_rate"] == 2e-3 and "--rank" in found["lora"]["flags"]
+    _, page, _ = command("methods --markdown")
+    assert page.startswith("# Methods\n")
+    assert all(f"| {name} |" in page for name in (*found, *every_method()))
+
+
+def test_the_tasks_are_listed(command):
+    status, out, _ = command("tasks --json")
+    found = {each["task"]: each for each in json.loads(out)}
+    assert status == 0 and [*found] == [*TASKS]
+    assert found["regression"]["metrics"] == ["pearson", "spearman"]
+    assert (found["preference"]["model"], found["preference"]["command"]) == ("decoder", "generate")
+    _, page, _ = command("tasks --markdown")
+    assert all(f"| {name} | " in page for name in TASKS)
+
+
+def test_the_choices_of_formats_are_those_of_the_registry():
+    assert get_args(Format) == tuple(FORMATS)
+    assert Convert("a", Path("b"), "peft").max_error == MAX_ERROR
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_waiting_shows_a_spinner_on_a_terminal_alone(monkeypatch, terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with Console(json=True).waiting("compiling \x1b[2J"):
+        pass
+    assert ("compiling \\u001b[2J" in shown.getvalue()) == terminal
+    assert terminal or shown.getvalue() == ""
 
 
 def test_version(command):
     status, out, _ = command("--version")
-    assert (status, out.split()[0]) == (0, "adapters-jax")
+    assert (status, out) == (0, f"adapters-jax {aj.__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -433,7 +540,7 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(command, monkeypatch, b
     assert status == 1
     assert f'File "{__file__}", line {score.__code__.co_firstlineno + 1}, in score' in err
     assert f"{bug.__name__}: the bug" in err
-    assert f"adapters_jax {version('adapters-jax')}" in err.splitlines()[-2]
+    assert f"adapters_jax {aj.__version__}" in err.splitlines()[-2]
 
 
 def test_a_user_error_shows_its_traceback_with_debug(command, monkeypatch):

@@ -80,4 +80,4 @@ def test_no_device_is_a_problem_and_no_traceback():
     ran = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
     assert "jax finds no device" in ran.stderr
-    assert ran.stderr.count("\n") == 1
+    assert ran.stderr.count("\n") == 2  # the first line says that jax is imported

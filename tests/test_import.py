@@ -2,12 +2,15 @@
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 
+import adapters_jax as aj
+from adapters_jax.app.cli.main import COMMANDS
 from adapters_jax.models.bert import BERT_BASE
 
 EXTRAS = (
@@ -15,6 +18,7 @@ EXTRAS = (
     *("jinja2", "platformdirs"),
 )
 APPLICATION = ("cyclopts", *EXTRAS)
+WORK = {"jax", "flax", "numpy", "optax", "orbax"}
 WITHOUT = f"""
 import sys
 sys.modules |= dict.fromkeys({EXTRAS})  # importing them raises an error
@@ -48,7 +52,7 @@ def test_audit_needs_neither_the_extras_nor_weights(command, tmp_path, model, ad
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "config.json").write_text(json.dumps(asdict(BERT_BASE)))
     done = command("audit", "--model", model, "--method", "lora", "--rank", "4", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "adapters-jax audit: importing jax\n")
     assert json.loads(done.stdout)["adapter_parameters"] == adapters
     assert not (tmp_path / "cache").exists()
 
@@ -56,7 +60,8 @@ def test_audit_needs_neither_the_extras_nor_weights(command, tmp_path, model, ad
 def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
     done = command("predict", "runs/mine", "text")
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    first, line = done.stderr.splitlines()
+    assert first == "adapters-jax predict: importing jax"
     assert "pip install 'adapters-jax[finetune]'" in line
     done = command("audit", "--model", "me/mine", "--method", "lora")
     assert done.returncode == 2 and "huggingface_hub" in done.stderr
@@ -64,14 +69,74 @@ def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
 
 def test_models_needs_no_extra(command):
     done = command("models", "bert-base")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "adapters-jax models: importing jax\n")
     assert "108,891,648" in done.stdout
 
 
-def test_the_core_imports_nothing_of_the_application():
-    code = "import sys, adapters_jax; print(*sys.modules)"
+def imported_by(code):
+    """The modules that are imported at the end of a program in a process of its own."""
+    code = f"import contextlib, io, sys\nprinted = io.StringIO()\n{code}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = set(done.stdout.split())
+    return set(done.stdout.split())
+
+
+def test_help_and_completion_import_nothing_of_the_work():
+    """Each command's help in turn: one that imports jax would leave it imported for the others."""
+    helps = "".join(f"    assert main([{name!r}, '--help']) == 0\n" for name in COMMANDS)
+    imported = imported_by(
+        "from adapters_jax.app.cli.main import main\n"
+        "with contextlib.redirect_stdout(printed):\n"
+        "    assert main(['--help']) == main(['--version']) == 0\n"
+        f"{helps}"
+        "    assert main(['completion', 'bash']) == 0\n"
+    )
+    assert "adapters_jax.app.cli.finetune" in imported
+    assert not imported & {*WORK, *EXTRAS}
+
+
+def test_a_wrong_flag_is_found_before_the_work_is_imported():
+    code = (
+        "from adapters_jax.app.cli.main import main\nassert main(['finetune', '--rnk', '3']) == 2"
+    )
+    assert not imported_by(code) & WORK
+
+
+def test_what_files_hold_is_shown_without_jax(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0\n")
+    words = ["data", str(tmp_path / "rows.csv")]
+    code = (
+        "from adapters_jax.app.cli.main import main\nwith contextlib.redirect_stdout(printed), "
+        f"contextlib.redirect_stderr(printed):\n    assert main({words}) == 0\n"
+        "assert 'importing' not in printed.getvalue(), printed.getvalue()"
+    )
+    assert "jax" not in imported_by(code)
+
+
+def test_the_package_itself_imports_nothing_until_a_name_is_used():
+    assert not imported_by("import adapters_jax\nadapters_jax.__version__") & WORK
+    assert imported_by("import adapters_jax\nadapters_jax.lora") >= {"jax", "flax", "numpy"}
+
+
+def test_a_function_is_no_module_whatever_was_imported_before():
+    """A module of the package with a function's name would be found in its place."""
+    modules = {each.name for each in pkgutil.iter_modules(aj.__path__)}
+    values = {name: getattr(aj, name) for name in modules & {*aj.__all__}}
+    assert values == {name: sys.modules[f"adapters_jax.{name}"] for name in values}
+    code = (
+        "from adapters_jax.auditing import Audit\nimport adapters_jax.suggesting.trace\n"
+        "import adapters_jax as aj\nassert callable(aj.audit) and callable(aj.suggest)"
+    )
+    assert "adapters_jax.api" in imported_by(code)
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'lorra'"):
+        _ = aj.lorra
+    assert {"lora", "nnx", "__version__"} <= {*dir(aj)}
+
+
+def test_the_core_imports_nothing_of_the_application():
+    imported = imported_by("import adapters_jax\nadapters_jax.lora")
     assert "adapters_jax.nnx" in imported
     assert not imported & {
         *APPLICATION,
@@ -81,3 +146,10 @@ def test_the_core_imports_nothing_of_the_application():
         "adapters_jax.models",
         "adapters_jax.tasks",
     }
+
+
+def test_importing_the_commands_starts_no_backend():
+    code = "from adapters_jax.app.cli import compare, finetune, serve; import jax._src.xla_bridge"
+    code += " as bridge; print(bridge._backends)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr

@@ -84,16 +84,7 @@ OTHERS = ("xlm_roberta", "distilbert", "electra", "modernbert", "deberta_v3")
 
 @pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=slow) for name in OTHERS)])
 def test_a_merged_encoder_is_a_classifier_of_transformers(base):
-    run = encoder_run()
-    if base != "tiny":
-        _fixture(base)
-        run = finished_run(
-            f"--model {base} --train reviews.jsonl --text review --max-length 12 --pooling pooler "
-            "--method lora --rank 2 --name other",
-            {"accuracy": 0.75, "f1": 0.8},
-        )
-    assert main(["merge", run, "--out", "merged"]) == 0
-    predictor = load_predictor(run)
+    predictor = load_predictor(merged_encoder(base))
     texts = [("a good film", None), ("the plot was dull", None)]
     expected = _outputs(predictor, predictor.params, predictor.model, texts)
     config = json.loads(Path("merged/config.json").read_text())
@@ -111,6 +102,20 @@ def test_a_merged_encoder_is_a_classifier_of_transformers(base):
     heads = (prefix, "classifier.", "pre_classifier.", "head.", "pooler.")
     assert all(name.startswith(heads) for name in read_arrays("merged"))
     assert Path("merged/tokenizer.json").exists()
+
+
+def merged_encoder(base):
+    """Makes a run on an encoder in the current directory, and merges it; returns its path."""
+    run = encoder_run()
+    if base != "tiny":
+        _fixture(base)
+        run = finished_run(
+            f"--model {base} --train reviews.jsonl --text review --max-length 12 --pooling pooler "
+            "--method lora --rank 2 --name other",
+            {"accuracy": 0.75, "f1": 0.8},
+        )
+    assert main(["merge", run, "--out", "merged"]) == 0
+    return run
 
 
 def _fixture(name):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
-from adapters_jax.app.cli.merge import check_checkpoint
+from adapters_jax.app.merging import check_checkpoint
 from adapters_jax.errors import BaseFileError
 from adapters_jax.inference import load_generator
 from adapters_jax.interop.peft import save_peft

@@ -12,8 +12,8 @@ import adapters_jax as aj
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.suggest.patterns import numbered, of_parameters, shortest
-from adapters_jax.suggest.suggestion import PRESETS
+from adapters_jax.suggesting.patterns import numbered, of_parameters, shortest
+from adapters_jax.suggesting.suggestion import PRESETS
 from adapters_jax.targets import selects
 
 D, HEADS = 8, 2

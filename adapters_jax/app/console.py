@@ -72,6 +72,18 @@ class Console:
         self.result(value)
 
     @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Within, a terminal shows a spinner with a text; elsewhere, nothing is shown.
+
+        It is on stderr, so that what a command prints stays as it is.
+        """
+        with contextlib.ExitStack() as stack:
+            if sys.stderr.isatty():
+                shown = rich.console.Console(stderr=True)
+                stack.enter_context(shown.status(Text(visible(text, lines=False))))
+            yield
+
+    @contextlib.contextmanager
     def progress(
         self,
         title: str,
@@ -116,13 +128,13 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.first: tuple[int, float] | None = None
+        self.first: tuple[float, float] | None = None
 
-    def at(self, step: int, now: float) -> float | None:
+    def at(self, step: float, now: float) -> float | None:
         """The mean seconds of a step up to this one; None if they are not known yet.
 
         Args:
-            step: the number of steps that are done.
+            step: the number of steps that are done, or the finished part of a work.
             now: the time, in seconds of `time.monotonic`.
         """
         first, began = self.first or (step, now)

@@ -18,8 +18,8 @@ import optax
 from flax import nnx
 from packaging.requirements import Requirement
 
-from adapters_jax.adapt import adapt
-from adapters_jax.audit import bytes_text
+from adapters_jax.adapting import adapt
+from adapters_jax.display import bytes_text
 from adapters_jax.distributed.devices import memory_of
 from adapters_jax.errors import install_command
 from adapters_jax.methods import LoRA

@@ -13,13 +13,14 @@ from adapters_jax.data.files import Rows
 from adapters_jax.data.layouts import layout_of
 from adapters_jax.data.packing import Example, Marked
 from adapters_jax.data.preferences import make_preferences
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.tables import make_table
 from adapters_jax.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
 from adapters_jax.pretrained.locate import is_decoder, locate, read_tokenizer
 from adapters_jax.tasks.conversation import check_chats
 from adapters_jax.tasks.conversation_rows import ChatEncoder, Turns
 from adapters_jax.tasks.preference_rows import PreferenceEncoder
-from adapters_jax.tasks.prompts import Prompts, encode_table
+from adapters_jax.tasks.prompts import encode_table
 
 _ENDLESS = 2**31
 

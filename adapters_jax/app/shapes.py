@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.audit import Audit, audit
+from adapters_jax.auditing import Audit, audit
 from adapters_jax.errors import UserError
 from adapters_jax.linen import init_adapters
 from adapters_jax.models.family import Family

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapters_jax.data.datasets import Dataset, TaskData, hold_out, make_datasets
 from adapters_jax.data.readers import DataError, FilePath, read_bytes, read_tsv
 from adapters_jax.data.splits import SPLIT_SEED
 from adapters_jax.data.tables import complete_rows, make_table
+
+if TYPE_CHECKING:
+    from adapters_jax.data.datasets import Dataset, TaskData
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
         >>> read_glue("SST-2", directory)["dev"].texts
         [('Good.', None), ('Bad.', None)]
     """
+    from adapters_jax.data.datasets import make_datasets
+
     spec = GLUE[glue_name(name)]
     tables = {}
     for part, file in (("train", "train.tsv"), ("dev", spec.dev)):
@@ -108,6 +113,8 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
         adapters_jax.data.files.DataError: no GLUE task 'boolq'; there are: \
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
     """
+    from adapters_jax.data.datasets import hold_out
+
     name = glue_name(name)
     return hold_out(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
 

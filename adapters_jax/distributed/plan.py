@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from adapters_jax.display import bytes_text, html_table
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.distributed.sharding import Rules, shard
@@ -78,6 +79,12 @@ class Plan:
         """The sum of the bytes on a device, which is the compiler's own."""
         held = self.base + self.adapters + self.optimizer + self.inputs
         return held + self.gradients + self.activations + self.temporaries
+
+    def _repr_html_(self) -> str:
+        rows = [[name, bytes_text(getattr(self, name))] for name in PARTS]
+        rows.append(["trainable parameters", f"{self.trainable_parameters:,}"])
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        return html_table([f"{self.batch} rows a step", f"on each of {devices}"], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the total, for JSON."""

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.errors import FlaxError
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.errors import (
     AdapterMismatchError,
     AdapterRecipeError,

@@ -1,12 +1,10 @@
 """`adapter_config.json`, the manifest of an adapter; docs/format.md specifies it."""
 
-import functools
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from adapters_jax.io.tensors import LONGEST_NAME
 from adapters_jax.io.untrusted import check_size, read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
+from adapters_jax.version import __version__
 
 FORMAT, FORMAT_WITH_STATE = 1, 2
 CONFIG = "adapter_config.json"
@@ -58,7 +57,7 @@ class Manifest:
         """The content of the file at a path; raises AdapterFileError if `read` would."""
         values = {
             "format": FORMAT_WITH_STATE if self.state_tensors else FORMAT,
-            "adapters_jax": _version(),
+            "adapters_jax": __version__,
             "base": self.base and asdict(self.base),
             "parameters": self.parameters,
             "tensors": self.tensors,
@@ -115,12 +114,6 @@ class Manifest:
                 f"{path} holds {len(arrays)} tensors, and {CONFIG} has {self.state_tensors}; the "
                 "two files are of different adapters"
             )
-
-
-@functools.cache
-def _version() -> str:
-    """This library's version; looking it up takes milliseconds."""
-    return version("adapters-jax")
 
 
 def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:

@@ -4,16 +4,16 @@ Reference: https://huggingface.co/docs/hub/model-cards
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
-from adapters_jax.audit import HEADERS, Audit
+from adapters_jax.auditing import HEADERS, Audit
 from adapters_jax.errors import MissingPackageError
 from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.texts import markdown, markdown_block, markdown_code, visible
+from adapters_jax.version import __version__
 
 
 def model_card(
@@ -96,7 +96,7 @@ def model_card(
         "Parameters": _counts(counts),
         "Metrics": _metrics(metrics, dataset),
         **(sections or {}),
-        "Made with": f"adapters_jax {version('adapters-jax')}",
+        "Made with": f"adapters_jax {__version__}",
     }
     on = f" on [{known}](https://huggingface.co/{known})" if known else ""
     words = f"{about} An adapter{on}; its base is not in it.".strip()

@@ -135,6 +135,7 @@ class Method:
         pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
             that it overrides for the targets that the pattern matches.
         subset_fields: fields of patterns that match some of the targets.
+        paper: the number on arXiv of the paper that proposed it, which a run's page cites.
 
     Args:
         targets: patterns of module paths.
@@ -174,6 +175,7 @@ class Method:
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
+    paper: ClassVar[str] = ""
     size_fields: ClassVar[tuple[str, ...]] = ()
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()

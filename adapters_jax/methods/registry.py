@@ -92,3 +92,15 @@ def method_named(name: str) -> type[Method]:
             "package that defines it, or write @aj.register_method above its class"
         )
     return METHODS[name]
+
+
+def every_method() -> dict[str, type[Method]]:
+    """All methods by name, with those that installed packages list as entry points.
+
+    Example:
+        >>> sorted(every_method())[:3]
+        ['bottleneck', 'dora', 'ia3']
+    """
+    for point in entry_points(group=GROUP):
+        register_method(point.load())
+    return dict(METHODS)

@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 import time
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +31,7 @@ from adapters_jax.serving.requests import (
     UnknownModelError,
 )
 from adapters_jax.transforms.fitting import Fitted
+from adapters_jax.version import __version__
 
 # The page is one file, and asks no other host.
 _ALONE = (
@@ -238,7 +238,7 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
         limits: the limits of requests.
         key: the API key that requests need; without one, only this machine's browsers may ask.
     """
-    description = schemas.openapi(version("adapters-jax"))
+    description = schemas.openapi(__version__)
 
     async def show_page(_: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _ALONE})

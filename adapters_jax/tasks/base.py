@@ -32,11 +32,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.tables import read_rows
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
-from adapters_jax.tasks.prompts import Prompts
+from adapters_jax.tasks.views import Judged, View
 from adapters_jax.training.state import TrainState
 
 Batch = Mapping[str, np.ndarray]
@@ -170,6 +171,16 @@ class Task(ABC):
             model: the base model's directory or id; by default the one in the configuration.
         """
 
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """What the page of a run shows of its predictions, in this order.
+
+        Args:
+            config: the configuration of the run.
+            judged: what `Prepared.judged` returned, as far as the run keeps it; empty for the page
+                of a comparison, which shows the notes.
+        """
+        return []
+
     def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
         """Reads a file of rows to predict, by the columns of their texts.
 
@@ -268,6 +279,15 @@ class Prepared(ABC):
             RunError: what was kept is damaged, or belongs to other rows or another base.
         """
         return None  # most trainings need nothing
+
+    def judged(self, problem: Problem, state: TrainState) -> Judged:
+        """The predictions of dev and test, for `Task.views`; by default there are none.
+
+        Args:
+            problem: the problem that was trained, `trained`.
+            state: the trained state.
+        """
+        return Judged()
 
     def samples(self) -> list[dict[str, str]]:
         """A few outputs of the last scoring on test, for the report: prompt, completion, generated.

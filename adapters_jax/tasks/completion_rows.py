@@ -12,11 +12,12 @@ import numpy as np
 from adapters_jax.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, Marked, Packed, Pair, pack, pair, sequence
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.splits import spread
 from adapters_jax.data.tables import Table
 from adapters_jax.pretrained.decoder import PretrainedDecoder, rounded
 from adapters_jax.tasks.completion_problem import HeldOut
-from adapters_jax.tasks.prompts import Prompts, count_tokens, encode_table
+from adapters_jax.tasks.prompts import count_tokens, encode_table
 
 HELD_OUT = ("dev", "test")
 

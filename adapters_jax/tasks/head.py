@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
 from adapters_jax.data.batches import Batches
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only

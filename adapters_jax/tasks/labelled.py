@@ -14,9 +14,12 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from adapters_jax.adapt import adapt
+from adapters_jax.adapting import adapt
+from adapters_jax.data.annotated import Annotated
 from adapters_jax.data.batches import Batches, choose_buckets
-from adapters_jax.data.datasets import TaskData, load_labelled
+from adapters_jax.data.datasets import TaskData, hold_out_rows, load_labelled
+from adapters_jax.data.readers import title_of
+from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
@@ -40,6 +43,8 @@ from adapters_jax.tasks.base import (
 from adapters_jax.tasks.head import feature_reader, head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, lengths_of, shared
+from adapters_jax.training.state import TrainState
 
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
@@ -69,6 +74,24 @@ class EncoderTask(Task):
     def texts(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns of the texts that are needed to predict a row."""
         return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
+        chosen = tuple(metrics) or self.defaults
+        named = self.of_columns(columns)
+        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
+        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads one file; a task that has no `load` of its own has this."""
+        raise NotImplementedError(f"{type(self).__name__} has neither load nor read")
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The texts of a row by which rows count as the same."""
+        return texts
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
@@ -182,6 +205,11 @@ class EncoderTask(Task):
         words = ["adapters-jax", "predict", run, first, second]
         return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """Those of the readout, and those of every task; see `Task.views`."""
+        readout = self.readout.from_config(config["target"])
+        return [*readout.views(judged, config["metrics"]), *shared(judged)]
+
 
 class LabelledTexts(EncoderTask):
     """A task on texts, or pairs of texts, with one label each."""
@@ -260,6 +288,14 @@ class PreparedTexts(Prepared):
         epochs = EPOCHS if self._reads_tokens else None
         trained = TrainedHead(self._head_problem, epochs)
         return [constant] if self._head_alone else [constant, trained]
+
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The predictions of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        parts: dict[str, Any] = {"train": self.in_order, **self.problem.held_out}
+        lengths = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        data = {part: getattr(self.data, part) for part in self.problem.held_out}
+        rows = {part: problem.judged(state, part, found) for part, found in data.items()}
+        return Judged.of(lengths, **rows)
 
     @property
     def _reads_tokens(self) -> bool:

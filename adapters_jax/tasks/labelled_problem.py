@@ -79,15 +79,31 @@ class LabelledProblem:
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
-        outputs, readout = self._outputs(state, part), self.readout
-        if readout.fits:
-            dev = outputs if part == "dev" else self._outputs(state, "dev")
-            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+        outputs, readout = self._fitted(state, part)
         predictions = readout.decode(outputs, self.where.get(part))
         return {
             **readout.score(self.metrics, predictions, self.labels[part]),
             **readout.found(),
         }
+
+    def judged(self, state: TrainState, part: str, rows: Any) -> list[dict[str, Any]]:
+        """Each row of "dev" or "test" with its loss and its prediction, for the report.
+
+        Args:
+            state: the trained state.
+            part: the name of the part.
+            rows: its texts and labels.
+        """
+        outputs, readout = self._fitted(state, part)
+        return readout.judged(rows, outputs, self.where.get(part))
+
+    def _fitted(self, state: TrainState, part: str) -> tuple[np.ndarray, Readout]:
+        """The outputs on a part, and the readout with what it learns from those on dev."""
+        outputs, readout = self._outputs(state, part), self.readout
+        if readout.fits:
+            dev = outputs if part == "dev" else self._outputs(state, "dev")
+            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+        return outputs, readout
 
     def _outputs(self, state: TrainState, part: str) -> np.ndarray:
         def run(batch: Batch) -> Any:

@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.files import DataError, count_rows, first_few, place
 from adapters_jax.data.packing import Example, Marked
+from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.tables import Table
-from adapters_jax.errors import UserError
 from adapters_jax.pretrained.decoder import DecoderTokenizer
-
-PROMPT = "{prompt}"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    r"""The format of a decoder's prompts; saved with a run, so that generation uses it, too.
-
-    Args:
-        template: text with the field `{prompt}`; a `\n` in it is a new line.
-        chat: whether that text becomes a user's message in the model's chat template.
-
-    Raises:
-        UserError: the template has another field, or lacks this one.
-
-    Example:
-        >>> Prompts("Say it: {prompt}\\n", chat=False).text("hello", decoder=None)
-        'Say it: hello\n'
-    """
-
-    template: str = PROMPT
-    chat: bool = True
-
-    def __post_init__(self) -> None:
-        try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(self.template)]
-        except ValueError as error:
-            raise UserError(f"--template {self.template!r}: {error}; write {{{{ for {{") from error
-        unknown = [f"{{{name}}}" for name in fields if name not in (None, "prompt")]
-        if unknown:
-            raise UserError(
-                f"--template {self.template!r}: no field {', '.join(unknown)}; it has {PROMPT}, "
-                "which --prompt COLUMN fills"
-            )
-        if "prompt" not in fields:
-            raise UserError(f"--template {self.template!r}: it lacks the field {PROMPT}")
-
-    def text(self, prompt: str, decoder: DecoderTokenizer) -> str:
-        """The formatted prompt."""
-        filled = self.template.replace(r"\n", "\n").format(prompt=prompt)
-        return decoder.chat(filled) if self.chat else filled
-
-    def encode(self, prompt: str, decoder: DecoderTokenizer) -> list[int]:
-        """The token ids of the formatted prompt; a chat template writes special tokens itself."""
-        text = self.text(prompt, decoder)
-        return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
 
 def encode_table(

@@ -12,6 +12,7 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.metrics import compute
+from adapters_jax.tasks.views import Judged, View, named
 
 
 class Inputs(NamedTuple):
@@ -120,6 +121,39 @@ class Readout(ABC):
     def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
         """The metrics of predictions."""
         return compute(metrics, predictions, labels)
+
+    def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
+        """Each row of a part with its loss, for the report; see `views.Judged`."""
+        losses = self.row_losses(outputs, part.labels, where)
+        verdicts = self.verdicts(part, outputs, where)
+        return [
+            {**verdict, "loss": loss, "words": {**named(texts), **verdict["words"]}}
+            for texts, verdict, loss in zip(part.texts, verdicts, losses, strict=True)
+        ]
+
+    def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
+        """The loss of each row of a part."""
+        _, encoded = self.targets(Inputs((), 0, where), labels)
+        weight = np.ones(len(outputs), np.float32)
+        batch = {"labels": encoded, "weight": weight}
+        losses: Any = self.losses(np.asarray(outputs, np.float32), batch)
+        return np.asarray(losses, np.float64).tolist()
+
+    @abstractmethod
+    def verdicts(self, part: Any, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """What is right and what is predicted, for each row of a part, as plain values.
+
+        Each has `words`, what the report shows of it beside the texts; `views` reads the others.
+        """
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """What the report shows of the predictions, beside what it shows for every task.
+
+        Args:
+            judged: the rows with their verdicts; there may be none.
+            metrics: the metrics of the run.
+        """
+        return []
 
     @abstractmethod
     def constant(self, train: Any, part: Any) -> Any:

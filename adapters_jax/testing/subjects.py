@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.adapt import adapt
-from adapters_jax.audit import audit
+from adapters_jax.adapting import adapt
+from adapters_jax.auditing import audit
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.linen import init_adapters
 from adapters_jax.nnx import AdapterParam

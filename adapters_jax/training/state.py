@@ -1,5 +1,7 @@
 """The state of a training: trained leaves, apart from the frozen base."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +17,15 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from adapters_jax.abstract import is_abstract
 from adapters_jax.checks import shown
 from adapters_jax.counted import counted, left_over, without_adapter
+from adapters_jax.display import bytes_text
 from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.trees import Tree, flatten, merge_trees, partition
-from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
+
+_LINES = 12  # of shapes in the repr of a state
 
 
 @struct.dataclass
@@ -147,6 +152,14 @@ class TrainState:
             dtypes=dtypes,
         )
 
+    def __repr__(self) -> str:
+        kind = "a linen" if self.graphdef is None else "an NNX"
+        lines = [f"  step={_value(self.step)}, of {kind} model"]
+        for name in ("adapters", "base", "opt_state", "other"):
+            lines.append(f"  {name}: {_totals(getattr(self, name))}")
+            lines += [f"    {line}" for line in _shapes(self.adapters) if name == "adapters"]
+        return "\n".join(["TrainState(", *lines, ")"])
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the state is laid out on; None on one device."""
@@ -183,6 +196,34 @@ class TrainState:
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
         return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def _value(x: Any) -> str:
+    """A small array in one line, or why it has no value."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return "(not computed)"
+    return "(donated to a step)" if x.is_deleted() else str(jax.device_get(x).tolist())
+
+
+def _totals(tree: Any) -> str:
+    """How many arrays a tree has, their elements and bytes; the word none for an empty tree."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    size = sum(math.prod(x.shape) * bits_of(x.dtype) for x in leaves) // 8
+    number = sum(math.prod(x.shape) for x in leaves)
+    many = f"{len(leaves)} array{'s' * (len(leaves) != 1)}"
+    return f"{number:,} in {many}, {bytes_text(size)}" if leaves else "none"
+
+
+def _shapes(tree: Tree) -> list[str]:
+    """The shapes and dtypes of a tree, in one line for layers of one shape."""
+    groups: dict[str, int] = {}
+    for path, leaf in flatten(tree).items():
+        x = unboxed(leaf)
+        line = f"{re.sub(r'[0-9]+', '*', path)} {x.dtype}{list(x.shape)}"
+        groups[line] = groups.get(line, 0) + 1
+    found = [line + (f" x {n}" if n > 1 else "") for line, n in groups.items()]
+    rest = [f"and {len(found) - _LINES} others"] if len(found) > _LINES else []
+    return found[:_LINES] + rest
 
 
 def in_full(x: Any) -> Any:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.checks import check_size, shown
+from adapters_jax.display import html_table
 from adapters_jax.errors import UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.mixed import Rows
@@ -109,6 +110,11 @@ class Bank:
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self._places)) or "no adapters"
         return f"Bank({names}; {len(self._places)} of {self.capacity} places)"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, str(place)] for name, place in self._places.items()]
+        holds = f"{len(self)} of {self.capacity} places are taken; each has room for:"
+        return html_table(["adapter", "place"], rows, notes=[holds]) + self.recipe._repr_html_()
 
     def __len__(self) -> int:
         return len(self._places)

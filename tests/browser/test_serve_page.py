@@ -1,9 +1,10 @@
-"""The page of a server in Chromium: wide and narrow, light and dark, by mouse and keyboard."""
+"""The page of a server in a real Chromium: wide and narrow, light and dark, by mouse and keyboard.
 
-import json
+With the environment variable SCREENSHOTS, pictures of the page are put into that directory.
+"""
 
 import pytest
-from helpers.browser import chromium, open_page, picture
+from helpers.browser import BrowserPage
 from helpers.finished import decoder_run
 from helpers.serving import serving
 
@@ -29,33 +30,12 @@ def server(runs):
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-class Page:
+class Page(BrowserPage):
     """The page of a server, at a width and in a colour scheme."""
 
     def __init__(self, browser, server, width=1280, scheme="light"):
-        self.browser, self.shown = browser, f"{width}-{scheme}"
-        open_page(browser, server.address, width, scheme)
+        super().__init__(browser, server.address, width, scheme)
         self.wait(lambda: self.all("#models input"))
-
-    def all(self, selector):
-        return self.browser.find_elements("css selector", selector)
-
-    def one(self, selector):
-        return self.browser.find_element("css selector", selector)
-
-    def run(self, script):
-        return self.browser.execute_script(f"return {script}")
-
-    def wait(self, check, seconds=30):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.browser, seconds, 0.05).until(lambda _: check())
 
     def answers(self):
         """The texts of the answers by model, once all are there."""
@@ -90,7 +70,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     assert page.run("document.documentElement.scrollWidth") <= width
     dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
     assert dark == (scheme == "dark")
-    picture(browser, page.shown)
+    page.save_picture()
 
 
 def test_by_keyboard_alone(browser, server):
@@ -121,14 +101,7 @@ def test_errors_are_shown_and_nothing_else_is_asked(browser, server):
     page.one("#send").click()
     assert all("48" in timing for _, timing in page.answers().values())
     assert len(page.all("section.failed")) == 3
-    said = [entry["message"] for entry in browser.get_log("browser")]
-    assert [text for text in said if "400 (Bad Request)" not in text] == []
-    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = {
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-        and event["params"]["documentURL"].startswith(server.address)  # not the first, empty tab
-    }
+    assert [text for text in page.errors() if "400 (Bad Request)" not in text] == []
+    asked = page.asked()
     foreign = {url for url in asked if not url.startswith((server.address, "data:"))}
     assert asked and not foreign

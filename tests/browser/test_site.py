@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers.browser import chromium, open_page, picture
+from helpers.browser import BrowserPage
 
 import adapters_jax as aj
 
@@ -88,22 +88,18 @@ def test_every_public_name_has_its_place(pages):
     assert [name for name, ids in wanted.items() if not ids & places] == []
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_are_readable(browser, site, width, scheme):
     for name in LOOKED_AT:
-        open_page(browser, f"file://{site}/{name}.html", width, scheme)
-        run = lambda script: browser.execute_script(f"return {script}")  # noqa: E731
-        picture(browser, f"{name.replace('/', '-')}-{width}-{scheme}")
-        assert run("document.documentElement.scrollWidth") <= width, name
-        colours = run("['color', 'backgroundColor'].map(x => getComputedStyle(document.body)[x])")
+        address, shown = f"file://{site}/{name}.html", f"site-{name.replace('/', '-')}-"
+        page = BrowserPage(browser, address, width, scheme, shown)
+        page.save_picture()
+        assert page.run("document.documentElement.scrollWidth") <= width, name
+        colours = page.run(
+            "['color', 'backgroundColor'].map(x => getComputedStyle(document.body)[x])"
+        )
         text, ground = (sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) for c in colours)
         assert (ground < text) == (scheme == "dark"), name
         assert abs(ground - text) > 380, name  # of 765
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
+        assert page.errors() == [], name

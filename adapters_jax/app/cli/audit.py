@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import count_parameters
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class CountParameters:
         Raises:
             UserError: the model or the recipe cannot be used.
         """
+        from adapters_jax.app.shapes import count_parameters
+
         counts = count_parameters(self.model, self.method)
 
         def report() -> None:

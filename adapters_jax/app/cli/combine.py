@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import jax
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import given
-from adapters_jax.io.adapter import read_adapter, save_adapter
-from adapters_jax.io.run_directory import Run, RunError, check_base
-from adapters_jax.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
-from adapters_jax.transforms.combine import combine
+
+if TYPE_CHECKING:
+    from adapters_jax.io.run_directory import Run
+    from adapters_jax.pretrained.decoder import PretrainedDecoder
+
 
 _ONLY_OF_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
 
@@ -41,7 +40,8 @@ class Combine:
 
     examples: ClassVar[str] = """\
   adapters-jax combine runs/one runs/two --weights 0.7 0.3 --out runs/both
-  adapters-jax combine runs/one runs/two --weights 1 -0.5 --how svd --rank 8 --out runs/both"""
+  adapters-jax combine runs/one runs/two --weights 1 -0.5 --how svd --rank 8 \\
+    --out runs/both"""
     positional: ClassVar[tuple[str, ...]] = ("runs",)
 
     runs: tuple[Path, ...]
@@ -62,6 +62,12 @@ class Combine:
             RecipeError: a run has a method other than LoRA.
             AssetError: the pinned model could not be fetched.
         """
+        import jax
+
+        from adapters_jax.io.adapter import read_adapter, save_adapter
+        from adapters_jax.io.run_directory import Run
+        from adapters_jax.transforms.combine import combine
+
         out = Run(self.out)
         out.refuse_existing()
         runs = [Run(path) for path in self.runs]
@@ -93,6 +99,9 @@ class Combine:
 
 def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> PretrainedDecoder:
     """Loads the base model of all runs; raises RunError if it is not the same."""
+    from adapters_jax.io.run_directory import RunError, check_base
+    from adapters_jax.pretrained.decoder import load_pretrained_decoder
+
     for run, config in zip(runs, configs, strict=True):
         if config["base_sha256"] != configs[0]["base_sha256"]:
             raise RunError(

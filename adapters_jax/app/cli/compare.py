@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from adapters_jax.app.compare.comparison import Comparison
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.console import Console
 from adapters_jax.errors import file_errors
-from adapters_jax.io.run_directory import Run
+
+if TYPE_CHECKING:
+    from adapters_jax.app.compare.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,14 @@ class Compare(CompareOptions):
 
     examples: ClassVar[str] = """\
   adapters-jax compare --limit 1000 --seeds 0 1
-  adapters-jax compare --recipes "houlsby --bottleneck-dim 8" "houlsby --bottleneck-dim 64" full
-  adapters-jax compare --recipes "lora --rank 4 --learning-rates 1e-3 4e-3" mine.json --seeds 0 1
-  adapters-jax compare --train train.csv --test test.csv --text review --label stars --out stars
-  adapters-jax compare --model smollm2-135m --train e2e.csv --prompt mr --completion ref"""
+  adapters-jax compare --recipes "houlsby --bottleneck-dim 8" \\
+    "houlsby --bottleneck-dim 64" full
+  adapters-jax compare --recipes "lora --rank 4 --learning-rates 1e-3 4e-3" \\
+    mine.json --seeds 0 1
+  adapters-jax compare --train train.csv --test test.csv --text review \\
+    --label stars --out stars
+  adapters-jax compare --model smollm2-135m --train e2e.csv --prompt mr \\
+    --completion ref"""
 
     json: bool = False
 
@@ -43,6 +48,9 @@ class Compare(CompareOptions):
             AssetError: the pinned model or the movie reviews could not be fetched.
             FileSystemError: the directory cannot be made.
         """
+        from adapters_jax.app.compare.comparison import Comparison
+        from adapters_jax.io.run_directory import Run
+
         options, grid, cells, out = self.check(console)
         with file_errors(out, "made"):
             out.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adapters_jax.app.console import Console
-from adapters_jax.app.export import Serving, describe, export, open_source
-from adapters_jax.app.options.flags import flag, given
+from adapters_jax.app.options.flags import Format, flag, given
 from adapters_jax.errors import UserError
-from adapters_jax.interop.formats import Format
-from adapters_jax.interop.peft.servers import MAX_ERROR
+
+if TYPE_CHECKING:
+    from adapters_jax.app.export import Serving
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Convert:
     examples: ClassVar[str] = """\
   adapters-jax convert runs/e2e-lora for-peft --to peft
   adapters-jax convert runs/reviews for-adapterhub --to adapterhub --no-head
-  adapters-jax convert runs/e2e-dora for-vllm --to peft --for vllm --rank 64 --max-error 0.1
+  adapters-jax convert runs/e2e-dora for-vllm --to peft --for vllm --rank 64 \\
+    --max-error 0.1
   adapters-jax convert runs/e2e-lora for-llama --to gguf
-  adapters-jax convert user/their-lora@main ours --to native --model smollm2-135m"""
+  adapters-jax convert user/their-lora@main ours --to native \\
+    --model smollm2-135m"""
     positional: ClassVar[tuple[str, ...]] = ("source", "destination")
 
     source: str
@@ -57,7 +59,7 @@ class Convert:
     to: Format
     for_: Literal["vllm", "sglang"] | None = None
     rank: int | None = None
-    max_error: float = MAX_ERROR
+    max_error: float = 0.01
     model: str | None = None
     pooling: Literal["mean", "cls", "pooler"] | None = None
     head: bool | None = None
@@ -73,6 +75,8 @@ class Convert:
                 destination is not empty.
             AssetError: the pinned model could not be fetched.
         """
+        from adapters_jax.app.export import describe, export, open_source
+
         server = self._server()
         source = open_source(self.source, self.model, self.pooling)
         written = export(
@@ -89,6 +93,8 @@ class Convert:
 
     def _server(self) -> Serving | None:
         """The server that has to load the adapter, if there is one."""
+        from adapters_jax.app.export import Serving
+
         if self.for_ and self.to != "peft":
             raise UserError(f"--for {self.for_} with --to {self.to}: servers load --to peft")
         name = "llama.cpp" if self.to == "gguf" else self.for_

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.app.console import Console
-from adapters_jax.app.examples import Seen, see
 from adapters_jax.data.files import DataError, Rows, check_even
-from adapters_jax.data.overlap import shared_rows
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.splits import spread
 from adapters_jax.data.summary import Lengths, Summary, inputs_of, summarize
+
+if TYPE_CHECKING:
+    from adapters_jax.app.examples import Seen
 
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar
@@ -62,6 +63,11 @@ class DescribeData:
     max_length: int | None = None
     json: bool = False
 
+    @property
+    def needs_jax(self) -> bool:
+        """Whether jax is imported: for a model's tokenizer, beside which its module is."""
+        return self.model is not None
+
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the files and, with a model, encodes their rows.
 
@@ -69,6 +75,8 @@ class DescribeData:
             DataError: a file cannot be used, or there is none.
             UserError: the model cannot be used.
         """
+        from adapters_jax.data.overlap import shared_rows
+
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
         tables = [(path, read_file(path)) for path in self.files]
@@ -91,6 +99,8 @@ class DescribeData:
     def _seen(self, path: Path, rows: Rows) -> Seen | None:
         if self.model is None:
             return None
+        from adapters_jax.app.examples import see
+
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
         return see(self.model, path, rows, columns, self.turns)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs.job import Job
-from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
-from adapters_jax.io.run_directory import Run, RunError, run_name
+
+if TYPE_CHECKING:
+    from adapters_jax.app.runs.job import Job
+    from adapters_jax.io.run_directory import Run
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,28 @@ class Finetune(RunOptions):
 
     examples: ClassVar[str] = """\
   adapters-jax finetune
-  adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 --name lora4
-  adapters-jax finetune --train train.csv --test test.csv --text review --label stars
-  adapters-jax finetune --glue stsb --data glue/STS-B --model google-bert/bert-base-uncased
-  adapters-jax finetune --model google-bert/bert-base-uncased@main --train train.csv --text review
-  adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr --completion ref
-  adapters-jax finetune --model smollm2-135m --method llama-adapter --train poems.csv --text poem
+  adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 \\
+    --name lora4
+  adapters-jax finetune --train train.csv --test test.csv --text review \\
+    --label stars
+  adapters-jax finetune --glue stsb --data glue/STS-B \\
+    --model google-bert/bert-base-uncased
+  adapters-jax finetune --model google-bert/bert-base-uncased@main \\
+    --train train.csv --text review
+  adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr \\
+    --completion ref
+  adapters-jax finetune --model smollm2-135m --method llama-adapter \\
+    --train poems.csv --text poem
   adapters-jax finetune --limit 1000 --no-baselines --json
   adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Run": (
+            "runs",
+            "name",
+            "resume",
+        ),
+    }
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
@@ -57,6 +72,9 @@ class Finetune(RunOptions):
             AssetError: the pinned model or the movie reviews could not be fetched.
             FileSystemError: the directory cannot be made.
         """
+        from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
+        from adapters_jax.io.run_directory import Run
+
         began = time.perf_counter()
         if self.resume is not None:
             self._refuse_other_flags(self.resume)
@@ -67,6 +85,8 @@ class Finetune(RunOptions):
 
     def _refuse_other_flags(self, resumed: Path) -> None:
         """Raises RunError if there are flags in addition to --resume."""
+        from adapters_jax.io.run_directory import RunError
+
         nested = ("data", "method", "optimizer", "prompts")
         others = [name for name in given(self) if name not in ("resume", "json", *nested)]
         others += [name for part in nested for name in given(getattr(self, part))]
@@ -77,6 +97,8 @@ class Finetune(RunOptions):
             )
 
     def _run(self) -> Run:
+        from adapters_jax.io.run_directory import Run, RunError, run_name
+
         parts = (self.model, self.data.title, self.method.title)
         name = run_name(*parts) if self.name is None else self.name
         if not name or Path(name).name != name:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from adapters_jax.app.console import Console, stdin_lines
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
-from adapters_jax.inference import Generator, load_generator
-from adapters_jax.io.run_directory import find_run
-from adapters_jax.tasks import read_run
+
+if TYPE_CHECKING:
+    from adapters_jax.inference import Generator
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,34 @@ class Generate:
     """
 
     examples: ClassVar[str] = """\
-  adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" "name[Aromi]"
-  adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 --top-p 0.9 --seed 1
-  head -3 prompts.txt | adapters-jax generate runs/mine --prompt - --max-new-tokens 64 --json
+  adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" \\
+    "name[Aromi]"
+  adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 \\
+    --top-p 0.9 --seed 1
+  head -3 prompts.txt | adapters-jax generate runs/mine --prompt - \\
+    --max-new-tokens 64 --json
   adapters-jax generate runs/mine --chat --system "Answer in one word."
-  adapters-jax generate runs/mine --chat --prompt "Who are you?" "And who made you?"""
+  adapters-jax generate runs/mine --chat --prompt "Who are you?" And who \\
+    made you?"""
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Prompts": (
+            "prompt",
+            "file",
+            "column",
+        ),
+        "Conversation": (
+            "chat",
+            "system",
+        ),
+        "Sampling": (
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "seed",
+        ),
+    }
     run: str
     prompt: tuple[str, ...] = ()
     file: Path | None = None
@@ -65,6 +87,10 @@ class Generate:
             DataError: the prompts cannot be used.
             AssetError: the pinned model could not be fetched.
         """
+        from adapters_jax.inference import load_generator
+        from adapters_jax.io.run_directory import find_run
+        from adapters_jax.tasks import read_run
+
         if self.max_new_tokens is not None:
             check_size("sampling", "--max-new-tokens", self.max_new_tokens)
         check_number("sampling", "--temperature", self.temperature, closed=True)
@@ -77,14 +103,17 @@ class Generate:
         run = find_run(self.run)
         config = read_run(run, "generate")[1]
         if self.chat:
-            turns, talker = self._turns(), load_generator(run.path)
+            turns = self._turns()
+            with console.waiting(f"loading {run.path}"):
+                talker = load_generator(run.path)
             if talker.decoder.chat_template is None:
                 raise UserError(
                     f"--chat: the base of {self.run} has no chat template; use --prompt"
                 )
             return lambda: self._talk(talker, turns, console)
         prompts = self._read(config.get("prompt"))
-        generator = load_generator(run.path)
+        with console.waiting(f"loading {run.path}"):
+            generator = load_generator(run.path)
         return lambda: self._complete(generator, prompts, console)
 
     @property
@@ -104,7 +133,8 @@ class Generate:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in filter(str.strip, turns):
             messages.append({"role": "user", "content": turn})
-            text = generator.reply(messages, *self._sampling)
+            with console.waiting("answering" if len(messages) > 2 else "compiling and answering"):
+                text = generator.reply(messages, *self._sampling)
             messages.append({"role": "assistant", "content": text})
             console.result({"prompt": turn, "completion": text})
             if not self.json:
@@ -132,8 +162,10 @@ class Generate:
 
     def _complete(self, generator: Generator, prompts: list[str], console: Console) -> None:
         """Prints each completion as soon as its batch is generated."""
-        texts = generator.generate(prompts, *self._sampling)
-        for prompt, text in zip(prompts, texts, strict=True):
+        texts = iter(generator.generate(prompts, *self._sampling))
+        with console.waiting("compiling and generating"):
+            first = list(itertools.islice(texts, 1))
+        for prompt, text in zip(prompts, itertools.chain(first, texts), strict=True):
             console.result({"prompt": prompt, "completion": text})
             if not self.json:
                 console.say(text)

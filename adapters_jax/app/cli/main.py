@@ -1,8 +1,10 @@
 """The command line: lists the commands, and runs one of them.
 
-A command is a frozen dataclass whose fields are its flags. Its method `prepare` reads and checks
-everything that the user gave, and returns a function that does the work. A `UserError` is printed
-as one line. Any other error is a bug, and is printed with its traceback.
+A command is a frozen dataclass whose fields are its flags; `examples` and `groups` are for its
+help, and `needs_jax = False` says that it works without. Its method `prepare` reads and checks
+everything that the user gave, and returns a function that does the work. What the work needs is
+imported in these methods, so that a help is there before jax is. A `UserError` is printed as one
+line. Any other error is a bug, and is printed with its traceback.
 """
 
 import contextlib
@@ -13,12 +15,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from adapters_jax.app.cli.malloc import keep_freed
-from adapters_jax.errors import UserError
+from adapters_jax.errors import MissingPackageError, UserError
 from adapters_jax.texts import visible
+from adapters_jax.version import __version__
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
@@ -40,7 +42,11 @@ COMMANDS = {
     "audit": ("adapters_jax.app.cli.audit", "CountParameters"),
     "plan": ("adapters_jax.app.cli.plan", "PlanTraining"),
     "models": ("adapters_jax.app.cli.models", "ListModels"),
+    "methods": ("adapters_jax.app.cli.listing", "ListMethods"),
+    "tasks": ("adapters_jax.app.cli.listing", "ListTasks"),
+    "report": ("adapters_jax.app.cli.report", "Report"),
     "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
+    "completion": ("adapters_jax.app.cli.completion", "Completion"),
 }
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
@@ -61,7 +67,11 @@ commands:
   audit      count what a recipe adds to a model and trains in it
   plan       compute the memory of training on each device, without the devices
   models     list the families of models, their published names and what they support
+  methods    list the methods, with their papers and flags
+  tasks      list the tasks, with their columns and metrics
+  report     write the page of a run or of a comparison anew, from its files
   doctor     check the installed versions, the devices and a tiny step
+  completion print a script with which a shell completes commands and flags
 
 examples:
   adapters-jax finetune
@@ -100,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     if name == "--version":
-        print(f"adapters-jax {version('adapters-jax')}")
+        print(f"adapters-jax {__version__}")
         return 0
     if arguments is None:  # the process runs only this command
         keep_freed()
@@ -114,9 +124,10 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
     """Runs a command; prints a user error as one line, and other errors with their traceback."""
 
     try:
-        command = _parse(name, flags)
-        if command is not None:
-            _start(command)
+        with _extra_of(name):
+            command = _parse(name, flags)
+            if command is not None:
+                _start(name, command)
         return 0
     except KeyboardInterrupt:
         return _say(name, "interrupted", 130)
@@ -126,15 +137,29 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
         return _say(name, str(error), getattr(error, "status", 2))
     except Exception:
         traceback.print_exc()
-        print(BUG.format(version=version("adapters-jax")), file=sys.stderr)
+        print(BUG.format(version=__version__), file=sys.stderr)
         return 1
 
 
-def _start(command: Any) -> None:
-    """Prepares a command, then does its work."""
+def _start(name: str, command: Any) -> None:
+    """Prepares a command, then does its work; says before the import of jax that it has begun."""
     from adapters_jax.app.console import Console
 
+    if "jax" not in sys.modules and getattr(command, "needs_jax", True):
+        print(f"adapters-jax {name}: importing jax", file=sys.stderr, flush=True)
     command.prepare(Console(command.json))()
+
+
+@contextlib.contextmanager
+def _extra_of(name: str) -> Iterator[None]:
+    """Within, a package that is not installed is an error that names the command's extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("adapters_jax"):
+            raise
+        extra = "serve" if name == "serve" else "finetune"
+        raise MissingPackageError(f"adapters-jax {name}", error.name, extra) from error
 
 
 class _Lines(logging.Handler):
@@ -183,25 +208,27 @@ def _say(name: str, message: str, status: int) -> int:
 def _parse(name: str, flags: Sequence[str]) -> Any:
     """Makes the command from its flags; None if they ask for its help."""
     from adapters_jax.app.options.parsing import UsageError, parse
-    from adapters_jax.errors import MissingPackageError
 
     if name not in COMMANDS:
         raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
-    module, attribute = COMMANDS[name]
+    command = command_of(name)
     try:
-        command = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("adapters_jax"):
-            raise
-        extra = "serve" if name == "serve" else "finetune"
-        raise MissingPackageError(f"adapters-jax {name}", error.name, extra) from error
-    summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
-    paragraphs = [" ".join(paragraph.split()) for paragraph in summary.split("\n\n")]
-    about = "\n\n".join([*paragraphs, f"examples:\n{command.examples}"])
-    try:
-        return parse(command, flags, f"adapters-jax {name}", about)
+        return parse(command, flags, f"adapters-jax {name}", about(command))
     except UsageError as error:
         raise UsageError(f"{error}; see --help") from error
+
+
+def command_of(name: str) -> Any:
+    """The class of a command."""
+    module, attribute = COMMANDS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def about(command: Any) -> str:
+    """The text above the flags in a command's help: its docstring and its examples."""
+    summary = inspect.cleandoc(command.__doc__).partition("\n\nArgs:")[0]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in summary.split("\n\n")]
+    return "\n\n".join([*paragraphs, f"examples:\n{command.examples}"])
 
 
 if __name__ == "__main__":

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
-from flax import nnx
-from safetensors.numpy import save_file
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters_jax.app.console import Console
-from adapters_jax.app.leaving import check_writable
 from adapters_jax.data.readers import DataError
-from adapters_jax.errors import BaseFileError, file_errors
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import to_tensors
-from adapters_jax.io.run_directory import Run
-from adapters_jax.models.parts.checkpoint import save_tensors
-from adapters_jax.presets import HEAD
-from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
-from adapters_jax.pretrained.locate import find_family, locate
-from adapters_jax.transforms.merge import merge
-from adapters_jax.transforms.quantize import dequantize
-from adapters_jax.trees import flatten
 
-Written = tuple[list[str], list[str]]  # the names of the files, and notes
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-
-HEAD_FILE = "head.safetensors"
+if TYPE_CHECKING:
+    from adapters_jax.app.merging import Written
 
 
 @dataclass(frozen=True)
@@ -81,6 +49,9 @@ class Merge:
             RecipeError: the adapter cannot be merged.
             AssetError: the pinned model could not be fetched.
         """
+        from adapters_jax.io.run_directory import Run
+        from adapters_jax.transforms.quantize import dequantize
+
         if self.out.exists():
             raise DataError(f"--out {self.out} exists already; give another directory")
         if not self.out.absolute().parent.is_dir():
@@ -106,6 +77,10 @@ class Merge:
         return write
 
     def _decoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
+        from adapters_jax.app.merging import check_checkpoint, write_checkpoint
+        from adapters_jax.inference import load_generator
+        from adapters_jax.transforms.merge import merge
+
         generator = load_generator(self.run)
         model = merge(opened(generator.model))
 
@@ -117,138 +92,15 @@ class Merge:
         return save
 
     def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
+        import numpy as np
+
+        from adapters_jax.app.merging import write_encoder
+        from adapters_jax.inference import load_predictor
+        from adapters_jax.io.run_directory import Run
+        from adapters_jax.transforms.merge import merge
+
         predictor: Any = load_predictor(self.run)
         ids = np.zeros((1, 8), np.int32)
         params = merge(predictor.model, opened(predictor.params), ids)
         config = Run(self.run).read_config()
         return lambda: write_encoder(self.out, config, params)
-
-
-def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
-    """Writes a checkpoint; the directory appears whole or not at all.
-
-    Args:
-        directory: the directory to write, which does not exist.
-        decoder: the base model, for its configuration and tokenizer.
-        model: the model, for its weights.
-
-    Returns:
-        The names of the files.
-
-    Raises:
-        UserError: checkpoints of the model's family cannot be written.
-        FileSystemError: the system cannot write the directory.
-    """
-    check_writable(decoder.family)
-    save: Any = decoder.family.save
-    with _whole(directory) as beside:
-        save(beside, decoder.config, model, **decoder.settings())
-        _write_tokenizer(beside, decoder)
-    return sorted(path.name for path in directory.iterdir())
-
-
-def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Written:
-    """Writes a merged encoder, with its head; the directory appears whole or not at all.
-
-    Args:
-        directory: the directory to write, which does not exist.
-        config: the configuration of the run.
-        params: the merged parameters of its classifier.
-
-    Returns:
-        The names of the files, and sentences about what the checkpoint does not say.
-
-    Raises:
-        FileSystemError: the system cannot write the directory.
-    """
-    family, files = find_family(config["model"]), locate(config["model"])
-    classifier: Any = family.classifier
-    values = huggingface.read_json(files / "config.json")
-    prefixes = (family.prefixes[values["model_type"]],)
-    head, notes = params[HEAD], []
-    target = config["target"]
-    if "std" in target:  # its outputs are the labels then
-        kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
-        head = {"kernel": kernel, "bias": bias}
-        values["problem_type"] = "regression"
-    beside_it: dict[str, Any] = {}
-    if config["pooling"] == "pooler":
-        names = target.get("names") or ["LABEL_0"]
-        values["id2label"] = {str(i): name for i, name in enumerate(names)}
-        values["label2id"] = {name: i for i, name in enumerate(names)}
-        values["architectures"] = [
-            re.sub(r"(Model|For\w+)$", "ForSequenceClassification", name)
-            for name in values.get("architectures") or ()
-        ] or None
-        tree, table = {**params, HEAD: head}, replace(classifier.names, prefixes=prefixes)
-    else:
-        tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
-        beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
-        read = "mean of the tokens" if config["pooling"] == "mean" else "first token"
-        notes.append(
-            f"transformers has no classifier that reads the {read}, so the head's weight and bias "
-            f"are in {HEAD_FILE}: logits = {config['pooling']}(last_hidden_state) @ weight.T + bias"
-        )
-    with _whole(directory) as beside:
-        save_tensors(beside, values, to_tensors(tree, table))
-        if beside_it:
-            arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
-            save_file(arrays, beside / HEAD_FILE)
-        for name in (*TOKENIZER_FILES, "vocab.txt"):
-            if (files / name).is_file():
-                shutil.copyfile(files / name, beside / name)
-    _, found = classifier.load(directory, config["pooling"], absent=True)
-    _check_equal(directory, params[classifier.base], found)
-    return sorted(path.name for path in directory.iterdir()), notes
-
-
-@contextlib.contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """A directory that gets another's name at the end, and is gone if something fails before."""
-    with file_errors(directory, "written"):
-        parent = directory.absolute().parent
-        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
-        try:
-            beside.chmod(0o755)
-            yield beside
-            os.rename(beside, directory)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> None:
-    """Reads a checkpoint again, and compares each weight with the model's.
-
-    Raises:
-        BaseFileError: weights differ; the message names one.
-    """
-    _, found = decoder.family.load(directory)
-    _check_equal(directory, *(nnx.state(each, nnx.Param) for each in (model, found)))
-
-
-def _check_equal(directory: Path, merged: Any, read: Any) -> None:
-    ours, theirs = flatten(merged), flatten(read)
-
-    def same(path: str) -> bool:
-        one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
-        return np.array_equal(one, other)
-
-    both = ours.keys() & theirs.keys()
-    differing = sorted(p for p in ours.keys() | theirs.keys() if p not in both or not same(p))
-    if differing:
-        raise BaseFileError(
-            f"{str(directory)!r} was read again with {len(differing)} other weights, such as "
-            f"{differing[0]}, than were merged; do not use it"
-        )
-
-
-def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
-    """Writes the tokenizer: copies the base's own files if it has them."""
-    if decoder.files.is_dir():
-        for name in TOKENIZER_FILES:
-            if (decoder.files / name).is_file():
-                shutil.copyfile(decoder.files / name, directory / name)
-        return
-    decoder.tokenizer.save(str(directory / "tokenizer.json"))
-    text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)
-    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")

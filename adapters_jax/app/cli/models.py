@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapters_jax.app.catalog import Entry, catalog
-from adapters_jax.app.console import Console
+from adapters_jax.app.cli.listing import Found, Listing, Table
 from adapters_jax.app.options.method import PRESETS
+
+if TYPE_CHECKING:
+    from adapters_jax.app.catalog import Entry
+
 
 HEADER = ["family", "kind", "parameters", "commands", "files", "scan"]
 PAGE = """\
@@ -33,7 +36,7 @@ the Hugging Face Hub.
 
 
 @dataclass(frozen=True)
-class ListModels:
+class ListModels(Listing):
     """Lists the families of models, their published shapes, and what each family supports.
 
     With a name, only what has it in its name, with the methods whose own targets the family has.
@@ -55,38 +58,35 @@ class ListModels:
     markdown: bool = False
     json: bool = False
 
-    def prepare(self, console: Console) -> Callable[[], None]:
+    def find(self) -> Found:
         """Finds the families.
 
         Raises:
             UserError: nothing has this name.
         """
+        from adapters_jax.app.catalog import catalog
+
         entries = catalog(self.name)
-
-        def report() -> None:
-            if self.markdown:
-                print(page(entries), end="")
-                return
-            if not self.json:
-                self._show(entries, console)
-            more = [{"methods": entry.methods} if self.name else {} for entry in entries]
-            console.result([e.to_dict() | each for e, each in zip(entries, more, strict=True)])
-
-        return report
-
-    def _show(self, entries: Sequence[Entry], console: Console) -> None:
         shapes = [
             [name, entry.family.name, f"{number:,}"]
             for entry in entries
             for name, number in entry.known.items()
         ]
-        console.table(["published shape", "family", "parameters"], shapes, words=2)
-        console.table(HEADER, list(map(_row, entries)), words=len(HEADER))
-        if not self.name:
-            console.say("adapters-jax models NAME shows the methods of a family, too")
-            return
-        for entry in entries:
-            console.say(f"{entry.family.name}: {', '.join(entry.methods)}")
+        tables = [
+            Table(["published shape", "family", "parameters"], shapes, words=2),
+            Table(HEADER, list(map(_row, entries)), words=len(HEADER)),
+        ]
+
+        def values() -> list[dict[str, Any]]:
+            more = [{"methods": entry.methods} if self.name else {} for entry in entries]
+            return [e.to_dict() | each for e, each in zip(entries, more, strict=True)]
+
+        def notes() -> list[str]:
+            if not self.name:
+                return ["adapters-jax models NAME shows the methods of a family, too"]
+            return [f"{entry.family.name}: {', '.join(entry.methods)}" for entry in entries]
+
+        return Found(tables, values, lambda: page(entries), notes)
 
 
 def _row(entry: Entry) -> list[str]:
@@ -105,8 +105,8 @@ def page(entries: Sequence[Entry]) -> str:
     ]
     return PAGE.format(
         methods=", ".join(PRESETS),
-        families=_table([*HEADER, "methods"], rows),
-        shapes=_table(["family", "published shapes"], shapes),
+        families=Table([*HEADER, "methods"], rows).markdown(),
+        shapes=Table(["family", "published shapes"], shapes).markdown(),
     )
 
 
@@ -115,9 +115,3 @@ def _methods(entry: Entry) -> str:
     own = entry.methods
     missing = [name for name in PRESETS if name not in own]
     return f"all but {', '.join(missing)}" if missing else "all"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

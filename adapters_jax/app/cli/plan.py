@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
-
-import jax
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adapters_jax.app.console import Console, duration
 from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.planning import Job, Planned
-from adapters_jax.audit import bytes_text
 from adapters_jax.checks import check_number, check_size
-from adapters_jax.distributed.devices import devices, memory_of
-from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, mesh_sizes
-from adapters_jax.distributed.plan import PARTS
 from adapters_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from adapters_jax.app.planning import Job, Planned
+
 
 FULL = MethodOptions("full")
 OFF = (
@@ -59,11 +57,36 @@ class PlanTraining:
     """
 
     examples: ClassVar[str] = """\
-  adapters-jax plan --model bert-large --method houlsby --batch-size 32 --length 128
+  adapters-jax plan --model bert-large --method houlsby --batch-size 32 \\
+    --length 128
   adapters-jax plan --model llama-7b --method lora --memory 80
-  adapters-jax plan --model llama-7b --method lora --device v5p:2x2x1 --no-full --no-largest
-  adapters-jax plan --model gpt3-175b --method lora --rank 4 --mesh fsdp=8,model=8"""
+  adapters-jax plan --model llama-7b --method lora --device v5p:2x2x1 \\
+    --no-full --no-largest
+  adapters-jax plan --model gpt3-175b --method lora --rank 4 \\
+    --mesh fsdp=8,model=8"""
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Model": (
+            "model",
+            "dtype",
+            "quantize",
+            "attention",
+        ),
+        "Step": (
+            "batch_size",
+            "length",
+            "remat",
+        ),
+        "Devices": (
+            "device",
+            "mesh",
+            "memory",
+        ),
+        "Plans": (
+            "largest",
+            "full",
+        ),
+    }
     model: str
     method: MethodOptions = field(default_factory=lambda: MethodOptions("lora"))
     device: str | None = None
@@ -117,17 +140,26 @@ class PlanTraining:
     @property
     def limit(self) -> float | None:
         """The bytes of a device; None if they are not known."""
+        from adapters_jax.distributed.devices import devices, memory_of
+
         if self.memory is not None:
             return self.memory * 1e9
         return memory_of(devices(self.device)[0]) if self.device else None
 
     def rows(self, sizes: Mapping[str, int]) -> int:
         """The sequences of a step, on a mesh of these sizes."""
+        from adapters_jax.distributed.mesh import batch_parts
+
         by_default = max(8, batch_parts(sizes)) if self.device else 8
         return self.batch_size or by_default
 
     def _mesh(self) -> Mesh:
         """The mesh of the device, or of simulated CPU devices; the batch splits over it."""
+        import jax
+
+        from adapters_jax.distributed.devices import devices
+        from adapters_jax.distributed.mesh import make_mesh, mesh_sizes
+
         jax.config.update("jax_platforms", "cpu")
         if self.device is None:
             return _simulated(self._checked(mesh_sizes(self.mesh or "data=1")))
@@ -137,6 +169,8 @@ class PlanTraining:
 
     def _checked(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
         """The sizes of a mesh; raises ShardingError where they are not valid for the batch."""
+        from adapters_jax.distributed.mesh import ShardingError, batch_parts
+
         if min(sizes.values()) < 1:
             raise ShardingError(
                 f"--mesh {_text(sizes)}: expected a number of at least 1 for each axis"
@@ -150,6 +184,8 @@ class PlanTraining:
         return sizes
 
     def _job(self, method: MethodOptions, mesh: Mesh, console: Console) -> Job:
+        from adapters_jax.app.planning import Job
+
         limit = self.limit if self.largest else None
         return Job(
             self.model,
@@ -167,6 +203,9 @@ class PlanTraining:
         )
 
     def _show(self, results: dict[str, Planned], mesh: Mesh, console: Console) -> None:
+        from adapters_jax.display import bytes_text
+        from adapters_jax.distributed.plan import PARTS
+
         number = f"{mesh.size} device{'s' * (mesh.size > 1)}"
         what = f"{self.model}, {self.rows(mesh.shape)} x {self.length} tokens a step"
         base = f"{self.dtype}, base in {self.quantize}" if self.quantize else self.dtype
@@ -212,6 +251,8 @@ class PlanTraining:
 
 def _costs(result: Planned) -> dict[str, str]:
     """Names and texts of what a compiler says beside the memory."""
+    from adapters_jax.display import bytes_text
+
     program = result.asked.program
     if program is None:
         return {}
@@ -230,6 +271,10 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 def _simulated(sizes: Mapping[str, int]) -> Mesh:
     """Makes a mesh of simulated CPU devices."""
+    import jax
+
+    from adapters_jax.distributed.mesh import ShardingError, make_mesh
+
     count = math.prod(sizes.values())
     try:
         jax.config.update("jax_num_cpu_devices", count)

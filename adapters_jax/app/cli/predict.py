@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters_jax.app.console import Console, stdin_lines
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import file_errors
-from adapters_jax.inference import Prediction, load_predictor
-from adapters_jax.io.run_directory import find_run
-from adapters_jax.tasks import Task, read_run
+
+if TYPE_CHECKING:
+    from adapters_jax.inference import Prediction
+    from adapters_jax.tasks import Task
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,11 +38,21 @@ class Predict:
     """
 
     examples: ClassVar[str] = """\
-  adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." "Two hours I want back."
-  adapters-jax predict runs/reviews --file new.csv --text review --out predictions.csv
+  adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." \\
+    "Two hours I want back."
+  adapters-jax predict runs/reviews --file new.csv --text review \\
+    --out predictions.csv
   head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
     positional: ClassVar[tuple[str, ...]] = ("run", "texts")
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Texts": (
+            "texts",
+            "file",
+            "text",
+            "text_pair",
+        ),
+    }
     run: str
     texts: tuple[str, ...] = ()
     file: Path | None = None
@@ -57,17 +69,28 @@ class Predict:
             DataError: the texts or a file cannot be used.
             AssetError: the pinned model could not be fetched.
         """
+        from adapters_jax.inference import load_predictor
+        from adapters_jax.io.run_directory import find_run
+        from adapters_jax.tasks import read_run
+
         run = find_run(self.run)
         texts = self._read(*read_run(run, "predict"))
         if self.out is not None:
             _check_out(self.out)
-        predictor = load_predictor(run.path)
+        with console.waiting(f"loading {run.path}"):
+            predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
         if cut:
             _LOG.warning(
                 "%d of %d texts are cut at %d tokens", cut, len(texts), predictor.max_length
             )
-        return lambda: self._write(predictor.predict(texts), console)
+
+        def work() -> None:
+            with console.waiting("compiling and predicting"):
+                predictions = predictor.predict(texts)
+            self._write(predictions, console)
+
+        return work
 
     def _read(self, task: Task, config: dict[str, Any]) -> Sequence[Any]:
         """Reads the texts of the command line, stdin or --file."""

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapters_jax.app.console import Console
-from adapters_jax.app.export import RUN_CONFIG, describe, export, open_source
+from adapters_jax.app.options.flags import Format
 from adapters_jax.app.runs.stopping import StoppedError
 from adapters_jax.errors import UserError
-from adapters_jax.interop.formats import Format, every_file
 from adapters_jax.io import hub
-from adapters_jax.io.run_directory import Run
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Push:
 
     examples: ClassVar[str] = """\
   adapters-jax push runs/e2e-lora me/e2e-lora --license apache-2.0
-  adapters-jax push runs/e2e-lora me/e2e-lora --to peft --private --revision peft
+  adapters-jax push runs/e2e-lora me/e2e-lora --to peft --private \\
+    --revision peft
   adapters-jax push runs/e2e-lora me/e2e-lora --dry-run --out look-at-this"""
     positional: ClassVar[tuple[str, ...]] = ("run", "repository")
 
@@ -65,6 +64,9 @@ class Push:
             RunError: the run cannot be used.
             AssetError: the pinned model could not be fetched.
         """
+        from adapters_jax.app.export import describe, export, open_source
+        from adapters_jax.io.run_directory import Run
+
         user, _, name = self.repository.partition("/")
         if not user or not name or "@" in name or not hub.is_id(self.repository):
             raise UserError(
@@ -147,6 +149,9 @@ def _check_token() -> None:
 
 def _stale(directory: Path) -> list[str]:
     """Names of files of other formats, which would contradict the files in a directory."""
+    from adapters_jax.app.export import RUN_CONFIG
+    from adapters_jax.interop.formats import every_file
+
     every = {RUN_CONFIG, *every_file()}
     return sorted(every - {path.name for path in directory.iterdir()})
 

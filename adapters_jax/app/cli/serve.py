@@ -6,28 +6,23 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from adapters_jax.app.compare.grid import read_candidate
 from adapters_jax.app.console import Console
-from adapters_jax.app.report.pages import render
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.io.run_directory import Run, find_run
-from adapters_jax.pretrained.locate import is_decoder
-from adapters_jax.serving.adapters import DecoderBase, Read, covering
-from adapters_jax.serving.api import Api, application
-from adapters_jax.serving.completions import TextApi
-from adapters_jax.serving.engine import Engine, Sizes
-from adapters_jax.serving.guard import LOOPBACK, Limits
-from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
-from adapters_jax.serving.schemas import NAME, matches_name
-from adapters_jax.serving.server import serve
-from adapters_jax.tasks import read_run
-from adapters_jax.transforms.bank import Bank
+
+if TYPE_CHECKING:
+    from adapters_jax.serving.adapters import Read
+    from adapters_jax.serving.api import Api
+    from adapters_jax.serving.engine import Engine
+    from adapters_jax.serving.guard import Limits
+    from adapters_jax.serving.labels import Labeller
+
+    _Made = tuple[Api, Engine | Labeller, dict[str, Read]]
+
 
 KEY = "ADAPTERS_JAX_API_KEY"
-_Made = tuple[Api, Engine | Labeller, dict[str, Read]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,8 @@ class Serve:
     An encoder's server labels texts by /predict instead.
 
     A request names its adapter as `model`. Requests of all adapters are computed together, and
-    adapters come and go meanwhile (/v1/adapters). The address itself shows a page to try them on.
+    adapters come and go meanwhile (/v1/adapters); those that come so are in memory alone, and gone
+    when the server ends. The address itself shows a page to try them on.
     Elsewhere than on this machine it needs an API key, in the environment variable
     ADAPTERS_JAX_API_KEY. SIGTERM ends it once the answers that run are whole.
 
@@ -63,13 +59,34 @@ class Serve:
 
     examples: ClassVar[str] = """\
   adapters-jax serve smollm2-135m runs/reviews runs/e2e
-  adapters-jax serve smollm2-135m french=runs/fr-v2 --room "lora --rank 16" --port 8080
+  adapters-jax serve smollm2-135m french=runs/fr-v2 --room "lora --rank 16" \\
+    --port 8080
   curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
-    -d '{"model": "reviews", "prompt": "A moving film.", "max_tokens": 32, "temperature": 0}'
+    -d '{"model": "reviews", "prompt": "A moving film.", "max_tokens": 32}'
   curl -X PUT localhost:8000/v1/adapters/new -F files=@adapter_config.json \\
     -F files=@adapter_model.safetensors"""
     positional: ClassVar[tuple[str, ...]] = ("base", "runs")
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Adapters": (
+            "name",
+            "room",
+            "adapters",
+        ),
+        "Address": (
+            "host",
+            "port",
+            "connections",
+            "stall",
+        ),
+        "Work": (
+            "rows",
+            "context",
+            "queue",
+            "seconds",
+            "dtype",
+        ),
+    }
     base: str
     runs: tuple[str, ...] = ()
     host: str = "127.0.0.1"
@@ -94,6 +111,13 @@ class Serve:
                 another address than this machine's has no key.
             AssetError: the pinned asset could not be fetched.
         """
+        from adapters_jax.app.report.pages import render
+        from adapters_jax.io.run_directory import find_run
+        from adapters_jax.pretrained.locate import is_decoder
+        from adapters_jax.serving.api import application
+        from adapters_jax.serving.guard import LOOPBACK, Limits
+        from adapters_jax.serving.server import serve
+
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))
         check_number("serve", "--seconds", self.seconds)
@@ -137,6 +161,12 @@ class Serve:
 
     def _completing(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
         """The server of a decoder."""
+        from adapters_jax.app.compare.grid import read_candidate
+        from adapters_jax.serving.adapters import DecoderBase, covering
+        from adapters_jax.serving.completions import TextApi
+        from adapters_jax.serving.engine import Engine, Sizes
+        from adapters_jax.transforms.bank import Bank
+
         base = DecoderBase(self.base, self.dtype)
         read = {name: base.read(path) for name, path in runs.items()}
         texts = self.room or (() if runs else ("lora --rank 16",))
@@ -150,6 +180,11 @@ class Serve:
 
     def _labelling(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
         """The server of an encoder."""
+        from adapters_jax.io.run_directory import Run
+        from adapters_jax.serving.adapters import covering
+        from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
+        from adapters_jax.tasks import read_run
+
         if self.room or not runs:
             raise UserError(
                 f"{self.base} is an encoder, whose server has room for adapters like its runs; "
@@ -167,6 +202,8 @@ class Serve:
 
     def _named(self) -> dict[str, str]:
         """The directories of the runs, by the names of their adapters."""
+        from adapters_jax.serving.schemas import NAME, matches_name
+
         named: dict[str, str] = {}
         for text in self.runs:
             name, sign, path = text.partition("=")

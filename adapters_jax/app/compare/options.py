@@ -5,21 +5,21 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from adapters_jax.app.compare.cells import CellConsole, Cells, Checked
-from adapters_jax.app.compare.grid import Candidate, Cell, Grid, read_candidate
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import words
 from adapters_jax.app.options.settings import RunOptions, Settings
-from adapters_jax.app.runs.prepare import prepare_run
-from adapters_jax.audit import audit
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.errors import UserError
-from adapters_jax.io.run_directory import Run, RunError, run_name
-from adapters_jax.pretrained.locate import is_decoder, pinned
+
+if TYPE_CHECKING:
+    from adapters_jax.app.compare.cells import Cells, Checked
+    from adapters_jax.app.compare.grid import Candidate, Cell, Grid
+
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "encoder": (
@@ -58,6 +58,16 @@ class CompareOptions(Settings):
             faster than theirs one by one.
     """
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Comparison": (
+            "recipes",
+            "learning_rates",
+            "seeds",
+            "tuning_seeds",
+            "out",
+            "together",
+        ),
+    }
     recipes: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -78,6 +88,10 @@ class CompareOptions(Settings):
             RunError: existing cells belong to another comparison.
             AssetError: the pinned model or the movie reviews could not be fetched.
         """
+        from adapters_jax.app.compare.cells import Cells
+        from adapters_jax.app.compare.grid import Grid
+        from adapters_jax.pretrained.locate import pinned
+
         path = Path(self.model)
         model = str(path.resolve()) if path.exists() else pinned(self.model)
         options = replace(self, model=model)
@@ -98,6 +112,8 @@ class CompareOptions(Settings):
 
     def run_options(self, cell: Cell) -> RunOptions:
         """The options of a cell's run."""
+        from adapters_jax.app.compare.grid import read_candidate
+
         shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
         rate = replace(self.optimizer, learning_rate=cell.learning_rate)
         method = read_candidate(cell.recipe).method
@@ -107,6 +123,9 @@ class CompareOptions(Settings):
 
     def _candidates(self) -> tuple[Candidate, ...]:
         """Checks the flags; returns the recipes."""
+        from adapters_jax.app.compare.grid import read_candidate
+        from adapters_jax.pretrained.locate import is_decoder
+
         if self.optimizer.learning_rate is not None:
             raise UserError(
                 f"--learning-rate {self.optimizer.learning_rate:g}: write --learning-rates"
@@ -132,6 +151,8 @@ class CompareOptions(Settings):
 
     def _directory(self) -> Path:
         """The directory of the comparison."""
+        from adapters_jax.io.run_directory import RunError, run_name
+
         out = self.out or Path("comparisons", run_name(self.model, self.data.title))
         for directory in (out, out / "cells"):
             if directory.exists() and not directory.is_dir():
@@ -148,6 +169,9 @@ class CompareOptions(Settings):
         Raises:
             UserError: the message has the problem of each recipe; a problem of all is named once.
         """
+        from adapters_jax.app.compare.cells import CellConsole
+        from adapters_jax.app.compare.grid import Cell
+
         found: dict[str, Checked] = {}
         wrong: dict[str, str] = {}
         quiet = CellConsole(console)
@@ -168,6 +192,11 @@ class CompareOptions(Settings):
 
     def _check_cell(self, cell: Cell, directory: Path, console: Console) -> Checked:
         """Reads and checks a cell as before its training."""
+        from adapters_jax.app.compare.cells import Checked
+        from adapters_jax.app.runs.prepare import prepare_run
+        from adapters_jax.auditing import audit
+        from adapters_jax.io.run_directory import Run
+
         run = Run(directory / cell.name)
         job = prepare_run(self.run_options(cell), run, console, time.perf_counter())
         counts = audit(job.problem.model, job.problem.params)
@@ -178,6 +207,8 @@ class CompareOptions(Settings):
 
 def _refuse_twice(seeds: tuple[int, ...], candidates: tuple[Candidate, ...]) -> None:
     """Raises UserError if two cells have the same directory."""
+    from adapters_jax.app.compare.grid import Cell
+
     twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
     if twice:
         raise UserError(f"--seeds {' '.join(twice)}: expected each seed once")

@@ -1,20 +1,26 @@
 """The flags that name the task, and the files and columns of its rows."""
 
+from __future__ import annotations
+
 import itertools
 import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.checks import check_size
-from adapters_jax.data import glue, movie_reviews
-from adapters_jax.data.datasets import TaskData
+from adapters_jax.data import glue
 from adapters_jax.data.layouts import layout_of
 from adapters_jax.data.readers import read_file, title_of
 from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained import assets
-from adapters_jax.tasks import TASKS, Task, tasks_on
+
+if TYPE_CHECKING:
+    from adapters_jax.data.datasets import TaskData
+    from adapters_jax.tasks import Task
+
 
 _log = logging.getLogger(__name__)
 _ONLY_WITH_FILES = (
@@ -38,8 +44,9 @@ class DataOptions:
 
     Args:
         train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
-            follow; several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face
-            Hub, as hub:user/name#config:split@revision.
+            follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
+            several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face Hub, as
+            hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
@@ -98,6 +105,8 @@ class DataOptions:
         Raises:
             UserError: there is no such task, or it is for the other kind of model.
         """
+        from adapters_jax.tasks import TASKS, tasks_on
+
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
         name = self.task or of_glue or self._task_by_layout(kind) or tasks_on(kind)[0].name
         if name not in TASKS:
@@ -117,6 +126,8 @@ class DataOptions:
             UserError: no task learns the layout.
             DataError: the file cannot be used.
         """
+        from adapters_jax.tasks import TASKS, tasks_on
+
         named = {"text", "text_pair", "label", "prompt", "completion", "columns"} & {*given(self)}
         if self.train is None or named:
             return None
@@ -163,6 +174,8 @@ class DataOptions:
             DataError: a file cannot be used.
             AssetError: the movie reviews could not be fetched.
         """
+        from adapters_jax.data import movie_reviews
+
         self._check(task)
         if self.train is not None:
             named = {"train": self.train, "dev": self.dev, "test": self.test}

@@ -1,15 +1,17 @@
 """The flags that choose a recipe, for every command that takes one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from adapters_jax import presets as recipes
 from adapters_jax.app.options.flags import flag, given
 from adapters_jax.errors import FileSystemError, UserError, file_errors
-from adapters_jax.presets import head_only
-from adapters_jax.recipe import Recipe
+
+if TYPE_CHECKING:
+    from adapters_jax.recipe import Recipe
 
 HEAD_ONLY = "head-only"
 
@@ -27,6 +29,7 @@ class Preset:
             None for the learning rate of the rest.
         dropout: the default dropout of the base model; None for the checkpoint's own. Methods that
             train few parameters for few epochs learn more without dropout.
+        paper: the number on arXiv of the paper of the recipe; by default those of its methods.
     """
 
     make: Callable[..., Recipe]
@@ -35,28 +38,40 @@ class Preset:
     epochs: float = 3.0
     head_learning_rate: float | None = 1e-2
     dropout: float | None = 0.0
+    paper: str = ""
+
+
+def _published(name: str) -> Callable[..., Recipe]:
+    """The function of `presets` with this name, which is imported at the first call."""
+
+    def make(*arguments: Any, **fields: Any) -> Recipe:
+        from adapters_jax import presets
+
+        return getattr(presets, name)(*arguments, **fields)
+
+    return make
 
 
 def _full(*, head: str | None = None) -> Recipe:
-    return recipes.full()
+    return _published("full")()
 
 
 def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
-    return recipes.last_layers(layers, **fields)
+    return _published("last_layers")(layers, **fields)
 
 
 def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
     """Prompts in all layers but the lowest two, as in the paper."""
     last = max(num_layers - 2, 1) if last is None else last
     targets = f"{layer}/attention"
-    return recipes.llama_adapter(last=last, num_layers=num_layers, targets=targets, **fields)
+    return _published("llama_adapter")(last=last, num_layers=num_layers, targets=targets, **fields)
 
 
 def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
     """Prompts in all layers, as in the paper."""
     fields["length"] = fields.pop("prompt_length", 20)
     last, targets = last or num_layers, f"{layer}/attention"
-    return recipes.prefix_tuning(last=last, num_layers=num_layers, targets=targets, **fields)
+    return _published("prefix_tuning")(last=last, num_layers=num_layers, targets=targets, **fields)
 
 
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
@@ -66,18 +81,18 @@ _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
 
 PRESETS = {
-    "houlsby": Preset(recipes.houlsby, (*_BOTTLENECK, "layer_norms"), 2e-3),
-    "pfeiffer": Preset(recipes.pfeiffer, _BOTTLENECK, 2e-3),
-    "parallel": Preset(recipes.parallel, _BOTTLENECK, 2e-3),
-    "lora": Preset(recipes.lora, _LORA, 2e-3),
-    "ia3": Preset(recipes.ia3, ("targets", "feed_forward"), 5e-3),
+    "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
+    "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
+    "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
+    "lora": Preset(_published("lora"), _LORA, 2e-3),
+    "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
-    "bitfit": Preset(recipes.bitfit, (), 2e-3),
-    "layer-norms": Preset(recipes.layer_norms, (), 2e-3),
+    "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
+    "layer-norms": Preset(_published("layer_norms"), (), 2e-3),
     "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
     "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
-    HEAD_ONLY: Preset(head_only, (), 1e-2, epochs=20.0, head_learning_rate=None),
+    HEAD_ONLY: Preset(_published("head_only"), (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
 MethodName = Literal[
     "houlsby",
@@ -200,6 +215,9 @@ class MethodOptions:
 
     def _from_file(self, path: Path, head: str | None) -> Recipe:
         """Reads the recipe of a file, and adds the head, which would stay random untrained."""
+        from adapters_jax.presets import head_only
+        from adapters_jax.recipe import Recipe
+
         others = [flag(name) for name in given(self) if name != "recipe"]
         if others:
             raise UserError(

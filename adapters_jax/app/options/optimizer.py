@@ -1,20 +1,20 @@
 """The flags of the optimiser, and the schedule and optax chain that they become."""
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-import jax
-import optax
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.method import PRESETS
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.errors import UserError
-from adapters_jax.presets import HEAD
-from adapters_jax.recipe import Recipe
-from adapters_jax.training.optimizers import freeze_base
-from adapters_jax.trees import path_of
+
+if TYPE_CHECKING:
+    import optax
+
+    from adapters_jax.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class OptimizerOptions:
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
 
-    def of(self, method: str) -> "OptimizerOptions":
+    def of(self, method: str) -> OptimizerOptions:
         """Fills in a method's defaults for training an encoder."""
         preset = PRESETS[method]
         rate = self.learning_rate or preset.learning_rate
@@ -77,7 +77,7 @@ class OptimizerOptions:
             dropout=preset.dropout if self.dropout is None else self.dropout,
         )
 
-    def of_decoder(self, method: str, batch_size: int = 4) -> "OptimizerOptions":
+    def of_decoder(self, method: str, batch_size: int = 4) -> OptimizerOptions:
         """Fills in a method's defaults for training a decoder, which has no head or dropout."""
         preset = PRESETS[method]
         return dataclasses.replace(
@@ -99,6 +99,8 @@ class OptimizerOptions:
 
     def schedule(self, steps: int, peak: float) -> optax.Schedule:
         """The learning rate by step, for a training of `steps` steps."""
+        import optax
+
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
@@ -106,6 +108,10 @@ class OptimizerOptions:
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
         """Makes the optimiser of what a recipe trains, for a training of `steps` steps."""
+        import optax
+
+        from adapters_jax.presets import HEAD
+        from adapters_jax.training.optimizers import freeze_base
 
         def adamw(peak: float | None) -> optax.GradientTransformation:
             schedule = self.schedule(steps, peak or 0.0)
@@ -121,6 +127,10 @@ class OptimizerOptions:
 
 def _decays(params: Any) -> Any:
     """True for each parameter that decays: all but biases and the scales of layer norms."""
+    import jax
+
+    from adapters_jax.trees import path_of
+
     return jax.tree_util.tree_map_with_path(
         lambda key_path, _: path_of(key_path).rpartition("/")[2] not in ("bias", "scale"), params
     )

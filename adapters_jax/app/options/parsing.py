@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import cyclopts
 
 CONFIG = "--config"
+EVERY = "Every command"  # the last heading of a help
+_FIRST = ("Options", "Comparison", "Model", "Data", "Method")  # the first ones
 _DASH = "\N{FIGURE DASH}"  # stands for a lone -, which cyclopts takes for an option
 
 
@@ -68,6 +70,26 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
         raise UsageError(str(error).rstrip(".")) from None
 
 
+def completion(
+    prog: str, commands: Mapping[str, Any], about: Callable[[Any], str], shell: Any
+) -> str:
+    """The script with which a shell completes the commands and flags of a program.
+
+    Args:
+        prog: the name of the program.
+        commands: the dataclasses of its commands, by name.
+        about: the text of a command's help.
+        shell: "bash", "zsh" or "fish".
+    """
+    import cyclopts
+
+    program = cyclopts.App(name=prog, help_format="plaintext")
+    for name, command in commands.items():
+        app = _app(command, list(_leaves(command)), name, about(command).partition("\n")[0])
+        program.command(app)
+    return program.generate_completion(prog_name=prog, shell=shell)
+
+
 class _Leaf(NamedTuple):
     """One flag: a field of a command or of a nested dataclass.
 
@@ -76,7 +98,8 @@ class _Leaf(NamedTuple):
         hint: the type of the field.
         default: the value without the flag; `inspect.Parameter.empty` for a required flag.
         help: the field's description in the docstring of its class.
-        group: the flag's heading in the help.
+        group: the flag's heading in the help: by `groups` of its class, which maps headings to
+            names of fields, or the name of the field that nests it.
     """
 
     path: tuple[str, ...]
@@ -105,6 +128,7 @@ def _leaves(
     owner: Any, default: Any = None, path: tuple[str, ...] = (), group: str = "Options"
 ) -> Iterator[_Leaf]:
     hints, helps = get_type_hints(owner, include_extras=True), _helps(owner)
+    headings = _headings(owner)
     for field in dataclasses.fields(owner):
         hint, names = hints[field.name], (*path, field.name)
         value = _default(field) if default is None else getattr(default, field.name)
@@ -112,7 +136,15 @@ def _leaves(
             inner = None if value is inspect.Parameter.empty else value
             yield from _leaves(hint, inner, names, field.name.capitalize())
         else:
-            yield _Leaf(names, hint, value, helps.get(field.name, ""), group)
+            heading = headings.get(field.name, group)
+            yield _Leaf(names, hint, value, helps.get(field.name, ""), heading)
+
+
+def _headings(owner: type) -> dict[str, str]:
+    """The headings of flags, by the `groups` of a class and its bases; --json has every command."""
+    groups = [vars(cls).get("groups", {}) for cls in owner.__mro__]
+    found = {name: title for each in groups for title, names in each.items() for name in names}
+    return {"json": EVERY, **found}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -135,10 +167,19 @@ def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclop
     import cyclopts
 
     positional = getattr(command, "positional", ())
-    options = [_parameter(leaf, leaf.name in positional) for leaf in leaves]
+    titles = [leaf.group for leaf in leaves]
+    order = dict.fromkeys([*(title for title in _FIRST if title in titles), *titles])
+    groups = {
+        title: cyclopts.Group(title, sort_key=place)
+        for place, title in enumerate([*(title for title in order if title != EVERY), EVERY])
+    }
+    options = [_parameter(leaf, leaf.name in positional, groups[leaf.group]) for leaf in leaves]
     extras = [
-        _extra("config", Path | None, None, "TOML or JSON file of flags, such as rank = 8."),
-        _extra("debug", bool, False, "show the traceback of a user error as well."),
+        _extra(groups[EVERY], name, hint, default, text)
+        for name, hint, default, text in (
+            ("config", Path | None, None, "TOML or JSON file of flags, such as rank = 8."),
+            ("debug", bool, False, "show the traceback of a user error as well."),
+        )
     ]
 
     signature = inspect.Signature([*sorted(options, key=lambda p: p.kind), *extras])
@@ -162,16 +203,16 @@ def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclop
     return app
 
 
-def _parameter(leaf: _Leaf, positional: bool) -> inspect.Parameter:
+def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.Parameter:
     import cyclopts
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
     about = cyclopts.Parameter(
         help=leaf.help,
-        group=_group(leaf.group),
+        group=group,
         negative_iterable=(),
         negative_none=(),
-        show_default=leaf.default not in (None, (), False),
+        show_default=leaf.default not in (None, (), False, ""),
         consume_multiple=leaf.is_dict or leaf.is_tuple,
         allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last value counts
         **_reading(leaf),
@@ -180,17 +221,12 @@ def _parameter(leaf: _Leaf, positional: bool) -> inspect.Parameter:
     return inspect.Parameter(leaf.name, kind, annotation=hint, default=leaf.default)
 
 
-def _group(name: str) -> cyclopts.Group:
-    """A heading of the help; a command's own flags come first, and shared ones last."""
+def _extra(
+    group: cyclopts.Group, name: str, hint: Any, default: Any, text: str
+) -> inspect.Parameter:
     import cyclopts
 
-    return cyclopts.Group(name, sort_key={"Options": 0, "Every command": 2}.get(name, 1))
-
-
-def _extra(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
-    import cyclopts
-
-    about = cyclopts.Parameter(help=text, group=_group("Every command"), negative=())
+    about = cyclopts.Parameter(help=text, group=group, negative=())
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, annotation=Annotated[hint, about], default=default)
 

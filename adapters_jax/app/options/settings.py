@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.distributed.mesh import local_rows, make_mesh
-from adapters_jax.tasks.prompts import Prompts
+from adapters_jax.data.prompts import Prompts
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,28 @@ class Settings:
         checkpoint_every: number of steps between checkpoints; scoring dev also makes one.
     """
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Model": (
+            "model",
+            "max_length",
+            "pooling",
+            "dtype",
+            "quantize",
+            "attention",
+        ),
+        "Decoders": (
+            "pack",
+            "turns",
+            "loss",
+            "beta",
+            "held_out",
+            "exact_match",
+        ),
+        "Run": (
+            "mesh",
+            "checkpoint_every",
+        ),
+    }
     model: str = "minilm"
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -68,6 +91,8 @@ class Settings:
 
     def make_mesh(self, batch_size: int | None) -> Mesh | None:
         """Makes the mesh to train on; raises ShardingError if a batch does not split over it."""
+        from adapters_jax.distributed.mesh import local_rows, make_mesh
+
         if self.mesh is None:
             return None
         mesh = make_mesh(self.mesh)
@@ -84,8 +109,18 @@ class RunOptions(Settings):
         seed: seed of the head, the adapters, the order of rows, and dropout.
         baselines: also report the majority class and the frozen base with a trained head; for a
             decoder, the base model.
+        budget: time for the run, such as 90s, 10m or 1h30m: as many epochs as fit into it, at most
+            --epochs, by default 20; the answers that a decoder generates at the end come on top.
     """
 
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Run": (
+            "seed",
+            "baselines",
+            "budget",
+        ),
+    }
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     baselines: bool = True
+    budget: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.app.report.run import results_table
-from adapters_jax.audit import audit
+from adapters_jax.auditing import audit
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats import HEAD, AdapterFormat
 from adapters_jax.io.model_card import model_card, table

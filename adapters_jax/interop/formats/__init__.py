@@ -17,7 +17,6 @@ from adapters_jax.interop.formats.base import (
 from adapters_jax.interop.formats.changes import changes
 from adapters_jax.interop.formats.registry import (
     FORMATS,
-    Format,
     every_file,
     format_of,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "HEAD",
     "Adapter",
     "AdapterFormat",
-    "Format",
     "Head",
     "changes",
     "every_file",

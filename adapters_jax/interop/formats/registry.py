@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.interop.formats.adapterhub import AdapterHub
@@ -22,11 +21,6 @@ FORMATS: dict[str, AdapterFormat] = {
         Gguf(),
     )
 }
-
-if TYPE_CHECKING:
-    Format = str
-else:
-    Format = Literal[tuple(FORMATS)]  # the choices of a flag
 
 
 def every_file() -> set[str]:

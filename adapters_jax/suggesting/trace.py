@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from adapters_jax.abstract import Inputs, explained, filled, is_array
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
-from adapters_jax.suggest.graph import Graph
+from adapters_jax.suggesting.graph import Graph
 from adapters_jax.trees import flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized
 

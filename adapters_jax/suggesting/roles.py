@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.suggest.flow import Flow, Lookup, Product
-from adapters_jax.suggest.softmax import Attention
-from adapters_jax.suggest.trace import Trace
+from adapters_jax.suggesting.flow import Flow, Lookup, Product
+from adapters_jax.suggesting.softmax import Attention
+from adapters_jax.suggesting.trace import Trace
 from adapters_jax.trees import join
 
 Paths = tuple[str, ...]

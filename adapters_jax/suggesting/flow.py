@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.suggest.graph import LAYOUT, LINEAR, PRODUCTS, Operation, Value
-from adapters_jax.suggest.norms import Norms
-from adapters_jax.suggest.ranges import Ranges
-from adapters_jax.suggest.softmax import Attention, Softmaxes
-from adapters_jax.suggest.trace import ENTERS, RETURNS, Trace
+from adapters_jax.suggesting.graph import LAYOUT, LINEAR, PRODUCTS, Operation, Value
+from adapters_jax.suggesting.norms import Norms
+from adapters_jax.suggesting.ranges import Ranges
+from adapters_jax.suggesting.softmax import Attention, Softmaxes
+from adapters_jax.suggesting.trace import ENTERS, RETURNS, Trace
 
 _KERNELS = ("attention", "pallas", "custom_call", "ffi_call", "callback")
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained
 from adapters_jax.counted import Shape, counted
+from adapters_jax.display import bytes_text, html_table
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.recipe import Recipe
@@ -154,6 +155,9 @@ class Audit:
         ]
         return "\n".join([*lines, *self.totals()])
 
+    def _repr_html_(self) -> str:
+        return html_table(HEADERS, self.rows(), words=4, notes=self.totals())
+
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table
@@ -168,18 +172,6 @@ class Audit:
 
 
 HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
-
-
-def bytes_text(n: float) -> str:
-    """A number of bytes with its unit, in powers of 1024.
-
-    Example:
-        >>> bytes_text(1536)
-        '1.5 KiB'
-    """
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
-    return f"{n / 1024**power:.1f} {units[power]}" if power else f"{n} B"
 
 
 def audit(

@@ -7,6 +7,6 @@
 - `suggestion`: the targets of each preset.
 """
 
-from adapters_jax.suggest.suggestion import Suggestion, suggest
+from adapters_jax.suggesting.suggestion import Suggestion, suggest
 
 __all__ = ["Suggestion", "suggest"]

@@ -7,7 +7,7 @@ the keys. So it does not matter in which order a program writes queries and keys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters_jax.suggest.graph import Graph, Operation
+from adapters_jax.suggesting.graph import Graph, Operation
 
 _EXPONENTIALS = ("exp", "exp2", "logistic")
 

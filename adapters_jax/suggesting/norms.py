@@ -7,7 +7,7 @@ order: the parameter may scale the inverse first, or the array before it is divi
 
 from collections.abc import Sequence
 
-from adapters_jax.suggest.graph import LAYOUT, LINEAR, Graph, Operation
+from adapters_jax.suggesting.graph import LAYOUT, LINEAR, Graph, Operation
 
 _NO_GAIN: tuple[frozenset[str], int] = (frozenset(), -1)
 

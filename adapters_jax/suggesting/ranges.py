@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from adapters_jax.suggest.graph import Graph, Operation
+from adapters_jax.suggesting.graph import Graph, Operation
 
 _Range = tuple[int, int, int]  # a product, then the start and the stop of its outputs
 

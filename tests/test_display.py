@@ -1,0 +1,175 @@
+"""What objects show of themselves: a table in a notebook, and the short repr of a state."""
+
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from helpers.tiny import write_model, write_reviews
+
+import adapters_jax as aj
+from adapters_jax.app.cli.compare import Compare
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.parsing import parse
+from adapters_jax.display import html_table
+
+HOSTILE = "</td><script>alert(1)</script>\x1b[2J\u202e&amp;"
+
+
+class Cells(HTMLParser):
+    """The texts of the cells of a table, row by row, what follows it, and the tags that it has."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.rows, self.notes, self.tags, self.styles = [], [], set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.styles.append(dict(attributes).get("style") or "")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "div":
+            self.notes.append("")
+
+    def handle_data(self, text):
+        if self.lasttag in ("td", "th"):
+            self.rows[-1][-1] += text
+        else:
+            self.notes[-1] += text
+
+
+def cells(thing):
+    return Cells(thing._repr_html_())
+
+
+@pytest.fixture
+def model():
+    return aj.adapt(Net(), RECIPE, rngs=nnx.Rngs(1))
+
+
+RECIPE = aj.Recipe(aj.LoRA("**/layers/*", rank=2, alpha=4.0), aj.Unfreeze("**/bias"))
+
+
+class Net(nnx.Module):
+    def __init__(self, width=8):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_texts_of_others_have_no_effect():
+    found = Cells(html_table([HOSTILE, "n"], [[HOSTILE, "1"]], notes=[HOSTILE]))
+    shown = "</td><script>alert(1)</script>\\u001b[2J\\u202e&amp;"
+    assert found.rows == [[shown, "n"], [shown, "1"]]
+    assert found.notes == ["", shown]
+    assert found.tags == {"div", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_colours_are_those_of_the_page():
+    styles = Cells(html_table(["a"], [["b"]])).styles
+    colours = [
+        part.split(": ")[1] for style in styles for part in style.split("; ") if "color" in part
+    ]
+    assert set(colours) == {"inherit"} and "overflow-x: auto" in styles[0]
+
+
+def test_an_audit_has_the_rows_and_totals_of_its_repr(model):
+    audit = aj.audit(model)
+    found = cells(audit)
+    assert found.rows == [[*audit_header()], *map(list, audit.rows())]
+    assert ["layers/*", "LoRA", "a [8, 2], b [2, 8]", "2*(8 + 8)", "3", "96"] in found.rows
+    assert found.notes[1:] == audit.totals()
+
+
+def audit_header():
+    return "path", "method", "shapes", "formula", "count", "parameters"
+
+
+def test_a_recipe_has_a_row_for_each_method():
+    assert cells(RECIPE).rows == [
+        ["method", "targets", "settings"],
+        ["LoRA", "**/layers/*", "rank=2, alpha=4.0"],
+        ["Unfreeze", "**/bias", ""],
+    ]
+
+
+def test_a_plan_has_the_bytes_of_its_parts():
+    plan = aj.Plan(2048, 10, 20, 10, 3, 4, 8, 2, 5, 517)
+    rows = cells(plan).rows
+    assert rows[0] == ["8 rows a step", "on each of 2 devices"]
+    assert rows[1] == ["base", "2.0 KiB"] and ["total", "2.0 KiB"] in rows
+    assert ["temporaries", "4 B"] in rows and rows[-1] == ["trainable parameters", "5"]
+
+
+def test_a_bank_has_its_adapters_and_what_there_is_room_for():
+    model = aj.adapt(Net(), aj.LoRA("**/layers/0", rank=2), rngs=nnx.Rngs(1))
+    leaves = {"layers": {"0": {"lora": {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 8))}}}}
+    recipe = aj.LoRA("**/layers/0", rank=2)
+    bank = aj.Bank(model, capacity=3).put(HOSTILE, (recipe, leaves)).put("b", (recipe, leaves))
+    found = cells(bank)
+    assert [row[1] for row in found.rows[:3]] == ["place", "1", "2"]
+    assert found.rows[1][0].startswith("</td><script>") and found.rows[2] == ["b", "2"]
+    assert found.notes[1].startswith("2 of 3 places are taken")
+    assert found.rows[4] == ["LoRA", "**/layers/0", "rank=2"]
+
+
+def test_a_comparison_has_its_results_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny")
+    write_reviews(tmp_path / "reviews.jsonl", rows=60)
+    words = "--model tiny --train reviews.jsonl --text review --max-length 12 --recipes bitfit"
+    words += " head-only --seeds 0 1 --learning-rates 1e-3"
+    comparison = parse(Compare, words.split()).prepare(Console(json=True))
+    found = cells(comparison)
+    assert found.rows[0] == ["recipe", "trainable", "of base", "rate", "seeds", "test accuracy"]
+    assert [row[0] for row in found.rows[1:]] == ["head-only", "bitfit"]
+    assert [row[4] for row in found.rows[1:]] == ["0, 2 to run", "0, 2 to run"]
+    assert "0 runs are done, 4 are missing" in found.notes[1]
+
+
+def test_the_repr_of_a_state_has_shapes_and_totals(model):
+    state = aj.TrainState.create(model, tx=optax.adam(1e-3), key=jax.random.key(0))
+    assert (
+        repr(state)
+        == """\
+TrainState(
+  step=0, of an NNX model
+  adapters: 120 in 9 arrays, 480 B
+    layers/*/bias float32[8] x 3
+    layers/*/lora/a float32[8, 2] x 3
+    layers/*/lora/b float32[2, 8] x 3
+  base: 192 in 3 arrays, 768 B
+  opt_state: 241 in 19 arrays, 964 B
+  other: none
+)"""
+    )
+    jax.tree.map(lambda x: x.delete(), state.step)
+    assert "step=(donated to a step)" in repr(state)
+
+
+def test_the_repr_of_a_state_without_values(model):
+    tx = optax.sgd(0.1)
+    state = aj.abstract_state(model, tx=tx)
+    assert "step=(not computed)" in repr(state) and "base: 192 in 3 arrays" in repr(state)
+    seen = []
+    jax.jit(lambda s: (seen.append(repr(s)), s.step)[1]).lower(state)
+    assert seen == [repr(state)]
+
+
+def test_the_repr_of_a_state_is_short_whatever_its_model_is():
+    names = {f"name_{chr(97 + i)}": jnp.ones((2,)) for i in range(20)}
+    recipe = aj.Recipe(aj.Unfreeze("**"))
+    base = aj.TrainState.create(
+        aj.adapt(Net(), recipe, rngs=nnx.Rngs(0)), tx=optax.sgd(0.1), key=jax.random.key(0)
+    )
+    text = repr(base.replace(adapters=names, graphdef=None))
+    assert "and 8 others" in text and "of a linen model" in text and len(text.splitlines()) == 20

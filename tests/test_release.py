@@ -1,0 +1,140 @@
+"""What a release consists of: workflows, metadata, public names and bounds of dependencies."""
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CI = (ROOT / ".ci" / "run").read_text()
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+PUBLIC = ROOT / "tests" / "public.txt"
+
+
+def parts():
+    """The parts that `.ci/run` takes."""
+    return {
+        word for line in re.findall(r'^(?:PARTS|MORE)="(.*)"', CI, re.M) for word in line.split()
+    }
+
+
+def jobs(path):
+    return yaml.safe_load(path.read_text())["jobs"]
+
+
+def commands(job):
+    """The lines that a job runs, once for each value of its matrix."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    for step in job.get("steps", []):
+        line = step.get("run", "")
+        names = re.findall(r"\$\{\{ *matrix\.(\w+) *\}\}", line)
+        values = matrix[names[0]] if names else [""]
+        yield from (re.sub(r"\$\{\{.*?\}\}", value, line) for value in values if line)
+
+
+def test_every_part_of_ci_is_a_function_and_is_run_by_a_workflow():
+    functions = set(re.findall(r"^(\w+)\(\) \{", CI, re.M))
+    assert parts() <= functions
+    run = {line for path in WORKFLOWS for job in jobs(path).values() for line in commands(job)}
+    assert run == {
+        f".ci/run {part}" for part in parts() - {"newest"}
+    }  # the matrix has all versions
+
+
+def test_what_ci_names_is_there():
+    for name in re.findall(r"tests/[\w/]+\.(?:py|txt)", CI):
+        assert (ROOT / name).exists(), name
+    (oldest,) = re.findall(r'^OLDEST="(.*)"', CI, re.M)
+    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in oldest.split())
+    extras = {name for names in re.findall(r'"\.\[(.*?)\]"', CI) for name in names.split(",")}
+    assert extras and extras <= PROJECT["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_and_permissions_are_the_least(path):
+    assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}
+    for uses in re.findall(r"uses: (.*)", path.read_text()):
+        assert re.fullmatch(r"(\./\S+|[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+)", uses), uses
+    for name, job in jobs(path).items():
+        allowed = {"id-token": "write"} if name == "publish" else None
+        assert job.get("permissions") == allowed, name
+        assert "uses" in job or job["timeout-minutes"] <= 40, name
+        for step in job.get("steps", []):
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"] == {"persist-credentials": False}
+
+
+def test_the_publishing_job_has_no_token_and_waits_for_the_tests():
+    publish = jobs(ROOT / ".github" / "workflows" / "publish.yml")
+    assert (publish["build"]["needs"], publish["publish"]["needs"]) == ("tests", "build")
+    assert publish["publish"]["environment"] == "pypi"
+    assert "secrets" not in (ROOT / ".github" / "workflows" / "publish.yml").read_text()
+
+
+def test_the_versions_of_python_are_the_same_everywhere():
+    tested = jobs(ROOT / ".github" / "workflows" / "tests.yml")["tests"]["strategy"]["matrix"]
+    named = re.findall(r":: Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert tested["python"] == named == ["3.11", "3.12", "3.13"]
+    assert {name.split("-")[0] for name in tested["os"]} == {"ubuntu", "macos"}
+    assert PROJECT["requires-python"] == f">={named[0]}"
+
+
+def test_the_oldest_releases_are_the_bounds():
+    """`uv pip compile` of CONTRIBUTING.md writes the file anew."""
+    lines = (ROOT / "tests" / "oldest.txt").read_text().split()
+    pinned = dict(line.split("==") for line in lines)
+    extras, wrong = PROJECT["optional-dependencies"], []
+    names = ("test", "finetune", "parquet", "quant", "rouge", "serve")
+    for text in [*PROJECT["dependencies"], *(text for name in names for text in extras[name])]:
+        need = Requirement(text)
+        if need.name == PROJECT["name"]:
+            continue
+        (bound,) = need.specifier
+        found = pinned.get(need.name.lower().replace("_", "-"), "nothing")
+        same = found == bound.version or found.startswith(f"{bound.version}.")
+        if bound.operator != ">=" or not same:
+            wrong.append(f"{text}: {found}")
+    assert not wrong
+
+
+def test_the_public_names_are_those_of_the_policy():
+    """The table of CONTRIBUTING.md has the packages, `tests/public.txt` their names."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## What is public")[2]
+    rows = re.findall(r"^\| (`adapters_jax.*?) \|", table.partition("\n## ")[0], re.M)
+    packages = [name for row in rows for name in re.findall(r"`(.*?)`", row)]
+    found = [
+        f"{name}.{each}"
+        for name in packages
+        for each in sorted(importlib.import_module(name).__all__)
+    ]
+    assert found == PUBLIC.read_text().split()
+    assert len(found) == len({*found})
+
+
+def test_every_public_name_is_there_and_described():
+    for path in PUBLIC.read_text().split():
+        module, _, name = path.rpartition(".")
+        thing = getattr(importlib.import_module(module), name)
+        assert not callable(thing) or thing.__doc__, path
+
+
+def test_the_citation_has_what_its_format_needs():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert all(citation[name] for name in ("message", "title", "authors"))
+    assert citation["license"] == PROJECT["license"]
+
+
+@pytest.mark.parametrize("path", [p for p in FORMS if p.stem != "config"], ids=lambda p: p.stem)
+def test_issue_forms_have_what_their_format_needs(path):
+    form = yaml.safe_load(path.read_text())
+    assert form["name"] and form["description"] and form["body"]
+    assert all(each["type"] in ("textarea", "input") for each in form["body"])
+    assert all(each["attributes"]["label"] for each in form["body"])
+    assert len({each["id"] for each in form["body"]}) == len(form["body"])
