@@ -45,6 +45,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_execution_in_temp = True
+smartquotes = False  # flags stay --flags
 html_theme = "furo"
 html_title = "adapters_jax"
 html_static_path = ["_static"]
