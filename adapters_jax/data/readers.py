@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.data.columnar import read_arrow, read_parquet
-from adapters_jax.data.delimited import read_conll, read_csv, read_tsv
+from adapters_jax.data.delimited import read_conll, read_csv, read_tsv, read_txt
 from adapters_jax.data.files import (
     NAMED,
     Reader,
@@ -38,6 +38,7 @@ READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".conll": read_conll,
+    ".txt": read_txt,
 }
 
 

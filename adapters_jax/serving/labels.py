@@ -289,7 +289,7 @@ class Labeller:
         if not asked:
             return
         outputs = self._compute(
-            [(each.name, row) for each, _, inputs in asked for row in inputs.rows]
+            asked[0][1], [(each.name, row) for each, _, inputs in asked for row in inputs.rows]
         )
         for each, readout, inputs in asked:
             mine, outputs = np.split(outputs, [len(inputs.rows)])
@@ -303,9 +303,10 @@ class Labeller:
                     UserError(f"the numbers of {each.name} are not finite; train it again")
                 )
 
-    def _compute(self, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
-        """The head's outputs for rows of tokens, each with the name of its adapter."""
-        batches = self._base.encoder.in_order([row for _, row in rows], None, BATCH, self._widths)
+    def _compute(self, readout: Any, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
+        """The head's outputs for rows, each with the name of its adapter; any readout batches."""
+        inputs = [row for _, row in rows]
+        batches = readout.batches(self._base.encoder, inputs, None, BATCH, None, self._widths)
         params, bank = self._bank.params, self._bank
 
         def run(batch: Any) -> Any:

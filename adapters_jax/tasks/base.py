@@ -65,6 +65,7 @@ class Setup:
         turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
         loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
         beta: its strength.
+        augment: how training images are varied: "flip", "crop", or both.
         accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
@@ -87,6 +88,7 @@ class Setup:
     turns: Literal["assistant", "last", "all"] = "assistant"
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
     beta: float = 0.1
+    augment: tuple[str, ...] = ()
     accumulate: int = 1
     exact_match: int = 0
     mesh: Mesh | None = None
@@ -108,11 +110,13 @@ class Task(ABC):
         columns: the roles of the columns it reads, each with its default name; None is optional.
         flags: the flags of this task that not every task has, as fields of the options.
         needed: the keys of a run's configuration that `open` reads, with their types.
+        epochs: the passes over the training rows, if not those of the method.
+        batch_size: the rows of a batch, if not those of the kind.
         example: the flags that give its rows on the command line.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["encoder", "decoder"]]
+    kind: ClassVar[Literal["encoder", "decoder", "vision"]]
     pipeline: ClassVar[str]
     command: ClassVar[Literal["predict", "generate"]]
     head: ClassVar[str] = "classification"
@@ -120,6 +124,8 @@ class Task(ABC):
     columns: ClassVar[Mapping[str, str | None]]
     flags: ClassVar[tuple[str, ...]] = ()
     needed: ClassVar[Mapping[str, type]] = {}
+    epochs: ClassVar[float | None] = None
+    batch_size: ClassVar[int | None] = None
     example: ClassVar[str] = "--train rows.csv"
 
     @abstractmethod

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -367,7 +366,7 @@ def places(similarities: ArrayLike, alike: ArrayLike = False) -> np.ndarray:
     return 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
 
 
-LOWER_IS_BETTER = ("perplexity",)
+LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 def better(name: str, new: float, old: float) -> bool:
@@ -418,7 +417,7 @@ def compute(
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
         raise UserError("predictions and labels must be finite numbers, and some are not")
-    known: dict[str, Any] = {**METRICS, "f1": partial(f1, classes=classes)}
+    known: dict[str, Callable[..., float]] = {**METRICS, "f1": partial(f1, classes=classes)}
     return {name: known[name](predictions, labels) for name in names}
 
 

@@ -269,6 +269,7 @@ class QuestionAnswering(EncoderTask):
         "context": "context",
         "answers": "answers",
     }
+    epochs, batch_size = 4.0, 8  # it takes hundreds of steps before a head finds any answers
     readout = Spans
     example = "--train squad.json, or rows with the columns question, context and answers"
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from adapters_jax.data.batches import Batches, choose_buckets
+from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
-from adapters_jax.pretrained.encoder import Encoder
+from adapters_jax.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.views import Judged, View, named
@@ -39,7 +41,8 @@ class Readout(ABC):
         pooling: what the head reads; None leaves it to the user.
         max_length: the largest number of tokens if the user gives none.
         fits: whether `fitted` learns from the outputs on dev.
-        has_head: whether a head trains; otherwise the outputs are what it would read.
+        has_head: whether there is a head; otherwise the outputs are what it would read.
+        arrays: the arrays of a batch that the model reads, in the order of its arguments.
     """
 
     constant_title: ClassVar[str]
@@ -47,11 +50,17 @@ class Readout(ABC):
     max_length: ClassVar[int] = 128
     fits: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = INPUTS
 
     @classmethod
     @abstractmethod
     def of(cls, train: Any) -> Self:
         """Makes it from a training set; raises DataError if there is nothing to learn."""
+
+    @classmethod
+    def made(cls, train: Any, setup: Any) -> Self:
+        """Makes it from a training set and the settings of a run."""
+        return cls.of(train)
 
     @classmethod
     @abstractmethod
@@ -86,6 +95,34 @@ class Readout(ABC):
         """Encodes texts."""
         return Inputs(*encoder.encode(list(texts), max_length))
 
+    def encoded(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes the texts of train, dev or test, where these are not read as those to predict."""
+        return self.inputs(encoder, texts, max_length)
+
+    def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
+        """The widths of batches; see `data.batches.choose_buckets`."""
+        return choose_buckets(rows, length, size)
+
+    def tokens(self, rows: Sequence[Any]) -> int:
+        """The number of tokens of all rows, to show the speed; 0 if it would mean nothing."""
+        return sum(row.input_ids.size for row in rows)
+
+    def augmented(self, batch: Batch, key: Any) -> Batch:
+        """A training batch, varied at random."""
+        return batch
+
+    def batches(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Any],
+        labels: Any,
+        size: int,
+        seed: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> Any:
+        """Batches of encoded rows, in order if there is no seed; see `data.batches.Batches`."""
+        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id)
+
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
         """The encoded rows to train on, and their labels for `Batches`."""
         return inputs.rows, self.encode(labels)
@@ -101,6 +138,14 @@ class Readout(ABC):
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Any:
         """The loss of each row, `(rows,)`, from its outputs and the batch's `labels`."""
+
+    def reduced(self, outputs: Any, batch: Batch) -> Any:
+        """What `decode` reads of the outputs on a held-out batch, if that is less than all."""
+        return outputs
+
+    def shown(self, outputs: Any) -> Any:
+        """What `predictions` reads of the outputs, if that is less than all."""
+        return outputs
 
     @abstractmethod
     def decode(self, outputs: np.ndarray, where: Any = None) -> Any:
@@ -158,6 +203,10 @@ class Readout(ABC):
     @abstractmethod
     def constant(self, train: Any, part: Any) -> Any:
         """The best predictions without a model for a part: mostly the same for each row."""
+
+    def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
+        """The predictions of the baseline without a model, on "dev" or "test" of a problem."""
+        return self.constant(data.train, getattr(data, part))
 
     @abstractmethod
     def predictions(
