@@ -7,7 +7,7 @@ of methods is text: `python -m docs.facts` renews it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from docstring_parser import parse
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.app.cli.listing import ListMethods, ListTasks, Table
 from adapters_jax.app.options.method import PRESETS
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.base import Adapter, stand_ins
 from adapters_jax.interop.formats.registry import FORMATS
 from adapters_jax.methods import METHODS, Method
 from adapters_jax.models import bert, decoder
-from adapters_jax.tasks import TASKS
 from adapters_jax.trees import flatten
 
 README = Path(__file__).parents[1] / "README.md"
@@ -106,10 +106,16 @@ def methods() -> str:
                 "both",
                 "yes" if merges(method) else "no",
                 *("yes" if each in taken else "no" for each in names),
-                entry.source,
+                _paper(method, entry),
             )
         )
     return table(rows)
+
+
+def _paper(method: type[Method], entry: Entry) -> str:
+    """The paper, as a link where the method has its number on arXiv."""
+    link = f"https://arxiv.org/abs/{method.paper}"
+    return f"[{entry.source}]({link})" if method.paper else entry.source
 
 
 def merges(method: type[Method]) -> bool:
@@ -203,38 +209,17 @@ def _leaves(method: type[Method]) -> tuple[str, ...]:
     return method("x", **needed).leaf_names
 
 
-def presets() -> str:
-    """The presets with the first line of their documentation."""
-    rows = [("preset", "what it is")]
-    for name in dict.fromkeys(each for entry in ENTRIES.values() for each in entry.presets):
-        rows.append((f"`aj.{name}`", (getattr(aj, name).__doc__ or "").splitlines()[0]))
-    return table(rows)
-
-
-def tasks() -> str:
-    """The tasks of `finetune` with the columns that they read."""
-    rows = [("task", "base", "columns", "metrics", "finished runs")]
-    for task in TASKS.values():
-        columns = ", ".join(
-            f"`{role}`" + ("" if default else " (optional)")
-            for role, default in task.columns.items()
-        )
-        metrics = ", ".join(f"`{each}`" for each in task.metrics)
-        rows.append((f"`{task.name}`", task.kind, columns, metrics, f"`{task.command}`"))
-    return table(rows)
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a Markdown table; the first one is the header."""
-    header, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([header, "|" + "---|" * (header.count(" | ") + 1), *body])
+    return Table(rows[0], rows[1:]).markdown()
 
 
 def text(name: str) -> str:
     """The table of a name: `methods`, `presets`, `tasks`, or the name of a method."""
     if name in METHODS:
         return settings(name)
-    return {"methods": methods, "presets": presets, "tasks": tasks}[name]()
+    listings = {"presets": ListMethods, "tasks": ListTasks}
+    return listings[name]().find().tables[0].markdown() if name in listings else methods()
 
 
 def setup(app: Any) -> None:

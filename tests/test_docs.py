@@ -133,7 +133,7 @@ def test_shell_runs_as_pasted(block, files, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block", params("sh", runs=False))
 def test_the_flags_exist_in_blocks_that_are_not_run(block, monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "_start", lambda command: None)
+    monkeypatch.setattr(command_line, "_start", lambda *command: None)
     for line in commands(block):
         if line.startswith("adapters-jax "):
             status = command_line.main(shlex.split(line, comments=True)[1:])
