@@ -1,11 +1,14 @@
 """The errors that the library raises, and a comparison of two trees that names every difference."""
 
 import contextlib
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from adapters_jax.texts import visible
 
@@ -35,10 +38,33 @@ class MissingPackageError(UserError, ImportError):
 
     def __init__(self, subject: str, package: str, extra: str = "finetune", instead: str = ""):
         super().__init__(
-            f"{subject} needs {package}: pip install 'adapters-jax[{extra}]'"
+            f"{subject} needs {package}: {install_command(extra)}"
             + (f", or {instead}" if instead else "")
         )
         self.name = package
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra to this installation, of whatever it was made from.
+
+    Args:
+        extra: the name of the extra in `pyproject.toml`.
+
+    Example:
+        >>> install_command("quant")
+        "pip install ...[quant]...'"
+    """
+    name = f"adapters-jax[{extra}]"
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if origin := metadata.distribution("adapters-jax").read_text("direct_url.json"):
+            direct = json.loads(origin)  # a checkout, a wheel, or a repository; not an index
+            parts = urlsplit(direct["url"])
+            if parts.scheme != "file":
+                vcs = direct.get("vcs_info", {}).get("vcs")
+                return f"pip install '{name} @ {f'{vcs}+' * bool(vcs)}{direct['url']}'"
+            editable = direct.get("dir_info", {}).get("editable", False)
+            return f"pip install {'-e ' * editable}'{unquote(parts.path)}[{extra}]'"
+    return f"pip install '{name}'"
 
 
 class RecipeError(UserError):

@@ -48,16 +48,33 @@ class Rows:
         lengths: for each prompt, by the path of its attention module, how many of its tokens the
             group's adapter has.
         each: how many consecutive rows are a group.
+        taken: whether the model's tree has the adapters of these groups, in their order, and not
+            those of a bank; see `take`.
     """
 
     index: Int[Array, " groups"]
     lengths: Mapping[str, Int[Array, " groups"]] = struct.field(default_factory=dict)
     each: int = struct.field(pytree_node=False, default=1)
+    taken: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def total(self) -> int:
         """The number of rows."""
         return self.index.shape[0] * self.each
+
+    def take(self, stacked: Any) -> tuple["Rows", Any]:
+        """The adapters of the groups, for several calls with the same rows.
+
+        Args:
+            stacked: a bank's tree of adapters.
+
+        Returns:
+            The rows for a model that has the tree which follows.
+        """
+        if self.taken:
+            return self, stacked
+        mine = jax.tree.map(lambda x: jnp.take(x, self.index, axis=0), stacked)
+        return self.replace(taken=True), mine  # type: ignore[attr-defined]
 
 
 @runtime_checkable
@@ -68,15 +85,39 @@ class HasRows(Protocol):
         """The same tree with the axis of the rows for each array; -1 where all rows share it."""
 
 
+@struct.dataclass
+class Grouped:
+    """A `HasRows` whose rows are split into groups, two axes for one, from one call to the next.
+
+    Inside of a loop over calls, XLA writes into such arrays in place, and copies others.
+    """
+
+    tree: Any
+
+
 _SHARED, _NONE = -1, -2  # the axis of the rows of an array that has none
+
+
+def _is_grouped(node: Any) -> bool:
+    return isinstance(node, Grouped)
+
+
+def _has_rows(node: Any) -> bool:
+    return isinstance(node, HasRows)
+
+
+def _plain(tree: Any) -> Any:
+    """The tree without marks of groups."""
+    return jax.tree.map(lambda n: n.tree if _is_grouped(n) else n, tree, is_leaf=_is_grouped)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The arrays of a tree, and the axis of the rows of each."""
+    """The arrays of a tree, for each the axis of the rows, and whether that is two axes already."""
 
     leaves: list[Any]
     axes: list[int]
+    grouped: list[bool]
     structure: Any
 
     @classmethod
@@ -87,11 +128,15 @@ class _Parts:
             return 0 if jnp.ndim(x) > 0 and x.shape[0] == rows else _NONE
 
         def axes(node: Any) -> Any:
-            return node.row_axes() if isinstance(node, HasRows) else axis(node)
+            return node.row_axes() if _has_rows(node) else axis(node)
 
-        found = jax.tree.map(axes, tree, is_leaf=lambda x: isinstance(x, HasRows))
+        def marks(node: Any) -> Any:
+            return jax.tree.map(lambda _: _is_grouped(node), node)
+
         leaves, structure = jax.tree.flatten(tree)
-        return cls(leaves, jax.tree.leaves(found), structure)
+        found = jax.tree.map(axes, _plain(tree), is_leaf=_has_rows)
+        marked = jax.tree.map(marks, tree, is_leaf=_is_grouped)
+        return cls(leaves, jax.tree.leaves(found), jax.tree.leaves(marked), structure)
 
 
 def by_rows(
@@ -102,14 +147,15 @@ def by_rows(
     Args:
         run: `run(adapters, inputs, keys)` gives the model's outputs for some rows of one adapter.
         rows: the adapter of each row.
-        stacked: a tree of adapters, stacked on a first axis.
+        stacked: a tree of adapters, stacked on a first axis, or what `rows.take` made of it.
         inputs: the model's inputs. Arrays whose first axis is as long as there are rows, and those
             that a `HasRows` says, are split; everything else is for all rows.
         keys: random keys, from which each group of rows gets keys of its own.
 
     Returns:
         The outputs: arrays whose first axis is the rows, or the axis that a `HasRows` says, in the
-        order of the rows; of arrays without rows, one for each group, stacked on a first axis.
+        order of the rows; of arrays without rows, one for each group, stacked on a first axis. For
+        rows that were taken, a `HasRows` comes as `Grouped`, which the next call takes as it is.
 
     Raises:
         UserError: no input has as many rows.
@@ -122,7 +168,7 @@ def by_rows(
             f"adapters= names the adapters of {rows.total} rows, and the inputs are of "
             f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
         )
-    mine = jax.tree.map(lambda x: jnp.take(x, rows.index, axis=0), stacked)
+    _, mine = rows.take(stacked)
     own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
     found: list[_Parts] = []
 
@@ -131,15 +177,20 @@ def by_rows(
         for i, part in zip(split, parts, strict=True):
             leaves[i] = part
         with mapping(), prompt_lengths(lengths):
-            y = run(adapters, jax.tree.unflatten(given.structure, leaves), keys)
+            y = run(adapters, _plain(jax.tree.unflatten(given.structure, leaves)), keys)
+        if rows.taken:
+            y = jax.tree.map(lambda n: Grouped(n) if _has_rows(n) else n, y, is_leaf=_has_rows)
         found.append(_Parts.of(y, rows.each))
         return found[-1].leaves
 
-    parts = [_grouped(given.leaves[i], given.axes[i], groups) for i in split]
+    parts = [
+        given.leaves[i] if given.grouped[i] else _split(given.leaves[i], given.axes[i], groups)
+        for i in split
+    ]
     where = (0, 0, 0, [given.axes[i] for i in split])
     outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
     (made,) = found
-    merged = [_merged(y, axis) for y, axis in zip(outputs, made.axes, strict=True)]
+    merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
     return jax.tree.unflatten(made.structure, merged)
 
 
@@ -149,16 +200,18 @@ def _fold(key: Any) -> Callable[[Array], Array]:
     return lambda i: over_layers(lambda k: jax.random.fold_in(k, i), key.ndim - single)(key)
 
 
-def _grouped(x: Any, axis: int, groups: int) -> Array:
+def _split(x: Any, axis: int, groups: int) -> Array:
     """An array whose rows are split into groups: two axes for the axis of the rows."""
     x = jnp.asarray(x)
     return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
 
-def _merged(y: Array, axis: int) -> Array:
-    """An array with groups in front and their rows behind, with one axis for both."""
+def _merged(y: Array, axis: int, grouped: bool) -> Array:
+    """An array with groups in front and their rows behind, with both in the rows' place."""
     if axis < 0:
         return y[0] if axis == _SHARED else y
     y = jnp.moveaxis(y, 0, axis)
+    if grouped:
+        return y
     rows = math.prod(y.shape[axis : axis + 2])
     return y.reshape(*y.shape[:axis], rows, *y.shape[axis + 2 :])

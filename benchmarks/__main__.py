@@ -15,6 +15,7 @@ from benchmarks.report import Report
 BENCHMARKS = {
     "accelerators": "a step by compilers of TPUs and GPUs, beside qwix, tunix, by hand; goes on",
     "attention": "bytes of a step with attention dense and by a kernel; needs libtpu, CUDA's",
+    "baselines": "each task on its data: baselines, the default adapter, time; an hour, goes on",
     "bank": "batches whose rows have an adapter each, beside one adapter's; PEFT's too",
     "estimate": "what a plan for a CPU is off by, beside that of a TPU's compiler; needs libtpu",
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m benchmarks step                 the whole, minutes\n"
         "  python -m benchmarks step --quick         toy sizes: does it run?\n"
         "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere\n"
-        "  python -m benchmarks readme               put the results into the README",
+        "  python -m benchmarks readme               put the results into README and docs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="*", help="which to run; without a name all are listed")

@@ -94,6 +94,7 @@ class Whole:
             dtype=base,
             quantize=None if base == self.dtype else self.dtype,
             remat=True,
+            attention=ATTENTION,
             accelerator=True,
             limit=None,
             say=_quiet,

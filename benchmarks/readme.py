@@ -1,4 +1,4 @@
-"""Writes the README's section of results from their files: `python -m benchmarks readme`."""
+"""Writes the results into the README and the documentation: `python -m benchmarks readme`."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,16 @@ from benchmarks.harness import ROOT, Spread
 from benchmarks.report import CLAIMS, FIGURES, LARGEST, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-DEVICES = ROOT / "docs" / "accelerators.md"
+PAGE, DEVICES = ROOT / "docs" / "results.md", ROOT / "docs" / "accelerators.md"
+LINK = "../benchmarks/results"  # from both pages
+COMPARED = (  # the README's rows, from both files of `peers`
+    "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
+    "time of a step, LoRA, SmolLM2-135M, adapters_jax / qwix",
+    "time of a step, Houlsby, BERT-base, adapters_jax / AdapterHub",
+    "peak memory of the whole process, LoRA, SmolLM2-135M, adapters_jax / PEFT",
+    "latency of one example, LoRA / its base",
+)
+PEERS = {"peers": "EPYC family 25 (Zen 4)", "peers-zen5": "Zen 5, an earlier version"}
 PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
@@ -21,7 +30,7 @@ BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- e
 
 
 def section(results: Path = RESULTS) -> str:
-    """Builds the text of the section.
+    """Builds the text of the page of results.
 
     Every row names the command that reproduces it, and the section lists the figures that were not
     reached. A second file of a benchmark, for example from another machine, is shown under its own
@@ -39,13 +48,13 @@ def section(results: Path = RESULTS) -> str:
     missed = [row for row in figures if row["met"] == "no"]
     machines = dict.fromkeys(map(_machine, files.values()))
     parts = [
-        *(["Published claims, and what was found here:", table(claims)] if claims else []),
-        *(f"![{alt}](benchmarks/results/{name}.png)" for name, alt in _pictures(results)),
+        *(["## Published claims", table(claims)] if claims else []),
+        *(f"![{alt}]({LINK}/{name}.png)" for name, alt in _pictures(results)),
+        "## Figures that were asked for",
         f"Of {len(figures)} figures that were asked for, {len(figures) - len(missed)} are reached.",
         *(["Not reached:", table(missed)] if missed else []),
-        "<details><summary>All of them</summary>",
+        "## All figures",
         table(figures),
-        "</details>",
         f"Measured on {'; '.join(machines)}. Medians, quartiles in brackets.",
     ]
     return "\n\n".join(parts)
@@ -58,7 +67,7 @@ def _pictures(results: Path) -> list[tuple[str, str]]:
 
 def _sources(file: Row, name: str) -> Row:
     """The link to all results of a row's benchmark, and the command that reproduces them."""
-    link = f"[{name}](benchmarks/results/{name}.md)"
+    link = f"[{name}]({LINK}/{name}.md)"
     return {"results": link, "command": f"`{file['command']}`"}
 
 
@@ -105,26 +114,51 @@ def largest(results: Path = RESULTS) -> str:
     return table(list(_rows(file, LARGEST)))
 
 
-def write(readme: Path = README, results: Path = RESULTS, devices: Path = DEVICES) -> None:
-    """Writes the sections between the marks in the README and in the page of accelerators.
+def compared(results: Path = RESULTS) -> str:
+    """The README's table: a few figures beside other libraries, on two processors."""
+    files = {name: json.loads((results / f"{name}.json").read_text()) for name in PEERS}
+    columns = {
+        title: {row["claim"]: _shown(row["measured"]) for row in _rows(files[name], FIGURES)}
+        for name, title in PEERS.items()
+    }
+    return table(
+        [
+            {"figure": claim, **{title: column[claim] for title, column in columns.items()}}
+            for claim in COMPARED
+        ]
+    )
+
+
+def write(
+    readme: Path = README, page: Path = PAGE, results: Path = RESULTS, devices: Path = DEVICES
+) -> None:
+    """Writes the tables between the marks in the README and in two pages of the documentation.
 
     Args:
-        readme: the file with the results.
+        readme: the file with the comparison.
+        page: the page of results.
         results: the directory with the results.
         devices: the page of accelerators.
 
     Raises:
         ValueError: a file does not have its mark exactly once.
     """
-    _between_marks(readme, section(results))
+    between_marks(page, section(results))
+    if (results / "peers.json").exists():
+        between_marks(readme, compared(results))
     if (results / "accelerators.json").exists():
-        _between_marks(devices, largest(results))
+        between_marks(devices, largest(results))
 
 
-def _between_marks(page: Path, text: str) -> None:
+def between_marks(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replaces what stands between two marks of a page.
+
+    Raises:
+        ValueError: the page does not have each mark exactly once.
+    """
     old = page.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise ValueError(f"{page}: expected one line {BEGIN!r} and one {END!r} after it")
-    before, rest = old.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f"{page}: expected one line {begin!r} and one {end!r} after it")
+    before, rest = old.split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -1,5 +1,8 @@
 """Banks: each row of a batch computes what its adapter computes alone."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.models import generation
 from adapters_jax.models.decoder import Decoder, DecoderConfig
 from adapters_jax.models.generation import generate
 from adapters_jax.models.t5 import T5, T5Config
@@ -179,6 +183,32 @@ def test_generation_with_a_bank_equals_each_alone(make, scan):
         own = generate(alone[name], prompts[row], mask[row], max_new_tokens=7)
         assert made.ids[i].tolist() == own.ids[0].tolist()
     assert made.ids[0].tolist() != made.ids[3].tolist()
+
+
+def test_generation_with_a_bank_writes_its_cache_in_place():
+    """As without one; a copy of the keys and values takes longer than the adapters' products."""
+    model = aj.adapt(Decoder(CONFIG, rngs=nnx.Rngs(0)), aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+    bank = aj.Bank(model, capacity=2)
+    prompts, new = jnp.ones((4, 6), jnp.int32), 11
+    slots = 4 * (6 + new) * CONFIG.num_key_value_heads * 8
+    sampling = generation._Sampling(
+        jnp.float32(0), jnp.float32(1), jax.random.key(0), jnp.zeros(0, jnp.int32)
+    )
+
+    def copies(model, rows):
+        """How many arrays of the size of a layer's keys are copied for each token."""
+        split = nnx.split(model)
+        program = generation._generate.lower(*split, prompts, prompts != 0, sampling, rows, new)
+        shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", loop_of(program.compile().as_text()))
+        return [math.prod(map(int, shape.split(","))) for shape in shapes].count(slots)
+
+    assert copies(bank.model, bank.rows([None] * 4)) <= copies(model, None)
+
+
+def loop_of(text):
+    """The longest body of a loop in a program."""
+    bodies = re.findall(r"body=%([\w.\-]+)", text)
+    return max((text.split(f"\n%{name} ")[1].split("\n}\n")[0] for name in bodies), key=len)
 
 
 def test_heads_of_fewer_outputs():

@@ -291,9 +291,11 @@ def test_panels_are_drawn(tmp_path):
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_has_the_results_that_are_committed():
-    text = readme.README.read_text()
-    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.section()
+@pytest.mark.parametrize(
+    ("page", "text"), [(readme.PAGE, readme.section), (readme.README, readme.compared)]
+)
+def test_the_pages_have_the_results_that_are_committed(page, text):
+    assert page.read_text().split(readme.BEGIN)[1].split(readme.END)[0].strip() == text()
 
 
 def test_the_section_of_results(tmp_path):
@@ -303,19 +305,19 @@ def test_the_section_of_results(tmp_path):
     report.claim("bytes", 7.0, 6.0)
     report.finish()
     text = readme.section(tmp_path)
-    command = "[toy](benchmarks/results/toy.md) | `python -m benchmarks toy`"
+    command = "[toy](../benchmarks/results/toy.md) | `python -m benchmarks toy`"
     assert f"| adapters are free | +0 % | +3 % | a forward | not reproduced | {command} |" in text
     assert f"| ours / theirs | 0.5 [0.4, 0.6] | 0.65 | yes | {command} |" in text
     assert "Of 2 figures that were asked for, 1 are reached." in text
     assert text.count(f"| bytes | 7 | 6 | no | {command} |") == 2
 
-    page = tmp_path / "README.md"
+    page = tmp_path / "results.md"
     page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
-    readme.write(page, tmp_path)
+    readme.write(page=page, results=tmp_path)
     assert page.read_text() == f"above\n{readme.BEGIN}\n\n{text}\n\n{readme.END}\nbelow\n"
     page.write_text("no marks")
     with raises(ValueError, page, readme.BEGIN, readme.END):
-        readme.write(page, tmp_path)
+        readme.write(page=page, results=tmp_path)
     assert page.read_text() == "no marks"
 
 

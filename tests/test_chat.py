@@ -162,6 +162,7 @@ HOSTILE = {
     "deep blocks": "{% if 1 %}" * 500 + "{% endif %}" * 500,
     "deep loops": "{% for i in [1] %}" * 99 + "{% endfor %}" * 99,
     "long source": "x" * 65_537,
+    "a large program": "{{ eo }}" * 4096,
     "a long number": "{{ " + "9" * 5000 + " }}",
     "an unknown filter": "{{ 'a' | nothing }}",
     "an unknown test": "{{ 'a' is nothing }}",
@@ -186,7 +187,8 @@ def test_a_hostile_template_is_our_error(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["doubled text", "much text of a macro", "split", "the filter join"]
+    "name",
+    ["doubled text", "much text of a macro", "split", "the filter join", "a large program"],
 )
 def test_a_hostile_template_takes_little_memory(name):
     tracemalloc.start()

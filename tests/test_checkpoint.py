@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -202,6 +204,14 @@ def test_what_cannot_be_read_is_damage(harm, name, tmp_path, caplog):
     assert [m.split(":")[0] for m in messages] == ["the checkpoint of step 2 is damaged"][gone:]
 
 
+def test_a_pipe_that_no_checksum_covers_is_damage(tmp_path, caplog):
+    saved(tmp_path, [None, None])
+    os.mkfifo(tmp_path / "2" / "arrays" / "more")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert "arrays/more is no ordinary file" in caplog.text
+
+
 def test_an_error_of_the_device_is_damage(tmp_path, monkeypatch, caplog):
     saved(tmp_path, [None, None])
 
@@ -338,6 +348,22 @@ def test_a_directory_is_of_one_process_at_a_time(tmp_path):
     with Checkpoints(tmp_path), raises(CheckpointError, tmp_path, f"{os.getpid()}, which is this"):
         Checkpoints(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clock_that_jumps_back_changes_neither_the_order_nor_the_arrays(tmp_path, monkeypatch):
+    now, hour = time.time_ns(), 3600 * 10**9
+    with monkeypatch.context() as patch:  # each reading is an hour before the last one
+        readings = itertools.count(now, -hour)
+        patch.setattr(time, "time_ns", lambda: next(readings))
+        patch.setattr(time, "time", lambda: next(readings) / 1e9)
+        after = saved(tmp_path, [None, None, None])
+        assert next(readings) < now - hour  # something has read it
+    for age, step in enumerate((2, 3)):
+        for path in [tmp_path / str(step), *(tmp_path / str(step)).rglob("*")]:
+            os.utime(path, ns=(now - age * hour,) * 2)  # the newest is the oldest
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [2, 3]
+        assert bits(checkpoints.restore(new_state("linen")).state) == after[2]
 
 
 @pytest.mark.parametrize(

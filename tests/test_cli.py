@@ -466,7 +466,7 @@ def test_several_processes_are_an_error(fails, monkeypatch):
 
 def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
     images = Path(__file__).parent / "fixtures" / "vit"
-    fails(TRAIN.replace("tiny", str(images)), UserError, images, "family vit")
+    fails(TRAIN.replace("tiny", str(images)), UserError, images, "kind vision")
     shutil.copytree("tiny", tmp_path / "bare")
     tokenizer = tmp_path / "bare" / "tokenizer.json"
     tokenizer.unlink()

@@ -8,16 +8,17 @@ import re
 import shlex
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from helpers.commands import command_raises
+from helpers.reports import Page
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from test_report import Page
 
 import adapters_jax as aj
 from adapters_jax.app.cli.finetune import Finetune
@@ -27,10 +28,11 @@ from adapters_jax.app.compare.annotations import Label, place_labels
 from adapters_jax.app.compare.cells import CellConsole
 from adapters_jax.app.compare.comparison import _Pace, compiled_in
 from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import comparison_table
 from adapters_jax.app.compare.tradeoff import draw_tradeoff
 from adapters_jax.app.console import Console
-from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.flags import portable, words
 from adapters_jax.app.options.parsing import UsageError, parse
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
@@ -151,11 +153,17 @@ def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     summary, out = whole
     page = (out / "comparison.html").read_text()
     found = Page(page)
-    assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
-    assert not {"script", "link", "iframe"} & set(found.tags)
-    assert not re.search(r"url\(|@import|https?://", page)
-    assert found.sections["The same again"] == [summary["command"]]
-    assert found.sections["The best on dev, alone"] == [summary["best"]["command"]]
+    assert {link for link in found.links if not link.startswith("#")} == {"data:,"}
+    assert not {"script", "img", "iframe"} & set(found.tags)
+    assert not re.search(r"url\([^#]|@import|https?://", page)
+    assert found.sections["The same again"] == [portable(summary["command"], CompareOptions)]
+    assert found.sections["The best on dev, alone"] == [
+        portable(summary["best"]["command"], RunOptions)
+    ]
+    assert str(out.parent) not in page
+    assert "F1 is that of the class yes, the positive one." in found.words
+    (cited,) = found.sections["How to cite it"]
+    assert "1902.00751" in cited and "@software{adapters_jax," in cited
     assert "missing" not in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "comparison.json").read_text()) == summary
@@ -479,6 +487,22 @@ def test_the_time_left_is_that_of_finished_cells():
     assert pace.left() == 2.0  # it takes longer than the one before
 
 
+def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
+    now, shown = [100.0], []
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace = _Pace(grid("full", seeds=(0, 1, 2)), {})
+    progress = SimpleNamespace(update=lambda done, note: shown.append((done, note)))
+    pace.start(Cell("full", 5e-5, 0))
+    pace.show(progress, 0.0, "compiling")
+    assert pace.left() is None
+    for now[0], part in ((160.0, 0.1), (162.0, 0.2)):  # compiles a minute; then 2 s for a tenth
+        pace.show(progress, part, f"{part}")
+    assert pace.left() == pytest.approx(3 * (60 + 2 + 16) - 62)
+    assert shown[0] == (0, "full, learning rate 5e-05, seed 0  compiling")
+    pace.start(Cell("full", 5e-5, 1))
+    assert pace.left() is None  # it may be of another recipe
+
+
 def test_cells_print_a_line_once_and_no_table(capsys):
     reported = []
     console = CellConsole(Console(json=False), lambda part, note: reported.append((part, note)))
@@ -486,10 +510,10 @@ def test_cells_print_a_line_once_and_no_table(capsys):
         console.say("3 texts are cut")
         console.show("an audit")
         console.finish(["a"], [["b"]], "finished", {})
-        with console.progress("lora", 8) as progress:
+        with console.progress("lora", 8, first="compiling") as progress:
             progress.update(2, "loss 0.5")
     assert capsys.readouterr().out == "3 texts are cut\n"
-    assert reported == [(0.25, "step 2 of 8  loss 0.5")] * 2
+    assert reported == [(0.0, "compiling"), (0.25, "step 2 of 8  loss 0.5")] * 2
 
 
 def test_compiled_programs_are_cached_unless_jax_has_a_cache(tmp_path):

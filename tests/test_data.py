@@ -252,6 +252,16 @@ def test_load_labelled_holds_out_only_what_is_missing(write):
         load_labelled("train.csv", "dev.csv")
 
 
+def test_a_part_without_the_positive_class_is_named(write, caplog):
+    write("train.csv", "text,label\n" + "".join(f"row {i},{'ny'[i % 2]}\n" for i in range(40)))
+    write("dev.csv", "text,label\nnew,n\n")
+    load_labelled("train.csv", "dev.csv", metrics=["accuracy"])
+    assert caplog.messages == []
+    load_labelled("train.csv", "dev.csv")
+    (message,) = caplog.messages
+    assert "dev" in message and "'y'" in message and "--metrics accuracy" in message
+
+
 @pytest.mark.parametrize("name", GLUE)
 def test_the_columns_of_each_glue_task(write, name):
     headers = {

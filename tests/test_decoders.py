@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
+from helpers.reports import Page
 from helpers.tiny import CHAT, FOODS, write_llama, write_meanings
 from test_decoder_model import TINY, build
 from test_generate import shaken
@@ -26,6 +27,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.merging import write_checkpoint
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.report.findings import read_findings
 from adapters_jax.data.batches import NOTHING, Batches
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.packing import Example, pack, sequence
@@ -183,7 +185,12 @@ def test_a_run_learns_and_writes_what_it_found(directory):
     scored = [r["dev"]["perplexity"] for r in records if r["method"] == "full" and "dev" in r]
     assert len(scored) == 4
     assert config["summary"]["dev"]["perplexity"] == min(scored)
+    rows = read_findings(run).judged.rows["test"]
+    nll = sum(row["loss"] * row["learnt"] for row in rows) / sum(row["learnt"] for row in rows)
+    assert np.exp(nll) == pytest.approx(full["test"]["perplexity"], rel=1e-6)
     page = run.report.read_text(encoding="utf-8")
+    headings = Page(page).sections.keys()
+    assert {"Losses of sequences", "Highest losses on dev", "Lengths", "Samples"} <= headings
     assert "adapters-jax generate" in page
     assert full["samples"][0]["generated"] in page
     assert run.curves.read_bytes().startswith(b"\x89PNG")

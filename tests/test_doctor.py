@@ -60,7 +60,7 @@ def test_an_accelerator_that_jax_does_not_use(tmp_path, monkeypatch, file, extra
     path.touch()
     (found,) = problems(doctor.examine(tmp_path))
     assert f"/dev/{file}" in found
-    assert f"adapters-jax[{extra}]" in found
+    assert f"[{extra}]'" in found
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     (found,) = problems(doctor.examine(tmp_path))
     assert "unset JAX_PLATFORMS=cpu" in found

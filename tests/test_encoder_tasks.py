@@ -11,11 +11,13 @@ import pytest
 from helpers.annotated import asked, chosen, labelled, paired, tagged
 from helpers.commands import command_raises
 from helpers.errors import raises
+from helpers.reports import Page
 from helpers.tiny import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.report.findings import read_findings
 from adapters_jax.data.annotated import Annotated, read_answers, read_choices
 from adapters_jax.data.batches import NOTHING, tokenize
 from adapters_jax.data.readers import DataError
@@ -63,6 +65,12 @@ CASES = {
         "multiple_choice",
     ),
 }
+SHOWN = {  # on a run's page
+    "token-classification": ("Entities", "Confusion matrix of words"),
+    "question-answering": ("Questions",),
+    "multilabel": ("Labels",),
+    "multiple-choice": ("Confusion matrix",),
+}
 TRAIN = "--method houlsby --bottleneck-dim 16 --layer-norms= --epochs 10 --batch-size 16"
 TRAIN += " --learning-rate 0.05 --checkpoint-every 1000 --evaluations 1"
 
@@ -85,6 +93,18 @@ def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, mo
     assert scores[2] > max(0.8, scores[1])
     # The tags are the words' own here, so the baseline of words knows all.
     assert scores[0] == 1.0 if name == NER else scores[2] > scores[0]
+
+    sections = Page(run.report.read_text()).sections
+    assert {*SHOWN[name], "Highest losses on dev", "Lengths"} <= sections.keys()
+    judged = read_findings(run).judged
+    assert judged.counts == {part: config["rows"][part] for part in ("dev", "test")}
+    assert {part: len(rows) for part, rows in judged.rows.items()} == judged.counts
+    assert sum(judged.lengths["train"].values()) >= config["rows"]["train"]
+    if name == "multiple-choice":
+        hits = np.equal(judged.column("test", "gold"), judged.column("test", "predicted"))
+        assert hits.mean() == scores[2]
+    if name == "question-answering":
+        assert np.mean(judged.column("test", "f1")) == pytest.approx(scores[2], rel=1e-12)
 
     usage = TASKS[name].usage("runs/run", config)
     assert main(shlex.split(usage.shell)[1:]) == 0
@@ -557,6 +577,9 @@ def test_rows_to_predict_have_as_many_texts_as_those_of_training():
         Choices(("0", "1")).check([("a", "b")], False)
     with raises(DataError, "at least one"):
         Choices(("0", "1")).check([], False)
+    for choice in (None, " "):
+        with raises(DataError, "row 2", repr(choice), "2 choices"):
+            Choices(("0", "1")).check([("a", "b", "c"), ("a", "b", choice)], False)
 
 
 @pytest.mark.parametrize(

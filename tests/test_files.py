@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -272,6 +273,19 @@ def test_a_failure_while_overwriting_leaves_the_old_adapter(saved, adapters, mon
         aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
     assert os.listdir(saved.parent) == ["adapter"]
     assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
+
+
+def test_several_that_save_at_once_leave_one_whole_adapter(tmp_path, adapters):
+    each = [drawn(adapters, seed=seed) for seed in range(4)]
+
+    def save(number):
+        for _ in range(20):
+            aj.save_adapter(tmp_path / "adapter", each[number], RECIPE)
+
+    with ThreadPoolExecutor(len(each)) as pool:
+        list(pool.map(save, range(len(each))))
+    assert os.listdir(tmp_path) == ["adapter"]
+    assert bits(read_adapter(tmp_path / "adapter")[1]) in [bits(flatten(one)) for one in each]
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -22,6 +22,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.report.findings import read_findings
 from adapters_jax.app.runs.stopping import StoppedError
 from adapters_jax.data.datasets import load_labelled
 from adapters_jax.errors import UserError
@@ -93,7 +94,8 @@ def test_trainable_parameters_are_exact(houlsby):
 
 def test_every_file_is_there(houlsby):
     _, summary, run, printed = houlsby
-    names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
+    names = ["adapter", "config.json", "curves.png", "findings.json", "metrics.jsonl"]
+    names.append("report.html")
     assert sorted(path.name for path in run.path.iterdir()) == names
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     config = json.loads(run.config.read_text())
@@ -102,6 +104,10 @@ def test_every_file_is_there(houlsby):
     assert config["optimizer"]["epochs"] == 8
     assert config["versions"]["jax"] == version("jax")
     assert aj.Recipe.from_json(config["recipe"]) == aj.houlsby(8, head="head")
+    judged = read_findings(run).judged
+    hits = np.equal(judged.column("test", "gold"), judged.column("test", "predicted"))
+    assert hits.mean() == summary["results"][-1]["test"]["accuracy"]
+    assert "F1 is that of the class yes, the positive one." in printed
     assert "bert/layer_0/attention/output" in printed
     assert "head-only" in printed
 

@@ -32,6 +32,7 @@ FEW = 60  # files of each reader
 ADAPTER = TARGETS["adapter"]
 
 
+@pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # as in fuzz/cases.py
 @pytest.mark.parametrize("target", TARGETS)
 def test_spoilt_files_end_in_documented_errors(target, tmp_path):
     fuzzer, refused = Fuzzer(target, tmp_path), 0

@@ -321,10 +321,10 @@ def test_an_absent_file_and_an_absent_package(file, monkeypatch):
     with raises(UserError, "'no.gguf'"):
         load_decoder("no.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with raises(MissingPackageError, file.name, "gguf", "adapters-jax[finetune]"):
+    with raises(MissingPackageError, file.name, "gguf", "[finetune]'"):
         read_gguf(file)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with raises(MissingPackageError, "jinja2", "adapters-jax[finetune]"):
+    with raises(MissingPackageError, "jinja2", "[finetune]'"):
         chat.render(TEMPLATE, [{"role": "user", "content": "a"}])
 
 

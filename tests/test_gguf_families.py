@@ -146,8 +146,8 @@ def tensors_of(name, values, stored):
     return found
 
 
-def written(path, name, values, stored, **changes):
-    """Writes a file with the package `gguf`."""
+def written(path, name, values, stored, words=0, **changes):
+    """Writes a file with the package `gguf`; llama.cpp reads one whose tokenizer has words."""
     architecture = NAMES.get(name, name)
     writer = gguf.GGUFWriter(path, architecture)
     for field, value in {**fields_of(name, values), **changes}.items():
@@ -155,6 +155,14 @@ def written(path, name, values, stored, **changes):
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add = writer.add_string if isinstance(value, str) else add
             add(f"{architecture}.{field}", value)
+    if words:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([chr(256 + i) for i in range(words)])
+        writer.add_token_types([gguf.TokenType.NORMAL] * words)
+        writer.add_token_merges([f"{chr(256)} {chr(257)}"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
     for own, weight in tensors_of(name, values, stored).items():
         writer.add_tensor(own, weight)
     writer.write_header_to_file()

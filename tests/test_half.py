@@ -194,3 +194,76 @@ def test_overflows_are_reported_and_too_many_stop_the_run(place, monkeypatch, ca
     err = capsys.readouterr().err
     assert status == 2 and "step 4: " in err and "--dtype bfloat16" in err
     assert "skipped" not in config and config["stopped"] in err
+
+
+def decoder(place, name, factor, *tensors):
+    """A tiny Llama with some of its weights multiplied; returns a function that finetunes it."""
+    from helpers.tiny import write_llama, write_meanings
+    from safetensors.numpy import load_file, save_file
+
+    from adapters_jax.app.cli.main import main
+
+    path = write_llama(place / name) / "model.safetensors"
+    found = load_file(path)
+    scaled = {k: x * np.float32(factor) if k.endswith(tensors) else x for k, x in found.items()}
+    assert sum(scaled[k] is not found[k] for k in found) >= len(tensors)
+    save_file(scaled, path, {"format": "pt"})
+    rows = write_meanings(place / "meals.csv", rows=64)
+
+    def run(dtype, epochs=3):
+        flags = ["--model", place / name, "--train", rows, "--prompt", "mr", "--completion", "ref"]
+        flags += ["--max-length", 16, "--method", "lora", "--rank", 2, "--no-chat"]
+        flags += ["--epochs", epochs, "--batch-size", 8, "--learning-rate", 0.05]
+        flags += ["--exact-match", 0, "--no-baselines"]
+        flags += ["--dtype", dtype, "--runs", place / "runs", "--name", f"{name}-{dtype}"]
+        status = main(["finetune", *map(str, flags)])
+        directory = place / "runs" / f"{name}-{dtype}"
+        return status, json.loads((directory / "config.json").read_text()), directory
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_in_float16_what_it_learns_in_float32(tmp_path, capsys):
+    run = decoder(tmp_path, "llama", 1.0, "norm.weight")
+    (_, _, full), (status, config, half) = run("float32"), run("float16")
+    assert status == 0 and "skipped_steps" not in config["summary"]
+    found, expected = losses_of(half), losses_of(full)
+    assert expected[-1] < 0.95 * expected[0] and found != expected
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+def test_a_decoders_overflows_are_skipped_counted_and_shown(tmp_path, capsys):
+    run = decoder(tmp_path, "steep", 1000.0, "embed_tokens.weight")  # which is the head's, too
+    status, config, directory = run("float16")
+    skipped = config["summary"]["skipped_steps"]
+    assert status == 0 and 0 < skipped < PATIENCE
+    assert f"{skipped} steps skipped" in capsys.readouterr().out
+    assert f"{skipped} steps overflowed float16" in (directory / "report.html").read_text()
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("skipped", 0) for row in rows) == skipped
+    assert np.isfinite(losses_of(directory)).all()
+
+
+def test_a_decoder_whose_steps_are_not_finite_stops_with_the_cause(tmp_path, monkeypatch, capsys):
+    from adapters_jax.tasks.completion_problem import CompletionProblem
+
+    rows, bad = CompletionProblem.batch, set(range(2, 2 + PATIENCE))
+
+    def poisoned(self, step):
+        batch = rows(self, step)
+        return {**batch, "weight": batch["weight"] * np.float32("nan" if step in bad else 1)}
+
+    monkeypatch.setattr(CompletionProblem, "batch", poisoned)
+    status, config, _ = decoder(tmp_path, "bad", 1.0, "norm.weight")("float16", epochs=5)
+    err = capsys.readouterr().err
+    assert status == 2 and "step 3: " in err and "--dtype bfloat16" in err
+    assert config["stopped"] in err and "summary" not in config
+
+
+def test_a_decoder_whose_activations_overflow_stops_with_the_cause(tmp_path, capsys):
+    run = decoder(tmp_path, "large", 1000.0, "gate_proj.weight", "up_proj.weight")
+    status, config, _ = run("float16")
+    err = capsys.readouterr().err
+    assert status == 2 and "the loss on dev is not finite" in err and "--dtype bfloat16" in err
+    assert config["stopped"] in err and "summary" not in config

@@ -146,3 +146,10 @@ def test_the_core_imports_nothing_of_the_application():
         "adapters_jax.models",
         "adapters_jax.tasks",
     }
+
+
+def test_importing_the_commands_starts_no_backend():
+    code = "from adapters_jax.app.cli import compare, finetune, serve; import jax._src.xla_bridge"
+    code += " as bridge; print(bridge._backends)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr

@@ -84,16 +84,7 @@ OTHERS = ("xlm_roberta", "distilbert", "electra", "modernbert", "deberta_v3")
 
 @pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=slow) for name in OTHERS)])
 def test_a_merged_encoder_is_a_classifier_of_transformers(base):
-    run = encoder_run()
-    if base != "tiny":
-        _fixture(base)
-        run = finished_run(
-            f"--model {base} --train reviews.jsonl --text review --max-length 12 --pooling pooler "
-            "--method lora --rank 2 --name other",
-            {"accuracy": 0.75, "f1": 0.8},
-        )
-    assert main(["merge", run, "--out", "merged"]) == 0
-    predictor = load_predictor(run)
+    predictor = load_predictor(merged_encoder(base))
     texts = [("a good film", None), ("the plot was dull", None)]
     expected = _outputs(predictor, predictor.params, predictor.model, texts)
     config = json.loads(Path("merged/config.json").read_text())
@@ -113,6 +104,20 @@ def test_a_merged_encoder_is_a_classifier_of_transformers(base):
     assert Path("merged/tokenizer.json").exists()
 
 
+def merged_encoder(base):
+    """Makes a run on an encoder in the current directory, and merges it; returns its path."""
+    run = encoder_run()
+    if base != "tiny":
+        _fixture(base)
+        run = finished_run(
+            f"--model {base} --train reviews.jsonl --text review --max-length 12 --pooling pooler "
+            "--method lora --rank 2 --name other",
+            {"accuracy": 0.75, "f1": 0.8},
+        )
+    assert main(["merge", run, "--out", "merged"]) == 0
+    return run
+
+
 def _fixture(name):
     shutil.copytree(FIXTURES / name, name)
     write_words(Path(name))
@@ -120,7 +125,7 @@ def _fixture(name):
 
 def _outputs(predictor, params, model, texts):
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.encoder.in_order(rows, None, 2, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
     arrays = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     return np.asarray(model.apply({"params": params}, *arrays))
 
@@ -133,7 +138,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.encoder.in_order(rows, None, 2, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
     _, params = FAMILIES["bert"].load("merged")
     inputs = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     hidden = np.asarray(Bert(predictor.encoder.config).apply({"params": params}, *inputs))

@@ -7,6 +7,7 @@ import pytest
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.tasks.classification import Classes
 from adapters_jax.tasks.metrics import METRICS, better, compute, perplexity, rouge
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
@@ -32,6 +33,18 @@ def test_f1_of_more_classes_is_the_mean_over_classes():
     # Class 0: precision 1/2, recall 1. Class 1: never predicted. Class 2: right.
     got = compute(["f1"], np.array([0, 0, 2]), np.array([0, 1, 2]))["f1"]
     assert got == pytest.approx((2 / 3 + 0 + 1) / 3)
+
+
+def test_f1_counts_the_classes_of_training_not_those_that_occur():
+    # Three classes, of which only 0 and 1 occur: 2/3 each. As two classes it is that of 1 alone.
+    predictions, labels = np.array([0, 1, 1]), np.array([0, 0, 1])
+    by_classes = {n: compute(["f1"], predictions, labels, classes=n)["f1"] for n in (2, 3, None)}
+    assert by_classes == pytest.approx({2: 2 / 3, 3: 2 / 3, None: 2 / 3})
+    labels = np.array([0, 0, 0])
+    by_classes = {n: compute(["f1"], predictions, labels, classes=n)["f1"] for n in (2, 3)}
+    assert by_classes == pytest.approx({2: 0.0, 3: (1 / 2 + 0) / 2})
+    assert Classes(("a", "b", "c")).score(["f1"], labels, labels) == {"f1": 1.0}
+    assert Classes(("a", "b")).score(["f1"], labels, labels) == {"f1": 0.0}
 
 
 def test_correlations():

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
+from helpers.reports import Page
 from helpers.tiny import FOODS, write_llama, write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 from test_preference_rows import TINY, bot, user, write
@@ -214,7 +215,8 @@ def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatc
     made()
     assert main(f"{TRAIN} --name straight --json".split()) == 0
     captured = capsys.readouterr()
-    assert "the task is preference" in captured.err and "reference" in captured.err
+    assert "the task is preference" in captured.err
+    assert {"reference  compiling", "lora  compiling"} <= {*captured.err.splitlines()}
     base, ours = json.loads(captured.out)["results"]
     assert (base["test"]["accuracy"], base["test"]["margin"]) == (0.5, 0.0)
     assert ours["test"]["accuracy"] == 1.0 and ours["test"]["margin"] > 0
@@ -225,6 +227,12 @@ def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatc
     assert all(names == r["dev"].keys() for r in records("straight") if "dev" in r)
     config = Run(Path("runs/straight")).read_config()
     assert (config["task_type"], config["loss"], config["beta"]) == ("preference", "dpo", 0.1)
+    rows = json.loads(Path("runs/straight/findings.json").read_text())["rows"]["test"]
+    margins = [row["chosen"] - row["rejected"] for row in rows]
+    assert np.mean(margins) == pytest.approx(ours["test"]["margin"], rel=1e-5)
+    assert np.mean([row["loss"] for row in rows]) == pytest.approx(ours["test"]["loss"], rel=1e-5)
+    sections = Page(Path("runs/straight/report.html").read_text()).sections
+    assert {"Reward margins", "Highest losses on dev", "Lengths"} <= sections.keys()
     raw = Path("runs/straight/curves.png").read_bytes()
     assert int.from_bytes(raw[16:20], "big") == 2025  # three pictures side by side
     assert list(load_generator("runs/straight").generate(["food Thai"], max_new_tokens=2))

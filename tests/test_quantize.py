@@ -339,7 +339,7 @@ def test_mistakes_raise_errors_that_name_them():
 
 def test_without_qwix_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with raises(MissingPackageError, "qwix", "pip install 'adapters-jax[quant]'"):
+    with raises(MissingPackageError, "qwix", "pip install ", "[quant]'"):
         aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
 
 

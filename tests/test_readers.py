@@ -346,6 +346,30 @@ def test_labels_that_look_alike_are_listed_once():
 # Real data
 
 
+def test_a_file_without_a_header_gets_the_names_of_its_columns():
+    write("rows.tsv", "A joy\t1,2\tx\nBad\t3\ty\n")
+    found = values_of("rows.tsv#text, labels,id")
+    assert found == [
+        {"text": "A joy", "labels": "1,2", "id": "x"},
+        {"text": "Bad", "labels": "3", "id": "y"},
+    ]
+    with raises(DataError, "'text'", "A joy", "rows.tsv#text,label"):
+        read_rows("rows.tsv", "text", None, None)
+    with raises(DataError, "rows.tsv", "line 1 has 3", "2 columns"):
+        read_file("rows.tsv#a,b")
+    write("rows.jsonl", '{"text": "A joy"}')
+    for wrong in ("rows.tsv#a,,b", "rows.tsv#a,b,a", "rows.jsonl#text"):
+        with raises(DataError, wrong, "rows.tsv#text,labels"):
+            read_file(wrong)
+
+
+@real
+def test_goemotions():
+    rows = values_of(f"{SHARED}/goemotions/dev.tsv#text,labels,id")
+    assert len(rows) == 5426
+    assert [row["labels"] for row in rows[:3]] == ["27", "4,27", "25"]
+
+
 @real
 def test_wnut17():
     rows = values_of(SHARED / "wnut17" / "wnut17train.conll")

@@ -1,119 +1,28 @@
 """The page and the picture of a run: valid HTML in one file, with every value escaped."""
 
 import ast
-import base64
+import importlib
 import io
+import json
 import re
 import shlex
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import rich.console
 from helpers.errors import raises
+from helpers.reports import CONFIG, HOSTILE, PICTURES, RECORDS, RESULTS, Page, write_page
 from jinja2 import UndefinedError
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import adapters_jax as aj
 from adapters_jax.app import console
+from adapters_jax.app.cli.main import COMMANDS
 from adapters_jax.app.console import Console, duration
+from adapters_jax.app.options.parsing import parse
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.run import (
-    _smooth,
-    draw_curves,
-    results_table,
-    show_metric,
-    write_report,
-)
-from adapters_jax.io.run_directory import Run
+from adapters_jax.app.report.pictures import curves, figure_of, smooth, svg
+from adapters_jax.app.report.run import results_table, show_metric
 from adapters_jax.tasks import task_of
-
-HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""
-RESULTS = [
-    {
-        "method": "majority class",
-        "trainable_parameters": 0,
-        "dev": {"f1": 0.1},
-        "test": {"f1": 0.2},
-    },
-    {"method": "<lora>", "trainable_parameters": 1234, "dev": {"f1": 0.8}, "test": {"f1": 0.75}},
-]
-CONFIG = {
-    "model": "some/<b>base",
-    "task": 'a "task" & more',
-    "metrics": ["f1"],
-    "rows": {"train": 12345, "dev": 20, "test": 30},
-    "seed": 0,
-    "nothing": None,
-    "text": HOSTILE,
-    "pairs": False,
-    "data": {"train": "/of/this/machine.csv", "prompt": "of another task"},
-    "files": {"train": "/of/this/machine.csv"},
-    "options": {"data": {"train": "/of/this/machine.csv", "text": HOSTILE}},
-    "summary": {"best_step": 7, "dev": {"f1": 0.8}, "seconds": 61.0, "results": RESULTS},
-}
-RECORDS = [
-    {"step": 1, "loss": 2.0},
-    {"step": 2, "loss": 1.0},
-    {"step": 2, "dev": {"f1": 0.8}},
-]
-
-
-class Page(HTMLParser):
-    """Parses a page, and checks that its tags nest.
-
-    Attributes:
-        tags: in order.
-        links: what `src` and `href` name.
-        words: every piece of text.
-        sections: the tables of each heading, as rows of cells, and its lines of code.
-    """
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.words, self.links = [], [], [], []
-        self.sections, self.alts = {}, []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-        self.alts += [value for name, value in attributes if name == "alt"]
-        assert not [name for name, _ in attributes if name.startswith("on")]
-        assert all(value is not None for _, value in attributes)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.section.append([])
-        if tag in ("td", "th"):
-            self.section[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-        inner = self.open[-1] if self.open else ""
-        if inner == "h2":
-            self.section = self.sections[data] = []
-        elif inner in ("td", "th"):
-            self.section[-1][-1] += data
-        elif inner == "code":
-            self.section.append(data)
-
-
-def write_page(directory, config):
-    """The page of a run with a configuration."""
-    run = Run(directory / "a run")
-    run.path.mkdir()
-    draw_curves(run.curves, "lora", RECORDS, "f1", {"majority class": 0.1})
-    counts = aj.audit(aj.Recipe(aj.Unfreeze("w")), {"w": np.zeros((2, 3), np.float32)})
-    write_report(run, config, counts)
-    return run.report.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -124,18 +33,37 @@ def page(tmp_path):
 def test_the_page_is_valid_html_in_one_file(page):
     assert page.startswith("<!DOCTYPE html>")
     found = Page(page)
-    assert [link[:22] for link in found.links] == ["data:image/png;base64,"]
-    assert not {"script", "link", "iframe"} & set(found.tags)
-    assert not re.search(r"url\(|@import|https?://", page)
+    assert {link for link in found.links if not link.startswith("#")} == {"data:,"}
+    assert not {"script", "iframe", "img"} & set(found.tags)
+    assert not re.search(r"url\([^#]|@import|https?://", page)
     assert '<meta name="viewport"' in page
-    headings = ["Results", "Curves", "What was trained", "How to use it", "The same again"]
-    assert [*found.sections] == [*headings, "Configuration"]
+    assert [*found.sections] == [
+        *("Results", "Learning curves", "Classes", "Confusion matrix", "Highest losses on dev"),
+        *("Lengths", "What was trained", "How to use it", "The same again", "How to cite it"),
+        "Configuration",
+    ]
+    assert (found.tags.count("h1"), found.tags.count("main")) == (1, 1)
 
 
-def test_the_picture_in_the_page_is_the_file(page, tmp_path):
-    (link,) = Page(page).links
-    raw = base64.b64decode(link.partition(",")[2], validate=True)
-    assert raw == (tmp_path / "a run" / "curves.png").read_bytes()
+def test_pictures_have_words_and_the_colours_of_the_page(page, tmp_path):
+    found = Page(page)
+    assert found.tags.count("svg") == 3
+    assert {
+        "Training loss over the steps: 2 at step 1, 1 at step 2.",
+        "f1 (%) on dev over the steps: 80 at step 2, 80 at step 2.",
+        "Lengths, tokens of a row. train: 3 from 5 to 5, median 5; dev: 3 from 5 to 9, median 9.",
+    } <= {*found.labels}
+    drawn = page[page.index("<svg") : page.rindex("</svg>")]
+    assert {*re.findall(r"#[0-9a-f]{6}", drawn)} <= {"#000000", "#ffffff"}
+    used = {*re.findall(r"var\((--[\w-]+)\)", drawn)}
+    assert {"--text", "--line", "--grey", "--color-0"} <= used
+    scheme = page[: page.index("</style>")]
+    for name in used:  # in the light, and in the dark
+        assert scheme.count(f"{name}:") == 2, name
+    marks = re.findall(r'\bid="([^"]*)"', page)
+    assert len(marks) == len({*marks})
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= {*marks}
+    assert (tmp_path / "a run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_shows_the_results_and_what_was_trained(page):
@@ -162,6 +90,7 @@ def test_the_configuration_has_only_this_task_and_no_paths(page):
         "model": "some/<b>base",
         "task": 'a "task" & more',
         "metrics": '["f1"]',
+        "recipe.methods": json.dumps(CONFIG["recipe"]["methods"]),
         "rows.train": "12345",
         "rows.dev": "20",
         "rows.test": "30",
@@ -173,19 +102,33 @@ def test_the_configuration_has_only_this_task_and_no_paths(page):
 
 
 def test_its_commands_run_as_they_are(page, tmp_path):
-    name = (tmp_path / "a run").as_posix()
     shell, program = Page(page).sections["How to use it"]
-    command, path, *texts = shlex.split(shell)[1:]
-    assert (command, path, len(texts)) == ("predict", name, 2)
-    assert ast.literal_eval(ast.parse(program).body[1].value.args[0]) == name
+    command = command_of(shell)
+    assert (type(command).__name__, command.run, len(command.texts)) == ("Predict", "a run", 2)
+    compile(program, "page", "exec")
+    assert ast.literal_eval(ast.parse(program).body[1].value.args[0]) == "a run"
     assert program.startswith("from adapters_jax.inference import load_predictor\n")
     (again,) = Page(page).sections["The same again"]
-    assert shlex.split(again) == [
-        "adapters-jax",
-        "finetune",
-        "--train=/of/this/machine.csv",
-        f"--text={HOSTILE}",
-    ]
+    words = ["adapters-jax", "finetune", "--train=machine.csv", f"--text={HOSTILE}"]
+    assert shlex.split(again) == words
+    assert command_of(again).data.train.name == "machine.csv"
+    assert str(tmp_path) not in page and "/of/this" not in page
+
+
+def command_of(line):
+    """The command that a line of a shell parses as."""
+    program, name, *flags = shlex.split(line)
+    assert program == "adapters-jax"
+    module, attribute = COMMANDS[name]
+    return parse(getattr(importlib.import_module(module), attribute), flags)
+
+
+def test_paths_below_the_working_directory_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {**CONFIG, "options": {"data": {"train": str(tmp_path / "in" / "rows.csv")}}}
+    sections = Page(write_page(tmp_path, config)).sections
+    assert sections["The same again"] == ["adapters-jax finetune --train=in/rows.csv"]
+    assert command_of(sections["How to use it"][0]).run == "a run"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +174,7 @@ def test_hostile_text_is_escaped(tmp_path):
     config["summary"] = {**CONFIG["summary"], "results": [RESULTS[0], last]}
     page = write_page(tmp_path, config)
     found = Page(page)
-    assert "script" not in found.tags
-    assert found.tags.count("img") == 1
+    assert not {"script", "img"} & {*found.tags}
     assert "{{ 1 + 1 }}" in page  # values are not templates
     assert found.sections["Results"][-1][0] == HOSTILE
     assert found.sections["Samples"] == [
@@ -243,9 +185,7 @@ def test_hostile_text_is_escaped(tmp_path):
     assert shlex.split(again)[-1] == f"--text={HOSTILE}"
 
 
-def test_attributes_are_escaped_too(tmp_path):
-    path = tmp_path / "c.png"
-    path.write_bytes(b"png")
+def test_attributes_are_escaped_too():
     alt = f'"{HOSTILE}"'
     page = pages.render(
         "comparison",
@@ -253,14 +193,16 @@ def test_attributes_are_escaped_too(tmp_path):
         metric=alt,
         results=(["a"], [["b"]]),
         sentence="s",
-        picture_uri=pages.data_uri(path),
+        notes=[alt],
+        picture=svg(figure_of(PICTURES), alt),
         cells=(["a"], [["b"]]),
         again="c",
         best=None,
+        cite="",
         configuration=[],
     )
-    assert Page(page).alts == [f"Test {alt} against trainable parameters of each recipe"]
-    assert Page(page).links == ["data:image/png;base64,cG5n"]
+    assert {f"Test {alt} against trainable parameters", alt} <= {*Page(page).labels}
+    assert "script" not in Page(page).tags
 
 
 def test_a_value_that_a_page_lacks_is_an_error():
@@ -268,28 +210,36 @@ def test_a_value_that_a_page_lacks_is_an_error():
         pages.render("run")
 
 
-def test_the_picture_is_a_png_of_a_readable_size(tmp_path):
-    records = [*RECORDS[:2], {"step": 2, "dev": {"pearson": 0.5}}]
-    draw_curves(tmp_path / "c.png", "lora", records, "pearson", {"mean": 0.0})
-    raw = (tmp_path / "c.png").read_bytes()
-    assert raw.startswith(b"\x89PNG")
+def test_the_picture_is_a_png_of_a_readable_size(page, tmp_path):
+    raw = (tmp_path / "a run" / "curves.png").read_bytes()
     width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1350, 540)
 
 
-def test_margins_of_rewards_have_a_picture_of_their_own(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **how: drawn.append((axes, xy[:2])))
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: None)
-    monkeypatch.setattr(Axes, "legend", lambda axes, **how: None)
+def test_margins_of_rewards_have_a_picture_of_their_own():
     records = [
         {"step": 1, "loss": 0.7, "margin": 0.0},
         {"step": 2, "loss": 0.6, "margin": 0.5},
         {"step": 2, "dev": {"accuracy": 0.8, "margin": 0.25}},
     ]
-    draw_curves(tmp_path / "c.png", "lora", records, "accuracy", {})
-    margins = [xy for axes, xy in drawn if axes.get_title() == "Reward margin"]
-    assert margins == [((1, 2), (0.0, 0.5)), ((1, 2), pytest.approx([0.0, 0.5])), ((2,), (0.25,))]
+    *_, margins = curves(records, "lora", "accuracy", {}, percent=True)
+    (axes,) = figure_of([margins]).axes
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert axes.get_title() == "Reward margin"
+    assert lines == [[[1, 0.0], [2, 0.5]], [[1, 0.0], [2, 0.5]], [[2, 0.25]]]
+
+
+def test_no_legend_covers_anything():
+    levels = {"majority class": 0.1, "frozen base, trained head": 0.4}
+    _, dev = curves(RECORDS, "lora", "f1", levels, percent=True)
+    figure = figure_of([dev])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent(renderer)
+    for other in (axes.patch, axes.xaxis.label, *axes.get_xticklabels()):
+        assert not legend.overlaps(other.get_window_extent(renderer)), other
+    assert legend.y0 >= 0 and legend.x0 >= 0
 
 
 @pytest.fixture
@@ -372,6 +322,6 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
 
 def test_the_loss_is_smoothed_over_its_neighbours():
     values = [0.0, 10.0] * 20
-    smooth = _smooth(values)
-    assert smooth[20] == pytest.approx(5, abs=1.1)
-    assert (smooth[0], _smooth([3.0]).tolist()) == (pytest.approx(10 / 3), [3.0])
+    found = smooth(values)
+    assert found[20] == pytest.approx(5, abs=1.1)
+    assert (found[0], smooth([3.0]).tolist()) == (pytest.approx(10 / 3), [3.0])

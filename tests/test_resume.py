@@ -113,7 +113,8 @@ def test_sigterm_saves_first_and_meanwhile_the_run_is_locked(straight, commands,
     assert commands.run(log, "finetune", "--resume", run) == 0, log.read_text()
     assert f"going on after step {step} of 16" in log.read_text()
     assert result(run) == result(straight[0])
-    names = ["adapter", "config.json", "curves.png", "metrics.jsonl", "report.html"]
+    names = ["adapter", "config.json", "curves.png", "findings.json", "metrics.jsonl"]
+    names.append("report.html")
     assert sorted(path.name for path in run.iterdir()) == names
 
 

@@ -419,5 +419,5 @@ def test_without_its_extra(monkeypatch):
         "serving.labels",
     ):
         monkeypatch.delitem(sys.modules, f"adapters_jax.{name}", raising=False)
-    with command_raises(MissingPackageError, "starlette", "adapters-jax[serve]"):
+    with command_raises(MissingPackageError, "starlette", "[serve]'"):
         assert main(["serve", "base"]) == 2

@@ -1,7 +1,9 @@
 """An encoder's server: its labels are those of each run alone, and adapters come and go."""
 
+import contextlib
 import dataclasses
 import json
+import threading
 
 import pytest
 from helpers.annotated import asked, labelled, tagged
@@ -16,14 +18,14 @@ from adapters_jax.serving.adapters import covering
 from adapters_jax.serving.api import application
 from adapters_jax.serving.guard import Limits
 from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
+from adapters_jax.serving.requests import BusyError
 
 HERE, LIMITS = "http://127.0.0.1", Limits()
 
 
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory):
+@contextlib.contextmanager
+def labelling(folder):
     """A server of a tiny BERT with a classifier and a regression."""
-    folder = tmp_path_factory.mktemp("labels")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         of_words = encoder_run("--method lora --rank 2 --label label", "words")
@@ -38,6 +40,12 @@ def labels(tmp_path_factory):
     api = LabelApi(base, engine, "tiny", LIMITS)
     yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    with labelling(tmp_path_factory.mktemp("labels")) as made:
+        yield made
 
 
 def plain(value):
@@ -127,6 +135,35 @@ def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monke
     rows = [(text, None) if isinstance(text, str) else tuple(text) for text in texts]
     for one, other in zip(answer.json()["predictions"], alone.predict(rows), strict=True):
         assert plain(one) == plain(json.loads(json.dumps(other.to_dict())))
+
+
+def test_requests_that_wait_are_computed_together_whatever_their_adapters(labels):
+    _, runs, engine, _ = labels
+    go = threading.Event()
+    engine._thread.submit(go.wait)  # so that both requests wait
+    texts = {"words": "good film", "numbers": "the plot was dull and very poor"}
+    futures = {name: engine.predict(name, [(text, None)] * 3) for name, text in texts.items()}
+    assert engine.waiting == 2
+    with raises(BusyError, 2):
+        engine.predict("words", [("one more", None)])
+    before = engine.counts.steps
+    go.set()
+    for name, future in futures.items():
+        (expected, *_) = load_predictor(runs[name]).predict([(texts[name], None)] * 3)
+        assert [plain(each) for each in future.result()] == [expected.to_dict()] * 3
+    assert engine.counts.steps == before + 1
+
+
+def test_a_request_that_cannot_be_answered_leaves_the_others(labels):
+    _, _, engine, _ = labels
+    go = threading.Event()
+    engine._thread.submit(go.wait)
+    bad = engine.predict("words", [("a", "pair")])
+    good = engine.predict("words", [("good film", None)])
+    go.set()
+    with raises(UserError, "single texts"):
+        bad.result()
+    assert len(good.result()) == 1
 
 
 def test_an_adapter_of_longer_texts_than_there_are_programs_for_is_refused(labels):

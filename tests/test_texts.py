@@ -13,7 +13,7 @@ import adapters_jax as aj
 from adapters_jax.app.cli.main import _say, main
 from adapters_jax.app.console import Console
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.run import draw_curves
+from adapters_jax.app.report.pictures import curves, figure_of
 from adapters_jax.io.model_card import model_card, table
 from adapters_jax.texts import markdown, markdown_block, markdown_code, visible
 
@@ -140,16 +140,17 @@ def test_a_page_and_a_picture_of_such_names(tmp_path):
         results=([CLEAR], [[CLEAR]]),
         sentence=CLEAR,
         metric=CLEAR,
-        picture_uri="data:,",
+        notes=[CLEAR],
+        picture="",
         cells=([CLEAR], [[CLEAR]]),
         again=CLEAR,
         best=CLEAR,
+        cite=CLEAR,
         configuration=[(CLEAR, CLEAR)],
     )
     assert not HARMFUL.search(page) and page.count("\\u202edesrever") > 8
     records = [{"step": 1, "loss": 2.0}, {"step": 1, "dev": {"f1": 0.8}}]
-    draw_curves(tmp_path / "x.png", "a$\\x$", records, "f1", {"$^$": 0.5})
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    figure_of(curves(records, "a$\\x$", "f1", {"$^$": 0.5}, percent=True)).draw_without_rendering()
 
 
 def test_a_message_has_a_bound_whatever_the_names_in_a_file_are():

@@ -13,6 +13,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.data.readers import DataError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
 from adapters_jax.models import KNOWN, family_of
@@ -146,7 +147,7 @@ def test_audit_plan_and_finetune_take_an_image_encoder_or_say_why_not(capsys, tm
     rows = "".join(f"film {i},{i % 2}\n" for i in range(80))
     (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
     words = ["finetune", *lora, "--train", str(tmp_path / "rows.csv")]
-    with command_raises(aj.UserError, "family vit", "deberta"):
+    with command_raises(DataError, "'image'", "rows.csv"):
         main(words)
 
 

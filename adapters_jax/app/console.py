@@ -128,13 +128,13 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.first: tuple[int, float] | None = None
+        self.first: tuple[float, float] | None = None
 
-    def at(self, step: int, now: float) -> float | None:
+    def at(self, step: float, now: float) -> float | None:
         """The mean seconds of a step up to this one; None if they are not known yet.
 
         Args:
-            step: the number of steps that are done.
+            step: the number of steps that are done, or the finished part of a work.
             now: the time, in seconds of `time.monotonic`.
         """
         first, began = self.first or (step, now)

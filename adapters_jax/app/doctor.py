@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from adapters_jax.adapting import adapt
 from adapters_jax.display import bytes_text
 from adapters_jax.distributed.devices import memory_of
+from adapters_jax.errors import install_command
 from adapters_jax.methods import LoRA
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.training.state import TrainState
@@ -125,7 +126,7 @@ def _idle(used: str, root: Path) -> str | None:
             what = f"unset JAX_PLATFORMS={chosen}" if chosen else "install its packages"
             return (
                 f"/{file} is a {needed.upper()}, but jax uses the {used}: {what}, "
-                f"pip install 'adapters-jax[{extra}]'"
+                f"{install_command(extra)}"
             )
     return None
 

@@ -17,7 +17,7 @@ from adapters_jax.errors import UserError, shortened
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
 from adapters_jax.io.identity import BaseIdentity
-from adapters_jax.models.family import Family
+from adapters_jax.models.family import MASKED, Family
 from adapters_jax.pretrained.base_model import described, heads_of
 from adapters_jax.pretrained.locate import find_family, read_config
 from adapters_jax.recipe import checked_before
@@ -155,11 +155,13 @@ def _merged(problem: Problem, family: Family, config: Mapping[str, Any]) -> Way:
             if problem.params is None:
                 nnx.eval_shape(lambda: merge(dequantize(problem.model)))
                 return Way(MERGED, lacks=lacks)
-            ids = jnp.zeros((1, 8), jnp.int32)
-            jax.eval_shape(lambda p: merge(problem.model, dequantize(p), ids), problem.params)
+            found = family.config.from_dict(read_config(config["model"]))
+            least = family.inputs(found, 1, 8)
+            like = jnp.zeros(least.shape, least.dtype)
+            jax.eval_shape(lambda p: merge(problem.model, dequantize(p), like), problem.params)
     except UserError as error:
         return Way(MERGED, shortened(str(error), 200))
-    if config.get("pooling") != "pooler":
+    if config.get("pooling") not in ("pooler", MASKED) and family.kind != "vision":
         head = f"its head in transformers' format: it reads {config.get('pooling')}"
         lacks = f"{head}; {lacks}" if lacks else head
     return Way(MERGED, lacks=lacks)

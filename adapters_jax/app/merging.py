@@ -21,6 +21,7 @@ from adapters_jax.app.leaving import check_writable
 from adapters_jax.errors import BaseFileError, file_errors
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import to_tensors
+from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.checkpoint import save_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
@@ -78,7 +79,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         FileSystemError: the system cannot write the directory.
     """
     family, files = find_family(config["model"]), locate(config["model"])
-    classifier: Any = family.classifier
+    classifier: Any = family.headed(config["pooling"])
     values = huggingface.read_json(files / "config.json")
     prefixes = (family.prefixes[values["model_type"]],)
     head, notes = params[HEAD], []
@@ -88,15 +89,21 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         head = {"kernel": kernel, "bias": bias}
         values["problem_type"] = "regression"
     beside_it: dict[str, Any] = {}
-    if config["pooling"] == "pooler":
+    kind = "ForImageClassification" if family.kind == "vision" else "ForSequenceClassification"
+    if config["pooling"] == "pooler" or family.kind == "vision":
         names = target.get("names") or ["LABEL_0"]
         values["id2label"] = {str(i): name for i, name in enumerate(names)}
         values["label2id"] = {name: i for i, name in enumerate(names)}
         values["architectures"] = [
-            re.sub(r"(Model|For\w+)$", "ForSequenceClassification", name)
-            for name in values.get("architectures") or ()
+            re.sub(r"(Model|For\w+)$", kind, name) for name in values.get("architectures") or ()
         ] or None
         tree, table = {**params, HEAD: head}, replace(classifier.names, prefixes=prefixes)
+    elif config["pooling"] == MASKED:
+        values["architectures"] = [
+            re.sub(r"(Model|For\w+)$", "ForMaskedLM", name)
+            for name in values.get("architectures") or ()
+        ] or None
+        tree, table = params, replace(classifier.names, prefixes=prefixes)
     else:
         tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
         beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
@@ -110,7 +117,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         if beside_it:
             arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
             save_file(arrays, beside / HEAD_FILE)
-        for name in (*TOKENIZER_FILES, "vocab.txt"):
+        for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
             if (files / name).is_file():
                 shutil.copyfile(files / name, beside / name)
     _, found = classifier.load(directory, config["pooling"], absent=True)

@@ -216,7 +216,7 @@ class Batches:
         self._bucket_of = np.searchsorted(self.buckets, lengths)
         members = [np.flatnonzero(self._bucket_of == b) for b in np.unique(self._bucket_of)]
         self._length = sum(-(-len(bucket) // batch_size) for bucket in members)
-        self._plan = _plan(members, batch_size, seed)
+        self._plan = plan(members, batch_size, seed)
 
     @classmethod
     def in_order(
@@ -292,7 +292,7 @@ class Batches:
         return np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
 
 
-def _plan(members: list[np.ndarray], batch_size: int, seed: int | None):
+def plan(members: list[np.ndarray], batch_size: int, seed: int | None) -> Any:
     """The row numbers of every step: `plan[step]` is `(rows,)`, shorter at the end of a bucket.
 
     Grain's `shuffle` and `batch` derive the epoch from the index, so each epoch has its own order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import defaultdict
@@ -17,6 +18,7 @@ from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.data.tables import Table, Texts, read_rows
 from adapters_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _MISSING = ("nan", "none", "null", "na", "n/a", "-", "?")
 
 
@@ -285,7 +287,21 @@ def hold_out(
 ) -> TaskData:
     """Completes the parts of a task: an absent "dev" or "test" is held out of "train"."""
     train, dev, test = split(parts["train"], seed, **_fractions(parts))
-    return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+    data = TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+    for part in ("dev", "test"):
+        _say_lacking(part, getattr(data, part), data.metrics)
+    return data
+
+
+def _say_lacking(part: str, rows: Dataset, metrics: Sequence[str]) -> None:
+    """Logs that the F1 of two classes is 0 where no row has the positive one."""
+    if "f1" in metrics and len(rows.label_names) == 2 and not (rows.labels == 1).any():
+        _LOG.warning(
+            "%s has no row of the class %r, so its F1 is 0 whatever is predicted; give it such "
+            "rows, or write --metrics accuracy",
+            part,
+            rows.label_names[1],
+        )
 
 
 def hold_out_rows(

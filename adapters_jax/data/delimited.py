@@ -1,4 +1,4 @@
-"""CSV, TSV and CoNLL: fields between separators."""
+"""CSV, TSV and CoNLL: fields between separators; and lines of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapters_jax.data.files import DataError, Record, Rows, text_of
 
 _log = logging.getLogger(__name__)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-TOKENS, TAGS = "tokens", "ner_tags"
+TOKENS, TAGS, TEXT = "tokens", "ner_tags", "text"
 
 
 def read_csv(path: Path, raw: bytes) -> Rows:
@@ -106,3 +106,9 @@ def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Row
         (n, [list(column) for column in zip(*tokens, strict=True)]) for n, tokens in sentences
     ]
     return [TOKENS, *between, TAGS], rows
+
+
+def read_txt(path: Path, raw: bytes) -> Rows:
+    """Reads the lines of a text file that are not blank, each a row with the column "text"."""
+    lines = text_of(path, raw).split("\n")
+    return [TEXT], [(n, [line.strip()]) for n, line in enumerate(lines, 1) if line.strip()]

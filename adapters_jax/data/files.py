@@ -24,6 +24,7 @@ Rows = tuple[list[str], list[Record]]  # column names, records
 Row = TypeVar("Row")
 Reader = Callable[[Path, bytes], Rows]
 
+NAMED = "#"  # behind the path of a file without a header, before the names of its columns
 MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
 _CHUNK = 2**20
 
@@ -132,6 +133,18 @@ def count_rows(items: Sequence[Any]) -> str:
 def first_few(items: Sequence[str]) -> str:
     """The first five items and the number of the others, for a message."""
     return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)
+
+
+def without_header(path: Path) -> str:
+    """What to write if a CSV or TSV file has no header, to end a message; empty for other files.
+
+    Example:
+        >>> without_header(Path("rows.tsv"))
+        "; if its first line is a row, name the columns: 'rows.tsv#text,label'"
+    """
+    if Path(path.name.lower().removesuffix(".gz")).suffix not in (".csv", ".tsv"):
+        return ""
+    return f"; if its first line is a row, name the columns: '{path.as_posix()}{NAMED}text,label'"
 
 
 def check_even(path: Path, rows: Rows) -> None:

@@ -92,7 +92,13 @@ LAYOUTS = (
         "multiple-choice",
     ),
     Layout("text/labels", ("text", "labels"), ("text",), "a text with its labels", "multilabel"),
-    Layout("image/label", ("image", "label"), ("image",), "an image with its class", None),
+    Layout(
+        "image/label",
+        ("image", "label"),
+        ("image",),
+        "an image with its class",
+        "image-classification",
+    ),
     Layout("text/label", ("text", "label"), ("text",), "a text with its label", "classification"),
 )
 

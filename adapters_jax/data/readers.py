@@ -11,12 +11,21 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from adapters_jax.data.columnar import read_arrow, read_parquet
-from adapters_jax.data.delimited import read_conll, read_csv, read_tsv
+from adapters_jax.data.delimited import read_conll, read_csv, read_tsv, read_txt
+from adapters_jax.data.files import (
+    NAMED,
+    Reader,
+    Rows,
+    check_even,
+    place,
+    read_bytes,
+    without_header,
+)
 from adapters_jax.data.files import DataError as DataError
 from adapters_jax.data.files import FilePath as FilePath
-from adapters_jax.data.files import Reader, Rows, place, read_bytes
 from adapters_jax.data.hub_rows import PREFIX, read_hub
 from adapters_jax.data.images import read_images
 from adapters_jax.data.json_rows import read_json, read_jsonl, rows_of
@@ -29,6 +38,7 @@ READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".conll": read_conll,
+    ".txt": read_txt,
 }
 
 
@@ -37,8 +47,9 @@ def read_file(path: FilePath) -> Rows:
 
     Args:
         path: the path of the file, where `.gz` may follow the suffix; a pattern such as
-            `"part-*.jsonl"`, whose files are read as one; a directory of images; or a data set of
-            the Hugging Face Hub, as `"hub:user/name#config:split@revision"`.
+            `"part-*.jsonl"`, whose files are read as one; `"rows.tsv#text,labels"` for a CSV or TSV
+            file without a header; a directory of images; or a data set of the Hugging Face Hub, as
+            `"hub:user/name#config:split@revision"`.
 
     Returns:
         The names of the columns, and each record with the line that it starts on.
@@ -58,6 +69,8 @@ def read_file(path: FilePath) -> Rows:
     if str(path).startswith(PREFIX):
         return read_hub(str(path), _read_files)
     path = Path(path)
+    if NAMED in path.name and not path.exists():
+        return _read_named(path)
     if path.is_dir():
         return read_images(path, read_file)
     if glob.has_magic(str(path)) and not path.exists():
@@ -70,6 +83,21 @@ def read_file(path: FilePath) -> Rows:
             "one of them with .gz"
         )
     return READERS[suffix](path, read_bytes(path))
+
+
+def _read_named(path: Path) -> Rows:
+    """Reads a file whose first line is a row; its columns are named behind `NAMED`."""
+    place, _, names = str(path).partition(NAMED)
+    file, header = Path(place), [name.strip() for name in names.split(",")]
+    if without_header(file) == "" or not all(header) or len({*header}) < len(header):
+        raise DataError(
+            f"{path.as_posix()}: expected the names of the columns behind {NAMED}, each once, of a "
+            f"CSV or TSV file without a header, as in rows.tsv{NAMED}text,labels"
+        )
+    first, records = read_file(file)
+    rows: Rows = header, [(1, list[Any](first)), *records]
+    check_even(file, rows)
+    return rows
 
 
 def _matching(pattern: Path) -> list[Path]:

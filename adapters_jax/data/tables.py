@@ -14,7 +14,15 @@ from typing import Any
 
 from adapters_jax.data.files import DataError as DataError
 from adapters_jax.data.files import FilePath as FilePath
-from adapters_jax.data.files import Line, Rows, check_even, count_rows, place, places
+from adapters_jax.data.files import (
+    Line,
+    Rows,
+    check_even,
+    count_rows,
+    place,
+    places,
+    without_header,
+)
 from adapters_jax.data.layouts import hint
 from adapters_jax.data.readers import read_file
 
@@ -187,6 +195,7 @@ def _columns(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
         f"{', '.join(header)}"
         + (f"; did you mean {' and '.join(map(repr, near))}?" * bool(near))
         + hint(header)
+        + without_header(path)
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from adapters_jax.errors import MissingPackageError, UserError, shortened
+from adapters_jax.errors import MissingPackageError, UserError, install_command, shortened
 
 GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -266,5 +266,5 @@ def _check_compiler(device: str, package: str, extra: str, expected: str | None)
     if not fits:
         raise UserError(
             f"{package} {found} is installed, and jaxlib {version('jaxlib')} goes with {package} "
-            f"{expected}; write pip install 'adapters-jax[{extra}]'"
+            f"{expected}; write {install_command(extra)}"
         )

@@ -31,6 +31,7 @@ FACTOR = 100  # further units for each character of the values that a template g
 STEP = 20
 DEEPEST = 32  # nested lists and mappings
 LONGEST = 2**16  # characters of a template
+PROGRAM = 2**17  # of the Python that it becomes; compiling takes up to 150 bytes for each
 WIDEST = 999  # of a field of the operator %
 LARGEST = 2**14  # bits of a whole number
 
@@ -174,6 +175,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.call_test(name, value, args, kwargs, context)
 
     # What jinja calls.
+
+    def _compile(self, source: str, filename: str) -> Any:
+        """Compiles the Python of a template."""
+        if len(source) > PROGRAM:
+            raise TemplateRuntimeError(
+                f"as Python it has {len(source)} characters, expected at most {PROGRAM}"
+            )
+        return super()._compile(source, filename)
 
     def call_filter(  # type: ignore[override]
         self, name: str, value: Any, args: Any = (), kwargs: Any = None, context: Any = None, *rest
@@ -377,6 +386,5 @@ class _Metered(NodeTransformer):
 def _call(node: nodes.Node, method: str, *arguments: nodes.Expr) -> nodes.Call:
     """A call of a method of `Sandbox` with the context and these arguments."""
     target = nodes.EnvironmentAttribute(method)
-    made = nodes.Call(target, [nodes.ContextReference(), *arguments], [], None, None)
-    made.set_lineno(node.lineno)
-    return made
+    given = [nodes.ContextReference(), *arguments]
+    return nodes.Call(target, given, [], None, None, lineno=node.lineno)

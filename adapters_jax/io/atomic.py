@@ -1,5 +1,7 @@
 """Writes directories and files that appear whole or not at all, even if writing fails."""
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -7,6 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adapters_jax.errors import file_errors
+
+_ATTEMPTS = 100
+_OF_OTHERS = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process was faster
 
 Content = bytes | Callable[[Path], None]
 
@@ -68,19 +73,30 @@ def write_file(target: Path, content: Content) -> None:
 
 
 def _replace(beside: Path, directory: Path) -> None:
-    """Renames a finished directory to its final name; if that fails, the old one is put back."""
-    if not directory.exists():
-        os.replace(beside, directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    try:
-        os.replace(directory, old)
-        os.replace(beside, directory)
-    finally:
-        if directory.exists():
-            shutil.rmtree(old)
-        else:
+    """Renames a finished directory to its final name; if that fails, the old one is put back.
+
+    Where another process does the same meanwhile, the directory is the one of the last of them.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        try:
+            if directory.exists():
+                os.replace(directory, old)
+            os.replace(beside, directory)
+            return
+        except OSError as error:
+            if error.errno not in _OF_OTHERS or attempt == _ATTEMPTS:
+                raise
+        finally:
+            _put_back(old, directory)
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Renames an old directory back to its name, or removes it if there is a new one."""
+    if any(old.iterdir()) and not directory.exists():
+        with contextlib.suppress(OSError):  # another process was faster
             os.replace(old, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, content: Content) -> None:

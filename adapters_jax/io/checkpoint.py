@@ -8,13 +8,14 @@ SHA-256 checksums of its files, so that a damaged checkpoint is detected and the
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+# What orbax raises of files that have another content; tensorstore's is a ValueError.
+_OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -131,9 +134,14 @@ class Checkpoints:
             "arrays": ocp.StandardCheckpointHandler(),
             "about": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
+        try:
+            with _read_by_orbax(f"the checkpoints in {self.directory}", "remove the newest one"):
+                self._manager = ocp.CheckpointManager(
+                    self.directory, options=options, item_handlers=handlers
+                )
+        except CheckpointError:
+            self._unlock()
+            raise
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
         self._identity: dict[str, Any] | None = None
@@ -255,7 +263,7 @@ class Checkpoints:
         """
         step = self._found(step)
         where = f"the checkpoint of step {step} in {self.directory}"
-        about = self._read(step, about=self._args.JsonRestore())["about"]
+        about = self._about(step)
         for name, own in _identity(state).items():
             if as_compared(about[name]) != as_compared(own):
                 raise CheckpointError(
@@ -264,7 +272,8 @@ class Checkpoints:
                     "it was trained with"
                 )
         expected = _arrays(_kept(state, state.adapters if about["best"] else None))
-        saved = dict(self._manager.item_metadata(step)["arrays"].items())
+        with self._reading(step):
+            saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = (
             "Restore it into a state with the model, recipe, optimiser and collections that it was "
             "trained with."
@@ -287,8 +296,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no such checkpoint, or it cannot be read.
         """
-        about = self._read(self._found(step), about=self._args.JsonRestore())["about"]
-        return dict(about["progress"])
+        return self._about(self._found(step))["progress"]
 
     def close(self) -> None:
         """Waits for the last save and closes the directory; nothing can be saved afterwards."""
@@ -297,9 +305,12 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._manager.close()
-            if self._lock is not None:
-                unlock_directory(self.directory, self._lock)
-                self._lock = None
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            unlock_directory(self.directory, self._lock)
+            self._lock = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -316,14 +327,22 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} has no checkpoint{which}")
         return steps[-1] if step is None else step
 
+    def _about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself beside its arrays."""
+        about = self._read(step, about=self._args.JsonRestore())["about"]
+        with self._reading(step):
+            names = ("recipe", "base", "best")
+            return {"progress": dict(about["progress"]), **{name: about[name] for name in names}}
+
     def _read(self, step: int, **items: Any) -> Any:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=self._args.Composite(**items))
-        except (OSError, ValueError) as error:  # tensorstore's is a ValueError
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} cannot be read: "
-                f"{_short(error)}; open the directory again to go on with the one before it"
-            ) from error
+
+    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return _read_by_orbax(
+            f"the checkpoint of step {step} in {self.directory}",
+            "open the directory again to go on with the one before it",
+        )
 
     def _clean(self) -> None:
         """Removes the remains of interrupted saves."""
@@ -347,6 +366,15 @@ class Checkpoints:
                 aside,
                 others,
             )
+
+
+@contextlib.contextmanager
+def _read_by_orbax(what: str, fix: str) -> Iterator[None]:
+    """Turns what orbax raises of spoilt files into a CheckpointError."""
+    try:
+        yield
+    except _OF_ORBAX as error:
+        raise CheckpointError(f"{what} cannot be read: {_short(error)}; {fix}") from error
 
 
 def _identity(state: TrainState) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Run:
         return self.path / "report.html"
 
     @property
+    def findings(self) -> Path:
+        """What the page shows beside the configuration and the metrics: predictions, counts."""
+        return self.path / "findings.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The checkpoints to resume from; removed when the run is finished."""
         return self.path / "checkpoints"
@@ -140,6 +145,15 @@ class Run:
         line = json.dumps(record) + "\n"
         with file_errors(self.metrics, "written"), self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Reads all metrics; raises RunError if a line of the file is damaged."""
+        with file_errors(self.metrics, "read", error=RunError):
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunError(f"{self.metrics} is damaged: {error}") from error
 
     def read_config(self, kind: str | None = None) -> dict[str, Any]:
         """Reads the configuration; `adapters_jax.tasks.read_run` also checks what its task needs.

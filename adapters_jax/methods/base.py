@@ -16,6 +16,7 @@ from adapters_jax.attention.heads import Inline
 from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.methods.spelling import check_settings
 from adapters_jax.targets import as_patterns
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.calls import Returned
@@ -134,6 +135,7 @@ class Method:
         pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
             that it overrides for the targets that the pattern matches.
         subset_fields: fields of patterns that match some of the targets.
+        paper: the number on arXiv of the paper that proposed it, which a run's page cites.
 
     Args:
         targets: patterns of module paths.
@@ -173,11 +175,17 @@ class Method:
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
+    paper: ClassVar[str] = ""
     size_fields: ClassVar[tuple[str, ...]] = ()
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
+
+    def __new__(cls, *args: Any, **settings: Any) -> "Method":
+        """Makes the method; raises UserError for settings in another library's spelling."""
+        check_settings(cls.__name__, cls.__dataclass_fields__, settings)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))

@@ -92,6 +92,7 @@ class Bottleneck(Method):
 
     name: ClassVar[str] = "bottleneck"
     slot: ClassVar[str] = "adapter"
+    paper: ClassVar[str] = "1902.00751"
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"
     size_fields: ClassVar[tuple[str, ...]] = (
         *("bottleneck_dim", "reduction_factor"),

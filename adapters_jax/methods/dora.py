@@ -37,6 +37,7 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "2402.09353"
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")  # type: ignore[misc]
 
     @property

@@ -41,6 +41,7 @@ class IA3(LeafMethod):
 
     name: ClassVar[str] = "ia3"
     slot: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "2205.05638"
     subset_fields: ClassVar[tuple[str, ...]] = ("feed_forward",)
     size_fields: ClassVar[tuple[str, ...]] = ("feed_forward",)
     leaf_names: ClassVar[tuple[str, ...]] = ("scale",)  # type: ignore[misc]

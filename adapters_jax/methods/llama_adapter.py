@@ -59,6 +59,7 @@ class LlamaAdapter(Prompt):
 
     name: ClassVar[str] = "llama_adapter"
     slot: ClassVar[str] = "prompt"
+    paper: ClassVar[str] = "2303.16199"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]
     size_fields: ClassVar[tuple[str, ...]] = ("prompt_length", "init_std")
     unmergeable: ClassVar[str] = "its prompt has a softmax of its own"

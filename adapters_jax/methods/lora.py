@@ -83,6 +83,7 @@ class LoRA(LeafMethod):
 
     name: ClassVar[str] = "lora"
     slot: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "2106.09685"
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
     pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}

@@ -56,6 +56,7 @@ class PrefixTuning(Prompt):
 
     name: ClassVar[str] = "prefix"
     slot: ClassVar[str] = "prefix"
+    paper: ClassVar[str] = "2101.00190"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]
     shares_softmax: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("length", "init_std")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from adapters_jax.interop.names import NameTable
 
+MASKED = "masked tokens"  # what the head of a masked language model reads
 Kind = Literal["encoder", "decoder", "encoder-decoder", "vision"]
 
 
@@ -28,6 +29,8 @@ class Classifier:
             of the base. With `absent=True`, a pooler that the files lack is filled with zeros.
         one_layer: the model types for which the classifier in transformers has the same head, one
             dense layer on the pooler.
+        read_head: `read_head(directory, config, word embeddings)` reads the head that checkpoints
+            have, and returns None if this one has none; None if they never have one.
     """
 
     base: str
@@ -35,6 +38,7 @@ class Classifier:
     build: Callable[..., Any]
     load: Callable[..., tuple[Any, Any]]
     one_layer: tuple[str, ...] = ()
+    read_head: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Family:
         scans: whether the model can scan its layers, which must be alike for that.
         generates: whether the model generates text with a cache, which a decoder's tasks need.
         classifier: the classification model; None if there is none.
+        masked_lm: the masked language model; None if there is none.
     """
 
     name: str
@@ -75,11 +80,20 @@ class Family:
     scans: bool = True
     generates: bool = False
     classifier: Classifier | None = None
+    masked_lm: Classifier | None = None
+
+    def headed(self, pooling: str | None) -> Classifier | None:
+        """The model whose head reads this: the masked language model's is of its own."""
+        return self.masked_lm if pooling == MASKED else self.classifier
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
         """Returns a model without arrays, and example inputs."""
         inputs = self.inputs(config, 1, 8)
         return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
+
+    def example(self, config: Any) -> jax.ShapeDtypeStruct:
+        """The shape of the least input."""
+        return self.inputs(config, 1, 1)
 
     def shapes(self, config: Any, **options: Any) -> Any:
         """The parameters of a model as a tree of shapes."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from adapters_jax.errors import UserError
 from adapters_jax.mixed import Rows
 from adapters_jax.models.parts.layers import check_tokens
+from adapters_jax.nnx.held import AdapterParam
 
 
 class CachedModel(Protocol):
@@ -209,7 +210,11 @@ def _generate(
     adapters: Rows | None,
     new: int,
 ) -> Generated:
-    given = {} if adapters is None else {"adapters": adapters}
+    given: dict[str, Rows] = {}
+    if adapters is not None:  # the rows' adapters are taken once, and not for each token
+        stacked, rest = nnx.split_state(state, AdapterParam, ...)
+        given["adapters"], mine = adapters.take(stacked)
+        state = nnx.merge_state(rest, mine)
 
     def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
         """The cache extended by tokens, and the logits after the last token of each row."""

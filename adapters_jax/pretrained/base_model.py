@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from adapters_jax.interop.base_model import BaseModel
@@ -22,7 +23,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
     Args:
         name: a pinned model, a directory, a GGUF file, or an id on the Hub.
         width: the number of outputs of an encoder's head; None loads the base without a head.
-        pooling: the pooling that the head reads: mean, cls or pooler.
+        pooling: the pooling that the head reads; see `load_encoder`.
 
     Returns:
         The base with its names, identity and checksum; the head's parameters are zeros.
@@ -35,14 +36,19 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
     family = family_of(values, name)
     config: Any
     params: Any
-    classifier = family.classifier
+    classifier = family.headed(pooling)
     if classifier is None:
         config, params = family.load(files)
     else:
         config, params = classifier.load(files, pooling, absent=True)
     classifies = classifier is not None and width is not None
+    if family.kind == "vision":
+        pooling = config.pooling
     if classifier is not None and width is not None:
-        head = {"kernel": jnp.zeros((config.hidden_size, width)), "bias": jnp.zeros(width)}
+        model = classifier.build(config, width, pooling or "mean")
+        example = family.example(config)
+        head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
+        head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
     public = None if Path(name).exists() else hub.split(name)[0]
     return described(
@@ -71,7 +77,7 @@ def described(
     pooling: str | None,
 ) -> BaseModel:
     """A base whose parameters are there already, with what its family says; see `BaseModel`."""
-    classifier = family.classifier
+    classifier = family.headed(pooling)
     return BaseModel(
         name,
         family.kind,

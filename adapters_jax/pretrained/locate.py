@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import huggingface
@@ -65,6 +65,12 @@ def pinned_shape(name: str) -> tuple[Family, Any] | None:
     """
     asset = assets.ASSETS.get(name)
     return find_known(asset.shape) if asset and asset.shape else None
+
+
+def kind_of(name: str) -> Literal["encoder", "decoder", "vision"]:
+    """The kind of a base, by which tasks are found; see `Task.kind`."""
+    kind = find_family(name).kind
+    return "decoder" if kind == "encoder-decoder" else kind
 
 
 def is_decoder(name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from adapters_jax.adapting import adapt
@@ -31,7 +31,7 @@ from adapters_jax.trees import flatten, join
 
 _log = logging.getLogger(__name__)
 
-_EXAMPLE = jnp.ones((1, 8), jnp.int32)
+_EXAMPLE = np.ones((1, 8), np.int32)
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def covering(adapters: Iterable[Read]) -> Recipe:
 
     Example:
         >>> from adapters_jax import LoRA
-        >>> a, b = jnp.ones((6, 2)), jnp.ones((2, 6))
+        >>> a, b = np.ones((6, 2)), np.ones((2, 6))
         >>> small = Read(Recipe(LoRA("**", 2)), {"up/lora/a": a, "up/lora/b": b})
-        >>> large = Read(Recipe(LoRA("*", 4)), {"q/lora/a": jnp.ones((6, 4)), "q/lora/b": b})
+        >>> large = Read(Recipe(LoRA("*", 4)), {"q/lora/a": np.ones((6, 4)), "q/lora/b": b})
         >>> covering([small, large])
         Recipe(
           LoRA(targets=('up', 'q'), rank=4),

@@ -1,6 +1,7 @@
 """Labels of texts by an encoder with many adapters, each with a head of its own.
 
-One thread runs the model; the texts of a request are one or more batches of static shapes.
+One thread runs the model. The texts of all requests that wait are computed together, in batches of
+static shapes whose rows have an adapter each.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from adapters_jax.transforms.fitting import Fitted
 
 BATCH = 8
 WIDTHS = (32, 128)  # of short texts; others have the width of the longest
-_IDS = jnp.ones((1, 8), jnp.int32)
+_IDS = np.ones((1, 8), np.int32)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class Labels(About):
     readout: Readout | None = None
     max_length: int = 0
     pairs: bool = False
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Texts to label, and who waits for it."""
+
+    name: str
+    texts: Sequence[tuple[str, str | None]]
+    future: Future[list[Any]] = field(default_factory=Future)
 
 
 class EncoderBase:
@@ -157,8 +167,9 @@ class Labeller:
     def __init__(self, base: EncoderBase, bank: Bank, longest: int, queue: int) -> None:
         self.adapters: dict[str, Served] = {}
         self.counts = Counts()
-        self.waiting, self.running = 0, 0
+        self.running = 0
         self.alive = False
+        self._wanted: list[_Wanted] = []
         self._base, self._bank, self._queue = base, bank, queue
         self._lock = threading.Lock()
         self._widths = tuple(sorted({longest, *(width for width in WIDTHS if width < longest)}))
@@ -186,6 +197,8 @@ class Labeller:
         """Stops after what it does now."""
         self.alive = False
         self._thread.shutdown(cancel_futures=True)
+        for each in self._wanted:
+            each.future.cancel()
 
     def fit(self, name: str, adapter: Any) -> Fitted:
         """See `Engine.fit`."""
@@ -224,54 +237,89 @@ class Labeller:
         return self._thread.submit(work)
 
     def predict(self, name: str, texts: Sequence[tuple[str, str | None]]) -> Future[list[Any]]:
-        """Labels texts, after what waits already.
+        """Labels texts; those that wait together are computed together, whatever their adapters.
 
         Raises:
             BusyError: too many requests wait.
             UnknownModelError: there is no such adapter.
         """
         self._served(name)
+        wanted = _Wanted(name, texts)
         with self._lock:
-            if not self.alive or self.waiting >= self._queue:
-                raise BusyError(f"{self.waiting} requests are waiting, the most; try again later")
-            self.waiting += 1
-        future = self._thread.submit(self._answer, name, texts)
-        future.add_done_callback(lambda done: self._moved(-1, 0) if done.cancelled() else None)
-        return future
+            if not self.alive or len(self._wanted) >= self._queue:
+                raise BusyError(
+                    f"{len(self._wanted)} requests are waiting, the most; try again later"
+                )
+            self._wanted.append(wanted)
+        self._thread.submit(self._turn)
+        return wanted.future
 
-    def _answer(self, name: str, texts: Sequence[tuple[str, str | None]]) -> list[Any]:
-        self._moved(-1, 1)
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._wanted)
+
+    def _turn(self) -> None:
+        """Answers all requests that wait; each adds a turn, which may find none left."""
+        with self._lock:
+            taken, self._wanted = self._wanted, []
+        taken = [each for each in taken if each.future.set_running_or_notify_cancel()]
+        self.running = len(taken)
         try:
-            return self._predict(name, texts)
+            self._answer(taken)
         finally:
-            self._moved(0, -1)
+            self.running = 0
+            for each in taken:
+                if not each.future.done():  # a bug, for which nobody waits for ever
+                    each.future.set_exception(BusyError("the server cannot answer; try again"))
 
-    def _moved(self, waiting: int, running: int) -> None:
-        with self._lock:
-            self.waiting += waiting
-            self.running += running
+    def _answer(self, taken: Sequence[_Wanted]) -> None:
+        """Computes the rows of all requests in one series of batches, and hands them out."""
+        asked: list[tuple[_Wanted, Any, Any]] = []
+        for each in taken:
+            try:
+                about: Labels = self._served(each.name).about
+                readout: Any = about.readout
+                readout.check(each.texts, about.pairs)
+                inputs = readout.inputs(self._base.encoder, each.texts, about.max_length)
+            except UserError as error:
+                each.future.set_exception(error)
+            else:
+                asked.append((each, readout, inputs))
+        if not asked:
+            return
+        outputs = self._compute(
+            asked[0][1], [(each.name, row) for each, _, inputs in asked for row in inputs.rows]
+        )
+        for each, readout, inputs in asked:
+            mine, outputs = np.split(outputs, [len(inputs.rows)])
+            mine = mine[..., : readout.width]
+            if np.isfinite(mine).all():
+                self.counts.ended["labelled"] += 1
+                found = readout.predictions(each.texts, mine, inputs)
+                each.future.set_result([one.to_dict() for one in found])
+            else:
+                each.future.set_exception(
+                    UserError(f"the numbers of {each.name} are not finite; train it again")
+                )
+
+    def _compute(self, readout: Any, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
+        """The head's outputs for rows, each with the name of its adapter; any readout batches."""
+        inputs = [row for _, row in rows]
+        batches = readout.batches(self._base.encoder, inputs, None, BATCH, None, self._widths)
+        params, bank = self._bank.params, self._bank
+
+        def run(batch: Any) -> Any:
+            names = [rows[i][0] if i >= 0 else None for i in batch["index"]]
+            self.counts.steps += 1
+            return self._outputs(params, [batch[key] for key in INPUTS], bank.rows(names))
+
+        return in_row_order(run, batches)
 
     def _served(self, name: str) -> Served:
         if name not in self.adapters:
             raise UnknownModelError(f"no adapter is named {name!r}")
         return self.adapters[name]
-
-    def _predict(self, name: str, texts: Sequence[tuple[str, str | None]]) -> list[Any]:
-        about: Labels = self._served(name).about
-        readout: Any = about.readout
-        readout.check(texts, about.pairs)
-        inputs = readout.inputs(self._base.encoder, texts, about.max_length)
-        batches = self._base.encoder.in_order(inputs.rows, None, BATCH, self._widths)
-        several = inputs.rows[0].input_ids.ndim == 2  # such as the choices of a question
-        each = len(inputs.rows[0].input_ids) if several else 1
-        params, places = self._bank.params, self._bank.rows([name] * BATCH, each=each)
-        outputs = in_row_order(
-            lambda batch: self._outputs(params, [batch[key] for key in INPUTS], places), batches
-        )[..., : readout.width]
-        if not np.isfinite(outputs).all():
-            raise UserError(f"the numbers of {name} are not finite; train it again")
-        self.counts.ended["labelled"] += 1
-        return [each.to_dict() for each in readout.predictions(texts, outputs, inputs)]
 
 
 class LabelApi(Api):

@@ -2,8 +2,10 @@
 
 - `base`: the interface of a task, and what its author provides.
 - `classification`, `regression`, `multilabel`, `token_classification`, `question_answering` and
-  `multiple_choice`: an encoder with a head; `sentence_embedding`: one without. `labelled` and
-  `labelled_problem` have what all share, `readout` what differs, `head` the baseline.
+  `multiple_choice`: an encoder with a head; `sentence_embedding`: one without;
+  `masked_language_modelling`: one with the checkpoint's own; `image_classification`: one of
+  images. `labelled` and `labelled_problem` have what all share, `readout` what differs, `head` the
+  baseline.
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
 - `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
@@ -21,6 +23,8 @@ from adapters_jax.tasks.base import Task
 from adapters_jax.tasks.classification import Classification
 from adapters_jax.tasks.completion import Completion
 from adapters_jax.tasks.conversation import ConversationTask
+from adapters_jax.tasks.image_classification import ImageClassification
+from adapters_jax.tasks.masked_language_modelling import MaskedLanguageModelling
 from adapters_jax.tasks.multilabel import MultiLabel
 from adapters_jax.tasks.multiple_choice import MultipleChoice
 from adapters_jax.tasks.preference import PreferenceTask
@@ -39,6 +43,8 @@ TASKS: dict[str, Task] = {
     QuestionAnswering.name: QuestionAnswering(),
     MultipleChoice.name: MultipleChoice(),
     SentenceEmbedding.name: SentenceEmbedding(),
+    MaskedLanguageModelling.name: MaskedLanguageModelling(),
+    ImageClassification.name: ImageClassification(),
     Completion.name: Completion(),
     ConversationTask.name: ConversationTask(),
     PreferenceTask.name: PreferenceTask(),
@@ -46,7 +52,7 @@ TASKS: dict[str, Task] = {
 
 
 def tasks_on(kind: str) -> list[Task]:
-    """The tasks on a kind of base, "encoder" or "decoder"; the first is the default.
+    """The tasks on a kind of base, as `Task.kind`; the first is the default.
 
     Example:
         >>> [task.name for task in tasks_on("decoder")]

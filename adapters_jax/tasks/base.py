@@ -37,6 +37,7 @@ from adapters_jax.data.tables import read_rows
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
+from adapters_jax.tasks.views import Judged, View
 from adapters_jax.training.state import TrainState
 
 Batch = Mapping[str, np.ndarray]
@@ -64,6 +65,7 @@ class Setup:
         turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
         loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
         beta: its strength.
+        augment: how training images are varied: "flip", "crop", or both.
         accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
@@ -86,6 +88,7 @@ class Setup:
     turns: Literal["assistant", "last", "all"] = "assistant"
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
     beta: float = 0.1
+    augment: tuple[str, ...] = ()
     accumulate: int = 1
     exact_match: int = 0
     mesh: Mesh | None = None
@@ -107,11 +110,13 @@ class Task(ABC):
         columns: the roles of the columns it reads, each with its default name; None is optional.
         flags: the flags of this task that not every task has, as fields of the options.
         needed: the keys of a run's configuration that `open` reads, with their types.
+        epochs: the passes over the training rows, if not those of the method.
+        batch_size: the rows of a batch, if not those of the kind.
         example: the flags that give its rows on the command line.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["encoder", "decoder"]]
+    kind: ClassVar[Literal["encoder", "decoder", "vision"]]
     pipeline: ClassVar[str]
     command: ClassVar[Literal["predict", "generate"]]
     head: ClassVar[str] = "classification"
@@ -119,6 +124,8 @@ class Task(ABC):
     columns: ClassVar[Mapping[str, str | None]]
     flags: ClassVar[tuple[str, ...]] = ()
     needed: ClassVar[Mapping[str, type]] = {}
+    epochs: ClassVar[float | None] = None
+    batch_size: ClassVar[int | None] = None
     example: ClassVar[str] = "--train rows.csv"
 
     @abstractmethod
@@ -169,6 +176,16 @@ class Task(ABC):
             config: its configuration.
             model: the base model's directory or id; by default the one in the configuration.
         """
+
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """What the page of a run shows of its predictions, in this order.
+
+        Args:
+            config: the configuration of the run.
+            judged: what `Prepared.judged` returned, as far as the run keeps it; empty for the page
+                of a comparison, which shows the notes.
+        """
+        return []
 
     def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
         """Reads a file of rows to predict, by the columns of their texts.
@@ -268,6 +285,15 @@ class Prepared(ABC):
             RunError: what was kept is damaged, or belongs to other rows or another base.
         """
         return None  # most trainings need nothing
+
+    def judged(self, problem: Problem, state: TrainState) -> Judged:
+        """The predictions of dev and test, for `Task.views`; by default there are none.
+
+        Args:
+            problem: the problem that was trained, `trained`.
+            state: the trained state.
+        """
+        return Judged()
 
     def samples(self) -> list[dict[str, str]]:
         """A few outputs of the last scoring on test, for the report: prompt, completion, generated.

@@ -9,12 +9,26 @@ from typing import Any
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from scipy.special import softmax
 
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
+from adapters_jax.tasks.metrics import compute
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import (
+    NAMES,
+    Judged,
+    Note,
+    View,
+    absent_classes,
+    confusion,
+    cut,
+    of_part,
+    per_class,
+    percent,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,38 @@ class Classes(Readout):
     ) -> Int[np.ndarray, " rows"]:
         """The class ids of outputs."""
         return outputs.argmax(axis=1)
+
+    def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+        """The metrics of predictions; F1 counts the classes of training."""
+        return compute(metrics, predictions, labels, classes=self.width)
+
+    def verdicts(self, part: Dataset, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted class of each row, and the probability of the latter."""
+        found, shares = self.decode(outputs).tolist(), softmax(outputs.astype(np.float64), axis=1)
+        names = self.names
+        return [
+            {
+                "gold": names[right],
+                "predicted": names[i],
+                "probability": float(share[i]),
+                "words": {"class": names[right], "predicted": f"{names[i]} ({percent(share[i])})"},
+            }
+            for right, i, share in zip(part.labels.tolist(), found, shares, strict=True)
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The figures of each class and the confusion matrix, of test."""
+        found: list[View] = []
+        if len(self.names) == 2 and "f1" in metrics:
+            positive = cut(self.names[1], NAMES)
+            found.append(Note(f"F1 is that of the class {positive}, the positive one."))
+        found += absent_classes(judged, self.names)
+        right, guess = judged.column("test", "gold"), judged.column("test", "predicted")
+        if right:
+            about = of_part(judged, "test")
+            found.append(per_class("Classes", self.names, right, guess, about))
+            found.append(confusion("Confusion matrix", self.names, right, guess, about))
+        return found
 
     def constant(self, train: Dataset, part: Dataset) -> Int[np.ndarray, " rows"]:
         """The most frequent class in training for each row of a part."""

@@ -6,6 +6,7 @@ An encoder-decoder learns completions only: its encoder reads the prompt.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, RowBuilder
 from adapters_jax.tasks.conversation_rows import ChatEncoder
 from adapters_jax.tasks.metrics import ROUGE, rouge_scorer
+from adapters_jax.tasks.views import Histogram, Judged, View, lengths_of, shared
+from adapters_jax.training.state import TrainState
 
 MAX_LENGTH = 256
 BATCH_SIZE = 16  # prompts completed at a time
@@ -147,11 +150,23 @@ class Completion(Task):
         """The format of a run's prompts, and the tokens that end its answers."""
         return prompts_of(run, config), ()
 
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """The losses of sequences, and what is shown of every task; see `Task.views`."""
+        return token_loss_views(judged)
+
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
         prompt = "A prompt of your own."
         words = ["adapters-jax", "generate", run, "--prompt", prompt]
         return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
+
+
+def token_loss_views(judged: Judged) -> list[View]:
+    """The losses of the sequences of dev and test, and what is shown of every task."""
+    losses = {part: Counter(judged.column(part, "loss")) for part in judged.rows}
+    title = "Losses of sequences"
+    found: list[View] = [Histogram(title, "mean loss of a token", losses)] if losses else []
+    return [*found, *shared(judged)]
 
 
 def adapted(setup: Setup, decoder: PretrainedDecoder) -> nnx.Module:
@@ -246,6 +261,15 @@ class PreparedCompletions(Prepared):
         self.problem.say("the base without adapters:")
         model = self.problem.decoder.model
         return {part: self.problem.score_model(model, part) for part in HELD_OUT}
+
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The losses of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        parts: dict[str, Any] = {
+            "train": problem.train,
+            **{part: rows.batches for part, rows in problem.held_out.items()},
+        }
+        lengths = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        return Judged.of(lengths, **{part: problem.judged(state, part) for part in HELD_OUT})
 
     def samples(self) -> list[dict[str, str]]:
         """A few of the texts generated last on test."""

@@ -106,17 +106,28 @@ class CompletionProblem:
             raise NotFiniteError(int(state.step), f"the loss on {part}")
         return {name: found[name] for name in self.metrics}
 
+    def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
+        """Each sequence of "dev" or "test" with the mean loss of what it learns, for the report."""
+        sums = self._losses(state.model, part).astype(np.float64)[:, 0]
+        batches: Any = self.held_out[part].batches
+        found = []
+        for row, loss in zip(batches.rows, sums.tolist(), strict=True):
+            learnt = row.labels[row.labels != NOTHING]
+            judged = {"loss": loss / max(len(learnt), 1), "learnt": len(learnt)}
+            found.append({**judged, "words": self._words(row.input_ids, learnt)})
+        return found
+
+    def _words(self, ids: np.ndarray, learnt: np.ndarray) -> dict[str, str]:
+        """What a sequence says, and which of it is learnt."""
+        sides = {"text": ids, "learnt": learnt}
+        decode = self.decoder.tokenizer.decode
+        return {k: decode(x.tolist(), skip_special_tokens=False) for k, x in sides.items()}
+
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """All metrics of a model, which may be the base without adapters."""
-        rows, (graphdef, state) = self.held_out[part], nnx.split(model)
+        rows = self.held_out[part]
         self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
-
-        def run(batch: Batch) -> Array:
-            placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            chunk = self._chunk(batch["labels"])
-            return _token_losses(graphdef, state, placed, self.most, chunk)
-
-        losses = in_row_order(run, rows.batches)
+        losses = self._losses(model, part)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:
             texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
@@ -125,6 +136,17 @@ class CompletionProblem:
             if {*ROUGE} & {*self.metrics}:
                 found |= rouge(texts, rows.references)
         return found
+
+    def _losses(self, model: nnx.Module, part: str) -> Float[np.ndarray, "rows 1"]:
+        """The loss of each sequence of a part, summed over its tokens."""
+        graphdef, state = nnx.split(model)
+
+        def run(batch: Batch) -> Array:
+            placed = shard_batch(batch, self.mesh) if self.mesh else batch
+            chunk = self._chunk(batch["labels"])
+            return _token_losses(graphdef, state, placed, self.most, chunk)
+
+        return in_row_order(run, self.held_out[part].batches)
 
 
 def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:

@@ -26,10 +26,12 @@ from adapters_jax.tasks.completion import (
     ends_of_chat,
     length_of,
     open_generator,
+    token_loss_views,
 )
 from adapters_jax.tasks.completion_problem import CompletionProblem
 from adapters_jax.tasks.completion_rows import HELD_OUT, build_batches
 from adapters_jax.tasks.conversation_rows import ChatEncoder, Encoded
+from adapters_jax.tasks.views import Judged, View
 
 
 class ConversationTask(Task):
@@ -110,6 +112,10 @@ class ConversationTask(Task):
     ) -> tuple[Prompts, tuple[int, ...]]:
         """The format of a run's prompts, and the tokens that end its answers."""
         return Prompts(), ends_of_chat(decoder)
+
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """The losses of sequences, and what is shown of every task; see `Task.views`."""
+        return token_loss_views(judged)
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adapters_jax.adapting import adapt
-from adapters_jax.data.batches import Batches
+from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import Encoder
@@ -89,7 +90,7 @@ def feature_reader(
 
 
 def head_problem(
-    problem: LabelledProblem, encoder: Encoder, train: Batches, seed: int
+    problem: LabelledProblem, encoder: Encoder, train: Any, seed: int
 ) -> LabelledProblem:
     """Makes the problem of training the head alone; pooled features of the base are cached.
 
@@ -99,7 +100,7 @@ def head_problem(
         train: its training rows, in order.
         seed: the seed of the order in training.
     """
-    if encoder.pooling == TOKENS:
+    if encoder.pooling in (TOKENS, MASKED):
         return dataclasses.replace(
             problem,
             model=adapt(encoder.classifier(problem.readout.width, dropout=0.0), head_only()),

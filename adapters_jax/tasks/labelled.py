@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
-import numpy as np
 
 from adapters_jax.adapting import adapt
-from adapters_jax.data.batches import Batches, choose_buckets
-from adapters_jax.data.datasets import TaskData, load_labelled
+from adapters_jax.data.annotated import Annotated
+from adapters_jax.data.datasets import TaskData, hold_out_rows, load_labelled
+from adapters_jax.data.readers import title_of
+from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.linen import Adapted, init_adapters
+from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
-from adapters_jax.pretrained.encoder import INPUTS, Encoder, load_encoder, store_frozen
+from adapters_jax.pretrained.encoder import Encoder, load_encoder, store_frozen
+from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import (
+    BatchSource,
     Prediction,
     Prepared,
     Problem,
@@ -37,9 +41,11 @@ from adapters_jax.tasks.base import (
     Usage,
     in_row_order,
 )
-from adapters_jax.tasks.head import feature_reader, head_problem
-from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
+from adapters_jax.tasks.head import head_problem
+from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows, one_by_one
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, lengths_of, shared
+from adapters_jax.training.state import TrainState
 
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
@@ -54,7 +60,7 @@ class EncoderTask(Task):
         readout: the class of its `Readout`.
     """
 
-    kind = "encoder"
+    kind: ClassVar[Literal["encoder", "decoder", "vision"]] = "encoder"
     command = "predict"
     flags: ClassVar[tuple[str, ...]] = ("metrics", "dropout", "head_learning_rate")
     needed: ClassVar[Mapping[str, type]] = {
@@ -70,27 +76,44 @@ class EncoderTask(Task):
         """The columns of the texts that are needed to predict a row."""
         return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
 
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
+        chosen = tuple(metrics) or self.defaults
+        named = self.of_columns(columns)
+        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
+        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads one file; a task that has no `load` of its own has this."""
+        raise NotImplementedError(f"{type(self).__name__} has neither load nor read")
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The texts of a row by which rows count as the same."""
+        return texts
+
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
-        readout = self.readout.of(data.train)
+        readout = self.readout.made(data.train, setup)
         readout.check_batch(setup.batch_size // setup.accumulate)
         pooling = readout.pooling or setup.pooling
         encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
         length = _length(setup, readout, encoder)
         inputs = {
-            part: readout.inputs(encoder, getattr(data, part).texts, length) for part in PARTS
+            part: readout.encoded(encoder, getattr(data, part).texts, length) for part in PARTS
         }
         for part, found in inputs.items():
             if found.cut:
                 count = len(getattr(data, part))
                 setup.say(f"{found.cut} of {count} {part} texts are cut at {length} tokens")
         rows, labels = readout.targets(inputs["train"], data.train.labels)
-        buckets = choose_buckets(rows, length, setup.batch_size)
-        size, pad_id = setup.batch_size, encoder.config.pad_token_id
-        batches = Batches(rows, labels, size, setup.seed, buckets, pad_id)
-        problem = self._problem(data, setup, encoder, readout, batches, inputs)
+        size, buckets = setup.batch_size, readout.buckets(rows, length, setup.batch_size)
+        batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets)
+        problem = self._problem(data, setup, encoder, readout, batches, inputs, buckets)
         columns = self.texts(self.of_columns(setup.columns))
-        tokens = sum(row.input_ids.size for row in rows)
+        tokens = readout.tokens(rows)
         return PreparedTexts(
             problem,
             encoder.sha256,
@@ -98,7 +121,7 @@ class EncoderTask(Task):
             {
                 "max_length": length,
                 "metrics": list(data.metrics),
-                "pooling": pooling,
+                "pooling": encoder.pooling,
                 "target": readout.to_config(),
                 "text": columns[0],
                 "text_pair": columns[1] if len(columns) == 2 else None,
@@ -108,7 +131,7 @@ class EncoderTask(Task):
             data,
             setup,
             encoder,
-            encoder.in_order(rows, labels, size, buckets),
+            readout.batches(encoder, rows, labels, size, None, buckets),
         )
 
     def _problem(
@@ -117,32 +140,34 @@ class EncoderTask(Task):
         setup: Setup,
         encoder: Encoder,
         readout: Readout,
-        batches: Batches,
+        batches: BatchSource,
         inputs: Mapping[str, Inputs],
+        buckets: Sequence[int],
     ) -> LabelledProblem:
+        trains_head = readout.has_head and encoder.head is None
         recipe = setup.recipe(
-            head=HEAD if readout.has_head else None, num_layers=encoder.config.num_layers
+            head=HEAD if trains_head else None, num_layers=encoder.config.num_layers
         )
         if not readout.has_head and recipe == head_only():
             raise UserError(f"--task {self.name} has no head to train; give another --method")
         model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
-        example = [batches[0][name] for name in INPUTS]
+        example = [batches[0][name] for name in readout.arrays]
         params = init_adapters(
             model,
             encoder.init(readout.width, head_key) if readout.has_head else encoder.bare[1],
             adapters_key,
-            *(array.reshape(-1, array.shape[-1]) for array in example),
+            *map(one_by_one, example),
         )
         held_out = {part: inputs[part] for part in ("dev", "test")}
         return LabelledProblem(
             model,
             store_frozen(params, recipe, setup.dtype),
-            INPUTS,
+            readout.arrays,
             readout,
             batches,
             {
-                part: encoder.in_order(found.rows, None, setup.batch_size, batches.buckets)
+                part: readout.batches(encoder, found.rows, None, setup.batch_size, None, buckets)
                 for part, found in held_out.items()
             },
             {part: getattr(data, part).labels for part in held_out},
@@ -166,7 +191,7 @@ class EncoderTask(Task):
         params = encoder.bare[1]
         if readout.has_head:
             params = encoder.init(readout.width, jax.random.key(0))
-        ids = np.zeros((1, 8), np.int32)
+        ids = encoder.example
         classifier, base = encoder.classifier(_width(encoder, readout)), encoder.identity
         adapted, params = load_adapter(run.adapter, classifier, params, ids, base=base)
         check_base(run, dict(config), encoder.sha256)
@@ -181,6 +206,11 @@ class EncoderTask(Task):
         row = (first, second if config.get("pairs") else None)
         words = ["adapters-jax", "predict", run, first, second]
         return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
+
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """Those of the readout, and those of every task; see `Task.views`."""
+        readout = self.readout.from_config(config["target"])
+        return [*readout.views(judged, config["metrics"]), *shared(judged)]
 
 
 class LabelledTexts(EncoderTask):
@@ -234,7 +264,7 @@ class PreparedTexts(Prepared):
     data: TaskData
     setup: Setup
     encoder: Encoder
-    in_order: Batches
+    in_order: BatchSource
 
     @cached_property
     def identity(self) -> BaseIdentity:
@@ -253,17 +283,25 @@ class PreparedTexts(Prepared):
         return self._head_problem() if cached else self.problem
 
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
-        """The best constant prediction, and the frozen base, with a trained head if it has one."""
+        """The best constant prediction, and the frozen base, with a trained head if it is new."""
         constant = Untrained(self.problem.readout.constant_title, self._constant)
-        if not self.problem.readout.has_head:
+        if not self.problem.readout.has_head or self.encoder.head is not None:
             return [constant, Untrained("frozen base", self._frozen)]
         epochs = EPOCHS if self._reads_tokens else None
         trained = TrainedHead(self._head_problem, epochs)
         return [constant] if self._head_alone else [constant, trained]
 
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The predictions of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        parts: dict[str, Any] = {"train": self.in_order, **self.problem.held_out}
+        lengths = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        data = {part: getattr(self.data, part) for part in self.problem.held_out}
+        rows = {part: problem.judged(state, part, found) for part, found in data.items()}
+        return Judged.of(lengths, **rows)
+
     @property
     def _reads_tokens(self) -> bool:
-        return self.encoder.pooling == TOKENS
+        return self.encoder.pooling in (TOKENS, MASKED)
 
     def _head_problem(self) -> LabelledProblem:
         if not self._reads_tokens:
@@ -271,22 +309,16 @@ class PreparedTexts(Prepared):
         return head_problem(self.problem, self.encoder, self.in_order, self.setup.seed)
 
     def _frozen(self) -> Scores:
-        problem, read = self.problem, feature_reader(self.encoder, INPUTS)
-        return {
-            part: problem.readout.score(
-                problem.metrics,
-                problem.readout.decode(read(batches), problem.where[part]),
-                problem.labels[part],
-            )
-            for part, batches in problem.held_out.items()
-        }
+        model, params = self.encoder.bare
+        problem = replace(self.problem, model=adapt(model, Recipe()))
+        return {part: problem.score_params(params, part) for part in problem.held_out}
 
     def _constant(self) -> Scores:
         problem = self.problem
         return {
             part: problem.readout.score(
                 problem.metrics,
-                problem.readout.constant(self.data.train, getattr(self.data, part)),
+                problem.readout.untrained(problem, self.data, part),
                 labels,
             )
             for part, labels in problem.labels.items()
@@ -331,14 +363,16 @@ class TextPredictor:
         """
         self.readout.check(texts, self.pairs)
         inputs = self.readout.inputs(self.encoder, texts, self.max_length)
-        buckets = choose_buckets(inputs.rows, self.max_length, BATCH_SIZE)
-        batches = self.encoder.in_order(inputs.rows, None, BATCH_SIZE, buckets)
-        apply = jax.jit(
-            lambda params, arrays: apply_to_rows(
-                lambda *inputs: self.model.apply({"params": params}, *inputs), arrays
-            )
-        )
+        readout = self.readout
+        buckets = readout.buckets(inputs.rows, self.max_length, BATCH_SIZE)
+        batches = readout.batches(self.encoder, inputs.rows, None, BATCH_SIZE, None, buckets)
+
+        @jax.jit
+        def apply(params: Any, arrays: Sequence[Any]) -> Any:
+            run = partial(self.model.apply, {"params": params})
+            return readout.shown(apply_to_rows(run, arrays))
+
         outputs = in_row_order(
-            lambda batch: apply(self.params, [batch[name] for name in INPUTS]), batches
+            lambda batch: apply(self.params, [batch[name] for name in readout.arrays]), batches
         )
         return self.readout.predictions(texts, outputs, inputs)

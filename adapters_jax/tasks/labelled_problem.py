@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -57,7 +58,10 @@ class LabelledProblem:
     @cached_property
     def _evaluate(self) -> Callable[[TrainState, Batch], Any]:
         """The jitted evaluation, which compiles once for each shape."""
-        return make_eval_step(self.outputs)
+        return make_eval_step(self._reduced)
+
+    def _reduced(self, params: Any, batch: Batch) -> Any:
+        return self.readout.reduced(self.outputs(params, batch), batch)
 
     def outputs(self, params: Any, batch: Batch, **options: Any) -> Any:
         """The model's outputs on a batch; a row may be several inputs of the model."""
@@ -66,6 +70,7 @@ class LabelledProblem:
 
     def loss(self, params: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's rows; filler rows, of weight 0, do not count."""
+        batch = self.readout.augmented(batch, key)
         outputs = self.outputs(params, batch, deterministic=False, rngs={"dropout": key})
         losses = self.readout.losses(outputs, batch)
         return jnp.mean(batch["weight"] * losses)
@@ -79,24 +84,51 @@ class LabelledProblem:
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
-        outputs, readout = self._outputs(state, part), self.readout
-        if readout.fits:
-            dev = outputs if part == "dev" else self._outputs(state, "dev")
-            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+        return self._score(lambda batch: self._evaluate(state, batch), part, int(state.step))
+
+    def score_params(self, params: Any, part: str) -> dict[str, float]:
+        """The metrics of parameters that are not in training."""
+        reduced = jax.jit(self._reduced)
+        return self._score(lambda batch: reduced(params, batch), part, 0)
+
+    def _score(self, run: Callable[[Batch], Any], part: str, step: int) -> dict[str, float]:
+        outputs, readout = self._fitted(run, part, step)
         predictions = readout.decode(outputs, self.where.get(part))
         return {
             **readout.score(self.metrics, predictions, self.labels[part]),
             **readout.found(),
         }
 
-    def _outputs(self, state: TrainState, part: str) -> np.ndarray:
-        def run(batch: Batch) -> Any:
-            inputs = {name: batch[name] for name in self.inputs}
-            return self._evaluate(state, shard_batch(inputs, self.mesh) if self.mesh else inputs)
+    def judged(self, state: TrainState, part: str, rows: Any) -> list[dict[str, Any]]:
+        """Each row of "dev" or "test" with its loss and its prediction, for the report.
 
-        outputs = in_row_order(run, self.held_out[part])
+        Args:
+            state: the trained state.
+            part: the name of the part.
+            rows: its texts and labels.
+        """
+        run = lambda batch: self._evaluate(state, batch)  # noqa: E731
+        outputs, readout = self._fitted(run, part, int(state.step))
+        return readout.judged(rows, outputs, self.where.get(part))
+
+    def _fitted(
+        self, run: Callable[[Batch], Any], part: str, step: int
+    ) -> tuple[np.ndarray, Readout]:
+        """The outputs on a part, and the readout with what it learns from those on dev."""
+        outputs, readout = self._outputs(run, part, step), self.readout
+        if readout.fits:
+            dev = outputs if part == "dev" else self._outputs(run, "dev", step)
+            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+        return outputs, readout
+
+    def _outputs(self, run: Callable[[Batch], Any], part: str, step: int) -> np.ndarray:
+        def placed(batch: Batch) -> Any:
+            inputs = {name: batch[name] for name in (*self.inputs, "labels") if name in batch}
+            return run(shard_batch(inputs, self.mesh) if self.mesh else inputs)
+
+        outputs = in_row_order(placed, self.held_out[part])
         if not np.isfinite(outputs).all():
-            raise NotFiniteError(int(state.step), f"an output on {part}")
+            raise NotFiniteError(step, f"an output on {part}")
         return outputs
 
 
@@ -114,6 +146,12 @@ def apply_to_rows(apply: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         >>> apply_to_rows(lambda x: x.sum(axis=-1), [jnp.ones((2, 3, 4))]).shape
         (2, 3)
     """
-    lead = arrays[0].shape[:-1]
-    outputs = apply(*(x.reshape(-1, x.shape[-1]) for x in arrays))
-    return outputs.reshape(*lead, *outputs.shape[1:])
+    outputs = apply(*map(one_by_one, arrays))
+    if arrays[0].ndim != 3:
+        return outputs
+    return outputs.reshape(*arrays[0].shape[:-1], *outputs.shape[1:])
+
+
+def one_by_one(array: Any) -> Any:
+    """The inputs `(inputs, length)` of rows that have several; other arrays as they are."""
+    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array

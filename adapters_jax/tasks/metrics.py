@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -35,15 +35,17 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float(np.mean(np.equal(predictions, labels)))
 
 
-def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+def f1(predictions: ArrayLike, labels: ArrayLike, classes: int | None = None) -> float:
     """F1: of the positive class for two classes, the mean over classes for more.
 
-    With ids 0 and 1 only, the positive class is 1, the last label. Otherwise each class that
-    occurs in `predictions` or `labels` weighs the same (macro). A class that is never right has 0.
+    Of two classes, the positive one is 1, the last label. Of more, each class that occurs in
+    `predictions` or `labels` weighs the same (macro). A class that is never right has 0, also where
+    `labels` lack it.
 
     Args:
         predictions: class ids, `(rows,)`.
         labels: class ids, `(rows,)`.
+        classes: the number of classes; None counts two where all ids are 0 or 1.
 
     Returns:
         A number in [0, 1].
@@ -53,12 +55,15 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
         0.8
         >>> round(f1([0, 1, 2, 2], [0, 1, 1, 2]), 3)
         0.778
+        >>> f1([0, 0], [0, 0]), f1([0, 0], [0, 0], classes=3)
+        (0.0, 1.0)
     """
     from sklearn.metrics import f1_score
 
-    binary = max(np.asarray(predictions).max(), np.asarray(labels).max()) <= 1
-    classes = [1] if binary else None
-    return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
+    if classes is None:
+        classes = max(np.asarray(predictions).max(), np.asarray(labels).max(), 1) + 1
+    counted = [1] if classes == 2 else None
+    return float(f1_score(labels, predictions, labels=counted, average="macro", zero_division=0))
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -345,13 +350,23 @@ def retrieval(similarities: ArrayLike, alike: ArrayLike = False) -> dict[str, fl
         >>> retrieval([[0.9, 0.1], [0.8, 0.7]])
         {'recall_at_1': 0.5, 'mrr': 0.75}
     """
+    found = places(similarities, alike)
+    return {"recall_at_1": float(np.mean(found == 1)), "mrr": float(np.mean(1 / found))}
+
+
+def places(similarities: ArrayLike, alike: ArrayLike = False) -> np.ndarray:
+    """The place of each row's own column among all columns, from 1 on; see `retrieval`.
+
+    Example:
+        >>> places([[0.9, 0.1], [0.8, 0.7]]).tolist()
+        [1, 2]
+    """
     found = np.asarray(similarities)
     rivals = ~(np.asarray(alike) | np.eye(len(found), dtype=bool))
-    places = 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
-    return {"recall_at_1": float(np.mean(places == 1)), "mrr": float(np.mean(1 / places))}
+    return 1 + (rivals & (found >= found.diagonal()[:, None])).sum(axis=1)
 
 
-LOWER_IS_BETTER = ("perplexity",)
+LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 def better(name: str, new: float, old: float) -> bool:
@@ -367,13 +382,16 @@ def better(name: str, new: float, old: float) -> bool:
 METRICS = {function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)}
 
 
-def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+def compute(
+    names: Sequence[str], predictions: ArrayLike, labels: ArrayLike, classes: int | None = None
+) -> dict[str, float]:
     """Computes several metrics of the same predictions.
 
     Args:
         names: keys of `METRICS`.
         predictions: class ids or numbers, `(rows,)`.
         labels: the same kind, `(rows,)`.
+        classes: the number of classes, for `f1`.
 
     Returns:
         Each name with its value, in the order of `names`.
@@ -399,7 +417,8 @@ def compute(names: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> 
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
         raise UserError("predictions and labels must be finite numbers, and some are not")
-    return {name: METRICS[name](predictions, labels) for name in names}
+    known: dict[str, Callable[..., float]] = {**METRICS, "f1": partial(f1, classes=classes)}
+    return {name: known[name](predictions, labels) for name in names}
 
 
 def _constant(values: ArrayLike) -> bool:

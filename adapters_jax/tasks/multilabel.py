@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 from scipy.special import expit
 
 from adapters_jax.data.annotated import Annotated, read_label_sets
-from adapters_jax.data.datasets import TaskData, hold_out_rows, sorted_names
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.datasets import sorted_names
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import set_scores
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, of_part, per_class
 
 THRESHOLDS = np.arange(1, 20) / 20
 
@@ -134,6 +134,25 @@ class LabelSets(Readout):
         found = set_scores(every.encode(predictions), every.encode(labels))
         return {name: found[name] for name in metrics}
 
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted labels of each row."""
+        return [
+            {
+                "gold": [*right],
+                "predicted": [*found],
+                "words": {"labels": ", ".join(right), "predicted": ", ".join(found)},
+            }
+            for right, found in zip(part.labels, self.decode(outputs), strict=True)
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The figures of each label, of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        if not right:
+            return []
+        sides = self.encode(right), self.encode(found)
+        return [per_class("Labels", self.names, *sides, of_part(judged, "test"))]
+
     def constant(self, train: Annotated, part: Annotated) -> list[tuple[str, ...]]:
         """The most frequent labels, as many as have the best micro F1 in training."""
         counts = self.encode(train.labels).sum(axis=0)
@@ -170,15 +189,6 @@ class MultiLabel(EncoderTask):
     readout = LabelSets
     example = "--train rows.jsonl with lists in a column labels, or --label-separator '|'"
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads texts with their labels; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        parts = {
-            part: read_label_sets(path, named["text"], named["labels"], named["label_separator"])
-            for part, path in files.items()
-        }
-        keys = [key_of(text) for text, _ in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads texts with their labels."""
+        return read_label_sets(path, columns["text"], columns["labels"], columns["label_separator"])

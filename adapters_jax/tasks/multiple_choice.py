@@ -16,15 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_choices
 from adapters_jax.data.batches import together
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, read_file, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError, read_file
 from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, confusion, of_part
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,13 @@ class Choices(Readout):
             raise DataError(
                 f"predict: expected at least one row, each of a text and {self.count} choices"
             )
+        for number, row in enumerate(texts, 1):
+            wrong = [part for part in row if not isinstance(part, str) or not part.strip()]
+            if wrong:
+                raise DataError(
+                    f"predict: row {number} has {wrong[0]!r} among its texts; expected some words "
+                    f"in the text and in each of its {self.count} choices"
+                )
 
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes each text with each of its choices."""
@@ -115,6 +121,25 @@ class Choices(Readout):
     ) -> Int[np.ndarray, " rows"]:
         """The numbers of the best choices."""
         return outputs[..., 0].argmax(axis=1)
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted choice of each row."""
+        found = zip(part.texts, part.labels, self.decode(outputs).tolist(), strict=True)
+        return [
+            {
+                "gold": str(right + 1),
+                "predicted": str(i + 1),
+                "words": {"right": row[right - self.count], "predicted": row[i - self.count]},
+            }
+            for row, right, i in found
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The confusion matrix of positions, of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        names = [str(i + 1) for i in range(self.count)]
+        about = f"{of_part(judged, 'test')} The numbers are the positions of the choices."
+        return [confusion("Confusion matrix", names, right, found, about)] if right else []
 
     def constant(self, train: Annotated, part: Annotated) -> Int[np.ndarray, " rows"]:
         """The number that is right most often in training."""
@@ -156,19 +181,11 @@ class MultipleChoice(EncoderTask):
         asked = [columns[role] for role in ("premise", "question") if columns.get(role)]
         return [*asked, *_choices(columns)]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads rows with their choices; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        choices = _choices(named)
-        asked = self.texts(named)[: -len(choices)]
-        parts = {
-            part: read_choices(path, asked, choices, named["label"]) for part, path in files.items()
-        }
-        keys = [key_of(*texts) for texts in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads rows with their choices."""
+        choices = _choices(columns)
+        asked = self.texts(columns)[: -len(choices)]
+        return read_choices(path, asked, choices, columns["label"])
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with one row; see `Task.usage`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import safetensors.numpy
 
 from adapters_jax.data.datasets import TaskData, hold_out_rows
 from adapters_jax.data.files import DataError
-from adapters_jax.data.preferences import Preferences, read_preferences
+from adapters_jax.data.preferences import Preference, Preferences, read_preferences
 from adapters_jax.data.prompts import Prompts
 from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import key_of
@@ -38,6 +39,8 @@ from adapters_jax.tasks.completion_rows import HELD_OUT
 from adapters_jax.tasks.conversation import check_chats
 from adapters_jax.tasks.preference_problem import Objective, PreferenceProblem
 from adapters_jax.tasks.preference_rows import PreferenceEncoder, build_preferences
+from adapters_jax.tasks.views import Histogram, Judged, View, of_part, shared
+from adapters_jax.training.state import TrainState
 
 PARTS = ("train", *HELD_OUT)
 
@@ -129,7 +132,7 @@ class PreferenceTask(Task):
             "beta": setup.beta,
         }
         computed = f"{decoder.sha256} {setup.dtype} {setup.quantize}"
-        return PreparedPreferences(problem, decoder.sha256, rows.tokens, config, computed)
+        return PreparedPreferences(problem, decoder.sha256, rows.tokens, config, computed, tables)
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
@@ -141,12 +144,52 @@ class PreferenceTask(Task):
         """The format of a run's prompts, and the tokens that end its answers."""
         return prompts_of(run, config), ends_of_chat(decoder) if config["messages"] else ()
 
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """The rewards of test, and what is shown of every task; see `Task.views`."""
+        rows, found = judged.rows.get("test", ()), list[View]()
+        about = of_part(judged, "test")
+        if rows and "chosen" in rows[0]:
+            margins = Counter(row["chosen"] - row["rejected"] for row in rows)
+            label = "reward of preferred - of other"
+            found.append(Histogram("Reward margins", label, {"pairs": margins}, about))
+        elif rows:
+            series = {
+                name: Counter(row["own"] for row in rows if row["desirable"] == good)
+                for name, good in (("desirable", True), ("others", False))
+            }
+            found.append(Histogram("Rewards", "reward of a completion", series, about))
+        return [*found, *shared(judged)]
+
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """See `Task.usage`."""
         prompt = "A prompt of your own."
         talks = ["--chat"] if config["messages"] else []
         words = ["adapters-jax", "generate", run, *talks, "--prompt", prompt]
         return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
+
+
+def words(row: Preference) -> dict[str, str]:
+    """The texts of a row by name.
+
+    Example:
+        >>> words(Preference("Hi", ("Hello", "Go")))
+        {'prompt': 'Hi', 'preferred': 'Hello', 'other': 'Go'}
+    """
+    if row.desirable is None:
+        names: tuple[str, ...] = ("preferred", "other")
+    else:
+        names = ("desirable" if row.desirable else "undesirable",)
+    return {
+        "prompt": _said(row.prompt),
+        **dict(zip(names, map(_said, row.completions), strict=True)),
+    }
+
+
+def _said(of: Any) -> str:
+    """A text; or the content of a message, or of the last one of several."""
+    if isinstance(of, str):
+        return of
+    return str((of[-1] if isinstance(of, list) else of)["content"])
 
 
 def _compared(rows: Preferences, loss: str, part: str) -> Preferences:
@@ -174,10 +217,12 @@ class PreparedPreferences(Prepared):
 
     Attributes:
         computed: what the reference's log-probabilities depend on beside the rows.
+        tables: the rows of "train", "dev" and "test".
     """
 
     problem: PreferenceProblem
     computed: str
+    tables: Mapping[str, Preferences]
 
     @property
     def identity(self) -> BaseIdentity:
@@ -199,6 +244,20 @@ class PreparedPreferences(Prepared):
             content = safetensors.numpy.save({**found, **self._checksums()})
             write_file(run.reference, content)
         problem.reference.update(self._read(run.reference))
+
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The rewards of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        lengths = {part: rows.lengths for part, rows in problem.parts.items()}
+        rows = {
+            part: [
+                {**verdict, "words": words(row)}
+                for row, verdict in zip(
+                    self.tables[part].rows, problem.judged(state, part), strict=True
+                )
+            ]
+            for part in HELD_OUT
+        }
+        return Judged.of(lengths, **rows)
 
     def _compute(self, progress: Callable[..., Any]) -> dict[str, np.ndarray]:
         """The log-probabilities of the rows of each part by the base without adapters."""

@@ -178,10 +178,36 @@ class PreferenceProblem:
             raise NotFiniteError(int(state.step), f"the loss on {part}")
         return found
 
+    def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
+        """Each row of "dev" or "test" with its loss and its rewards, for the report.
+
+        The reward of a single completion is `own`; those of a pair are `chosen` and `rejected`.
+        """
+        log_probs = self.log_probs(state.model, part)
+        batch = self._whole(part)
+        rewards = np.asarray(self.objective.rewards(jnp.asarray(log_probs), batch), np.float64)
+        losses = np.asarray(self.objective.losses(jnp.asarray(log_probs), batch), np.float64)
+        desirable = self.parts[part].desirable
+        if desirable is not None:
+            return [
+                {"loss": loss, "own": own, "desirable": bool(good)}
+                for loss, (own, _), good in zip(
+                    losses.tolist(), rewards.tolist(), desirable, strict=True
+                )
+            ]
+        return [
+            {"loss": loss, "chosen": chosen, "rejected": rejected}
+            for loss, (chosen, rejected) in zip(losses.tolist(), rewards.tolist(), strict=True)
+        ]
+
+    def _whole(self, part: str) -> dict[str, np.ndarray]:
+        """What the loss needs of all rows of a part beside their log-probabilities."""
+        rows = np.arange(len(self.parts[part].tokens))
+        return {**self._columns(part, rows), "weight": np.ones(len(rows), np.float32)}
+
     def score_rows(self, log_probs: Float[np.ndarray, "rows 2"], part: str) -> dict[str, float]:
         """The metrics of the log-probabilities of a part's rows, with the mean loss."""
-        rows = np.arange(len(log_probs))
-        batch = {**self._columns(part, rows), "weight": np.ones(len(rows), np.float32)}
+        batch = self._whole(part)
         found = {
             **self.objective.metrics(jnp.asarray(log_probs), batch),
             "loss": self.objective.losses(jnp.asarray(log_probs), batch).mean(),

@@ -8,6 +8,7 @@ reference's log-probabilities of it are computed once, too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from adapters_jax.data.prompts import Prompts
 from adapters_jax.pretrained.decoder import DecoderTokenizer, rounded
 from adapters_jax.tasks.conversation_rows import ChatEncoder
 from adapters_jax.tasks.prompts import encode_pair
+from adapters_jax.tasks.views import lengths_of
 
 _ENDLESS = 2**31
 
@@ -143,6 +145,13 @@ class Part:
     batches: Batches
     tokens: np.ndarray
     desirable: np.ndarray | None
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """How many completions, with their prompts, have a number of tokens."""
+        if self.desirable is None:
+            return lengths_of(self.batches.rows)
+        return Counter(int((row.segments == 1).sum()) for row in self.batches.rows)
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What a loss needs of these rows beside their tokens."""

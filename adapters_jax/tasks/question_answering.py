@@ -19,9 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_answers
 from adapters_jax.data.batches import row_of, tokenize
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
@@ -29,10 +27,12 @@ from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import squad_scores, squad_words
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, Table, View, of_part, percent
 
 LONGEST_ANSWER = 30  # tokens
 STRIDE = 128  # tokens that two windows share
 SHORTEST = 16  # tokens of a window
+NO_ANSWER = "(no answer)"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -175,6 +175,38 @@ class Spans(Readout):
         found = squad_scores([answer.text for answer in predictions], right)
         return {name: found[name] for name in metrics}
 
+    def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
+        """The mean loss of the windows of each row."""
+        rows, targets = self.targets(Inputs(where, 0, where), labels)
+        mask = np.zeros(outputs.shape[:2], np.int32)
+        for each, window in zip(mask, rows, strict=True):
+            each[: len(window.inside)] = 1
+        batch = {"labels": targets, "attention_mask": mask}
+        losses: Any = self.losses(jnp.asarray(outputs), batch)
+        of = [window.row for window in where]
+        return (np.bincount(of, np.asarray(losses, np.float64)) / np.bincount(of)).tolist()
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right answers and the predicted one of each row, with SQuAD's scores."""
+        found = []
+        for answers, answer in zip(part.labels, self.decode(outputs, where), strict=True):
+            right = [text for _, text in answers]
+            words = {"answer": right[0] if right else NO_ANSWER}
+            words["predicted"] = answer.text or NO_ANSWER
+            scores = squad_scores([answer.text], [right])
+            found.append({"answers": len(right), **scores, "words": words})
+        return found
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The scores of questions with and without an answer, of test."""
+        rows = []
+        for title, answered in (("with an answer", True), ("without an answer", False)):
+            some = [row for row in judged.rows.get("test", ()) if (row["answers"] > 0) == answered]
+            means = [percent(float(np.mean([row[n] for row in some]))) for n in metrics if some]
+            rows += [[title, f"{len(some):,}", *means]] if some else []
+        header = ["questions", "rows", *metrics]
+        return [Table("Questions", header, rows, of_part(judged, "test"))] if rows else []
+
     def constant(self, train: Annotated, part: Annotated) -> list[Answer]:
         """The sentence that shares most words with the question; none, if most have no answer."""
         if 2 * sum(map(bool, train.labels)) < len(train):
@@ -237,6 +269,7 @@ class QuestionAnswering(EncoderTask):
         "context": "context",
         "answers": "answers",
     }
+    epochs, batch_size = 4.0, 8  # it takes hundreds of steps before a head finds any answers
     readout = Spans
     example = "--train squad.json, or rows with the columns question, context and answers"
 
@@ -244,15 +277,10 @@ class QuestionAnswering(EncoderTask):
         """The columns of the question and the context."""
         return [columns["question"], columns["context"]]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads questions; those on the same context are held out together. See `Task.load`."""
-        named: Any = self.of_columns(columns)
-        parts = {
-            part: read_answers(path, named["question"], named["context"], named["answers"])
-            for part, path in files.items()
-        }
-        keys = [key_of(context) for _, context in parts["train"].texts]
-        chosen = tuple(metrics) or self.defaults
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads questions with their contexts and answers."""
+        return read_answers(path, columns["question"], columns["context"], columns["answers"])
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The context, so that its questions stay together."""
+        return texts[1:]

@@ -8,10 +8,13 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from adapters_jax.data.batches import Batches, choose_buckets
+from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
-from adapters_jax.pretrained.encoder import Encoder
+from adapters_jax.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.metrics import compute
+from adapters_jax.tasks.views import Judged, View, named
 
 
 class Inputs(NamedTuple):
@@ -38,7 +41,8 @@ class Readout(ABC):
         pooling: what the head reads; None leaves it to the user.
         max_length: the largest number of tokens if the user gives none.
         fits: whether `fitted` learns from the outputs on dev.
-        has_head: whether a head trains; otherwise the outputs are what it would read.
+        has_head: whether there is a head; otherwise the outputs are what it would read.
+        arrays: the arrays of a batch that the model reads, in the order of its arguments.
     """
 
     constant_title: ClassVar[str]
@@ -46,11 +50,17 @@ class Readout(ABC):
     max_length: ClassVar[int] = 128
     fits: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = INPUTS
 
     @classmethod
     @abstractmethod
     def of(cls, train: Any) -> Self:
         """Makes it from a training set; raises DataError if there is nothing to learn."""
+
+    @classmethod
+    def made(cls, train: Any, setup: Any) -> Self:
+        """Makes it from a training set and the settings of a run."""
+        return cls.of(train)
 
     @classmethod
     @abstractmethod
@@ -85,6 +95,34 @@ class Readout(ABC):
         """Encodes texts."""
         return Inputs(*encoder.encode(list(texts), max_length))
 
+    def encoded(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes the texts of train, dev or test, where these are not read as those to predict."""
+        return self.inputs(encoder, texts, max_length)
+
+    def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
+        """The widths of batches; see `data.batches.choose_buckets`."""
+        return choose_buckets(rows, length, size)
+
+    def tokens(self, rows: Sequence[Any]) -> int:
+        """The number of tokens of all rows, to show the speed; 0 if it would mean nothing."""
+        return sum(row.input_ids.size for row in rows)
+
+    def augmented(self, batch: Batch, key: Any) -> Batch:
+        """A training batch, varied at random."""
+        return batch
+
+    def batches(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Any],
+        labels: Any,
+        size: int,
+        seed: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> Any:
+        """Batches of encoded rows, in order if there is no seed; see `data.batches.Batches`."""
+        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id)
+
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
         """The encoded rows to train on, and their labels for `Batches`."""
         return inputs.rows, self.encode(labels)
@@ -100,6 +138,14 @@ class Readout(ABC):
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Any:
         """The loss of each row, `(rows,)`, from its outputs and the batch's `labels`."""
+
+    def reduced(self, outputs: Any, batch: Batch) -> Any:
+        """What `decode` reads of the outputs on a held-out batch, if that is less than all."""
+        return outputs
+
+    def shown(self, outputs: Any) -> Any:
+        """What `predictions` reads of the outputs, if that is less than all."""
+        return outputs
 
     @abstractmethod
     def decode(self, outputs: np.ndarray, where: Any = None) -> Any:
@@ -121,9 +167,46 @@ class Readout(ABC):
         """The metrics of predictions."""
         return compute(metrics, predictions, labels)
 
+    def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
+        """Each row of a part with its loss, for the report; see `views.Judged`."""
+        losses = self.row_losses(outputs, part.labels, where)
+        verdicts = self.verdicts(part, outputs, where)
+        return [
+            {**verdict, "loss": loss, "words": {**named(texts), **verdict["words"]}}
+            for texts, verdict, loss in zip(part.texts, verdicts, losses, strict=True)
+        ]
+
+    def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
+        """The loss of each row of a part."""
+        _, encoded = self.targets(Inputs((), 0, where), labels)
+        weight = np.ones(len(outputs), np.float32)
+        batch = {"labels": encoded, "weight": weight}
+        losses: Any = self.losses(np.asarray(outputs, np.float32), batch)
+        return np.asarray(losses, np.float64).tolist()
+
+    @abstractmethod
+    def verdicts(self, part: Any, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """What is right and what is predicted, for each row of a part, as plain values.
+
+        Each has `words`, what the report shows of it beside the texts; `views` reads the others.
+        """
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """What the report shows of the predictions, beside what it shows for every task.
+
+        Args:
+            judged: the rows with their verdicts; there may be none.
+            metrics: the metrics of the run.
+        """
+        return []
+
     @abstractmethod
     def constant(self, train: Any, part: Any) -> Any:
         """The best predictions without a model for a part: mostly the same for each row."""
+
+    def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
+        """The predictions of the baseline without a model, on "dev" or "test" of a problem."""
+        return self.constant(data.train, getattr(data, part))
 
     @abstractmethod
     def predictions(

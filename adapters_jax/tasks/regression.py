@@ -17,6 +17,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, numbers_judged, predicted_against_right
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class Numbers(Readout):
     ) -> Float[np.ndarray, " rows"]:
         """The numbers of outputs, on the scale of the labels."""
         return outputs[:, 0] * self.std + self.mean
+
+    def verdicts(self, part: Dataset, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted number of each row."""
+        return numbers_judged(part.labels.tolist(), self.decode(outputs).tolist())
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """Predicted against right numbers, of test."""
+        return predicted_against_right(judged)
 
     def constant(self, train: Dataset, part: Dataset) -> Float[np.ndarray, " rows"]:
         """The mean of the training rows for each row of a part."""

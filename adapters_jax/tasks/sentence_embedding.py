@@ -26,10 +26,20 @@ from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
-from adapters_jax.tasks.metrics import compute, retrieval
+from adapters_jax.tasks.metrics import compute, places, retrieval
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import (
+    Judged,
+    Table,
+    View,
+    numbers_judged,
+    of_part,
+    percent,
+    predicted_against_right,
+)
 
 SCALE = 20.0  # of cosines in the contrastive loss
+PLACES = (1, 3, 10, 30, 100)  # that the report counts
 SCORED, PAIRED = ("spearman", "pearson"), ("recall_at_1", "mrr")
 
 
@@ -151,6 +161,30 @@ class Embeddings(Readout):
             return compute(metrics, predictions, labels)
         found = retrieval(predictions, _alike(_numbers(labels)))
         return {name: found[name] for name in metrics}
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right score and the cosine on its scale; without scores, the place of the partner."""
+        found = self.decode(outputs)
+        if self.scored:
+            scaled = self.low + found * (self.high - self.low)
+            return numbers_judged(part.labels, scaled.tolist())
+        place = places(found, _alike(_numbers(part.labels))).tolist()
+        first = [part.texts[i][1] for i in found.argmax(axis=1)]
+        return [
+            {"place": n, "words": {"most similar": text, "place of its own": str(n)}}
+            for n, text in zip(place, first, strict=True)
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """Cosines against scores; without scores, the places of the partners; of test."""
+        if self.scored:
+            return predicted_against_right(judged)
+        found = np.array(judged.column("test", "place"))
+        ends = [end for end in PLACES if end <= len(found)]
+        rows = [[f"{n}", f"{(found <= n).sum():,}", percent((found <= n).mean())] for n in ends]
+        about = of_part(judged, "test")
+        header = ["among the first", "rows", "share"]
+        return [Table("Places of the right texts", header, rows, about, words=0)] if rows else []
 
     def constant(self, train: Annotated, part: Annotated) -> np.ndarray:
         """The words that two texts have in common, as a share of all words that they have."""

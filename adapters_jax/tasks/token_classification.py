@@ -6,10 +6,11 @@ A word is read in pieces. The head reads the state of its first piece, whose tag
 from __future__ import annotations
 
 import bisect
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,9 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_tagged, read_words
 from adapters_jax.data.batches import NOTHING, row_of, tokenize
-from adapters_jax.data.datasets import TaskData, hold_out_rows
-from adapters_jax.data.readers import DataError, title_of
-from adapters_jax.data.splits import key_of
+from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
@@ -30,6 +29,7 @@ from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import span_scores, spans_of
 from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.views import Judged, View, class_table, confusion, of_part, per_class
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -157,6 +157,49 @@ class Tags(Readout):
         found = {"accuracy": float(right.mean()), **span_scores(predictions, labels)}
         return {name: found[name] for name in metrics}
 
+    def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
+        """The mean loss of a word of each row; words whose tags training lacks do not count."""
+        ids = {name: i for i, name in enumerate(self.names)}
+        known = np.full(outputs.shape[:2], NOTHING, np.int32)
+        for row, first, tags in zip(known, where, labels, strict=True):
+            read = first >= 0
+            row[first[read]] = np.array([ids.get(tag, NOTHING) for tag in tags], np.int32)[read]
+        batch = {"labels": known}
+        sums = np.asarray(self.losses(jnp.asarray(outputs), batch), np.float64)
+        return (sums / np.maximum(self.counts(batch), 1)).tolist()
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted tags of each row; in words, as spans."""
+        found = []
+        for (text, *_), gold, tags in zip(
+            part.texts, part.labels, self.decode(outputs, where), strict=True
+        ):
+            sides = [
+                TagPrediction("", None, (text or "").split(), [*each]).cells()["tags"]
+                for each in (gold, tags)
+            ]
+            words = dict(zip(("tags", "predicted"), sides, strict=True))
+            found.append({"gold": [*gold], "predicted": [*tags], "words": words})
+        return found
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The figures of each kind of span, and which kinds words are taken for; of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        if not right:
+            return []
+        about = of_part(judged, "test")
+        gold, guess = [*chain(*right)], [*chain(*found)]
+        if any(tag.startswith("B-") for tag in self.names):
+            kinds = sorted({_kind(tag) for tag in {*self.names, *gold}} - {OUTSIDE})
+            rows = ((kind, *_span_figures(kind, right, found)) for kind in kinds)
+            table = class_table("Entities", rows, f"{about} An entity counts as a whole.")
+            gold, guess = [*map(_kind, gold)], [*map(_kind, guess)]
+            names = [*kinds, OUTSIDE]
+        else:
+            names = [*self.names, *sorted({*gold} - {*self.names})]
+            table = per_class("Tags", names, gold, guess, about)
+        return [table, confusion("Confusion matrix of words", names, gold, guess, about)]
+
     def constant(self, train: Annotated, part: Annotated) -> list[list[str]]:
         """The most frequent tag of each word in training; other words are outside."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -174,6 +217,26 @@ class Tags(Readout):
             TagPrediction(text, None, text.split(), tags)
             for (text, _), tags in zip(texts, self.decode(outputs, inputs.where), strict=True)
         ]
+
+
+def _kind(tag: str) -> str:
+    """The kind of entity of a tag; `OUTSIDE` for none."""
+    return tag.partition("-")[2] or tag
+
+
+def _span_figures(
+    kind: str, right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+) -> tuple[float, float, float, int, int]:
+    """Precision, recall and F1 of the spans of a kind, their number, and that of predicted ones."""
+    sides = [
+        [[tag if _kind(tag) == kind else OUTSIDE for tag in tags] for tags in side]
+        for side in (right, found)
+    ]
+    n, predicted = (sum(len(spans_of(tags)) for tags in side) for side in sides)
+    scores = span_scores(sides[1], sides[0])
+    shares = (scores["precision"], predicted), (scores["recall"], n), (scores["f1"], n + predicted)
+    precision, recall, both = (share if of else math.nan for share, of in shares)
+    return precision, recall, both, n, predicted
 
 
 def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " words"]:
@@ -215,19 +278,10 @@ class TokenClassification(EncoderTask):
         """The column of the tokens."""
         return [columns["tokens"]]
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads tokens with their tags; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        chosen = tuple(metrics) or self.defaults
-        spans = chosen != ("accuracy",)
-        parts = {
-            part: read_tagged(path, named["tokens"], named["tags"], spans)
-            for part, path in files.items()
-        }
-        keys = [key_of(text) for text, _ in parts["train"].texts]
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads tokens with their tags, which mark spans unless accuracy is the only metric."""
+        spans = tuple(metrics) != ("accuracy",)
+        return read_tagged(path, columns["tokens"], columns["tags"], spans)
 
     def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, None]]:
         """Reads the tokens of each row, or texts that are split at spaces."""

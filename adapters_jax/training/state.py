@@ -180,19 +180,19 @@ class TrainState:
 
     @property
     def params(self) -> Tree:
-        """linen: the whole parameter tree, for `model.apply({"params": state.params}, ...)`."""
+        """The whole tree of a linen model, for `model.apply({"params": state.params}, ...)`."""
         if self.graphdef is not None:
             raise TypeError("this state is of an NNX model; use state.model")
         return merge_trees(self.trained, self.base)
 
     @property
     def variables(self) -> dict[str, Tree]:
-        """linen: parameters and collections, for `model.apply(state.variables, ...)`."""
+        """Parameters and collections of a linen model, for `model.apply(state.variables, ...)`."""
         return {"params": self.params, **(self.other or {})}
 
     @property
     def model(self) -> Any:
-        """NNX: the model with its present parameters."""
+        """The NNX model with its present parameters."""
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
         return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)

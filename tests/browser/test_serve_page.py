@@ -1,26 +1,16 @@
 """The page of a server in a real Chromium: wide and narrow, light and dark, by mouse and keyboard.
 
-It needs selenium (the extra serve-test) and Debian's chromium and chromium-driver.
 With the environment variable SCREENSHOTS, pictures of the page are put into that directory.
 """
 
-import json
-import os
-import shutil
-from pathlib import Path
-
 import pytest
+from helpers.browser import BrowserPage
 from helpers.finished import decoder_run
 from helpers.serving import serving
 
 from adapters_jax.inference import load_generator
 
 pytestmark = pytest.mark.slow
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-if not (shutil.which("chromium") and shutil.which("chromedriver")):
-    pytest.skip("chromium and chromium-driver are not installed", allow_module_level=True)
-QUIET = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync"
-QUIET += " disable-background-networking disable-component-update hide-scrollbars"
 PROMPT = "food food Thai"
 
 
@@ -40,44 +30,12 @@ def server(runs):
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in QUIET.split():
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    with webdriver.Chrome(options, service) as browser:
-        yield browser
-
-
-class Page:
+class Page(BrowserPage):
     """The page of a server, at a width and in a colour scheme."""
 
     def __init__(self, browser, server, width=1280, scheme="light"):
-        self.browser, self.shown = browser, f"{width}-{scheme}"
-        sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        browser.get(server.address)
+        super().__init__(browser, server.address, width, scheme)
         self.wait(lambda: self.all("#models input"))
-
-    def all(self, selector):
-        return self.browser.find_elements("css selector", selector)
-
-    def one(self, selector):
-        return self.browser.find_element("css selector", selector)
-
-    def run(self, script):
-        return self.browser.execute_script(f"return {script}")
-
-    def wait(self, check, seconds=30):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.browser, seconds, 0.05).until(lambda _: check())
 
     def answers(self):
         """The texts of the answers by model, once all are there."""
@@ -112,8 +70,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     assert page.run("document.documentElement.scrollWidth") <= width
     dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
     assert dark == (scheme == "dark")
-    if "SCREENSHOTS" in os.environ:
-        browser.save_screenshot(str(Path(os.environ["SCREENSHOTS"], f"{page.shown}.png")))
+    page.save_picture()
 
 
 def test_by_keyboard_alone(browser, server):
@@ -144,14 +101,7 @@ def test_errors_are_shown_and_nothing_else_is_asked(browser, server):
     page.one("#send").click()
     assert all("48" in timing for _, timing in page.answers().values())
     assert len(page.all("section.failed")) == 3
-    said = [entry["message"] for entry in browser.get_log("browser")]
-    assert [text for text in said if "400 (Bad Request)" not in text] == []
-    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = {
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-        and event["params"]["documentURL"].startswith(server.address)  # not the first, empty tab
-    }
+    assert [text for text in page.errors() if "400 (Bad Request)" not in text] == []
+    asked = page.asked()
     foreign = {url for url in asked if not url.startswith((server.address, "data:"))}
     assert asked and not foreign

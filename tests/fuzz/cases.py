@@ -70,6 +70,8 @@ class Fuzzer:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 warnings.simplefilter("ignore", AdapterWarning)
+                # Starlette leaves the file of a part that was cut off to the garbage collector.
+                warnings.filterwarnings("ignore", "Unclosed file", ResourceWarning)
                 self.target.read(directory)
         except UserError as error:
             long = f"a message of {len(str(error))} characters" if len(str(error)) > MESSAGE else ""
@@ -91,7 +93,7 @@ class Fuzzer:
         directory.mkdir()
         for name, content in files.items():
             path = directory / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 path.write_bytes(content)
             elif isinstance(content, Fixed):

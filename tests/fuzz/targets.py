@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from helpers import hostile, tiny
 
 import adapters_jax as aj
+from adapters_jax.data.batches import encode
 from adapters_jax.data.conversations import read_conversations
 from adapters_jax.data.files import DataError, check_even
 from adapters_jax.data.readers import read_file
@@ -34,38 +34,14 @@ from adapters_jax.models.decoder import DecoderConfig
 from adapters_jax.models.parts.encoder import abstract
 from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.pretrained.locate import read_tokenizer
 from adapters_jax.tasks import read_run
 
 from .mutators import Fixed, bad_recipe, overwritten
+from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads
+from .target import Files, Target, files_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-Files = Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A reader.
-
-    Attributes:
-        seeds: makes valid files by name, by the name of the seed; it may use a new directory.
-        read: reads a directory of such files, as a user of the library would.
-        words: words of the format.
-        more: ways to spoil its files beside those of their suffixes.
-        own: whether the user names each file, which may then be a pipe or a device.
-    """
-
-    seeds: Callable[[Path], Mapping[str, Files]]
-    read: Callable[[Path], Any]
-    words: tuple[str, ...] = ()
-    more: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    own: bool = False
-
-
-def files_of(directory: Path, *names: str) -> Files:
-    """The files of a directory, or those of these names, by their paths in it."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    found = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-    return {name: data for name, data in found.items() if not names or name in names}
 
 
 def _fixtures(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
@@ -169,17 +145,47 @@ def _header(chance, data, words=()):
 def _tokenizers(folder: Path) -> Mapping[str, Files]:
     llama = tiny.write_llama(folder / "llama")
     (llama / "chat_template.jinja").write_text(tiny.CHAT)
-    (llama / "model.safetensors").write_bytes(b"")
-    whole = files_of(llama)
+    whole = files_of(llama) | {"model.safetensors": Fixed("")}
     listed = json.loads(whole["tokenizer_config.json"])
     listed["chat_template"] = [{"name": "default", "template": tiny.CHAT}]
     plain = {**whole, "tokenizer_config.json": json.dumps(listed).encode()}
     del plain["chat_template.jinja"]
-    fixed = {"model.safetensors": Fixed("")}
-    return {"jinja": whole | fixed, "listed": plain | fixed}
+    kinds = {n: {**plain, "tokenizer.json": text.encode()} for n, text in _trained().items()}
+    (folder / "words").mkdir()
+    words = files_of(tiny.write_words(folder / "words")) | {"encoder": Fixed("")}
+    return {"jinja": whole, "listed": plain, "encoder": words, **kinds}
+
+
+def _trained() -> dict[str, str]:
+    """A tokenizer of each further kind, of few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    special = {"special_tokens": ["<unk>", "<end>", "<user>", "<bot>"], "show_progress": False}
+    kinds = {
+        "bpe": (models.BPE(), trainers.BpeTrainer(vocab_size=40, **special)),
+        "wordpiece": (
+            models.WordPiece(unk_token="<unk>"),
+            trainers.WordPieceTrainer(vocab_size=40, **special),
+        ),
+        "unigram": (
+            models.Unigram(),
+            trainers.UnigramTrainer(vocab_size=40, unk_token="<unk>", **special),
+        ),
+    }
+    made = {}
+    for name, (model, trainer) in kinds.items():
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.train_from_iterator(["It serves French food", "food dishes"] * 3, trainer)
+        made[name] = tokenizer.to_str()
+    return made
 
 
 def _read_tokenizer(directory: Path) -> None:
+    if (directory / "encoder").exists():
+        rows, _ = encode(read_tokenizer(directory), [("good film", None), ("a plot", "bad")], 8)
+        assert all(len(row.input_ids) <= 8 for row in rows)
+        return
     reader = load_decoder_tokenizer(str(directory))
     ids = reader.tokenizer.encode("food French It serves").ids
     reader.tokenizer.decode(ids)
@@ -400,6 +406,8 @@ TARGETS: dict[str, Target] = {
     "template": Target(_templates, _read_template, words=_JINJA),
     "recipe": Target(_recipes, _read_recipe, more={".json": (bad_recipe,) * 6}),
     "run": Target(_runs, _read_run),
+    "checkpoint": Target(checkpoints, read_checkpoint),
+    "upload": Target(uploads, read_upload, words=FORM),
     "csv": _ROWS_OF(_csv, words=_FIELDS),
     "tsv": _ROWS_OF(_one("rows.tsv", "text\tlabel\nGood\t5\nBad\t1\n"), words=_FIELDS),
     "jsonl": _ROWS_OF(_one("rows.jsonl", _lines(_ROWS)), words=_KEYS),

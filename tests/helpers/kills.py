@@ -18,12 +18,22 @@ CHECKSUMS = "sha256.json"  # written last
 
 
 class Commands:
-    """A process that runs commands in children."""
+    """A process that runs commands in children.
 
-    def __init__(self):
+    Args:
+        cache: a directory with compiled programs; None compiles in each child.
+        fill: whether programs are written there. Those that are killed could leave a part of one.
+    """
+
+    def __init__(self, cache=None, fill=False):
+        options = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in conftest
+        if cache is not None:
+            options["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+            options["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+            options["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0" if fill else "1e9"
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # as in conftest
+            env={**os.environ, **options},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -101,9 +111,13 @@ def kill_and_resume(commands, run, first, seed, kills, seconds):
 
 
 def main():
+    import grain  # noqa: F401
+    import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
+    import sklearn.metrics  # noqa: F401
 
+    from adapters_jax.app.cli import compare, finetune, serve  # noqa: F401
     from adapters_jax.app.cli import main as cli
     from adapters_jax.app.runs import prepare  # noqa: F401
 

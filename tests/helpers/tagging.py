@@ -121,7 +121,8 @@ class TagPredictor:
 
     def predict(self, texts):
         rows, _ = self.encoder.encode(texts, self.max_length)
-        batches = self.encoder.in_order(rows, None, 4, (self.max_length,))
+        pad_id = self.encoder.config.pad_token_id
+        batches = Batches.in_order(rows, None, 4, (self.max_length,), pad_id)
         tag = jax.jit(lambda *arrays: self.model.apply({"params": self.params}, *arrays).argmax(-1))
         found = in_row_order(lambda batch: tag(*(batch[name] for name in INPUTS)), batches)
         ends = [len(row.input_ids) - 1 for row in rows]

@@ -44,6 +44,7 @@ COMMANDS = {
     "models": ("adapters_jax.app.cli.models", "ListModels"),
     "methods": ("adapters_jax.app.cli.listing", "ListMethods"),
     "tasks": ("adapters_jax.app.cli.listing", "ListTasks"),
+    "report": ("adapters_jax.app.cli.report", "Report"),
     "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
     "completion": ("adapters_jax.app.cli.completion", "Completion"),
 }
@@ -68,6 +69,7 @@ commands:
   models     list the families of models, their published names and what they support
   methods    list the methods, with their papers and flags
   tasks      list the tasks, with their columns and metrics
+  report     write the page of a run or of a comparison anew, from its files
   doctor     check the installed versions, the devices and a tiny step
   completion print a script with which a shell completes commands and flags
 

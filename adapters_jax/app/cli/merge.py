@@ -92,7 +92,6 @@ class Merge:
         return save
 
     def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
-        import numpy as np
 
         from adapters_jax.app.merging import write_encoder
         from adapters_jax.inference import load_predictor
@@ -100,7 +99,7 @@ class Merge:
         from adapters_jax.transforms.merge import merge
 
         predictor: Any = load_predictor(self.run)
-        ids = np.zeros((1, 8), np.int32)
-        params = merge(predictor.model, opened(predictor.params), ids)
+        example = predictor.encoder.example
+        params = merge(predictor.model, opened(predictor.params), example)
         config = Run(self.run).read_config()
         return lambda: write_encoder(self.out, config, params)

@@ -32,7 +32,8 @@ class Serve:
     An encoder's server labels texts by /predict instead.
 
     A request names its adapter as `model`. Requests of all adapters are computed together, and
-    adapters come and go meanwhile (/v1/adapters). The address itself shows a page to try them on.
+    adapters come and go meanwhile (/v1/adapters); those that come so are in memory alone, and gone
+    when the server ends. The address itself shows a page to try them on.
     Elsewhere than on this machine it needs an API key, in the environment variable
     ADAPTERS_JAX_API_KEY. SIGTERM ends it once the answers that run are whole.
 

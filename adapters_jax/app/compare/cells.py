@@ -173,6 +173,8 @@ class CellConsole(Console):
         first: str = "",
     ) -> Iterator[Progress]:
         """Passes the progress of a cell on to the comparison."""
+        if first:
+            self._on_progress(0.0, first)
         yield _CellProgress(steps, self._on_progress)
 
 
@@ -184,4 +186,5 @@ class _CellProgress:
     on_progress: Callable[[float, str], None]
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        self.on_progress(step / self.steps, f"step {step} of {self.steps}  {note}")
+        words = f"step {step} of {self.steps}  {note}"
+        self.on_progress(step / self.steps, words.rstrip())

@@ -21,7 +21,7 @@ from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
 from adapters_jax.app.compare.together import train_together
-from adapters_jax.app.console import Console, Progress, duration
+from adapters_jax.app.console import Console, Pace, Progress, duration
 from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
@@ -87,8 +87,9 @@ class Comparison:
         if results:
             self.console.say(f"{len(results)} cells are done already")
             self._write(results)
-        with self.console.progress("compare", pace.total, "cell", pace.left) as progress:
-            console = CellConsole(self.console, lambda part, note: pace.show(progress, note))
+        first = "compiling" if pace.done < pace.total else ""
+        with self.console.progress("compare", pace.total, "cell", pace.left, first) as progress:
+            console = CellConsole(self.console, lambda part, note: pace.show(progress, part, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
                 for each in self._advanced(cell, results, console, interrupts):
@@ -167,6 +168,8 @@ class _Pace:
         total: the number of cells.
         cell: the cell that is running.
         began: the time at which it was started.
+        steps: the seconds of its steps, without the first one, which compiles.
+        whole: the estimated seconds of all of it; None if they are not known yet.
     """
 
     grid: Grid
@@ -174,6 +177,8 @@ class _Pace:
     total: int = 0
     cell: Cell | None = None
     began: float = field(default_factory=time.monotonic)
+    steps: Pace = field(default_factory=Pace)
+    whole: float | None = None
 
     def __post_init__(self) -> None:
         self.total = len(self.results) + self._missing
@@ -190,18 +195,23 @@ class _Pace:
     def start(self, cell: Cell) -> None:
         """Notes that another cell is running."""
         self.cell, self.began = cell, time.monotonic()
+        self.steps, self.whole = Pace(), None
 
-    def show(self, progress: Progress, note: str) -> None:
-        """Shows the running cell's progress."""
+    def show(self, progress: Progress, part: float, note: str) -> None:
+        """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
+        if part:
+            now = time.monotonic()
+            pace = self.steps.at(part, now)
+            self.whole = now - self.began + pace * (1 - part) if pace is not None else None
         if self.cell is not None:
             progress.update(self.done, f"{self.cell.title}  {note}")
 
     def left(self) -> float | None:
-        """The estimated seconds that are left; None if no cell is finished."""
+        """The estimated seconds that are left; None if they are not known yet."""
         took = {cell: r["seconds"] for cell, r in self.results.items() if "seconds" in r}
-        if not took:
+        if not took and self.whole is None:
             return None
-        mean = sum(took.values()) / len(took)
+        mean = sum(took.values()) / len(took) if took else self.whole or 0.0
 
         def expected(recipe: str) -> float:
             own = [seconds for cell, seconds in took.items() if cell.recipe == recipe]

@@ -12,15 +12,25 @@ from typing import Any
 from adapters_jax.app.compare.cells import Cells
 from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.compare.tradeoff import draw_tradeoff
+from adapters_jax.app.compare.tradeoff import tradeoff
 from adapters_jax.app.console import duration
-from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.flags import portable, words
+from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.run import PERCENT, settings, show_metric
+from adapters_jax.app.report.papers import bibtex, papers_of
+from adapters_jax.app.report.pictures import svg, write_png
+from adapters_jax.app.report.run import PERCENT, notes, settings, show_metric
+from adapters_jax.errors import UserError, file_errors
 from adapters_jax.io.atomic import write_file
+from adapters_jax.io.run_directory import RunError
+from adapters_jax.io.untrusted import read_json
+from adapters_jax.tasks import task_of
 from adapters_jax.tasks.metrics import better
+from adapters_jax.tasks.views import Judged
 
 Summary = dict[str, Any]
+SUMMARY, CELLS, PAGE = "comparison.json", "cells.jsonl", "comparison.html"  # files
+MOST = 2**26  # bytes of a summary
 _SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "max_length")
 
 
@@ -37,9 +47,10 @@ def summarize(
         results: the result of each finished cell.
     """
     first = cells.checked[grid.candidates[0].text].config
-    rows = []
+    rows, papers = [], dict[str, None]()
     for candidate in grid.candidates:
         checked = cells.checked[candidate.text]
+        papers |= dict.fromkeys(papers_of(candidate.method, checked.config["recipe"]))
         percent = 100 * checked.trainable_parameters / max(checked.base_parameters, 1)
         size = {"trainable_parameters": checked.trainable_parameters, "percent": percent}
         rows.append({**grid.row(candidate, results), **size})
@@ -55,6 +66,8 @@ def summarize(
         "recipes": rows,
         "best": _best(options, grid, rows, out),
         "command": options.command,
+        "notes": notes(task_of(first).views(first, Judged())),
+        "papers": [*papers],
         "configuration": {name: first.get(name) for name in (*_SHOWN, "versions")},
     }
 
@@ -147,15 +160,34 @@ def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> 
         results: the result of each finished cell.
     """
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    write_file(out / "cells.jsonl", lines.encode())
+    write_file(out / CELLS, lines.encode())
     text = json.dumps(summary, indent=2, ensure_ascii=False)
-    write_file(out / "comparison.json", f"{text}\n".encode())
+    write_file(out / SUMMARY, f"{text}\n".encode())
     task, metric = summary["task"], summary["metrics"][0]
-    draw_tradeoff(out / "comparison.png", {task: summary["recipes"]}, {task: metric})
-    write_file(out / "comparison.html", _page(out, summary, results).encode())
+    figure = tradeoff({task: summary["recipes"]}, {task: metric})
+    write_png(out / "comparison.png", figure)
+    write_file(out / PAGE, _page(figure, summary, results).encode())
 
 
-def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
+def rewrite_comparison(out: Path) -> None:
+    """Writes the files of a comparison anew, from its summary and its cells.
+
+    Raises:
+        RunError: one of these two is absent or damaged.
+    """
+    again = "the command that made the comparison writes it anew"
+    summary = read_json(out / SUMMARY, MOST, RunError)
+    with file_errors(out / CELLS, error=RunError):
+        lines = (out / CELLS).read_text(encoding="utf-8").splitlines()
+    try:
+        write_comparison(out, summary, [json.loads(line) for line in lines])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunError(f"the files of {out} are damaged: {error!r}; {again}") from error
+
+
+def _page(figure: Any, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
     base = Path(summary["configuration"]["model"]).name
     return pages.render(
@@ -164,12 +196,26 @@ def _page(out: Path, summary: Summary, results: Sequence[Result]) -> str:
         metric=metric,
         results=comparison_table(summary, ("dev", "test")),
         sentence=_sentence(summary),
-        picture_uri=pages.data_uri(out / "comparison.png"),
+        notes=summary.get("notes", ()),
+        picture=svg(figure, _alt(summary)),
         cells=_cells_table(metric, results),
-        again=summary["command"],
-        best=best["command"] if best else None,
+        again=portable(summary["command"], CompareOptions),
+        best=portable(best["command"], RunOptions) if best else None,
+        cite=bibtex(summary.get("papers", ())),
         configuration=list(settings(summary["configuration"])),
     )
+
+
+def _alt(summary: Summary) -> str:
+    """The picture in words."""
+    metric = summary["metrics"][0]
+    points = [
+        f"{row['recipe']}: {row['trainable_parameters']:,}, {show_spread(metric, spread)}"
+        for row in summary["recipes"]
+        if (spread := row.get("test", {}).get(metric)) and spread["mean"] is not None
+    ]
+    start = f"Trainable parameters and test {metric} of each recipe"
+    return f"{start}. {'; '.join(points)}." if points else f"{start}; none is finished."
 
 
 def _sentence(summary: Summary) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.app.compare.annotations import Label, place_labels
-from adapters_jax.app.report.run import GREY, PERCENT, in_picture
-from adapters_jax.io.atomic import write_file
+from adapters_jax.app.report.pictures import COLORS, GREY, in_picture, styled, write_png
+from adapters_jax.app.report.run import PERCENT
 
-COLORS = ("#0f62a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#0e7490")
 COLUMNS = 3
 Row = Mapping[str, Any]
 
@@ -23,6 +22,11 @@ Row = Mapping[str, Any]
 def draw_tradeoff(
     path: Path, comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]
 ) -> None:
+    """Writes the picture of `tradeoff` as a PNG file."""
+    write_png(path, tradeoff(comparisons, metrics))
+
+
+def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:
     """Draws the test metric against the trainable parameters, one frame for each data set.
 
     Recipes that differ only in their size form a line, and other recipes are points. Full
@@ -30,12 +34,18 @@ def draw_tradeoff(
     out.
 
     Args:
-        path: the PNG file to write.
         comparisons: the rows of each data set by its title, like "recipes" in `comparison.json`:
             each row has "recipe", "method", "family", "size", "size_name", "trainable_parameters"
             and "test".
         metrics: the metric of "test" to draw, by the title of the data set.
+
+    Returns:
+        The matplotlib figure.
     """
+    return styled(lambda: _figure(comparisons, metrics))
+
+
+def _figure(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,7 +66,7 @@ def draw_tradeoff(
     for axes, words, drawn in labels:
         place_labels(axes, words, drawn)
     figure.set_layout_engine("none")
-    write_file(path, lambda beside: figure.savefig(beside, format="png"))
+    return figure
 
 
 def _points(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
@@ -102,9 +112,6 @@ def _draw(
         np.array([[point["x"], point["y"]]] * 3) for point in points
     ]  # a dot counts three times
     axes.set(xlabel="trainable parameters", ylabel=f"test {metric}" + _unit(metric))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e3e3e3", linewidth=0.7)
-    axes.set_axisbelow(True)
     return [*sizes, *names], drawn
 
 

@@ -43,9 +43,11 @@ class DataOptions:
     """What to train on: --train FILE, or --glue NAME --data DIR, or by default movie reviews.
 
     Args:
-        train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow or CoNLL; .gz may
-            follow; several as a pattern, such as 'part-*.jsonl'; or a data set of the Hugging Face
-            Hub, as hub:user/name#config:split@revision.
+        train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow, CoNLL or text; .gz may
+            follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
+            several as a pattern, such as 'part-*.jsonl'; a directory with a folder of images for
+            each class; or a data set of the Hugging Face Hub, as
+            hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
@@ -53,9 +55,10 @@ class DataOptions:
         label: column of the label, "label" by default; for sentence-embedding, column of the
             scores of pairs, by default none.
         task: what is learnt: by an encoder classification, regression, multilabel,
-            token-classification, question-answering, multiple-choice or sentence-embedding; by a
-            decoder completion, conversation or preference; by default that of the columns, or the
-            first one of the model's kind.
+            token-classification, question-answering, multiple-choice, sentence-embedding or
+            masked-language-modelling; by an encoder of images image-classification; by a decoder
+            completion, conversation or preference; by default that of the columns, or the first one
+            of the model's kind.
         metrics: metrics to report; the first one selects the best adapter; by default the task's.
         glue: a GLUE task in its own layout: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli.
         data: directory of the GLUE task's files.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from adapters_jax.app.options.stored import absolute
 
@@ -40,6 +41,47 @@ def words(options: Any) -> list[str]:
             found += words(value)
         elif field.name in given(options):
             found += _words(flag(field.name), value)
+    return found
+
+
+def portable(command: str, options: Any) -> str:
+    """A command line with paths that do not name the directories of this machine.
+
+    A path below the working directory becomes relative to it; of another, the last part remains.
+
+    Args:
+        command: the command line, with absolute paths.
+        options: the class of its options, which says what is a path.
+
+    Example:
+        >>> from adapters_jax.app.options.data import DataOptions
+        >>> portable("adapters-jax finetune --train=/home/me/rows.csv --text=/a", DataOptions)
+        'adapters-jax finetune --train=rows.csv --text=/a'
+    """
+    paths = _path_flags(options)
+    return shlex.join(
+        f"{name}={portable_path(Path(value))}" if equals and name in paths else word
+        for word in shlex.split(command)
+        for name, equals, value in [word.partition("=")]
+    )
+
+
+def portable_path(path: Path) -> str:
+    """A path relative to the working directory, or the last part of one that is elsewhere."""
+    if not path.is_absolute():
+        return path.as_posix()
+    inside = path.is_relative_to(Path.cwd())
+    return path.relative_to(Path.cwd()).as_posix() if inside else path.name
+
+
+def _path_flags(options: Any) -> set[str]:
+    """The flags whose values are paths; a model may be one."""
+    found = {"--model"}
+    for name, hint in get_type_hints(options).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _path_flags(hint)
+        elif Path in (hint, *get_args(hint)):
+            found.add(flag(name))
     return found
 
 

@@ -29,6 +29,7 @@ class Preset:
             None for the learning rate of the rest.
         dropout: the default dropout of the base model; None for the checkpoint's own. Methods that
             train few parameters for few epochs learn more without dropout.
+        paper: the number on arXiv of the paper of the recipe; by default those of its methods.
     """
 
     make: Callable[..., Recipe]
@@ -37,6 +38,7 @@ class Preset:
     epochs: float = 3.0
     head_learning_rate: float | None = 1e-2
     dropout: float | None = 0.0
+    paper: str = ""
 
 
 def _published(name: str) -> Callable[..., Recipe]:
@@ -80,13 +82,13 @@ _LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
 
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
-    "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3),
-    "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3),
+    "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
+    "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
-    "bitfit": Preset(_published("bitfit"), (), 2e-3),
+    "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
     "layer-norms": Preset(_published("layer_norms"), (), 2e-3),
     "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
     "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),

@@ -33,6 +33,8 @@ class Settings:
             --max-length, the beginning of its prompt is cut.
         beta: strength of that loss: of the penalty for leaving the base in dpo, ipo and kto, of the
             odds ratio in orpo; by default 0.1, as in TRL.
+        augment: vary training images, at random in each step: flip half of them from left to
+            right, crop (move) them by up to an eighth of their size, or both; by default neither.
         held_out: score a decoder on at most this many rows of dev and of test, evenly spread.
         exact_match: number of these prompts to generate for and compare, by exact match or another
             of --metrics; 0 for none.
@@ -79,6 +81,7 @@ class Settings:
     turns: Literal["assistant", "last", "all"] = "assistant"
     loss: Literal["dpo", "ipo", "orpo", "kto"] | None = None
     beta: float | None = None
+    augment: tuple[Literal["flip", "crop"], ...] = ()
     held_out: int = 100
     exact_match: int = 16
     max_length: int | None = None
@@ -109,14 +112,18 @@ class RunOptions(Settings):
         seed: seed of the head, the adapters, the order of rows, and dropout.
         baselines: also report the majority class and the frozen base with a trained head; for a
             decoder, the base model.
+        budget: time for the run, such as 90s, 10m or 1h30m: as many epochs as fit into it, at most
+            --epochs, by default 20; the answers that a decoder generates at the end come on top.
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Run": (
             "seed",
             "baselines",
+            "budget",
         ),
     }
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     baselines: bool = True
+    budget: str | None = None

@@ -6,8 +6,6 @@ raises an error.
 
 from __future__ import annotations
 
-import base64
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -35,7 +33,7 @@ def render(name: str, **values: Any) -> str:
     """Renders a page.
 
     Args:
-        name: name of the template, "run" or "comparison".
+        name: name of the template, such as "run" or "comparison".
         **values: the values that the template shows, as plain text; every page has a `title`.
 
     Returns:
@@ -45,8 +43,3 @@ def render(name: str, **values: Any) -> str:
         jinja2.UndefinedError: the template reads a value that is not given.
     """
     return _TEMPLATES.get_template(f"{name}.html.jinja").render(values)
-
-
-def data_uri(picture: Path) -> str:
-    """Encodes a PNG file as a `data:` address, which holds the picture itself."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"

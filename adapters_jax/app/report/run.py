@@ -1,4 +1,4 @@
-"""Reports a finished run: a table of results, a picture of curves, and an HTML page."""
+"""Reports a finished run: a table of results, pictures, and an HTML page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from markupsafe import Markup
 
 from adapters_jax.app.console import duration
-from adapters_jax.app.options.flags import words
+from adapters_jax.app.options.flags import portable, portable_path, words
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.report import pages
-from adapters_jax.auditing import HEADERS, Audit
+from adapters_jax.app.report.findings import read_findings
+from adapters_jax.app.report.papers import bibtex, papers_of
+from adapters_jax.app.report.pictures import (
+    Picture,
+    curves,
+    figure_of,
+    histogram,
+    scatter,
+    svg,
+    write_png,
+)
+from adapters_jax.auditing import HEADERS
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
-from adapters_jax.texts import visible
+from adapters_jax.tasks.views import Histogram, Note, Scatter, View
 
-BLUE, GREY = "#0f62a8", "#6b7280"
 _SHARES = ("precision", "recall", "exact_match", "recall_at_1")
 PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
-_NOT_SETTINGS = ("data", "options", "summary")  # the page shows these elsewhere
+_NOT_SETTINGS = ("data", "options", "summary", "target")  # the page shows these elsewhere
 
 
 def show_metric(name: str, value: float) -> str:
@@ -68,107 +78,70 @@ def results_table(
     return header, rows
 
 
-def draw_curves(
-    path: Path,
-    method: str,
-    records: Sequence[Mapping[str, Any]],
-    metric: str,
-    baselines: Mapping[str, float],
-) -> None:
-    """Draws the training loss and the dev metric over the steps, and rewards where there are any.
+def write_report(run: Run, config: Mapping[str, Any]) -> None:
+    """Writes the curves and the page of a finished run, from its files.
 
     Args:
-        path: the PNG file to write.
-        method: name of the trained method, for the legend.
-        records: the records that the training logged.
-        metric: name of the dev metric to draw.
-        baselines: the dev metric of each baseline, drawn as level lines.
+        run: the run, with its metrics and its findings.
+        config: its configuration, with its summary.
+
+    Raises:
+        RunError: a file of the run is damaged.
     """
-    from matplotlib.figure import Figure
-
-    margins = [(r["step"], r["margin"]) for r in records if "margin" in r]
-    count = 3 if margins else 2
-    figure = Figure(figsize=(4.5 * count, 3.6), dpi=150, layout="constrained")
-    loss_axes, dev_axes, *reward_axes = figure.subplots(1, count)
-    factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    scores = [(r["step"], factor * r["dev"][metric]) for r in records if "dev" in r]
-    steps, raw = zip(*losses, strict=True)
-    loss_axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
-    loss_axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8)
-    loss_axes.set(title="Training loss", ylabel="loss", ylim=(0, 1.05 * max(raw) or 1))
-    label = in_picture(method)
-    dev_axes.plot(*zip(*scores, strict=True), "o-", color=BLUE, linewidth=1.8, label=label)
-    for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        label = in_picture(TITLES.get(name, name))
-        dev_axes.axhline(factor * value, color=GREY, linestyle=style, linewidth=1.5, label=label)
-    dev_axes.set(title=f"Dev {metric}", ylabel=metric + unit)
-    dev_axes.legend(frameon=False, loc="best")
-    for axes in reward_axes:
-        _draw_margins(
-            axes, margins, [(r["step"], r["dev"]["margin"]) for r in records if "dev" in r]
-        )
-    for axes in (loss_axes, dev_axes, *reward_axes):
-        axes.set(xlabel="step", xlim=(0, 1.03 * records[-1]["step"]))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e3e3e3", linewidth=0.7)
-        axes.set_axisbelow(True)
-    figure.savefig(path)
-
-
-def _draw_margins(axes: Any, train: Sequence[tuple[int, float]], dev: Sequence[Any]) -> None:
-    """Draws by how much the reward of preferred completions is above that of others."""
-    steps, raw = zip(*train, strict=True)
-    axes.plot(steps, raw, color=BLUE, alpha=0.25, linewidth=1)
-    axes.plot(steps, _smooth(raw), color=BLUE, linewidth=1.8, label="train")
-    axes.plot(*zip(*dev, strict=True), "o--", color=GREY, linewidth=1.5, label="dev")
-    axes.set(title="Reward margin", ylabel="reward of preferred - of other")
-    axes.legend(frameon=False, loc="best")
-
-
-def in_picture(text: str) -> str:
-    """A text as matplotlib draws it: without formulas, which it reads between dollars."""
-    return visible(text, lines=False).replace("$", r"\$")
-
-
-def _smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:
-    """The running mean over a share of the values; the window is centred, and cut at the ends."""
-    half = int(len(values) * share / 2)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
-
-
-def write_report(run: Run, config: Mapping[str, Any], counts: Audit) -> None:
-    """Writes the page of a finished run, whose curves are drawn already.
-
-    Args:
-        run: the run's directory.
-        config: the run's configuration, with its summary.
-        counts: the audit of what was trained.
-    """
-    summary, options = config["summary"], from_plain(RunOptions, config["options"])
-    usage = task_of(config).usage(run.path.as_posix(), config)
+    summary, metrics = config["summary"], config["metrics"]
+    findings, options = read_findings(run), from_plain(RunOptions, config["options"])
+    task, method = task_of(config), summary["results"][-1]["method"]
+    drawn = curves(
+        [record for record in run.read_log() if record["method"] == method],
+        method,
+        metrics[0],
+        {
+            TITLES.get(row["method"], row["method"]): row["dev"][metrics[0]]
+            for row in summary["results"][:-1]
+        },
+        percent=metrics[0] in PERCENT,
+    )
+    write_png(run.curves, figure_of(drawn))
+    views = task.views(config, findings.judged)
+    usage = task.usage(portable_path(run.path), config)
     page = pages.render(
         "run",
-        title=f"{config['task']}: {summary['results'][-1]['method']} on "
-        f"{Path(config['model']).name}",
-        results=results_table(summary["results"], config["metrics"]),
+        title=f"{config['task']}: {method} on {Path(config['model']).name}",
+        results=results_table(summary["results"], metrics),
         sentence=_sentence(config),
-        curves_uri=pages.data_uri(run.curves),
+        notes=notes(views),
+        curves=[drawn_svg(picture) for picture in drawn],
+        views=[shown_view(view) for view in views if not isinstance(view, Note)],
         samples=[
             (sample["prompt"], sample["completion"], sample["generated"])
             for sample in summary["results"][-1].get("samples", ())
         ],
-        trained=(HEADERS, counts.rows()),
-        totals=counts.totals(),
+        trained=(HEADERS, findings.trained),
+        totals=findings.totals,
         shell=usage.shell,
         python=usage.python,
-        again=shlex.join(["adapters-jax", "finetune", *words(options)]),
+        again=portable(shlex.join(["adapters-jax", "finetune", *words(options)]), RunOptions),
+        cite=bibtex(papers_of(options.method, config["recipe"])),
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
+
+
+def notes(views: Sequence[View]) -> list[str]:
+    """The sentences among views."""
+    return [view.text for view in views if isinstance(view, Note)]
+
+
+def shown_view(view: View) -> tuple[Any, Any]:
+    """A view, and its picture if it has one."""
+    if isinstance(view, Histogram):
+        return view, drawn_svg(histogram(view))
+    return view, drawn_svg(scatter(view)) if isinstance(view, Scatter) else None
+
+
+def drawn_svg(picture: Picture) -> Markup:
+    """A picture as a part of a page."""
+    return svg(figure_of([picture]), picture.alt)
 
 
 def _sentence(config: Mapping[str, Any]) -> str:

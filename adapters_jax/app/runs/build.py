@@ -18,7 +18,7 @@ from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.parts.attention import check_kernel
-from adapters_jax.pretrained.locate import is_decoder
+from adapters_jax.pretrained.locate import kind_of
 from adapters_jax.tasks import TASKS, Task, tasks_on
 from adapters_jax.tasks.base import Setup
 
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
     check_kernel(options.attention)
-    kind = "decoder" if is_decoder(options.model) else "encoder"
+    kind = kind_of(options.model)
     if kind == "decoder" and options.method.method == HEAD_ONLY:
         raise UserError(f"--method {HEAD_ONLY} is for encoders; a decoder has no head for a task")
     task = options.data.task_on(kind, options.model)
@@ -39,7 +39,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
         data = replace(data, **few)
-    training = _training(options, kind)
+    training = _training(options, task)
     setup = Setup(
         model=options.model,
         recipe=options.method.build,
@@ -57,6 +57,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         turns=options.turns,
         loss=options.loss or Setup.loss,
         beta=Setup.beta if options.beta is None else options.beta,
+        augment=options.augment,
         accumulate=training.accumulate,
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
@@ -88,10 +89,13 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     )
 
 
-def _training(options: RunOptions, kind: str) -> OptimizerOptions:
+def _training(options: RunOptions, task: Task) -> OptimizerOptions:
     """Fills in the defaults of the training; the movie reviews need fewer epochs."""
     chosen, method = options.optimizer, options.method.method
-    if kind == "decoder":
+    epochs = task.epochs if method != HEAD_ONLY else None
+    own = chosen.epochs or epochs, chosen.batch_size or task.batch_size
+    chosen = replace(chosen, epochs=own[0], batch_size=own[1])
+    if task.kind == "decoder":
         return chosen.of_decoder(method)
     if options.data.is_demo and chosen.epochs is None and method != HEAD_ONLY:
         chosen = replace(chosen, epochs=1.5)

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,16 +18,21 @@ from adapters_jax.app.console import Console, Progress, Speed, duration
 from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.app.report.run import draw_curves, results_table, write_report
+from adapters_jax.app.options.stored import plain
+from adapters_jax.app.report.findings import write_findings
+from adapters_jax.app.report.run import notes, results_table, write_report
+from adapters_jax.app.runs.budget import fitted, measured, seconds_of
 from adapters_jax.app.runs.log import Record
 from adapters_jax.app.runs.loop import Saving, Trained, train
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
-from adapters_jax.auditing import audit
+from adapters_jax.auditing import Audit, audit
 from adapters_jax.io.adapter import save_adapter
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks import task_of
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
+from adapters_jax.tasks.views import Judged
 from adapters_jax.training.state import TrainState
 
 Result = dict[str, Any]  # a row of the table of results
@@ -110,9 +115,41 @@ class Job:
         for line in sentences(self.ways):
             self.console.say(line)
         self.prepared.begin(self.run, self.console.progress)
+        self._in_budget()._train_and_report(counts, interrupts)
+
+    def _in_budget(self) -> Job:
+        """The job with as many epochs as fit into the time that was asked for, if one was."""
+        budget = self.config["options"]["budget"]
+        if budget is None:
+            return self
+        self.console.say("measuring the steps; they are compiled for it")
+        cost = measured(self.problem, self.optimizer, self.half)
+        rows = self.config["rows"]
+        passes = sum(
+            getattr(each, "epochs", None) or 1
+            for each in (self.prepared.baselines() if self.baselines else [])
+        )
+        beside = passes * cost.score * sum(rows.values()) / rows["dev"]
+        left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
+        steps = len(self.problem.train)
+        optimizer = fitted(self.optimizer, cost, left, steps, budget)
+        self.console.say(
+            f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
+        )
+        options = self.config["options"]
+        own = {**options["optimizer"], "epochs": optimizer.epochs}
+        config = {
+            **self.config,
+            "optimizer": plain(optimizer),
+            "options": {**options, "budget": None, "optimizer": own},
+        }
+        self.run.write_config(config)  # what continues the run has the same epochs
+        return replace(self, optimizer=optimizer, config=config)
+
+    def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         with Checkpoints(self.run.checkpoints) as checkpoints:
             saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
-            found, results = self.train_all(saving)
+            found, results, judged = self.train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
@@ -124,11 +161,11 @@ class Job:
         }
         if found.skipped:
             summary["skipped_steps"] = found.skipped
-        metric = self.problem.metrics[0]
-        levels = {row["method"]: row["dev"][metric] for row in results[:-1]}
         config = {**self.config, "summary": summary}
-        draw_curves(self.run.curves, self.title, found.records, metric, levels)
-        write_report(self.run, config, counts)
+        write_findings(self.run, counts, judged)
+        write_report(self.run, config)
+        for note in notes(task_of(config).views(config, judged)):
+            self.console.say(note)
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
@@ -167,16 +204,19 @@ class Job:
         """The identity of the base model, for the adapter's file."""
         return self.prepared.identity
 
-    def train_all(self, saving: Saving) -> tuple[Trained, list[Result]]:
-        """Trains the method, then its baselines; returns the training and the table of results."""
-        prepared = self.prepared
-        found, row = self.train(
-            self.title, prepared.trained, self.optimizer, prepared.tokens, saving
-        )
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result], Judged]:
+        """Trains the method, then its baselines.
+
+        Returns:
+            The training, the table of results, and the predictions.
+        """
+        prepared, problem = self.prepared, self.prepared.trained
+        found, row = self.train(self.title, problem, self.optimizer, prepared.tokens, saving)
         if samples := prepared.samples():
             row["samples"] = samples
+        judged = prepared.judged(problem, found.best)
         baselines = prepared.baselines() if self.baselines else []
-        return found, [*map(self._compare, baselines), row]
+        return found, [*map(self._compare, baselines), row], judged
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
         """Trains or scores a baseline; returns its row."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs.budget import seconds_of
 from adapters_jax.app.runs.build import build_job
 from adapters_jax.app.runs.config import check_same, check_unfinished, read_options
 from adapters_jax.app.runs.job import Job
@@ -49,6 +50,8 @@ def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -
         raise UserError(f"--exact-match {options.exact_match}: expected a number of rows, or 0")
     if options.beta is not None:
         check_number("the loss of preferences", "--beta", options.beta)
+    if options.budget is not None:
+        seconds_of(options.budget)
     options = replace(options, model=pinned(options.model))
     return build_job(options, run, console, began)
 

@@ -18,9 +18,10 @@ HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
 _OURS = {HEAD: "head", POOLER: "pooler/dense"}
 POOLINGS = ("pooler", "cls", "tokens")
 OF_TOKENS = ("tagging", "question_answering")
-KINDS = ("classification", "multilabel_classification", "multiple_choice", *OF_TOKENS)
+IMAGES = "image_classification"
+KINDS = ("classification", "multilabel_classification", "multiple_choice", IMAGES, *OF_TOKENS)
 _FIELDS = {"head_type", "num_labels", "num_choices", "layers", "activation_function"}
-_FIELDS |= {"use_pooler", "bias"}
+_FIELDS |= {"use_pooler", "bias", "multilabel"}
 # The names of other architectures' own classifiers.
 _STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD, "pre_classifier": POOLER}
 _ADVICE = "load_adapterhub(..., with_head=False) omits the head"
@@ -110,6 +111,7 @@ def _flexible(
         "layers": (1,) if pooled or of_tokens else (1, 2),
         "use_pooler": (True, False),
         "bias": (True,),
+        "multilabel": (False,),
     }
     if layers == 2:
         expected["activation_function"] = (activation,)
@@ -212,6 +214,8 @@ def write(
     }
     if head_type == "multiple_choice":
         config["num_choices"] = len(labels)
+    if head_type == IMAGES:
+        config["multilabel"] = False
     # Each kind has its own settings, and AdapterHub takes no others.
     others = {"multiple_choice": ("num_labels", "bias")}
     others |= dict.fromkeys(OF_TOKENS, ("use_pooler", "bias"))

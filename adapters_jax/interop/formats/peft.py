@@ -27,6 +27,7 @@ _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "IMAGE": "AutoModelForImageClassification",
 }
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
@@ -83,13 +84,16 @@ class Peft:
 
     def head_problem(self, base: BaseModel) -> str:
         """PEFT has our head, one layer on the pooler, for some architectures only."""
+        if base.kind == "vision":
+            return ""  # the heads of images read the same there
         if not base.one_layer:
             return "this architecture's head has two layers in PEFT, but this one has one"
         return pooling_problem(base, self.owner, ("pooler",))
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads with the model class of the task."""
-        kind = _CLASSES.get(_task(base, leaves), "AutoModel")
+        task = "IMAGE" if base.kind == "vision" and has_head(leaves) else _task(base, leaves)
+        kind = _CLASSES.get(task or "", "AutoModel")
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
@@ -97,8 +101,10 @@ class Peft:
         )
 
 
-def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str:
-    """PEFT's name of the task, which decides the class of the model."""
+def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
+    """PEFT's name of the task, which decides the class of the model; None for labels of images."""
+    if base.kind == "vision" and has_head(leaves):
+        return None
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 
 

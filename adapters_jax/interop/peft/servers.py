@@ -108,7 +108,9 @@ class _Pair:
 def check_decoder(server: Server, kind: str) -> None:
     """Raises UserError if a base is not of the kind "decoder"."""
     if kind != "decoder":
-        raise UserError(f"{server.owner} takes adapters of decoders, and the base is an {kind}")
+        raise UserError(
+            f"{server.owner} takes adapters of decoders, and the base is of the kind {kind}"
+        )
 
 
 def check_server(

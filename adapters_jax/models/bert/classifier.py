@@ -1,10 +1,11 @@
-"""A BERT encoder with a pooled head, for the classification of texts and for regression."""
+"""A BERT encoder with a head: a pooled one for labels, or that of a masked language model."""
 
 from adapters_jax.models.bert import checkpoint
 from adapters_jax.models.bert.model import Bert
 from adapters_jax.models.parts.encoder import EncoderClassifier, classifier_names, mean_pool
+from adapters_jax.models.parts.masked_lm import MaskedLanguageModel
 
-__all__ = ["NAMES", "BertClassifier", "mean_pool"]
+__all__ = ["NAMES", "BertClassifier", "BertMaskedLM", "mean_pool"]
 
 # With pooling="pooler" the model is Hugging Face's BertForSequenceClassification.
 NAMES = classifier_names("bert", checkpoint.NAMES)
@@ -28,6 +29,22 @@ class BertClassifier(EncoderClassifier):
         >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
         >>> sorted(params), params["head"]["kernel"].shape
         (['bert', 'head'], (768, 2))
+    """
+
+    base = "bert"
+    encoder = Bert
+
+
+class BertMaskedLM(MaskedLanguageModel):
+    """A BERT, RoBERTa or DistilBERT under `bert`, with a head that predicts tokens.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from adapters_jax.models.bert.config import BERT_BASE
+        >>> model, ids = BertMaskedLM(BERT_BASE), jnp.zeros((1, 8), jnp.int32)
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        >>> sorted(params["head"]), params["head"]["bias"].shape
+        (['bias', 'dense', 'norm'], (30522,))
     """
 
     base = "bert"

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 
 from adapters_jax.interop.names import NameTable, Rule
 from adapters_jax.models.bert.checkpoint import NAMES as BERT_NAMES
-from adapters_jax.models.bert.classifier import BertClassifier
+from adapters_jax.models.bert.classifier import BertClassifier, BertMaskedLM
 from adapters_jax.models.bert.config import BertConfig
 from adapters_jax.models.parts.encoder import encoder_family
 from adapters_jax.models.parts.functions import ACTIVATIONS
+from adapters_jax.models.parts.masked_lm import masked_lm
 
 _NAMES = {
     "dim": "hidden_size",
@@ -95,4 +96,10 @@ FAMILY = encoder_family(
     NAMES,
     {"distilbert": "distilbert."},
     KNOWN,
+)
+FAMILY = masked_lm(
+    FAMILY,
+    BertMaskedLM,
+    {"dense": "vocab_transform", "norm": "vocab_layer_norm", "bias": "vocab_projector.bias"},
+    "vocab_projector.weight",
 )

@@ -6,9 +6,10 @@ from typing import Any
 
 from adapters_jax.interop import huggingface
 from adapters_jax.models.bert import checkpoint, distilbert, electra, roberta
-from adapters_jax.models.bert.classifier import BertClassifier
+from adapters_jax.models.bert.classifier import BertClassifier, BertMaskedLM
 from adapters_jax.models.bert.config import BERT_BASE, BERT_LARGE, BertConfig
 from adapters_jax.models.parts.encoder import encoder_family
+from adapters_jax.models.parts.masked_lm import masked_lm
 
 # The shapes of `config.json` in the repositories of these names on huggingface.co.
 KNOWN = {
@@ -32,6 +33,17 @@ FAMILY = encoder_family(
     {"bert": "bert."},
     KNOWN,
     one_layer=("bert",),
+)
+
+FAMILY = masked_lm(
+    FAMILY,
+    BertMaskedLM,
+    {
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "bias": "cls.predictions.bias",
+    },
+    "cls.predictions.decoder.weight",
 )
 
 FAMILIES = (FAMILY, roberta.FAMILY, distilbert.FAMILY, electra.FAMILY)

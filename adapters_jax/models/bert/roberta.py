@@ -10,9 +10,10 @@ from typing import Any
 
 from adapters_jax.interop.names import Rule
 from adapters_jax.models.bert.checkpoint import like_bert
-from adapters_jax.models.bert.classifier import BertClassifier
+from adapters_jax.models.bert.classifier import BertClassifier, BertMaskedLM
 from adapters_jax.models.bert.config import BERT_BASE, BERT_LARGE, ROBERTA_TYPES, BertConfig
 from adapters_jax.models.parts.encoder import encoder_family
+from adapters_jax.models.parts.masked_lm import masked_lm
 
 _ROBERTA: dict[str, Any] = {
     "model_type": "roberta",
@@ -54,4 +55,11 @@ FAMILY = encoder_family(
     dict.fromkeys(ROBERTA_TYPES, "roberta."),
     KNOWN,
     head="classifier.out_proj",
+)
+FAMILY = masked_lm(
+    FAMILY,
+    BertMaskedLM,
+    {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bias": "lm_head.bias"},
+    "lm_head.decoder.weight",
+    activation="gelu",
 )

@@ -193,7 +193,8 @@ class EncoderClassifier(Typed):
 def classifier_names(base: str, names: NameTable, head: str = "classifier") -> NameTable:
     """The name table of a classifier, from that of its encoder and their name of the head."""
     rules = (*(rule._replace(ours=f"{base}/{rule.ours}") for rule in names.rules),)
-    return replace(names, rules=(*rules, Rule(r"head", head)), ignored=())
+    own = (*(rule._replace(ours=f"{base}/{rule.ours}") for rule in names.parameters),)
+    return replace(names, rules=(*rules, Rule(r"head", head)), parameters=own, ignored=())
 
 
 def load_encoder(

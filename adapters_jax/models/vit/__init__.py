@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule
-from adapters_jax.models.family import Family
-from adapters_jax.models.parts.encoder import load_encoder
+from adapters_jax.models.family import Classifier, Family
+from adapters_jax.models.parts.encoder import classifier_names, load_encoder
 from adapters_jax.models.vit.config import ClipConfig, DinoConfig, VitConfig
 from adapters_jax.models.vit.model import Vit, VitClassifier
 from adapters_jax.transforms.stacking import Stack
@@ -118,7 +118,18 @@ def _family(
 ) -> Family:
     """The record of a family of image encoders."""
     load = partial(load_encoder, Vit, config, names, inputs=lambda config: config.images(1))
-    return Family(name, "vision", config, Vit, load, names, prefixes, known)
+    whole = Classifier(
+        base="vit",
+        names=classifier_names("vit", names),
+        build=_classifier,
+        load=lambda directory, pooling, absent=False: load(directory),
+        one_layer=tuple(prefixes),
+    )
+    return Family(name, "vision", config, Vit, load, names, prefixes, known, classifier=whole)
+
+
+def _classifier(config: VitConfig, width: int, pooling: str, **options: Any) -> VitClassifier:
+    return VitClassifier(config, width, **options)  # the configuration says what its head reads
 
 
 FAMILIES = (

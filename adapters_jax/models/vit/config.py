@@ -58,6 +58,12 @@ class VitConfig(huggingface.CheckpointConfig):
             )
 
     @property
+    def pooling(self) -> str:
+        """What a classifier's head reads, in the words for encoders of texts: cls is the first."""
+        names = {"first": "cls", "mean": "mean"}
+        return " and ".join(names[each] for each in self.features)
+
+    @property
     def patches(self) -> int:
         """The number of an image's patches."""
         return (self.image_size // self.patch_size) ** 2

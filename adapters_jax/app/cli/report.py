@@ -1,0 +1,63 @@
+"""`adapters-jax report`: writes the page of a finished run or of a comparison anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
+from adapters_jax.app.console import Console
+from adapters_jax.app.report.run import write_report
+from adapters_jax.app.runs.config import comparable
+from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.tasks import read_run
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes the page and the picture of a finished run or of a comparison anew, from its files.
+
+    Nothing is trained, and no model is loaded. A run of an older version keeps no predictions, and
+    its page has none.
+
+    Args:
+        run: directory of the run, or of the comparison.
+        json: print the path of the page as JSON on stdout; everything else goes to stderr.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax report runs/minilm-movie-reviews-houlsby
+  adapters-jax report comparisons/minilm-movie-reviews"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path
+    json: bool = False
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads and checks the files.
+
+        Raises:
+            RunError: there is no finished run and no comparison, or a file is damaged.
+        """
+        if (self.run / SUMMARY).is_file():
+            return lambda: self._write(rewrite_comparison, self.run / PAGE, console)
+        run = Run(self.run)
+        _, config = read_run(run)
+        if "summary" not in config:
+            raise RunError(
+                f"{run.path} is not a finished run, which alone has a page; "
+                f"if it was interrupted, write adapters-jax finetune --resume {run.path}"
+            )
+        known = comparable(run, config)
+        return lambda: self._write(lambda path: write_report(Run(path), known), run.report, console)
+
+    def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
+        lock = Run(self.run).lock()
+        try:
+            write(self.run)
+        finally:
+            Run(self.run).unlock(lock)
+        console.say(f"see {page}")
+        console.result({"page": page.as_posix()})

@@ -1,0 +1,260 @@
+"""Tables of the documentation that are read from the library.
+
+In a page of the site, a fenced block `{facts} NAME` is the table of that name. The README's table
+of methods is text: `python -m docs.facts` renews it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from docstring_parser import parse
+from flax import nnx
+
+import adapters_jax as aj
+from adapters_jax.app.options.method import PRESETS
+from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.formats.base import Adapter, stand_ins
+from adapters_jax.interop.formats.registry import FORMATS
+from adapters_jax.methods import METHODS, Method
+from adapters_jax.models import bert, decoder
+from adapters_jax.tasks import TASKS
+from adapters_jax.trees import flatten
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- methods: written by python -m docs.facts -->", "<!-- end of methods -->"
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a table says of a method beside what the library knows.
+
+    Attributes:
+        does: what the method adds or trains.
+        count: the parameters of one adapter.
+        source: the paper.
+        recipe: a recipe of it, for the two bases that the formats are asked about.
+        presets: functions of `aj` that make recipes of it.
+    """
+
+    does: str
+    count: str
+    source: str
+    recipe: Callable[[], aj.Recipe]
+    presets: tuple[str, ...]
+
+
+ENTRIES = {
+    "bottleneck": Entry(
+        "a small network on a module's output",
+        "2md + d + m",
+        "Houlsby et al. 2019",
+        lambda: aj.houlsby(4, layer_norms=None),
+        ("houlsby", "pfeiffer", "parallel"),
+    ),
+    "lora": Entry("`W + (alpha / r) A B`", "r(in + out)", "Hu et al. 2021", aj.lora, ("lora",)),
+    "dora": Entry(
+        "LoRA, and a norm for every output",
+        "r(in + out) + out",
+        "Liu et al. 2024",
+        lambda: aj.lora(dora=True),
+        ("lora",),
+    ),
+    "ia3": Entry("scales of activations", "d", "Liu et al. 2022", aj.ia3, ("ia3",)),
+    "llama_adapter": Entry(
+        "gated prompts in attention",
+        "Kd + heads",
+        "Zhang et al. 2023",
+        lambda: aj.llama_adapter(gate="layer", gate_activation="identity"),  # PEFT's form
+        ("llama_adapter",),
+    ),
+    "prefix": Entry(
+        "keys and values before an attention's own",
+        "2K · kv heads · head width",
+        "Li and Liang 2021",
+        aj.prefix_tuning,
+        ("prefix_tuning",),
+    ),
+    "unfreeze": Entry(
+        "trains the base's own parameters",
+        "their own",
+        "Ben Zaken et al. 2022, for biases",
+        lambda: aj.lora(bias="lora_only"),
+        ("bitfit", "layer_norms", "last_layers", "full"),
+    ),
+}
+
+
+def methods() -> str:
+    """One line for each method: what it is, and which of the library's parts take it."""
+    names = [each.owner for each in FORMATS.values() if each.name != "native"]
+    rows = [("method", "adds", "parameters of one", "linen, NNX", "merges", *names, "paper")]
+    for name, entry in ENTRIES.items():
+        method, taken = METHODS[name], formats(name)
+        rows.append(
+            (
+                f"`{method.__name__}`",
+                entry.does,
+                entry.count,
+                "both",
+                "yes" if merges(method) else "no",
+                *("yes" if each in taken else "no" for each in names),
+                entry.source,
+            )
+        )
+    return table(rows)
+
+
+def merges(method: type[Method]) -> bool:
+    """Whether `aj.merge` takes the method; one without leaves changes the weights themselves."""
+    return method.slot is None or method.acts_on == "leaf" or method.merged is not Method.merged
+
+
+@cache
+def formats(name: str) -> tuple[str, ...]:
+    """The libraries whose files hold a method on one of two common bases."""
+    recipe = ENTRIES[name].recipe()
+    found = []
+    for file in FORMATS.values():
+        for base, leaves in (_bert(recipe), _llama(recipe)):
+            if leaves and not file.problems(Adapter(recipe, stand_ins(leaves)), base):
+                found.append(file.owner)
+                break
+    return tuple(found)
+
+
+def _trained(recipe: aj.Recipe, leaves: dict[str, Any]) -> dict[str, Any]:
+    return {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
+
+
+def _described(params: Any, names: Any, prefix: str, kind: Any, model_type: str) -> BaseModel:
+    identity = aj.base_identity(params, id="someone/base")
+    model = {"model_type": model_type, "heads": (2, 2)}
+    return BaseModel("someone/base", kind, names, prefix, params, identity, "", **model)
+
+
+def _bert(recipe: aj.Recipe) -> tuple[BaseModel, dict[str, Any]]:
+    model, ids = bert.Bert(bert.BertConfig(**SIZES, intermediate_size=24)), jnp.ones((1, 4), int)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    base = _described(params, bert.NAMES, "", "encoder", "bert")
+    try:
+        whole = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(1), ids)
+    except aj.RecipeError:
+        return base, {}  # its default targets are a decoder's
+    return base, _trained(recipe, flatten(whole))
+
+
+def _llama(recipe: aj.Recipe) -> tuple[BaseModel, dict[str, Any]]:
+    config = decoder.DecoderConfig(**SIZES, intermediate_size=24)
+    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+    base = _described(model, decoder.NAMES, "model.", "decoder", "llama")
+    try:
+        adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(1))
+    except aj.RecipeError:
+        return base, {}
+    return base, _trained(recipe, flatten(nnx.state(adapted, nnx.Param)))
+
+
+def settings(name: str) -> str:
+    """The settings of a method with their defaults, and what else the library knows of it."""
+    method, entry = METHODS[name], ENTRIES[name]
+    means = _meanings(method)
+    fields = [
+        (f"`{field.name}`", _default(field), means.get(field.name, ""))
+        for field in dataclasses.fields(method)
+    ]
+    more = " --dora" if name == "dora" else ""
+    flags = [flag + more for flag in PRESETS if flag.replace("-", "_") in entry.presets]
+    facts = [
+        ("class", f"`aj.{method.__name__}`"),
+        ("presets", ", ".join(f"`aj.{each}`" for each in entry.presets)),
+        ("command line", ", ".join(f"`--method {each}`" for each in flags)),
+        ("parameters of one adapter", entry.count),
+        ("leaves", ", ".join(f"`{method.slot}/{leaf}`" for leaf in _leaves(method)) or "none"),
+        ("merges into the base", "yes" if merges(method) else f"no: {method.unmergeable}"),
+        ("files", ", ".join(formats(name))),
+    ]
+    tables = [("fact", "value"), *facts], [("setting", "default", "meaning"), *fields]
+    return "\n\n".join(map(table, tables))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
+def _meanings(method: type[Method]) -> dict[str, str]:
+    """What each setting means, as the docstrings of the method and of its bases say."""
+    found: dict[str, str] = {}
+    for each in reversed(method.__mro__):
+        for parameter in parse(each.__doc__ or "").params:
+            found[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return found
+
+
+def _leaves(method: type[Method]) -> tuple[str, ...]:
+    needed = {"bottleneck_dim": 1} if method.name == "bottleneck" else {}
+    return method("x", **needed).leaf_names
+
+
+def presets() -> str:
+    """The presets with the first line of their documentation."""
+    rows = [("preset", "what it is")]
+    for name in dict.fromkeys(each for entry in ENTRIES.values() for each in entry.presets):
+        rows.append((f"`aj.{name}`", (getattr(aj, name).__doc__ or "").splitlines()[0]))
+    return table(rows)
+
+
+def tasks() -> str:
+    """The tasks of `finetune` with the columns that they read."""
+    rows = [("task", "base", "columns", "metrics", "finished runs")]
+    for task in TASKS.values():
+        columns = ", ".join(
+            f"`{role}`" + ("" if default else " (optional)")
+            for role, default in task.columns.items()
+        )
+        metrics = ", ".join(f"`{each}`" for each in task.metrics)
+        rows.append((f"`{task.name}`", task.kind, columns, metrics, f"`{task.command}`"))
+    return table(rows)
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table; the first one is the header."""
+    header, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * (header.count(" | ") + 1), *body])
+
+
+def text(name: str) -> str:
+    """The table of a name: `methods`, `presets`, `tasks`, or the name of a method."""
+    if name in METHODS:
+        return settings(name)
+    return {"methods": methods, "presets": presets, "tasks": tasks}[name]()
+
+
+def setup(app: Any) -> None:
+    """Sphinx's extension: the directive `facts`."""
+    from docutils import nodes
+    from docutils.parsers.rst import Directive
+
+    class Facts(Directive):
+        required_arguments = 1
+
+        def run(self) -> list[Any]:
+            found = nodes.container()
+            lines = text(self.arguments[0])
+            self.state.nested_parse(lines.splitlines(), self.content_offset, found)
+            return found.children
+
+    app.add_directive("facts", Facts)
+
+
+if __name__ == "__main__":
+    from benchmarks.readme import between_marks
+
+    between_marks(README, methods(), BEGIN, END)

@@ -1,0 +1,105 @@
+"""The site builds without a warning, its links lead somewhere, and it is readable in Chromium.
+
+It needs the extra docs. With SCREENSHOTS=DIRECTORY, pictures of pages and the list of foreign
+addresses, which are not asked for, are put there.
+"""
+
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from helpers.browser import BrowserPage
+
+import adapters_jax as aj
+
+pytest.importorskip("sphinx", reason="the extra docs is not installed")
+pytestmark = pytest.mark.slow
+DOCS = Path(__file__).parents[2] / "docs"
+LOOKED_AT = ("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers")
+LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(DOCS), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """The places of a page, what it links to, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.places, self.links, self.loads = set(), set(), set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.places |= {values[name] for name in ("id", "name") if values.get(name)}
+        if tag == "a" and values.get("href"):
+            self.links.add(values["href"])
+        if values.get(LOADED.get(tag)):
+            self.loads.add(values[LOADED[tag]])
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+
+
+def test_links_and_anchors_lead_somewhere(pages):
+    broken, foreign = [], set()
+    for path, page in pages.items():
+        for link in page.links | page.loads:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                foreign.add(link)
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            there = target.exists()
+            if there and parts.fragment and target in pages:
+                there = unquote(parts.fragment) in pages[target].places
+            broken += [] if there else [f"{path.name}: {link}"]
+    assert not broken
+    assert not [link for link in foreign if not link.startswith("https://")]
+    if "SCREENSHOTS" in os.environ:
+        listed = Path(os.environ["SCREENSHOTS"], "foreign.txt")
+        listed.write_text("\n".join(sorted(foreign)) + "\n")
+
+
+def test_nothing_is_loaded_from_another_host(pages):
+    loads = {link for page in pages.values() for link in page.loads}
+    assert loads
+    assert not [link for link in loads if urlsplit(link).scheme or urlsplit(link).netloc]
+
+
+def test_every_public_name_has_its_place(pages):
+    places = set().union(
+        *(page.places for path, page in pages.items() if path.parent.name == "api")
+    )
+    wanted = {name: {f"adapters_jax.{name}", f"module-adapters_jax.{name}"} for name in aj.__all__}
+    assert [name for name, ids in wanted.items() if not ids & places] == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_readable(browser, site, width, scheme):
+    for name in LOOKED_AT:
+        address, shown = f"file://{site}/{name}.html", f"site-{name.replace('/', '-')}-"
+        page = BrowserPage(browser, address, width, scheme, shown)
+        page.save_picture()
+        assert page.run("document.documentElement.scrollWidth") <= width, name
+        colours = page.run(
+            "['color', 'backgroundColor'].map(x => getComputedStyle(document.body)[x])"
+        )
+        text, ground = (sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) for c in colours)
+        assert (ground < text) == (scheme == "dark"), name
+        assert abs(ground - text) > 380, name  # of 765
+        assert page.errors() == [], name

@@ -1,0 +1,74 @@
+"""`--budget`: as many epochs as fit into a time."""
+
+import json
+
+import pytest
+from helpers.commands import command_raises
+from helpers.errors import raises
+from helpers.tiny import write_model, write_reviews
+
+from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.runs.budget import Cost, fitted, measured, seconds_of
+from adapters_jax.app.runs.job import Job
+from adapters_jax.errors import UserError
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """The words of a short run."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny")
+    write_reviews(tmp_path / "reviews.jsonl")
+    flags = "--model tiny --train reviews.jsonl --text review --max-length 8 --batch-size 16"
+    return ["finetune", *flags.split(), "--method", "lora", "--name", "run"]
+
+
+@pytest.mark.parametrize("text", ["10 minutes", "", "0s", "-5m", "m", "9" * 400 + "h"])
+def test_other_texts_are_no_times(text):
+    with raises(UserError, text[:40], "1h30m"):
+        seconds_of(text)
+
+
+def test_what_fits_is_what_the_parts_take():
+    cost, options = Cost(compile=10.0, epoch=20.0, score=4.0), OptimizerOptions(evaluations=2)
+    found = fitted(options, cost, 200.0, 50, "200s").epochs
+    assert found == int((0.9 * 200 - 10 - 2 * 4) / (20 + 2 * 4) * 50) / 50
+    assert cost.total(found, 2) <= 0.9 * 200
+    assert fitted(options, cost, 1e6, 50, "300h").epochs == 20
+    assert fitted(OptimizerOptions(epochs=3.0), cost, 1e6, 50, "300h").epochs == 3
+    with raises(UserError, "--budget 15s", " 6 s"):
+        fitted(options, cost, 15.0, 50, "15s")  # a step: (10 + 8 + 28 / 50) / 0.9 - 15 = 5.6
+
+
+def test_each_shape_of_a_batch_is_measured_once(words, monkeypatch):
+    found, times = [], []
+
+    def clock():
+        times.append(None)
+        return float(len(times))
+
+    def look(job):
+        found.append((job.problem, measured(job.problem, job.optimizer, False, clock)))
+        return job
+
+    monkeypatch.setattr(Job, "_in_budget", look)
+    assert main([*words, "--epochs", "1"]) == 0
+    ((problem, cost),) = found
+    steps = len(problem.train)
+    shapes = {problem.batch(number)["input_ids"].shape for number in range(steps)}
+    assert cost == Cost(compile=0.0, epoch=float(steps), score=1.0)
+    assert len(times) == 2 * 2 * (len(shapes) + 1)  # two times of each shape, and of dev
+
+
+def test_a_run_keeps_the_epochs_that_fit(words, tmp_path, capsys):
+    assert main([*words, "--budget", "1h", "--epochs", "1.5"]) == 0
+    config = json.loads((tmp_path / "runs/run/config.json").read_text())
+    assert (config["options"]["budget"], config["optimizer"]["epochs"]) == (None, 1.5)
+    assert config["options"]["optimizer"]["epochs"] == 1.5
+    assert "fit into 1h" in capsys.readouterr().out
+
+
+def test_a_time_that_is_too_short_ends_in_one_sentence(words):
+    with command_raises(UserError, "--budget 0.001s", "one step"):
+        assert main([*words, "--budget", "0.001s"]) == 2
