@@ -62,7 +62,7 @@ def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
     assert done.returncode == 2
     first, line = done.stderr.splitlines()
     assert first == "adapters-jax predict: importing jax"
-    assert "pip install 'adapters-jax[finetune]'" in line
+    assert "pip install" in line and "[finetune]'" in line
     done = command("audit", "--model", "me/mine", "--method", "lora")
     assert done.returncode == 2 and "huggingface_hub" in done.stderr
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
 from adapters_jax.app.console import Console
-from adapters_jax.app.report.run import write_report
-from adapters_jax.app.runs.config import comparable
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.tasks import read_run
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,12 @@ class Report:
         Raises:
             RunError: there is no finished run and no comparison, or a file is damaged.
         """
+        from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
+        from adapters_jax.app.report.run import write_report
+        from adapters_jax.app.runs.config import comparable
+        from adapters_jax.io.run_directory import Run, RunError
+        from adapters_jax.tasks import read_run
+
         if (self.run / SUMMARY).is_file():
             return lambda: self._write(rewrite_comparison, self.run / PAGE, console)
         run = Run(self.run)
@@ -54,6 +55,8 @@ class Report:
         return lambda: self._write(lambda path: write_report(Run(path), known), run.report, console)
 
     def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
+        from adapters_jax.io.run_directory import Run
+
         lock = Run(self.run).lock()
         try:
             write(self.run)

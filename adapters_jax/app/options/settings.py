@@ -60,6 +60,7 @@ class Settings:
             "quantize",
             "attention",
         ),
+        "Data": ("augment",),
         "Decoders": (
             "pack",
             "turns",
