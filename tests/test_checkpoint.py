@@ -343,7 +343,10 @@ def test_a_save_without_room_on_the_disk_fails_and_the_others_are_intact(tmp_pat
 
 def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
     saved(tmp_path, [None, None])
-    size = sum(x.nbytes for x in jax.tree.leaves(new_state("linen").checkpointed))
+    sizes = [x.nbytes for x in jax.tree.leaves(new_state("linen").checkpointed)]
+    size = sum(sizes) + 2**20 + 2**13 * len(sizes)
+    written = [p.stat().st_size for p in (tmp_path / "2").rglob("*")]  # directories take room, too
+    assert sum(-(-n // 4096) * 4096 for n in written) < size
     with Checkpoints(tmp_path) as checkpoints:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
