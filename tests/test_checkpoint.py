@@ -22,7 +22,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
-from adapters_jax.io.checksums import CHECKSUMS
+from adapters_jax.io.checksums import CHECKSUMS, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.recipe import checked_before
 from adapters_jax.trees import flatten
@@ -204,6 +204,25 @@ def test_what_cannot_be_read_is_damage(harm, name, tmp_path, caplog):
     assert [m.split(":")[0] for m in messages] == ["the checkpoint of step 2 is damaged"][gone:]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("about/metadata", b"{"),
+        ("about/metadata", b'{"progress": {}}'),
+        ("about/metadata", b'{"progress": [1], "recipe": 1, "base": 1, "best": 1}'),
+        ("metrics/metrics", b"{"),
+    ],
+)
+def test_content_that_orbax_cannot_read_is_one_sentence(name, content, tmp_path):
+    saved(tmp_path, [None, None])
+    (tmp_path / "2" / name).write_bytes(content)
+    (tmp_path / "2" / CHECKSUMS).unlink()
+    write_checksums(tmp_path / "2")
+    with raises(CheckpointError, tmp_path), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(new_state("linen"))
+    assert not list(tmp_path.glob("lock*"))  # another may open it
+
+
 def test_a_pipe_that_no_checksum_covers_is_damage(tmp_path, caplog):
     saved(tmp_path, [None, None])
     os.mkfifo(tmp_path / "2" / "arrays" / "more")
@@ -324,7 +343,10 @@ def test_a_save_without_room_on_the_disk_fails_and_the_others_are_intact(tmp_pat
 
 def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
     saved(tmp_path, [None, None])
-    size = sum(x.nbytes for x in jax.tree.leaves(new_state("linen").checkpointed))
+    sizes = [x.nbytes for x in jax.tree.leaves(new_state("linen").checkpointed)]
+    size = sum(sizes) + 2**20 + 2**13 * len(sizes)
+    written = [p.stat().st_size for p in (tmp_path / "2").rglob("*")]  # directories take room, too
+    assert sum(-(-n // 4096) * 4096 for n in written) < size
     with Checkpoints(tmp_path) as checkpoints:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))

@@ -261,6 +261,7 @@ def test_a_decoder_whose_steps_are_not_finite_stops_with_the_cause(tmp_path, mon
     assert config["stopped"] in err and "summary" not in config
 
 
+@pytest.mark.slow
 def test_a_decoder_whose_activations_overflow_stops_with_the_cause(tmp_path, capsys):
     run = decoder(tmp_path, "large", 1000.0, "gate_proj.weight", "up_proj.weight")
     status, config, _ = run("float16")

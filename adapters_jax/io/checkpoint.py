@@ -37,6 +37,7 @@ from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+_BESIDE, _BESIDE_EACH = 2**20, 2**13  # bytes of orbax's own files, and of those of each array
 # What orbax raises of files that have another content; tensorstore's is a ValueError.
 _OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -191,7 +192,7 @@ class Checkpoints:
             leaves[i] = copied
         kept = jax.tree.unflatten(structure, leaves)
         self._identity = self._identity or _identity(state)
-        self._require_room(sum(x.nbytes for x in leaves))
+        self._require_room([x.nbytes for x in leaves])
         self._pending = self._thread.submit(self._write, step, kept, score, progress)
 
     def wait(self) -> None:
@@ -235,12 +236,13 @@ class Checkpoints:
                 f"{max(self.steps)}; restore that one, or give another directory"
             )
 
-    def _require_room(self, size: int) -> None:
+    def _require_room(self, sizes: list[int]) -> None:
         """Raises CheckpointError if the disk has less room; orbax fails in many threads at once."""
         free = shutil.disk_usage(self.directory).free
+        size = sum(sizes) + _BESIDE + _BESIDE_EACH * len(sizes)
         if free < size:
             raise CheckpointError(
-                f"{self.directory} has room for {free:,} bytes, and a checkpoint has {size:,}: "
+                f"{self.directory} has room for {free:,} bytes, and a checkpoint takes up to {size:,}: "
                 f"{os.strerror(errno.ENOSPC)}; {self._intact()}"
             )
 

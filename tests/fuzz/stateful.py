@@ -132,7 +132,8 @@ def read_checkpoint(directory: Path) -> None:
             (directory / name).write_bytes(data)
         for step in _SAVED:
             write_checksums(directory / str(step))
-    seals = {p.parent.name: p.read_bytes() for p in directory.glob(f"*/{CHECKSUMS}")}
+    files = [path for path in directory.glob(f"*/{CHECKSUMS}") if path.is_file()]
+    seals = {path.parent.name: path.read_bytes() for path in files}
     with Checkpoints(directory) as opened:
         opened.progress()
         adapters = opened.restore(_state()).state.adapters
