@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.commands import command_raises
+from helpers.commands import command_of, command_raises
 from helpers.reports import CONFIG, JUDGED, Page, write_compared, write_page
 
 from adapters_jax.app.cli.main import main
@@ -114,6 +114,8 @@ def test_a_comparison_is_written_anew(tmp_path):
     found = Page(before)
     assert found.sections["The same again"] == ["adapters-jax compare --train=b.csv --out=out"]
     assert found.sections["The best on dev, alone"] == ["adapters-jax finetune --train=b.csv"]
-    assert "A note." in found.words and "hu2022lora" in found.sections["How to cite it"][0]
+    assert command_of(found.sections["The same again"][0]).out.name == "out"
+    assert command_of(found.sections["The best on dev, alone"][0]).data.train.name == "b.csv"
+    assert "A note." in found.words and "hu2021lora" in found.sections["How to cite it"][0]
     assert any("lora --rank 1: 128, 70.0 ± 1.0 %;" in label for label in found.labels)
     assert json.loads((out / "comparison.json").read_text()) == summary
