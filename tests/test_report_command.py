@@ -65,6 +65,24 @@ def test_damaged_metrics_are_an_error(run):
         assert main(["report", "run"]) == 2
 
 
+def test_metrics_without_the_training_are_an_error(run):
+    run.write_log([])
+    with command_raises(RunError, run.metrics, "<lora>"):
+        assert main(["report", "run"]) == 2
+
+
+def test_losses_that_are_not_finite_are_kept_and_shown(run):
+    words = {"text": "t", "class": "no", "predicted": "yes"}
+    values = (1.0, float("inf"), float("nan"), float("-inf"))
+    rows = [{"gold": "no", "predicted": "no", "loss": x, "words": words} for x in values]
+    counts = SimpleNamespace(rows=list, totals=list)
+    write_findings(run, counts, Judged.of({}, dev=rows, test=rows))
+    judged = read_findings(run).judged
+    assert judged.column("dev", "loss") == [1.0, 1e30, 1e30, -1e30]
+    assert [row["loss"] for row in judged.worst] == [1e30, 1e30, 1.0, -1e30]
+    assert main(["report", "run"]) == 0
+
+
 def test_what_has_no_page_is_an_error(run, tmp_path):
     with command_raises(RunConfigError, "none"):
         assert main(["report", "none"]) == 2
