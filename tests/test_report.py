@@ -1,27 +1,31 @@
 """The page and the picture of a run: valid HTML in one file, with every value escaped."""
 
 import ast
-import importlib
 import io
 import json
 import re
 import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import rich.console
+from helpers.commands import command_of
 from helpers.errors import raises
 from helpers.reports import CONFIG, HOSTILE, PICTURES, RECORDS, RESULTS, Page, write_page
 from jinja2 import UndefinedError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import adapters_jax as aj
 from adapters_jax.app import console
-from adapters_jax.app.cli.main import COMMANDS
 from adapters_jax.app.console import Console, duration
-from adapters_jax.app.options.parsing import parse
+from adapters_jax.app.options.method import PRESETS, MethodOptions
 from adapters_jax.app.report import pages
+from adapters_jax.app.report.papers import PAPERS, bibtex, papers_of
 from adapters_jax.app.report.pictures import curves, figure_of, smooth, svg
 from adapters_jax.app.report.run import results_table, show_metric
+from adapters_jax.methods import METHODS
 from adapters_jax.tasks import task_of
 
 
@@ -113,14 +117,6 @@ def test_its_commands_run_as_they_are(page, tmp_path):
     assert shlex.split(again) == words
     assert command_of(again).data.train.name == "machine.csv"
     assert str(tmp_path) not in page and "/of/this" not in page
-
-
-def command_of(line):
-    """The command that a line of a shell parses as."""
-    program, name, *flags = shlex.split(line)
-    assert program == "adapters-jax"
-    module, attribute = COMMANDS[name]
-    return parse(getattr(importlib.import_module(module), attribute), flags)
 
 
 def test_paths_below_the_working_directory_are_relative_to_it(tmp_path, monkeypatch):
@@ -325,3 +321,31 @@ def test_the_loss_is_smoothed_over_its_neighbours():
     found = smooth(values)
     assert found[20] == pytest.approx(5, abs=1.1)
     assert (found[0], smooth([3.0]).tolist()) == (pytest.approx(10 / 3), [3.0])
+
+
+def test_every_method_and_preset_has_the_paper_that_it_names():
+    for method in METHODS.values():
+        about = sys.modules[method.__module__].__doc__
+        assert method.paper in about and bool(method.paper) == ("arXiv:" in about), method
+    for name, preset in PRESETS.items():
+        assert preset.paper in (preset.make.__doc__ or ""), name
+    used = {method.paper for method in METHODS.values()} | {x.paper for x in PRESETS.values()}
+    assert used - {""} == PAPERS.keys()
+
+
+def test_citations_are_bibtex():
+    text = bibtex([*PAPERS, "1234.56789"])
+    keys = re.findall(r"^@(?:misc|software)\{([\w.]+),$", text, re.MULTILINE)
+    assert len(keys) == len({*keys}) == len(PAPERS) + 2
+    assert text.count("{") == text.count("}") and "arxiv1234" in text
+    assert all(str(paper.year) in paper.key for paper in PAPERS.values())
+
+
+def test_a_run_cites_its_recipe():
+    recipe = json.loads(aj.Recipe(aj.DoRA("**/query", 2), aj.Unfreeze("head")).to_json())
+    assert papers_of(MethodOptions("lora"), recipe) == ["2402.09353"]
+    assert papers_of(MethodOptions("bitfit"), recipe) == ["2106.10199"]
+    mine = MethodOptions("bitfit", recipe=Path("mine.json"))
+    assert papers_of(mine, recipe) == ["2402.09353"]
+    gone = {"methods": [{"method": "of_a_package_that_is_gone", "targets": ["**"]}]}
+    assert papers_of(MethodOptions("lora"), gone) == []

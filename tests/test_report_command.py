@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.commands import command_raises
+from helpers.commands import command_of, command_raises
 from helpers.reports import CONFIG, JUDGED, Page, write_compared, write_page
 
 from adapters_jax.app.cli.main import main
@@ -65,6 +65,24 @@ def test_damaged_metrics_are_an_error(run):
         assert main(["report", "run"]) == 2
 
 
+def test_metrics_without_the_training_are_an_error(run):
+    run.write_log([])
+    with command_raises(RunError, run.metrics, "<lora>"):
+        assert main(["report", "run"]) == 2
+
+
+def test_losses_that_are_not_finite_are_kept_and_shown(run):
+    words = {"text": "t", "class": "no", "predicted": "yes"}
+    values = (1.0, float("inf"), float("nan"), float("-inf"))
+    rows = [{"gold": "no", "predicted": "no", "loss": x, "words": words} for x in values]
+    counts = SimpleNamespace(rows=list, totals=list)
+    write_findings(run, counts, Judged.of({}, dev=rows, test=rows))
+    judged = read_findings(run).judged
+    assert judged.column("dev", "loss") == [1.0, 1e30, 1e30, -1e30]
+    assert [row["loss"] for row in judged.worst] == [1e30, 1e30, 1.0, -1e30]
+    assert main(["report", "run"]) == 0
+
+
 def test_what_has_no_page_is_an_error(run, tmp_path):
     with command_raises(RunConfigError, "none"):
         assert main(["report", "none"]) == 2
@@ -114,6 +132,8 @@ def test_a_comparison_is_written_anew(tmp_path):
     found = Page(before)
     assert found.sections["The same again"] == ["adapters-jax compare --train=b.csv --out=out"]
     assert found.sections["The best on dev, alone"] == ["adapters-jax finetune --train=b.csv"]
-    assert "A note." in found.words and "hu2022lora" in found.sections["How to cite it"][0]
+    assert command_of(found.sections["The same again"][0]).out.name == "out"
+    assert command_of(found.sections["The best on dev, alone"][0]).data.train.name == "b.csv"
+    assert "A note." in found.words and "hu2021lora" in found.sections["How to cite it"][0]
     assert any("lora --rank 1: 128, 70.0 ± 1.0 %;" in label for label in found.labels)
     assert json.loads((out / "comparison.json").read_text()) == summary

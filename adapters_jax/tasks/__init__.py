@@ -9,6 +9,7 @@
 - `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
 - `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
+- `views`: what the page of a run shows of its predictions.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets;
   retrieval.
 """

@@ -13,6 +13,9 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
+The page of a run shows what `views` makes of the predictions that `Prepared.judged` returns; both
+have defaults, with which it shows none.
+
 A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
 `open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
 """

@@ -16,6 +16,7 @@ import numpy as np
 
 WORST = 20  # rows with the highest loss on dev that are kept with their texts
 CUT = 300  # characters of a text that are kept
+OVERFLOWED = 1e30  # in place of numbers that are not finite, which JSON does not have
 NAMES, CLASSES, TABLE = 40, 20, 50  # characters of a class's name, classes of a matrix, of a table
 OTHERS = "all others"
 NONE = "\N{EN DASH}"  # of a share of nothing
@@ -43,6 +44,8 @@ class Judged:
     def of(cls, lengths: Mapping[str, Counter[int]], **rows: Sequence[dict[str, Any]]) -> Judged:
         """Takes the worst rows of dev out of all rows, whose `words` are then left out.
 
+        A number that overflowed becomes 1e30, and one that is undefined as well.
+
         Args:
             lengths: see above.
             **rows: the rows of "dev" and "test", each with `loss` and `words`.
@@ -53,15 +56,18 @@ class Judged:
             >>> judged.worst[0]["words"], judged.rows["dev"][1], judged.counts
             ({'text': 'loss 2.0'}, {'loss': 2.0}, {'dev': 2, 'test': 0})
         """
-        worst = sorted(rows["dev"], key=lambda row: -row["loss"])[:WORST]
+        worst = sorted(rows["dev"], key=lambda row: -_finite(row["loss"]))[:WORST]
         return cls(
             {
-                part: [{k: v for k, v in row.items() if k != "words"} for row in found]
+                part: [{k: _finite(v) for k, v in row.items() if k != "words"} for row in found]
                 for part, found in rows.items()
             },
             lengths,
             [
-                {"loss": row["loss"], "words": {k: cut(v) for k, v in row["words"].items()}}
+                {
+                    "loss": _finite(row["loss"]),
+                    "words": {k: cut(v) for k, v in row["words"].items()},
+                }
                 for row in worst
             ],
             {part: len(found) for part, found in rows.items()},
@@ -70,6 +76,12 @@ class Judged:
     def column(self, part: str, name: str) -> list[Any]:
         """A value of each row of a part."""
         return [row[name] for row in self.rows.get(part, ())]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return -OVERFLOWED if value == -math.inf else OVERFLOWED
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,22 @@
 """Errors of commands, expected by their type and by the data in their line, not by its English."""
 
 import contextlib
+import importlib
+import shlex
 import sys
 
 import pytest
 
 from adapters_jax.app.cli import main
+from adapters_jax.app.options.parsing import parse
+
+
+def command_of(line):
+    """The command that a line of a shell parses as."""
+    program, name, *flags = shlex.split(line)
+    assert program == "adapters-jax"
+    module, attribute = main.COMMANDS[name]
+    return parse(getattr(importlib.import_module(module), attribute), flags)
 
 
 @contextlib.contextmanager

@@ -36,21 +36,21 @@ PAPERS = {
         2019,
     ),
     "2005.00247": Paper(
-        "pfeiffer2021adapterfusion",
+        "pfeiffer2020adapterfusion",
         "{AdapterFusion}: Non-Destructive Task Composition for Transfer Learning",
         "Pfeiffer, Jonas and Kamath, Aishwarya and R{\\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun "
         "and Gurevych, Iryna",
         2020,
     ),
     "2110.04366": Paper(
-        "he2022towards",
+        "he2021towards",
         "Towards a Unified View of Parameter-Efficient Transfer Learning",
         "He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor and "
         "Neubig, Graham",
         2021,
     ),
     "2106.09685": Paper(
-        "hu2022lora",
+        "hu2021lora",
         "{LoRA}: Low-Rank Adaptation of Large Language Models",
         "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi "
         "and Wang, Shean and Wang, Lu and Chen, Weizhu",
@@ -84,7 +84,7 @@ PAPERS = {
         2021,
     ),
     "2106.10199": Paper(
-        "benzaken2022bitfit",
+        "benzaken2021bitfit",
         "{BitFit}: Simple Parameter-efficient Fine-tuning for Transformer-based Masked "
         "Language-models",
         "Ben Zaken, Elad and Ravfogel, Shauli and Goldberg, Yoav",

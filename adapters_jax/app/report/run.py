@@ -29,7 +29,7 @@ from adapters_jax.app.report.pictures import (
 )
 from adapters_jax.auditing import HEADERS
 from adapters_jax.io.atomic import write_file
-from adapters_jax.io.run_directory import Run
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks import task_of
 from adapters_jax.tasks.views import Histogram, Note, Scatter, View
 
@@ -101,6 +101,10 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         },
         percent=metrics[0] in PERCENT,
     )
+    if not drawn:
+        raise RunError(
+            f"{run.metrics} has no loss and no score of {method}; there is no other copy"
+        )
     write_png(run.curves, figure_of(drawn))
     views = task.views(config, findings.judged)
     usage = task.usage(portable_path(run.path), config)
