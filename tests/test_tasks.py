@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,10 @@ from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs import build
 from adapters_jax.app.runs.stopping import InterruptedRunError
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.datasets import load_labelled
