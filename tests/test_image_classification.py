@@ -24,6 +24,7 @@ from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.vit import Vit
 from adapters_jax.pretrained.encoder import load_encoder
+from adapters_jax.serving.labels import EncoderBase
 from adapters_jax.tasks import TASKS, image_classification
 from adapters_jax.tasks.image_classification import ImageClasses
 
@@ -312,6 +313,11 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "dm_pix", None)
     with command_raises(MissingPackageError, "dm-pix", "[images]"):
         main(f"{TRAIN} --augment flip".split())
+
+
+def test_images_are_not_served():
+    with raises(aj.UserError, "tiny", "images", "adapters-jax predict"):
+        EncoderBase(str(write_vit(Path("tiny"))))
 
 
 def test_a_table_names_images_beside_it():

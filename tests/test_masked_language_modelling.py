@@ -29,6 +29,7 @@ from adapters_jax.io.run_directory import Run
 from adapters_jax.models import FAMILIES
 from adapters_jax.models.family import MASKED
 from adapters_jax.pretrained.encoder import load_encoder
+from adapters_jax.serving.labels import EncoderBase
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
@@ -273,6 +274,11 @@ def test_bases_without_a_mask_token_or_a_tied_head_are_refused(capsys):
         load_encoder("tiny", MASKED)
     with raises(aj.UserError, "masked language model", "bert", "roberta", "distilbert"):
         load_encoder(str(Path(__file__).parent / "fixtures" / "electra"), MASKED)
+
+
+def test_masks_are_not_served():
+    with raises(aj.UserError, "tiny", "masks", "adapters-jax predict"):
+        EncoderBase(str(write_masked(Path("tiny"))), MASKED)
 
 
 def test_a_text_file_has_a_row_in_each_line():

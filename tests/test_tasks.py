@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,10 @@ from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs import build
 from adapters_jax.app.runs.stopping import InterruptedRunError
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.datasets import load_labelled
@@ -244,3 +249,15 @@ def test_an_old_run_predicts_and_resumes(place, capsys):
     assert main(["finetune", "--resume", "runs/before"]) == 0
     tensors = [run.adapter / "adapter.safetensors" for run in (now, before)]
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
+
+
+def test_question_answering_trains_longer_by_default_unless_flags_say_so():
+    task, options = TASKS["question-answering"], RunOptions()
+    found = build._training(options, task)
+    assert (found.epochs, found.batch_size) == (4.0, 8)
+    given = replace(options, optimizer=OptimizerOptions(epochs=1.0, batch_size=32))
+    found = build._training(given, task)
+    assert (found.epochs, found.batch_size) == (1.0, 32)
+    head = replace(options, method=MethodOptions("head-only"))
+    assert build._training(head, task).epochs == 20.0
+    assert build._training(options, TASKS["multilabel"]).batch_size == 32

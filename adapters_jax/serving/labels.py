@@ -26,6 +26,7 @@ from adapters_jax.interop import formats
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.linen import init_adapters
+from adapters_jax.models.family import MASKED
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, load_encoder, store_frozen
 from adapters_jax.recipe import Recipe
@@ -93,6 +94,9 @@ class EncoderBase:
 
     def __init__(self, name: str, pooling: str = "mean", dtype: str = "float32") -> None:
         self.encoder = encoder = load_encoder(name, pooling, dtype)
+        if encoder.tokenizer is None or pooling == MASKED:
+            what = "masks" if pooling == MASKED else "images"
+            raise UserError(f"{name!r}: {what} are not served; write adapters-jax predict")
         self._base = BaseModel(
             name,
             "encoder",

@@ -124,6 +124,17 @@ class PooledEncoder(TransformerEncoder):
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
 
 
+def encoder_of(module: Any) -> Any:
+    """The encoder of a module with a head, which has the same settings."""
+    return type(module).encoder(
+        module.config,
+        attention=module.attention,
+        remat=module.remat,
+        scan=module.scan,
+        **module.types,
+    )
+
+
 class EncoderClassifier(Typed):
     """An encoder whose pooled output, or each token's state, goes through dropout and a `head`.
 
@@ -156,14 +167,7 @@ class EncoderClassifier(Typed):
             )
         if self.num_labels < 1:
             raise UserError(f"num_labels must be at least 1, got {self.num_labels}.")
-        encoder = type(self).encoder(
-            self.config,
-            attention=self.attention,
-            remat=self.remat,
-            scan=self.scan,
-            **self.types,
-        )
-        setattr(self, self.base, encoder)
+        setattr(self, self.base, encoder_of(self))
         self.dropout = nn.Dropout(self.config.head_dropout)
         init = nn.initializers.normal(self.config.initializer_range)
         self.head = nn.Dense(self.num_labels, kernel_init=init, **self.types)

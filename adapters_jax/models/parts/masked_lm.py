@@ -24,7 +24,7 @@ from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors
 from adapters_jax.models.family import Classifier, Family
 from adapters_jax.models.parts.attention import Choice
-from adapters_jax.models.parts.encoder import classifier_names, load_pooled
+from adapters_jax.models.parts.encoder import classifier_names, encoder_of, load_pooled
 from adapters_jax.models.parts.functions import ACTIVATIONS
 from adapters_jax.models.parts.layers import LayerNorm, Typed
 
@@ -71,14 +71,7 @@ class MaskedLanguageModel(Typed):
 
     def setup(self) -> None:
         """Creates the submodules."""
-        encoder = type(self).encoder(
-            self.config,
-            attention=self.attention,
-            remat=self.remat,
-            scan=self.scan,
-            **self.types,
-        )
-        setattr(self, self.base, encoder)
+        setattr(self, self.base, encoder_of(self))
         activation = self.activation or self.config.hidden_act
         self.head = PredictionHead(self.config, activation, **self.types)
 
