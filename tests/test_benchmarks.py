@@ -14,6 +14,7 @@ from helpers.programs import operations
 
 from benchmarks import (
     __main__,
+    baselines,
     harness,
     llama,
     readme,
@@ -358,3 +359,29 @@ def test_files_may_be_read_before_they_are_written_in_a_round(tmp_path):
     """Every round has an order of its own; the whole runs at toy sizes."""
     assert __main__.main(["files", "--quick", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "files.json").read_text())["rows"]
+
+
+def test_a_finished_cell_is_read_and_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines.subprocess, "run", lambda *words, **options: 1 / 0)
+    cell = baselines.Cell("regression", "stsb", "--train {}/rows.tsv", "--limit 9")
+    run = tmp_path / "regression-stsb"
+    run.mkdir()
+    scores = [("mean", 0.0), ("head-only", 0.5), ("houlsby", 0.75)]
+    results = [{"method": name, "test": {"pearson": score}} for name, score in scores]
+    summary = {"seconds": 90, "results": results}
+    config = {"metrics": ["pearson"], "method": "houlsby", "rows": {"train": 9}, "summary": summary}
+    (run / "config.json").write_text(json.dumps(config))
+    (row,) = baselines.rows((cell,), tmp_path, "")
+    assert [row[name] for name in ("constant", "frozen base", "ours", "minutes", "rows")] == [
+        0.0,
+        0.5,
+        0.75,
+        1.5,
+        9,
+    ]
+    words = "adapters-jax finetune --task regression --train DATA/stsb/rows.tsv --limit 9"
+    assert row["command"] == f"`{words}`"
+    del config["summary"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZeroDivisionError):  # it would go on
+        [*baselines.rows((cell,), tmp_path, "")]

@@ -75,7 +75,7 @@ def test_texts_without_labels(write):
         ("a.csv", "", ()),
         ("a.tsv", "\n \n", ()),
         ("a.csv", "text,label\n", ()),
-        ("a.txt", "text\n", ("'.txt'", ".csv, .tsv, .jsonl", ".gz")),
+        ("a.doc", "text\n", ("'.doc'", ".csv, .tsv, .jsonl", ".gz")),
         (
             "a.csv",
             "txet,lable,id\na,b,1\n",
