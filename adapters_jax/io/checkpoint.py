@@ -242,8 +242,8 @@ class Checkpoints:
         size = sum(sizes) + _BESIDE + _BESIDE_EACH * len(sizes)
         if free < size:
             raise CheckpointError(
-                f"{self.directory} has room for {free:,} bytes, and a checkpoint takes up to {size:,}: "
-                f"{os.strerror(errno.ENOSPC)}; {self._intact()}"
+                f"{self.directory} has room for {free:,} bytes, and a checkpoint takes up to "
+                f"{size:,}: {os.strerror(errno.ENOSPC)}; {self._intact()}"
             )
 
     def _intact(self) -> str:
