@@ -94,9 +94,17 @@ def _mask_of(tokenizer: tokenizers.Tokenizer) -> str:
     return found
 
 
+def _bare(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that neither pads nor cuts, as the files of some tokenizers say."""
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 def _ends(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens before and behind a text."""
-    found = tokenizer.encode("a")
+    found = _bare(tokenizer).encode("a")
     inside = [i for i, special in enumerate(found.special_tokens_mask) if not special]
     first, last = (inside[0], inside[-1]) if inside else (len(found.ids) // 2,) * 2
     return found.ids[:first], found.ids[last + 1 :] if inside else found.ids[first:]
@@ -220,9 +228,7 @@ class MaskedTokens(Readout):
         size = max_length - len(before) - len(behind)
         if size < 1:
             raise UserError(f"--max-length {max_length}: expected more than {size + max_length}")
-        tokenizer = type(encoder.tokenizer).from_str(encoder.tokenizer.to_str())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = _bare(encoder.tokenizer)
         found = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
         stream = np.concatenate([np.array([*each.ids, *behind], np.int32) for each in found])
         stream = stream[: len(stream) - len(behind)]
