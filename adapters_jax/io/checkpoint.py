@@ -351,9 +351,8 @@ class Checkpoints:
             one, fix = (
                 (f"the checkpoint of step {step}", again) if step else ("a checkpoint", "remove it")
             )
-            raise CheckpointError(
-                f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
-            ) from error
+            message = f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
+            raise CheckpointError(message) from error
 
     def _clean(self) -> None:
         """Removes the remains of interrupted saves."""
