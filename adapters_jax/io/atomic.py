@@ -72,6 +72,14 @@ def write_file(target: Path, content: Content) -> None:
             beside.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Removes whatever is at a path, as far as the system lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _replace(beside: Path, directory: Path) -> None:
     """Renames a finished directory to its final name; if that fails, the old one is put back.
 

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, file_errors
+from adapters_jax.io.atomic import remove
 from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.io.lock import lock_directory, unlock_directory
@@ -136,7 +137,7 @@ class Checkpoints:
             "about": ocp.JsonCheckpointHandler(),
         }
         try:
-            with _read_by_orbax(f"the checkpoints in {self.directory}", "remove the newest one"):
+            with self._reading():
                 self._manager = ocp.CheckpointManager(
                     self.directory, options=options, item_handlers=handlers
                 )
@@ -340,16 +341,23 @@ class Checkpoints:
         with self._reading(step):
             return self._manager.restore(step, args=self._args.Composite(**items))
 
-    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
-        return _read_by_orbax(
-            f"the checkpoint of step {step} in {self.directory}",
-            "open the directory again to go on with the one before it",
-        )
+    @contextlib.contextmanager
+    def _reading(self, step: int | None = None) -> Iterator[None]:
+        """Turns what orbax raises of a spoilt checkpoint into a CheckpointError."""
+        try:
+            yield
+        except _OF_ORBAX as error:
+            again = "open the directory again to go on with the one before it"
+            one, fix = (
+                (f"the checkpoint of step {step}", again) if step else ("a checkpoint", "remove it")
+            )
+            message = f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
+            raise CheckpointError(message) from error
 
     def _clean(self) -> None:
         """Removes the remains of interrupted saves."""
         for path in self.directory.glob(_TEMPORARY):
-            _remove(path)
+            remove(path)
 
     def _rename_damaged(self) -> None:
         """Renames damaged checkpoints, with a warning, so that orbax finds only whole ones."""
@@ -358,7 +366,7 @@ class Checkpoints:
         whole = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
         for number, why in damaged.items():
             aside = self.directory / f"damaged-{number}"
-            _remove(aside)
+            remove(aside)
             steps[number].replace(aside)
             others = f"the whole ones are of step {whole}" if whole else "there is no other"
             _LOG.warning(
@@ -370,27 +378,10 @@ class Checkpoints:
             )
 
 
-@contextlib.contextmanager
-def _read_by_orbax(what: str, fix: str) -> Iterator[None]:
-    """Turns what orbax raises of spoilt files into a CheckpointError."""
-    try:
-        yield
-    except _OF_ORBAX as error:
-        raise CheckpointError(f"{what} cannot be read: {_short(error)}; {fix}") from error
-
-
 def _identity(state: TrainState) -> dict[str, Any]:
     """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
     tree = tree_sha256((state.adapters, state.base), state.recipe)
     return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
-
-
-def _remove(path: Path) -> None:
-    """Removes whatever is at a path, as far as the system lets it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _short(error: Exception) -> str:

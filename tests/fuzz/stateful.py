@@ -4,8 +4,9 @@ A refused upload leaves a server as it was: its adapters, and their answers. A c
 damaged is put aside, and what is restored is what was saved.
 """
 
+import io
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -66,7 +67,8 @@ def uploads(folder: Path) -> Mapping[str, Files]:
 def _peft(run: Path, directory: Path) -> Files:
     from adapters_jax.app.cli.main import main
 
-    assert main(["convert", str(run), str(directory), "--to", "peft", "--json"]) == 0
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert main(["convert", str(run), str(directory), "--to", "peft"]) == 0
     return files_of(directory, "adapter_config.json", "adapter_model.safetensors")
 
 
