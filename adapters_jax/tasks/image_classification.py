@@ -23,7 +23,7 @@ from adapters_jax.tasks.classification import Classes
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.readout import Inputs
 
-MARGIN = 8  # a crop moves an image by at most one in so many of its pixels
+MARGIN = 8  # a crop moves an image by at most 1 / 8 of its side
 
 
 @dataclass(frozen=True)
