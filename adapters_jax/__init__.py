@@ -12,20 +12,20 @@ from adapters_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from adapters_jax.api import *  # noqa: F403
+else:  # a type checker that sees `__getattr__` takes any name
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a module of the package, or all public names at the first use of one."""
-    path = f"{__name__}.{name}"
-    if importlib.util.find_spec(path):
-        return importlib.import_module(path)
-    if name == "__all__" or not name.startswith("__"):
-        api = importlib.import_module("adapters_jax.api")
-        public = {each: getattr(api, each) for each in api.__all__}
-        globals().update(public, __all__=api.__all__)
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    def __getattr__(name: str) -> Any:
+        """Imports a module of the package, or all public names at the first use of one."""
+        path = f"{__name__}.{name}"
+        if importlib.util.find_spec(path):
+            return importlib.import_module(path)
+        if name == "__all__" or not name.startswith("__"):
+            api = importlib.import_module("adapters_jax.api")
+            public = {each: getattr(api, each) for each in api.__all__}
+            globals().update(public, __all__=api.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -49,6 +49,23 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+_tests_since = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Empties JAX's caches after some hundred tests.
+
+    They hold 8,192 calls; from then on `_cache_size` of a new function stays 0, by which tests see
+    what was compiled. Programs themselves are in the compilation cache.
+    """
+    global _tests_since
+    _tests_since += 1
+    if _tests_since > 500 and nextitem is not None and nextitem.path != item.path:
+        _tests_since = 0
+        jax.clear_caches()
+
+
 def pytest_unconfigure(config):
     if hasattr(config, "compiled"):
         config.compiled.cleanup()

@@ -1,6 +1,7 @@
 """`--budget`: as many epochs as fit into a time."""
 
 import json
+import weakref
 
 import pytest
 from helpers.commands import command_raises
@@ -57,8 +58,37 @@ def test_each_shape_of_a_batch_is_measured_once(words, monkeypatch):
     ((problem, cost),) = found
     steps = len(problem.train)
     shapes = {problem.batch(number)["input_ids"].shape for number in range(steps)}
-    assert cost == Cost(compile=0.0, epoch=float(steps), score=1.0)
-    assert len(times) == 2 * 2 * (len(shapes) + 1)  # two times of each shape, and of dev
+    assert cost == Cost(compile=0.0, epoch=2.0 * steps, score=1.0)  # a batch and its step
+    assert len(times) == 2 * (steps + 2 * (len(shapes) + 1))  # two of each shape, and of dev
+
+
+def test_one_batch_of_each_shape_is_kept(words, monkeypatch):
+    made, alive = [], []
+
+    def look(job):
+        batch = type(job.problem).batch
+
+        def counted(self, step):
+            found = batch(self, step)
+            made.append(weakref.ref(found["input_ids"]))
+            alive.append(sum(each() is not None for each in made))
+            return found
+
+        monkeypatch.setattr(type(job.problem), "batch", counted)
+        measured(job.problem, job.optimizer, False)
+        monkeypatch.setattr(type(job.problem), "batch", batch)
+        return job
+
+    monkeypatch.setattr(Job, "_in_budget", look)
+    assert main([*words, "--epochs", "1"]) == 0
+    shapes = 1  # all reviews are short
+    assert len(alive) > 5 and max(alive) <= shapes + 2
+
+
+def test_without_epochs_there_are_up_to_twenty(words, tmp_path):
+    assert main([*words, "--budget", "9h", "--no-baselines"]) == 0
+    config = json.loads((tmp_path / "runs/run/config.json").read_text())
+    assert config["optimizer"]["epochs"] == config["options"]["optimizer"]["epochs"] == 20
 
 
 def test_a_run_keeps_the_epochs_that_fit(words, tmp_path, capsys):

@@ -362,6 +362,7 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
         (["full"], ["--tuning-seeds", 3], UserError, ["--tuning-seeds 3", "2 --seeds"]),
         (["full"], ["--tuning-seeds", 0], UserError, ["--tuning-seeds=0", ">= 1"]),
         (["full"], ["--mesh", "data=3"], UserError, ["data=3"]),
+        (["full"], ["--mesh", "fdsp=-1"], UserError, ["'fdsp'", "data, fsdp, model"]),
     ],
 )
 def test_errors_are_found_before_anything_is_written(

@@ -24,6 +24,7 @@ from helpers.tiny import write_llama, write_meanings, write_model
 import adapters_jax as aj
 from adapters_jax import errors
 from adapters_jax.app.cli import main as command_line
+from adapters_jax.methods import METHODS
 from adapters_jax.pretrained.assets import cached
 from docs import facts
 
@@ -104,6 +105,16 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def registered():
+    """Methods that a block registers are gone after it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("block", params("python"))
 def test_python_runs_as_pasted(block, tmp_path, monkeypatch):
     for asset in re.findall(r'fetch\("(.*?)"\)', block.text):

@@ -288,6 +288,27 @@ def test_several_that_save_at_once_leave_one_whole_adapter(tmp_path, adapters):
     assert bits(read_adapter(tmp_path / "adapter")[1]) in [bits(flatten(one)) for one in each]
 
 
+@pytest.mark.parametrize("left", [[], [TENSORS]], ids=["gone", "half removed"])
+def test_an_adapter_that_another_process_replaces_meanwhile_is_saved_over(
+    saved, adapters, monkeypatch, left
+):
+    real, other = os.listdir, drawn(adapters, seed=9)
+
+    def listed(path="."):
+        if path != saved:
+            return real(path)
+        monkeypatch.setattr(os, "listdir", real)
+        os.replace(saved, saved.with_name("old"))
+        if not left:
+            return real(path)
+        aj.save_adapter(saved, adapters, RECIPE)
+        return left
+
+    monkeypatch.setattr(os, "listdir", listed)
+    aj.save_adapter(saved, other, RECIPE)
+    assert bits(read_adapter(saved)[1]) == bits(other)
+
+
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("after", [0, 100])
 def test_a_full_disk_leaves_what_was_there(tmp_path, adapters, monkeypatch, before, after):
@@ -472,3 +493,50 @@ def test_errors_of_a_damaged_directory_name_the_file(saved, base, spoil, file, d
     spoil(saved)
     with raises(AdapterFileError, saved / file, *data):
         aj.load_adapter(saved, *base, X)
+
+
+class OwnAttention(nnx.Module):
+    """An NNX model whose weights flax's layers do not read; its mask has no default."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.normal((4, 4)))
+        self.down = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x, *, mask):
+        return self.down(jnp.einsum("bi,io->bo", x, self.w[...]) * mask)
+
+    def encode(self, x):
+        return self(x, mask=1.0)
+
+
+@pytest.mark.parametrize(
+    "inputs", [aj.inputs(X, mask=1.0), aj.inputs(X, method="encode")], ids=["keyword", "method"]
+)
+def test_nnx_loads_with_the_example_inputs_that_adapt_got(tmp_path, inputs):
+    base = OwnAttention(nnx.Rngs(0))
+    model = aj.adapt(base, aj.LoRA("w", rank=2), rngs=nnx.Rngs(1), example_inputs=inputs)
+    state = drawn(nnx.state(model, AdapterParam), seed=3)
+    nnx.update(model, state)
+    saved = aj.save_adapter(tmp_path / "a", model)
+    with raises(AdapterRecipeError, "example_inputs"):
+        aj.load_adapter(saved, base)
+    loaded = aj.load_adapter(saved, base, example_inputs=inputs)
+    assert bits(nnx.state(loaded, AdapterParam)) == bits(state)
+    np.testing.assert_array_equal(loaded.encode(X), model.encode(X))
+
+
+def test_a_misfit_of_an_nnx_model_asks_for_the_example_inputs(tmp_path):
+    base = nnx.Dict(own=OwnAttention(nnx.Rngs(0)), down=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    call = lambda model, x: model["down"](model["own"](x, mask=1.0))  # noqa: E731
+    inputs = aj.inputs(X, method=call)
+    recipe = aj.Bottleneck("{own,down}", 2)
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=inputs)
+    saved = aj.save_adapter(tmp_path / "a", model)
+    with raises(AdapterMismatchError, "own/adapter/up/kernel", "example_inputs"):
+        aj.load_adapter(saved, base)
+    assert aj.load_adapter(saved, base, example_inputs=inputs)
+
+
+def test_a_linen_model_gets_its_example_inputs_by_position(saved, base):
+    with raises(TypeError, "params, *example_inputs"):
+        aj.load_adapter(saved, *base, example_inputs=(X,))

@@ -327,5 +327,5 @@ def test_an_unreachable_id_is_one_clear_error(name, monkeypatch, tmp_path):
 
 def test_without_huggingface_hub_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with raises(MissingPackageError, "huggingface_hub", "pip install 'adapters-jax[finetune]'"):
+    with raises(MissingPackageError, "huggingface_hub", "[finetune]"):
         resolve("owner/model")

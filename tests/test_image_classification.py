@@ -163,6 +163,23 @@ def test_the_shorter_side_is_resized_and_the_middle_cut_out():
     assert not found[0].any() and not found[9].any()
 
 
+def test_a_size_of_one_number_is_the_shorter_side_for_clip():
+    """As `preprocessor_config.json` of openai/clip-vit-base-patch32 has it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save("wide.png")
+    values = {"size": 8, "do_center_crop": True, "crop_size": 8, "resample": 0}
+    clip = Preprocessing.from_dict({**values, "feature_extractor_type": "CLIPFeatureExtractor"})
+    np.testing.assert_array_equal(clip.read("wide.png"), pixels[:, 4:12])
+    vit = Preprocessing.from_dict({**values, "feature_extractor_type": "DeiTFeatureExtractor"})
+    assert (vit.size, vit.shortest) == ((8, 8), None)
+
+
+def test_a_narrow_image_does_not_become_a_large_one():
+    Image.new("1", (1, 60_000)).save("thin.png")
+    with raises(DataError, "thin.png", Image.MAX_IMAGE_PIXELS):
+        Preprocessing(shortest=224, crop=(224, 224)).read("thin.png")
+
+
 @pytest.mark.parametrize(
     ("mode", "color", "suffix", "expected"),
     [
@@ -227,6 +244,10 @@ def test_bad_images_are_named():
     ("values", "data"),
     [
         ({"size": "large"}, []),
+        ({"size": [224]}, []),
+        ({"size": {"shortest_edge": -5}}, [-5]),
+        ({"size": {"shortest_edge": 1e400}}, []),
+        ({"size": {"height": 0, "width": 4}}, [0]),
         ({"image_mean": [0.5]}, ["image_mean"]),
         ({"image_std": [0.5, 0.5, 0.0]}, ["image_std"]),
         ({"resample": 9}, ["filter"]),

@@ -1,11 +1,13 @@
 """The modules that `import adapters_jax` imports."""
 
+import ast
 import json
 import os
 import pkgutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +155,13 @@ def test_importing_the_commands_starts_no_backend():
     code += " as bridge; print(bridge._backends)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr
+
+
+def test_type_checkers_see_the_names_alone():
+    """A `__getattr__` that they see makes every misspelt name an `Any`."""
+    module = ast.parse(Path(aj.__file__).read_text())
+    functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
+    assert "__getattr__" not in functions
+    [lazy] = [node for node in module.body if isinstance(node, ast.If)]
+    assert ast.unparse(lazy.test) == "TYPE_CHECKING"
+    assert [node.name for node in lazy.orelse] == ["__getattr__"]

@@ -253,8 +253,11 @@ def test_texts_to_predict_have_masks_that_fit():
         readout.inputs(encoder, [("a [MASK]", None), ("a film", None)], 16)
     with raises(DataError, "text 1", "8 tokens"):
         readout.inputs(encoder, [("a " * 20 + "[MASK]", None)], 8)
-    with raises(DataError, "no text has a token"):
-        readout.encoded(encoder, [("", None)], 16)
+    for text in ("", "[PAD] [SEP]"):
+        with raises(DataError, "no text has a token that can be hidden"):
+            readout.encoded(encoder, [(text, None)], 16)
+    with raises(aj.UserError, "--max-length 7", 8):  # of fewer, no text could be predicted
+        readout.encoded(encoder, [("a film", None)], 7)
     other = load_encoder(str(write_masked(Path("other"), mask="<mask>")), MASKED)
     assert readout.inputs(other, [("a [MASK]", None)], 16).where[1] == [1]
 

@@ -88,7 +88,7 @@ def test_perplexity_is_a_number_if_the_loss_is_one():
 
 
 def test_rouge_counts_words_pairs_and_the_longest_common_sequence():
-    pytest.importorskip("rouge_score", reason="needs rouge-score: adapters-jax[rouge]")
+    pytest.importorskip("rouge_score", reason="needs rouge-score: [rouge]")
     # Of 6 and 5 words 4 are shared (the cat sat mat), of 5 and 4 pairs 2 (the cat, cat sat).
     got = rouge(["the cat sat on a mat"], [["no such words", "the cat sat near mat"]])
     assert got == pytest.approx({"rouge1": 8 / 11, "rouge2": 4 / 9, "rougeL": 8 / 11})
@@ -98,7 +98,7 @@ def test_rouge_counts_words_pairs_and_the_longest_common_sequence():
 
 def test_rouge_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    with raises(aj.errors.MissingPackageError, "rouge-score", "adapters-jax[rouge]"):
+    with raises(aj.errors.MissingPackageError, "rouge-score", "[rouge]"):
         rouge(["a"], [["a"]])
 
 

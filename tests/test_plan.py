@@ -247,6 +247,7 @@ def test_a_plan_that_cannot_be_made_is_one_line():
         (("--mesh", "data=-1"), "--mesh", "data=-1"),
         (("--mesh", "data=64"), "--batch-size 8", "--mesh data=64"),
         (("--mesh", "tensor"), "'tensor'", "NAME=SIZE"),
+        (("--mesh", "fdsp=2"), "'fdsp'", "data, fsdp, model"),
         (("--length", 0), "--length"),
         (("--attention", "flash"), "--attention flash", "--device"),
         (("--memory", -1), "--memory"),

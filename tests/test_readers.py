@@ -112,7 +112,7 @@ def test_parquet_that_is_none_or_too_large(monkeypatch):
 
 def test_parquet_without_pyarrow(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with raises(MissingPackageError, "a.parquet", "pyarrow", "adapters-jax[parquet]"):
+    with raises(MissingPackageError, "a.parquet", "pyarrow", "[parquet]"):
         read_file(write("a.parquet", "PAR1"))
 
 

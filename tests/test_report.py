@@ -18,6 +18,7 @@ from jinja2 import UndefinedError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adapters_jax as aj
+from adapters_jax import presets
 from adapters_jax.app import console
 from adapters_jax.app.console import Console, duration
 from adapters_jax.app.options.method import PRESETS, MethodOptions
@@ -328,7 +329,8 @@ def test_every_method_and_preset_has_the_paper_that_it_names():
         about = sys.modules[method.__module__].__doc__
         assert method.paper in about and bool(method.paper) == ("arXiv:" in about), method
     for name, preset in PRESETS.items():
-        assert preset.paper in (preset.make.__doc__ or ""), name
+        function = getattr(presets, name.replace("-", "_"), preset.make)
+        assert preset.paper in (function.__doc__ or ""), name
     used = {method.paper for method in METHODS.values()} | {x.paper for x in PRESETS.values()}
     assert used - {""} == PAPERS.keys()
 

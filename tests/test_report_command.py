@@ -59,6 +59,24 @@ def test_damaged_findings_are_an_error(run, text):
         assert main(["report", "run"]) == 2
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": {"dev": [], "test": [{"loss": 0.1}]}},
+        {"rows": {"dev": [], "test": [{"gold": "none", "predicted": [1], "loss": 0.1}]}},
+        {"lengths": {"train": [[-5, -3]]}},
+        {"lengths": {"train": [[1, 1], [10**30, 2]]}},
+        {"counts": {"dev": "x", "test": 1}},
+        {"counts": {"test": 1}},
+        {"trained": 3},
+    ],
+)
+def test_findings_of_another_form_are_an_error(run, damage):
+    run.findings.write_text(json.dumps({**json.loads(run.findings.read_text()), **damage}))
+    with command_raises(RunError, run.findings, "remove"):
+        assert main(["report", "run"]) == 2
+
+
 def test_damaged_metrics_are_an_error(run):
     run.metrics.write_text("{\n")
     with command_raises(RunError, run.metrics):

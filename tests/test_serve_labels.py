@@ -166,6 +166,20 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(labels):
     assert len(good.result()) == 1
 
 
+def test_a_bug_reaches_who_waits_and_not_as_a_busy_server(labels, monkeypatch):
+    _, _, engine, _ = labels
+
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.adapters["words"].about.readout), "predictions", broken)
+        future = engine.predict("words", [("good film", None)])
+        with pytest.raises(ZeroDivisionError):
+            future.result()
+    assert len(engine.predict("words", [("good film", None)]).result()) == 1
+
+
 def test_an_adapter_of_longer_texts_than_there_are_programs_for_is_refused(labels):
     _, runs, engine, _ = labels
     read = EncoderBase(str(runs["words"].parents[1] / "tiny"), "pooler").read(runs["words"])

@@ -29,6 +29,7 @@ from adapters_jax.tasks.views import (
     Note,
     Scatter,
     Table,
+    absent_classes,
     confusion,
     shared,
 )
@@ -86,6 +87,13 @@ def test_the_positive_class_is_named_where_f1_is_of_it():
     ]
     assert two.views(none, ["accuracy"]) == []
     assert Classes(("a", "b", "c")).views(none, ["f1"]) == []
+
+
+def test_of_kept_rows_alone_no_class_is_called_absent():
+    rows = {"dev": [{"gold": "a"}] * 3, "test": [{"gold": "a"}] * 3}
+    part = Judged(rows, counts={"dev": 3, "test": 4})
+    (note,) = absent_classes(part, ("a", "b"))
+    assert "dev" in note.text and "b" in note.text
 
 
 def test_one_row_of_one_class_warns_of_nothing():

@@ -52,7 +52,7 @@ class Entry:
 
         Example:
             >>> Entry(FAMILIES["vit"], {}).files
-            ['safetensors (read)', 'PEFT', 'AdapterHub']
+            ['safetensors', 'PEFT', 'AdapterHub']
         """
         types = self.family.prefixes.keys()
         written = self.family.save or self.family.classifier

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 NOTHING = -1  # the label of a token that has no loss
+LEAST = 8  # tokens of the longest row
 
 
 class Row(NamedTuple):
@@ -94,8 +95,8 @@ def tokenize(
         max_length: as for `encode`.
         **options: of the tokenizer's `enable_truncation`, such as `strategy` and `stride`.
     """
-    if max_length < 8:
-        raise UserError(f"max_length is {max_length}; it must be at least 8 tokens")
+    if max_length < LEAST:
+        raise UserError(f"max_length is {max_length}; it must be at least {LEAST} tokens")
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, **options)

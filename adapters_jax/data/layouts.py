@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     columns: tuple[str, ...]
     inputs: tuple[str, ...]
     what: str
-    task: str | None
+    task: str
 
 
 MESSAGES = Layout("messages", ("messages",), ("messages",), "a conversation", "conversation")
@@ -119,5 +119,5 @@ def hint(columns: Sequence[str]) -> str:
     layout = layout_of(columns)
     if layout is None:
         return ""
-    learnt = f"--task {layout.task} learns" if layout.task else "no task learns yet"
-    return f"; this is the layout {layout.name}, a row of which is {layout.what}; {learnt} it"
+    about = f"this is the layout {layout.name}, a row of which is {layout.what}"
+    return f"; {about}; --task {layout.task} learns it"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KEPT = 2**30  # bytes of decoded images that are kept; the others are decoded at each step
 _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 _BILINEAR = 2  # Pillow's number, which files have
+_OF_SHORTER_SIDE = ("CLIP", "Bit")  # processors that mean the shorter side by a size of one number
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Preprocessing:
         found: dict[str, Any] = {"scale": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
         try:
             if values.get("do_resize", True):
-                found |= _size_of(values.get("size", 224))
+                kinds = [values.get(f"{x}_type") for x in ("image_processor", "feature_extractor")]
+                shorter = str(kinds[0] or kinds[1]).startswith(_OF_SHORTER_SIDE)
+                found |= _size_of(values.get("size", 224), shorter)
                 found["resample"] = int(values.get("resample", _BILINEAR))
             if values.get("do_center_crop", False):
                 found["crop"] = _sides(values["crop_size"])
@@ -78,7 +81,7 @@ class Preprocessing:
             good = [len(found[name]) == 3 and all(found["std"]) for name in ("mean", "std")]
             if not all(good) or not 0 <= found.get("resample", 0) <= 5:
                 raise ValueError("three numbers in image_mean and image_std, and a filter")
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"preprocessor_config.json has {error}; expected size, crop_size, resample, "
                 "rescale_factor, image_mean and image_std, as a ViT's image processor writes them"
@@ -105,6 +108,7 @@ class Preprocessing:
         if self.shortest:
             short = min(width, height)
             long = int(self.shortest * max(width, height) / short)
+            _check_pixels(path, long * self.shortest)
             sides = (long, self.shortest) if width > height else (self.shortest, long)
             image = image.resize(sides, self.resample)
         elif self.size:
@@ -118,17 +122,38 @@ class Preprocessing:
         return (pixels.astype(np.float32) * np.float32(self.scale) - mean) / std
 
 
-def _size_of(size: Any) -> dict[str, Any]:
+def _size_of(size: Any, shorter: bool) -> dict[str, Any]:
+    """The size of one number is that of the shorter side, or else of both."""
     if isinstance(size, Mapping) and "shortest_edge" in size:
-        return {"shortest": int(size["shortest_edge"])}
+        return {"shortest": _length(size["shortest_edge"])}
+    if isinstance(size, int) and shorter:
+        return {"shortest": _length(size)}
     return {"size": _sides(size)}
 
 
 def _sides(size: Any) -> tuple[int, int]:
     """Height and width, of a number or of both."""
     if isinstance(size, Mapping):
-        return int(size["height"]), int(size["width"])
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        size = size["height"], size["width"]
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+    return _length(height), _length(width)
+
+
+def _length(side: Any) -> int:
+    if int(side) < 1:
+        raise ValueError(f"a side of {side}")
+    return int(side)
+
+
+def _check_pixels(path: str | Path, pixels: int) -> None:
+    """Raises DataError if a narrow image would become a large one."""
+    from PIL import Image
+
+    if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
+        raise DataError(
+            f"{Path(path).as_posix()}: so narrow that it would have {pixels} pixels once its "
+            f"shorter side is resized, more than {Image.MAX_IMAGE_PIXELS}; cut it"
+        )
 
 
 def _middle(

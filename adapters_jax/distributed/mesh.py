@@ -1,7 +1,7 @@
 """Meshes: devices on named axes, and the batches that are split over them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from adapters_jax.errors import UserError
 from adapters_jax.training.rows import BATCH
 from adapters_jax.trees import Tree
+
+AXES = ("data", "fsdp", "model")  # of `--mesh`; rules of one's own may name others
 
 
 class ShardingError(UserError):
@@ -70,6 +72,16 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 def _whole(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
+
+
+def check_axes(names: Iterable[str]) -> None:
+    """Raises ShardingError for an axis over which the commands split nothing."""
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ShardingError(
+            f"--mesh: {', '.join(map(repr, unknown))} is no axis of it; the axes are "
+            f"{', '.join(AXES)}"
+        )
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:

@@ -118,8 +118,7 @@ def save_adapter(
             "TrainState, an adapted NNX model, or aj.partition(params, recipe)[0] and the recipe"
         )
     recipe, directory = Recipe(recipe), Path(directory)
-    taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
-    if taken and not (directory / CONFIG).is_file():
+    if _holds_something_else(directory):
         raise UserError(f"{directory} exists and is not an adapter; give another directory")
     flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
     state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
@@ -134,6 +133,22 @@ def save_adapter(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
+
+
+def _holds_something_else(directory: Path) -> bool:
+    """Whether something is there that is no adapter.
+
+    What moves away while it is listed is an adapter that another process replaces.
+    """
+    try:
+        listed = directory.stat()
+        names = os.listdir(directory)
+        other = bool(names) and CONFIG not in names
+        return other and os.path.samestat(listed, directory.stat())
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 def _parts_of(

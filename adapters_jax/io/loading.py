@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.errors import FlaxError
 
+from adapters_jax.abstract import Inputs
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import (
     AdapterMismatchError,
@@ -64,6 +65,7 @@ class _Adapter(NamedTuple):
 
 _NO_STATE = _Tensors({}, dict)
 # What jax, flax and the model's own checks raise if adapters do not fit the model.
+_NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
 _MISFITS = (
     ValueError,
     TypeError,
@@ -85,6 +87,7 @@ def load_adapter(
     revision: str | None = None,
     names: Names | Stack | None = None,
     collections: Mapping[str, Tree] | None = None,
+    example_inputs: Iterable[Any] | Inputs | None = None,
     **kwargs: Any,
 ) -> Any:
     """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
@@ -95,7 +98,7 @@ def load_adapter(
         directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
         model: the base, a linen or NNX module without adapters.
         params: linen only: the base's parameter tree.
-        *args: example inputs, of which only shapes matter; NNX needs them if `adapt` does.
+        *args: example inputs, of which only shapes matter; for NNX `example_inputs` says the same.
         base: the base's identity, from `base_identity`; the hash of its tree is added.
         any_base: accept a base other than the one in the file, if the tensors fit it.
         revision: a branch, tag or commit on the Hub.
@@ -103,6 +106,7 @@ def load_adapter(
             layers loads onto unrolled ones, and the other way round.
         collections: linen only: the base's collections beside its parameters, such as
             `{"batch_stats": variables["batch_stats"]}`.
+        example_inputs: NNX only: the inputs that `adapt` got, if it got any.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -133,9 +137,9 @@ def load_adapter(
     if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
             "load_adapter: an NNX model holds its parameters and statistics; write "
-            "aj.load_adapter(directory, model, None, *example_inputs)"
+            "aj.load_adapter(directory, model, example_inputs=(...))"
         )
-    if not in_nnx and params is None:
+    if not in_nnx and (params is None or example_inputs is not None):
         raise TypeError(
             "load_adapter: a linen model needs its parameters; write "
             "aj.load_adapter(directory, model, params, *example_inputs)"
@@ -156,7 +160,7 @@ def load_adapter(
             adapter = _as_in_model(adapter, tree, stack)
         with checked_before():
             if in_nnx:
-                return _load_nnx(adapter, model, args)
+                return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
 
 
@@ -247,16 +251,17 @@ def _load_linen(
     return adapted, params, with_state(other, state)
 
 
-def _load_nnx(adapter: _Adapter, model: nnx.Module, args: tuple[Any, ...]) -> nnx.Module:
+def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
-        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=args or None)
+        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
 
     recipe = adapter.recipe
     graphdef, whole = nnx.split(model)
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
     with _blaming(adapter, lambda: grown(Recipe(), shapes)):
         own = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
-    _check_fit(adapter, {path: leaf for path, leaf in own.items() if recipe.trains(path)})
+    trained = {path: leaf for path, leaf in own.items() if recipe.trains(path)}
+    _check_fit(adapter, trained, "" if inputs else _NO_INPUTS)
     _check_state(adapter, nnx.state(shapes))
     tensors, state = adapter.trained.read(), adapter.state.read()
     adapted = grown(recipe, model)
@@ -278,13 +283,14 @@ def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]
         ) from error
 
 
-def _check_fit(adapter: _Adapter, expected: Mapping[str, Any]) -> None:
+def _check_fit(adapter: _Adapter, expected: Mapping[str, Any], advice: str = "") -> None:
     """Raises AdapterMismatchError unless the tensors are exactly those that the recipe trains."""
+    advice += _advice(adapter.trained.shapes, expected)
     compare_trees(
         f"the adapter in {adapter.directory}",
         adapter.trained.shapes,
         expected,
-        f"Load it onto the base it was trained on{_advice(adapter.trained.shapes, expected)}.",
+        f"Load it onto the base it was trained on{advice}.",
         dtypes=True,
         error=AdapterMismatchError,
     )

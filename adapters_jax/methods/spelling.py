@@ -12,9 +12,12 @@ def _same(value: Any) -> Any:
 
 
 def _paths(value: Any) -> Any:
-    """Patterns of paths for names of modules; a regular expression has no pattern."""
+    """Patterns of paths for names of modules; a regular expression has no pattern.
+
+    PEFT's "all-linear" leaves out embeddings and the output layer, which `**` takes as well.
+    """
     if isinstance(value, str):
-        return ("**",) if value == "all-linear" else ("**/NAME",)
+        return ("**", "!**/EMBEDDING", "!**/HEAD") if value == "all-linear" else ("**/NAME",)
     return tuple(f"**/{name}" for name in value) if isinstance(value, Iterable) else value
 
 
@@ -83,6 +86,8 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
     written = {name: given[name] for name in given if name in fields}
     written |= {OURS[name][0]: OURS[name][1](given[name]) for name in ours}
     call = ", ".join(f"{name}={shown(value)}" for name, value in written.items())
+    if "targets" not in written:  # given by position, or by the preset that was called
+        call = f"..., {call}"
     problems = []
     if ours:
         problems.append(

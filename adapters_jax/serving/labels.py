@@ -7,6 +7,7 @@ static shapes whose rows have an adapter each.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -273,9 +274,10 @@ class Labeller:
             self._answer(taken)
         finally:
             self.running = 0
+            bug = sys.exception()
             for each in taken:
-                if not each.future.done():  # a bug, for which nobody waits for ever
-                    each.future.set_exception(BusyError("the server cannot answer; try again"))
+                if bug and not each.future.done():  # nobody waits for ever, and it is seen
+                    each.future.set_exception(bug)
 
     def _answer(self, taken: Sequence[_Wanted]) -> None:
         """Computes the rows of all requests in one series of batches, and hands them out."""

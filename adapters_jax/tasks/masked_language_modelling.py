@@ -22,7 +22,7 @@ import tokenizers
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated
-from adapters_jax.data.batches import NOTHING, Batches
+from adapters_jax.data.batches import LEAST, NOTHING, Batches
 from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
@@ -225,15 +225,18 @@ class MaskedTokens(Readout):
         """Packs texts into blocks, the special token between texts that a text ends with."""
         encoder.check_length(max_length)
         before, behind = _ends(encoder.tokenizer)
-        size = max_length - len(before) - len(behind)
-        if size < 1:
-            raise UserError(f"--max-length {max_length}: expected more than {size + max_length}")
+        size, least = max_length - len(before) - len(behind), max(LEAST, len(before + behind) + 1)
+        if max_length < least:
+            raise UserError(f"--max-length {max_length}: expected at least {least}")
         tokenizer = _bare(encoder.tokenizer)
         found = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
         stream = np.concatenate([np.array([*each.ids, *behind], np.int32) for each in found])
         stream = stream[: len(stream) - len(behind)]
-        if not len(stream):
-            raise DataError("no text has a token; there is nothing to learn")
+        if np.isin(stream, Vocabulary.of(encoder).special).all():
+            raise DataError(
+                "no text has a token that can be hidden; train, dev and test need words that the "
+                "tokenizer knows"
+            )
         parts = [stream[i : i + size] for i in range(0, len(stream), size)]
         blocks = [np.concatenate([before, part, behind]).astype(np.int32) for part in parts]
         return Inputs([Block(block, np.zeros_like(block)) for block in blocks], 0)

@@ -260,12 +260,16 @@ def of_part(judged: Judged, part: str) -> str:
 
 
 def absent_classes(judged: Judged, names: Sequence[str]) -> list[View]:
-    """Sentences on classes without a row in dev or test, whose scores mean little."""
+    """Sentences on classes without a row in dev or test, whose scores mean little.
+
+    Of a part of which not all rows are kept, nothing is known.
+    """
     found: list[View] = []
     for part in ("dev", "test"):
         there = {*judged.column(part, "gold")}
         lacking = [name for name in names if name not in there]
-        if there and lacking:
+        whole = len(judged.rows.get(part, ())) == judged.counts.get(part)
+        if there and lacking and whole:
             found.append(
                 Note(
                     f"No row of {part} is of the class {_few(lacking)}, so the scores on {part} "

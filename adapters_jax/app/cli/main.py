@@ -60,7 +60,7 @@ commands:
   predict    label texts with a finished run
   generate   complete prompts with a finished run, or talk with it
   serve      answer requests for a base and many adapters over HTTP, as OpenAI's API
-  merge      merge a finished decoder's LoRA into its base, as a Hugging Face checkpoint
+  merge      merge a finished run's LoRA into its base, as a Hugging Face checkpoint
   combine    add up the LoRA of several runs, with weights
   convert    write an adapter in the format of adapters_jax, PEFT or AdapterHub
   push       upload a finished run's adapter with a model card to the Hugging Face Hub

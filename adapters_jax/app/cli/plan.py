@@ -169,8 +169,9 @@ class PlanTraining:
 
     def _checked(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
         """The sizes of a mesh; raises ShardingError where they are not valid for the batch."""
-        from adapters_jax.distributed.mesh import ShardingError, batch_parts
+        from adapters_jax.distributed.mesh import ShardingError, batch_parts, check_axes
 
+        check_axes(sizes)
         if min(sizes.values()) < 1:
             raise ShardingError(
                 f"--mesh {_text(sizes)}: expected a number of at least 1 for each axis"

@@ -37,6 +37,7 @@ class Report:
             RunError: there is no finished run and no comparison, or a file is damaged.
         """
         from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
+        from adapters_jax.app.report.findings import check_views
         from adapters_jax.app.report.run import write_report
         from adapters_jax.app.runs.config import comparable
         from adapters_jax.io.run_directory import Run, RunError
@@ -51,6 +52,7 @@ class Report:
                 f"{run.path} is not a finished run, which alone has a page; "
                 f"if it was interrupted, write adapters-jax finetune --resume {run.path}"
             )
+        check_views(run, config)
         known = comparable(run, config)
         return lambda: self._write(lambda path: write_report(Run(path), known), run.report, console)
 

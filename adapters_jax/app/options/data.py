@@ -137,9 +137,6 @@ class DataOptions:
         if layout is None:
             return None
         found = f"{self.train.as_posix()} has the layout {layout.name}: a row is {layout.what}"
-        if layout.task is None:
-            names = ", ".join(TASKS)
-            raise UserError(f"{found}, which no task learns yet; the tasks are {names}")
         if TASKS[layout.task].kind != kind:
             return None
         if kind == "decoder" or layout.task != tasks_on(kind)[0].name:

@@ -17,6 +17,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.io.untrusted import read_json
+from adapters_jax.tasks import task_of
 from adapters_jax.tasks.views import Judged
 
 MOST = 4 * 2**20  # characters of the rows of a part
@@ -72,16 +73,42 @@ def read_findings(run: Run) -> Findings:
     """
     if not run.findings.exists():
         return Findings()
-    again = f"remove {run.findings}, and the page is written without predictions"
+    again = _again(run)
     try:
         found = read_json(run.findings, _LARGEST, RunError)
-        lengths = {part: {int(n): int(k) for n, k in x} for part, x in found["lengths"].items()}
+        lengths = {
+            part: {_count(n): _count(k) for n, k in x} for part, x in found["lengths"].items()
+        }
         worst = [{"loss": float(x["loss"]), "words": dict(x["words"])} for x in found["worst"]]
         rows = {part: [dict(row) for row in x] for part, x in found["rows"].items()}
-        judged = Judged(rows, lengths, worst, dict(found["counts"]))
-        return Findings(found["trained"], found["totals"], judged)
+        counts = {part: _count(n) for part, n in found["counts"].items()}
+        if worst and "dev" not in counts:
+            raise ValueError("rows of dev without their number")
+        trained = [[str(cell) for cell in row] for row in found["trained"]]
+        totals = [str(line) for line in found["totals"]]
+        return Findings(trained, totals, Judged(rows, lengths, worst, counts))
     except RunError as error:
         raise RunError(f"{error}; {again}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problem = error if isinstance(error, UserError) else repr(error)
         raise RunError(f"{run.findings} is damaged: {problem}; {again}") from error
+
+
+def check_views(run: Run, config: Mapping[str, Any]) -> None:
+    """Raises RunError if the predictions are none of the run's task."""
+    judged = read_findings(run).judged
+    try:
+        task_of(config).views(config, judged)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.findings} is damaged: {error!r}; {_again(run)}") from error
+
+
+def _again(run: Run) -> str:
+    return f"remove {run.findings}, and the page is written without predictions"
+
+
+def _count(value: Any) -> int:
+    """A number of rows or tokens."""
+    if not isinstance(value, int) or not 0 <= value < 2**53:
+        raise ValueError(f"{value!r} for a number of rows or tokens")
+    return value

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class Cost:
 
     Attributes:
         compile: compiling the step and the score.
-        epoch: the steps of an epoch.
+        epoch: the batches and the steps of an epoch.
         score: scoring the dev rows.
     """
 
@@ -94,7 +95,7 @@ def measured(
     half: bool,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Runs two steps of each shape of the training's batches, and scores dev twice.
+    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice.
 
     Args:
         problem: the problem to learn.
@@ -111,11 +112,19 @@ def measured(
     found = Trained(problem.metrics[0], lambda record: None, lambda state: None)
     training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), found, half)
     state, step = training.state, make_train_step(problem.loss, accumulate=options.accumulate)
-    batches = [problem.batch(number) for number in range(training.steps)]
-    shapes = [tuple(x.shape for x in jax.tree.leaves(batch)) for batch in batches]
-    first, epoch = 0.0, 0.0
-    for shape, count in Counter(shapes).items():
-        batch: Any = batches[shapes.index(shape)]
+    counts: Counter[Any] = Counter()
+    firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory
+
+    def make(number: int) -> None:
+        batch = problem.batch(number)
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        counts[shape] += 1
+        firsts.setdefault(shape, batch)
+
+    first = 0.0
+    epoch = sum((timed(partial(make, number)) for number in range(training.steps)), 0.0)
+    for shape, count in counts.items():
+        batch: Any = firsts[shape]
         batch = shard_batch(batch, problem.mesh) if problem.mesh else batch
 
         def advance(batch: Any = batch) -> Any:

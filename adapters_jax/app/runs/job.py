@@ -132,7 +132,8 @@ class Job:
         beside = passes * cost.score * sum(rows.values()) / rows["dev"]
         left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
         steps = len(self.problem.train)
-        optimizer = fitted(self.optimizer, cost, left, steps, budget)
+        asked = replace(self.optimizer, epochs=self.config["options"]["optimizer"]["epochs"])
+        optimizer = fitted(asked, cost, left, steps, budget)
         self.console.say(
             f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
         )
