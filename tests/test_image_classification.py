@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.runs.stopping import InterruptedRunError
 from adapters_jax.data.pixels import ImageBatches, ImageRow, Preprocessing, checked, read_image
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import BaseFileError, MissingPackageError
@@ -27,6 +29,7 @@ from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.serving.labels import EncoderBase
 from adapters_jax.tasks import TASKS, image_classification
 from adapters_jax.tasks.image_classification import ImageClasses
+from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROCESSOR = {"size": {"height": 12, "width": 12}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -339,6 +342,36 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
 def test_images_are_not_served():
     with raises(aj.UserError, "tiny", "images", "adapters-jax predict"):
         EncoderBase(str(write_vit(Path("tiny"))))
+
+
+@pytest.mark.parametrize("train", ["digits", "digits/table.csv"])
+def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
+    write_vit(Path("tiny"))
+    write_digits(Path("digits"))
+    rows = [f"{p.relative_to('digits')},{p.parent.name}" for p in Path("digits").glob("*/*.png")]
+    Path("digits/table.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    words = TRAIN.replace("--train digits", f"--train {train} --task image-classification")
+    words = words.replace("--epochs 4", "--epochs 1").split()
+    batch = LabelledProblem.batch
+
+    def stopped(self, step):
+        if step == 2:
+            raise InterruptedRunError(signal.SIGTERM)
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelledProblem, "batch", stopped)
+        assert main([*words, "--no-baselines"]) == 143
+    assert main(["finetune", "--resume", "runs/run"]) == 0
+
+
+def test_the_split_of_a_directory_is_the_same_wherever_it_lies():
+    write_digits(Path("digits"))
+    shutil.copytree("digits", "copies/others")
+    task = image_classification.ImageClassification()
+    found = [task.load({"train": Path(name)}, {}, ()) for name in ("digits", "copies/others")]
+    held_out = [[Path(path).name for path, _ in data.test.texts] for data in found]
+    assert held_out[0] == held_out[1]
 
 
 def test_a_table_names_images_beside_it():

@@ -22,7 +22,8 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
         read_file: reads that table.
 
     Returns:
-        The columns "image" and "label", or "image" and those of the table.
+        The columns "image" and "label", or "image" and those of the table; the paths are from the
+        directory on, so that what is drawn by them is the same wherever it lies.
 
     Raises:
         DataError: there are no images, or the table names a file that is not in the directory.
@@ -38,8 +39,9 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
             f"write a pattern, as '{directory.as_posix()}/*.jsonl'"
         )
     return [IMAGE, LABEL], [
-        (path.relative_to(directory).as_posix(), [path.as_posix(), path.parent.name])
+        (inside, [inside, path.parent.name])
         for path in files
+        for inside in (path.relative_to(directory).as_posix(),)
     ]
 
 
@@ -63,6 +65,5 @@ def _of_table(directory: Path, table: Path, rows: Rows) -> Rows:
         raise DataError(f"{table.as_posix()}: not an image in this directory: {first_few(wrong)}")
     named = [IMAGE if i == at else name for i, name in enumerate(header)]
     return named, [
-        (line, [path.as_posix() if i == at else x for i, x in enumerate(values)])
-        for (line, values), path in zip(records, paths, strict=True)
+        (line, [str(x) if i == at else x for i, x in enumerate(values)]) for line, values in records
     ]

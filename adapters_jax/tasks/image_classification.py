@@ -130,8 +130,12 @@ class ImageClassification(EncoderTask):
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
-        """Loads the paths of images, and their labels; see `Task.load`."""
+        """Loads the paths of images, and their labels; see `Task.load`.
+
+        The paths are absolute: a run that is resumed reads the same ones in any directory.
+        """
         named: Any = self.of_columns(columns)
+        files = {part: path.resolve() if path.exists() else path for part, path in files.items()}
         data = load_labelled(
             files["train"],
             files.get("dev"),
@@ -159,16 +163,15 @@ class ImageClassification(EncoderTask):
 
 
 def _placed(table: Path, texts: Sequence[Any]) -> list[Any]:
-    """Paths as they are from here; a table's are from its own directory.
+    """Paths as they are from here; those of a directory or of a table's are from there.
 
     Raises:
         DataError: a table that is not a file has a path that is not absolute.
     """
-    if table.is_dir():
-        return [*texts]
-    if not table.is_file() and not all(Path(path).is_absolute() for path, _ in texts):
+    if not table.exists() and not all(Path(path).is_absolute() for path, _ in texts):
         raise DataError(
             f"{table.as_posix()}: paths of images in it are not absolute; give one table, which is "
             "beside the images, or a directory of images"
         )
-    return [((table.parent / path).as_posix(), pair) for path, pair in texts]
+    place = table if table.is_dir() else table.parent
+    return [((place / path).as_posix(), pair) for path, pair in texts]
