@@ -458,6 +458,13 @@ def test_a_base_without_the_targets_is_an_error(saved):
         aj.load_adapter(saved, nnx.eval_shape(lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
 
 
+def test_a_directory_of_peft_is_no_adapter_of_ours_and_the_error_says_what_reads_it(base, tmp_path):
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with raises(AdapterFileError, tmp_path, "adapters_jax.interop", "convert --to native"):
+        aj.load_adapter(tmp_path, *base, X)
+
+
 def test_another_rank_in_the_recipe_does_not_load_in_silence(saved, base):
     config_edit(lambda config: config["recipe"]["methods"][0].update(rank=1))(saved)
     with raises(AdapterMismatchError, "mlp/up/lora/a", "float32[4, 2]", "float32[4, 1]"):

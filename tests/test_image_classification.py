@@ -334,6 +334,8 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
         main(f"{TRAIN} --pooling cls".split())
     with command_raises(aj.UserError, "--task classification", "vision"):
         main(f"{TRAIN} --task classification".split())
+    with command_raises(aj.UserError, "--augment", "--method"):
+        main(f"{TRAIN} --method head-only --augment flip".split())
     monkeypatch.setitem(__import__("sys").modules, "dm_pix", None)
     with command_raises(MissingPackageError, "dm-pix", "[images]"):
         main(f"{TRAIN} --augment flip".split())

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,20 @@ def test_a_resumed_run_hides_the_same_tokens(monkeypatch):
     again = aj.read_adapter(Run(Path("runs/again")).adapter)[1]
     for path, tensor in whole.items():
         np.testing.assert_array_equal(again[path], tensor, err_msg=path)
+
+
+def test_a_tokenizer_with_more_special_tokens_than_embeddings():
+    write_masked(Path("tiny"))
+    tokenizer = Tokenizer.from_file("tiny/tokenizer.json")
+    tokenizer.add_special_tokens(["[NEW]"])
+    tokenizer.save("tiny/tokenizer.json")
+    for name, count in (("rows", 40), ("dev", 4), ("test", 4)):
+        write_texts(Path(f"{name}.txt"), count)
+    assert main(TRAIN.replace("--epochs 10", "--epochs 1").split()) == 0
+    write_model(Path("less"))  # whose vocabulary has no row for the mask
+    shutil.copy("tiny/tokenizer.json", "less/tokenizer.json")
+    with raises(aj.UserError, VOCAB.index("[MASK]"), len(WORDS)):
+        Vocabulary.of(load_encoder("less", MASKED))
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """What a release consists of: workflows, metadata, public names and bounds of dependencies."""
 
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -138,3 +141,24 @@ def test_issue_forms_have_what_their_format_needs(path):
     assert all(each["type"] in ("textarea", "input") for each in form["body"])
     assert all(each["attributes"]["label"] for each in form["body"])
     assert len({each["id"] for each in form["body"]}) == len(form["body"])
+
+
+@pytest.mark.parametrize("part", ["interop", "zoo", "tpu"])
+@pytest.mark.parametrize(("installer", "left"), [(1, 1), (124, 0)], ids=["fails", "is slow"])
+def test_only_a_slow_installation_is_left_out(tmp_path, part, installer, left):
+    """An extra that cannot be installed fails the part, in place of ending it without a test."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name, status in (
+        (".venv-uv/bin/uv", installer),
+        *((f"bin/{name}", 0) for name in ("python3.11", "python3.13")),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\nexit {status}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    line = [tmp_path / ".ci" / "run", part]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert (done.returncode, "NOT RUN" in done.stdout) == (left, not left), done

@@ -119,6 +119,13 @@ def test_of_many_classes_the_most_frequent_are_shown_and_it_says_so():
     assert len(table.rows) == TABLE and f"{TABLE} most frequent of 500" in table.about
 
 
+def test_a_class_may_be_named_as_all_others_are():
+    names = [OTHERS, *(f"c{i}" for i in range(CLASSES))]
+    rows = [OTHERS] * 9 + names[1:]
+    matrix = confusion("", names, rows, rows, "")
+    assert (matrix.counts[0][0], matrix.counts[-1][-1]) == (9, 2)
+
+
 def test_long_texts_and_names_are_cut_and_it_says_so():
     name = "n" * 10_000
     part = Dataset([("x" * 10_000, "y" * 10_000)], np.array([1]), ())

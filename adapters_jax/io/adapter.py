@@ -245,7 +245,9 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile, Tens
     for name in (CONFIG, TENSORS):
         if not os.path.lexists(directory / name):
             raise AdapterFileError(
-                f"{directory} has no {name}; give a directory that save_adapter wrote"
+                f"{directory} has no {name}; give a directory that save_adapter wrote. Those of "
+                "PEFT and AdapterHub are read by adapters_jax.interop, and become one by "
+                "`adapters-jax convert --to native`"
             )
     manifest = Manifest.read(directory / CONFIG)
     with contextlib.ExitStack() as files:

@@ -150,6 +150,11 @@ class EncoderTask(Task):
         )
         if not readout.has_head and recipe == head_only():
             raise UserError(f"--task {self.name} has no head to train; give another --method")
+        if setup.augment and recipe == head_only():
+            raise UserError(
+                "--augment: a head that trains alone reads features that are computed once, of "
+                "images as they are; leave it out, or give another --method"
+            )
         model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
         example = [batches[0][name] for name in readout.arrays]

@@ -80,6 +80,11 @@ class Vocabulary(NamedTuple):
             special |= {*ends}
         size = min(tokenizer.get_vocab_size(), encoder.config.vocab_size)
         mask: Any = tokenizer.token_to_id(_mask_of(tokenizer))
+        if mask >= encoder.config.vocab_size:
+            raise UserError(
+                f"the tokenizer's mask is token {mask}, and the base has embeddings of "
+                f"{encoder.config.vocab_size} tokens; give a base and its own tokenizer"
+            )
         return cls(size, mask, np.array(sorted({*special, mask})))
 
 
@@ -343,7 +348,8 @@ class MaskedTokens(Readout):
         seen = np.concatenate([row.input_ids for row in whole.batches.rows])
         size = len(problem.params[HEAD]["bias"])
         counts = np.bincount(seen, minlength=size) + 1.0
-        counts[whole.vocabulary.special] = 1e-9  # these are never hidden
+        special = whole.vocabulary.special
+        counts[special[special < size]] = 1e-9  # these are never hidden
         losses = np.log(counts.sum()) - np.log(counts)
         labels = np.concatenate([b["labels"][b["weight"] > 0] for b in problem.held_out[part]])
         labels = labels[labels != NOTHING]

@@ -354,10 +354,12 @@ def confusion(
             f" The {len(chosen)} most frequent of {len(names):,} classes; the last row and column "
             "are all others."
         )
-        right, found = ([x if x in chosen else OTHERS for x in side] for side in (right, found))
-        names = [*(name for name in names if name in chosen), OTHERS]
+        # A class may be named as all others are, but none has the empty name.
+        right, found = ([x if x in chosen else "" for x in side] for side in (right, found))
+        names = [*(name for name in names if name in chosen), ""]
     counts = confusion_matrix(right, found, labels=names)
-    return Matrix(title, [cut(name, NAMES) for name in names], counts.tolist(), about)
+    shown = [cut(name, NAMES) or OTHERS for name in names]
+    return Matrix(title, shown, counts.tolist(), about)
 
 
 def numbers_judged(right: Sequence[float], predicted: Sequence[float]) -> list[dict[str, Any]]:
