@@ -15,7 +15,7 @@ COMPARED = (  # the README's rows, from both files of `peers`
     "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
     "time of a step, LoRA, SmolLM2-135M, adapters_jax / qwix",
     "time of a step, Houlsby, BERT-base, adapters_jax / AdapterHub",
-    "peak memory of the whole process, LoRA, SmolLM2-135M, adapters_jax / PEFT",
+    "peak memory of the whole process, LoRA, BERT-base, adapters_jax / PEFT",
     "latency of one example, LoRA / its base",
 )
 PEERS = {"peers": "EPYC family 25 (Zen 4)", "peers-zen5": "Zen 5, an earlier version"}
