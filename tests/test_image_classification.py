@@ -23,7 +23,7 @@ from adapters_jax.data.pixels import ImageBatches, ImageRow, Preprocessing, chec
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import BaseFileError, MissingPackageError
 from adapters_jax.inference import load_predictor
-from adapters_jax.io.run_directory import Run
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.models.vit import Vit
 from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.serving.labels import EncoderBase
@@ -364,6 +364,12 @@ def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LabelledProblem, "batch", stopped)
         assert main([*words, "--no-baselines"]) == 143
+    image = next(Path("digits/zero").glob("*.png"))
+    before = image.read_bytes()
+    Image.new("L", (8, 8), 3).save(image)
+    with command_raises(RunError, "runs/run", "pixels_sha256"):
+        assert main(["finetune", "--resume", "runs/run"]) == 2
+    image.write_bytes(before)
     assert main(["finetune", "--resume", "runs/run"]) == 0
 
 

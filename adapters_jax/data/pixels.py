@@ -6,6 +6,7 @@ image is white; an animation is its first frame; a photo is turned as its EXIF d
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,10 +220,12 @@ class ImageRow(NamedTuple):
     Attributes:
         path: its file.
         kept: its pixels as `Preprocessing.read` returns them; None reads them anew.
+        sha256: their checksum; empty if they were not read yet.
     """
 
     path: str
     kept: np.ndarray | None = None
+    sha256: str = ""
 
 
 def checked(paths: Sequence[str], preprocessing: Preprocessing) -> list[ImageRow]:
@@ -239,7 +242,8 @@ def checked(paths: Sequence[str], preprocessing: Preprocessing) -> list[ImageRow
             wrong.append(str(error))
             continue
         room -= pixels.nbytes
-        rows.append(ImageRow(path, pixels if room >= 0 else None))
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        rows.append(ImageRow(path, pixels if room >= 0 else None, digest))
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(paths)} images cannot be used: {first_few(wrong)}; remove them, "

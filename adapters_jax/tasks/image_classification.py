@@ -5,6 +5,7 @@ Images are read with the preprocessing of the checkpoint, which has the size tha
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,12 @@ class ImageClasses(Classes):
         """The images, each of which has been read."""
         encoder.check_length(max_length)
         return Inputs(checked([path for path, _ in texts], encoder.preprocessing), 0)
+
+    def checksums(self, inputs: Mapping[str, Inputs]) -> dict[str, str]:
+        """That of all pixels: the texts are paths alone."""
+        rows = (row for part in sorted(inputs) for row in inputs[part].rows)
+        found = hashlib.sha256("".join(row.sha256 for row in rows).encode())
+        return {"pixels_sha256": found.hexdigest()}
 
     def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
         """None: all images have one size."""

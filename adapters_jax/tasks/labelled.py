@@ -127,6 +127,7 @@ class EncoderTask(Task):
                 "text_pair": columns[1] if len(columns) == 2 else None,
                 "pairs": len(columns) == 2,
                 **({"texts": columns} if len(columns) > 2 else {}),
+                **readout.checksums(inputs),
             },
             data,
             setup,

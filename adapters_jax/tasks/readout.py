@@ -101,6 +101,10 @@ class Readout(ABC):
         """Encodes the texts of train, dev or test, where these are not read as those to predict."""
         return self.inputs(encoder, texts, max_length)
 
+    def checksums(self, inputs: Mapping[str, Inputs]) -> dict[str, str]:
+        """What a run's configuration says of its rows, beside the checksum of texts and labels."""
+        return {}
+
     def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
         """The widths of batches; see `data.batches.choose_buckets`."""
         return choose_buckets(rows, length, size)
