@@ -12,6 +12,7 @@ from helpers.tiny import SPOKEN, write_llama, write_meanings
 from test_leaving import OTHERS, merged_encoder
 
 from adapters_jax.app.cli.main import main
+from adapters_jax.data.batches import Batches
 from adapters_jax.inference import load_generator, load_predictor
 
 WHY = "needs torch and transformers: pip install 'adapters-jax[interop-test]'"
@@ -49,7 +50,7 @@ def test_a_merged_encoder_has_the_same_logits_in_transformers(base):
     predictor = load_predictor(merged_encoder(base))
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.encoder.in_order(rows, None, 2, (12,))[0]
+    (batch,) = Batches.in_order(rows, None, 2, (12,), predictor.encoder.config.pad_token_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     expected = predictor.model.apply({"params": predictor.params}, *inputs.values())
     model = opened(transformers.AutoModelForSequenceClassification)
