@@ -98,8 +98,8 @@ def every_method() -> dict[str, type[Method]]:
     """All methods by name, with those that installed packages list as entry points.
 
     Example:
-        >>> sorted(every_method())[:3]
-        ['bottleneck', 'dora', 'ia3']
+        >>> {"bottleneck", "dora", "ia3"} <= every_method().keys()
+        True
     """
     for point in entry_points(group=GROUP):
         register_method(point.load())
