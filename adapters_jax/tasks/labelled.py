@@ -5,6 +5,7 @@ The task's `Readout` has what a label is: a class, a number, the tags of words, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -75,24 +76,6 @@ class EncoderTask(Task):
     def texts(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns of the texts that are needed to predict a row."""
         return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
-
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
-        chosen = tuple(metrics) or self.defaults
-        named = self.of_columns(columns)
-        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
-        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
-
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads one file; a task that has no `load` of its own has this."""
-        raise NotImplementedError(f"{type(self).__name__} has neither load nor read")
-
-    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
-        """The texts of a row by which rows count as the same."""
-        return texts
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
@@ -217,6 +200,28 @@ class EncoderTask(Task):
         """Those of the readout, and those of every task; see `Task.views`."""
         readout = self.readout.from_config(config["target"])
         return [*readout.views(judged, config["metrics"]), *shared(judged)]
+
+
+class AnnotatedTask(EncoderTask):
+    """A task whose rows have annotations of their own, such as a tag for each word."""
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
+        chosen = tuple(metrics) or self.defaults
+        named = self.of_columns(columns)
+        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
+        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+
+    @abstractmethod
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads the rows of one file, by the columns of the task's roles."""
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The texts of a row by which rows count as the same."""
+        return texts
 
 
 class LabelledTexts(EncoderTask):

@@ -31,7 +31,7 @@ from adapters_jax.models.family import MASKED
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage
-from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.metrics import perplexity
 from adapters_jax.tasks.readout import Inputs, Readout
@@ -379,7 +379,7 @@ def _losses(
     return jnp.where(labels == NOTHING, 0.0, losses)
 
 
-class MaskedLanguageModelling(EncoderTask):
+class MaskedLanguageModelling(AnnotatedTask):
     """Hidden tokens of texts."""
 
     name = "masked-language-modelling"

@@ -17,7 +17,7 @@ from adapters_jax.data.datasets import sorted_names
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
-from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import set_scores
 from adapters_jax.tasks.readout import Inputs, Readout
 from adapters_jax.tasks.views import Judged, View, of_part, per_class
@@ -172,7 +172,7 @@ class LabelSets(Readout):
         ]
 
 
-class MultiLabel(EncoderTask):
+class MultiLabel(AnnotatedTask):
     """Sets of labels of texts."""
 
     name = "multilabel"
@@ -185,7 +185,7 @@ class MultiLabel(EncoderTask):
         "labels": "labels",
         "label_separator": None,
     }
-    flags = (*EncoderTask.flags, "pooling")
+    flags = (*AnnotatedTask.flags, "pooling")
     readout = LabelSets
     example = "--train rows.jsonl with lists in a column labels, or --label-separator '|'"
 

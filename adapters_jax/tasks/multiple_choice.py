@@ -21,7 +21,7 @@ from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage
-from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.readout import Inputs, Readout
 from adapters_jax.tasks.views import Judged, View, confusion, of_part
 
@@ -158,7 +158,7 @@ class Choices(Readout):
         ]
 
 
-class MultipleChoice(EncoderTask):
+class MultipleChoice(AnnotatedTask):
     """The right one of several choices."""
 
     name = "multiple-choice"
@@ -172,7 +172,7 @@ class MultipleChoice(EncoderTask):
         "choices": "choice1,choice2",
         "label": "label",
     }
-    flags = (*EncoderTask.flags, "pooling")
+    flags = (*AnnotatedTask.flags, "pooling")
     readout = Choices
     example = "--train rows.jsonl --columns premise=COLUMN choices=COLUMN,COLUMN,..."
 

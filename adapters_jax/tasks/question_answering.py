@@ -24,7 +24,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
-from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import squad_scores, squad_words
 from adapters_jax.tasks.readout import Inputs, Readout
 from adapters_jax.tasks.views import Judged, Table, View, of_part, percent
@@ -256,7 +256,7 @@ def _sentence(question: str, context: str) -> Answer:
     return Answer(best, context.find(best), 0.0)
 
 
-class QuestionAnswering(EncoderTask):
+class QuestionAnswering(AnnotatedTask):
     """Answers that are parts of contexts."""
 
     name = "question-answering"

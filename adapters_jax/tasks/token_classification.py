@@ -26,7 +26,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
-from adapters_jax.tasks.labelled import EncoderTask
+from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import span_scores, spans_of
 from adapters_jax.tasks.readout import Inputs, Readout
 from adapters_jax.tasks.views import Judged, View, class_table, confusion, of_part, per_class
@@ -262,7 +262,7 @@ def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " 
     return first
 
 
-class TokenClassification(EncoderTask):
+class TokenClassification(AnnotatedTask):
     """Tags of words."""
 
     name = "token-classification"
