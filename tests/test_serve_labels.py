@@ -197,4 +197,5 @@ def test_the_base_labels_nothing_and_time_is_limited(labels):
     several = {"model": "words", "texts": ["the plot was dull"] * 64}
     assert late.post("/predict", json=several).status_code == 408
     assert client.post("/predict", json=several).status_code == 200  # comes after it
+    engine._thread.submit(int).result()  # its turn ends after its answer
     assert (engine.waiting, engine.running) == (0, 0)
