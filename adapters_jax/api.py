@@ -26,6 +26,7 @@ from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.model_card import model_card
 from adapters_jax.linen import init_adapters
+from adapters_jax.meshes import split_rows
 from adapters_jax.methods import (
     IA3,
     AttachmentPoint,
@@ -60,7 +61,6 @@ from adapters_jax.presets import (
 from adapters_jax.recipe import Recipe
 from adapters_jax.suggesting import Suggestion, suggest
 from adapters_jax.training.optimizers import freeze_base, lora_plus
-from adapters_jax.training.rows import split_rows
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
 from adapters_jax.training.together import stack_states, unstack_states

@@ -314,7 +314,7 @@ def test_each_device_has_its_rows_and_heads():
 import jax, jax.numpy as jnp, numpy as np, adapters_jax as aj
 from adapters_jax.attention.masks import Mask
 from adapters_jax.models.parts.kernels import Splash
-from adapters_jax.training.rows import on_mesh
+from adapters_jax.meshes import on_mesh
 
 query, key, value = (
     jax.random.normal(jax.random.key(i), (4, 130, heads, 8)) for i, heads in enumerate((4, 2, 2))

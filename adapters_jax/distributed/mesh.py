@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.errors import UserError
-from adapters_jax.training.rows import BATCH
+from adapters_jax.meshes import BATCH
 from adapters_jax.trees import Tree
 
 AXES = ("data", "fsdp", "model")  # of `--mesh`; rules of one's own may name others

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError
+from adapters_jax.meshes import gathered
 
 Head = Callable[..., Array]
 Rows = tuple[Array, Array, Array]  # hidden states, labels, weights; the chunks on the first axis
@@ -187,8 +188,10 @@ def _losses(head: Head, hidden: Array, labels: Array, weights: Array, *held: Arr
 def _total(head: Head, rows: Rows, held: tuple[Array, ...]) -> Array:
     """The loss of all chunks; `held` are the arrays that the head reads."""
 
+    whole = list(map(gathered, held))
+
     def add(total: Array, part: Rows) -> tuple[Array, None]:
-        return total + _loss(head, *part, *held), None
+        return total + _loss(head, *part, *whole), None
 
     return jax.lax.scan(add, jnp.zeros((), rows[2].dtype), rows)[0]
 
@@ -196,7 +199,9 @@ def _total(head: Head, rows: Rows, held: tuple[Array, ...]) -> Array:
 def _total_with_gradients(head: Head, rows: Any, held: Any) -> tuple[Array, Any]:
     """The loss, and its gradients by whatever is differentiated."""
     marked = [*rows, *held]
-    values = [x.value for x in marked]
+    # What trains stays split, as do the sums of its gradients.
+    values = [x.value if x.perturbed else gathered(x.value) for x in held]
+    values = [*(x.value for x in rows), *values]
     trained = [i for i, x in enumerate(marked) if x.perturbed]
     by_row, by_head = [i for i in trained if i < 3], [i for i in trained if i >= 3]
 

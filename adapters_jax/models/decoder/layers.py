@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
+from adapters_jax.meshes import split_rows
 from adapters_jax.models.decoder.config import DecoderConfig
 from adapters_jax.models.decoder.experts import DecoderExperts, DecoderMixture
 from adapters_jax.models.parts.cache import LayerCache
 from adapters_jax.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.models.parts.rotary import Rotation, rotate
-from adapters_jax.training.rows import split_rows
 
 Hidden = Float[Array, "batch length d"]
 Seen = Mask | Bool[Array, "#batch 1 length keys"]

@@ -18,6 +18,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.attention.masks import Mask
+from adapters_jax.meshes import split_rows
 from adapters_jax.models.decoder.config import DecoderConfig, LayerKind
 from adapters_jax.models.decoder.experts import DecoderExperts
 from adapters_jax.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm, Seen
@@ -27,7 +28,6 @@ from adapters_jax.models.parts.cache import Cache, LayerCache
 from adapters_jax.models.parts.functions import capped, token_positions
 from adapters_jax.models.parts.layers import check_tokens
 from adapters_jax.models.parts.rotary import Rotation, rotation
-from adapters_jax.training.rows import split_rows
 
 
 class Decoder(nnx.Module):

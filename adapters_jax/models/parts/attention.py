@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from adapters_jax.attention.masks import Mask, as_array
 from adapters_jax.checks import check_choice
 from adapters_jax.errors import UserError
+from adapters_jax.meshes import current_mesh
 from adapters_jax.models.parts.functions import dot_product_attention
 from adapters_jax.models.parts.kernels import KERNELS, Kernel, Problem
-from adapters_jax.training.rows import current_mesh
 
 CHOICES = ("auto", "dense", "flash")
 # Keys from which on "auto" takes a kernel. By the compiler of a v5e, a step of 4 x 256 tokens

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from adapters_jax.attention.masks import PADDING, Mask
+from adapters_jax.meshes import BATCH, current_mesh
 from adapters_jax.mixed import mapped
-from adapters_jax.training.rows import BATCH, current_mesh
 
 Rows = Float[Array, "batch length heads width"]
 LANES = 128  # of a TPU's registers; blocks are multiples of it

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from adapters_jax.attention.masks import Mask
 from adapters_jax.attention.registry import register_attention
 from adapters_jax.errors import UserError
+from adapters_jax.meshes import split_rows
 from adapters_jax.models.parts.functions import (
     ACTIVATIONS,
     dot_product_attention,
@@ -19,7 +20,6 @@ from adapters_jax.models.parts.functions import (
     split_heads,
 )
 from adapters_jax.models.parts.rotary import Rotation, rotate
-from adapters_jax.training.rows import split_rows
 
 
 def check_heads(width: int, heads: int) -> None:

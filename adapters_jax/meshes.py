@@ -1,8 +1,9 @@
-"""Rows of activations that stay split over the devices of a mesh.
+"""How arrays lie over the devices of the mesh on which what is traced now will run.
 
 A base whose weights are split over `fsdp` lets XLA choose: gather each weight where it is used, or
 split the activations by heads and give every device all rows. It often chooses the second, which
-exchanges activations many times larger than the weights. Models tell it by `split_rows`.
+exchanges activations many times larger than the weights. Models tell it by `split_rows`. A weight
+that is read in a loop is gathered in each round, unless `gathered` does it in front of the loop.
 """
 
 import contextlib
@@ -61,3 +62,21 @@ def split_rows(x: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
         return x
     spec = P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Gathers a weight that is split over a mesh's axes `data` and `fsdp`, here and only once.
+
+    Returns:
+        `x`, whole on each device; as it is where there is no mesh, or one with another axis, over
+        which weights stay split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> gathered(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    mesh = _MESH.get()
+    if mesh is None or any(size > 1 for name, size in mesh.shape.items() if name not in BATCH):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
