@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Spread
-from benchmarks.report import CLAIMS, FIGURES, LARGEST, Row, cell, table
+from benchmarks.report import CLAIMS, COSTS, FIGURES, LARGEST, WHOLE, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 PAGE, DEVICES = ROOT / "docs" / "results.md", ROOT / "docs" / "accelerators.md"
@@ -108,10 +108,16 @@ def _machine(file: Row) -> str:
     )
 
 
-def largest(results: Path = RESULTS) -> str:
-    """The table of the largest models for each card, of the page of accelerators."""
+def accelerators(results: Path = RESULTS) -> str:
+    """The tables of the page of accelerators: the largest models, whole models, and single steps."""
     file = json.loads((results / "accelerators.json").read_text())
-    return table(list(_rows(file, LARGEST)))
+    titles = {
+        LARGEST: "The largest model for a card",
+        WHOLE: "Memory of whole models, and what their devices exchange in a step",
+        COSTS: "A step of each side",
+    }
+    parts = [f"### {title}\n\n{table(list(_rows(file, kind)))}" for kind, title in titles.items()]
+    return "\n\n".join(parts)
 
 
 def compared(results: Path = RESULTS) -> str:
@@ -147,7 +153,7 @@ def write(
     if (results / "peers.json").exists():
         between_marks(readme, compared(results))
     if (results / "accelerators.json").exists():
-        between_marks(devices, largest(results))
+        between_marks(devices, accelerators(results))
 
 
 def between_marks(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:

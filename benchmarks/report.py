@@ -19,6 +19,7 @@ from benchmarks.harness import Spread
 
 PACKAGES = ("adapters-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 CLAIMS, FIGURES = "Claims", "Wanted"
+COSTS, WHOLE = "A step, its costs from two and three layers", "Whole models, layers scanned"
 LARGEST = "The largest compiled models that fit one card, LoRA"
 BLUE, GREY = "#0f62a8", "#b8bec7"
 Row = dict[str, Any]
