@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from helpers.tiny import write_llama, write_meanings, write_model
@@ -201,6 +202,19 @@ def test_the_page_of_errors_has_each_class_once():
         more = {name for name, above in bases.items() if above & kinds} - kinds
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.M)
     assert sorted(rows) == sorted({*kinds, "AdapterWarning"})
+
+
+def test_every_method_has_a_figure_in_the_one_style():
+    pages = [page for page in (ROOT / "docs" / "methods").glob("*.md") if page.stem != "index"]
+    assert len(pages) >= 7
+    styles = set()
+    for page in pages:
+        (figure,) = re.findall(r"^!\[.{40,}\]\((figures/.*\.svg)\)$", page.read_text(), re.M)
+        drawn = ElementTree.parse(page.parent / figure).getroot()
+        said = {each.tag.rpartition("}")[2]: each.text for each in drawn}
+        assert drawn.get("class") == "drawn" and said["title"] and len(said["desc"]) > 100
+        styles.add(said["style"])
+    assert len(styles) == 1
 
 
 def test_the_two_commands_are_there():
