@@ -2,10 +2,11 @@
 
 Every text is in the font that comes with matplotlib: in another font lines wrap elsewhere, and then
 an unchanged page differs as much from its picture as one whose style sheet is broken. Compared are
-grey pictures of a cell for 8 x 8 pixels, in which edges of letters hardly matter. Of 255 levels, the
-mean difference of a page drawn again was 0, without smoothed letters at most 1.8, and in Liberation
-Sans 1.3 to 18; with a margin of 12 pixels it was at least 2.8, and with letters a tenth larger,
-without tables, or without the style sheets at least 5. Colours of texts alone it does not see.
+grey pictures of a cell for 8 x 8 pixels, in which edges of letters hardly matter. Of 255 levels,
+the mean difference of a page drawn again was 0, without smoothed letters at most 1.8, and in
+Liberation Sans 1.3 to 18; with a margin of 12 pixels it was at least 2.8, and with letters a tenth
+larger, without tables, or without the style sheets at least 5. Colours of texts alone it does not
+see.
 """
 
 import base64
@@ -52,7 +53,7 @@ def check_picture(page):
         difference = compare(kept.convert("RGB"), new, FOLDER / "failed" / path.name)
     assert difference <= LIMIT, (
         f"{page.shown} differs by {difference:.1f} of 255 levels, and {LIMIT} are allowed: see "
-        f"{FOLDER / 'failed' / path.name}; if it should look so, renew the pictures by PICTURES=write"
+        f"{FOLDER / 'failed' / path.name}; if it should look so, PICTURES=write renews the pictures"
     )
 
 
