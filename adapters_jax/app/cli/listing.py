@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.method import PRESETS
+from adapters_jax.app.options.parsing import UsageError
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class Listing(ABC):
         """Finds what is listed, and returns a function that prints it.
 
         Raises:
+            UsageError: both --markdown and --json are given.
             UserError: nothing has the name that the user gave.
         """
+        if self.markdown and self.json:
+            raise UsageError("--markdown and --json are two forms of one listing; leave one out")
         found = self.find()
 
         def report() -> None:

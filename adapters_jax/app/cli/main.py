@@ -4,7 +4,8 @@ A command is a frozen dataclass whose fields are its flags; `examples` and `grou
 help, and `needs_jax = False` says that it works without. Its method `prepare` reads and checks
 everything that the user gave, and returns a function that does the work. What the work needs is
 imported in these methods, so that a help is there before jax is. A `UserError` is printed as one
-line. Any other error is a bug, and is printed with its traceback.
+line, which ends with its class and the page that explains it. Any other error is a bug, and is
+printed with its traceback.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
+EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
     "data": ("adapters_jax.app.cli.data", "DescribeData"),
@@ -134,7 +136,8 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        return _say(name, str(error), getattr(error, "status", 2))
+        where = EXPLAINED.format(kind=type(error).__name__)
+        return _say(name, f"{error}\n{where}", getattr(error, "status", 2))
     except Exception:
         traceback.print_exc()
         print(BUG.format(version=__version__), file=sys.stderr)
@@ -159,7 +162,7 @@ def _extra_of(name: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("adapters_jax"):
             raise
         extra = "serve" if name == "serve" else "finetune"
-        raise MissingPackageError(f"adapters-jax {name}", error.name, extra) from error
+        raise MissingPackageError("this command", error.name, extra) from error
 
 
 class _Lines(logging.Handler):
