@@ -21,6 +21,7 @@ from adapters_jax.interop.formats import FORMATS
 from adapters_jax.interop.names import from_tensors
 from adapters_jax.models import FAMILIES
 from adapters_jax.models.bert import Bert
+from adapters_jax.tasks.readout import Batching
 
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow
@@ -125,7 +126,7 @@ def _fixture(name):
 
 def _outputs(predictor, params, model, texts):
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
     arrays = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     return np.asarray(model.apply({"params": params}, *arrays))
 
@@ -138,7 +139,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
     _, params = FAMILIES["bert"].load("merged")
     inputs = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     hidden = np.asarray(Bert(predictor.encoder.config).apply({"params": params}, *inputs))

@@ -44,7 +44,7 @@ from adapters_jax.tasks.base import (
 )
 from adapters_jax.tasks.head import head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows, one_by_one
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Batching, Inputs, Readout
 from adapters_jax.tasks.views import Judged, View, shared
 from adapters_jax.training.state import TrainState
 
@@ -93,7 +93,7 @@ class EncoderTask(Task):
                 setup.say(f"{found.cut} of {count} {part} texts are cut at {length} tokens")
         rows, labels = readout.targets(inputs["train"], data.train.labels)
         size, buckets = setup.batch_size, readout.buckets(rows, length, setup.batch_size)
-        batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets)
+        batches = readout.batches(encoder, rows, labels, Batching(size, setup.seed, buckets))
         problem = self._problem(data, setup, encoder, readout, batches, inputs, buckets)
         columns = self.texts(self.of_columns(setup.columns))
         tokens = readout.tokens(rows)
@@ -115,7 +115,7 @@ class EncoderTask(Task):
             data,
             setup,
             encoder,
-            readout.batches(encoder, rows, labels, size, None, buckets),
+            readout.batches(encoder, rows, labels, Batching(size, None, buckets)),
         )
 
     def _problem(
@@ -149,6 +149,7 @@ class EncoderTask(Task):
             *map(one_by_one, example),
         )
         held_out = {part: inputs[part] for part in ("dev", "test")}
+        in_order = Batching(setup.batch_size, None, buckets)
         return LabelledProblem(
             model,
             store_frozen(params, recipe, setup.dtype),
@@ -156,7 +157,7 @@ class EncoderTask(Task):
             readout,
             batches,
             {
-                part: readout.batches(encoder, found.rows, None, setup.batch_size, None, buckets)
+                part: readout.batches(encoder, found.rows, None, in_order)
                 for part, found in held_out.items()
             },
             {part: getattr(data, part).labels for part in held_out},
@@ -380,7 +381,8 @@ class TextPredictor:
         inputs = self.readout.inputs(self.encoder, texts, self.max_length)
         readout = self.readout
         buckets = readout.buckets(inputs.rows, self.max_length, BATCH_SIZE)
-        batches = readout.batches(self.encoder, inputs.rows, None, BATCH_SIZE, None, buckets)
+        in_order = Batching(BATCH_SIZE, None, buckets)
+        batches = readout.batches(self.encoder, inputs.rows, None, in_order)
 
         @jax.jit
         def apply(params: Any, arrays: Sequence[Any]) -> Any:

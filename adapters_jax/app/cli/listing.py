@@ -45,11 +45,17 @@ class Found:
     notes: Callable[[], Sequence[str]] = field(default=list)
 
 
+@dataclass(frozen=True)
 class Listing(ABC):
-    """A command that lists what there is: as tables, as JSON, or as a page in Markdown."""
+    """A command that lists what there is: as tables, as JSON, or as a page in Markdown.
 
-    markdown: bool
-    json: bool
+    Args:
+        markdown: print a page of the documentation.
+        json: print JSON.
+    """
+
+    markdown: bool = False
+    json: bool = False
 
     @abstractmethod
     def find(self) -> Found:
@@ -85,18 +91,11 @@ class ListMethods(Listing):
     """Lists the methods: the values of --method, their papers, flags and learning rates.
 
     The second table has the classes that recipes consist of, with those of installed packages.
-
-    Args:
-        markdown: print a page of the documentation.
-        json: print JSON.
     """
 
     examples: ClassVar[str] = """\
   adapters-jax methods
   adapters-jax methods --json"""
-
-    markdown: bool = False
-    json: bool = False
 
     def find(self) -> Found:
         """Finds the published recipes, and the classes of the registry."""
@@ -131,19 +130,11 @@ class ListMethods(Listing):
 
 @dataclass(frozen=True)
 class ListTasks(Listing):
-    """Lists the tasks: what each learns, on which kind of model, its columns and metrics.
-
-    Args:
-        markdown: print a page of the documentation.
-        json: print JSON.
-    """
+    """Lists the tasks: what each learns, on which kind of model, its columns and metrics."""
 
     examples: ClassVar[str] = """\
   adapters-jax tasks
   adapters-jax tasks --json"""
-
-    markdown: bool = False
-    json: bool = False
 
     def find(self) -> Found:
         """Finds the tasks of the registry."""
