@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ def locate(name: str) -> Path:
         AssetError: the pinned asset could not be fetched.
     """
     path = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    return find_gguf(path) or huggingface.resolve(path if path.is_dir() else name)
+    return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
 
 
 def find_family(name: str) -> Family:
@@ -87,9 +88,9 @@ def read_config(name: str) -> dict[str, Any]:
 def _config_file(name: str) -> Path:
     """The path of a base's `config.json`, in its directory or downloaded from the Hub by itself."""
     directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    if (directory / "config.json").is_file():
+    if os.path.isfile(directory / "config.json"):
         return directory / "config.json"
-    if directory.is_dir():
+    if os.path.isdir(directory):
         raise BaseFileError(f"{name!r} has no config.json")
     try:
         found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
@@ -109,7 +110,7 @@ def pinned(name: str) -> str:
         >>> pinned("minilm")
         'minilm'
     """
-    if name in assets.ASSETS or Path(name).exists():
+    if name in assets.ASSETS or os.path.exists(name):
         return name
     commit = hub.commit_of(_config_file(name).parent)
     return f"{hub.split(name)[0]}@{commit}" if commit else name
@@ -154,5 +155,5 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         config: the base's configuration, a dataclass.
         model: the NNX model; None for a linen one.
     """
-    public = None if Path(name).exists() else hub.split(name)[0]
+    public = None if os.path.exists(name) else hub.split(name)[0]
     return base_identity(model, id=public, config=config.identity())
