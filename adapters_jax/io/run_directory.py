@@ -30,9 +30,7 @@ _NEEDED: dict[str, Any] = {
     "dtype": str,
     "max_length": int,
 }
-_COMBINED: dict[str, Any] = {
-    "results": []
-}  # the summary of an exported run that other runs were combined to
+_COMBINED: dict[str, Any] = {"results": []}  # what export writes of a run of combined ones
 _SCORES = {str: float}
 _RESULT = {"method": str, "trainable_parameters": int, "test": _SCORES}
 _TRAINED: dict[str, Any] = {  # what pages and cards show of a run with results
