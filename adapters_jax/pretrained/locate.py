@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
@@ -135,6 +136,25 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing narrower
         raise BaseFileError(f"{str(path)!r} is not a tokenizer: {error}") from error
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, files: Path) -> None:
+    """Raises BaseFileError if a tokenizer has tokens without a row in an embedding of this size.
+
+    Tokens that were added right behind the rows may be there, as one for padding often is.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    beyond = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if number >= size + len(added) * (token in added)
+    }
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        raise BaseFileError(
+            f"the tokenizer of {str(files)!r} has the token {shown(token)} of id {number}, and the "
+            f"model has {size} tokens; give the tokenizer that it was trained with"
+        )
 
 
 def sha256_of(files: Path) -> str:
