@@ -290,6 +290,8 @@ def test_rows_of_json_are_strict(monkeypatch, line, data):
 def test_json_without_rows(values):
     with raises(DataError, "a.json", "SQuAD"):
         read_file(write("a.json", json.dumps(values)))
+    with raises(DataError, "a.json", "question"):
+        read_file(write("a.json", json.dumps({"data": [{"paragraphs": {}}]})))
 
 
 def test_utf16_is_told_apart():

@@ -48,6 +48,8 @@ def read_json(path: Path, raw: bytes) -> Rows:
         )
     if any("paragraphs" in item for item in items):
         items = list(_questions(path, items))
+    if not items:
+        raise DataError(f"{path.as_posix()}: its paragraphs have no question")
     return rows_of([(f"row {n}", row) for n, row in enumerate(items, 1)])
 
 

@@ -9,6 +9,7 @@ printed with its traceback.
 """
 
 import contextlib
+import errno
 import importlib
 import inspect
 import logging
@@ -19,13 +20,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapters_jax.app.cli.malloc import keep_freed
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import MissingPackageError, UserError, shortened
 from adapters_jax.texts import visible
 from adapters_jax.version import __version__
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
+# What the system says of a path or a disk, wherever that happens.
+_OF_USERS = (
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
@@ -124,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, flags: Sequence[str], debug: bool) -> int:
     """Runs a command; prints a user error as one line, and other errors with their traceback."""
-
     try:
         with _extra_of(name):
             command = _parse(name, flags)
@@ -133,15 +138,23 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
         return 0
     except KeyboardInterrupt:
         return _say(name, "interrupted", 130)
-    except UserError as error:
-        if debug:
+    except Exception as error:
+        message = _message(error)
+        if message is None or debug:
             traceback.print_exc()
-        where = EXPLAINED.format(kind=type(error).__name__)
-        return _say(name, f"{error}\n{where}", getattr(error, "status", 2))
-    except Exception:
-        traceback.print_exc()
+        if message is not None:
+            return _say(name, message, getattr(error, "status", 2))
         print(BUG.format(version=__version__), file=sys.stderr)
         return 1
+
+
+def _message(error: Exception) -> str | None:
+    """What an error says to the user; None if it is a bug."""
+    if isinstance(error, UserError):
+        return f"{error}\n{EXPLAINED.format(kind=type(error).__name__)}"
+    if isinstance(error, OSError) and error.errno in _OF_USERS:
+        return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
+    return None
 
 
 def _start(name: str, command: Any) -> None:
