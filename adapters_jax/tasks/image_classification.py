@@ -119,6 +119,7 @@ class ImageClassification(EncoderTask):
     head = "image_classification"
     metrics = ("accuracy", "f1", "matthews")
     defaults = ("accuracy", "f1")
+    least_steps = 0  # a step on images takes many seconds on a processor
     columns: ClassVar[Mapping[str, str | None]] = {"image": "image", "label": "label"}
     flags = (*EncoderTask.flags, "augment")
     readout = ImageClasses

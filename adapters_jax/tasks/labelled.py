@@ -50,6 +50,7 @@ from adapters_jax.training.state import TrainState
 
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
+LEAST_STEPS = 340  # of a new head and an adapter: `python -m benchmarks defaults`
 PARTS = ("train", "dev", "test")
 
 
@@ -63,6 +64,7 @@ class EncoderTask(Task):
 
     kind: ClassVar[Literal["encoder", "decoder", "vision"]] = "encoder"
     command = "predict"
+    least_steps = LEAST_STEPS
     flags: ClassVar[tuple[str, ...]] = ("metrics", "dropout", "head_learning_rate")
     needed: ClassVar[Mapping[str, type]] = {
         "pooling": str,
@@ -299,8 +301,8 @@ class PreparedTexts(Prepared):
         constant = Untrained(self.problem.readout.constant_title, self._constant)
         if not self.problem.readout.has_head or self.encoder.head is not None:
             return [constant, Untrained("frozen base", self._frozen)]
-        epochs = EPOCHS if self._reads_tokens else None
-        trained = TrainedHead(self._head_problem, epochs)
+        passes = (EPOCHS, LEAST_STEPS) if self._reads_tokens else ()
+        trained = TrainedHead(self._head_problem, *passes)
         return [constant] if self._head_alone else [constant, trained]
 
     def judged(self, problem: Any, state: TrainState) -> Judged:

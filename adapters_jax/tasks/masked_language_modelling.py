@@ -373,6 +373,7 @@ class MaskedLanguageModelling(AnnotatedTask):
     head = "masked_lm"
     metrics = ("perplexity", "loss", "accuracy")
     defaults = ("perplexity", "loss", "accuracy")
+    least_steps = 0  # its head is the checkpoint's
     columns: ClassVar[Mapping[str, str | None]] = {"text": "text"}
     readout = MaskedTokens
     example = "--train texts.txt, or --train rows.csv --text COLUMN"

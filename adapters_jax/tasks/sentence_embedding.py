@@ -249,6 +249,7 @@ class SentenceEmbedding(EncoderTask):
     name = "sentence-embedding"
     pipeline = "sentence-similarity"
     metrics = (*SCORED, *PAIRED)
+    least_steps = 0  # it has no new head
     columns: ClassVar[Mapping[str, str | None]] = {
         "text": "sentence1",
         "text_pair": "sentence2",
