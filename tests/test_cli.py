@@ -341,6 +341,7 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --learning-rate nan", UserError, ["--learning-rate=nan", "> 0"]),
         (f"{TRAIN} --head-learning-rate -inf", UserError, ["--head-learning-rate=-inf", "> 0"]),
         (f"{TRAIN} --lora-plus nan", UserError, ["--lora-plus=nan", "> 0"]),
+        (f"{TRAIN} --method ia3 --lora-plus 16", UserError, ["--lora-plus", "ia3"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
         (f"{TRAIN} --accumulate 5", UserError, ["--accumulate 5", "--batch-size 32"]),
         (f"{TRAIN} --max-length 99", UserError, ["--max-length 99", "16"]),

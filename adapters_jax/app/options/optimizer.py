@@ -29,7 +29,7 @@ class OptimizerOptions:
         head_learning_rate: learning rate of an encoder's head, which starts from random values; by
             default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
-            default 1.
+            default none.
         epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, for
             question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
             a new head on an encoder, as many as make 340, at most 20 (`python -m benchmarks
@@ -46,7 +46,7 @@ class OptimizerOptions:
 
     learning_rate: float | None = None
     head_learning_rate: float | None = None
-    lora_plus: float = 1.0
+    lora_plus: float | None = None
     epochs: float | None = None
     dropout: float | None = None
     batch_size: int | None = None
@@ -142,7 +142,7 @@ class OptimizerOptions:
 
         rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
-        if self.lora_plus != 1.0:
+        if self.lora_plus is not None:
             groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
