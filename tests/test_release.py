@@ -50,6 +50,11 @@ def test_every_part_of_ci_is_a_function_and_is_run_by_a_workflow():
     }  # the matrix has all versions
 
 
+def test_a_release_fails_where_a_package_could_not_be_audited():
+    assert re.search(r'pip-audit --strict .*-r "\$work/installed"', CI)
+    assert re.search(r'pip freeze --exclude adapters-jax > "\$work/installed"', CI)
+
+
 def test_what_ci_names_is_there():
     for name in re.findall(r"tests/[\w/]+\.(?:py|txt)", CI):
         assert (ROOT / name).exists(), name
