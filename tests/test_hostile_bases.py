@@ -291,6 +291,12 @@ def test_a_tokenizer_is_an_ordinary_file_with_a_tokenizer(base):
     (base / "tokenizer.json").write_text("[" * 100_000)
     with raises(BaseFileError, base / "tokenizer.json"):
         read_tokenizer(base)
+    shutil.copy(write_llama(base.parent / "llama") / "tokenizer.json", base)
+    words = json.loads((base / "tokenizer.json").read_text())
+    words["model"]["unk_token"] = "<none>"
+    (base / "tokenizer.json").write_text(json.dumps(words))
+    with raises(BaseFileError, base / "tokenizer.json", "UNK"):
+        read_tokenizer(base)
     (base / "tokenizer.json").unlink()
     os.mkfifo(base.parent / "pipe")
     (base / "tokenizer.json").symlink_to("../pipe")

@@ -172,3 +172,10 @@ def test_a_directory_that_another_process_moves_away_meanwhile_is_free(tmp_path,
 
     monkeypatch.setattr(os, "listdir", moved)
     assert empty_directory(tmp_path / "out") == tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b"])
+def test_a_name_that_is_not_one_directory(tmp_path, name):
+    with command_raises(RunError, repr(name), "--runs"):
+        assert main(["finetune", "--runs", str(tmp_path / "runs"), "--name", name]) == 2
+    assert not os.listdir(tmp_path)

@@ -72,6 +72,11 @@ def test_parts_that_run_at_the_same_time_all_run_and_each_can_fail(tmp_path):
         assert "afterwards" not in done.stdout and ("== done" in done.stdout) == (not fails)
 
 
+def test_a_release_fails_where_a_package_could_not_be_audited():
+    assert re.search(r'pip-audit --strict .*-r "\$work/installed"', CI)
+    assert re.search(r'pip freeze --exclude adapters-jax > "\$work/installed"', CI)
+
+
 def test_what_ci_names_is_there():
     for name in re.findall(r"tests/[\w/]+\.(?:py|txt)", CI):
         assert (ROOT / name).exists(), name

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
+_UNKNOWN = "\U00012000"  # a letter of cuneiform
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
 
 
@@ -133,9 +134,11 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         )
     data = untrusted.read_file(path, MOST_TOKENIZER, BaseFileError, "a tokenizer")
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        found = tokenizers.Tokenizer.from_buffer(data)
+        found.encode(_UNKNOWN)  # an error if it lacks the token for unknown words that it names
     except Exception as error:  # tokenizers raises nothing narrower
         raise BaseFileError(f"{str(path)!r} is not a tokenizer: {error}") from error
+    return found
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, files: Path) -> None:
