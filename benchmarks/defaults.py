@@ -6,10 +6,12 @@ preset. The frozen base with a trained head, at its own defaults, is the baselin
 CoLA, Houlsby's adapters at m = 256 get several rates; the rates of m = 64 on more rows are those of
 `tradeoff`, which is read. A score on dev is divided by the best of its data set and method, and the
 setting with the highest mean over all data sets is the best one; test is only reported. Dev is
-scored once in a pass, where a run of `finetune` scores it twice. An interrupted run continues with
-its cells in comparisons/, and the results hold the result of each cell.
+scored once in a pass, where a run of `finetune` scores it twice. An interrupted run writes
+the tables of what is done, and continues with its cells in comparisons/; the results hold the
+result of each cell.
 """
 
+import contextlib
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -53,13 +55,12 @@ class Cells:
     recipes: tuple[str, ...]
     passes: float | None = None
 
-    def train(self, root: Path, more: Sequence[str]) -> list[Row]:
-        """Trains the cells that are not finished, and returns all results."""
+    def train(self, root: Path, more: Sequence[str]) -> None:
+        """Trains the cells that are not finished."""
         flags = [*SETS[self.data].format(DATA).split(), "--limit", str(self.rows)]
         flags += [] if self.passes is None else ["--epochs", f"{self.passes:g}"]
         flags += ["--recipes", *self.recipes, "--seeds", "0", "--evaluations", "1", *more]
         tradeoff.compared([*flags, "--out", str(self._out(root))])
-        return self.done(root)
 
     def done(self, root: Path) -> list[Row]:
         """The results of the cells that are finished."""
@@ -105,7 +106,20 @@ def run(report: Report, quick: bool) -> None:
     if quick:
         chosen = [Cells("movies", 32, ("lora",), PASSES), Cells("movies", 32, (FROZEN,))]
         more = ["--max-length", "16"]
-    write(report, [cell for cells in chosen for cell in cells.train(root, more)])
+    with contextlib.suppress(KeyboardInterrupt):  # the tables then hold what is done
+        for cells in chosen:
+            cells.train(root, more)
+    report.add("Cells that are done; the same command goes on", **progress(chosen, root))
+    write(report, [cell for cells in chosen for cell in cells.done(root)])
+
+
+def progress(chosen: Sequence[Cells], root: Path) -> Row:
+    """How many cells are done, of how many."""
+    rates = [
+        recipe.partition("--learning-rates ")[2] for cells in chosen for recipe in cells.recipes
+    ]
+    done = sum(len(cells.done(root)) for cells in chosen)
+    return {"done": done, "of": sum(len(each.split()) or 1 for each in rates)}
 
 
 def write(report: Report, cells: Sequence[Row], results: Path = RESULTS) -> None:

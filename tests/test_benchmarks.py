@@ -452,7 +452,10 @@ def test_the_sweep_takes_each_data_set_and_counts_a_divergence_as_nothing(tmp_pa
     monkeypatch.setattr(tradeoff, "compared", compared)
     cells = defaults.Cells("cola", 900, ("lora --learning-rates 0.002",), 12.0)
     assert cells.done(tmp_path) == []
-    stopped, found = cells.train(tmp_path, ["--max-length", "16"])
+    cells.train(tmp_path, ["--max-length", "16"])
+    stopped, found = cells.done(tmp_path)
+    planned = 4 * (8 + 3 * 2 + 1) + 3  # of each set: rates, other passes, frozen; and m = 256
+    assert defaults.progress([*defaults.grid()], tmp_path) == {"done": 2, "of": planned}
     assert stopped["score"] == {"dev": 0.0, "test": 0.0}
     assert found["score"] == {"dev": 0.5, "test": 0.25}
     assert (found["data"], found["metric"], found["passes"]) == ("cola", "f1", 12.0)

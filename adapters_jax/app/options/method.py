@@ -181,7 +181,7 @@ class MethodOptions:
     def learning_rate(self) -> float:
         """The default rate: that of the preset, times sqrt(64 / m) if --bottleneck-dim is above 64.
 
-        At m = 256, the rate of m = 64 learns nothing of CoLA: `python -m benchmarks defaults`.
+        At m = 256, the rate of m = 64 learns nothing of CoLA: `benchmarks tradeoff-cola`.
 
         Example:
             >>> MethodOptions("houlsby").learning_rate
