@@ -17,7 +17,7 @@ else:  # a type checker that sees `__getattr__` takes any name
     def __getattr__(name: str) -> Any:
         """Imports a module of the package, or all public names at the first use of one."""
         path = f"{__name__}.{name}"
-        if importlib.util.find_spec(path):
+        if name.isidentifier() and importlib.util.find_spec(path):
             return importlib.import_module(path)
         if name == "__all__" or not name.startswith("__"):
             api = importlib.import_module("adapters_jax.api")

@@ -11,6 +11,7 @@ from adapters_jax.errors import UserError, shortened
 
 LARGEST = 2**31  # longer than any axis can be
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which models compute
+SMALLEST_FLOAT = 2.0**-126  # above 0, since XLA takes smaller ones for 0
 
 
 def check_number(
@@ -23,15 +24,12 @@ def check_number(
 ) -> None:
     """Raises UserError unless `value` is of float32, and in (low, high), or [low, high)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        not number
-        or not -LARGEST_FLOAT <= value <= LARGEST_FLOAT
-        or not (low < value < high or (closed and value == low))
-    ):
+    held = number and (value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT)
+    if not held or not (low < value < high or (closed and value == low)):
         lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
         upper = f" and < {high:g}" if math.isfinite(high) else ""
         kind = "finite number"
-        if number and LARGEST_FLOAT < abs(value) < math.inf:
+        if number and not held and abs(value) < math.inf:
             kind = "number that float32 can hold,"
         raise UserError(f"{owner}: {name}={shown(value)}, expected a {kind}{lower}{upper}")
 

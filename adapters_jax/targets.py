@@ -243,7 +243,7 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
     if blocked:
         return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
     near = nearest(pattern, usable) or usable
-    problem = f"matches nothing. Nearest paths: {_some(near)}"
+    problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     if any(matches(whole, path) for path in usable):
         problem += (
@@ -336,7 +336,7 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
 
 def _some(paths: Sequence[str], count: int = 5) -> str:
     """The first few paths, and how many more there are, as a message prints them."""
-    shown = ", ".join(map(_shown, paths[:count])) or "(none)"
+    shown = ", ".join(map(_shown, paths[:count]))
     return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
 
 

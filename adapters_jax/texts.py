@@ -7,7 +7,7 @@ and HTML have tags and links. Labels, file names and generated texts may hold al
 import re
 
 # Controls but for \t and \n, marks of direction, separators of lines, halves of characters.
-_HIDDEN = re.compile(
+HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
@@ -26,7 +26,7 @@ def visible(text: str, lines: bool = True) -> str:
         >>> print(visible("a\x1b[2Jb\u202ec"))
         a\u001b[2Jb\u202ec
     """
-    shown = _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    shown = HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return shown if lines else shown.replace("\t", "\\t").replace("\n", "\\n")
 
 

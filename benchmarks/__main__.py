@@ -17,6 +17,7 @@ BENCHMARKS = {
     "attention": "bytes of a step with attention dense and by a kernel; needs libtpu, CUDA's",
     "bank": "batches whose rows have an adapter each, beside one adapter's; PEFT's too",
     "baselines": "each task on its data: baselines, the default adapter, time; an hour, goes on",
+    "defaults": "passes and learning rates on 900 rows of four data sets; hours, goes on",
     "estimate": "what a plan for a CPU is off by, beside that of a TPU's compiler; needs libtpu",
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, image, raw
 from latex2mathml.converter import convert
 from sphinx.util.inspect import stringify_signature
 
@@ -89,6 +89,12 @@ def _settings(app: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str
     return stringify_signature(inspect.signature(obj), show_annotation=False), None
 
 
+def _drawn(app: Any, page: Any, name: str) -> None:
+    """Figures are parts of the page, so that they have its colours."""
+    for figure in [each for each in page.findall(image) if each["uri"].endswith(".svg")]:
+        figure.replace_self(raw("", (HERE / figure["uri"]).read_text(), format="html"))
+
+
 def _inline_math(self: Any, node: Any) -> None:
     self.body.append(convert(node.astext()))
     raise SkipNode
@@ -102,6 +108,7 @@ def _block_math(self: Any, node: Any) -> None:
 def setup(app: Any) -> None:
     """Formulas are MathML, which browsers draw themselves; nothing is loaded from elsewhere."""
     app.connect("source-read", _moved)
+    app.connect("doctree-resolved", _drawn)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _settings)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))

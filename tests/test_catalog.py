@@ -14,6 +14,7 @@ from adapters_jax.adapting import adapt
 from adapters_jax.app.catalog import Entry, catalog
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.options.method import PRESETS, MethodOptions
+from adapters_jax.app.options.parsing import UsageError
 from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.errors import TargetError, UserError
 from adapters_jax.interop.adapterhub import ALIKE
@@ -102,6 +103,12 @@ def test_a_misspelt_name_is_answered_with_the_near_ones():
         assert main(["models", "mixtrall"]) == 2
     with raises(UserError, "'zzz'", "all are listed"):
         catalog("zzz")
+
+
+@pytest.mark.parametrize("name", ["models", "methods", "tasks"])
+def test_a_listing_has_one_form(name):
+    with command_raises(UsageError, "--json", "--markdown"):
+        assert main([name, "--json", "--markdown"]) == 2
 
 
 def test_for_people_there_are_tables_and_with_a_name_methods(capsys):

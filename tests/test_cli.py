@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.convert import Convert
-from adapters_jax.app.cli.main import COMMANDS, _unraisable, main
+from adapters_jax.app.cli.main import COMMANDS, EXPLAINED, _unraisable, main
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import Format
 from adapters_jax.app.options.method import MethodName
@@ -89,6 +89,7 @@ def fails(command):
             status, out, err = command(words)
         assert (status, out) == (2, ""), err
         assert err.count("\n") == 1, err
+        assert err.endswith(EXPLAINED.format(kind=kind.__name__) + "\n")
 
     return fails
 
@@ -317,6 +318,9 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --rank-pattern a 1 b", UsageError, ["--rank-pattern", "a 1 b"]),
         (f"{AUDIT} --method lora --rank-pattern a x", UsageError, ["--rank-pattern", "'x'"]),
         (f"{AUDIT} stray", UsageError, ["'stray'"]),
+        ("predict", UsageError, ["RUN", "directory of the run"]),
+        ("predict --run", UsageError, ["--run"]),
+        ("convert runs/single", UsageError, ["DESTINATION"]),
         ("predict runs/single --jsn", UsageError, ["--jsn", "--json"]),
         (f"{AUDIT} --rank 3", UserError, ["--rank", "--method houlsby", "--bottleneck-dim"]),
         (f"{AUDIT} --method lora --rank 0", UserError, ["LoRA", "rank=0", ">= 1"]),
@@ -337,6 +341,7 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --learning-rate nan", UserError, ["--learning-rate=nan", "> 0"]),
         (f"{TRAIN} --head-learning-rate -inf", UserError, ["--head-learning-rate=-inf", "> 0"]),
         (f"{TRAIN} --lora-plus nan", UserError, ["--lora-plus=nan", "> 0"]),
+        (f"{TRAIN} --method ia3 --lora-plus 16", UserError, ["--lora-plus", "ia3"]),
         (f"{TRAIN} --epochs 0", UserError, ["--epochs=0.0", "> 0"]),
         (f"{TRAIN} --accumulate 5", UserError, ["--accumulate 5", "--batch-size 32"]),
         (f"{TRAIN} --max-length 99", UserError, ["--max-length 99", "16"]),

@@ -17,12 +17,12 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from helpers.tiny import write_llama, write_meanings, write_model
 
 import adapters_jax as aj
-from adapters_jax import errors
 from adapters_jax.app.cli import main as command_line
 from adapters_jax.methods import METHODS
 from adapters_jax.pretrained.assets import cached
@@ -187,12 +187,34 @@ def is_star(argument):
     return isinstance(argument, ast.Starred)
 
 
-def test_the_page_of_errors_has_all_of_them():
-    text = (ROOT / "docs" / "errors.md").read_text()
-    kinds = [name for name, kind in vars(errors).items() if isinstance(kind, type)]
-    assert [
-        name for name in kinds if name.endswith(("Error", "Warning")) and name not in text
-    ] == []
+def test_the_page_of_errors_has_each_class_once():
+    sources = (ROOT / "adapters_jax").rglob("*.py")
+    trees = [ast.parse(source.read_text()) for source in sources]
+    bases = {
+        each.name: {ast.unparse(base) for base in each.bases}
+        for tree in trees
+        for each in tree.body
+        if isinstance(each, ast.ClassDef)
+    }
+    kinds, more = set(), {"UserError"}
+    while more:
+        kinds |= more
+        more = {name for name, above in bases.items() if above & kinds} - kinds
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.M)
+    assert sorted(rows) == sorted({*kinds, "AdapterWarning"})
+
+
+def test_every_method_has_a_figure_in_the_one_style():
+    pages = [page for page in (ROOT / "docs" / "methods").glob("*.md") if page.stem != "index"]
+    assert len(pages) >= 7
+    styles = set()
+    for page in pages:
+        (figure,) = re.findall(r"^!\[.{40,}\]\((figures/.*\.svg)\)$", page.read_text(), re.M)
+        drawn = ElementTree.parse(page.parent / figure).getroot()
+        said = {each.tag.rpartition("}")[2]: each.text for each in drawn}
+        assert drawn.get("class") == "drawn" and said["title"] and len(said["desc"]) > 100
+        styles.add(said["style"])
+    assert len(styles) == 1
 
 
 def test_the_two_commands_are_there():

@@ -154,8 +154,9 @@ def finetune(place, name, *more):
     from adapters_jax.app.cli.main import main
 
     flags = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
-    flags += ["--max-length", 8, "--batch-size", 16, "--limit", 160, "--no-baselines"]
-    flags += ["--bottleneck-dim", 4, "--learning-rate", 0.01, "--runs", place, "--name", name]
+    flags += ["--max-length", 8, "--batch-size", 16, "--limit", 160, "--epochs", 3]
+    flags += ["--bottleneck-dim", 4, "--learning-rate", 0.01, "--no-baselines"]
+    flags += ["--runs", place, "--name", name]
     status = main(["finetune", *map(str, [*flags, *more])])
     return status, json.loads((place / name / "config.json").read_text())
 

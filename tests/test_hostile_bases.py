@@ -17,7 +17,7 @@ from fuzz.mutators import RAW, put_together, taken_apart
 from helpers.arrays import read_arrays
 from helpers.commands import command_raises
 from helpers.errors import raises
-from helpers.tiny import write_llama
+from helpers.tiny import write_llama, write_model
 from safetensors.numpy import save_file
 
 from adapters_jax.app.cli.main import main
@@ -27,6 +27,7 @@ from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.models.registry import family_of
 from adapters_jax.pretrained.base_model import load_base_model
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.pretrained.locate import read_tokenizer, sha256_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -229,6 +230,7 @@ def test_numbers_that_are_not_finite_are_found_in_every_dtype_and_place(tmp_path
         (lambda files: [1], ["weight_map=[1]"]),
         (lambda files: None, ["weight_map=None"]),
         (lambda files: {**files, NORM: 5}, [NORM, 5]),
+        (lambda files: {**files, NORM: "a\0.safetensors"}, [NORM]),
         (lambda files: {**files, NORM: f"../other/{FILE}"}, [NORM, f"../other/{FILE}"]),
         (lambda files: {**files, NORM: "/etc/passwd"}, [NORM, "/etc/passwd"]),
         (lambda files: {**files, NORM: "C:\\a.safetensors"}, [NORM, "C:"]),
@@ -289,11 +291,41 @@ def test_a_tokenizer_is_an_ordinary_file_with_a_tokenizer(base):
     (base / "tokenizer.json").write_text("[" * 100_000)
     with raises(BaseFileError, base / "tokenizer.json"):
         read_tokenizer(base)
+    shutil.copy(write_llama(base.parent / "llama") / "tokenizer.json", base)
+    words = json.loads((base / "tokenizer.json").read_text())
+    words["model"]["unk_token"] = "<none>"
+    (base / "tokenizer.json").write_text(json.dumps(words))
+    with raises(BaseFileError, base / "tokenizer.json", "UNK"):
+        read_tokenizer(base)
     (base / "tokenizer.json").unlink()
     os.mkfifo(base.parent / "pipe")
     (base / "tokenizer.json").symlink_to("../pipe")
     with raises(BaseFileError, base):
         read_tokenizer(base)
+
+
+@pytest.mark.parametrize(
+    ("number", "added", "fails"),
+    [(0, False, True), (2**31, False, True), (0, True, False)],
+)
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_tokens_without_a_row_in_the_embedding_are_named(tmp_path, kind, number, added, fails):
+    base = (write_llama if kind == "decoder" else write_model)(tmp_path / "base")
+    words = json.loads((base / "tokenizer.json").read_text())
+    size = len(words["model"]["vocab"])
+    if added:  # right behind the others, as a token for padding
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        new = {"id": size, "content": "<odd>", "special": True, **flags}
+        words["added_tokens"] = [*words["added_tokens"], new]
+    else:
+        words["model"]["vocab"]["<odd>"] = max(number, size)
+    (base / "tokenizer.json").write_text(json.dumps(words))
+    load = load_pretrained_decoder if kind == "decoder" else load_encoder
+    if not fails:
+        assert load(str(base)).tokenizer.token_to_id("<odd>") == size
+        return
+    with raises(BaseFileError, base, "'<odd>'", size):
+        load(str(base))
 
 
 @pytest.mark.parametrize(

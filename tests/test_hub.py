@@ -319,6 +319,7 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, comma
     assert "LoRA(targets=('**/{query,value}',), rank=2)" in text
     assert "| `2*(32 + 32)` | 1 | 128 |" in text  # the closed form of one adapter
     assert f"Trainable {2 * 128 + 66:,} (" in text
+    assert "warmup 0.1" in text and "lora_plus" not in text
     manifest = json.loads(Path("card/adapter_config.json").read_text())
     assert manifest["base"]["tree_sha256"] in text
     assert aj.read_adapter("card")[0] == aj.lora(2, head="head")

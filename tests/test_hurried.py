@@ -14,6 +14,7 @@ from adapters_jax.io.checkpoint import Checkpoints
 from adapters_jax.trees import flatten, unflatten
 
 X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)
+KEYS = jax.random.split(KEY)
 
 
 def adapted():
@@ -28,7 +29,7 @@ def mean(model, batch, key):
     return jnp.mean(model(batch) ** 2)
 
 
-@pytest.mark.parametrize("key", [0, None, 1.5, np.zeros(2), jnp.zeros((), jnp.uint32)])
+@pytest.mark.parametrize("key", [0, None, 1.5, np.zeros(2), jnp.zeros((), jnp.uint32), KEYS])
 def test_a_key_that_is_none(key):
     with raises(aj.UserError, "key=", "jax.random.key(0)"):
         state_of(key=key)
@@ -45,16 +46,28 @@ def test_an_optimiser_that_is_none(tx):
         state_of(tx=tx)
 
 
-def test_a_number_that_float32_cannot_hold():
-    with raises(aj.UserError, "alpha=1e+60", "float32"):
-        aj.LoRA("**", 2, alpha=1e60)
+@pytest.mark.parametrize(("alpha", "shown"), [(1e60, "1e+60"), (1e-60, "1e-60"), (10**400, "1000")])
+def test_a_number_that_float32_cannot_hold(alpha, shown):
+    with raises(aj.UserError, f"alpha={shown}", "float32"):
+        aj.LoRA("**", 2, alpha=alpha)
 
 
-def test_a_state_that_a_step_took_over():
+def test_a_state_that_a_step_took_over(tmp_path):
     step, state = aj.make_train_step(mean), state_of()
     step(state, X)
     with raises(aj.UserError, "state, metrics = step(state, batch)"):
         step(state, X)
+    with raises(aj.UserError, "state, metrics = step(state, batch)"):
+        aj.save_adapter(tmp_path / "adapter", state)
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        with raises(aj.UserError, "state, metrics = step(state, batch)"):
+            checkpoints.save(1, state)
+        assert checkpoints.steps == []
+
+
+def test_a_model_in_place_of_a_state():
+    with raises(aj.UserError, "AdaptedLinear", "aj.TrainState.create"):
+        aj.make_train_step(mean)(adapted(), X)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,8 @@ def test_a_state_that_a_step_took_over():
         (lambda model, batch, key: model(batch), ["float32", "(2, 4)", "mean"]),
         (lambda model, batch, key: jnp.argmax(model(batch)), ["int32", "()"]),
         (lambda model, batch, key: (model(batch), {}), ["(2, 4)"]),
+        (lambda model, batch, key: None, ["NoneType", "float scalar"]),
+        (lambda model, batch, key: "0.5", ["str", "float scalar"]),
     ],
 )
 def test_a_loss_that_is_no_float_scalar(loss, data):

@@ -65,6 +65,7 @@ def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
     first, line = done.stderr.splitlines()
     assert first == "adapters-jax predict: importing jax"
     assert "pip install" in line and "[finetune]'" in line
+    assert line.count("adapters-jax predict") == 1
     done = command("audit", "--model", "me/mine", "--method", "lora")
     assert done.returncode == 2 and "huggingface_hub" in done.stderr
 
@@ -134,6 +135,7 @@ def test_a_function_is_no_module_whatever_was_imported_before():
 def test_names_that_are_not_there():
     with pytest.raises(AttributeError, match="no attribute 'lorra'"):
         _ = aj.lorra
+    assert not any(hasattr(aj, name) for name in ("a.b", "linen.none", ".", ""))
     assert {"lora", "nnx", "__version__"} <= {*dir(aj)}
 
 

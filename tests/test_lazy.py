@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from adapters_jax.weights import products
 from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
-from adapters_jax.weights.changes import RANK, Changed, Factor, LowRank, Scale, contracted
+from adapters_jax.weights.changes import Changed, LowRank, Scale
+from adapters_jax.weights.factors import RANK, Factor, contracted
 from adapters_jax.weights.lazy import Lazy, Read, Tracked, formed, lowered, thin, watched
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -1,6 +1,7 @@
 """What a run is said to become before it trains is what it becomes after; merged encoders."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 from helpers.arrays import read_arrays
-from helpers.commands import command_raises
+from helpers.commands import command_of, command_raises
 from helpers.finished import decoder_run, encoder_run, finished_run
 from helpers.tiny import write_words
 from safetensors.numpy import load_file
 
-from adapters_jax.app.cli.main import main
+from adapters_jax.app.cli.main import COMMANDS, main
+from adapters_jax.app.cli.main import command_of as class_of
 from adapters_jax.app.leaving import MERGED
 from adapters_jax.errors import UserError
 from adapters_jax.inference import load_predictor
@@ -21,6 +23,7 @@ from adapters_jax.interop.formats import FORMATS
 from adapters_jax.interop.names import from_tensors
 from adapters_jax.models import FAMILIES
 from adapters_jax.models.bert import Bert
+from adapters_jax.tasks.readout import Batching
 
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow
@@ -125,7 +128,7 @@ def _fixture(name):
 
 def _outputs(predictor, params, model, texts):
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
     arrays = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     return np.asarray(model.apply({"params": params}, *arrays))
 
@@ -138,7 +141,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
     _, params = FAMILIES["bert"].load("merged")
     inputs = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     hidden = np.asarray(Bert(predictor.encoder.config).apply({"params": params}, *inputs))
@@ -158,3 +161,19 @@ def test_a_run_and_a_shape_without_weights_are_no_bases(monkeypatch):
     flags = ["--train", "reviews.jsonl", "--text", "review"]
     with command_raises(UserError, "'bert-base' is a shape", "audit and plan", "minilm"):
         assert main(["finetune", "--model", "bert-base", *flags]) == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_help_are_lines_that_its_command_takes(name):
+    lines = class_of(name).examples.replace("\\\n", " ").splitlines()
+    called = [words for line in lines if (words := line.partition("adapters-jax ")[2])]
+    assert called
+    for words in called:  # without what a shell does behind it
+        command = command_of(f"adapters-jax {re.split('[|<>]', words)[0]}")
+        assert isinstance(command, class_of(name))
+
+
+def test_a_label_and_a_decoder_are_one_sentence():
+    decoder_run()
+    with command_raises(UserError, "--label", "'llama'", "completion"):
+        assert main(["finetune", "--model", "llama", "--train", "rows.csv", "--label", "ref"]) == 2

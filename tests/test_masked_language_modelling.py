@@ -34,6 +34,7 @@ from adapters_jax.serving.labels import EncoderBase
 from adapters_jax.tasks import TASKS
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
+from adapters_jax.tasks.readout import Batching
 
 TASK = "masked-language-modelling"
 VOCAB = (*WORDS, "[MASK]")
@@ -116,7 +117,7 @@ def test_masks_are_functions_of_seed_and_step_and_those_of_dev_are_fixed():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     readout, texts = MaskedTokens(), [("the film was good a plot and music " * 9, None)]
     rows = readout.encoded(encoder, texts, 16).rows
-    make = [readout.batches(encoder, rows, None, 2, 5, (16,)) for _ in range(2)]
+    make = [readout.batches(encoder, rows, None, Batching(2, 5, (16,))) for _ in range(2)]
     epoch = len(make[0])
     _, again = make[0][1], make[0][1 + epoch]
     for name, array in make[0][3].items():
@@ -124,7 +125,7 @@ def test_masks_are_functions_of_seed_and_step_and_those_of_dev_are_fixed():
     assert any((make[0][i]["positions"] != again["positions"]).any() for i in range(epoch))
     by_size = []
     for size in (2, 3):
-        batches = readout.batches(encoder, rows, None, size, None, (16,))
+        batches = readout.batches(encoder, rows, None, Batching(size, None, (16,)))
         found = {
             row: (ids.tolist(), labels.tolist())
             for batch in batches

@@ -30,7 +30,7 @@ from adapters_jax.errors import MissingPackageError
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.models.decoder import load_decoder
 from adapters_jax.trees import flatten
-from adapters_jax.weights.quantized import Quantized, _nf4_floats, is_quantized, once
+from adapters_jax.weights.quantized import Quantized, _in_rows, _nf4_floats, is_quantized, once
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -487,7 +487,13 @@ def test_programs_are_those_of_their_platform():
         traced = jax.jit(lambda w, x: once(lambda w, x: x @ w, w, x)).trace(weight, x)
         for platform in ("cpu", "tpu", "cuda"):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
-            read[dtype, platform] = ("xor" in text, "gather" in text)
-    assert all(xor == (platform == "cpu") for (_, platform), (xor, _) in read.items())
-    table = {key for key, (_, gather) in read.items() if gather}
+            read[dtype, platform] = ("xor" in text, "gather" in text, "tensor<512xi4>" in text)
+    assert all(xor == (platform == "cpu") for (_, platform), (xor, *_) in read.items())
+    table = {key for key, (_, gather, _) in read.items() if gather}
     assert table == {("nf4", "cpu"), ("nf4", "cuda")}
+    assert {key for key, (*_, rows) in read.items() if rows} == {("int4", "cuda")}
+
+
+def test_numbers_in_rows_are_the_same_numbers():
+    values = jnp.arange(-8, 8).reshape(2, 2, 4).astype(jnp.int4)
+    np.testing.assert_array_equal(_in_rows(values).astype(jnp.int8), values.astype(jnp.int8))

@@ -290,6 +290,16 @@ def test_rows_of_json_are_strict(monkeypatch, line, data):
 def test_json_without_rows(values):
     with raises(DataError, "a.json", "SQuAD"):
         read_file(write("a.json", json.dumps(values)))
+    with raises(DataError, "a.json", "question"):
+        read_file(write("a.json", json.dumps({"data": [{"paragraphs": {}}]})))
+
+
+def test_rows_with_keys_of_their_own_make_no_large_table():
+    lines = [json.dumps({f"k{n}": n}) for n in range(1100)]
+    with raises(DataError, "a.jsonl", "1100 different keys"):
+        read_file(write("a.jsonl", "\n".join(lines)))
+    header, rows = read_file(write("a.jsonl", "\n".join(lines[:1000])))
+    assert (len(header), len(rows), rows[7][1][:9]) == (1000, 1000, [*[None] * 7, 7, None])
 
 
 def test_utf16_is_told_apart():

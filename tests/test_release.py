@@ -23,7 +23,9 @@ PUBLIC = ROOT / "tests" / "public.txt"
 def parts():
     """The parts that `.ci/run` takes."""
     return {
-        word for line in re.findall(r'^(?:PARTS|MORE)="(.*)"', CI, re.M) for word in line.split()
+        word
+        for line in re.findall(r'^(?:PARTS|MORE)="(.*)"', CI, re.M)
+        for word in re.split(r"[ +]", line)
     }
 
 
@@ -48,6 +50,31 @@ def test_every_part_of_ci_is_a_function_and_is_run_by_a_workflow():
     assert run == {
         f".ci/run {part}" for part in parts() - {"newest"}
     }  # the matrix has all versions
+
+
+def test_parts_that_run_at_the_same_time_all_run_and_each_can_fail(tmp_path):
+    stubs = "checks() { echo checked; }\ninterop() { echo compared; }\n"
+    stubs += "package() { false; echo afterwards; }\nknown="
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / ".ci").mkdir()
+    script = tmp_path / ".ci" / "run"
+    script.write_text(CI.replace("\nknown=", f"\n{stubs}", 1))
+    for words, fails in (
+        (["interop+checks"], False),
+        (["interop+package+checks"], True),
+        (["package+interop", "checks"], True),
+        (["interop+checks+nonsense"], True),
+    ):
+        done = subprocess.run(["bash", script, *words], capture_output=True, text=True)
+        assert (done.returncode != 0) == fails, (words, done.stdout, done.stderr)
+        assert ("compared" in done.stdout) == ("nonsense" not in words[0])
+        assert ("checked" in done.stdout) == (not fails)
+        assert "afterwards" not in done.stdout and ("== done" in done.stdout) == (not fails)
+
+
+def test_a_release_fails_where_a_package_could_not_be_audited():
+    assert re.search(r'pip-audit --strict .*-r "\$work/installed"', CI)
+    assert re.search(r'pip freeze --exclude adapters-jax > "\$work/installed"', CI)
 
 
 def test_what_ci_names_is_there():

@@ -94,6 +94,9 @@ def test_the_configuration_has_only_this_task_and_no_paths(page):
     assert dict(rows) == {
         "model": "some/<b>base",
         "task": 'a "task" & more',
+        "method": "lora",
+        "optimizer.epochs": "1.0",
+        "data_sha256": "0",
         "metrics": '["f1"]',
         "recipe.methods": json.dumps(CONFIG["recipe"]["methods"]),
         "rows.train": "12345",

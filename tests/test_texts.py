@@ -15,7 +15,8 @@ from adapters_jax.app.console import Console
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.pictures import curves, figure_of
 from adapters_jax.io.model_card import model_card, table
-from adapters_jax.texts import markdown, markdown_block, markdown_code, visible
+from adapters_jax.serving.guard import failure
+from adapters_jax.texts import HIDDEN, markdown, markdown_block, markdown_code, visible
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m\rover \u202edesrever\u2069 \x00"
 HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -151,6 +152,16 @@ def test_a_page_and_a_picture_of_such_names(tmp_path):
     assert not HARMFUL.search(page) and page.count("\\u202edesrever") > 8
     records = [{"step": 1, "loss": 2.0}, {"step": 1, "dev": {"f1": 0.8}}]
     figure_of(curves(records, "a$\\x$", "f1", {"$^$": 0.5}, percent=True)).draw_without_rendering()
+
+
+def test_the_page_and_the_errors_of_a_server():
+    message = failure(400, CLEAR)["error"]["message"]
+    assert not HARMFUL.search(message) and "\\u202edesrever" in message
+    page = pages.render("serve", title=CLEAR, base=CLEAR, key=True, hidden=HIDDEN.pattern)
+    assert not HARMFUL.search(page)
+    (pattern,) = re.findall(r"new RegExp\((\".*?\"), \"gu\"\)", page)  # of what models write
+    assert json.loads(pattern) == HIDDEN.pattern
+    assert "textContent = text" not in page and page.count("shown(") == 2
 
 
 def test_a_message_has_a_bound_whatever_the_names_in_a_file_are():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -83,7 +83,7 @@ def find_shape(name: str) -> tuple[Family, Any]:
     """
     if pinned := pinned_shape(name):
         return pinned
-    local = name in ASSETS or Path(name).exists()
+    local = name in ASSETS or os.path.exists(name)
     if not local and (known := find_known(name)):
         return known
     if not local and (near := near_known(name)):

@@ -2,10 +2,12 @@
 
 - `watch`: the trace that finds the attention that a module computes in line, as it runs.
 - `activations`: what the trace knows of activations; `parts`: of their axes.
-- `following`: what each operation does to that.
+- `moving`: what operations that move numbers do to that; `following`: those that compute.
 - `heads`: what a prompt needs of an attention that was found.
 - `masks`: which keys a query sees.
 - `registry`: attention modules whose attention function is called, flax's and registered ones.
 """
 
-from adapters_jax.attention import following as following  # fills the table of `watch`
+# Both fill the table of `watch`.
+from adapters_jax.attention import following as following
+from adapters_jax.attention import moving as moving

@@ -1,9 +1,10 @@
 """What is known of activations between the projections and the second product of an attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from adapters_jax.attention.parts import Axis, Part
@@ -55,6 +56,24 @@ class Columns:
         for step in self.steps:
             y = step(y)
         return y
+
+
+def together(several: Sequence[Any]) -> Columns:
+    """The columns of numbers that are computed from several ones."""
+    first, steps = several[0], several[0].steps
+    for other in several[1:]:
+        same = [a is b for a, b in zip(steps, other.steps, strict=False)]
+        steps = steps[: [*same, False].index(False)]
+    lost = next((columns.lost for columns in several if columns.lost), "")
+    if any(step is not jnp.negative for c in several for step in c.steps[len(steps) :]):
+        lost = "are computed from one another"  # not by the signs of a rotation
+    if any(columns.projection is not first.projection for columns in several):
+        lost = "are computed from several projections"
+    if any(columns.bias is not first.bias for columns in several):
+        lost = "have a bias in parts"
+    low, high = min(c.low for c in several), max(c.high for c in several)
+    moved = max(columns.moved for columns in several)
+    return Columns(first.projection, low, high, moved, first.bias, steps, lost)
 
 
 @dataclass(frozen=True, eq=False)

@@ -365,5 +365,6 @@ class Operation:
 
 
 # By the name of a primitive: what is known of its results; None for nothing. `following` fills it.
-Rule = Callable[[Watch, Operation], list[Seen] | None]
+Result = list[Seen] | None
+Rule = Callable[[Watch, Operation], Result]
 RULES: dict[str, Rule] = {}

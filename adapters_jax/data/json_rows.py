@@ -16,6 +16,7 @@ from adapters_jax.strict_json import loads
 
 MOST_ROW = 2**24  # characters of a line
 MOST_ARRAY = 2**28  # characters of a file that is parsed at once
+SPARSEST = 64  # columns for each value that a row has
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -30,7 +31,7 @@ def read_jsonl(path: Path, raw: bytes) -> Rows:
                 'an object like {"text": "...", "label": "..."}'
             )
         rows.append((number, row))
-    return rows_of(rows)
+    return rows_of(path.as_posix(), rows)
 
 
 def read_json(path: Path, raw: bytes) -> Rows:
@@ -48,12 +49,24 @@ def read_json(path: Path, raw: bytes) -> Rows:
         )
     if any("paragraphs" in item for item in items):
         items = list(_questions(path, items))
-    return rows_of([(f"row {n}", row) for n, row in enumerate(items, 1)])
+    if not items:
+        raise DataError(f"{path.as_posix()}: its paragraphs have no question")
+    return rows_of(path.as_posix(), [(f"row {n}", row) for n, row in enumerate(items, 1)])
 
 
-def rows_of(rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
-    """Rows of mappings as rows of values; a key that a row lacks is None there."""
+def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
+    """Rows of mappings as rows of values; a key that a row lacks is None there.
+
+    Raises:
+        DataError: rows have so many keys of their own that most values would be None.
+    """
     header = list(dict.fromkeys(key for _, row in rows for key in row))
+    given = sum(len(row) for _, row in rows)
+    if len(header) * len(rows) > 2**20 + SPARSEST * given:
+        raise DataError(
+            f"{place}: {len(header)} different keys in {len(rows)} rows, of which most lack most; "
+            "give all rows the same keys"
+        )
     return header, [(line, [row.get(key) for key in header]) for line, row in rows]
 
 

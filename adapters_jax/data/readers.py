@@ -118,7 +118,7 @@ def _read_files(files: Sequence[Path]) -> Rows:
             (f"{place(line)} of {file.name}", dict(zip(header, values, strict=False)))
             for line, values in records
         ]
-    return rows_of(found)
+    return rows_of(f"{files[0].as_posix()} and others", found)
 
 
 def title_of(path: FilePath) -> str:

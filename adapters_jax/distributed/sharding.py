@@ -25,7 +25,7 @@ from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, flatten, join, path_of
-from adapters_jax.weights.changes import RANK
+from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 WEIGHTS = ("fsdp", "model")  # the axes that split a base without rules

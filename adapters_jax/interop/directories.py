@@ -3,7 +3,9 @@
 A pickled file is never opened, because unpickling runs whatever code the file holds.
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.errors import AdapterFileError, UserError, file_errors
 from adapters_jax.interop.layouts import Array
 from adapters_jax.io import hub
 from adapters_jax.io.adapter import texts
@@ -62,8 +64,13 @@ def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str]
 
 def empty_directory(directory: str | Path) -> Path:
     """Returns the path of a new or empty directory; raises `UserError` for any other."""
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    directory, taken = Path(directory), True
+    with file_errors(directory), contextlib.suppress(NotADirectoryError):
+        try:
+            taken = bool(os.listdir(directory))
+        except FileNotFoundError:  # so does one that another process moves away meanwhile
+            taken = False
+    if taken:
         raise UserError(f"{directory} exists and is not empty; give another directory")
     return directory
 

@@ -5,6 +5,7 @@ unpickling runs whatever code the file holds.
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -87,7 +88,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
     directory = Path(directory)
     index = _read_index(directory) if (directory / INDEX).is_file() else {}
     shards = sorted(set(index.values())) or ["model.safetensors"]
-    absent = [name for name in shards if not (directory / name).is_file()]
+    absent = [name for name in shards if not os.path.isfile(directory / name)]
     if absent:
         raise BaseFileError(
             f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights."

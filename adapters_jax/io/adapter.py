@@ -40,7 +40,7 @@ from adapters_jax.io.tensors import (
 from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe
-from adapters_jax.training.state import TrainState, checked_collections
+from adapters_jax.training.state import TrainState, check_alive, checked_collections
 from adapters_jax.trees import Tree, flatten
 
 TENSORS, STATE = "adapter.safetensors", "state.safetensors"
@@ -160,6 +160,7 @@ def _parts_of(
         UserError: `recipe` or `base` is given and is another one.
     """
     if isinstance(subject, TrainState):
+        check_alive(subject)
         adapters, own = subject.trained, subject.recipe
         frozen, other = subject.base, subject.other
     else:

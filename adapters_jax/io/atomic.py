@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def write_file(target: Path, content: Content) -> None:
         target: the path of the file; an old one is replaced.
         content: its bytes, or a function that writes it to a path.
 
+    Several that write one path at once leave the file of one of them, whole.
+
     Raises:
         FileSystemError: the disk is full or cannot be written; an old file is unchanged.
 
@@ -63,7 +66,7 @@ def write_file(target: Path, content: Content) -> None:
         ...     os.listdir(parent)
         ['a']
     """
-    beside = target.with_name(f".{target.name}.part")
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     with file_errors(target, "written"):
         try:
             _write(beside, content)

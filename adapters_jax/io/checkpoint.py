@@ -33,7 +33,7 @@ from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.io.lock import lock_directory, unlock_directory
 from adapters_jax.recipe import as_compared
-from adapters_jax.training.state import TrainState
+from adapters_jax.training.state import TrainState, check_alive
 from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
@@ -180,11 +180,13 @@ class Checkpoints:
                 numbers. The thread reads it, so do not change it afterwards.
 
         Raises:
-            UserError: `progress` of the save before this one held an array with axes.
+            UserError: `progress` of the save before this one held an array with axes, or a step has
+                taken over the arrays of the state.
             CheckpointError: the disk has no room, or the save before this one failed; earlier
                 checkpoints are intact. A failure of this save is raised by the next `save`, `wait`,
                 `restore` or `close`.
         """
+        check_alive(state)
         self.wait()
         leaves, structure = jax.tree.flatten(_kept(state, best))
         # One program copies all device arrays; the thread does the rest. numpy arrays stay.
@@ -334,8 +336,8 @@ class Checkpoints:
         """What a checkpoint says of itself beside its arrays."""
         about = self._read(step, about=self._args.JsonRestore())["about"]
         with self._reading(step):
-            names = ("recipe", "base", "best")
-            return {"progress": dict(about["progress"]), **{name: about[name] for name in names}}
+            kept = {name: about[name] for name in ("recipe", "base", "best")}
+            return {"progress": dict(about["progress"]), **kept}
 
     def _read(self, step: int, **items: Any) -> Any:
         with self._reading(step):
@@ -369,13 +371,8 @@ class Checkpoints:
             remove(aside)
             steps[number].replace(aside)
             others = f"the whole ones are of step {whole}" if whole else "there is no other"
-            _LOG.warning(
-                "the checkpoint of step %d is damaged: %s; it was renamed to %s; %s",
-                number,
-                why,
-                aside,
-                others,
-            )
+            message = "the checkpoint of step %d is damaged: %s; it was renamed to %s; %s"
+            _LOG.warning(message, number, why, aside, others)
 
 
 def _identity(state: TrainState) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters_jax.errors import AdapterFileError, file_errors
+from adapters_jax.io.atomic import write_file
 from adapters_jax.io.untrusted import opened, read_json
 
 CHECKSUMS = "sha256.json"
@@ -28,9 +29,7 @@ def write_checksums(root: Path) -> None:
         (None, 'a has 2 bytes, expected 1')
     """
     checksums = {path: [*_checksum(root / path)] for path in _files(root)}
-    beside = root / f"{CHECKSUMS}.part"
-    beside.write_text(json.dumps(checksums), encoding="utf-8")
-    os.replace(beside, root / CHECKSUMS)
+    write_file(root / CHECKSUMS, json.dumps(checksums).encode())
 
 
 def damage(root: Path) -> str | None:
@@ -43,6 +42,8 @@ def damage(root: Path) -> str | None:
         return f"{odd[0].relative_to(root).as_posix()} is no ordinary file"
     try:
         for path, (size, digest) in read_json(root / CHECKSUMS, MOST).items():
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                return f"{CHECKSUMS} names {path!r}, which is not in the directory"
             found = _checksum(root / path)
             if found[0] != size:
                 return f"{path} has {found[0]} bytes, expected {size}"

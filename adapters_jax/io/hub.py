@@ -3,6 +3,7 @@
 Only the files that a caller names are fetched: JSON, texts and safetensors, never a pickle.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def is_adapter_id(name: str | Path) -> bool:
         >>> is_adapter_id("user/name"), is_adapter_id("name")
         (True, False)
     """
-    return is_id(name) and "/" in str(name) and not Path(name).parent.is_dir()
+    return is_id(name) and "/" in str(name) and not os.path.isdir(Path(name).parent)
 
 
 def find(
@@ -79,7 +80,7 @@ def find(
         Traceback (most recent call last):
         adapters_jax.errors.AdapterFileError: '../none' is neither a directory here nor an ...
     """
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):  # no error for a name that is too long
         if revision is not None:
             raise error(
                 f"{str(name_or_path)!r} is a local directory, which has no revision {revision!r}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -22,12 +23,24 @@ from adapters_jax.io.manifest import CONFIG
 from adapters_jax.io.untrusted import read_json
 
 FORMAT = 1
-_NEEDED: dict[str, type] = {
+_NEEDED: dict[str, Any] = {
     "format": int,
     "model": str,
     "base_sha256": str,
     "dtype": str,
     "max_length": int,
+}
+_COMBINED: dict[str, Any] = {"results": []}  # what export writes of a run of combined ones
+_SCORES = {str: float}
+_RESULT = {"method": str, "trainable_parameters": int, "test": _SCORES}
+_TRAINED: dict[str, Any] = {  # what pages and cards show of a run with results
+    "task": str,
+    "method": str,
+    "metrics": [str],
+    "rows": {"train": int, "dev": int, "test": int},
+    "optimizer": {},
+    "data_sha256": str,
+    "summary": {"dev": _SCORES, "results": [_RESULT]},
 }
 
 
@@ -165,7 +178,7 @@ class Run:
             RunConfigError: it is absent or damaged.
             RunError: it lacks a key, or the base is of another kind.
         """
-        if not self.config.is_file():
+        if not os.path.isfile(self.config):
             near = sorted(p.parent.as_posix() for p in self.path.parent.glob("*/config.json"))
             there = f"; there are: {', '.join(near[:5])}" if near else ""
             raise RunConfigError(f"no run at {self.path}: it has no config.json{there}")
@@ -177,20 +190,39 @@ class Run:
                 fix = f"adapters-jax finetune --resume {self.path} restores it from a checkpoint"
             raise RunConfigError(f"{error}; {fix}") from error
         check_keys(self, config, _NEEDED)
+        if config.get("summary", _COMBINED) != _COMBINED:
+            check_keys(self, config, _TRAINED)
         found = config.get("kind", "encoder")
         if kind not in (None, found):
             raise RunError(f"{self.path} is a run on a base of kind {found}, expected {kind}")
         return config
 
 
-def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, type]) -> None:
-    """Raises RunError if a configuration has another format, or lacks a key of some type."""
-    wrong = [key for key, expected in needed.items() if type(config.get(key)) is not expected]
+def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    """Raises RunError if a configuration has another format, or lacks a key of some form."""
+    wrong = [key for key, form in needed.items() if not _fits(config.get(key), form)]
     if wrong or config["format"] != FORMAT:
         raise RunError(
             f"{run.config} is not the configuration of a run of format {FORMAT}"
             + (f": it has no good {', '.join(wrong)}" if wrong else "")
         )
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a JSON value has a form: a type; `[form]`, of each; or `{key: form}`, which needs
+    these keys, where the key `str` stands for any.
+
+    Example:
+        >>> _fits({"f1": 1}, {str: float}), _fits({"f1": "1"}, {str: float}), _fits({}, {"f1": int})
+        (True, False, False)
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(each, form[0]) for each in value)
+    if isinstance(form, dict):
+        every = form.get(str)
+        wanted = dict.fromkeys(value, every) if every and isinstance(value, dict) else form
+        return isinstance(value, dict) and all(_fits(value.get(k), f) for k, f in wanted.items())
+    return type(value) in ((int, float) if form is float else (form,))
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Run:

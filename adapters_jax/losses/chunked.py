@@ -200,8 +200,8 @@ def _total_with_gradients(head: Head, rows: Any, held: Any) -> tuple[Array, Any]
     """The loss, and its gradients by whatever is differentiated."""
     marked = [*rows, *held]
     # What trains stays split, as do the sums of its gradients.
-    values = [x.value if x.perturbed else gathered(x.value) for x in held]
-    values = [*(x.value for x in rows), *values]
+    values: list[Any] = [x.value for x in rows]
+    values += [x.value if x.perturbed else gathered(x.value) for x in held]
     trained = [i for i, x in enumerate(marked) if x.perturbed]
     by_row, by_head = [i for i in trained if i < 3], [i for i in trained if i >= 3]
 

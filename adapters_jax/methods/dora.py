@@ -17,7 +17,8 @@ from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Meth
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.methods.lora import LoRA
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Change, Changed, Factor, Scale
+from adapters_jax.weights.changes import Change, Changed, Scale
+from adapters_jax.weights.factors import Factor
 
 
 @dataclass(frozen=True)

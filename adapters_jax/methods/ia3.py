@@ -18,7 +18,8 @@ from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Meth
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, selects
 from adapters_jax.weights.axes import Axes, last_axes
-from adapters_jax.weights.changes import Change, Factor, Scale
+from adapters_jax.weights.changes import Change, Scale
+from adapters_jax.weights.factors import Factor
 
 
 @dataclass(frozen=True)

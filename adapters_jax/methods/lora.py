@@ -21,7 +21,8 @@ from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Meth
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.targets import as_patterns, matches
 from adapters_jax.weights.axes import Axes, from_factors
-from adapters_jax.weights.changes import Change, Factor, LowRank
+from adapters_jax.weights.changes import Change, LowRank
+from adapters_jax.weights.factors import Factor
 
 # Initialisers of A, given the fan-in and the rank; the paper's is Gaussian, without a deviation.
 INITS = {

@@ -27,6 +27,7 @@ from adapters_jax.models.family import Family
 from adapters_jax.models.generation import generate
 from adapters_jax.pretrained.locate import (
     DTYPES,
+    check_vocabulary,
     find_family,
     identity_of,
     locate,
@@ -153,6 +154,7 @@ def load_pretrained_decoder(
         param_dtype=dtype,
         attention=attention,
     )
+    check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
         model = quantize_model(model, dtype=quantize)

@@ -23,6 +23,7 @@ from adapters_jax.models.family import MASKED, Classifier
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.locate import (
     DTYPES,
+    check_vocabulary,
     find_family,
     identity_of,
     locate,
@@ -209,6 +210,8 @@ def load_encoder(
     reads_images = family.kind == "vision"
     pooling = config.pooling if reads_images else pooling
     tokenizer = None if reads_images else read_tokenizer(directory)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size, directory)
     sha256, identity = sha256_of(directory), identity_of(name, config)
     parts = (architecture, config, params, tokenizer, pooling, dtype, sha256, identity, attention)
     encoder = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import BaseFileError, UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.gguf import find_gguf, read_gguf
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
+_UNKNOWN = "\U00012000"  # a letter of cuneiform
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
 
 
@@ -37,7 +40,7 @@ def locate(name: str) -> Path:
         AssetError: the pinned asset could not be fetched.
     """
     path = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    return find_gguf(path) or huggingface.resolve(path if path.is_dir() else name)
+    return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
 
 
 def find_family(name: str) -> Family:
@@ -87,9 +90,9 @@ def read_config(name: str) -> dict[str, Any]:
 def _config_file(name: str) -> Path:
     """The path of a base's `config.json`, in its directory or downloaded from the Hub by itself."""
     directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    if (directory / "config.json").is_file():
+    if os.path.isfile(directory / "config.json"):
         return directory / "config.json"
-    if directory.is_dir():
+    if os.path.isdir(directory):
         raise BaseFileError(f"{name!r} has no config.json")
     try:
         found = hub.find(name, None, ["config.json"], "a model", UserError, hub.is_id)
@@ -109,7 +112,7 @@ def pinned(name: str) -> str:
         >>> pinned("minilm")
         'minilm'
     """
-    if name in assets.ASSETS or Path(name).exists():
+    if name in assets.ASSETS or os.path.exists(name):
         return name
     commit = hub.commit_of(_config_file(name).parent)
     return f"{hub.split(name)[0]}@{commit}" if commit else name
@@ -131,9 +134,30 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         )
     data = untrusted.read_file(path, MOST_TOKENIZER, BaseFileError, "a tokenizer")
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        found = tokenizers.Tokenizer.from_buffer(data)
+        found.encode(_UNKNOWN)  # an error if it lacks the token for unknown words that it names
     except Exception as error:  # tokenizers raises nothing narrower
         raise BaseFileError(f"{str(path)!r} is not a tokenizer: {error}") from error
+    return found
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, files: Path) -> None:
+    """Raises BaseFileError if a tokenizer has tokens without a row in an embedding of this size.
+
+    Tokens that were added right behind the rows may be there, as one for padding often is.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    beyond = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if number >= size + len(added) * (token in added)
+    }
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        raise BaseFileError(
+            f"the tokenizer of {str(files)!r} has the token {shown(token)} of id {number}, and the "
+            f"model has {size} tokens; give the tokenizer that it was trained with"
+        )
 
 
 def sha256_of(files: Path) -> str:
@@ -154,5 +178,5 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         config: the base's configuration, a dataclass.
         model: the NNX model; None for a linen one.
     """
-    public = None if Path(name).exists() else hub.split(name)[0]
+    public = None if os.path.exists(name) else hub.split(name)[0]
     return base_identity(model, id=public, config=config.identity())

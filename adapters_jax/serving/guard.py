@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters_jax.texts import visible
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/", "/healthz", "/openapi.json")  # need no key, and have no secret
 _JSON_PATHS = ("/v1/completions", "/v1/chat/completions", "/predict")
@@ -40,9 +42,9 @@ class Limits:
 
 
 def failure(status: int, message: str) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form; what a terminal would obey in its message is written out."""
     kind = _KINDS.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": visible(message), "type": kind, "param": None, "code": None}}
 
 
 def refused(status: int, message: str, headers: Any = None) -> JSONResponse:

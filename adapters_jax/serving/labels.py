@@ -45,7 +45,7 @@ from adapters_jax.serving.requests import (
 from adapters_jax.tasks import read_run
 from adapters_jax.tasks.base import in_row_order
 from adapters_jax.tasks.labelled_problem import apply_to_rows
-from adapters_jax.tasks.readout import Readout
+from adapters_jax.tasks.readout import Batching, Readout
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
 
@@ -312,7 +312,9 @@ class Labeller:
     def _compute(self, readout: Any, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
         """The head's outputs for rows, each with the name of its adapter; any readout batches."""
         inputs = [row for _, row in rows]
-        batches = readout.batches(self._base.encoder, inputs, None, BATCH, None, self._widths)
+        batches = readout.batches(
+            self._base.encoder, inputs, None, Batching(BATCH, None, self._widths)
+        )
         params, bank = self._bank.params, self._bank
 
         def run(batch: Any) -> Any:

@@ -6,6 +6,7 @@ All shapes are static, so the programs are compiled once, whatever the requests 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,6 +53,23 @@ class Token(NamedTuple):
     finite: Any
 
 
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["adapters", "base"], meta_fields=["graphdef"]
+)
+@dataclass(frozen=True)
+class _Model:
+    """A decoder with its bank, as the programs take it."""
+
+    graphdef: Any
+    adapters: Any
+    base: Any
+
+    def merged(self) -> Any:
+        model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
+        model.eval()
+        return model
+
+
 class Slots:
     """The rows, their caches, and the adapters that they use.
 
@@ -81,7 +99,9 @@ class Slots:
     @bank.setter
     def bank(self, bank: Bank) -> None:
         self._bank = bank
-        self._model = jax.block_until_ready(bank.split)  # so that a step need not wait for it
+        self._model = _Model(
+            *jax.block_until_ready(bank.split)
+        )  # so that a step need not wait for it
 
     def read(
         self, row: int, ids: Sequence[int], first: bool, adapter: str | None, choice: Choice
@@ -103,7 +123,7 @@ class Slots:
         padded[: len(ids)] = ids
         place = np.array([row, len(ids), first], np.int32)
         rows, feed = self._bank.rows([adapter]), Choice.stacked([choice])
-        self._caches, token = _read(*self._model, self._caches, padded, place, rows, feed)
+        self._caches, token = _read(self._model, self._caches, padded, place, rows, feed)
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
         return chosen
@@ -129,7 +149,7 @@ class Slots:
         width = next((width for width in self._widths if width >= most), self._widths[-1])
         for row in np.flatnonzero(live):
             self._used[row] += 1
-        self._caches, token = _step(*self._model, self._caches, ids, live, rows, feed, width)
+        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width)
         return _tokens(token)
 
     def free(self, row: int) -> None:
@@ -152,11 +172,9 @@ def _tokens(chosen: Token) -> list[Token]:
     return [Token(int(i), bool(f)) for i, f in zip(ids, finite, strict=True)]
 
 
-@partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
+@partial(jax.jit, static_argnames="width", donate_argnames="caches")
 def _step(
-    graphdef: Any,
-    adapters: Any,
-    base: Any,
+    model: _Model,
     caches: Cache,
     ids: Int[Array, " rows"],
     live: Bool[Array, " rows"],
@@ -164,13 +182,13 @@ def _step(
     feed: Choice,
     width: int,
 ) -> tuple[Cache, Token]:
-    model = _model(graphdef, adapters, base)
+    decoder = model.merged()
 
     def one(cache: Cache, token: Array, live: Array, index: Any) -> tuple[Array, Cache]:
         of_row = jax.tree.map(lambda x: x[None], index)
         seen = jax.tree.map(partial(_narrow, width), cache, cache.row_axes())
-        hidden, new = model.extend(token[None, None], live[None, None], seen, adapters=of_row)
-        logits = model.logits(hidden[:, 0], adapters=of_row)[0]
+        hidden, new = decoder.extend(token[None, None], live[None, None], seen, adapters=of_row)
+        logits = decoder.logits(hidden[:, 0], adapters=of_row)[0]
         whole = jax.tree.map(_put_back, cache, new)
         return logits, whole._replace(used=cache.used + live)
 
@@ -188,32 +206,24 @@ def _put_back(whole: Array, part: Array) -> Array:
     return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@partial(jax.jit, donate_argnames="caches")
 def _read(
-    graphdef: Any,
-    adapters: Any,
-    base: Any,
+    model: _Model,
     caches: Cache,
     ids: Int[Array, " piece"],
     place: Int[Array, "3"],
     rows: Rows,
     feed: Choice,
 ) -> tuple[Cache, Token]:
-    model = _model(graphdef, adapters, base)
+    decoder = model.merged()
     row, count, first = place
     # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
     old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
     mask = jnp.arange(len(ids)) < count
-    hidden, new = model.extend(ids[None], mask[None], old, adapters=rows)
-    logits = model.logits(hidden[:, count - 1], adapters=rows)
+    hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows)
+    logits = decoder.logits(hidden[:, count - 1], adapters=rows)
     new = new._replace(used=old.used + count)
     return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed)
-
-
-def _model(graphdef: Any, adapters: Any, base: Any) -> Any:
-    model = nnx.merge(graphdef, adapters, base, copy=True)
-    model.eval()
-    return model
 
 
 def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:

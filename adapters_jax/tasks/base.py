@@ -114,6 +114,7 @@ class Task(ABC):
         flags: the flags of this task that not every task has, as fields of the options.
         needed: the keys of a run's configuration that `open` reads, with their types.
         epochs: the passes over the training rows, if not those of the method.
+        least_steps: the steps that a default run makes at least, within 20 epochs.
         batch_size: the rows of a batch, if not those of the kind.
         example: the flags that give its rows on the command line.
     """
@@ -128,6 +129,7 @@ class Task(ABC):
     flags: ClassVar[tuple[str, ...]] = ()
     needed: ClassVar[Mapping[str, type]] = {}
     epochs: ClassVar[float | None] = None
+    least_steps: ClassVar[int] = 0
     batch_size: ClassVar[int | None] = None
     example: ClassVar[str] = "--train rows.csv"
 
@@ -326,10 +328,12 @@ class TrainedHead:
     Attributes:
         problem: makes the problem of the head.
         epochs: the passes over the training rows; None is the default of head-only.
+        least_steps: the steps that it makes at least, within 20 epochs.
     """
 
     problem: Callable[[], Problem]
     epochs: float | None = None
+    least_steps: int = 0
 
 
 @dataclass(frozen=True)

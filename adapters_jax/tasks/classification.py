@@ -16,7 +16,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
 from adapters_jax.tasks.metrics import compute
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import (
     NAMES,
     Judged,
@@ -50,8 +50,8 @@ class ClassPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Classes(Readout):
-    """A `Readout` of classes: the head's outputs are logits.
+class Classes(LabelReadout):
+    """A `LabelReadout` of classes: the head's outputs are logits.
 
     Args:
         names: the names of the classes, in the order of their ids.

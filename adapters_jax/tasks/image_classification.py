@@ -22,14 +22,14 @@ from adapters_jax.errors import MissingPackageError
 from adapters_jax.tasks.base import Batch, Setup, Usage
 from adapters_jax.tasks.classification import Classes
 from adapters_jax.tasks.labelled import EncoderTask
-from adapters_jax.tasks.readout import Inputs
+from adapters_jax.tasks.readout import Batching, Inputs
 
 MARGIN = 8  # a crop moves an image by at most 1 / 8 of its side
 
 
 @dataclass(frozen=True)
 class ImageClasses(Classes):
-    """A `Readout` of the classes of images; the texts of rows are paths.
+    """A `LabelReadout` of the classes of images; the texts of rows are paths.
 
     Args:
         names: the names of the classes, in the order of their ids.
@@ -80,16 +80,10 @@ class ImageClasses(Classes):
         return 0
 
     def batches(
-        self,
-        encoder: Any,
-        rows: Sequence[Any],
-        labels: Any,
-        size: int,
-        seed: int | None = None,
-        buckets: Sequence[int] | None = None,
+        self, encoder: Any, rows: Sequence[Any], labels: Any, batching: Batching
     ) -> ImageBatches:
         """Batches of images."""
-        return ImageBatches(rows, labels, size, seed, encoder.preprocessing)
+        return ImageBatches(rows, labels, batching.size, batching.seed, encoder.preprocessing)
 
     def augmented(self, batch: Batch, key: Any) -> Batch:
         """A training batch, whose images are moved and flipped by a key; cached features stay."""
@@ -125,6 +119,7 @@ class ImageClassification(EncoderTask):
     head = "image_classification"
     metrics = ("accuracy", "f1", "matthews")
     defaults = ("accuracy", "f1")
+    least_steps = 0  # a step on images takes many seconds on a processor
     columns: ClassVar[Mapping[str, str | None]] = {"image": "image", "label": "label"}
     flags = (*EncoderTask.flags, "augment")
     readout = ImageClasses

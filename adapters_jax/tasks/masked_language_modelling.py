@@ -34,7 +34,7 @@ from adapters_jax.tasks.base import Batch, Prediction, Usage
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.metrics import perplexity
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Batching, Inputs, Readout
 
 SHARE = 0.15  # of tokens that are hidden
 SHOWN = 5  # tokens that a prediction has for each mask
@@ -262,17 +262,11 @@ class MaskedTokens(Readout):
         return Inputs(found, cut, (encoder.tokenizer, counts))
 
     def batches(
-        self,
-        encoder: Encoder,
-        rows: Sequence[Any],
-        labels: Any,
-        size: int,
-        seed: int | None = None,
-        buckets: Sequence[int] | None = None,
+        self, encoder: Encoder, rows: Sequence[Any], labels: Any, batching: Batching
     ) -> MaskedBatches:
         """Batches of blocks with hidden tokens, or of rows with masks."""
-        vocabulary = Vocabulary.of(encoder)
-        whole = super().batches(encoder, rows, None, size, seed, buckets)
+        vocabulary, seed = Vocabulary.of(encoder), batching.seed
+        whole = super().batches(encoder, rows, None, batching)
         if not isinstance(rows[0], Block):
             masks = [np.flatnonzero(row.input_ids == vocabulary.mask) for row in rows]
 
@@ -328,19 +322,11 @@ class MaskedTokens(Readout):
 
     def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
         """None: a block of several texts is no row of anybody's."""
-        return self.verdicts(part, outputs, where)
+        return []
 
     def lengths(self, batches: Any) -> Counter[int]:
         """How many blocks have a number of tokens."""
         return super().lengths(batches.batches)
-
-    def verdicts(self, part: Any, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """See `judged`."""
-        return []
-
-    def constant(self, train: Any, part: Any) -> Any:
-        """See `untrained`, which needs tokens."""
-        raise NotImplementedError("a unigram needs tokens; see untrained")
 
     def untrained(self, problem: LabelledProblem, data: TaskData, part: str) -> np.ndarray:
         """Of each hidden token its loss by how often it is in training, each counted once more."""
@@ -387,6 +373,7 @@ class MaskedLanguageModelling(AnnotatedTask):
     head = "masked_lm"
     metrics = ("perplexity", "loss", "accuracy")
     defaults = ("perplexity", "loss", "accuracy")
+    least_steps = 0  # its head is the checkpoint's
     columns: ClassVar[Mapping[str, str | None]] = {"text": "text"}
     readout = MaskedTokens
     example = "--train texts.txt, or --train rows.csv --text COLUMN"

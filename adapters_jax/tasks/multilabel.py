@@ -19,7 +19,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import set_scores
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, of_part, per_class
 
 THRESHOLDS = np.arange(1, 20) / 20
@@ -44,8 +44,8 @@ class LabelSetPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class LabelSets(Readout):
-    """A `Readout` of sets of labels: the head's outputs are logits, one for each label.
+class LabelSets(LabelReadout):
+    """A `LabelReadout` of sets of labels: the head's outputs are logits, one for each label.
 
     Args:
         names: the names of the labels, in the order of the outputs.

@@ -22,7 +22,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage
 from adapters_jax.tasks.labelled import AnnotatedTask
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, confusion, of_part
 
 
@@ -46,8 +46,8 @@ class ChoicePrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Choices(Readout):
-    """A `Readout` of choices: the head's one output scores a text with a choice.
+class Choices(LabelReadout):
+    """A `LabelReadout` of choices: the head's one output scores a text with a choice.
 
     Args:
         names: the numbers of the choices, as texts.

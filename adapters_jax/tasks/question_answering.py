@@ -26,7 +26,7 @@ from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import squad_scores, squad_words
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, Table, View, of_part, percent
 
 LONGEST_ANSWER = 30  # tokens
@@ -74,8 +74,8 @@ class AnswerPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Spans(Readout):
-    """A `Readout` of answers: the head's two outputs score a token as first and as last.
+class Spans(LabelReadout):
+    """A `LabelReadout` of answers: the head's two outputs score a token as first and as last.
 
     A window without the answer, and a question without one, have the first token as label.
 

@@ -33,10 +33,24 @@ class Inputs(NamedTuple):
     where: Any = None
 
 
-class Readout(ABC):
-    """Maps texts to the inputs of a model, and its outputs to labels and back.
+class Batching(NamedTuple):
+    """How rows become batches; see `data.batches.Batches`.
 
-    The methods that are not abstract are those of tasks with one label for each row.
+    Attributes:
+        size: the number of rows in a batch.
+        seed: the seed of the order; None keeps the order.
+        buckets: the widths of batches.
+    """
+
+    size: int
+    seed: int | None
+    buckets: Sequence[int] | None
+
+
+class Readout(ABC):
+    """Maps texts to the inputs of a model, and its outputs to what a task predicts.
+
+    A task whose rows have labels derives from `LabelReadout`.
 
     Attributes:
         constant_title: the name of the best prediction without a model in tables.
@@ -118,16 +132,10 @@ class Readout(ABC):
         return batch
 
     def batches(
-        self,
-        encoder: Encoder,
-        rows: Sequence[Any],
-        labels: Any,
-        size: int,
-        seed: int | None = None,
-        buckets: Sequence[int] | None = None,
+        self, encoder: Encoder, rows: Sequence[Any], labels: Any, batching: Batching
     ) -> Any:
-        """Batches of encoded rows, in order if there is no seed; see `data.batches.Batches`."""
-        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id)
+        """Batches of encoded rows."""
+        return Batches(rows, labels, *batching, encoder.config.pad_token_id)
 
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
         """The encoded rows to train on, and their labels for `Batches`."""
@@ -173,8 +181,39 @@ class Readout(ABC):
         """The metrics of predictions."""
         return compute(metrics, predictions, labels)
 
+    @abstractmethod
     def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
         """Each row of a part with its loss, for the report; see `views.Judged`."""
+
+    def lengths(self, batches: Any) -> Counter[int]:
+        """How many rows have a number of tokens; empty if it would mean nothing."""
+        return views.lengths_of(batches.rows)
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """What the report shows of the predictions, beside what it shows for every task.
+
+        Args:
+            judged: the rows with their verdicts; there may be none.
+            metrics: the metrics of the run.
+        """
+        return []
+
+    @abstractmethod
+    def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
+        """The predictions of the baseline without a model, on "dev" or "test" of a problem."""
+
+    @abstractmethod
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The prediction of each text."""
+
+
+class LabelReadout(Readout):
+    """A `Readout` of labels: each row has one, and the head's outputs predict it."""
+
+    def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
+        """Each row of a part with its loss and its verdict; see `Readout.judged`."""
         losses = self.row_losses(outputs, part.labels, where)
         verdicts = self.verdicts(part, outputs, where)
         return [
@@ -185,10 +224,6 @@ class Readout(ABC):
     def named(self, texts: Sequence[Any]) -> dict[str, str]:
         """What the report shows of a row's inputs."""
         return views.named(texts)
-
-    def lengths(self, batches: Any) -> Counter[int]:
-        """How many rows have a number of tokens; empty if it would mean nothing."""
-        return views.lengths_of(batches.rows)
 
     def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
         """The loss of each row of a part."""
@@ -205,25 +240,10 @@ class Readout(ABC):
         Each has `words`, what the report shows of it beside the texts; `views` reads the others.
         """
 
-    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
-        """What the report shows of the predictions, beside what it shows for every task.
-
-        Args:
-            judged: the rows with their verdicts; there may be none.
-            metrics: the metrics of the run.
-        """
-        return []
-
     @abstractmethod
     def constant(self, train: Any, part: Any) -> Any:
         """The best predictions without a model for a part: mostly the same for each row."""
 
     def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
-        """The predictions of the baseline without a model, on "dev" or "test" of a problem."""
+        """What `constant` predicts; see `Readout.untrained`."""
         return self.constant(data.train, getattr(data, part))
-
-    @abstractmethod
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
-        """The prediction of each text."""

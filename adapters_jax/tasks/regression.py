@@ -16,7 +16,7 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import LabelledTexts
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, numbers_judged, predicted_against_right
 
 
@@ -36,8 +36,8 @@ class NumberPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Numbers(Readout):
-    """A `Readout` of numbers: the head's output is a standardised number.
+class Numbers(LabelReadout):
+    """A `LabelReadout` of numbers: the head's output is a standardised number.
 
     The labels are standardised by their mean and standard deviation in training, so that one
     learning rate suits every scale; predictions are on the scale of the labels.

@@ -27,7 +27,7 @@ from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import compute, places, retrieval
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import (
     Judged,
     Table,
@@ -63,8 +63,8 @@ class EmbeddingPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Embeddings(Readout):
-    """A `Readout` of embeddings: the outputs are pooled states, two for a pair.
+class Embeddings(LabelReadout):
+    """A `LabelReadout` of embeddings: the outputs are pooled states, two for a pair.
 
     Args:
         scored: whether pairs have scores.
@@ -249,6 +249,7 @@ class SentenceEmbedding(EncoderTask):
     name = "sentence-embedding"
     pipeline = "sentence-similarity"
     metrics = (*SCORED, *PAIRED)
+    least_steps = 0  # it has no new head
     columns: ClassVar[Mapping[str, str | None]] = {
         "text": "sentence1",
         "text_pair": "sentence2",

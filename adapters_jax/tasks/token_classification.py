@@ -28,7 +28,7 @@ from adapters_jax.pretrained.encoder import Encoder
 from adapters_jax.tasks.base import Batch, Prediction
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import span_scores, spans_of
-from adapters_jax.tasks.readout import Inputs, Readout
+from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, class_table, confusion, of_part, per_class
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class TagPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Tags(Readout):
-    """A `Readout` of tags: the head's outputs are logits for each token.
+class Tags(LabelReadout):
+    """A `LabelReadout` of tags: the head's outputs are logits for each token.
 
     Args:
         names: the tags, in the order of their ids.

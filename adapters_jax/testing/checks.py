@@ -22,7 +22,7 @@ from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shak
 from adapters_jax.training.step import make_train_step
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
 from adapters_jax.trees import flatten, join, merge_trees, partition, unflatten
-from adapters_jax.weights.changes import RANK
+from adapters_jax.weights.factors import RANK
 
 STACK = Stack("layer_{}", "layers")
 

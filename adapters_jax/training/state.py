@@ -294,10 +294,22 @@ def _check_optimizer(tx: Any) -> None:
         )
 
 
+def check_alive(state: TrainState) -> None:
+    """Raises UserError for a state whose arrays a step has taken over."""
+    step = state.step
+    held = isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer)
+    if held and step.is_deleted():
+        raise UserError(
+            "this state was given to a step of make_train_step, which took over its arrays; "
+            "go on with the state that the step returned: state, metrics = step(state, batch)"
+        )
+
+
 def _check_key(key: Any) -> None:
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and not (dtype == jnp.uint32 and key.ndim == 1):  # as of jax.random.PRNGKey
+    old = dtype == jnp.uint32 and key.ndim == 1  # as of jax.random.PRNGKey
+    if not old and not (typed and key.ndim == 0):
         raise UserError(
             f"TrainState.create: key={shown(key)}, expected a random key; write jax.random.key(0)"
         )

@@ -21,7 +21,7 @@ from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
 from adapters_jax.meshes import on_mesh
 from adapters_jax.mixed import mapping
-from adapters_jax.training.state import TrainState, checked_collections
+from adapters_jax.training.state import TrainState, check_alive, checked_collections
 from adapters_jax.training.together import Optimizers, check_step, picked
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
@@ -180,7 +180,12 @@ def make_train_step(
         state: TrainState, batch: Batch, active: Bool[Array, " states"] | None = None
     ) -> tuple[TrainState, Metrics]:
         nonlocal began
-        _check_alive(state)
+        if not isinstance(state, TrainState):
+            raise UserError(
+                f"make_train_step: the state is a {type(state).__name__}, expected a TrainState; "
+                "write aj.TrainState.create(model, tx=tx, key=key)"
+            )
+        check_alive(state)
         check_step(state, batch, active)
         updated, metrics = update(replace(state, base=None), state.base, batch, active)
         if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
@@ -190,17 +195,6 @@ def make_train_step(
 
     step.jitted = update  # type: ignore[attr-defined]
     return step
-
-
-def _check_alive(state: TrainState) -> None:
-    """Raises UserError for a state whose arrays an earlier step has taken over."""
-    step = state.step
-    held = isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer)
-    if held and step.is_deleted():
-        raise UserError(
-            "make_train_step: this state was given to a step before, which took over its arrays; "
-            "go on with the state that the step returned: state, metrics = step(state, batch)"
-        )
 
 
 def _check_gradient(metrics: Metrics) -> None:
@@ -215,6 +209,11 @@ def _check_gradient(metrics: Metrics) -> None:
 
 def _check_loss(loss: Any) -> None:
     """Raises UserError unless a loss is a float scalar."""
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
+        raise UserError(
+            f"make_train_step: the loss function returns a {type(loss).__name__}, expected a float "
+            "scalar, or (loss, metrics)"
+        )
     dtype = jnp.result_type(loss)
     if jnp.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.weights.changes import RANK
+from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.lazy import Read
 
 Shape = tuple[int, ...]

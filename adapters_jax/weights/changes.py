@@ -7,8 +7,7 @@ model's operations meet a changed weight is in `lazy`.
 
 import contextlib
 import contextvars
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,39 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from adapters_jax.weights.factors import RANK, Factor, beside, blocks_of, cast, contracted, reshaped
 from adapters_jax.weights.quantized import is_quantized, once
-
-RANK = -1  # the axis of a factor that is no axis of the weight
-_DONE = -2  # new axis i is _DONE - i while others still have old numbers
-
-
-@dataclass(frozen=True)
-class Factor:
-    """An array whose axes are axes of a weight.
-
-    Attributes:
-        array: the array.
-        axes: for each axis of the array the axis of the weight that it is, or `RANK`.
-    """
-
-    array: Array
-    axes: tuple[int, ...]
-
-    def renamed(self, new: Callable[[int], int]) -> "Factor":
-        """The factor of a weight whose axes have new numbers."""
-        return replace(self, axes=tuple(i if i == RANK else new(i) for i in self.axes))
-
-    def at(self, axes: Sequence[int]) -> tuple[int, ...]:
-        """The positions of axes of the weight."""
-        return tuple(map(self.axes.index, axes))
-
-    def cast(self, dtype: Any) -> "Factor":
-        """The factor in another dtype."""
-        return Factor(cast(self.array, dtype), self.axes)
-
-    def on_axes(self, change: Callable[[Array, dict[int, int]], Array]) -> "Factor":
-        """The factor after a change that keeps its axes, given the position of each axis."""
-        return replace(self, array=change(self.array, {a: i for i, a in enumerate(self.axes)}))
 
 
 @dataclass(frozen=True)
@@ -167,50 +135,6 @@ def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def cast(array: Array, dtype: Any) -> Array:
-    """An array in a dtype; the array itself, and no operation, where it has that dtype."""
-    return array if array.dtype == dtype else array.astype(dtype)
-
-
-def beside(factor: Factor, axes: Sequence[int], dtype: Any) -> Array:
-    """A factor with its axes in the order of `axes`, and axes of size one for the others."""
-    array, found = cast(factor.array, dtype), factor.axes
-    order = [found.index(axis) for axis in axes if axis in found]
-    if order != sorted(order):
-        array = array.transpose(order)
-    new = [i for i, axis in enumerate(axes) if axis not in found]
-    return jnp.expand_dims(array, new) if new else array
-
-
-def contracted(x: Factor, y: Factor, kept: Collection[int], precision: Any) -> Factor:
-    """The product of two arrays, summed over all axes that are not kept.
-
-    It is an einsum, which itself takes ten times as long to trace. The result has first the kept
-    axes of both, then those of x, then those of y.
-
-    Example:
-        >>> x, y = Factor(jnp.ones((5, 2)), (0, RANK)), Factor(jnp.ones((2, 3)), (RANK, 1))
-        >>> contracted(x, y, (0, 1), None).array.shape
-        (5, 3)
-    """
-    x, y = _summed(x, (*kept, *y.axes)), _summed(y, (*kept, *x.axes))
-    shared = [axis for axis in x.axes if axis in y.axes]
-    batch = [axis for axis in shared if axis in kept]
-    inner = [axis for axis in shared if axis not in kept]
-    numbers = (x.at(inner), y.at(inner)), (x.at(batch), y.at(batch))
-    array = jax.lax.dot_general(x.array, y.array, numbers, precision=precision)
-    free = [axis for f in (x, y) for axis in f.axes if axis not in shared]
-    return Factor(array, (*batch, *free))
-
-
-def _summed(factor: Factor, kept: Collection[int]) -> Factor:
-    """A factor summed over the axes that are not kept."""
-    gone = tuple(i for i, axis in enumerate(factor.axes) if axis not in kept)
-    if not gone:
-        return factor
-    return Factor(factor.array.sum(gone), tuple(axis for axis in factor.axes if axis in kept))
-
-
 @dataclass(frozen=True)
 class Changed:
     """A weight as some code sees it, with its changes; equal to `formed()`.
@@ -286,7 +210,7 @@ class Changed:
 
     def reshaped(self, shape: Sequence[int]) -> "Changed | None":
         """The reshaped weight; None where axes of both factors would become one axis."""
-        blocks = _blocks(self.shape, shape)
+        blocks = blocks_of(self.shape, shape)
         changes = [_reshaped(change, blocks, shape) for change in self.changes]
         if any(change is None for change in changes):
             return None
@@ -298,7 +222,7 @@ class Changed:
     ) -> tuple[frozenset[int], ...]:
         """What is found in each axis of the reshaped weight, given what is in each of its axes."""
         after: list[frozenset[int]] = [frozenset()] * len(shape)
-        for left, right in _blocks(self.shape, shape):
+        for left, right in blocks_of(self.shape, shape):
             inside: frozenset[int] = frozenset().union(*(axes[i] for i in left))
             for i in right:
                 after[i] = inside if shape[i] > 1 or len(right) == 1 else frozenset()
@@ -427,7 +351,6 @@ class Layers:
 
 
 for _cls, _data in (
-    (Factor, ["array"]),
     (LowRank, ["a", "b", "key"]),
     (Scale, ["by"]),
     (Changed, ["base", "changes"]),
@@ -436,35 +359,11 @@ for _cls, _data in (
     jax.tree_util.register_dataclass(_cls, data_fields=_data, meta_fields=_static)
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest groups of consecutive axes of equal sizes in two shapes of one array.
-
-    Example:
-        >>> _blocks((4, 6, 5), (4, 2, 3, 5))
-        [([0], [0]), ([1], [1, 2]), ([2], [3])]
-    """
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        i, j = i + len(left), j + len(right)
-        while (size := math.prod(old[a] for a in left)) != (
-            other := math.prod(new[a] for a in right)
-        ):
-            if size < other:
-                left.append(i)
-                i += 1
-            else:
-                right.append(j)
-                j += 1
-        blocks.append((left, right))
-    return blocks
-
-
 def _reshaped(
     change: Change, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
 ) -> Change | None:
     """A change of the reshaped weight; None where it is no such change."""
-    factors = [_reshaped_factor(factor, blocks, shape) for factor in change.factors]
+    factors = [reshaped(factor, blocks, shape) for factor in change.factors]
     kept = [factor for factor in factors if factor is not None]
     if len(kept) < len(factors):
         return None
@@ -474,25 +373,3 @@ def _reshaped(
             return None
         change = replace(change, start=(right[0], change.start[1]))
     return change.with_factors(*kept)
-
-
-def _reshaped_factor(
-    factor: Factor, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
-) -> Factor | None:
-    """A factor of the reshaped weight; None where its axes become parts of one axis."""
-    array, axes = factor.array, list(factor.axes)
-    for left, right in blocks:
-        own = [axes.index(axis) for axis in left if axis in axes]
-        if not own:
-            continue
-        size = math.prod(array.shape[i] for i in own)
-        same = len(left) == len(right) == 1  # an axis that stays, of which a range has a part
-        new = [] if size == 1 and not same else right
-        if not same and size not in (1, math.prod(shape[i] for i in right)):
-            return None
-        rest = [i for i in range(len(axes)) if i not in own]
-        array = array.transpose(*own, *rest)
-        sizes = [size] if same else [shape[i] for i in new]
-        array = array.reshape(*sizes, *array.shape[len(own) :])
-        axes = [*(_DONE - i for i in new), *(axes[i] for i in rest)]
-    return Factor(array, tuple(_DONE - axis if axis <= _DONE else axis for axis in axes))

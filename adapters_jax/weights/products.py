@@ -11,18 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.weights.changes import (
-    RANK,
-    Change,
-    Changed,
-    Factor,
-    LowRank,
-    Scale,
-    beside,
-    cast,
-    contracted,
-    dropout,
-)
+from adapters_jax.weights.changes import Change, Changed, LowRank, Scale, dropout
+from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.quantized import is_quantized, once
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from adapters_jax.abstract import is_abstract
 from adapters_jax.errors import MissingPackageError
@@ -68,11 +68,14 @@ class Quantized(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     def unbox(self) -> Float[Array, "..."]:
         """The weight in floats."""
-        dequantize = _qwix().dequantize
-        if self.array.qtype != "nf4":
-            return dequantize(self.array).astype(self.dtype)
-        floats = jax.lax.platform_dependent(self.array, tpu=_nf4_floats, default=dequantize)
-        return floats.astype(self.dtype)
+        dequantize, array = _qwix().dequantize, self.array
+        if array.qtype == "nf4":
+            floats = jax.lax.platform_dependent(array, tpu=_nf4_floats, default=dequantize)
+            return floats.astype(self.dtype)
+        if array.qvalue.dtype == jnp.int4:
+            values = jax.lax.platform_dependent(array.qvalue, cuda=_in_rows, default=lambda x: x)
+            array = array.replace(qvalue=values.astype(jnp.int8))
+        return dequantize(array).astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> "Quantized":
         """Raises TypeError: a quantised weight is frozen."""
@@ -157,6 +160,15 @@ def _nf4_floats(array: Any) -> Float[Array, "..."]:
     values = chosen(NF4).reshape([n for block in blocks for n in block])
     scales = array.scale.reshape([n for size, _ in blocks for n in (size, 1)])
     return (values * scales).reshape(array.qvalue.shape)
+
+
+def _in_rows(values: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The same numbers, which XLA has to take as they are stored.
+
+    A gradient reads a weight turned around. A GPU's compiler turned the stacked weights of scanned
+    layers as a whole, in front of their loop: a copy of a base in int4. It cannot turn a vector.
+    """
+    return jax.lax.optimization_barrier(values.ravel()).reshape(values.shape)
 
 
 def once(run: Callable[[Any, Any], Any], weights: Any, inputs: Any) -> Any:

@@ -8,9 +8,11 @@ import itertools
 
 import pytest
 from helpers.browser import CONTRASTS, BrowserPage
+from helpers.pictures import check_picture
 from helpers.reports import write_pages
 
 pytestmark = pytest.mark.slow
+PICTURED = ("classes", "comparison")
 KINDS = ("classes", "numbers", "preferences", "comparison")
 
 
@@ -37,6 +39,8 @@ def test_a_page_fits_and_can_be_read(browser, pages, kind, width, scheme):
         assert page.run(f"contrast_of('var({name})')") >= (4.5 if "color" not in name else 3), name
     assert page.errors() == []
     assert page.asked() - {page.address, "data:,"} == set()
+    if kind in PICTURED:
+        check_picture(page)
     page.save_picture(whole=True)
 
 

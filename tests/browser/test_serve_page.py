@@ -6,6 +6,7 @@ With the environment variable SCREENSHOTS, pictures of the page are put into tha
 import pytest
 from helpers.browser import BrowserPage
 from helpers.finished import decoder_run
+from helpers.pictures import check_picture
 from helpers.serving import serving
 
 from adapters_jax.inference import load_generator
@@ -34,7 +35,7 @@ class Page(BrowserPage):
     """The page of a server, at a width and in a colour scheme."""
 
     def __init__(self, browser, server, width=1280, scheme="light"):
-        super().__init__(browser, server.address, width, scheme)
+        super().__init__(browser, server.address, width, scheme, "server-")
         self.wait(lambda: self.all("#models input"))
 
     def answers(self):
@@ -71,6 +72,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
     assert dark == (scheme == "dark")
     page.save_picture()
+    check_picture(page)
 
 
 def test_by_keyboard_alone(browser, server):

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from helpers.browser import BrowserPage
+from helpers.pictures import check_picture
 
 import adapters_jax as aj
 
@@ -20,6 +21,7 @@ pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
 LOOKED_AT = ("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers")
+PICTURED = ("index", "methods/lora")
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
@@ -103,3 +105,5 @@ def test_pages_are_readable(browser, site, width, scheme):
         assert (ground < text) == (scheme == "dark"), name
         assert abs(ground - text) > 380, name  # of 765
         assert page.errors() == [], name
+        if name in PICTURED:
+            check_picture(page)

@@ -314,6 +314,10 @@ class Spoilt(NamedTuple):
         return f"Spoilt({self.seed!r}, {ways}, {files})"
 
 
+# What a way raises of files that an earlier round has spoilt.
+_OF_WAYS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def spoilt(chance, seeds, words=(), more=None, rounds=3, nodes=tuple(sorted(NODES))):
     """Some of the valid files, spoilt once or a few times.
 
@@ -342,7 +346,7 @@ def spoilt(chance, seeds, words=(), more=None, rounds=3, nodes=tuple(sorted(NODE
         else:
             try:
                 files[name] = way(chance, content, words)
-            except (ValueError, LookupError, struct.error, TypeError, RecursionError):
+            except (*_OF_WAYS, struct.error):
                 way = flipped  # an earlier round left nothing that this one could read
                 files[name] = flipped(chance, content)
         ways.append(way)

@@ -262,20 +262,27 @@ def _runs(folder: Path) -> Mapping[str, Files]:
     from adapters_jax.app.options.stored import plain
 
     target = {"names": ["no", "yes"]}
+    scored = {"method": "lora", "trainable_parameters": 9, "test": {"f1": 1.0}}
     base = {"model": "tiny", "base_sha256": "0" * 64, "dtype": "float32", "max_length": 12}
     whole = {
         **{"format": 1, "kind": "encoder", "task_type": "classification", "pooling": "mean"},
         **{"target": target, "text": "text", "pairs": False, "text_pair": None, "metrics": ["f1"]},
         **{"options": plain(RunOptions()), "recipe": json.loads(aj.lora(2).to_json()), **base},
-        **{"summary": {"results": [], "dev": {"f1": 1.0}}, "quantize": None},
+        **{"task": "rows", "method": "lora", "rows": dict.fromkeys(("train", "dev", "test"), 9)},
+        **{"optimizer": {"epochs": 1.0}, "data_sha256": "0" * 64, "quantize": None},
+        **{"summary": {"results": [scored], "dev": {"f1": 1.0}}},
     }
     return {"classification": {"config.json": json.dumps(whole).encode()}}
 
 
 def _read_run(directory: Path) -> None:
+    from adapters_jax.app.report.run import results_table, settings
     from adapters_jax.app.runs.config import read_options
 
     _, config = read_run(Run(directory))
+    if results := config.get("summary", {}).get("results"):
+        results_table(results, config["metrics"])
+    assert all(isinstance(value, str) for _, value in settings(config))
     read_options(Run(directory), config)
 
 

@@ -27,6 +27,9 @@ RESULTS = [
 CONFIG = {
     "model": "some/<b>base",
     "task": 'a "task" & more',
+    "method": "lora",
+    "optimizer": {"epochs": 1.0},
+    "data_sha256": "0",
     "metrics": ["f1"],
     "recipe": {"methods": [{"method": "lora", "targets": ["**/query"], "rank": 2, "alpha": 2.0}]},
     "target": {"names": ["no", HOSTILE], "mean": 0.0, "std": 1.0},

@@ -101,7 +101,7 @@ class Finetune(RunOptions):
 
         parts = (self.model, self.data.title, self.method.title)
         name = run_name(*parts) if self.name is None else self.name
-        if not name or Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")
         if self.runs.exists() and not self.runs.is_dir():
             raise RunError(f"--runs {self.runs} is a file; expected a directory")

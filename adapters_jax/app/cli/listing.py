@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.method import PRESETS
+from adapters_jax.app.options.parsing import UsageError
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,17 @@ class Found:
     notes: Callable[[], Sequence[str]] = field(default=list)
 
 
+@dataclass(frozen=True)
 class Listing(ABC):
-    """A command that lists what there is: as tables, as JSON, or as a page in Markdown."""
+    """A command that lists what there is: as tables, as JSON, or as a page in Markdown.
 
-    markdown: bool
-    json: bool
+    Args:
+        markdown: print a page of the documentation.
+        json: print JSON.
+    """
+
+    markdown: bool = False
+    json: bool = False
 
     @abstractmethod
     def find(self) -> Found:
@@ -58,8 +65,11 @@ class Listing(ABC):
         """Finds what is listed, and returns a function that prints it.
 
         Raises:
+            UsageError: both --markdown and --json are given.
             UserError: nothing has the name that the user gave.
         """
+        if self.markdown and self.json:
+            raise UsageError("--markdown and --json are two forms of one listing; leave one out")
         found = self.find()
 
         def report() -> None:
@@ -81,18 +91,11 @@ class ListMethods(Listing):
     """Lists the methods: the values of --method, their papers, flags and learning rates.
 
     The second table has the classes that recipes consist of, with those of installed packages.
-
-    Args:
-        markdown: print a page of the documentation.
-        json: print JSON.
     """
 
     examples: ClassVar[str] = """\
   adapters-jax methods
   adapters-jax methods --json"""
-
-    markdown: bool = False
-    json: bool = False
 
     def find(self) -> Found:
         """Finds the published recipes, and the classes of the registry."""
@@ -127,19 +130,11 @@ class ListMethods(Listing):
 
 @dataclass(frozen=True)
 class ListTasks(Listing):
-    """Lists the tasks: what each learns, on which kind of model, its columns and metrics.
-
-    Args:
-        markdown: print a page of the documentation.
-        json: print JSON.
-    """
+    """Lists the tasks: what each learns, on which kind of model, its columns and metrics."""
 
     examples: ClassVar[str] = """\
   adapters-jax tasks
   adapters-jax tasks --json"""
-
-    markdown: bool = False
-    json: bool = False
 
     def find(self) -> Found:
         """Finds the tasks of the registry."""

@@ -4,10 +4,12 @@ A command is a frozen dataclass whose fields are its flags; `examples` and `grou
 help, and `needs_jax = False` says that it works without. Its method `prepare` reads and checks
 everything that the user gave, and returns a function that does the work. What the work needs is
 imported in these methods, so that a help is there before jax is. A `UserError` is printed as one
-line. Any other error is a bug, and is printed with its traceback.
+line, which ends with its class and the page that explains it. Any other error is a bug, and is
+printed with its traceback.
 """
 
 import contextlib
+import errno
 import importlib
 import inspect
 import logging
@@ -18,16 +20,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapters_jax.app.cli.malloc import keep_freed
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import MissingPackageError, UserError, shortened
 from adapters_jax.texts import visible
 from adapters_jax.version import __version__
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
+# What the system says of a path or a disk, wherever that happens.
+_OF_USERS = (
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
+EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
     "data": ("adapters_jax.app.cli.data", "DescribeData"),
@@ -122,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, flags: Sequence[str], debug: bool) -> int:
     """Runs a command; prints a user error as one line, and other errors with their traceback."""
-
     try:
         with _extra_of(name):
             command = _parse(name, flags)
@@ -131,14 +138,23 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
         return 0
     except KeyboardInterrupt:
         return _say(name, "interrupted", 130)
-    except UserError as error:
-        if debug:
+    except Exception as error:
+        message = _message(error)
+        if message is None or debug:
             traceback.print_exc()
-        return _say(name, str(error), getattr(error, "status", 2))
-    except Exception:
-        traceback.print_exc()
+        if message is not None:
+            return _say(name, message, getattr(error, "status", 2))
         print(BUG.format(version=__version__), file=sys.stderr)
         return 1
+
+
+def _message(error: Exception) -> str | None:
+    """What an error says to the user; None if it is a bug."""
+    if isinstance(error, UserError):
+        return f"{error}\n{EXPLAINED.format(kind=type(error).__name__)}"
+    if isinstance(error, OSError) and error.errno in _OF_USERS:
+        return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
+    return None
 
 
 def _start(name: str, command: Any) -> None:
@@ -159,7 +175,7 @@ def _extra_of(name: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("adapters_jax"):
             raise
         extra = "serve" if name == "serve" else "finetune"
-        raise MissingPackageError(f"adapters-jax {name}", error.name, extra) from error
+        raise MissingPackageError("this command", error.name, extra) from error
 
 
 class _Lines(logging.Handler):

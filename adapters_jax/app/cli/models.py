@@ -44,8 +44,6 @@ class ListModels(Listing):
 
     Args:
         name: a part of the name of a family or of a published shape.
-        markdown: print the page of the documentation.
-        json: print JSON.
     """
 
     examples: ClassVar[str] = """\
@@ -55,8 +53,6 @@ class ListModels(Listing):
     positional: ClassVar[tuple[str, ...]] = ("name",)
 
     name: str = ""
-    markdown: bool = False
-    json: bool = False
 
     def find(self) -> Found:
         """Finds the families.

@@ -38,7 +38,7 @@ class Report:
         """
         from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
         from adapters_jax.app.report.findings import check_views
-        from adapters_jax.app.report.run import write_report
+        from adapters_jax.app.report.run import rewrite_report
         from adapters_jax.app.runs.config import comparable
         from adapters_jax.io.run_directory import Run, RunError
         from adapters_jax.tasks import read_run
@@ -54,7 +54,9 @@ class Report:
             )
         check_views(run, config)
         known = comparable(run, config)
-        return lambda: self._write(lambda path: write_report(Run(path), known), run.report, console)
+        return lambda: self._write(
+            lambda path: rewrite_report(Run(path), known), run.report, console
+        )
 
     def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
         from adapters_jax.io.run_directory import Run

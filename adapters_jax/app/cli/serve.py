@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from adapters_jax.app.console import Console
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.texts import HIDDEN
 
 if TYPE_CHECKING:
     from adapters_jax.serving.adapters import Read
@@ -137,7 +138,13 @@ class Serve:
         limits = Limits(seconds=self.seconds, receiving=self.stall, connections=self.connections)
         make = self._completing if is_decoder(self.base) else self._labelling
         api, engine, read = make(runs, called, limits)
-        page = render("serve", title="adapters-jax serve", base=called, key=key is not None)
+        page = render(
+            "serve",
+            title="adapters-jax serve",
+            base=called,
+            key=key is not None,
+            hidden=HIDDEN.pattern,
+        )
 
         def listening(port: int) -> None:
             address = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"

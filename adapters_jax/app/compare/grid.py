@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters_jax.app.options.flags import flag, words
-from adapters_jax.app.options.method import PRESETS, MethodOptions
+from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.options.parsing import UsageError, parse
 from adapters_jax.tasks.metrics import better
 
@@ -106,7 +106,7 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
     except ValueError as error:  # also of shlex
         raise UsageError(f"--recipes {text!r}: {error}") from error
     rates = written.learning_rates or tuple(learning_rates)
-    rates = rates or (PRESETS[written.method.method].learning_rate,)
+    rates = rates or (written.method.learning_rate,)
     return Candidate(_without_rates(text), written.method, rates)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from adapters_jax.recipe import Recipe
 
 HEAD_ONLY = "head-only"
+WIDEST = 64  # the width m of bottlenecks up to which the learning rates of the presets hold
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,21 @@ class MethodOptions:
     def title(self) -> str:
         """The name of the method in tables and directories."""
         return self.method if self.recipe is None else self.recipe.stem
+
+    @property
+    def learning_rate(self) -> float:
+        """The default rate: that of the preset, times sqrt(64 / m) if --bottleneck-dim is above 64.
+
+        At m = 256, the rate of m = 64 learns nothing of CoLA: `benchmarks tradeoff-cola`.
+
+        Example:
+            >>> MethodOptions("houlsby").learning_rate
+            0.002
+            >>> MethodOptions("houlsby", bottleneck_dim=256).learning_rate
+            0.001
+        """
+        width = max(self.bottleneck_dim or WIDEST, WIDEST)
+        return PRESETS[self.method].learning_rate * math.sqrt(WIDEST / width)
 
     def build(
         self, *, head: str | None = None, num_layers: int = 0, layer: str = "**/layer_{}"

@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 
     from adapters_jax.recipe import Recipe
 
+MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """How to train: AdamW, with a linear warm-up and a linear decay to zero.
 
     Args:
-        learning_rate: the highest learning rate; by default the method's own.
+        learning_rate: the highest learning rate; by default the method's own, and for an m of
+            --bottleneck-dim above 64 that times sqrt(64 / m).
         head_learning_rate: learning rate of an encoder's head, which starts from random values; by
             default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
-            default 1.
+            default none.
         epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, for
-            question-answering 4, on the movie reviews 1.5.
+            question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
+            a new head on an encoder, as many as make 340, at most 20 (`python -m benchmarks
+            defaults` is the source).
         dropout: dropout of an encoder; by default none, for full and last-layers the checkpoint's.
         batch_size: rows in a step, or packed sequences of a decoder; by default 32, for
             question-answering 8, for a decoder 4.
@@ -41,7 +46,7 @@ class OptimizerOptions:
 
     learning_rate: float | None = None
     head_learning_rate: float | None = None
-    lora_plus: float = 1.0
+    lora_plus: float | None = None
     epochs: float | None = None
     dropout: float | None = None
     batch_size: int | None = None
@@ -87,6 +92,24 @@ class OptimizerOptions:
             batch_size=self.batch_size or batch_size,
         )
 
+    def of_few_rows(self, least: int, epoch: int) -> OptimizerOptions:
+        """Raises the epochs until they make a number of steps, or are 20.
+
+        Args:
+            least: the number of steps.
+            epoch: the steps of an epoch.
+
+        Example:
+            >>> OptimizerOptions(epochs=3.0).of_few_rows(340, 29).epochs
+            12.0
+            >>> OptimizerOptions(epochs=3.0).of_few_rows(340, 200).epochs
+            3.0
+        """
+        enough = min(-(-least // epoch), MOST_EPOCHS)
+        if self.steps(epoch) >= least or enough <= (self.epochs or 1):
+            return self
+        return dataclasses.replace(self, epochs=float(enough))
+
     def steps(self, epoch: int) -> int:
         """The number of steps of a training, for epochs of `epoch` steps."""
         return max(1, round((self.epochs or 1) * epoch))
@@ -119,7 +142,7 @@ class OptimizerOptions:
 
         rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
-        if self.lora_plus != 1.0:
+        if self.lora_plus is not None:
             groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx

@@ -67,7 +67,19 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
         return app([_DASH if word == "-" else word for word in flags])
     except cyclopts.CycloptsError as error:
         error.verbose = False
-        raise UsageError(str(error).rstrip(".")) from None
+        raise UsageError(_absent(error, flags) or str(error).rstrip(".")) from None
+
+
+def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
+    """What an error says of a word that is absent and needs no flag; None of any other error."""
+    import cyclopts
+
+    argument = error.argument
+    if not isinstance(error, cyclopts.MissingArgumentError) or argument is None:
+        return None
+    if argument.index is None or argument.name in flags:
+        return None
+    return f"{argument.field_info.name.upper()} is missing: {argument.parameter.help}".rstrip(".")
 
 
 def completion(

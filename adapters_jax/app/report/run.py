@@ -28,6 +28,7 @@ from adapters_jax.app.report.pictures import (
     write_png,
 )
 from adapters_jax.auditing import HEADERS
+from adapters_jax.errors import UserError
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks import task_of
@@ -61,11 +62,18 @@ def results_table(
     Returns:
         The header, and one row for each method.
 
+    Raises:
+        RunError: a result lacks one of the metrics.
+
     Example:
         >>> row = {"method": "lora", "trainable_parameters": 1234, "test": {"f1": 0.5}}
         >>> results_table([row], ["f1"])
         (['method', 'trainable parameters', 'test f1'], [['lora', '1,234', '50.0 %']])
     """
+    if any({*metrics} - row["test"].keys() for row in results):
+        raise RunError(
+            f"results lack one of the metrics {', '.join(metrics)}: config.json is damaged"
+        )
     header = ["method", "trainable parameters", *(f"test {name}" for name in metrics)]
     rows = [
         [
@@ -129,6 +137,20 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
+
+
+def rewrite_report(run: Run, config: Mapping[str, Any]) -> None:
+    """Writes the page anew, as `write_report` does.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    try:
+        write_report(run, config)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunError(f"the files of {run.path} are damaged: {error!r}") from error
 
 
 def notes(views: Sequence[View]) -> list[str]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 
-from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.optimizer import MOST_EPOCHS, OptimizerOptions
 from adapters_jax.app.runs.loop import Trained, Training
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.errors import UserError
 from adapters_jax.tasks.base import Problem
 from adapters_jax.training.step import make_train_step
 
-EPOCHS = 20.0  # more of them are not worth their time: those of the head's baseline
 _SHARE = 0.9  # of the time; the rest is for what is not measured, such as the report
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 
@@ -77,7 +76,7 @@ def fitted(
     Raises:
         UserError: not even one step fits.
     """
-    most = options.epochs or EPOCHS
+    most = options.epochs or MOST_EPOCHS
     room = _SHARE * left - cost.total(0, 0)
     epochs = min(most, room / (cost.epoch + options.evaluations * cost.score))
     if epochs * steps < 1:

@@ -64,6 +64,13 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         say=console.say,
     )
     prepared = task.prepare(data, setup)
+    if not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
+        raised = training.of_few_rows(task.least_steps, len(prepared.problem.train))
+        if raised != training:
+            steps = raised.steps(len(prepared.problem.train))
+            rows = f"{len(data.train)} rows make {steps} steps"
+            console.say(f"{raised.epochs:g} epochs, so that {rows}; --epochs takes another number")
+        training = raised
     for sentence in shared:
         _LOG.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
@@ -93,8 +100,12 @@ def _training(options: RunOptions, task: Task) -> OptimizerOptions:
     """Fills in the defaults of the training; the movie reviews need fewer epochs."""
     chosen, method = options.optimizer, options.method.method
     epochs = task.epochs if method != HEAD_ONLY else None
-    own = chosen.epochs or epochs, chosen.batch_size or task.batch_size
-    chosen = replace(chosen, epochs=own[0], batch_size=own[1])
+    chosen = replace(
+        chosen,
+        learning_rate=chosen.learning_rate or options.method.learning_rate,
+        epochs=chosen.epochs or epochs,
+        batch_size=chosen.batch_size or task.batch_size,
+    )
     if task.kind == "decoder":
         return chosen.of_decoder(method)
     if options.data.is_demo and chosen.epochs is None and method != HEAD_ONLY:

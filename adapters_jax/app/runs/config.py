@@ -32,7 +32,7 @@ def shared_config(
     options: RunOptions, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
 ) -> dict[str, Any]:
     """The part of `config.json` that runs on encoders and decoders share."""
-    if training.lora_plus != 1.0 and not any(m.slot == "lora" for m in recipe):
+    if training.lora_plus not in (None, 1.0) and not any(m.slot == "lora" for m in recipe):
         raise UserError(
             f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
         )

@@ -125,10 +125,8 @@ class Job:
         self.console.say("measuring the steps; they are compiled for it")
         cost = measured(self.problem, self.optimizer, self.half)
         rows = self.config["rows"]
-        passes = sum(
-            getattr(each, "epochs", None) or 1
-            for each in (self.prepared.baselines() if self.baselines else [])
-        )
+        baselines = self.prepared.baselines() if self.baselines else []
+        passes = sum(self._passes(each) for each in baselines)
         beside = passes * cost.score * sum(rows.values()) / rows["dev"]
         left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
         steps = len(self.problem.train)
@@ -222,14 +220,22 @@ class Job:
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
         """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
-            size = self.optimizer.batch_size
-            epochs = baseline.epochs
-            optimizer = OptimizerOptions(batch_size=size, evaluations=1, epochs=epochs)
-            optimizer = optimizer.of(HEAD_ONLY)
-            return self.train(HEAD_ONLY, baseline.problem(), optimizer)[1]
+            return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[1]
         scores: dict[str, Any] = {**baseline.score()}
         self.run.log({"method": baseline.title, **scores})
         return {"method": baseline.title, "trainable_parameters": 0, **scores}
+
+    def _passes(self, baseline: Untrained | TrainedHead) -> float:
+        """The passes of a baseline over the rows; cached features need one."""
+        if isinstance(baseline, Untrained) or baseline.epochs is None:
+            return 1.0
+        return self._of_head(baseline).epochs or 1.0
+
+    def _of_head(self, baseline: TrainedHead) -> OptimizerOptions:
+        """The settings of the training of a head alone."""
+        size, epochs = self.optimizer.batch_size, baseline.epochs
+        own = OptimizerOptions(batch_size=size, evaluations=1, epochs=epochs).of(HEAD_ONLY)
+        return own.of_few_rows(baseline.least_steps, len(self.problem.train))
 
     def save(self, state: TrainState) -> None:
         """Saves the adapter of a state as the adapter of the run."""

@@ -9,6 +9,7 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -319,7 +320,8 @@ def find_gguf(path: str | Path) -> Path | None:
     path = Path(path)
     if path.suffix == ".gguf":
         return path
-    files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    another = not os.path.isdir(path) or (path / "config.json").exists()
+    files = [] if another else sorted(path.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise BaseFileError(f"{str(path)!r} holds {names}: give the path of one of them.")
@@ -345,7 +347,7 @@ def read_gguf(path: str | Path) -> GGUF:
         adapters_jax.errors.BaseFileError: 'absent.gguf' is neither a GGUF file nor a directory ...
     """
     file = find_gguf(path)
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):
         raise BaseFileError(f"{str(path)!r} is neither a GGUF file nor a directory that holds one.")
     found = GGUF(file, *read_header(file))
     found.require("general.architecture")

@@ -1,0 +1,112 @@
+"""The defaults of a training: the passes over few rows, and the rate of wide bottlenecks."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
+
+from adapters_jax.app.compare.grid import read_candidate
+from adapters_jax.app.console import Console
+from adapters_jax.app.options.data import DataOptions
+from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.options.optimizer import OptimizerOptions
+from adapters_jax.app.options.settings import RunOptions
+from adapters_jax.app.runs.prepare import prepare_run
+from adapters_jax.io.run_directory import Run
+from adapters_jax.tasks.base import TrainedHead, Untrained
+
+
+@pytest.mark.parametrize(
+    ("epochs", "least", "epoch", "enough"),
+    [
+        (3.0, 340, 29, 12.0),  # 900 rows: 11 epochs would be 319 steps
+        (3.0, 340, 113, 4.0),  # 339 steps in 3 epochs
+        (1.5, 340, 227, 1.5),
+        (3.0, 340, 17, 20.0),  # 340 steps, the fewest rows that reach them
+        (3.0, 340, 4, 20.0),
+        (30.0, 340, 4, 30.0),
+        (3.0, 0, 1, 3.0),
+    ],
+)
+def test_few_rows_are_seen_more_often_and_at_most_20_times(epochs, least, epoch, enough):
+    options = OptimizerOptions(epochs=epochs)
+    assert options.of_few_rows(least, epoch) == replace(options, epochs=enough)
+
+
+@pytest.mark.parametrize(
+    ("method", "m", "rate"),
+    [
+        ("houlsby", None, 2e-3),
+        ("houlsby", 8, 2e-3),
+        ("houlsby", 64, 2e-3),
+        ("houlsby", 256, 1e-3),
+        ("pfeiffer", 128, 2e-3 / math.sqrt(2)),
+    ],
+)
+def test_wide_bottlenecks_have_a_lower_rate(method, m, rate):
+    assert MethodOptions(method, bottleneck_dim=m).learning_rate == pytest.approx(rate, rel=1e-12)
+    text = method if m is None else f"{method} --bottleneck-dim {m}"
+    assert read_candidate(text).learning_rates == pytest.approx([rate], rel=1e-12)
+    assert read_candidate(f"{text} --learning-rates 0.5").learning_rates == (0.5,)
+
+
+@pytest.fixture
+def prepared(tmp_path, capsys):
+    """Prepares a run with options, without a step; returns its job and what it printed."""
+    write_model(tmp_path / "tiny")
+    write_reviews(tmp_path / "reviews.jsonl")
+    data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
+
+    def prepare(**options):
+        mine = {"model": str(tmp_path / "tiny"), "data": data, "max_length": 8, **options}
+        run = Run(tmp_path / "run")
+        job = prepare_run(RunOptions(**mine), run, Console(json=False), time.perf_counter())
+        return job, capsys.readouterr().out
+
+    return prepare
+
+
+def test_a_run_says_how_often_it_sees_few_rows_and_records_it(prepared):
+    job, printed = prepared(optimizer=OptimizerOptions(batch_size=16))
+    steps, rows = len(job.problem.train), job.config["rows"]["train"]
+    passes = math.ceil(340 / steps)
+    assert 3 < passes < 20
+    assert f"{passes} epochs, so that {rows} rows make {passes * steps} steps" in printed
+    assert job.optimizer.epochs == job.config["optimizer"]["epochs"] == passes
+    assert job.config["options"]["optimizer"]["epochs"] is None  # as it was asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"optimizer": OptimizerOptions(batch_size=16, epochs=1.5)}, 1.5),
+        ({"method": MethodOptions("head-only")}, 20.0),
+        ({"budget": "9h"}, 3.0),  # before the steps are measured
+    ],
+)
+def test_epochs_that_were_asked_for_are_taken_as_they_are(prepared, options, epochs):
+    job, printed = prepared(**options)
+    assert job.optimizer.epochs == epochs
+    assert "so that" not in printed
+
+
+def test_a_wide_bottleneck_trains_at_its_own_rate_unless_flags_say_so(prepared):
+    wide = MethodOptions("houlsby", bottleneck_dim=256)
+    assert prepared(method=wide)[0].config["optimizer"]["learning_rate"] == 1e-3
+    asked = OptimizerOptions(learning_rate=0.5)
+    assert prepared(method=wide, optimizer=asked)[0].optimizer.learning_rate == 0.5
+
+
+def test_the_head_of_the_baseline_sees_few_rows_as_often(prepared, tmp_path):
+    rows = [f"{word} B-word\n{filler} O\n" for word in GOOD + BAD for filler in FILLER]
+    (tmp_path / "rows.conll").write_text("\n".join(rows))
+    job, _ = prepared(data=DataOptions(train=tmp_path / "rows.conll"))
+    assert job.config["task_type"] == "token-classification"
+    constant, head = job.prepared.baselines()
+    assert isinstance(constant, Untrained)
+    assert isinstance(head, TrainedHead)
+    assert job._of_head(head).epochs == job.optimizer.epochs == 20.0
+    assert job._of_head(replace(head, least_steps=0)).epochs == 3.0
+    assert job._passes(head) == 20.0 and job._passes(constant) == 1.0
