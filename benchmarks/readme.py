@@ -109,7 +109,7 @@ def _machine(file: Row) -> str:
 
 
 def accelerators(results: Path = RESULTS) -> str:
-    """The tables of the page of accelerators: the largest models, whole models, and single steps."""
+    """The tables of the page of accelerators: the largest models, whole ones, and steps."""
     file = json.loads((results / "accelerators.json").read_text())
     titles = {
         LARGEST: "The largest model for a card",
