@@ -22,6 +22,7 @@ BENCHMARKS = {
     "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
     "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",
     "llama": "a decoder: the step beside one by hand, decoding with and without LoRA",
+    "losses": "a loss over a large vocabulary beside those of tokamax; needs libtpu and tokamax",
     "memory": "what training holds: full fine-tuning beside LoRA, Houlsby and prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
     "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
