@@ -344,7 +344,7 @@ def test_a_recipe_that_asks_for_too_much_makes_nothing(adapter, saved, api, edit
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
-@pytest.mark.parametrize("fields", [{"bottleneck_dim": 2**30}, {"reduction_factor": 1e-300}])
+@pytest.mark.parametrize("fields", [{"bottleneck_dim": 2**30}, {"reduction_factor": 1e-30}])
 def test_a_wide_bottleneck_is_compared_and_not_made(tmp_path, api, fields):
     directory = save(tmp_path, api, "bottleneck")
     none = {"bottleneck_dim": None, "reduction_factor": None}

@@ -64,13 +64,9 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         say=console.say,
     )
     prepared = task.prepare(data, setup)
+    usual, steps = training, len(prepared.problem.train)
     if not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
-        raised = training.of_few_rows(task.least_steps, len(prepared.problem.train))
-        if raised != training:
-            steps = raised.steps(len(prepared.problem.train))
-            rows = f"{len(data.train)} rows make {steps} steps"
-            console.say(f"{raised.epochs:g} epochs, so that {rows}; --epochs takes another number")
-        training = raised
+        training = training.of_few_rows(task.least_steps, steps)
     for sentence in shared:
         _LOG.warning("warning: %s", sentence)
     recipe = prepared.problem.recipe
@@ -81,6 +77,9 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         **prepared.config,
     }
     ways = ways_out(prepared.problem, config, prepared.identity)
+    if training != usual:
+        rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
+        console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
     return Job(
         run=run,
         title=options.method.title,
