@@ -4,9 +4,12 @@ import math
 import time
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
+import adapters_jax as aj
 from adapters_jax.app.compare.grid import read_candidate
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
@@ -50,6 +53,16 @@ def test_wide_bottlenecks_have_a_lower_rate(method, m, rate):
     text = method if m is None else f"{method} --bottleneck-dim {m}"
     assert read_candidate(text).learning_rates == pytest.approx([rate], rel=1e-12)
     assert read_candidate(f"{text} --learning-rates 0.5").learning_rates == (0.5,)
+
+
+def test_a_lora_plus_of_1_which_older_runs_store_is_none():
+    params = {"query": {"lora": {"a": jnp.ones(1), "b": jnp.ones(1)}, "bias": jnp.ones(1)}}
+    for recipe in (aj.LoRA("query", 1), aj.Unfreeze("query/bias")):
+        none, one = (
+            OptimizerOptions(1e-3, lora_plus=ratio).make(2, aj.Recipe(recipe)).init(params)
+            for ratio in (None, 1.0)
+        )
+        assert jax.tree.structure(one) == jax.tree.structure(none)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
-from helpers.reports import CONFIG, write_page
+from helpers.reports import CONFIG, write_compared, write_page
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
@@ -35,7 +35,9 @@ def run(tmp_path_factory):
     """A finished run with its page."""
     place = tmp_path_factory.mktemp("run")
     write_page(place, WHOLE)
-    return Run(place / "a run")
+    run = Run(place / "a run")
+    run.write_config(WHOLE)
+    return run
 
 
 def with_summary(**values):
@@ -85,7 +87,13 @@ def test_results_without_a_metric_of_the_run_are_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "record", ["5", '{"step": 1}', '{"method": "<lora>", "step": [], "loss": 1}']
+    "record",
+    [
+        *("5", "[" * 100_000),
+        *('{"step": 1}', '{"method": "<lora>", "step": [], "loss": 1}'),
+        f'{{"method": "<lora>", "step": 3, "loss": {10**400}}}',
+    ],
+    ids=["a number", "brackets", "no method", "a list", "no float"],
 )
 def test_metrics_of_another_form_are_one_sentence(run, record):
     before = run.metrics.read_text()
@@ -93,6 +101,17 @@ def test_metrics_of_another_form_are_one_sentence(run, record):
     with command_raises(RunError, run.path):
         assert main(["report", str(run.path)]) == 2
     run.metrics.write_text(before)
+
+
+@pytest.mark.parametrize("hostile", ["brackets", "no metric"])
+def test_comparisons_of_another_form_are_one_sentence(tmp_path, hostile):
+    summary = write_compared(tmp_path / "out")
+    if hostile == "brackets":
+        (tmp_path / "out" / "cells.jsonl").write_text("[" * 100_000)
+    else:
+        (tmp_path / "out" / "comparison.json").write_text(json.dumps({**summary, "metrics": []}))
+    with command_raises(RunError, tmp_path / "out"):
+        assert main(["report", str(tmp_path / "out")]) == 2
 
 
 def test_a_name_that_is_too_long_is_one_sentence(capsys, tmp_path):
@@ -127,7 +146,9 @@ def test_checksums_name_no_file_outside(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     seal = [1, hashlib.sha256(b"1").hexdigest()]
-    for name in ("../outside", str(tmp_path / "outside"), "/proc/kmsg"):  # whose reader waits
+    (root / "link").symlink_to(tmp_path, target_is_directory=True)
+    names = ("../outside", str(tmp_path / "outside"), "link/outside")
+    for name in (*names, "/proc/kmsg"):  # whose reader waits
         (root / CHECKSUMS).write_text(json.dumps({name: seal}))
         assert f"{CHECKSUMS} names {name!r}" in (damage(root) or "")
 

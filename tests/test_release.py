@@ -18,6 +18,7 @@ CI = (ROOT / ".ci" / "run").read_text()
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PUBLIC = ROOT / "tests" / "public.txt"
+PAIR = ("interop", "documentation")
 
 
 def parts():
@@ -52,13 +53,26 @@ def test_every_part_of_ci_is_a_function_and_is_run_by_a_workflow():
     }  # the matrix has all versions
 
 
+def stubbed(root, functions):
+    """A copy of `.ci/run` in which some parts are other functions."""
+    shutil.copy(ROOT / "README.md", root)
+    (root / ".ci").mkdir()
+    script = root / ".ci" / "run"
+    script.write_text(CI.replace("\nknown=", f"\n{functions}\nknown=", 1))
+    return script
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def test_parts_that_run_at_the_same_time_all_run_and_each_can_fail(tmp_path):
     stubs = "checks() { echo checked; }\ninterop() { echo compared; }\n"
-    stubs += "package() { false; echo afterwards; }\nknown="
-    shutil.copy(ROOT / "README.md", tmp_path)
-    (tmp_path / ".ci").mkdir()
-    script = tmp_path / ".ci" / "run"
-    script.write_text(CI.replace("\nknown=", f"\n{stubs}", 1))
+    stubs += "package() { false; echo afterwards; }"
+    script = stubbed(tmp_path, stubs)
+    executable(tmp_path / ".venv-uv" / "bin" / "uv", "exit 0")
     for words, fails in (
         (["interop+checks"], False),
         (["interop+package+checks"], True),
@@ -70,6 +84,19 @@ def test_parts_that_run_at_the_same_time_all_run_and_each_can_fail(tmp_path):
         assert ("compared" in done.stdout) == ("nonsense" not in words[0])
         assert ("checked" in done.stdout) == (not fails)
         assert "afterwards" not in done.stdout and ("== done" in done.stdout) == (not fails)
+
+
+def test_parts_that_run_at_the_same_time_share_one_installer(tmp_path):
+    script = stubbed(
+        tmp_path,
+        "\n".join(f'{part}() {{ environment {part} "$python" nothing; }}' for part in PAIR),
+    )
+    uv, pip = ".venv-uv/bin/uv", tmp_path / "pip"
+    executable(pip, f"echo installed >> made; sleep 1; echo exit 0 > {uv}; chmod +x {uv}")
+    executable(tmp_path / "bin" / "python3", f"mkdir -p $3/bin; cp {pip} $3/bin/pip")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script, "+".join(PAIR)], check=True, env=environment)
+    assert (tmp_path / "made").read_text().split() == ["installed"]
 
 
 def test_a_release_fails_where_a_package_could_not_be_audited():
@@ -181,10 +208,7 @@ def test_only_a_slow_installation_is_left_out(tmp_path, part, installer, left):
         (".venv-uv/bin/uv", installer),
         *((f"bin/{name}", 0) for name in ("python3.11", "python3.13")),
     ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\nexit {status}\n")
-        path.chmod(0o755)
+        executable(tmp_path / name, f"exit {status}")
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     line = [tmp_path / ".ci" / "run", part]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)

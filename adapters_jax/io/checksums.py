@@ -42,7 +42,7 @@ def damage(root: Path) -> str | None:
         return f"{odd[0].relative_to(root).as_posix()} is no ordinary file"
     try:
         for path, (size, digest) in read_json(root / CHECKSUMS, MOST).items():
-            if Path(path).is_absolute() or ".." in Path(path).parts:
+            if not Path(os.path.realpath(root / path)).is_relative_to(os.path.realpath(root)):
                 return f"{CHECKSUMS} names {path!r}, which is not in the directory"
             found = _checksum(root / path)
             if found[0] != size:

@@ -118,6 +118,7 @@ class EncoderTask(Task):
             setup,
             encoder,
             readout.batches(encoder, rows, labels, Batching(size, None, buckets)),
+            self.least_steps,
         )
 
     def _problem(
@@ -272,6 +273,7 @@ class PreparedTexts(Prepared):
         setup: the settings that they were prepared with.
         encoder: the base.
         in_order: the training rows, in order.
+        least_steps: the steps that a head which reads all tokens makes at least.
     """
 
     problem: LabelledProblem
@@ -279,6 +281,7 @@ class PreparedTexts(Prepared):
     setup: Setup
     encoder: Encoder
     in_order: BatchSource
+    least_steps: int
 
     @cached_property
     def identity(self) -> BaseIdentity:
@@ -301,7 +304,7 @@ class PreparedTexts(Prepared):
         constant = Untrained(self.problem.readout.constant_title, self._constant)
         if not self.problem.readout.has_head or self.encoder.head is not None:
             return [constant, Untrained("frozen base", self._frozen)]
-        passes = (EPOCHS, LEAST_STEPS) if self._reads_tokens else ()
+        passes = (EPOCHS, self.least_steps) if self._reads_tokens else ()
         trained = TrainedHead(self._head_problem, *passes)
         return [constant] if self._head_alone else [constant, trained]
 

@@ -4,8 +4,8 @@ A command is a frozen dataclass whose fields are its flags; `examples` and `grou
 help, and `needs_jax = False` says that it works without. Its method `prepare` reads and checks
 everything that the user gave, and returns a function that does the work. What the work needs is
 imported in these methods, so that a help is there before jax is. A `UserError` is printed as one
-line, which ends with its class and the page that explains it. Any other error is a bug, and is
-printed with its traceback.
+line; one whose class says more than its message ends with the class and the page that explains it.
+Any other error is a bug, and is printed with its traceback.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ _OF_USERS = (
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
+PLAIN = ("UserError", "UsageError", "StoppedError")  # their messages say all there is
 EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
@@ -151,7 +152,8 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
 def _message(error: Exception) -> str | None:
     """What an error says to the user; None if it is a bug."""
     if isinstance(error, UserError):
-        return f"{error}\n{EXPLAINED.format(kind=type(error).__name__)}"
+        kind = type(error).__name__
+        return str(error) if kind in PLAIN else f"{error}\n{EXPLAINED.format(kind=kind)}"
     if isinstance(error, OSError) and error.errno in _OF_USERS:
         return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
     return None

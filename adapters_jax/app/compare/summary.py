@@ -17,6 +17,7 @@ from adapters_jax.app.console import duration
 from adapters_jax.app.options.flags import portable, words
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.report import pages
+from adapters_jax.app.report.findings import OF_DAMAGE
 from adapters_jax.app.report.papers import bibtex, papers_of
 from adapters_jax.app.report.pictures import svg, write_png
 from adapters_jax.app.report.run import PERCENT, notes, settings, show_metric
@@ -181,7 +182,7 @@ def rewrite_comparison(out: Path) -> None:
         lines = (out / CELLS).read_text(encoding="utf-8").splitlines()
     try:
         write_comparison(out, summary, [json.loads(line) for line in lines])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except OF_DAMAGE as error:
         if isinstance(error, UserError):
             raise
         raise RunError(f"the files of {out} are damaged: {error!r}; {again}") from error

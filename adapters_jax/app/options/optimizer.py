@@ -142,7 +142,7 @@ class OptimizerOptions:
 
         rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
-        if self.lora_plus is not None:
+        if self.lora_plus not in (None, 1.0):  # older runs store 1.0 for none
             groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx

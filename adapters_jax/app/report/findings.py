@@ -22,6 +22,10 @@ from adapters_jax.tasks.views import Judged
 
 MOST = 4 * 2**20  # characters of the rows of a part
 _LARGEST = 2**26  # bytes of a file, which has other things as well
+# What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
+OF_DAMAGE = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def check_views(run: Run, config: Mapping[str, Any]) -> None:
     judged = read_findings(run).judged
     try:
         task_of(config).views(config, judged)
-    except (KeyError, TypeError, ValueError) as error:
+    except OF_DAMAGE as error:
         raise RunError(f"{run.findings} is damaged: {error!r}; {_again(run)}") from error
 
 

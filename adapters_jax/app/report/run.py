@@ -16,7 +16,7 @@ from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.findings import read_findings
+from adapters_jax.app.report.findings import OF_DAMAGE, read_findings
 from adapters_jax.app.report.papers import bibtex, papers_of
 from adapters_jax.app.report.pictures import (
     Picture,
@@ -147,7 +147,7 @@ def rewrite_report(run: Run, config: Mapping[str, Any]) -> None:
     """
     try:
         write_report(run, config)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except OF_DAMAGE as error:
         if isinstance(error, UserError):
             raise
         raise RunError(f"the files of {run.path} are damaged: {error!r}") from error
