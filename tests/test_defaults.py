@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.errors import raises
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
@@ -16,8 +17,8 @@ from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs.prepare import prepare_run
-from adapters_jax.io.run_directory import Run
+from adapters_jax.app.runs.prepare import prepare_run, resume_run
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.base import TrainedHead, Untrained
 
 
@@ -103,6 +104,25 @@ def test_epochs_that_were_asked_for_are_taken_as_they_are(prepared, options, epo
     job, printed = prepared(**options)
     assert job.optimizer.epochs == epochs
     assert "so that" not in printed
+
+
+def test_a_run_that_goes_on_keeps_the_defaults_that_it_began_with(prepared):
+    wide = {"method": MethodOptions("houlsby", bottleneck_dim=256)}
+    job, _ = prepared(**wide)
+    before = {**job.config["optimizer"], "epochs": 3.0, "learning_rate": 2e-3}
+    job.run.create({**job.config, "optimizer": before})
+    again = resume_run(job.run, job.console, time.perf_counter())
+    assert again.config["optimizer"] == before
+    assert (again.optimizer.epochs, again.optimizer.learning_rate) == (3.0, 2e-3)
+    job.run.unlock(again.lock)
+
+
+@pytest.mark.parametrize("damage", [{"epochs": "two"}, None])
+def test_a_run_whose_passes_cannot_be_read_does_not_go_on(prepared, damage):
+    job, _ = prepared()
+    job.run.create({**job.config, "optimizer": damage and {**job.config["optimizer"], **damage}})
+    with raises(RunError, job.run.config, "optimizer"):
+        resume_run(job.run, job.console, time.perf_counter())
 
 
 def test_a_wide_bottleneck_trains_at_its_own_rate_unless_flags_say_so(prepared):

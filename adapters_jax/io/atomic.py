@@ -51,11 +51,11 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
 def write_file(target: Path, content: Content) -> None:
     """Writes a file under a temporary name, syncs it to disk and renames it to `target`.
 
+    Several that write one path at once leave the file of one of them, whole.
+
     Args:
         target: the path of the file; an old one is replaced.
         content: its bytes, or a function that writes it to a path.
-
-    Several that write one path at once leave the file of one of them, whole.
 
     Raises:
         FileSystemError: the disk is full or cannot be written; an old file is unchanged.

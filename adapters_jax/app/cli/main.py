@@ -28,10 +28,8 @@ DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
 # What the system says of a path or a disk, wherever that happens.
-_OF_USERS = (
-    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-)
+_OF_DISKS = errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+_OF_FILES = (*_OF_DISKS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)  # of sockets as well
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
@@ -154,7 +152,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         kind = type(error).__name__
         return str(error) if kind in PLAIN else f"{error}\n{EXPLAINED.format(kind=kind)}"
-    if isinstance(error, OSError) and error.errno in _OF_USERS:
+    if isinstance(error, OSError) and error.errno in (_OF_FILES if error.filename else _OF_DISKS):
         return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
     return None
 

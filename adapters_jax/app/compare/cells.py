@@ -116,13 +116,19 @@ class Cells:
         if "summary" not in config:
             return None
         summary = config["summary"]
-        return {
-            **found,
-            "trainable_parameters": summary["trainable_parameters"],
-            "dev": summary["dev"],
-            "test": summary["results"][-1]["test"],
-            "seconds": summary["seconds"],
-        }
+        try:
+            return {
+                **found,
+                "trainable_parameters": summary["trainable_parameters"],
+                "dev": summary["dev"],
+                "test": summary["results"][-1]["test"],
+                "seconds": summary["seconds"],
+            }
+        except (LookupError, TypeError) as error:
+            raise RunError(
+                f"{self.run(cell).config} is damaged: its summary lacks {error}; remove that run, "
+                "and it is trained again"
+            ) from error
 
 
 def _shared(config: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def check_views(run: Run, config: Mapping[str, Any]) -> None:
     try:
         task_of(config).views(config, judged)
     except OF_DAMAGE as error:
-        raise RunError(f"{run.findings} is damaged: {error!r}; {_again(run)}") from error
+        where = f"{run.findings} or {run.config}"
+        raise RunError(f"{where} is damaged: {error!r}; {_again(run)}") from error
 
 
 def _again(run: Run) -> str:

@@ -25,7 +25,13 @@ from adapters_jax.tasks.base import Setup
 _LOG = logging.getLogger(__name__)
 
 
-def build_job(options: RunOptions, run: Run, console: Console, began: float) -> Job:
+def build_job(
+    options: RunOptions,
+    run: Run,
+    console: Console,
+    began: float,
+    before: OptimizerOptions | None,
+) -> Job:
     """Reads and checks everything; see `prepare.prepare_run`."""
     check_kernel(options.attention)
     kind = kind_of(options.model)
@@ -65,7 +71,9 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
     )
     prepared = task.prepare(data, setup)
     usual, steps = training, len(prepared.problem.train)
-    if not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
+    if before:
+        training = replace(training, epochs=before.epochs, learning_rate=before.learning_rate)
+    elif not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
         training = training.of_few_rows(task.least_steps, steps)
     for sentence in shared:
         _LOG.warning("warning: %s", sentence)
@@ -77,7 +85,7 @@ def build_job(options: RunOptions, run: Run, console: Console, began: float) -> 
         **prepared.config,
     }
     ways = ways_out(prepared.problem, config, prepared.identity)
-    if training != usual:
+    if training != usual and not before:
         rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
         console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
     return Job(

@@ -78,6 +78,20 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
     raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
 
 
+def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
+    """Reads the passes and the learning rate of a run, which were defaults or options.
+
+    Raises:
+        RunError: they are absent, or of the wrong type.
+    """
+    stored = config.get("optimizer")
+    try:
+        kept = {name: stored[name] for name in ("epochs", "learning_rate")}  # type: ignore[index]
+        return from_plain(OptimizerOptions, kept)
+    except (LookupError, TypeError, UserError) as error:
+        raise RunError(f"{run.config} is damaged: its optimizer: {error}") from error
+
+
 def _with_turns(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which `turns` has its name, which is `loss` in older runs."""
     if settings.get("loss") not in _TURNS:

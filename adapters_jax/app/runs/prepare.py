@@ -7,10 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from adapters_jax.app.console import Console
+from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.runs.budget import seconds_of
 from adapters_jax.app.runs.build import build_job
-from adapters_jax.app.runs.config import check_same, check_unfinished, read_options
+from adapters_jax.app.runs.config import (
+    check_same,
+    check_unfinished,
+    read_options,
+    read_schedule,
+)
 from adapters_jax.app.runs.job import Job
 from adapters_jax.checks import check_number, check_size
 from adapters_jax.distributed.hosts import PROCESSES
@@ -22,7 +28,13 @@ from adapters_jax.recipe import checked_before
 from adapters_jax.tasks import read_run
 
 
-def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -> Job:
+def prepare_run(
+    options: RunOptions,
+    run: Run,
+    console: Console,
+    began: float,
+    before: OptimizerOptions | None = None,
+) -> Job:
     """Reads and checks everything, so that an error is found before training.
 
     Nothing is written; `open_run` makes the directory.
@@ -32,6 +44,7 @@ def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -
         run: the directory of the run.
         console: the console to print to.
         began: the time at which the command began, in seconds of `time.perf_counter`.
+        before: the optimizer of a run that goes on, whose defaults may have been others.
 
     Raises:
         UserError: flags, files, rows or a checkpoint cannot be used.
@@ -53,7 +66,7 @@ def prepare_run(options: RunOptions, run: Run, console: Console, began: float) -
     if options.budget is not None:
         seconds_of(options.budget)
     options = replace(options, model=pinned(options.model))
-    return build_job(options, run, console, began)
+    return build_job(options, run, console, began, before)
 
 
 def open_run(job: Job) -> Job:
@@ -91,7 +104,7 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
     options = read_options(run, config)
     check_unfinished(run, config)
     with checked_before():
-        job = prepare_run(options, run, console, began)
+        job = prepare_run(options, run, console, began, read_schedule(run, config))
     return open_run(job)
 
 
