@@ -15,6 +15,8 @@ from helpers.reports import CONFIG, write_compared, write_page
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.compare.cells import Cells
+from adapters_jax.app.compare.grid import Cell
 from adapters_jax.app.report.run import results_table
 from adapters_jax.errors import FileSystemError, UserError
 from adapters_jax.interop.directories import empty_directory
@@ -112,6 +114,14 @@ def test_comparisons_of_another_form_are_one_sentence(tmp_path, hostile):
         (tmp_path / "out" / "comparison.json").write_text(json.dumps({**summary, "metrics": []}))
     with command_raises(RunError, tmp_path / "out"):
         assert main(["report", str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize("summary", [{"results": []}, {"dev": {}, "results": []}])
+def test_a_cell_without_its_results_is_named(tmp_path, summary):
+    cells, cell = Cells(tmp_path, {}), Cell("lora", 1e-3, 0)
+    cells.run(cell).create({**WHOLE, "summary": summary})
+    with raises(RunError, cells.run(cell).config, "trainable_parameters"):
+        cells.result(cell)
 
 
 def test_a_name_that_is_too_long_is_one_sentence(capsys, tmp_path):
