@@ -112,7 +112,7 @@ def accelerators(results: Path = RESULTS) -> str:
     """The tables of the page of accelerators: the largest models, whole ones, and steps."""
     file = json.loads((results / "accelerators.json").read_text())
     titles = {
-        LARGEST: "The largest model for a card",
+        LARGEST: "The largest of them that fits a card",
         WHOLE: "Memory of whole models, and what their devices exchange in a step",
         COSTS: "A step of each side",
     }

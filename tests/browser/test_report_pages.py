@@ -39,9 +39,9 @@ def test_a_page_fits_and_can_be_read(browser, pages, kind, width, scheme):
         assert page.run(f"contrast_of('var({name})')") >= (4.5 if "color" not in name else 3), name
     assert page.errors() == []
     assert page.asked() - {page.address, "data:,"} == set()
+    page.save_picture(whole=True)
     if kind in PICTURED:
         check_picture(page)
-    page.save_picture(whole=True)
 
 
 @pytest.mark.parametrize("width", [1280, 390])

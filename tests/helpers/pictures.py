@@ -59,7 +59,7 @@ def check_picture(page):
 
 def compare(kept, new, failed):
     """The mean difference of two pictures; more than the limit leaves a file."""
-    assert kept.size == new.size
+    assert kept.size == new.size, f"{failed.name}: {new.size} in place of {kept.size}"
     cells = [np.asarray(each.convert("L").reduce(CELL), float) for each in (kept, new)]
     apart = np.abs(cells[0] - cells[1])
     if apart.mean() > LIMIT:

@@ -71,15 +71,16 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
 
 
 def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
-    """What an error says of a word that is absent and needs no flag; None of any other error."""
+    """What an error says of a flag, or a word without one, that is absent; None of other errors."""
     import cyclopts
 
     argument = error.argument
     if not isinstance(error, cyclopts.MissingArgumentError) or argument is None:
         return None
-    if argument.index is None or argument.name in flags:
+    if any(word.partition("=")[0] == argument.name for word in flags):
         return None
-    return f"{argument.field_info.name.upper()} is missing: {argument.parameter.help}".rstrip(".")
+    name = argument.name if argument.index is None else argument.field_info.name.upper()
+    return f"{name} is missing: {argument.parameter.help}".rstrip(".")
 
 
 def completion(
@@ -225,7 +226,7 @@ def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.
         negative_iterable=(),
         negative_none=(),
         show_default=leaf.default not in (None, (), False, ""),
-        consume_multiple=leaf.is_dict or leaf.is_tuple,
+        consume_multiple=1 if leaf.is_dict or leaf.is_tuple else False,  # of them at least
         allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last value counts
         **_reading(leaf),
     )
