@@ -116,7 +116,7 @@ FITTING = {  # the largest that fit with a base in bfloat16, int8 and int4, or a
     "v6e": ("llama-2-13b", "llama-2-13b", "llama-30b"),
     "v5p": ("llama-30b", "meta-llama-3-70b", "meta-llama-3-70b"),
     "h100": ("llama-30b", "llama-65b", "meta-llama-3-70b"),
-    "h200": ("llama-65b", "meta-llama-3-70b", "meta-llama-3-70b"),
+    "h200": ("llama-65b", "meta-llama-3-70b", "gpt3-175b"),
 }
 CELLS: tuple[Cost | Whole, ...] = (
     *(
@@ -156,7 +156,7 @@ CELLS: tuple[Cost | Whole, ...] = (
     ),
     Whole("meta-llama-3-70b", "lora", "int8", 16, 2048, "v5e:4x4"),
     Whole("gpt3-175b", "lora", "bfloat16", 64, 2048, "v5p:4x4x4"),
-    Whole("llama-7b", "lora", "nf4", 1, 2048, "v5e"),
+    *(Whole(model, "lora", "nf4", 1, 2048, "v5e") for model in ("llama-7b", "llama-2-13b")),
     *(
         Whole(model, "lora", dtype, 1, 2048, device)
         for device, models in FITTING.items()
