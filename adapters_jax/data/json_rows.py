@@ -58,7 +58,7 @@ def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
     """Rows of mappings as rows of values; a key that a row lacks is None there.
 
     Raises:
-        DataError: rows have so many keys of their own that most values would be None.
+        DataError: rows share few keys, so that most values would be None.
     """
     header = list(dict.fromkeys(key for _, row in rows for key in row))
     given = sum(len(row) for _, row in rows)
