@@ -496,9 +496,13 @@ def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
     pace.start(Cell("full", 5e-5, 0))
     pace.show(progress, 0.0, "compiling")
     assert pace.left() is None
-    for now[0], part in ((160.0, 0.1), (162.0, 0.2)):  # compiles a minute; then 2 s for a tenth
+    # Compiles a minute, and half of one for rows of another length; then 2 s for a tenth.
+    for now[0], part in ((160.0, 0.1), (190.0, 0.2), (192.0, 0.3)):
         pace.show(progress, part, f"{part}")
-    assert pace.left() == pytest.approx(3 * (60 + 2 + 16) - 62)
+        assert pace.left() is None
+    now[0] = 194.0
+    pace.show(progress, 0.4, "0.4")
+    assert pace.left() == pytest.approx(3 * (94 + 12) - 94)
     assert shown[0] == (0, "full, learning rate 5e-05, seed 0  compiling")
     pace.start(Cell("full", 5e-5, 1))
     assert pace.left() is None  # it may be of another recipe

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from adapters_jax.texts import visible
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
 TOGETHER = 0.01  # seconds within which updates count as one
+UPDATES = 4  # before which no time is estimated: steps of other lengths still compile
 
 
 class Progress(Protocol):
@@ -117,31 +119,42 @@ class Console:
 
 
 class Pace:
-    """Measures the seconds of a step, from the first update on, since the first step compiles.
+    """Measures the seconds of a step over the latter half of the steps: the first ones compile.
 
-    Updates that come at once, as those of steps that are read late, count as one.
+    Nothing is known before `UPDATES` updates. Updates that come at once, as those of steps that are
+    read late, count as one.
 
     Example:
         >>> pace = Pace()
-        >>> [pace.at(step, now) for step, now in ((1, 60.0), (2, 60.0), (4, 64.0))]
-        [None, None, 2.0]
+        >>> [pace.at(step, now) for step, now in ((1, 60.0), (2, 90.0), (4, 94.0), (6, 98.0))]
+        [None, None, None, 2.0]
     """
 
     def __init__(self) -> None:
-        self.first: tuple[float, float] | None = None
+        self.marks: deque[tuple[float, float]] = deque()
+        self.first = 0.0
+        self.updates = 0
 
     def at(self, step: float, now: float) -> float | None:
-        """The mean seconds of a step up to this one; None if they are not known yet.
+        """The mean seconds of a step, of late; None if they are not known yet.
 
         Args:
             step: the number of steps that are done, or the finished part of a work.
             now: the time, in seconds of `time.monotonic`.
         """
-        first, began = self.first or (step, now)
-        if now - began < TOGETHER:
-            first = step
-        self.first = first, began
-        return (now - began) / (step - first) if step > first else None
+        if self.marks and now - self.marks[-1][1] < TOGETHER:
+            now = self.marks.pop()[1]
+        else:
+            self.updates += 1
+        self.marks.append((step, now))
+        if self.updates == 1:
+            self.first = step
+        while len(self.marks) > 2 and self.marks[1][0] - self.first <= (step - self.first) / 2:
+            self.marks.popleft()
+        since, began = self.marks[0]
+        if self.updates < UPDATES or step <= since:
+            return None
+        return (now - began) / (step - since)
 
 
 class Speed:
