@@ -10,6 +10,7 @@ from benchmarks import readme
 from benchmarks.harness import ROOT
 from benchmarks.report import Report
 
+TITLES = {"cola": "CoLA", "movies": "movie reviews", "stsb": "STS-B", "wnut17": "WNUT-17"}
 # A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
 # part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
@@ -36,8 +37,8 @@ BENCHMARKS = {
     "tasks": "whether training another task changes the outputs of the first one",
     "tracing": "tracing models of 32 layers with LoRA, beside tracing their bases",
     **{
-        f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
-        for data, what in (("cola", "CoLA"), ("movies", "movie reviews"), ("stsb", "STS-B"))
+        f"tradeoff-{data}": f"{what}: score against trainable parameters; an hour, goes on"
+        for data, what in TITLES.items()
     },
 }
 

@@ -1,25 +1,24 @@
 """Trains each task on its data with the default adapter, beside its baselines.
 
-A cell is one command of `adapters-jax finetune` with its defaults. Its run is kept in
-comparisons/: a cell that was interrupted is resumed, and one that is finished is only read. The
-baselines are the best constant prediction and the frozen base, with a trained head where the task
-has a new one.
+A cell is one command of `adapters-jax finetune` with its defaults. A cell whose row the results
+hold is not trained again, and one that was interrupted is resumed from comparisons/. The baselines
+are the best constant prediction and the frozen base, with a trained head where the task has a new
+one. An interrupted run reports what is done, and the same command goes on.
 """
 
+import contextlib
 import json
-import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT
-from benchmarks.report import Report
+from benchmarks.harness import DATA, ROOT
+from benchmarks.report import Report, Row
 
-DATA = Path(os.environ.get("DATA", ROOT.parent / "shared" / "data"))
 DECODER = "--model smollm2-135m --held-out 50 --limit 300"
 
 
@@ -82,22 +81,34 @@ CELLS = (
     ),
     Cell("conversation", "conversations", "--train {}/dummy_conversation.json", DECODER),
 )
+TABLE = "Each task on its data, the default adapter beside its baselines"
 QUICK = "--limit 32 --epochs 1 --max-length 32 --evaluations 1"
 
 
 def run(report: Report, quick: bool) -> None:
     """Trains the cells that are not finished; the first on a few rows if quick."""
     runs = ROOT / "comparisons" / f"baselines{'-quick' * quick}"
-    for row in rows(CELLS[:1] if quick else CELLS, runs, QUICK if quick else ""):
-        report.add("Each task on its data, the default adapter beside its baselines", **row)
+    kept = {row["command"]: row for row in before(report)}
+    with contextlib.suppress(KeyboardInterrupt):  # the table then holds what is done
+        for row in rows(CELLS[:1] if quick else CELLS, runs, QUICK if quick else "", kept):
+            report.add(TABLE, **row)
 
 
-def rows(cells: tuple[Cell, ...], runs: Path, more: str) -> Iterator[dict[str, Any]]:
-    """Trains cells, and yields a row of each."""
+def before(report: Report) -> list[Row]:
+    """The rows of the results that the report is going to replace."""
+    path = report.directory / f"{report.name}.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [{name: value for name, value in row.items() if name != "table"} for row in found]
+
+
+def rows(
+    cells: tuple[Cell, ...], runs: Path, more: str, kept: Mapping[str, Row]
+) -> Iterator[dict[str, Any]]:
+    """Trains cells, and yields a row of each; those of `kept` commands are taken as they are."""
     for cell in cells:
         name = f"{cell.task}-{cell.data}"
         command = [*cell.words(name, runs), *shlex.split(f"{cell.more} {more}")]
-        yield shown(cell, finished(command, runs / name), command)
+        yield kept.get(_shown(command)) or row_of(cell, finished(command, runs / name), command)
 
 
 def finished(command: list[str], run: Path) -> Any:
@@ -116,7 +127,7 @@ def _finished(run: Path) -> bool:
     return config.is_file() and "summary" in json.loads(config.read_text())
 
 
-def shown(cell: Cell, config: Any, command: list[str]) -> dict[str, Any]:
+def row_of(cell: Cell, config: Any, command: list[str]) -> dict[str, Any]:
     """The row of a finished cell: the first metric on test, of each method."""
     metric, summary = config["metrics"][0], config["summary"]
     *others, ours = summary["results"]
@@ -131,15 +142,15 @@ def shown(cell: Cell, config: Any, command: list[str]) -> dict[str, Any]:
         "ours": ours["test"][metric],
         "method": config["method"],
         "minutes": summary["seconds"] / 60,
-        "command": f"`adapters-jax {shlex.join(_without_paths(command))}`",
+        "command": _shown(command),
     }
 
 
-def _without_paths(command: list[str]) -> list[str]:
-    """The words without where runs are, and with the data's folder as DATA."""
+def _shown(command: list[str]) -> str:
+    """A command without where its runs are, and with the data's folder as DATA."""
     kept = [
-        word
+        word.replace(str(DATA), "DATA")
         for word, before in zip(command, ["", *command], strict=False)
         if not {word, before} & {"--runs", "--name"}
     ]
-    return [word.replace(str(DATA), "DATA") for word in kept]
+    return f"`adapters-jax {shlex.join(kept)}`"

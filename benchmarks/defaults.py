@@ -6,32 +6,21 @@ preset. The frozen base with a trained head, at its own defaults, is the baselin
 CoLA, Houlsby's adapters at m = 256 get several rates; the rates of m = 64 on more rows are those of
 `tradeoff`, which is read. A score on dev is divided by the best of its data set and method, and the
 setting with the highest mean over all data sets is the best one; test is only reported. Dev is
-scored once in a pass, where a run of `finetune` scores it twice. An interrupted run writes
-the tables of what is done, and continues with its cells in comparisons/; the results hold the
-result of each cell.
+scored once in a pass, where a run of `finetune` scores it twice. An interrupted run writes the
+tables of what is done, and the same command goes on.
 """
 
 import contextlib
-import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_jax.app.options.method import PRESETS
 from benchmarks import tradeoff
-from benchmarks.baselines import DATA
-from benchmarks.harness import ROOT
+from benchmarks.cells import SETS, Cells, Store, read
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, Row
 
-SETS = {
-    "cola": "--glue cola --data {}/cola",
-    "stsb": "--glue stsb --data {}/stsb",
-    "wnut17": "--task token-classification --train {0}/wnut17/wnut17train.conll "
-    "--dev {0}/wnut17/emerging.dev.conll",
-    "movies": "",
-}
 ROWS, WIDE_ROWS, WIDE_PASSES = 900, 4000, 3.0
 FROZEN, WIDE = "head-only", "houlsby --bottleneck-dim 256"
 METHODS = {"houlsby": (2e-3, 1e-3, 4e-3, 5e-4), "lora": (2e-3, 4e-3, 1e-3, 8e-3)}
@@ -39,99 +28,41 @@ PASSES, OTHERS = 12.0, (3.0, 6.0, 24.0)  # 12 passes are the default on 900 rows
 WIDE_RATES = (1e-3, 2e-3, 5e-4)
 
 
-@dataclass(frozen=True)
-class Cells:
-    """A comparison on a data set.
-
-    Attributes:
-        data: a key of `SETS`.
-        rows: the number of training rows.
-        recipes: the recipes with the learning rates to try.
-        passes: the passes over the rows; None is the default of the recipe.
-    """
-
-    data: str
-    rows: int
-    recipes: tuple[str, ...]
-    passes: float | None = None
-
-    def train(self, root: Path, more: Sequence[str]) -> None:
-        """Trains the cells that are not finished."""
-        flags = [*SETS[self.data].format(DATA).split(), "--limit", str(self.rows)]
-        flags += [] if self.passes is None else ["--epochs", f"{self.passes:g}"]
-        flags += ["--recipes", *self.recipes, "--seeds", "0", "--evaluations", "1", *more]
-        tradeoff.compared([*flags, "--out", str(self._out(root))])
-
-    def done(self, root: Path) -> list[Row]:
-        """The results of the cells that are finished."""
-        shared = {"data": self.data, "rows": self.rows, "passes": self.passes}
-        return [{**shared, **cell} for cell in _read(self._out(root) / "cells.jsonl")]
-
-    def _out(self, root: Path) -> Path:
-        passes = "own" if self.passes is None else f"{self.passes:g}"
-        return root / f"{self.data}-{self.rows}-{passes}"
-
-
-def _read(path: Path) -> list[Row]:
-    """The finished cells of a comparison, with the scores by their first metric.
-
-    The scores of a training that diverged are 0.
-    """
-    cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for cell in cells:
-        metric = next(iter(cell.get("dev", ())), None)
-        scores = {part: cell[part][metric] if metric else 0.0 for part in ("dev", "test")}
-        cell |= {"metric": metric, "score": scores}
-    return cells
-
-
 def grid() -> Iterator[Cells]:
-    """The comparisons, the most telling first."""
-    every = tuple(_with_rates(method, rates) for method, rates in METHODS.items())
-    own = tuple(_with_rates(method, rates[:1]) for method, rates in METHODS.items())
-    for recipes, passes in ((every, PASSES), *((own, passes) for passes in OTHERS)):
-        yield from (Cells(data, ROWS, recipes, passes) for data in SETS)
-    yield from (Cells(data, ROWS, (FROZEN,)) for data in SETS)
-    yield Cells("cola", WIDE_ROWS, (_with_rates(WIDE, WIDE_RATES),), WIDE_PASSES)
-
-
-def _with_rates(recipe: str, rates: Sequence[float]) -> str:
-    return " ".join([recipe, "--learning-rates", *(f"{rate:g}" for rate in rates)])
+    """The trainings, the most telling first."""
+    yield from (Cells(data, ROWS, FROZEN) for data in SETS)
+    plans = [(PASSES, len(METHODS["lora"])), *((passes, 1) for passes in OTHERS)]
+    for passes, tried in plans:
+        for data in SETS:
+            for method, rates in METHODS.items():
+                yield Cells(data, ROWS, method, rates[:tried], passes)
+    yield Cells("cola", WIDE_ROWS, WIDE, WIDE_RATES, WIDE_PASSES)
 
 
 def run(report: Report, quick: bool) -> None:
-    """Trains the cells that are missing; two comparisons on a few rows if quick."""
-    root = ROOT / "comparisons" / f"defaults{'-quick' * quick}"
-    chosen, more = list(grid()), []
+    """Trains the cells that are missing; a few on a few rows if quick."""
+    chosen, more = list(grid()), ["--evaluations", "1"]
     if quick:
-        chosen = [Cells("movies", 32, ("lora",), PASSES), Cells("movies", 32, (FROZEN,))]
-        more = ["--max-length", "16"]
+        chosen = [Cells("movies", 32, "lora", (), PASSES), Cells("movies", 32, FROZEN)]
+        more += ["--max-length", "16"]
+    store = Store(report, more)
     with contextlib.suppress(KeyboardInterrupt):  # the tables then hold what is done
         for cells in chosen:
-            cells.train(root, more)
-    report.add("Cells that are done; the same command goes on", **progress(chosen, root))
-    write(report, [cell for cells in chosen for cell in cells.done(root)])
-
-
-def progress(chosen: Sequence[Cells], root: Path) -> Row:
-    """How many cells are done, of how many."""
-    rates = [
-        recipe.partition("--learning-rates ")[2] for cells in chosen for recipe in cells.recipes
-    ]
-    done = sum(len(cells.done(root)) for cells in chosen)
-    return {"done": done, "of": sum(len(each.split()) or 1 for each in rates)}
+            store.train(cells)
+    finished = [row for cells in chosen for row in cells.of(store.rows)]
+    of = sum(len(cells) for cells in chosen)
+    report.add("Cells that are done; the same command goes on", done=len(finished), of=of)
+    write(report, finished)
 
 
 def write(report: Report, cells: Sequence[Row], results: Path = RESULTS) -> None:
-    """Writes the tables of finished cells, and the cells beside them.
+    """Writes the tables of finished cells.
 
     Args:
         report: the report.
-        cells: the cells, as `Cells.done` returns them.
+        cells: the cells, as `Store.train` returns them.
         results: the directory with the cells of `tradeoff`.
     """
-    lines = "".join(json.dumps(cell) + "\n" for cell in cells)
-    (report.directory / f"{report.name}-cells.jsonl").write_text(lines)
     small = [cell for cell in cells if cell["recipe"] in METHODS]
     for method in METHODS:
         for row in ranked([cell for cell in small if cell["recipe"] == method]):
@@ -185,8 +116,8 @@ def _is_default(cell: Row) -> bool:
 def _of_tradeoff(results: Path) -> list[Row]:
     """The cells of `tradeoff` in which all rates of Houlsby's adapters, m = 64, were tried."""
     return [
-        {**cell, "data": data, "passes": None}
-        for data in tradeoff.DATA
-        for cell in _read(results / f"tradeoff-{data}-cells.jsonl")
+        cell
+        for data in SETS
+        for cell in read(results / f"tradeoff-{data}-cells.jsonl")
         if cell["recipe"] == tradeoff.HOULSBY and cell["seed"] == 0
     ]

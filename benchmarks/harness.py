@@ -4,6 +4,7 @@ Contenders are timed in turn in one run, so that a slow minute of the machine af
 For the same reason their ratio is taken round by round.
 """
 
+import os
 import random
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("DATA", ROOT.parent / "shared" / "data"))  # of the tasks
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ COSTS, WHOLE = "A step, its costs from two and three layers", "Whole models, lay
 LARGEST = "The largest compiled models that fit one card, LoRA"
 BLUE, GREY = "#0f62a8", "#b8bec7"
 Row = dict[str, Any]
-Verdict = Literal["reproduced", "in part", "not reproduced"]
+Verdict = Literal["reproduced", "in part", "undecided", "not reproduced"]
 
 
 def _read(path: str, key: str) -> str:

@@ -14,15 +14,12 @@ from helpers.programs import operations
 
 from benchmarks import (
     __main__,
-    baselines,
-    defaults,
     harness,
     llama,
     readme,
     scale,
     step,
     tracing,
-    tradeoff,
     tunix_llama,
     workers,
 )
@@ -323,143 +320,8 @@ def test_the_section_of_results(tmp_path):
     assert page.read_text() == "no marks"
 
 
-def test_a_tradeoff_is_judged_by_its_means(tmp_path, monkeypatch):
-    def row(recipe, percent, mean):
-        test = {"accuracy": {"mean": mean, "deviation": 0.01}}
-        known = {"trainable_parameters": 7, "learning_rate": 1e-3, "tuned": True, "seeds": [0, 1]}
-        return {"recipe": recipe, "percent": percent, "test": test, **known}
-
-    monkeypatch.setattr(tradeoff, "ROOT", tmp_path)
-    out = tmp_path / "comparisons" / "movies"
-    out.mkdir(parents=True)
-    (out / "comparison.png").write_bytes(b"a picture")
-    (out / "cells.jsonl").write_text("every seed")
-    calls = []
-    for percent, mean, verdict in (
-        (2.7, 0.8465, "reproduced"),
-        (2.7, 0.8455, "not reproduced"),
-        (4.1, 0.8600, "not reproduced"),
-    ):
-        rows = [row(tradeoff.HOULSBY, percent, mean), row(tradeoff.FULL, 100.0, 0.85)]
-        found = {"metrics": ["accuracy", "f1"], "recipes": rows}
-        monkeypatch.setattr(tradeoff, "compared", lambda flags, f=found: calls.append(flags) or f)
-        report = Report("tradeoff-movies", "python -m benchmarks tradeoff-movies", tmp_path)
-        tradeoff.run(report, False, "movies")
-        claim, limit = report.rows[-1], report.rows[-2]
-        assert claim["verdict"] == verdict
-        assert limit["measured"] == pytest.approx(85 - 100 * mean)
-    assert claim["ours"] == "86.0 against 85.0 with 4.1 %"
-    assert (tmp_path / "tradeoff-movies.png").read_bytes() == b"a picture"
-    assert (tmp_path / "tradeoff-movies-cells.jsonl").read_text() == "every seed"
-    assert calls[0][:2] == ["--limit", "4000"]
-    assert set(tradeoff.RECIPES) < set(calls[0])
-
-
 @pytest.mark.slow
 def test_files_may_be_read_before_they_are_written_in_a_round(tmp_path):
     """Every round has an order of its own; the whole runs at toy sizes."""
     assert __main__.main(["files", "--quick", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "files.json").read_text())["rows"]
-
-
-def test_a_finished_cell_is_read_and_not_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines.subprocess, "run", lambda *words, **options: 1 / 0)
-    cell = baselines.Cell("regression", "stsb", "--train {}/rows.tsv", "--limit 9")
-    run = tmp_path / "regression-stsb"
-    run.mkdir()
-    scores = [("mean", 0.0), ("head-only", 0.5), ("houlsby", 0.75)]
-    results = [{"method": name, "test": {"pearson": score}} for name, score in scores]
-    summary = {"seconds": 90, "results": results}
-    config = {"metrics": ["pearson"], "method": "houlsby", "rows": {"train": 9}, "summary": summary}
-    (run / "config.json").write_text(json.dumps(config))
-    (row,) = baselines.rows((cell,), tmp_path, "")
-    assert [row[name] for name in ("constant", "frozen base", "ours", "minutes", "rows")] == [
-        0.0,
-        0.5,
-        0.75,
-        1.5,
-        9,
-    ]
-    words = "adapters-jax finetune --task regression --train DATA/stsb/rows.tsv --limit 9"
-    assert row["command"] == f"`{words}`"
-    del config["summary"]
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZeroDivisionError):  # it would go on
-        [*baselines.rows((cell,), tmp_path, "")]
-
-
-def _cell(data, recipe, passes, rate, dev, test):
-    """A finished cell, as `defaults.Cells.train` returns it."""
-    about = {"data": data, "metric": "f1", "rows": 900, "passes": passes, "recipe": recipe}
-    return {**about, "learning_rate": rate, "score": {"dev": dev, "test": test}, "seconds": 60.0}
-
-
-def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
-    cells = [
-        _cell("a", "lora", 12.0, 2e-3, 0.4, 0.3),
-        _cell("a", "lora", 12.0, 4e-3, 0.5, 0.9),
-        _cell("b", "lora", 12.0, 2e-3, 0.8, 0.7),
-        _cell("b", "lora", 12.0, 4e-3, 0.6, 0.9),
-        _cell("a", "lora", 3.0, 2e-3, 0.25, 0.9),  # b has no cell of this setting
-        _cell("a", "head-only", None, 1e-2, 0.9, 0.25),
-        _cell("b", "head-only", None, 1e-2, 0.9, 0.75),
-        _cell("cola", defaults.WIDE, 3.0, 1e-3, 0.25, 0.5),
-    ]
-    wide = {"recipe": tradeoff.HOULSBY, "seed": 0, "test": {"f1": 0.5, "accuracy": 0.9}}
-    lines = [
-        {**wide, "learning_rate": 1e-3, "dev": {"f1": 0.5, "accuracy": 0.1}},
-        {**wide, "learning_rate": 2e-3, "dev": {"f1": 0.25, "accuracy": 0.9}},
-        {**wide, "learning_rate": 4e-3, "stopped": "step 3"},
-        {**wide, "learning_rate": 1e-3, "dev": {"f1": 0.9}, "seed": 1},  # not all rates have it
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "tradeoff-cola-cells.jsonl").write_text(text)
-    report = Report("defaults", "python -m benchmarks defaults", tmp_path)
-    defaults.write(report, cells, tmp_path)
-    tables = {}
-    for row in report.rows:
-        tables.setdefault(row["table"].partition(":")[0], []).append(row)
-    assert [
-        (row["learning rate"], row["mean"], row["default"]) for row in tables["Dev, 900 rows"]
-    ] == [
-        (2e-3, pytest.approx(0.9), True),
-        (4e-3, pytest.approx(0.875), False),
-        (2e-3, None, False),
-    ]
-    assert tables["Dev, 900 rows"][2]["a"] == pytest.approx(0.5)
-    more = [(row["learning rate"], row["mean"]) for row in tables["Dev, the rows of tradeoff"]]
-    assert more == [(1e-3, 1.0), (2e-3, 0.5), (4e-3, 0.0)]
-    above = [(row["data"], row["points above"]) for row in tables["Test"]]
-    assert above == [("a", pytest.approx(5)), ("b", pytest.approx(-5))]
-    assert [row["met"] for row in tables["Wanted"]] == [True, False]
-    (wide,) = tables[f"{defaults.WIDE} on cola"]
-    assert (wide["learning rate"], wide["dev x 100"], wide["test x 100"]) == (1e-3, 25.0, 50.0)
-    kept = (tmp_path / "defaults-cells.jsonl").read_text().splitlines()
-    assert [*map(json.loads, kept)] == cells
-
-
-def test_the_sweep_takes_each_data_set_and_counts_a_divergence_as_nothing(tmp_path, monkeypatch):
-    calls = []
-
-    def compared(flags):
-        calls.append(flags)
-        out = Path(flags[flags.index("--out") + 1])
-        out.mkdir(parents=True)
-        stopped, found = {"recipe": "lora", "stopped": "step 3"}, {"test": {"f1": 0.25}}
-        cells = [stopped, {**found, "dev": {"f1": 0.5}}]
-        (out / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
-
-    monkeypatch.setattr(tradeoff, "compared", compared)
-    cells = defaults.Cells("cola", 900, ("lora --learning-rates 0.002",), 12.0)
-    assert cells.done(tmp_path) == []
-    cells.train(tmp_path, ["--max-length", "16"])
-    stopped, found = cells.done(tmp_path)
-    planned = 4 * (8 + 3 * 2 + 1) + 3  # of each set: rates, other passes, frozen; and m = 256
-    assert defaults.progress([*defaults.grid()], tmp_path) == {"done": 2, "of": planned}
-    assert stopped["score"] == {"dev": 0.0, "test": 0.0}
-    assert found["score"] == {"dev": 0.5, "test": 0.25}
-    assert (found["data"], found["metric"], found["passes"]) == ("cola", "f1", 12.0)
-    expected = "--limit 900 --epochs 12 --recipes lora_--learning-rates_0.002 --seeds 0"
-    assert expected in " ".join(word.replace(" ", "_") for word in calls[0])
-    planned = [cells for cells in defaults.grid() if cells.rows == 900]
-    assert {cells.data for cells in planned if cells.passes is None} == {*defaults.SETS}

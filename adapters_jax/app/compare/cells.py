@@ -122,6 +122,7 @@ class Cells:
                 "trainable_parameters": summary["trainable_parameters"],
                 "dev": summary["dev"],
                 "test": summary["results"][-1]["test"],
+                "best_step": summary["best_step"],
                 "seconds": summary["seconds"],
             }
         except (LookupError, TypeError) as error:

@@ -1,0 +1,233 @@
+"""Benchmarks whose trainings are kept: the defaults, the trade-off, the tasks beside baselines."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import baselines, cells, defaults, tradeoff
+from benchmarks.report import Report
+
+
+def _trained(score, monkeypatch):
+    """Replaces trainings: the scores of a cell are those of `score(recipe, rate, seed)`.
+
+    Returns the list of flags of each comparison.
+    """
+    calls = []
+
+    def compared(flags):
+        calls.append(flags)
+        given = {name: [*values] for name, *values in _split(flags)}
+        recipe, _, rates = given["--recipes"][0].partition(" --learning-rates ")
+        out, lines = Path(given["--out"][0]), []
+        for rate in map(float, rates.split() or ["0.002"]):
+            for seed in map(int, given["--seeds"]):
+                dev, test, size = score(recipe, rate, seed)
+                cell = {"recipe": recipe, "learning_rate": rate, "seed": seed, "seconds": 60.0}
+                scores = {"dev": {"f1": dev, "x": 0.0}, "test": {"f1": test, "x": 0.0}}
+                ended = {**scores, "trainable_parameters": size, "best_step": 126}
+                lines.append({**cell, **({"stopped": "step 3"} if dev is None else ended)})
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(cells, "compared", compared)
+    return calls
+
+
+def _split(flags):
+    """The flags with their values."""
+    found = []
+    for word in flags:
+        if word.startswith("--"):
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def _tables(report):
+    tables = {}
+    for row in report.rows:
+        tables.setdefault(row["table"].partition(":")[0], []).append(row)
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("above", "apart", "size", "verdict"),
+    [
+        (0.3, 0.01, 27, "reproduced"),
+        (0.3, 2.0, 27, "undecided"),
+        (1.0, 0.01, 27, "not reproduced"),
+        (-9.0, 0.01, 41, "not reproduced"),
+    ],
+)
+def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
+    tmp_path, monkeypatch, above, apart, size, verdict
+):
+    best = {tradeoff.HOULSBY: 4e-3, tradeoff.FULL: 2.5e-5}  # beyond the first rates
+
+    def score(recipe, rate, seed):
+        if recipe not in best:
+            return 0.5, 0.5, 9
+        if rate == 16e-3:
+            return None, None, None
+        dev = 0.8 - abs(math.log2(rate / best[recipe])) / 10
+        full = recipe == tradeoff.FULL
+        return dev, (80 + above * full + apart * seed) / 100, 1000 if full else size
+
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    calls = _trained(score, monkeypatch)
+    report = Report("tradeoff-cola", "python -m benchmarks tradeoff-cola", tmp_path)
+    tradeoff.run(report, False, "cola")
+    tables = _tables(report)
+    shown = {row["recipe"]: row for row in tables["cola, test f1 x 100"]}
+    ours, full = shown[tradeoff.HOULSBY], shown[tradeoff.FULL]
+    assert (ours["learning rate"], full["learning rate"]) == (4e-3, 2.5e-5)
+    assert ours["tried"] == "0.0005, 0.001, 0.002, 0.004, 0.008"
+    assert full["tried"] == "1.25e-05, 2.5e-05, 5e-05, 0.0001, 0.0002"
+    assert ours["inside"] and (ours["seeds"], ours["diverged"]) == (5, 0)
+    assert ours["best pass"] == 2.0  # 126 steps of 63 in a pass
+    assert full["mean"] - ours["mean"] == pytest.approx(above)
+    assert ours["deviation"] == pytest.approx(apart * 10**0.5 / 2)
+    assert shown["layer-norms"]["seeds"] == 1
+    (limit,), (claim,) = tables["Wanted"], tables["Claims"]
+    assert limit["measured"] == pytest.approx(above)
+    assert claim["verdict"] == verdict
+    if verdict == "reproduced":  # Welch's interval by its formula: equal variances, 8 degrees
+        half = 2.306 * apart * 10**0.5 / 2 * (2 / 5) ** 0.5
+        low, high = above - half, above + half
+        assert claim["ours"].endswith(f"2.7 %, {low:.1f} to {high:.1f} points below")
+    assert (tmp_path / "tradeoff-cola.png").read_bytes()[1:4] == b"PNG"
+    done = len(calls)
+    tradeoff.run(Report("tradeoff-cola", "again", tmp_path), False, "cola")
+    assert len(calls) == done  # nothing is trained twice
+
+
+def test_rates_end_where_each_further_one_is_better(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    _trained(lambda recipe, rate, seed: (rate, rate, 9), monkeypatch)
+    store = cells.Store(Report("tradeoff-cola", "", tmp_path))
+    first = cells.Cells("cola", 9, "lora", (1e-3,), 1.0)
+    assert tradeoff.tuned(store, first) == 16e-3  # the sixth
+    assert len(first.of(store.rows)) == 1
+
+
+def test_a_finished_cell_is_read_and_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines.subprocess, "run", lambda *words, **options: 1 / 0)
+    cell = baselines.Cell("regression", "stsb", "--train {}/rows.tsv", "--limit 9")
+    run = tmp_path / "regression-stsb"
+    run.mkdir()
+    scores = [("mean", 0.0), ("head-only", 0.5), ("houlsby", 0.75)]
+    results = [{"method": name, "test": {"pearson": score}} for name, score in scores]
+    summary = {"seconds": 90, "results": results}
+    config = {"metrics": ["pearson"], "method": "houlsby", "rows": {"train": 9}, "summary": summary}
+    (run / "config.json").write_text(json.dumps(config))
+    (row,) = baselines.rows((cell,), tmp_path, "", {})
+    assert [row[name] for name in ("constant", "frozen base", "ours", "minutes", "rows")] == [
+        0.0,
+        0.5,
+        0.75,
+        1.5,
+        9,
+    ]
+    words = "adapters-jax finetune --task regression --train DATA/stsb/rows.tsv --limit 9"
+    assert row["command"] == f"`{words}`"
+    assert [*baselines.rows((cell,), tmp_path, "", {row["command"]: {"kept": 1}})] == [{"kept": 1}]
+    del config["summary"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZeroDivisionError):  # it would go on
+        [*baselines.rows((cell,), tmp_path, "", {})]
+
+
+def _cell(data, recipe, passes, rate, dev, test):
+    """A finished cell, as `defaults.Cells.train` returns it."""
+    about = {"data": data, "metric": "f1", "rows": 900, "passes": passes, "recipe": recipe}
+    return {**about, "learning_rate": rate, "score": {"dev": dev, "test": test}, "seconds": 60.0}
+
+
+def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
+    finished = [
+        _cell("a", "lora", 12.0, 2e-3, 0.4, 0.3),
+        _cell("a", "lora", 12.0, 4e-3, 0.5, 0.9),
+        _cell("b", "lora", 12.0, 2e-3, 0.8, 0.7),
+        _cell("b", "lora", 12.0, 4e-3, 0.6, 0.9),
+        _cell("a", "lora", 3.0, 2e-3, 0.25, 0.9),  # b has no cell of this setting
+        _cell("a", "head-only", None, 1e-2, 0.9, 0.25),
+        _cell("b", "head-only", None, 1e-2, 0.9, 0.75),
+        _cell("cola", defaults.WIDE, 3.0, 1e-3, 0.25, 0.5),
+    ]
+    wide = {"recipe": tradeoff.HOULSBY, "seed": 0, "test": {"f1": 0.5, "accuracy": 0.9}}
+    lines = [
+        {**wide, "learning_rate": 1e-3, "dev": {"f1": 0.5, "accuracy": 0.1}},
+        {**wide, "learning_rate": 2e-3, "dev": {"f1": 0.25, "accuracy": 0.9}},
+        {**wide, "learning_rate": 4e-3, "stopped": "step 3"},
+        {**wide, "learning_rate": 1e-3, "dev": {"f1": 0.9}, "seed": 1},  # not all rates have it
+    ]
+    text = "".join(json.dumps({**line, "data": "cola", "passes": None}) + "\n" for line in lines)
+    (tmp_path / "tradeoff-cola-cells.jsonl").write_text(text)
+    report = Report("defaults", "python -m benchmarks defaults", tmp_path)
+    defaults.write(report, finished, tmp_path)
+    tables = _tables(report)
+    assert [
+        (row["learning rate"], row["mean"], row["default"]) for row in tables["Dev, 900 rows"]
+    ] == [
+        (2e-3, pytest.approx(0.9), True),
+        (4e-3, pytest.approx(0.875), False),
+        (2e-3, None, False),
+    ]
+    assert tables["Dev, 900 rows"][2]["a"] == pytest.approx(0.5)
+    more = [(row["learning rate"], row["mean"]) for row in tables["Dev, the rows of tradeoff"]]
+    assert more == [(1e-3, 1.0), (2e-3, 0.5), (4e-3, 0.0)]
+    above = [(row["data"], row["points above"]) for row in tables["Test"]]
+    assert above == [("a", pytest.approx(5)), ("b", pytest.approx(-5))]
+    assert [row["met"] for row in tables["Wanted"]] == [True, False]
+    (wide,) = tables[f"{defaults.WIDE} on cola"]
+    assert (wide["learning rate"], wide["dev x 100"], wide["test x 100"]) == (1e-3, 25.0, 50.0)
+
+
+def test_a_cell_is_trained_once_and_a_divergence_counts_as_nothing(tmp_path, monkeypatch):
+    def score(recipe, rate, seed):
+        return (None, None, None) if rate == 4e-3 else (0.5, 0.25, 9)
+
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    calls = _trained(score, monkeypatch)
+    store = cells.Store(Report("defaults", "", tmp_path), ["--max-length", "16"])
+    first = cells.Cells("cola", 900, "lora", (2e-3, 4e-3), 12.0)
+    found, stopped = store.train(first)
+    assert stopped["score"] == {"dev": 0.0, "test": 0.0}
+    assert found["score"] == {"dev": 0.5, "test": 0.25}
+    assert (found["data"], found["metric"], found["passes"]) == ("cola", "f1", 12.0)
+    given = {name: values for name, *values in _split(calls[0])}
+    assert given["--recipes"] == ["lora --learning-rates 0.002 0.004"]
+    assert (given["--limit"], given["--epochs"], given["--seeds"]) == (["900"], ["12"], ["0"])
+    assert given["--max-length"] == ["16"]
+    # Another checkout has the results alone, and trains what they lack.
+    monkeypatch.setattr(cells, "ROOT", tmp_path / "another")
+    store = cells.Store(Report("defaults", "", tmp_path))
+    assert store.train(first) == [found, stopped] and len(calls) == 1
+    more = replace(first, rates=(2e-3, 1e-3))
+    assert len(store.train(more)) == 2
+    assert dict(_split(calls[1])[3:4]) == {"--epochs": "12"}
+    assert ["--recipes", "lora --learning-rates 0.001"] in _split(calls[1])
+    again = replace(first, rates=(2e-3,), seeds=(0, 1))
+    assert len(store.train(again)) == 2 and ["--seeds", "1"] in _split(calls[2])
+    assert len(store.train(replace(first, rates=()))) == 3
+    assert len(store.train(replace(first, passes=None, rates=()))) == 1 and len(calls) == 4
+    assert store.rows == cells.read(store.path)
+    calls.clear()
+    monkeypatch.setattr(cells, "compared", lambda flags: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # keeps what was done before
+        store.train(replace(first, seeds=(0, 2)))
+    assert cells.read(store.path) == store.rows
+
+
+def test_the_sweep_takes_each_data_set():
+    planned = 4 * (8 + 3 * 2 + 1) + 3  # of each set: rates, other passes, frozen; and m = 256
+    grid = [*defaults.grid()]
+    assert sum(map(len, grid)) == planned
+    for each in grid:
+        assert each.data in cells.SETS
+    assert {each.data for each in grid if each.passes is None} == {*cells.SETS}
