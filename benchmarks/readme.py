@@ -23,6 +23,7 @@ PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
     "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
+    "tradeoff-wnut17": "WNUT-17: F1 of entities on test against trainable parameters",
     "peers": "Step time, memory and latency beside other libraries",
     "latency": "What unmerged adapters add to a forward pass of GPT-2 medium",
 }
