@@ -25,10 +25,10 @@ from adapters_jax.app.runs.stopping import InterruptedRunError
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.readers import DataError, read_file
 from adapters_jax.inference import load_predictor
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.interop.names import to_tensors
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models import FAMILIES
-from adapters_jax.models.family import MASKED
 from adapters_jax.pretrained.encoder import load_encoder
 from adapters_jax.serving.labels import EncoderBase
 from adapters_jax.tasks import TASKS
@@ -260,6 +260,17 @@ def test_a_merged_run_is_a_masked_language_model():
     before = own.classifier(1).apply({"params": own.under(own.head)}, ids)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(before - expected).max() > 1e-2
+    # In PEFT, it is an adapter of the masked language model, whose encoder has a name.
+    assert main(["convert", "runs/run", "there", "--to", "peft"]) == 0
+    config = json.loads(Path("there/adapter_config.json").read_text())
+    assert config["task_type"] is None
+    assert all(name.startswith("bert.encoder.") for name in config["target_modules"])
+    assert "import AutoModelForMaskedLM\n" in Path("there/README.md").read_text()
+    assert main(["convert", "there", "back", "--to", "native", "--model", "tiny"]) == 0
+    (_, was), (_, now) = (aj.read_adapter(path)[:2] for path in ("runs/run/adapter", "back"))
+    assert {f"bert/{path}" for path in now} == {*was}
+    for path, leaf in now.items():
+        np.testing.assert_array_equal(leaf, was[f"bert/{path}"])
 
 
 def test_texts_to_predict_have_masks_that_fit():

@@ -13,8 +13,8 @@ from test_image_classification import FIXTURES, write_vit
 import adapters_jax as aj
 from adapters_jax.data.pixels import Preprocessing
 from adapters_jax.interop.adapterhub import save_adapterhub
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.interop.peft import save_peft
-from adapters_jax.models.family import MASKED
 from adapters_jax.models.registry import FAMILIES
 from adapters_jax.pretrained.encoder import load_encoder
 
@@ -37,6 +37,16 @@ MODELS = {
     "distilbert": lambda: transformers.DistilBertForMaskedLM(
         transformers.DistilBertConfig(
             vocab_size=60, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=16
+        )
+    ),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            **SIZES,
+            pad_token_id=0,
+            local_attention=4,
+            classifier_activation="silu",
+            norm_eps=1e-3,
+            reference_compile=False,
         )
     ),
 }

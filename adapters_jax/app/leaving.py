@@ -14,10 +14,10 @@ from flax import nnx
 
 from adapters_jax.app.report.card import Source
 from adapters_jax.errors import UserError, shortened
-from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.base_model import MASKED, BaseModel
 from adapters_jax.interop.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
 from adapters_jax.io.identity import BaseIdentity
-from adapters_jax.models.family import MASKED, Family
+from adapters_jax.models.family import Family
 from adapters_jax.pretrained.base_model import described, heads_of
 from adapters_jax.pretrained.locate import find_family, read_config
 from adapters_jax.recipe import checked_before

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from adapters_jax.app.leaving import check_writable
 from adapters_jax.errors import BaseFileError, file_errors
 from adapters_jax.interop import huggingface
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.interop.names import to_tensors
-from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.checkpoint import save_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder

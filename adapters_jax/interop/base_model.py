@@ -13,6 +13,8 @@ from adapters_jax.io import hub
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.trees import flatten
 
+MASKED = "masked tokens"  # what the head of a masked language model reads
+
 
 @dataclass(frozen=True)
 class BaseModel:

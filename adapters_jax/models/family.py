@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.interop.names import NameTable
 
-MASKED = "masked tokens"  # what the head of a masked language model reads
 Kind = Literal["encoder", "decoder", "encoder-decoder", "vision"]
 
 

@@ -16,10 +16,11 @@ from adapters_jax.data.batches import Row, encode
 from adapters_jax.data.pixels import Preprocessing
 from adapters_jax.data.tables import Texts
 from adapters_jax.errors import BaseFileError, UserError
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.interop.huggingface import read_json
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.models import FAMILIES
-from adapters_jax.models.family import MASKED, Classifier
+from adapters_jax.models.family import Classifier
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.locate import (
     DTYPES,

@@ -24,10 +24,9 @@ from starlette.responses import JSONResponse, Response
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
 from adapters_jax.interop import formats
-from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.base_model import MASKED, BaseModel
 from adapters_jax.io.run_directory import Run, check_base, check_finished
 from adapters_jax.linen import init_adapters
-from adapters_jax.models.family import MASKED
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, load_encoder, store_frozen
 from adapters_jax.recipe import Recipe

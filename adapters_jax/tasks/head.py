@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adapters_jax.adapting import adapt
-from adapters_jax.models.family import MASKED
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import Encoder

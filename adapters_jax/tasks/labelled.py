@@ -20,11 +20,11 @@ from adapters_jax.data.datasets import TaskData, hold_out_rows, load_labelled
 from adapters_jax.data.readers import title_of
 from adapters_jax.data.splits import key_of
 from adapters_jax.errors import UserError
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.io.identity import BaseIdentity, base_identity
 from adapters_jax.io.loading import load_adapter
 from adapters_jax.io.run_directory import Run, RunError, check_base
 from adapters_jax.linen import Adapted, init_adapters
-from adapters_jax.models.family import MASKED
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import Encoder, load_encoder, store_frozen

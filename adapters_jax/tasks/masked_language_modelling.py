@@ -27,7 +27,7 @@ from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
-from adapters_jax.models.family import MASKED
+from adapters_jax.interop.base_model import MASKED
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.tasks.base import Batch, Prediction, Usage

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.interop import peft
-from adapters_jax.interop.base_model import BaseModel
+from adapters_jax.interop.base_model import MASKED, BaseModel
 from adapters_jax.interop.formats.base import (
     HEAD,
     Adapter,
@@ -28,6 +28,7 @@ _CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "IMAGE": "AutoModelForImageClassification",
+    "MASKED": "AutoModelForMaskedLM",
 }
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
@@ -92,8 +93,8 @@ class Peft:
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads with the model class of the task."""
-        task = "IMAGE" if base.kind == "vision" and has_head(leaves) else _task(base, leaves)
-        kind = _CLASSES.get(task or "", "AutoModel")
+        unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
+        kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
@@ -102,8 +103,11 @@ class Peft:
 
 
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
-    """PEFT's name of the task, which decides the class of the model; None for labels of images."""
-    if base.kind == "vision" and has_head(leaves):
+    """PEFT's name of the task, which decides the class of the model.
+
+    It has none for labels of images and for masked language models.
+    """
+    if base.pooling == MASKED or (base.kind == "vision" and has_head(leaves)):
         return None
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 

@@ -6,8 +6,13 @@ from adapters_jax.models.modernbert.config import (
     MODERNBERT_LARGE,
     ModernBertConfig,
 )
-from adapters_jax.models.modernbert.model import ModernBert, ModernBertClassifier
+from adapters_jax.models.modernbert.model import (
+    ModernBert,
+    ModernBertClassifier,
+    ModernBertMaskedLM,
+)
 from adapters_jax.models.parts.encoder import encoder_family
+from adapters_jax.models.parts.masked_lm import masked_lm
 
 NAMES = NameTable(
     rules=(
@@ -47,6 +52,12 @@ FAMILY = encoder_family(
     KNOWN,
     scans=False,
 )
+FAMILY = masked_lm(
+    FAMILY,
+    ModernBertMaskedLM,
+    {"dense": "head.dense", "norm": "head.norm", "bias": "decoder.bias"},
+    "decoder.weight",
+)
 
 __all__ = [
     "FAMILY",
@@ -57,4 +68,5 @@ __all__ = [
     "ModernBert",
     "ModernBertClassifier",
     "ModernBertConfig",
+    "ModernBertMaskedLM",
 ]

@@ -29,6 +29,7 @@ from adapters_jax.models.parts.layers import (
     Typed,
     check_tokens,
 )
+from adapters_jax.models.parts.masked_lm import MaskedLanguageModel
 from adapters_jax.models.parts.rotary import rotation
 
 
@@ -199,6 +200,28 @@ class ModernBert(TransformerEncoder):
         if self.config.classifier_pooling == "mean":
             return self.pooler(mean_pool(hidden, attention_mask).astype(hidden.dtype))
         return self.pooler(hidden[:, 0])
+
+
+class ModernBertMaskedLM(MaskedLanguageModel):
+    """A ModernBERT under `modernbert`, with a head that predicts tokens.
+
+    Example:
+        >>> import jax
+        >>> from adapters_jax.models.modernbert.config import MODERNBERT_BASE
+        >>> model, ids = ModernBertMaskedLM(MODERNBERT_BASE), jnp.zeros((1, 8), jnp.int32)
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        >>> {name: sorted(params["head"][name]) for name in ("dense", "norm")}
+        {'dense': ['kernel'], 'norm': ['scale']}
+    """
+
+    base = "modernbert"
+    encoder = ModernBert
+
+    def of_head(self) -> dict[str, Any]:
+        """The head's layers are those of the classifier."""
+        c = self.config
+        biases = {"use_bias": c.classifier_bias, "norm_bias": c.norm_bias}
+        return {"activation": c.classifier_activation, "epsilon": c.norm_eps, **biases}
 
 
 class ModernBertClassifier(EncoderClassifier):

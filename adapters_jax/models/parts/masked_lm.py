@@ -30,10 +30,20 @@ from adapters_jax.models.parts.layers import LayerNorm, Typed
 
 
 class PredictionHead(Typed):
-    """The head of a masked language model, without its output layer, the word embeddings."""
+    """The head of a masked language model, without its output layer, the word embeddings.
+
+    Args:
+        config: the encoder's shape.
+        activation: that between the dense layer and the norm.
+        epsilon: the norm's.
+        use_bias, norm_bias: whether the dense layer and the norm have a bias.
+    """
 
     config: Any
     activation: str
+    epsilon: float
+    use_bias: bool = True
+    norm_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -41,10 +51,9 @@ class PredictionHead(Typed):
     ) -> Float[Array, "*batch vocab"]:
         """Computes float32 logits over the vocabulary."""
         c, init = self.config, nn.initializers.normal(self.config.initializer_range)
-        x = nn.Dense(c.hidden_size, kernel_init=init, name="dense", **self.types)(hidden)
-        x = LayerNorm(epsilon=c.layer_norm_eps, name="norm", **self.types)(
-            ACTIVATIONS[self.activation](x)
-        )
+        dense = nn.Dense(c.hidden_size, self.use_bias, kernel_init=init, name="dense", **self.types)
+        norm = LayerNorm(self.epsilon, use_bias=self.norm_bias, name="norm", **self.types)
+        x = norm(ACTIVATIONS[self.activation](dense(hidden)))
         bias = self.param("bias", nn.initializers.zeros, words.shape[:1], self.param_dtype)
         return (x @ words.astype(x.dtype).T).astype(jnp.float32) + bias.astype(jnp.float32)
 
@@ -72,8 +81,12 @@ class MaskedLanguageModel(Typed):
     def setup(self) -> None:
         """Creates the submodules."""
         setattr(self, self.base, encoder_of(self))
+        self.head = PredictionHead(self.config, **self.of_head(), **self.types)
+
+    def of_head(self) -> dict[str, Any]:
+        """The arguments of `PredictionHead` that the encoder's shape says."""
         activation = self.activation or self.config.hidden_act
-        self.head = PredictionHead(self.config, activation, **self.types)
+        return {"activation": activation, "epsilon": self.config.layer_norm_eps}
 
     def __call__(
         self,
