@@ -13,6 +13,7 @@ from adapters_jax.data.datasets import Dataset, load_labelled, make_dataset, spl
 from adapters_jax.data.glue import GLUE, load_glue, read_glue
 from adapters_jax.data.movie_reviews import load_movie_reviews, movie_reviews
 from adapters_jax.data.readers import DataError
+from adapters_jax.data.splits import split_rows
 from adapters_jax.data.tables import Table, read_rows
 from adapters_jax.pretrained.assets import cached
 
@@ -221,8 +222,10 @@ def test_regression_is_split_as_one():
 def test_bad_splits():
     with raises(DataError, 10, 0.1, "dev"):
         split(dataset(10), 0)
-    with raises(DataError, 10, 0.1, "test"):
+    with raises(DataError, "10 rows are", 0.1, "test"):
         split(dataset(10), 0, dev=0)
+    with raises(DataError, "40 rows, 1 of them different,", "dev"):
+        split_rows(["a film"] * 40, [0] * 40, 0, dev=0.1, test=0)
     for dev, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, -0.1)):
         with raises(aj.UserError, f"dev={dev}", f"test={test}"):
             split(dataset(), 0, dev=dev, test=test)

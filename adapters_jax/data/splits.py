@@ -51,8 +51,10 @@ def split_rows(
             chosen[part] += group
     for part, fraction in (("dev", dev), ("test", test)):
         if fraction and not chosen[part]:
+            texts = len({*keys})
+            some = f", {texts} of them different," if texts < len(keys) else ""
             raise DataError(
-                f"{len(keys)} rows are too few to hold out {fraction:g} of them for {part}; "
+                f"{len(keys)} rows{some} are too few to hold out {fraction:g} of them for {part}; "
                 f"give a {part} file or more rows"
             )
     return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
