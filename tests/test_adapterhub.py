@@ -373,6 +373,7 @@ def with_head(tmp_path, fixture, change=None, tensors=None):
         ({"head_type": "causal_lm"}, ["head_type='causal_lm'", "'classification' or 'multilabel_"]),
         ({"head_type": "tagging"}, ["layers=2, expected 1"]),
         ({"layers": 3}, ["layers=3", "1 or 2"]),
+        ({"layers": [1]}, ["layers=[1]", "1 or 2"]),
         ({"use_pooler": True}, ["layers=2", "1"]),
         ({"activation_function": "relu"}, ["activation_function='relu'", "'tanh'"]),
         ({"bias": False, "dropout_prob": 0.5}, ["bias=False", "dropout_prob=0.5"]),

@@ -122,7 +122,7 @@ def _flexible(
 
     found = field_problems(config, _FIELDS, idle, reasons)
     problems += [f"the head's {problem}; {_ADVICE}" for problem in found]
-    modules = {1: {"1": HEAD}, 2: {"1": POOLER, "4": HEAD}}.get(layers, {})
+    modules = {"1": HEAD} if layers == 1 else {"1": POOLER, "4": HEAD} if layers == 2 else {}
     names = {
         f"heads.{whole.get('name')}.{number}.{kind}": (module, kind)
         for number, module in modules.items()
