@@ -173,7 +173,9 @@ class _Described:
 def _said(summary: Summary) -> str:
     layout = summary.layout
     if layout is None:
-        return "in no layout that is known; name the columns for a task"
+        return (
+            "in no layout that is known; finetune takes the columns' names: --text ... --label ..."
+        )
     task = f"--task {layout.task}" if layout.task else "no task learns it yet"
     return f"layout {layout.name}: a row is {layout.what} ({task})"
 

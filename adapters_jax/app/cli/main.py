@@ -9,6 +9,7 @@ Any other error is a bug, and is printed with its traceback.
 """
 
 import contextlib
+import difflib
 import errno
 import importlib
 import inspect
@@ -226,7 +227,9 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     from adapters_jax.app.options.parsing import UsageError, parse
 
     if name not in COMMANDS:
-        raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no such command{hint}; the commands are {', '.join(COMMANDS)}")
     command = command_of(name)
     try:
         return parse(command, flags, f"adapters-jax {name}", about(command))
