@@ -9,6 +9,10 @@ from typing import Any
 from adapters_jax.checks import shown
 from adapters_jax.errors import UserError
 
+ALL = ("**", "!**/{embeddings|head}/**")  # PEFT's "all-linear" on the models of this library
+_ALL_NAMES = "embeddings and head stand for your model's embeddings and output layer"
+ALL_LINEAR = f"for PEFT's 'all-linear' write targets={ALL}; {_ALL_NAMES}"  # to end a message
+
 
 def _same(value: Any) -> Any:
     return value
@@ -17,11 +21,10 @@ def _same(value: Any) -> Any:
 def _paths(value: Any) -> Any:
     """Patterns of paths for names of modules; a regular expression has no pattern.
 
-    PEFT's "all-linear" leaves out embeddings and the output layer, which `**` takes as well; their
-    names are the model's.
+    PEFT's "all-linear" leaves out embeddings and the output layer, which `**` takes as well.
     """
     if isinstance(value, str):
-        return ("**", "!**/EMBEDDING", "!**/HEAD") if value == "all-linear" else ("**/NAME",)
+        return ALL if value == "all-linear" else ("**/NAME",)
     return tuple(f"**/{name}" for name in value) if isinstance(value, Iterable) else value
 
 
@@ -68,11 +71,6 @@ INSTEAD = {
     "base_model_name_or_path": "aj.base_identity(base, id=...) goes to aj.save_adapter",
 }
 _LEFT_OUT = (None, False, "none")  # values with which a setting changes nothing
-# What "all-linear" is here, to end a message.
-ALL_LINEAR = (
-    "for PEFT's 'all-linear' write '**', and with '!' what stays as it is, the embeddings and the "
-    "output layer: targets=('**', '!**/embeddings/**', '!head')"
-)
 _AUDIT = "write print(aj.audit(model)), in linen print(aj.audit(model, params))"
 _ADAPT = "write aj.adapt(base, recipe) with a recipe such as aj.lora(8)"
 _LOAD = (
@@ -203,7 +201,7 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
             "of another library"
         )
     if any(given[name] == "all-linear" for name in ours):
-        problems.append("EMBEDDING and HEAD stand for your model's embeddings and output layer")
+        problems.append(_ALL_NAMES)
     if idle := [name for name in others if given[name] in _LEFT_OUT]:
         problems.append(f"leave out {_listed(idle)}")
     problems += [

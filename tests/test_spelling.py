@@ -33,7 +33,7 @@ from adapters_jax.spelling import ALL_LINEAR, FLAGS, INSTEAD, NAMES
         (lambda: aj.LoRA("x", init_lora_weights="pissa"), "a_init='pissa'"),
         (
             lambda: aj.LoRA(target_modules="all-linear"),
-            "targets=('**', '!**/EMBEDDING', '!**/HEAD')",
+            "targets=('**', '!**/{embeddings|head}/**')",
         ),
         (lambda: aj.LoRA(module_path=".*q_proj"), "targets=('**/NAME',)"),
         (lambda: aj.IA3("x", feedforward_modules=["w0"]), "IA3(..., feed_forward=('**/w0',))"),

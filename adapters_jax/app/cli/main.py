@@ -56,6 +56,7 @@ COMMANDS = {
     "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
     "completion": ("adapters_jax.app.cli.completion", "Completion"),
 }
+OTHERS = {"train": "finetune", "chat": "generate --chat"}  # commands of other programs
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
 
@@ -228,7 +229,8 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
 
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
+        meant = OTHERS.get(name) or next(iter(near), None)
+        hint = f"; did you mean {meant}?" if meant else ""
         raise UsageError(f"no such command{hint}; the commands are {', '.join(COMMANDS)}")
     command = command_of(name)
     try:

@@ -69,7 +69,9 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
         return app([_DASH if word == "-" else word for word in flags])
     except cyclopts.CycloptsError as error:
         error.verbose = False
-        message = _absent(error, flags) or _of_another_library(error, leaves)
+        message = (
+            _absent(error, flags) or _of_another_library(error, leaves) or _without_flag(error)
+        )
         raise UsageError(message or str(error).rstrip(".")) from None
 
 
@@ -84,6 +86,15 @@ def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
         return None
     name = argument.name if argument.index is None else argument.field_info.name.upper()
     return f"{name} is missing: {argument.parameter.help}".rstrip(".")
+
+
+def _without_flag(error: cyclopts.CycloptsError) -> str | None:
+    """What an error says of words that no flag takes; None of other errors."""
+    import cyclopts
+
+    if not isinstance(error, cyclopts.UnusedCliTokensError):
+        return None
+    return f"no flag takes {', '.join(map(repr, error.unused_tokens))}; a value follows its flag"
 
 
 def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) -> str | None:
