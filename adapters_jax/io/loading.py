@@ -133,12 +133,12 @@ def load_adapter(
         ...     aj.load_adapter(saved, base).lora["a"].shape
         (3, 1)
     """
-    if not isinstance(model, nn.Module | nnx.Module):
+    in_nnx = isinstance(model, nnx.Module)
+    if not (in_nnx or isinstance(model, nn.Module)):
         raise TypeError(
             f"load_adapter: model is of {type(model).__name__}, expected a linen or NNX module; "
             "write aj.load_adapter(directory, model, ...)"
         )
-    in_nnx = isinstance(model, nnx.Module)
     if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
             "load_adapter: an NNX model holds its parameters and statistics; write "

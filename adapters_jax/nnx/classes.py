@@ -83,7 +83,7 @@ _CONTAINERS: dict[tuple[type, ...], dict[str, Any]] = {
 
 def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
     """`__getattr__` of a module class, whose error says what other libraries' names are here."""
-    inherited = getattr(cls, "__getattr__", cls.__getattribute__)
+    inherited: Any = getattr(cls, "__getattr__", cls.__getattribute__)
 
     def found(self: Any, name: str) -> Any:
         try:

@@ -94,7 +94,8 @@ def _without_flag(error: cyclopts.CycloptsError) -> str | None:
 
     if not isinstance(error, cyclopts.UnusedCliTokensError):
         return None
-    return f"no flag takes {', '.join(map(repr, error.unused_tokens))}; a value follows its flag"
+    words = ", ".join(map(repr, error.unused_tokens or ()))
+    return f"no flag takes {words}; a value follows its flag"
 
 
 def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) -> str | None:
