@@ -71,55 +71,53 @@ INSTEAD = {
     "base_model_name_or_path": "aj.base_identity(base, id=...) goes to aj.save_adapter",
 }
 _LEFT_OUT = (None, False, "none")  # values with which a setting changes nothing
-_AUDIT = "write print(aj.audit(model)), in linen print(aj.audit(model, params))"
-_ADAPT = "write aj.adapt(base, recipe) with a recipe such as aj.lora(8)"
-_LOAD = (
-    "write aj.load_adapter(directory, base); adapters_jax.interop.peft.load_peft reads PEFT's files"
-)
-_SAVE = (
-    "write aj.save_adapter(directory, state); adapters_jax.interop.peft.save_peft writes PEFT's "
-    "files"
-)
-_MERGE = "write aj.merge(model), in linen aj.merge(model, params, *inputs)"
-_BASE = "the base is not changed, so call or keep that"
-_CHOOSE = "call the model that has it; aj.Bank holds many adapters for one base"
-_BOTTLENECK = "write aj.houlsby(), aj.pfeiffer() or aj.parallel(), or aj.Bottleneck(targets, m)"
 # What stands in place of functions and classes, and of the methods of models.
-NAMES = {
-    "LoraConfig": "write aj.LoRA('**/{query,value}', rank=8, alpha=16), or aj.lora(8, alpha=16)",
-    "LoRAConfig": "write aj.LoRA('**/{query,value}', rank=8, alpha=16), or aj.lora(8, alpha=16)",
-    "IA3Config": "write aj.IA3(targets, feed_forward=...), or aj.ia3()",
-    "AdaptionPromptConfig": "write aj.llama_adapter(10)",
-    "PrefixTuningConfig": "write aj.prefix_tuning(20)",
-    "PromptTuningConfig": "there is no prompt tuning; aj.prefix_tuning(20) is the nearest method",
-    "PeftConfig": "write a recipe such as aj.lora(8)",
-    "AdapterConfig": "write a recipe such as aj.houlsby(64)",
-    "ConfigUnion": "write a + b",
-    **dict.fromkeys(("BnConfig", "SeqBnConfig", "DoubleSeqBnConfig", "ParBnConfig"), _BOTTLENECK),
-    **dict.fromkeys(("HoulsbyConfig", "PfeifferConfig"), _BOTTLENECK),
-    "TaskType": "the base says its task",
-    "init": "any model is adapted as it is, by aj.adapt(base, recipe)",
-    **dict.fromkeys(("get_peft_model", "add_adapter", "train_adapter"), _ADAPT),
-    "inject_adapter_in_model": _ADAPT,
-    "prepare_model_for_kbit_training": "write aj.quantize(model, dtype='nf4')",
-    **dict.fromkeys(("PeftModel", "AutoPeftModel", "AutoAdapterModel", "from_pretrained"), _LOAD),
-    **dict.fromkeys(("AutoPeftModelForCausalLM", "PeftModelForCausalLM"), _LOAD),
-    **dict.fromkeys(("PeftModelForSequenceClassification", "load_adapter"), _LOAD),
-    **dict.fromkeys(("save_pretrained", "save_adapter"), _SAVE),
-    **dict.fromkeys(("print_trainable_parameters", "get_nb_trainable_parameters"), _AUDIT),
-    "adapter_summary": _AUDIT,
-    **dict.fromkeys(("merge_and_unload", "merge_adapter"), _MERGE),
-    **dict.fromkeys(("unload", "disable_adapter", "unmerge_adapter", "delete_adapter"), _BASE),
-    **dict.fromkeys(("set_adapter", "set_active_adapters", "active_adapters"), _CHOOSE),
-    **dict.fromkeys(
-        ("add_weighted_adapter", "average_adapter"),
-        "write aj.combine(base, trees, weights=[...])",
+_SENTENCES = {
+    "write aj.LoRA('**/{query,value}', rank=8, alpha=16), or aj.lora(8, alpha=16)": (
+        "LoraConfig LoRAConfig"
     ),
-    "get_peft_model_state_dict": "write aj.partition(params, recipe), or of an NNX model "
-    "nnx.state(model, aj.nnx.AdapterParam)",
-    "add_classification_head": "write aj.Unfreeze('head/**') beside the method in a recipe",
-    "push_to_hub": "write adapters-jax push RUN USER/NAME",
+    "write aj.IA3(targets, feed_forward=...), or aj.ia3()": "IA3Config",
+    "write aj.llama_adapter(10)": "AdaptionPromptConfig",
+    "write aj.prefix_tuning(20)": "PrefixTuningConfig",
+    "there is no prompt tuning; aj.prefix_tuning(20) is the nearest method": "PromptTuningConfig",
+    "write aj.houlsby(), aj.pfeiffer() or aj.parallel(), or aj.Bottleneck(targets, m)": (
+        "BnConfig SeqBnConfig DoubleSeqBnConfig ParBnConfig HoulsbyConfig PfeifferConfig"
+    ),
+    "write a recipe such as aj.lora(8)": "PeftConfig AdapterConfig",
+    "write a + b": "ConfigUnion",
+    "the base says its task": "TaskType",
+    "any model is adapted as it is, by aj.adapt(base, recipe)": "init",
+    "write aj.adapt(base, recipe) with a recipe such as aj.lora(8)": (
+        "get_peft_model inject_adapter_in_model add_adapter train_adapter"
+    ),
+    "write aj.quantize(model, dtype='nf4')": "prepare_model_for_kbit_training",
+    "write aj.Unfreeze('head/**') beside the method in a recipe": "add_classification_head",
+    "write aj.load_adapter(directory, base); adapters_jax.interop.peft.load_peft reads PEFT's "
+    "files": (
+        "PeftModel PeftModelForCausalLM PeftModelForSequenceClassification AutoPeftModel "
+        "AutoPeftModelForCausalLM AutoAdapterModel from_pretrained load_adapter"
+    ),
+    "write aj.save_adapter(directory, state); adapters_jax.interop.peft.save_peft writes PEFT's "
+    "files": "save_pretrained save_adapter",
+    "write print(aj.audit(model)), in linen print(aj.audit(model, params))": (
+        "print_trainable_parameters get_nb_trainable_parameters adapter_summary"
+    ),
+    "write aj.merge(model), in linen aj.merge(model, params, *inputs)": (
+        "merge_and_unload merge_adapter"
+    ),
+    "the base is not changed, so call or keep that": (
+        "unload disable_adapter unmerge_adapter delete_adapter"
+    ),
+    "call the model that has it; aj.Bank holds many adapters for one base": (
+        "set_adapter set_active_adapters active_adapters"
+    ),
+    "write aj.combine(base, trees, weights=[...])": "add_weighted_adapter average_adapter",
+    "write aj.partition(params, recipe), in NNX nnx.state(model, aj.nnx.AdapterParam)": (
+        "get_peft_model_state_dict"
+    ),
+    "write adapters-jax push RUN USER/NAME": "push_to_hub",
 }
+NAMES = {name: text for text, names in _SENTENCES.items() for name in names.split()}
 # Flags of other training scripts, and the fields of our commands; for settings there is `OURS`.
 FLAGS = {
     "lr": "learning_rate",
