@@ -6,6 +6,7 @@ also the name of a module with something else in it.
 """
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from adapters_jax.version import __version__ as __version__
@@ -24,7 +25,9 @@ else:  # a type checker that sees `__getattr__` takes any name
             public = {each: getattr(api, each) for each in api.__all__}
             globals().update(public, __all__=api.__all__)
         if name not in globals():
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            instead = importlib.import_module("adapters_jax.spelling").instead_of(name)
+            message = f"module {__name__!r} has no attribute {name!r}{instead}"
+            raise AttributeError(message, name=name, obj=sys.modules[__name__])
         return globals()[name]
 
 

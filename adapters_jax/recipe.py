@@ -10,13 +10,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from adapters_jax.checks import shown
 from adapters_jax.display import html_table
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
+from adapters_jax.spelling import ALL_LINEAR
 from adapters_jax.strict_json import check_nesting, loads
 from adapters_jax.targets import failures, join, selects
 
 _LONGEST_NAME = 200
+_SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
 _SHOWN_KINDS = 3  # of those that a warning is about
 _CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
 
@@ -125,7 +128,8 @@ class Recipe:
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
-                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
+                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets, or adapt the "
+                "base once for each of them (aj.Bank holds many adapters)"
             )
         changed = [type(m).merged is not Method.merged for m in methods]
         late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
@@ -213,7 +217,7 @@ def require_points(
     if problems and not any(selects(wanted, path) for path in usable):
         problems.append(
             f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
-            "this model; aj.suggest(model, *inputs) proposes targets for it"
+            "this model; " + (ALL_LINEAR if "all-linear" in wanted else _SUGGEST)
         )
     if not problems:
         chosen = targeted or (path for path in usable if selects(method.targets, path))
@@ -301,7 +305,9 @@ def _members(item: Any) -> Iterable[Method]:
     if isinstance(item, Recipe | list | tuple):
         return (method for part in item for method in _members(part))
     known = ", ".join(m.__name__ for m in METHODS.values())
-    raise TypeError(f"Recipe: got {item!r}, expected methods ({known}) or recipes")
+    raise TypeError(
+        f"Recipe: got {shown(item)}, expected methods ({known}) or recipes such as aj.lora(8)"
+    )
 
 
 def _short(method: Method) -> str:

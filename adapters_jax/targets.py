@@ -242,6 +242,9 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
     ]
     if blocked:
         return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
+    deeper = [path for path in usable if any(matches(pattern, end) for end in _ends(path))]
+    if deeper:
+        return f"matches nothing, but '**/{pattern}' matches {_some(deeper, 2)}"
     near = nearest(pattern, usable) or usable
     problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
@@ -251,6 +254,18 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
             "unrolled model (scan=False)"
         )
     return problem
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The last names of a path, without the first one, the first two, and so on.
+
+    Example:
+        >>> list(_ends("layer_0/attention/query"))
+        ['attention/query', 'query']
+    """
+    while "/" in path:
+        path = path.partition("/")[2]
+        yield path
 
 
 def _unmatched(pattern: str, paths: Sequence[str], parts: bool) -> Iterator[tuple[str | None, str]]:

@@ -294,6 +294,12 @@ def test_predict_warns_of_texts_that_are_cut(command):
     assert err == "1 of 2 texts are cut at 12 tokens\n"
 
 
+def test_predict_warns_of_a_file_that_is_taken_for_a_text(command):
+    status, out, err = command(["predict", "runs/single", "reviews.jsonl", "--json"])
+    assert (status, out.count("\n")) == (0, 1)
+    assert "--file reviews.jsonl" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_predict_writes_files(command, tmp_path, suffix):
     out = tmp_path / f"found.{suffix}"
@@ -371,6 +377,11 @@ AUDIT = "audit --model bert-base"
         ("predict runs/single --file none.csv", DataError, ["none.csv"]),
         ("predict runs/single --file reviews.jsonl --text x", DataError, ["'x'", "review, topic"]),
         ("predict runs/pairs x", DataError, [" 1 "]),
+        ("predct runs/pairs x", UsageError, ["mean predict?", "finetune, data"]),
+        ("chat runs/pairs", UsageError, ["mean generate --chat?"]),
+        ("train --rank 4", UsageError, ["mean finetune?"]),
+        ("generate runs/pairs word", UsageError, ["'word'", "no flag"]),
+        (f"{TRAIN} --lora-r 4", UsageError, ["--lora-r", "--rank"]),
         ("predict runs/pairs x --file", UsageError, ["--file"]),
         (
             "predict runs/single --file reviews.jsonl --text-pair topic",
@@ -390,7 +401,8 @@ def test_a_user_error_is_one_line(fails, monkeypatch, words, kind, data):
 @pytest.mark.parametrize(
     ("name", "content", "data"),
     [
-        ("column.csv", b"text,stars\na,1\n", ["'label'", "text, stars"]),
+        ("column.csv", b"text,stars\na,1\n", ["'label'", "text, stars", "--label COLUMN"]),
+        ("both.csv", b"a,b\na,1\n", ["a, b", "--text COLUMN --label COLUMN"]),
         ("empty.csv", b"text,label\na,1\n,0\nb,0\n", ["1 row", "line 3"]),
         ("latin.csv", b"text,label\ncaf\xe9,1\n", ["line 2", "0xe9", "14"]),
         ("none.csv", b"", []),

@@ -98,10 +98,9 @@ def test_help_and_completion_import_nothing_of_the_work():
 
 
 def test_a_wrong_flag_is_found_before_the_work_is_imported():
-    code = (
-        "from adapters_jax.app.cli.main import main\nassert main(['finetune', '--rnk', '3']) == 2"
-    )
-    assert not imported_by(code) & WORK
+    for words in (["finetune", "--rnk", "3"], ["methods", "--json", "--markdown"], ["chat"]):
+        code = f"from adapters_jax.app.cli.main import main\nassert main({words}) == 2"
+        assert not imported_by(code) & WORK
 
 
 def test_what_files_hold_is_shown_without_jax(tmp_path):

@@ -188,5 +188,7 @@ def test_trees_that_are_not_the_models():
         aj.merge(wide, params, X)
     with raises(aj.UserError, "Dense", "()"):
         aj.merge(model, params)
+    with raises(TypeError, "aj.merge(model, params, *inputs)"):
+        aj.merge(model)
     with raises(aj.UserError, "Dense", "aj.adapt"):
         aj.merge(nn.Dense(5), params, X)

@@ -358,6 +358,8 @@ def test_base_parameters_named_like_an_adapters_raise():
 def test_streams_that_are_missing_are_named():
     base = built(dense)
     recipe = aj.Recipe(aj.LoRA("**", 2, dropout=0.5))
+    with raises(TypeError, "LoRA", "aj.adapt(model, recipe)"):
+        aj.adapt(aj.LoRA("**", 2), nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with raises(TypeError, "NNX", "rngs=nnx.Rngs(0)"):
         aj.adapt(base, recipe)
     with raises(TypeError, type(jax.random.key(0)).__name__, "rngs=nnx.Rngs(0)"):

@@ -241,6 +241,25 @@ def test_abstract_bases_are_enough(tmp_path):
     equal(tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a"))
 
 
+def test_a_whole_tree_is_one_problem_that_says_what_to_give(tmp_path):
+    recipe, adapters = load_peft(hand_made(tmp_path / "a"), NAMES, PARAMS)
+    whole = aj.merge_trees(adapters, PARAMS)
+    with raises(UserError, f" {len(flatten(PARAMS))} ", "aj.partition(params, recipe)") as caught:
+        save_peft(tmp_path / "b", recipe, whole, NAMES, PARAMS)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_directory_of_ours_is_named(tmp_path):
+    recipe, adapters = load_peft(hand_made(tmp_path / "a"), NAMES, PARAMS)
+    ours = aj.save_adapter(tmp_path / "ours", adapters, recipe)
+    with raises(AdapterFileError, ours, TENSORS, "aj.load_adapter"):
+        load_peft(ours, NAMES, PARAMS)
+    (tmp_path / "ours" / "adapter.safetensors").unlink()
+    with raises(AdapterFileError, ours) as caught:
+        load_peft(ours, NAMES, PARAMS)
+    assert "aj.load_adapter" not in str(caught.value)
+
+
 def test_half_precision_becomes_float32(tmp_path):
     low = {"h.0.q.lora_A.weight": drawn(2, 6).astype(jnp.bfloat16)}
     _, adapters = load_peft(hand_made(tmp_path / "a", low), NAMES, PARAMS)

@@ -1,13 +1,21 @@
 """Settings in the spelling of another library raise an error that shows ours."""
 
 import copy
+import importlib
 import pickle
+import re
 
+import flax.linen as nn
 import pytest
+from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.app.cli.main import COMMANDS, command_of
+from adapters_jax.app.options.parsing import _leaves as leaves_of
+from adapters_jax.app.options.parsing import parse
 from adapters_jax.errors import UserError
+from adapters_jax.spelling import ALL_LINEAR, FLAGS, INSTEAD, NAMES
 
 
 @pytest.mark.parametrize(
@@ -25,7 +33,7 @@ from adapters_jax.errors import UserError
         (lambda: aj.LoRA("x", init_lora_weights="pissa"), "a_init='pissa'"),
         (
             lambda: aj.LoRA(target_modules="all-linear"),
-            "targets=('**', '!**/EMBEDDING', '!**/HEAD')",
+            "targets=('**', '!**/{embeddings|head}/**')",
         ),
         (lambda: aj.LoRA(module_path=".*q_proj"), "targets=('**/NAME',)"),
         (lambda: aj.IA3("x", feedforward_modules=["w0"]), "IA3(..., feed_forward=('**/w0',))"),
@@ -50,3 +58,102 @@ def test_other_unknown_settings_are_pythons_to_report():
 def test_methods_are_copied_and_pickled():
     method = aj.LoRA("x", rank=4)
     assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
+
+
+def test_no_setting_is_lost_from_the_message():
+    with raises(UserError, "leave out bias and inference_mode", "exclude_modules", "ranks"):
+        aj.LoRA("x", r=8, bias="none", inference_mode=False, exclude_modules=["y"], ranks=8)
+
+
+def test_all_linear_as_a_target_says_what_to_write():
+    with raises(aj.TargetError, ALL_LINEAR):
+        aj.adapt(
+            nnx.Linear(2, 2, rngs=nnx.Rngs(0)), aj.lora(1, targets="all-linear"), rngs=nnx.Rngs(1)
+        )
+
+
+class Own(nnx.Module):
+    """A module with attributes of its own."""
+
+    def __getattr__(self, name):
+        if name == "made":
+            return 3
+        return self.__getattribute__(name)
+
+    @property
+    def damaged(self):
+        raise AttributeError("the property's own message")
+
+
+class Linen(nn.Module):
+    """A module with a function of a name that PEFT has."""
+
+    def save_pretrained(self):
+        return "its own"
+
+
+def adapted(base):
+    nothing = aj.Recipe()
+    return (
+        aj.adapt(base, nothing)
+        if isinstance(base, nn.Module)
+        else aj.adapt(base, nothing, rngs=nnx.Rngs(0))
+    )
+
+
+@pytest.mark.parametrize("owner", [lambda: aj, lambda: adapted(Own()), lambda: adapted(Linen())])
+@pytest.mark.parametrize("name", ["get_peft_model", "print_trainable_parameters", "LoraConfig"])
+def test_names_of_other_libraries_say_ours(owner, name):
+    with pytest.raises(AttributeError, match=re.escape(NAMES[name])) as caught:
+        getattr(owner(), name)
+    assert name in str(caught.value)
+    assert not hasattr(owner(), name)
+
+
+def test_a_model_keeps_its_own_names_and_messages():
+    assert adapted(Linen()).save_pretrained() == "its own"
+    model = adapted(Own())
+    assert model.made == 3
+    for name, message in (("damaged", "the property's own message"), ("absent", "absent")):
+        with pytest.raises(AttributeError, match=message) as caught:
+            getattr(model, name)
+        assert "another library" not in str(caught.value)
+
+
+def test_what_the_messages_name_is_there():
+    texts = [*NAMES.values(), *INSTEAD.values(), ALL_LINEAR]
+    named = {name for text in texts for name in re.findall(r"aj\.([\w.]+)", text)}
+    assert len(named) > 15
+    for name in named:
+        owner = aj
+        for part in name.split("."):
+            owner = getattr(owner, part)
+    for path in {path for text in texts for path in re.findall(r"adapters_jax\.[\w.]+", text)}:
+        module, _, function = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))
+    assert not {*NAMES} & {*aj.__all__} - {"load_adapter", "save_adapter"}
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        (["--lr", "1"], "--learning-rate"),
+        (["--r=8"], "--rank"),
+        (["--lora-r", "8"], "--rank"),
+        (["--lora_dropout", "0.1"], "--adapter-dropout"),
+        (["--target-modules", "query"], "--targets"),
+        (["--num_train_epochs", "3"], "--epochs"),
+    ],
+)
+def test_flags_of_other_scripts_say_ours(words, ours):
+    with raises(UserError, words[0].partition("=")[0], f"Write {ours}"):
+        parse(command_of("finetune"), words)
+
+
+def test_a_command_suggests_only_flags_that_it_has():
+    with raises(UserError, "--lr") as caught:
+        parse(command_of("doctor"), ["--lr", "1"])
+    assert "learning-rate" not in str(caught.value)
+    helps = {name: command_of(name) for name in COMMANDS}
+    fields = {leaf.name for command in helps.values() for leaf in leaves_of(command)}
+    assert {*FLAGS.values()} <= fields

@@ -215,6 +215,14 @@ def test_the_error_for_a_misspelt_pattern_has_its_nearest_paths():
     )
 
 
+@pytest.mark.parametrize("pattern", ["query", "attention/query", "{query,value}", "attention/*"])
+def test_the_last_names_alone_are_found_deeper_down(pattern):
+    with raises(TargetError, f"'{pattern}'", f"'**/{pattern}'", "layer_0/attention/") as error:
+        require_match("LoRA", (pattern,), LAYERS)
+    require_match("LoRA", (f"**/{pattern}",), LAYERS)
+    assert str(error.value).endswith(" more")
+
+
 def test_where_nothing_is_near_some_paths_are_shown():
     with raises(TargetError, f": {', '.join(LAYERS[:5])} and 4 more"):
         require_match("LoRA", ("zzz",), LAYERS)

@@ -530,6 +530,21 @@ def test_a_metric_cannot_have_a_name_of_the_steps_own():
         step(state, jnp.ones(1))
 
 
+@pytest.mark.parametrize("excluded", ["!down", "!**/{down|head}/**"])
+@pytest.mark.parametrize("api", APIS)
+def test_targets_may_exclude_what_has_no_adapter(api, excluded):
+    recipe = aj.Recipe(aj.LoRA(("**", excluded), 2, alpha=3.0))
+    state = state_of(api, ADAM, recipe)
+    assert {*flatten(state.adapters)} == {"up/lora/a", "up/lora/b"}
+    with raises(aj.TargetError, "'lost'"):
+        aj.TrainState.create(
+            aj.adapt(LinenNet(), aj.LoRA(("up", "lost", excluded), 2)),
+            values(),
+            tx=ADAM,
+            key=jax.random.key(0),
+        )
+
+
 def test_an_integer_leaf_in_the_base_stays_as_it_is():
     recipe = aj.Recipe(aj.Unfreeze("scale"))
     model = aj.adapt(LinenNet(), recipe)

@@ -27,6 +27,7 @@ from adapters_jax.data.layouts import hint
 from adapters_jax.data.readers import read_file
 
 Texts = list[tuple[str, str | None]]
+_FLAGS = ("text", "label", "prompt", "completion")  # columns that a flag of this name renames
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,13 @@ def _columns(path: Path, header: list[str], names: Sequence[str]) -> list[int]:
     missing = [name for name in names if name not in header]
     if not missing:
         return [header.index(name) for name in names]
+    flags = [f"--{name} COLUMN" for name in missing if name in _FLAGS]
     near = [n for name in missing for n in difflib.get_close_matches(name, header, 1, 0.5)]
     raise DataError(
         f"{path.as_posix()}: no column {' or '.join(map(repr, missing))}; the columns are "
         f"{', '.join(header)}"
         + (f"; did you mean {' and '.join(map(repr, near))}?" * bool(near))
+        + f"; say which of yours it is: {' '.join(flags)}" * bool(flags)
         + hint(header)
         + without_header(path)
     )

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from adapters_jax.errors import AdapterFileError, UserError, file_errors
 from adapters_jax.interop.layouts import Array
 from adapters_jax.io import hub
-from adapters_jax.io.adapter import texts
+from adapters_jax.io.adapter import TENSORS, texts
 from adapters_jax.io.atomic import write_directory
 from adapters_jax.io.tensors import read_tensors
 from adapters_jax.io.untrusted import read_json
@@ -43,7 +43,8 @@ def read_pair(
         # A pickled file is never fetched from the Hub, so it may exist there.
         possible = (directory / pickle).exists() or hub.commit_of(directory)
         pickled = f"; {advice}" if possible else ""
-        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}")
+        ours = "; aj.load_adapter reads it" if (directory / TENSORS).is_file() else ""
+        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}{ours}")
     return read_json(directory / config), read_tensors(directory / tensors)
 
 

@@ -238,6 +238,7 @@ def by_module(
     """Splits leaves into those that methods add, by module, and the base's own that train."""
     added: Added = {}
     trained: Leaves = {}
+    frozen = []
     for path, leaf in leaves.items():
         owner = recipe.owner(path)
         if owner is not None:
@@ -245,7 +246,12 @@ def by_module(
         elif recipe.trains(path):
             trained[path] = leaf
         else:
-            problems.append(f"{path} is not trained by the recipe")
+            frozen.append(path)
+    if frozen:
+        problems.append(
+            f"the recipe does not train {len(frozen)} of these leaves, such as {frozen[0]}; give "
+            "the trained part alone: adapters, _ = aj.partition(params, recipe)"
+        )
     for module in list(added):
         names = {name for method in recipe.at(module) for name in method.leaf_names}
         lacking = sorted(names - added[module].keys())

@@ -25,6 +25,7 @@ from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.mixed import Rows, by_rows
 from adapters_jax.recipe import Recipe
+from adapters_jax.spelling import instead_of
 from adapters_jax.targets import join
 from adapters_jax.trees import (
     Tree,
@@ -62,7 +63,8 @@ class Adapted(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What the base's `setup` makes, and its private functions, of a bound model."""
         if name.startswith("__") or self.__dict__.get("scope") is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            owner = type(self).__name__
+            raise AttributeError(f"{owner!r} object has no attribute {name!r}{instead_of(name)}")
         self._try_setup()
         return getattr(Part(self, self.inner), name)
 

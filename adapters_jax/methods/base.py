@@ -16,7 +16,7 @@ from adapters_jax.attention.heads import Inline
 from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.methods.spelling import check_settings
+from adapters_jax.spelling import check_settings
 from adapters_jax.targets import as_patterns
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.calls import Returned

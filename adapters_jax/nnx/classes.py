@@ -36,6 +36,7 @@ from adapters_jax.nnx.held import (
     point_of,
 )
 from adapters_jax.nnx.linen_inside import called
+from adapters_jax.spelling import instead_of
 from adapters_jax.trees import join
 from adapters_jax.weights import calls
 from adapters_jax.weights.changes import Changed
@@ -57,6 +58,7 @@ def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
             own = base not in _FLAX and (name == "__call__" or not name.startswith("__"))
             if own and inspect.isfunction(function) and name not in body:
                 body[name] = _thin_call(function, name)
+    body["__getattr__"] = _explained(cls)
     if issubclass(cls, bridge.ToNNX):
         body["__call__"] = computed_thin(called)
     for containers, functions in _CONTAINERS.items():
@@ -77,6 +79,21 @@ _CONTAINERS: dict[tuple[type, ...], dict[str, Any]] = {
         ),
     },
 }
+
+
+def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
+    """`__getattr__` of a module class, whose error says what other libraries' names are here."""
+    inherited: Any = getattr(cls, "__getattr__", cls.__getattribute__)
+
+    def found(self: Any, name: str) -> Any:
+        try:
+            return inherited(self, name)
+        except AttributeError as error:
+            if instead := instead_of(name):
+                raise AttributeError(f"{error}{instead}") from None
+            raise
+
+    return found
 
 
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:

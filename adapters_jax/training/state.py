@@ -1,5 +1,6 @@
 """The state of a training: trained leaves, apart from the frozen base."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -267,7 +268,9 @@ def _check_params(recipe: Recipe, params: Tree) -> None:
         for method in recipe.attached:
             own = [a.owner for a in adapters if a.owner.method == method]
             if own:  # where there is none at all, `_check_trained` says so
-                require_points(method, [path for o in own for path in (o.path, o.module)], {})
+                wanted = tuple(p for p in method.targets if not p.startswith("!"))
+                including = dataclasses.replace(method, targets=wanted)  # what is excluded has none
+                require_points(including, [path for o in own for path in (o.path, o.module)], {})
 
 
 def _warn_of_rest(recipe: Recipe, params: Tree) -> None:

@@ -41,6 +41,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
         MismatchError: `params` is not the tree of this model; every difference is listed.
+        TypeError: a linen model comes without its parameters.
 
     Example:
         >>> import adapters_jax as aj
@@ -104,6 +105,10 @@ def _rounding(merged: Array, left: Array) -> float:
 def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
     """The base with every targeted weight changed."""
     if isinstance(model, Adapted):
+        if params is None:
+            raise TypeError(
+                "merge: a linen model needs its parameters; write aj.merge(model, params, *inputs)"
+            )
         return _linen(model, params, args, kwargs, change)
     return _nnx(model, change)
 

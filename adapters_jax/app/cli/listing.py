@@ -52,10 +52,17 @@ class Listing(ABC):
     Args:
         markdown: print a page of the documentation.
         json: print JSON.
+
+    Raises:
+        UsageError: both are asked for.
     """
 
     markdown: bool = False
     json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.markdown and self.json:
+            raise UsageError("--markdown and --json are two forms of one listing; leave one out")
 
     @abstractmethod
     def find(self) -> Found:
@@ -65,11 +72,8 @@ class Listing(ABC):
         """Finds what is listed, and returns a function that prints it.
 
         Raises:
-            UsageError: both --markdown and --json are given.
             UserError: nothing has the name that the user gave.
         """
-        if self.markdown and self.json:
-            raise UsageError("--markdown and --json are two forms of one listing; leave one out")
         found = self.find()
 
         def report() -> None:

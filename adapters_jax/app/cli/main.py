@@ -9,6 +9,7 @@ Any other error is a bug, and is printed with its traceback.
 """
 
 import contextlib
+import difflib
 import errno
 import importlib
 import inspect
@@ -55,6 +56,7 @@ COMMANDS = {
     "doctor": ("adapters_jax.app.cli.doctor", "Doctor"),
     "completion": ("adapters_jax.app.cli.completion", "Completion"),
 }
+OTHERS = {"train": "finetune", "chat": "generate --chat"}  # commands of other programs
 HELP = """\
 usage: adapters-jax COMMAND [FLAGS]
 
@@ -226,7 +228,10 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
     from adapters_jax.app.options.parsing import UsageError, parse
 
     if name not in COMMANDS:
-        raise UsageError(f"no such command; the commands are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = OTHERS.get(name) or next(iter(near), None)
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise UsageError(f"no such command{hint}; the commands are {', '.join(COMMANDS)}")
     command = command_of(name)
     try:
         return parse(command, flags, f"adapters-jax {name}", about(command))

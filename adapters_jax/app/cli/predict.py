@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,8 @@ class Predict:
             parts = lines if one else [part for line in lines for part in line.split("\t")]
         else:
             parts = list(self.texts)
+            for path in filter(os.path.isfile, parts):
+                _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
         return _rows(parts, columns)
 
     def _write(self, predictions: Sequence[Prediction], console: Console) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
+from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.stored import members, misfit
 from adapters_jax.checks import shown
 from adapters_jax.errors import UserError, file_errors
+from adapters_jax.spelling import field_of
 from adapters_jax.strict_json import loads
 
 if TYPE_CHECKING:
@@ -67,7 +69,10 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
         return app([_DASH if word == "-" else word for word in flags])
     except cyclopts.CycloptsError as error:
         error.verbose = False
-        raise UsageError(_absent(error, flags) or str(error).rstrip(".")) from None
+        message = (
+            _absent(error, flags) or _of_another_library(error, leaves) or _without_flag(error)
+        )
+        raise UsageError(message or str(error).rstrip(".")) from None
 
 
 def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
@@ -81,6 +86,29 @@ def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
         return None
     name = argument.name if argument.index is None else argument.field_info.name.upper()
     return f"{name} is missing: {argument.parameter.help}".rstrip(".")
+
+
+def _without_flag(error: cyclopts.CycloptsError) -> str | None:
+    """What an error says of words that no flag takes; None of other errors."""
+    import cyclopts
+
+    if not isinstance(error, cyclopts.UnusedCliTokensError):
+        return None
+    words = ", ".join(map(repr, error.unused_tokens or ()))
+    return f"no flag takes {words}; a value follows its flag"
+
+
+def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) -> str | None:
+    """Our flag for one that other libraries' scripts have; None of other errors."""
+    import cyclopts
+
+    if not isinstance(error, cyclopts.UnknownOptionError) or error.token.keyword is None:
+        return None
+    word = error.token.keyword.partition("=")[0]
+    field = field_of(word)
+    if field not in {leaf.name for leaf in leaves}:
+        return None
+    return f"Unknown option: {word}. Write {flag(field)}"
 
 
 def completion(

@@ -123,5 +123,6 @@ def _load(source: Source, to: AdapterFormat, name: str) -> str:
     base, config = source.base, source.config
     shown = base.name if base.public else Path(base.name).name
     if to.name != "native" or config is None:
-        return to.loading(base, source.leaves, shown, name)
+        place = shown if base.public else f"path/to/{shown}"
+        return to.loading(base, source.leaves, place, name)
     return task_of(config).usage(name, config, shown if Path(base.name).exists() else None).python
