@@ -66,6 +66,11 @@ def adapt(
         >>> adapted.lora["a"].shape, hasattr(model, "lora")
         ((4, 2), False)
     """
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"adapt: got {_described(model)}, expected a linen or NNX module; write "
+            "aj.adapt(model, recipe)"
+        )
     recipe = Recipe(recipe)
     if isinstance(model, nn.Module):
         if rngs is not None or example_inputs is not None:
@@ -75,10 +80,13 @@ def adapt(
                 "params = aj.init_adapters(model, params, key, *example_inputs)"
             )
         return adapt_linen(model, recipe)
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"adapt: got {type(model).__name__}, expected a linen or NNX module")
     if rngs is None:
         raise TypeError(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"
         )
     return adapt_nnx(model, recipe, rngs, example_inputs)
+
+
+def _described(model: Any) -> str:
+    """What was given in the place of a model: the class of a model, or something of its type."""
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from adapters_jax.checks import shown
 from adapters_jax.display import html_table
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
@@ -125,7 +127,8 @@ class Recipe:
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
-                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets"
+                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets, or, if the "
+                "model has adapters of another recipe, begin with its base"
             )
         changed = [type(m).merged is not Method.merged for m in methods]
         late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
@@ -210,7 +213,9 @@ def require_points(
     owner, first_time = type(method).__name__, not _CHECKED.get()
     problems = failures(owner, method.targets, usable, unusable, parts=first_time)
     wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
-    if problems and not any(selects(wanted, path) for path in usable):
+    reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
+    unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
+    if problems and not unseen and not any(selects(wanted, path) for path in usable):
         problems.append(
             f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
             "this model; aj.suggest(model, *inputs) proposes targets for it"
@@ -301,7 +306,20 @@ def _members(item: Any) -> Iterable[Method]:
     if isinstance(item, Recipe | list | tuple):
         return (method for part in item for method in _members(part))
     known = ", ".join(m.__name__ for m in METHODS.values())
-    raise TypeError(f"Recipe: got {item!r}, expected methods ({known}) or recipes")
+    raise TypeError(f"Recipe: got {_got(item)}, expected methods ({known}) or recipes")
+
+
+def _got(item: Any) -> str:
+    """What was given in the place of a method, with what to write where that is plain."""
+    if isinstance(item, type):
+        return f"the class {item.__name__}; call it with its targets and settings"
+    if inspect.isfunction(item):
+        return f"the function {item.__name__}; call it"
+    for name in ("recipe", "adapter_recipe"):  # an adapted model, or a state of one
+        if isinstance(getattr(item, name, None), Recipe):
+            where = "model.recipe" if name == "recipe" else "aj.nnx.recipe_of(model)"
+            return f"{type(item).__name__}, which is no recipe but has one, {where}"
+    return type(item).__name__ if isinstance(item, Mapping) else shown(item)
 
 
 def _short(method: Method) -> str:
