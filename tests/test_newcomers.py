@@ -211,6 +211,8 @@ def test_optimisers_of_a_recipe():
         aj.lora_plus(optax.adamw(1e-3), 1e-4, RECIPE)
     with raises(aj.UserError, "tx=Recipe", "optax.adam(1e-4)"):
         aj.freeze_base(RECIPE, SGD)
+    with raises(aj.RecipeError, "LoRA", "aj.init_adapters(model, params, key"):
+        aj.freeze_base(SGD, RECIPE).init(PARAMS)
     with raises(aj.UserError, "audit", "tx="):
         aj.audit(MODEL, WHOLE, X)
 
@@ -239,6 +241,16 @@ def test_adapters_in_a_bank_and_several_states():
     assert "Array" not in str(caught.value)
     with raises(aj.UserError, "[a, b]"):
         aj.stack_states(state_of())
+
+
+def test_rows_come_from_a_bank():
+    with raises(aj.UserError, "adapters=['a', None]", "bank.rows([...])"):
+        MODEL.apply({"params": WHOLE, **STATS}, X, adapters=["a", None])
+
+
+def test_slices_of_a_method_that_has_none():
+    with raises(aj.UserError, "slices=((0, 2),)", "slices=()"):
+        aj.DoRA("body", rank=2, slices=((0, 2),))
 
 
 def test_a_mesh_is_made():

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from adapters_jax.checks import check_number, shown
-from adapters_jax.errors import UserError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
@@ -43,6 +43,7 @@ def freeze_base(
 
     Raises:
         UserError: `tx` is no optimiser.
+        RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
     Example:
@@ -72,6 +73,13 @@ def freeze_base(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        owners = {owner.method for path in paths if (owner := recipe.owner(path))}
+        absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+        if absent:
+            raise RecipeError(
+                f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
+                "aj.init_adapters(model, params, key, *example_inputs) returned"
+            )
         require_match("freeze_base groups", tuple(groups), filter(recipe.trains, paths))
         return transform.init(params)
 
