@@ -3,14 +3,14 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, shortened
 
 
 def is_array(x: Any) -> bool:
@@ -55,8 +55,20 @@ class Inputs:
 
     @classmethod
     def of(cls, given: Any) -> "Inputs | None":
-        """Example inputs as functions take them: `aj.inputs(...)`, or a tuple of inputs."""
-        return given if given is None or isinstance(given, cls) else cls(tuple(given), {})
+        """Example inputs as functions take them: `aj.inputs(...)`, or a tuple of inputs.
+
+        Raises:
+            UserError: `given` is an input itself, or a mapping, whose parts would be taken for it.
+        """
+        if given is None or isinstance(given, cls):
+            return given
+        if is_array(given) or isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+            call = "aj.inputs(**inputs)" if isinstance(given, Mapping) else "(x,)"
+            raise UserError(
+                f"the example inputs are {_text(given)}, expected a tuple of inputs; write {call}, "
+                "or aj.inputs(x, mask=m)"
+            )
+        return cls(tuple(given), {})
 
     def zeros(self) -> "Inputs":
         """The inputs with zeros for their arrays."""
@@ -101,7 +113,8 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
         given: its example inputs.
 
     Raises:
-        UserError: the model does not take these inputs.
+        UserError: the model does not take these inputs, or fails on them and the first of them is a
+            tree of parameters.
     """
     name, text = type(model).__name__, inputs_text(given.args, given.kwargs)
     try:
@@ -109,6 +122,8 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
         called = getattr(type(model), own) if isinstance(own, str) else own
         inspect.signature(called).bind(model, *given.args, **given.kwargs)
     except TypeError as error:
+        if _first_is_params(given):
+            raise _misplaced(name, given) from error
         raise UserError(
             f"{name} cannot be called with the example inputs ({text}): {error}; pass inputs as "
             "for the model itself"
@@ -117,6 +132,8 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, UserError):
+            if _first_is_params(given):
+                raise _misplaced(name, given) from error
             error.add_note(
                 f"adapters_jax ran {name} on the example inputs ({text}), abstractly, to find its "
                 "modules and shapes."
@@ -132,7 +149,45 @@ def inputs_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         'float32[2, 3], train=False'
     """
 
-    def text(x: Any) -> str:
-        return f"{x.dtype}{list(x.shape)}" if is_array(x) else repr(x)
+    return ", ".join([*map(_text, args), *(f"{key}={_text(x)}" for key, x in kwargs.items())])
 
-    return ", ".join([*map(text, args), *(f"{key}={text(x)}" for key, x in kwargs.items())])
+
+def _text(x: Any) -> str:
+    """An input as a message prints it, without the numbers of its arrays.
+
+    Example:
+        >>> _text({"ids": jnp.zeros((2, 3), int)}), _text((jnp.zeros(1), None))
+        ("{'ids': int32[2, 3]}", '(float32[1], None)')
+    """
+    if is_array(x):
+        return f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, Mapping):
+        return shortened(f"{{{', '.join(f'{name!r}: {_text(part)}' for name, part in x.items())}}}")
+    if isinstance(x, tuple | list):
+        return shortened(f"({', '.join(map(_text, x))})")
+    return shortened(repr(x))
+
+
+# Names of parameters in flax's layers, and of the collection that linen keeps parameters in.
+_PARAMETERS = frozenset({"params", "kernel", "embedding", "scale", "bias"})
+
+
+def _misplaced(name: str, given: Inputs) -> UserError:
+    """The error for parameters among the example inputs."""
+    return UserError(
+        f"{name}: the first of its example inputs is a tree of parameters "
+        f"({shortened(', '.join(map(str, given.args[0])))}), expected the inputs of the model; "
+        "leave it out, as in aj.suggest(model, *inputs), or put it where params are expected, as "
+        "in aj.merge(model, params, *inputs)"
+    )
+
+
+def _first_is_params(given: Inputs) -> bool:
+    """Whether the first input is a tree with names of flax's parameters."""
+
+    def names(tree: Any) -> Iterator[Any]:
+        for name, part in tree.items() if isinstance(tree, Mapping) else ():
+            yield name
+            yield from names(part)
+
+    return bool(given.args) and not _PARAMETERS.isdisjoint(names(given.args[0]))

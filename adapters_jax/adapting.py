@@ -68,7 +68,7 @@ def adapt(
     """
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(
-            f"adapt: got {type(model).__name__}, expected a linen or NNX module; write "
+            f"adapt: got {_described(model)}, expected a linen or NNX module; write "
             "aj.adapt(model, recipe)"
         )
     recipe = Recipe(recipe)
@@ -85,3 +85,8 @@ def adapt(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"
         )
     return adapt_nnx(model, recipe, rngs, example_inputs)
+
+
+def _described(model: Any) -> str:
+    """What was given in the place of a model: the class of a model, or something of its type."""
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__

@@ -8,18 +8,21 @@ from typing import Any
 
 import jax
 import optax
+from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained
 from adapters_jax.counted import Shape, counted
 from adapters_jax.display import bytes_text, html_table
 from adapters_jax.linen import Adapted, run_abstractly
+from adapters_jax.methods import Method
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
 from adapters_jax.texts import visible
+from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.training.state import in_full
-from adapters_jax.trees import Tree, flatten, join, unflatten
+from adapters_jax.trees import Tree, check_params, flatten, join, unflatten
 from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
@@ -175,7 +178,7 @@ HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
 
 
 def audit(
-    model: Adapted | nnx.Module | Recipe,
+    model: Adapted | nnx.Module | Recipe | Method,
     params: Tree = None,
     tx: optax.GradientTransformation | None = None,
     inputs: Inputs | tuple[Any, ...] | None = None,
@@ -195,7 +198,9 @@ def audit(
     Raises:
         MismatchError: an adapter lacks arrays, has unknown ones, or holds another number of
             parameters than its closed form; the message names every such adapter.
-        TypeError: the arguments are none of the three forms above.
+        TypeError: the model has no adapters, a linen model comes without its parameters, or an NNX
+            model with some.
+        UserError: `params` is no tree of parameters, `tx` no optimiser, or the inputs do not fit.
 
     Example:
         >>> import adapters_jax as aj, jax
@@ -208,6 +213,8 @@ def audit(
         trainable 12,288 (2.081 % of the base), of them in adapters 12,288; frozen 590,592
         bytes: trainable 48.0 KiB, gradients 48.0 KiB, optimizer 96.0 KiB, frozen 2.3 MiB
     """
+    if tx is not None:
+        check_optimizer("audit", tx)
     recipe, leaves = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     computed = _computed(model, params, Inputs.of(inputs)) if inputs is not None else {}
@@ -217,7 +224,8 @@ def audit(
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
     trained = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
-    optimizer = jax.eval_shape((tx or optax.adam(1e-3)).init, unflatten(trained))
+    tx = optax.adam(1e-3) if tx is None else tx
+    optimizer = jax.eval_shape(tx.init, unflatten(trained))
     return Audit(
         entries=entries,
         adapter_parameters=sum(added),
@@ -235,12 +243,21 @@ def audit(
 def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and every parameter by path."""
     if isinstance(model, nnx.Module):
+        if params is not None:
+            raise TypeError("audit: an NNX model holds its parameters; write aj.audit(model)")
         return recipe_of(model), flatten(nnx.state(model, nnx.Param))
-    recipe = model.recipe if isinstance(model, Adapted) else model
-    if not isinstance(recipe, Recipe) or params is None:
-        raise TypeError(
-            "audit: expected (adapted linen model, params), (adapted NNX model) or (recipe, params)"
+    if isinstance(model, Adapted):
+        recipe = model.recipe
+    elif isinstance(model, Recipe | Method):
+        recipe = Recipe(model)
+    else:
+        write = (
+            "write aj.audit(model, params) in linen, aj.audit(model) in NNX, or "
+            "aj.audit(recipe, params)"
         )
+        fix = "call aj.adapt(model, recipe) first" if isinstance(model, nn.Module) else write
+        raise TypeError(f"audit: {type(model).__name__} has no adapters; {fix}")
+    check_params("audit", params, "aj.audit(model, params) or aj.audit(recipe, params)")
     flat = flatten(params)
     return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 

@@ -103,8 +103,9 @@ def _described(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message prints it."""
+    """A value as a message prints it, in one line."""
     try:
-        return shortened(repr(value))
+        text = repr(value)
+        return shortened(" ".join(text.split()) if "\n" in text else text)
     except RecursionError:
         return f"a {type(value).__name__} that is nested too deep to print"

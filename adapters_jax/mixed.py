@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import UserError
 from adapters_jax.methods.arrays import over_layers
 from adapters_jax.methods.prompt import prompt_lengths
@@ -158,8 +159,10 @@ def by_rows(
         rows that were taken, a `HasRows` comes as `Grouped`, which the next call takes as it is.
 
     Raises:
-        UserError: no input has as many rows.
+        UserError: no input has as many rows, or `rows` is of no bank.
     """
+    if not isinstance(rows, Rows):
+        raise UserError(f"adapters={shown(rows)}, expected rows of a bank; write bank.rows([...])")
     groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
     split = [i for i, axis in enumerate(given.axes) if axis >= 0]
     if not split:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,8 +129,9 @@ class Recipe:
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
-                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets, or adapt the "
-                "base once for each of them (aj.Bank holds many adapters)"
+                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets, or, if the "
+                "model has adapters of another recipe, adapt its base once for each (aj.Bank holds "
+                "many adapters)"
             )
         changed = [type(m).merged is not Method.merged for m in methods]
         late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
@@ -214,7 +216,9 @@ def require_points(
     owner, first_time = type(method).__name__, not _CHECKED.get()
     problems = failures(owner, method.targets, usable, unusable, parts=first_time)
     wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
-    if problems and not any(selects(wanted, path) for path in usable):
+    reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
+    unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
+    if problems and not unseen and not any(selects(wanted, path) for path in usable):
         problems.append(
             f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
             "this model; " + (ALL_LINEAR if "all-linear" in wanted else _SUGGEST)
@@ -306,8 +310,21 @@ def _members(item: Any) -> Iterable[Method]:
         return (method for part in item for method in _members(part))
     known = ", ".join(m.__name__ for m in METHODS.values())
     raise TypeError(
-        f"Recipe: got {shown(item)}, expected methods ({known}) or recipes such as aj.lora(8)"
+        f"Recipe: got {_got(item)}, expected methods ({known}) or recipes such as aj.lora(8)"
     )
+
+
+def _got(item: Any) -> str:
+    """What was given in the place of a method, with what to write where that is plain."""
+    if isinstance(item, type):
+        return f"the class {item.__name__}; call it with its targets and settings"
+    if inspect.isfunction(item):
+        return f"the function {item.__name__}; call it"
+    for name in ("recipe", "adapter_recipe"):  # an adapted model, or a state of one
+        if isinstance(getattr(item, name, None), Recipe):
+            where = "model.recipe" if name == "recipe" else "aj.nnx.recipe_of(model)"
+            return f"{type(item).__name__}, which is no recipe but has one, {where}"
+    return type(item).__name__ if isinstance(item, Mapping) else shown(item)
 
 
 def _short(method: Method) -> str:

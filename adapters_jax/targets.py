@@ -247,6 +247,12 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
         return f"matches nothing, but '**/{pattern}' matches {_some(deeper, 2)}"
     near = nearest(pattern, usable) or usable
     problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
+    inside = f"{pattern}/**"
+    slashes = pattern.replace(".", "/")
+    if any(matches(inside, path) for path in usable):
+        problem += f"; it is a module, whose parameters are {inside!r}"
+    elif slashes != pattern and any(matches(slashes, path) for path in (*usable, *unusable)):
+        problem += f"; slashes join the names of a path: {slashes!r}"
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     if any(matches(whole, path) for path in usable):
         problem += (

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 from flax import nnx, traverse_util
 
-from adapters_jax.errors import UserError, shortened
+from adapters_jax.errors import MismatchError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join as join
@@ -86,6 +86,37 @@ def _flat(tree: Tree) -> dict[tuple[Any, ...], Any]:
 def _plain(tree: Tree) -> Any:
     """Nested mappings of any kind as plain dictionaries."""
     return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def check_params(caller: str, params: Any, call: str) -> None:
+    """Checks that an argument can be the parameter tree of a linen model.
+
+    Args:
+        caller: the function whose argument it is.
+        params: what was given.
+        call: what to write, such as `aj.merge(model, params, *inputs)`.
+
+    Raises:
+        TypeError: it is None.
+        UserError: it is no nested mapping.
+        MismatchError: it holds all variables, of which it should be one.
+
+    Example:
+        >>> check_params("merge", {"params": {}}, "aj.merge(model, params, *inputs)")
+        Traceback (most recent call last):
+        adapters_jax.errors.MismatchError: merge: params holds collections (params), expected ...
+    """
+    if params is None:
+        raise TypeError(f"{caller}: a linen model needs its parameters; write {call}")
+    expected = (
+        'expected the tree of parameters, such as variables["params"] or state.params; write '
+        + call
+    )
+    if not isinstance(params, Mapping):
+        raise UserError(f"{caller}: params is a {type(params).__name__}, {expected}")
+    if isinstance(params.get("params"), Mapping):  # flax has no module of this name
+        names = ", ".join(map(str, params))
+        raise MismatchError(f"{caller}: params holds collections ({names}), {expected}")
 
 
 def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
@@ -168,8 +199,14 @@ def adapter_leaves(adapter: Adapter, caller: str) -> tuple[Recipe, dict[str, Any
     """
     if not (isinstance(adapter, tuple) and len(adapter) == 2):
         raise TypeError(
-            f"{caller}: got {shortened(repr(adapter))} for an adapter, expected its recipe and its "
-            "tree; write aj.read_adapter(directory)"
+            f"{caller}: got {_given(adapter)} for an adapter, expected its recipe and its tree; "
+            "write aj.read_adapter(directory), (state.recipe, state.trained) for a TrainState, or "
+            "(aj.nnx.recipe_of(model), nnx.state(model, aj.nnx.AdapterParam))"
         )
     recipe, tree = adapter
     return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
+
+
+def _given(adapter: Any) -> str:
+    """What was given for an adapter: a text itself, else its type."""
+    return repr(adapter) if isinstance(adapter, str) else f"a {type(adapter).__name__}"

@@ -332,11 +332,20 @@ def test_a_pattern_of_a_mapping_with_an_unbalanced_brace():
         LoRA("a", alpha_pattern={"{a": 1.0})
 
 
-@pytest.mark.parametrize("part", ["lora", 3, None, LoRA, object])
-def test_a_recipe_is_made_of_methods(part):
-    with raises(TypeError, repr(part), *(m.__name__ for m in METHODS.values())):
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ("lora", "'lora'"),
+        (3, "3"),
+        (None, "None"),
+        (LoRA, "class LoRA"),
+        (aj.lora, "function lora"),
+    ],
+)
+def test_a_recipe_is_made_of_methods(part, shown):
+    with raises(TypeError, shown, *(m.__name__ for m in METHODS.values())):
         Recipe(LoRA("a"), part)
-    with raises(TypeError, repr(part)):
+    with raises(TypeError, shown):
         Recipe(LoRA("a")) + part
 
 

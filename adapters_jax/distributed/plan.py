@@ -212,7 +212,7 @@ def _forward(state: TrainState, loss_fn: LossFn, batch: Tree, accumulate: int) -
     """The working memory of a forward pass; with accumulation, of one part of the batch."""
     forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
     part = jax.tree.map(lambda x: _part(x, accumulate), batch)
-    alone = compile_program(forward.lower(state, part))  # type: ignore[attr-defined]
+    alone = compile_program(forward.jitted.lower(state, part))  # type: ignore[attr-defined]
     return max(0, alone.total - alone.arguments) if isinstance(alone, Program) else 0
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.attached import Attached, in_tree
+from adapters_jax.checks import shown
 from adapters_jax.distributed.mesh import ShardingError, place
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Owner, Recipe
@@ -201,7 +202,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         The same on the mesh; for an NNX model a new model.
 
     Raises:
-        ShardingError: as for `layout`.
+        ShardingError: as for `layout`, or `mesh` is no mesh.
         TargetError: a rule matches no parameter.
 
     Example:
@@ -210,6 +211,11 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         >>> shard({"kernel": jnp.ones((8, 4))}, mesh)["kernel"].sharding.mesh.axis_names
         ('data', 'model')
     """
+    if not isinstance(mesh, Mesh):
+        text = mesh if isinstance(mesh, str) else "data=-1"
+        raise ShardingError(
+            f"shard: mesh={shown(mesh)}, expected a mesh; write aj.make_mesh({text!r})"
+        )
     if isinstance(subject, TrainState):
         return _shard_state(subject, mesh, rules, **options)
     if isinstance(subject, nnx.Module):

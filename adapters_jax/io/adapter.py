@@ -85,8 +85,8 @@ def save_adapter(
         UserError: the path holds something else, the recipe does not train a leaf, the file format
             cannot hold a leaf, a trained number is not finite, an NNX model has no adapters, or
             `base` or `recipe` is not that of the state or model.
-        TypeError: the recipe is missing, `adapters` is not a tree, or collections are given beside
-            a `TrainState` or a model.
+        TypeError: `directory` is no path, the recipe is missing, `adapters` is not a tree, or
+            collections are given beside a `TrainState` or a model.
         FileSystemError: the disk is full or cannot be written; the old directory is unchanged.
 
     Example:
@@ -101,6 +101,7 @@ def save_adapter(
           LoRA(targets=('query',), rank=1),
         ), (3, 1))
     """
+    check_directory("save_adapter", directory, "save_adapter(directory, adapters, recipe)")
     if isinstance(adapters, TrainState | nnx.Module):
         if collections is not None:
             raise TypeError("save_adapter: collections are for a tree of adapters; leave them out")
@@ -120,9 +121,11 @@ def save_adapter(
     recipe, directory = Recipe(recipe), Path(directory)
     if _holds_something_else(directory):
         raise UserError(f"{directory} exists and is not an adapter; give another directory")
-    flat = {path: _plain(leaf) for path, leaf in flatten(adapters).items()}
+    leaves = flatten(adapters)
+    _check_trained(leaves, recipe)
+    flat = {path: _plain(leaf) for path, leaf in leaves.items()}
     state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
-    _check_savable(flat, state, recipe)
+    _check_savable(flat, state)
     config = Manifest.of(recipe, base, flat, state).to_bytes(directory / CONFIG)
     files: dict[str, Content] = {**texts(beside), TENSORS: _writer(flat, directory / TENSORS)}
     if state:
@@ -133,6 +136,15 @@ def save_adapter(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
+
+
+def check_directory(caller: str, directory: Any, call: str) -> None:
+    """Raises TypeError where an argument is no path, as where arguments are swapped."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"{caller}: the directory is a {type(directory).__name__}, expected a path; "
+            f"write {call}"
+        )
 
 
 def _holds_something_else(directory: Path) -> bool:
@@ -209,16 +221,18 @@ def _plain(leaf: Any) -> np.ndarray:
     return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype), order="C")
 
 
-def _check_savable(
-    flat: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], recipe: Recipe
-) -> None:
-    """Raises UserError for leaves that an adapter's files cannot hold."""
-    frozen = [path for path in flat if not recipe.trains(path)]
+def _check_trained(leaves: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises UserError for leaves that the recipe does not train, as in a whole tree."""
+    frozen = [path for path in leaves if not recipe.trains(path)]
     if frozen:
         raise UserError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "
             f"{frozen[0]}; give the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
+
+
+def _check_savable(flat: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError for leaves that an adapter's files cannot hold."""
     problems = [problem for path in (*flat, *state) if (problem := name_problem(path))]
     problems += [
         f"{path} has the dtype {array.dtype}, which an adapter file cannot hold; train floats"

@@ -33,7 +33,7 @@ from adapters_jax.io.checksums import damage, write_checksums
 from adapters_jax.io.identity import tree_sha256
 from adapters_jax.io.lock import lock_directory, unlock_directory
 from adapters_jax.recipe import as_compared
-from adapters_jax.training.state import TrainState, check_alive
+from adapters_jax.training.state import TrainState, check_kind, check_state
 from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Checkpoints:
                 checkpoints are intact. A failure of this save is raised by the next `save`, `wait`,
                 `restore` or `close`.
         """
-        check_alive(state)
+        check_state("Checkpoints.save", state)
         self.wait()
         leaves, structure = jax.tree.flatten(_kept(state, best))
         # One program copies all device arrays; the thread does the rest. numpy arrays stay.
@@ -266,6 +266,7 @@ class Checkpoints:
                 recipe or base.
             MismatchError: arrays differ in shape or dtype; the message names all of them.
         """
+        check_kind("Checkpoints.restore", state)
         step = self._found(step)
         where = f"the checkpoint of step {step} in {self.directory}"
         about = self._about(step)

@@ -28,6 +28,7 @@ from adapters_jax.errors import (
 )
 from adapters_jax.io.adapter import (
     STATE,
+    check_directory,
     find_adapter,
     opened_adapter,
     read_arrays,
@@ -42,7 +43,15 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe, checked_before
 from adapters_jax.training.state import checked_collections
 from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers
-from adapters_jax.trees import Tree, flatten, merge_trees, partition, unflatten, with_leaves
+from adapters_jax.trees import (
+    Tree,
+    check_params,
+    flatten,
+    merge_trees,
+    partition,
+    unflatten,
+    with_leaves,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,6 +142,7 @@ def load_adapter(
         ...     aj.load_adapter(saved, base).lora["a"].shape
         (3, 1)
     """
+    _check_order(directory, model)
     in_nnx = isinstance(model, nnx.Module)
     if not (in_nnx or isinstance(model, nn.Module)):
         raise TypeError(
@@ -151,6 +161,9 @@ def load_adapter(
             "load_adapter: a linen model needs its parameters; write "
             "aj.load_adapter(directory, model, params, *example_inputs)"
         )
+    if not in_nnx:
+        write = "aj.load_adapter(directory, model, params, *example_inputs)"
+        check_params("load_adapter", params, write)
     stack = None if names is None else stack_of(names)
     other = checked_collections("load_adapter", collections)
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
@@ -169,6 +182,17 @@ def load_adapter(
             if in_nnx:
                 return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
+
+
+def _check_order(directory: Any, model: Any) -> None:
+    """Raises TypeError where the first arguments are no path and no model, as if swapped."""
+    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
+    check_directory("load_adapter", directory, call)
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
+            f"write {call}"
+        )
 
 
 def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, is_abstract
@@ -29,6 +30,7 @@ from adapters_jax.spelling import instead_of
 from adapters_jax.targets import join
 from adapters_jax.trees import (
     Tree,
+    check_params,
     flatten,
     merge_trees,
     partition,
@@ -290,7 +292,9 @@ def init_adapters(
     Raises:
         TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        UserError: the example inputs do not fit the model.
+        UserError: the example inputs do not fit the model, `params` is no tree of parameters, or
+            `key` no random key.
+        TypeError: `model` is no adapted linen model, or `params` is None.
 
     Warns:
         AdapterWarning: as for `adapt`.
@@ -305,6 +309,14 @@ def init_adapters(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
+    call = "aj.init_adapters(model, params, key, *example_inputs)"
+    if not isinstance(model, Adapted):
+        fix = "an adapted linen model; write model = aj.adapt(base, recipe), then params = " + call
+        if isinstance(model, nnx.Module):
+            fix = "a linen model; an NNX model has its adapters from aj.adapt"
+        raise TypeError(f"init_adapters: got {type(model).__name__}, expected {fix}")
+    check_params("init_adapters", params, call)
+    arrays.check_key("init_adapters", key)
     given = shapes_of(without_adapters(params, model.recipe))
     inputs = Inputs(args, kwargs, method)
     found, whole = points_of(model.inner, model.recipe, inputs, given)

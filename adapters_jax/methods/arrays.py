@@ -6,7 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.checks import shown
+from adapters_jax.errors import UserError
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
@@ -21,6 +25,16 @@ def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
 def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """The key of a path, the same whatever else a recipe adds."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def check_key(caller: str, key: Any) -> None:
+    """Raises UserError where an argument is no random key, of jax.random.key or PRNGKey."""
+    dtype = key.dtype if isinstance(key, jax.Array | np.ndarray | jax.ShapeDtypeStruct) else None
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    old = dtype == np.uint32 and key.ndim == 1
+    if not old and not (typed and key.ndim == 0):
+        got = f"{dtype}{list(key.shape)}" if dtype is not None else shown(key)
+        raise UserError(f"{caller}: key={got}, expected a random key; write jax.random.key(0)")
 
 
 def normal(std: float) -> Initializer:

@@ -190,6 +190,13 @@ class Method:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
 
+    def __add__(self, other: Any) -> Any:
+        """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
+        if isinstance(other, Method):
+            names = f"{type(self).__name__}(...), {type(other).__name__}(...)"
+            raise TypeError(f"two methods are added; write aj.Recipe({names})")
+        return NotImplemented
+
     @property
     def leaf_names(self) -> tuple[str, ...]:
         """The names of its leaves."""

@@ -118,7 +118,10 @@ class LoRA(LeafMethod):
         checks.check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
-            raise UserError(f"{owner}: slices are unsupported with a_init='pissa' and with DoRA")
+            raise UserError(
+                f"{owner}: slices={checks.shown(self.slices)}, unsupported with a_init='pissa' and "
+                "with DoRA; write slices=(), which changes the whole weight"
+            )
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:

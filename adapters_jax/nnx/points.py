@@ -329,6 +329,9 @@ def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
     found = {}
     for path, module in modules.items():
         call = Call(_known_output(module), layers[path], True)
+        if callable(module) and not registry.names_of(module):
+            why = "did not run, so its attention is not known; pass example_inputs=(...)"
+            call = call._replace(no_attention=why)
         if registry.needs_check(module):
             why = "is registered; pass example_inputs=(...), with which that is checked"
             call = call._replace(attends=False, no_attention=why)

@@ -6,11 +6,20 @@ from typing import Any
 import jax
 import optax
 
-from adapters_jax.checks import check_number
+from adapters_jax.checks import check_number, shown
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.trees import Tree, path_of
+
+
+def check_optimizer(caller: str, tx: Any) -> None:
+    """Raises UserError where an argument is no optax optimiser."""
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+        raise UserError(
+            f"{caller}: tx={shown(tx)}, expected an optax optimiser, such as optax.adam(1e-4)"
+        )
 
 
 def freeze_base(
@@ -33,6 +42,8 @@ def freeze_base(
         A gradient transformation.
 
     Raises:
+        UserError: `tx` is no optimiser.
+        RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
     Example:
@@ -44,6 +55,7 @@ def freeze_base(
         >>> float(updates["head"]["bias"][0]), float(updates["body"]["bias"][0])
         (-0.5, 0.0)
     """
+    check_optimizer("freeze_base", tx)
     recipe, groups = Recipe(recipe), dict(groups or {})
 
     def label(key_path: tuple[Any, ...], _: Any) -> str:
@@ -61,6 +73,13 @@ def freeze_base(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        owners = {owner.method for path in paths if (owner := recipe.owner(path))}
+        absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+        if absent:
+            raise RecipeError(
+                f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
+                "aj.init_adapters(model, params, key, *example_inputs) returned"
+            )
         require_match("freeze_base groups", tuple(groups), filter(recipe.trains, paths))
         return transform.init(params)
 
@@ -88,8 +107,8 @@ def lora_plus(
         `freeze_base` with a group for B.
 
     Raises:
-        UserError: the ratio is not a positive number, or the learning rate is negative, not finite
-            or no number.
+        UserError: `optimizer` is no function, the ratio is not a positive number, or the learning
+            rate is negative, not finite or no number.
         TargetError: `init` of the result raises it where no B trains.
 
     Example:
@@ -103,6 +122,11 @@ def lora_plus(
 
     Reference: Hayou et al. 2024, arXiv:2402.12354.
     """
+    if not callable(optimizer):
+        raise UserError(
+            f"lora_plus: optimizer is a {type(optimizer).__name__}, expected a function of a "
+            "learning rate; write aj.lora_plus(optax.adamw, 1e-4, recipe)"
+        )
     check_number("lora_plus", "ratio", ratio)
     if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
         check_number("lora_plus", "learning_rate", learning_rate, closed=True)

@@ -21,9 +21,11 @@ from adapters_jax.counted import counted, left_over, without_adapter
 from adapters_jax.display import bytes_text
 from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
 from adapters_jax.linen import Adapted
+from adapters_jax.methods.arrays import check_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe, checked_before, require_points
-from adapters_jax.trees import Tree, flatten, merge_trees, partition
+from adapters_jax.training.optimizers import check_optimizer
+from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
 _LINES = 12  # of shapes in the repr of a state
@@ -106,11 +108,8 @@ class TrainState:
                 floats and so have no gradient.
         """
         if isinstance(model, Adapted):
-            if params is None:
-                raise TypeError(
-                    "TrainState.create: a linen model needs params; write "
-                    "TrainState.create(model, params, tx=tx, key=key)"
-                )
+            call = "aj.TrainState.create(model, params, tx=tx, key=key)"
+            check_params("TrainState.create", params, call)
             recipe = model.recipe
             _check_params(recipe, params)
             adapters, base = partition(params, recipe)
@@ -133,8 +132,8 @@ class TrainState:
         _check_trained(recipe, adapters)
         if params is not None:
             _warn_of_rest(recipe, params)
-        _check_optimizer(tx)
-        _check_key(key)
+        check_optimizer("TrainState.create", tx)
+        check_key("TrainState.create", key)
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
         adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
@@ -289,11 +288,18 @@ def _warn_of_rest(recipe: Recipe, params: Tree) -> None:
         )
 
 
-def _check_optimizer(tx: Any) -> None:
-    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+def check_state(caller: str, state: Any) -> None:
+    """Raises UserError for what is no `TrainState`, or one whose arrays a step has taken over."""
+    check_kind(caller, state)
+    check_alive(state)
+
+
+def check_kind(caller: str, state: Any) -> None:
+    """Raises UserError for what is no `TrainState`."""
+    if not isinstance(state, TrainState):
         raise UserError(
-            f"TrainState.create: tx={shown(tx)}, expected an optax optimiser, such as "
-            "optax.adam(1e-4)"
+            f"{caller}: the state is a {type(state).__name__}, expected a TrainState; "
+            "write aj.TrainState.create(model, tx=tx, key=key)"
         )
 
 
@@ -305,16 +311,6 @@ def check_alive(state: TrainState) -> None:
         raise UserError(
             "this state was given to a step of make_train_step, which took over its arrays; "
             "go on with the state that the step returned: state, metrics = step(state, batch)"
-        )
-
-
-def _check_key(key: Any) -> None:
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    old = dtype == jnp.uint32 and key.ndim == 1  # as of jax.random.PRNGKey
-    if not old and not (typed and key.ndim == 0):
-        raise UserError(
-            f"TrainState.create: key={shown(key)}, expected a random key; write jax.random.key(0)"
         )
 
 

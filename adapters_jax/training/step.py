@@ -6,7 +6,8 @@ returns the base: its arrays stay the same buffers for the whole of training.
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax import nnx
+from flax.errors import (
+    ApplyScopeInvalidVariablesStructureError,
+    ScopeCollectionNotFound,
+    TraceContextError,
+)
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
 from adapters_jax.meshes import on_mesh
 from adapters_jax.mixed import mapping
-from adapters_jax.training.state import TrainState, check_alive, checked_collections
+from adapters_jax.training.state import TrainState, check_state, checked_collections
 from adapters_jax.training.together import Optimizers, check_step, picked
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 
@@ -60,7 +67,8 @@ def make_train_step(
         the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
 
     Raises:
-        UserError: `accumulate` is not a positive whole number, or does not divide the batch; a
+        UserError: `loss_fn` is no function of three arguments, or uses variables that the state has
+            not; `accumulate` is not a positive whole number, or does not divide the batch; a
             metric of the loss function has a name that the step itself uses; it returns
             collections that the state does not have; the loss is no float scalar; or a step was
             given the state before.
@@ -94,10 +102,13 @@ def make_train_step(
         [0.5, 0.5]
     """
     check_size("make_train_step", "accumulate", accumulate)
+    _check_function("make_train_step", loss_fn, ("params", "batch", "key"))
 
     def loss_of(adapters: Tree, base: Tree, state: TrainState, other: Any, batch: Batch, key: Any):
         whole = _subject(replace(state, adapters=adapters, base=base, other=other))
-        loss, metrics, updated = _results(loss_fn(whole, batch, key))
+        with _explained(state):
+            result = loss_fn(whole, batch, key)
+        loss, metrics, updated = _results(result)
         _check_loss(loss)
         taken = sorted(_OWN_METRICS & set(metrics))
         if taken:
@@ -180,12 +191,7 @@ def make_train_step(
         state: TrainState, batch: Batch, active: Bool[Array, " states"] | None = None
     ) -> tuple[TrainState, Metrics]:
         nonlocal began
-        if not isinstance(state, TrainState):
-            raise UserError(
-                f"make_train_step: the state is a {type(state).__name__}, expected a TrainState; "
-                "write aj.TrainState.create(model, tx=tx, key=key)"
-            )
-        check_alive(state)
+        check_state("make_train_step", state)
         check_step(state, batch, active)
         updated, metrics = update(replace(state, base=None), state.base, batch, active)
         if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
@@ -195,6 +201,47 @@ def make_train_step(
 
     step.jitted = update  # type: ignore[attr-defined]
     return step
+
+
+def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> None:
+    """Raises UserError for a model, and for a function that does not take the arguments."""
+    expected = f"f({', '.join(arguments)}), in NNX f({', '.join(('model', *arguments[1:]))})"
+    if isinstance(function, nn.Module | nnx.Module) or not callable(function):
+        raise UserError(f"{caller}: got {type(function).__name__}, expected a function {expected}")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise UserError(
+            f"{caller}: the function cannot be called as {expected}: {error}"
+        ) from error
+    except ValueError:  # a compiled function, which has no signature
+        return
+
+
+@contextlib.contextmanager
+def _explained(state: TrainState) -> Iterator[None]:
+    """Says of an error about variables in a loss function what the function was given."""
+    try:
+        yield
+    except (ScopeCollectionNotFound, ApplyScopeInvalidVariablesStructureError) as error:
+        if state.graphdef is not None:
+            raise
+        if state.other is None:
+            given = "params alone, since TrainState.create got no collections"
+        else:
+            names = ", ".join(sorted(("params", *state.other)))
+            given = f"variables with the collections {names}, for model.apply(variables, ...)"
+        raise UserError(
+            f"make_train_step: the loss function got {given}, and flax says: {error}; a model with "
+            "batch norm, or other variables, needs TrainState.create(..., collections="
+            '{"batch_stats": variables["batch_stats"]}) and model.apply(variables, ...), one '
+            "without them model.apply({'params': params}, ...)"
+        ) from error
+    except TraceContextError as error:
+        raise UserError(
+            f"make_train_step: the loss function uses a model or random streams from outside of "
+            f"it, and flax says: {error}; use its first argument, which is the model"
+        ) from error
 
 
 def _check_gradient(metrics: Metrics) -> None:
@@ -313,14 +360,25 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
 
     Returns:
         `evaluate(state, batch)`, which returns what `fn` returns. The state is not changed.
+
+    Raises:
+        UserError: `fn` is no function of two arguments; or the state is no `TrainState`, or a step
+            took it over.
     """
 
+    _check_function("make_eval_step", fn, ("params", "batch"))
+
     @jax.jit
-    def evaluate(state: TrainState, batch: Batch) -> Any:
+    def run(state: TrainState, batch: Batch) -> Any:
         subject = _subject(state)
         if state.graphdef is not None:
             subject.eval()
         with on_mesh(state.mesh):
             return fn(subject, batch)
 
+    def evaluate(state: TrainState, batch: Batch) -> Any:
+        check_state("make_eval_step", state)
+        return run(state, batch)
+
+    evaluate.jitted = run  # type: ignore[attr-defined]
     return evaluate

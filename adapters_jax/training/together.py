@@ -115,6 +115,8 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
         >>> [float(state.model.bias[0]) for state in unstack_states(together)]
         [-0.5, -0.25]
     """
+    if isinstance(states, TrainState):
+        raise UserError("stack_states: got one TrainState, expected a list; write [a, b]")
     if not states:
         raise UserError("stack_states: no states, expected one or more")
     first = states[0]

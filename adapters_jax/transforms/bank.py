@@ -22,6 +22,7 @@ from adapters_jax.trees import (
     Adapter,
     Tree,
     adapter_leaves,
+    check_params,
     flatten,
     merge_trees,
     partition,
@@ -83,8 +84,7 @@ class Bank:
         self._places: dict[str, int] = {}
         self._model: Any
         if isinstance(model, Adapted):
-            if params is None:
-                raise TypeError("Bank: a linen model needs params; write aj.Bank(model, params)")
+            check_params("Bank", params, "aj.Bank(model, params)")
             self.recipe = model.recipe
             self._trained, self._rest = partition(params, model.recipe)
             self._model = model

@@ -8,18 +8,22 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax.errors import RecipeError, compare_trees
+from adapters_jax.errors import RecipeError, UserError, compare_trees
 from adapters_jax.linen import Adapted, points, shapes_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
 from adapters_jax.recipe import checked_before
-from adapters_jax.trees import Tree, flatten, join, unflatten, without_adapters
+from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
 # New values of a module's parameters, from the method, its leaves, its attachment point and the
 # module's parameters.
 _Change = Callable[[Method, Leaves, AttachmentPoint, Mapping[str, Array]], dict[str, Array]]
+
+
+_CALL = "aj.merge(model, params, *example_inputs)"
+_CALLS = f"{_CALL} in linen, aj.merge(model) in NNX"
 
 
 def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +45,9 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        TypeError: a linen model comes without its parameters.
+        UserError: the model has no adapters, `params` is no tree of parameters, or the inputs do
+            not fit the model.
+        TypeError: a linen model comes without its parameters, or an NNX model with some.
 
     Example:
         >>> import adapters_jax as aj
@@ -105,11 +111,13 @@ def _rounding(merged: Array, left: Array) -> float:
 def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
     """The base with every targeted weight changed."""
     if isinstance(model, Adapted):
-        if params is None:
-            raise TypeError(
-                "merge: a linen model needs its parameters; write aj.merge(model, params, *inputs)"
-            )
         return _linen(model, params, args, kwargs, change)
+    if not isinstance(model, nnx.Module):
+        with_params = isinstance(model, nn.Module)
+        hint = "call aj.adapt(model, recipe) first" if with_params else f"write {_CALLS}"
+        raise UserError(f"merge: {type(model).__name__} has no adapters; {hint}")
+    if params is not None or args or kwargs:
+        raise TypeError("merge: an NNX model holds its parameters; write aj.merge(model)")
     return _nnx(model, change)
 
 
@@ -126,6 +134,7 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
+    check_params("merge", params, _CALL)
     with checked_before():
         found, whole = points(model, *args, **kwargs)
     compare_trees(

@@ -30,7 +30,7 @@ from adapters_jax.nnx import (
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, require_match, selects
-from adapters_jax.trees import Tree, flatten, unflatten, without_adapters
+from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
 
@@ -223,11 +223,7 @@ def _unfit(
 
 
 def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) -> Tree:
-    if params is None:
-        raise TypeError(
-            "quantize: a linen model needs its parameters and example inputs; write "
-            "params = aj.quantize(model, params, *example_inputs)"
-        )
+    check_params("quantize", params, "params = aj.quantize(model, params, *example_inputs)")
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
     inputs = Inputs(args, kwargs)

@@ -1,0 +1,264 @@
+"""Mistakes of newcomers with models of their own: each is one sentence that says what to write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from helpers.errors import raises
+
+import adapters_jax as aj
+from adapters_jax.io.checkpoint import Checkpoints
+
+X, KEY, SGD = jnp.ones((2, 4)), jax.random.key(0), optax.sgd(0.1)
+
+
+class Normed(nn.Module):
+    """A linen model with statistics."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(3, name="head")(nn.Dense(4, name="body")(x))
+
+
+class Attends(nnx.Module):
+    """An NNX model whose attention and weight are its own."""
+
+    def __init__(self, rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (4, 4)))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        q = x @ self.weight[...]
+        return self.drop(nn.softmax(q @ x.swapaxes(-1, -2)) @ x)
+
+
+NET = Normed()
+VARIABLES = NET.init(KEY, X)
+PARAMS = VARIABLES["params"]
+STATS = {"batch_stats": VARIABLES["batch_stats"]}
+RECIPE = aj.Recipe(aj.LoRA("body", rank=2), aj.Unfreeze("head/**"))
+MODEL = aj.adapt(NET, RECIPE)
+WHOLE = aj.init_adapters(MODEL, PARAMS, KEY, X)
+
+
+def own():
+    return Attends(nnx.Rngs(0))
+
+
+def adapted():
+    return aj.adapt(own(), aj.LoRA("weight", 2), rngs=nnx.Rngs(1), example_inputs=(X,))
+
+
+def state_of(params=WHOLE, **given):
+    return aj.TrainState.create(MODEL, params, tx=SGD, key=KEY, **given)
+
+
+@pytest.mark.parametrize(
+    ("model", "tree"),
+    [(NET, PARAMS), (NET, VARIABLES), (own(), nnx.state(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))],
+)
+def test_parameters_are_no_inputs_of_suggest(model, tree):
+    with raises(aj.UserError, type(model).__name__, "parameters", "aj.suggest(model, *inputs)"):
+        aj.suggest(model, tree, X)
+
+
+def test_a_mapping_that_a_model_takes_is_an_input():
+    class Takes(nn.Module):
+        @nn.compact
+        def __call__(self, batch):
+            return nn.Dense(2)(batch["scale"])
+
+    assert "Dense_0" in repr(aj.suggest(Takes(), {"scale": X}))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params: aj.merge(MODEL, params, X),
+        lambda params: aj.init_adapters(MODEL, params, KEY, X),
+        lambda params: aj.audit(MODEL, params),
+        lambda params: aj.quantize(NET, params, X),
+        lambda params: aj.Bank(MODEL, params),
+        lambda params: state_of(params),
+        lambda params: aj.load_adapter("anywhere", NET, params, X),
+    ],
+    ids=["merge", "init_adapters", "audit", "quantize", "Bank", "TrainState", "load_adapter"],
+)
+def test_what_stands_for_parameters(call):
+    with raises(TypeError, "params"):
+        call(None)
+    with raises(aj.MismatchError, "batch_stats, params", 'variables["params"]', "write"):
+        call({"batch_stats": {}, "params": WHOLE})
+    with raises(aj.UserError, "ArrayImpl", 'variables["params"]', "write"):
+        call(X)
+
+
+def test_a_linen_model_is_merged_with_its_parameters():
+    with raises(TypeError, "aj.merge(model, params, *example_inputs)"):
+        aj.merge(MODEL)
+    with raises(aj.UserError, "Normed", "aj.adapt(model, recipe)"):
+        aj.merge(NET, WHOLE, X)
+    with raises(aj.UserError, "TrainState", "aj.merge(model, params"):
+        aj.merge(state_of(collections=STATS))
+
+
+def test_an_nnx_model_has_its_parameters():
+    model = adapted()
+    for call, name in [(aj.merge, "aj.merge(model)"), (aj.audit, "aj.audit(model)")]:
+        with raises(TypeError, name):
+            call(model, nnx.state(model))
+    with raises(TypeError, "AdaptedAttends", "aj.adapt"):
+        aj.init_adapters(model, PARAMS, KEY, X)
+
+
+def test_adapters_are_made_for_an_adapted_model():
+    with raises(TypeError, "Normed", "aj.adapt(base, recipe)"):
+        aj.init_adapters(NET, PARAMS, KEY, X)
+    with raises(TypeError, "dict", "aj.adapt(base, recipe)"):
+        aj.init_adapters(PARAMS, MODEL, KEY, X)
+
+
+@pytest.mark.parametrize("key", [X, 0, nnx.Rngs(0), jax.random.split(KEY)])
+def test_a_key_that_is_none(key):
+    with raises(aj.UserError, "key=", "jax.random.key(0)"):
+        aj.init_adapters(MODEL, PARAMS, key, X)
+    with raises(aj.UserError, "key=", "jax.random.key(0)"):
+        aj.TrainState.create(MODEL, WHOLE, tx=SGD, key=key)
+
+
+def test_models_and_recipes_in_each_others_place():
+    with raises(TypeError, "adapt: got Recipe", "aj.adapt(model, recipe)"):
+        aj.adapt(RECIPE, NET)
+    with raises(TypeError, "the class Normed"):
+        aj.adapt(Normed, RECIPE)
+    with raises(TypeError, "AdaptedNormed", "model.recipe"):
+        aj.partition(WHOLE, MODEL)
+    with raises(TypeError, "AdaptedAttends", "aj.nnx.recipe_of(model)"):
+        aj.Recipe(adapted())
+    with raises(TypeError, "aj.Recipe(LoRA(...), Unfreeze(...))"):
+        aj.LoRA("body") + aj.Unfreeze("head/**")
+    assert aj.LoRA("body", rank=2) + aj.Recipe(aj.Unfreeze("head/**")) == RECIPE
+
+
+@pytest.mark.parametrize(("given", "shown"), [(X, "float32[2, 4]"), ({"x": X}, "aj.inputs(**")])
+def test_example_inputs_come_in_a_tuple(given, shown):
+    with raises(aj.UserError, shown, "tuple"):
+        aj.adapt(own(), aj.LoRA("weight"), rngs=nnx.Rngs(0), example_inputs=given)
+    with raises(aj.UserError, shown, "tuple"):
+        aj.audit(MODEL, WHOLE, inputs=given)
+
+
+def test_prompts_in_an_attention_that_did_not_run():
+    recipe = aj.LlamaAdapter("**", prompt_length=2)
+    with raises(aj.TargetError, "Attends", "example_inputs=(...)") as caught:
+        aj.adapt(own(), recipe, rngs=nnx.Rngs(0))
+    assert "aj.suggest" not in str(caught.value)  # the targets are right
+
+
+def test_a_module_among_parameters_and_dots_in_a_path():
+    with raises(aj.TargetError, "'head'", "'head/**'"):
+        aj.init_adapters(aj.adapt(NET, aj.Unfreeze("head")), PARAMS, KEY, X)
+    base = nnx.Sequential(own(), nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    with raises(aj.TargetError, "'layers.1'", "'layers/1'"):
+        aj.adapt(base, aj.LoRA("layers.1"), rngs=nnx.Rngs(0))
+
+
+def loss(variables, batch, key):
+    y, updated = MODEL.apply(variables, batch, train=True, mutable=["batch_stats"])
+    return jnp.mean(y**2), {}, updated
+
+
+@pytest.mark.parametrize(
+    ("collections", "loss_fn", "shown"),
+    [
+        (None, loss, "got no collections"),
+        (VARIABLES["batch_stats"], lambda v, x, k: jnp.mean(MODEL.apply(v, x)), "norm, params"),
+        (STATS, lambda v, x, k: jnp.mean(MODEL.apply({"params": v["params"]}, x)), "batch_stats"),
+        (STATS, lambda v, x, k: jnp.mean(MODEL.apply({"params": v}, x)), "batch_stats, params"),
+    ],
+)
+def test_a_loss_function_that_misses_variables(collections, loss_fn, shown):
+    state = state_of(collections=collections)
+    with raises(aj.UserError, shown, "collections=", "model.apply(variables"):
+        aj.make_train_step(loss_fn)(state, X)
+
+
+def test_a_loss_function_of_another_model():
+    outside = adapted()
+    state = aj.TrainState.create(adapted(), tx=SGD, key=KEY)
+    with raises(aj.UserError, "first argument"):
+        aj.make_train_step(lambda model, x, key: jnp.mean(outside(x)))(state, X)
+
+
+def test_functions_of_steps():
+    with raises(aj.UserError, "AdaptedNormed", "f(params, batch, key)"):
+        aj.make_train_step(MODEL)
+    with raises(aj.UserError, "f(model, batch, key)"):
+        aj.make_train_step(lambda model, batch: 0.0)
+    with raises(aj.UserError, "f(model, batch)", "key"):
+        aj.make_eval_step(loss)
+    with raises(aj.UserError, "AdaptedNormed", "TrainState"):
+        aj.make_eval_step(lambda params, batch: 0.0)(MODEL, X)
+    assert aj.make_train_step(jax.jit(lambda *given: jnp.zeros(())))
+
+
+def test_optimisers_of_a_recipe():
+    with raises(aj.UserError, "aj.lora_plus(optax.adamw, 1e-4, recipe)"):
+        aj.lora_plus(optax.adamw(1e-3), 1e-4, RECIPE)
+    with raises(aj.UserError, "tx=Recipe", "optax.adam(1e-4)"):
+        aj.freeze_base(RECIPE, SGD)
+    with raises(aj.RecipeError, "LoRA", "aj.init_adapters(model, params, key"):
+        aj.freeze_base(SGD, RECIPE).init(PARAMS)
+    with raises(aj.UserError, "audit", "tx="):
+        aj.audit(MODEL, WHOLE, X)
+
+
+def test_files_in_another_order(tmp_path):
+    state = state_of(collections=STATS)
+    with raises(TypeError, "TrainState", "save_adapter(directory"):
+        aj.save_adapter(state, tmp_path / "a")
+    with raises(TypeError, "Normed", "load_adapter(directory, model, params"):
+        aj.load_adapter(NET, PARAMS, tmp_path / "a", X)
+    with raises(TypeError, "dict", "module"):
+        aj.load_adapter(tmp_path / "a", PARAMS, NET, X)
+    with raises(aj.UserError, "drop/rngs", "aj.partition(params, recipe)"):
+        aj.save_adapter(tmp_path / "a", nnx.state(adapted()), aj.LoRA("weight", 2))
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        with raises(aj.UserError, "AdaptedNormed", "TrainState"):
+            checkpoints.save(1, MODEL)
+        with raises(aj.UserError, "AdaptedNormed", "TrainState"):
+            checkpoints.restore(MODEL)
+
+
+def test_adapters_in_a_bank_and_several_states():
+    model = adapted()
+    with raises(TypeError, "AdaptedAttends", "aj.read_adapter", "recipe_of") as caught:
+        aj.Bank(model).put("a", model)
+    assert "Array" not in str(caught.value)
+    with raises(aj.UserError, "[a, b]"):
+        aj.stack_states(state_of())
+
+
+def test_rows_come_from_a_bank():
+    with raises(aj.UserError, "adapters=['a', None]", "bank.rows([...])"):
+        MODEL.apply({"params": WHOLE, **STATS}, X, adapters=["a", None])
+
+
+def test_slices_of_a_method_that_has_none():
+    with raises(aj.UserError, "slices=((0, 2),)", "slices=()"):
+        aj.DoRA("body", rank=2, slices=((0, 2),))
+
+
+def test_a_mesh_is_made():
+    with raises(aj.ShardingError, "aj.make_mesh('data=-1')"):
+        aj.shard(adapted(), "data=-1")
+
+
+def test_a_message_is_one_line():
+    with raises(aj.UserError, "tx=array([[0., 0.], [0., 0.], [0., 0.]])") as caught:
+        aj.TrainState.create(MODEL, WHOLE, tx=np.zeros((3, 2)), key=KEY)
+    assert "\n" not in str(caught.value)
