@@ -545,7 +545,7 @@ def test_a_misfit_of_an_nnx_model_asks_for_the_example_inputs(tmp_path):
 
 
 def test_a_linen_model_gets_its_example_inputs_by_position(saved, base):
-    with raises(TypeError, "load_adapter", "str", "load_adapter(directory, model"):
+    with raises(TypeError, "load_adapter", "NnxNet", "load_adapter(directory, model"):
         aj.load_adapter(nnx_base(), "adapter")
     with raises(TypeError, "without adapter_name"):
         aj.load_adapter("adapter", nnx_base(), adapter_name="x")

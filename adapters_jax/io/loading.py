@@ -144,17 +144,11 @@ def load_adapter(
     """
     _check_order(directory, model)
     in_nnx = isinstance(model, nnx.Module)
-    if not (in_nnx or isinstance(model, nn.Module)):
-        raise TypeError(
-            f"load_adapter: model is of {type(model).__name__}, expected a linen or NNX module; "
-            "write aj.load_adapter(directory, model, ...)"
-        )
     if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
             "load_adapter: an NNX model holds its parameters and statistics; write "
             "aj.load_adapter(directory, model, example_inputs=(...))"
-            + f", without {', '.join(kwargs)}"
-            * bool(kwargs)
+            + (f", without {', '.join(kwargs)}" if kwargs else "")
         )
     if not in_nnx and (params is None or example_inputs is not None):
         raise TypeError(
