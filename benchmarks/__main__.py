@@ -37,7 +37,7 @@ BENCHMARKS = {
     "tasks": "whether training another task changes the outputs of the first one",
     "tracing": "tracing models of 32 layers with LoRA, beside tracing their bases",
     **{
-        f"tradeoff-{data}": f"{what}: score against trainable parameters; an hour, goes on"
+        f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
         for data, what in TITLES.items()
     },
 }

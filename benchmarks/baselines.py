@@ -38,10 +38,16 @@ class Cell:
     flags: str
     more: str = ""
 
-    def words(self, name: str, runs: Path) -> list[str]:
-        """The words of the command."""
+    @property
+    def name(self) -> str:
+        """The name of its run."""
+        return f"{self.task}-{self.data}"
+
+    def command(self, runs: Path, more: str) -> list[str]:
+        """The words of the command, with more flags."""
         flags = shlex.split(self.flags.format(DATA / self.data))
-        return ["finetune", "--task", self.task, *flags, "--runs", str(runs), "--name", name]
+        words = ["finetune", "--task", self.task, *flags, "--runs", str(runs), "--name", self.name]
+        return [*words, *shlex.split(f"{self.more} {more}")]
 
 
 CELLS = (
@@ -88,10 +94,15 @@ QUICK = "--limit 32 --epochs 1 --max-length 32 --evaluations 1"
 def run(report: Report, quick: bool) -> None:
     """Trains the cells that are not finished; the first on a few rows if quick."""
     runs = ROOT / "comparisons" / f"baselines{'-quick' * quick}"
-    kept = {row["command"]: row for row in before(report)}
+    cells, more = (CELLS[:1], QUICK) if quick else (CELLS, "")
+    done = {row["command"]: row for row in before(report)}
     with contextlib.suppress(KeyboardInterrupt):  # the table then holds what is done
-        for row in rows(CELLS[:1] if quick else CELLS, runs, QUICK if quick else "", kept):
-            report.add(TABLE, **row)
+        for row in rows(cells, runs, more, {**done}):
+            done[row["command"]] = row
+    for cell in cells:  # also those behind an interruption
+        command = _shown(cell.command(runs, more))
+        if command in done:
+            report.add(TABLE, **done[command])
 
 
 def before(report: Report) -> list[Row]:
@@ -106,9 +117,8 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Trains cells, and yields a row of each; those of `kept` commands are taken as they are."""
     for cell in cells:
-        name = f"{cell.task}-{cell.data}"
-        command = [*cell.words(name, runs), *shlex.split(f"{cell.more} {more}")]
-        yield kept.get(_shown(command)) or row_of(cell, finished(command, runs / name), command)
+        command, run = cell.command(runs, more), runs / cell.name
+        yield kept.get(_shown(command)) or row_of(cell, finished(command, run), command)
 
 
 def finished(command: list[str], run: Path) -> Any:

@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.app.compare.grid import read_candidate
+from adapters_jax.io.atomic import write_file
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
@@ -49,7 +51,12 @@ class Cells:
     seeds: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
-        return max(1, len(self.rates)) * len(self.seeds)
+        return len(self.tried) * len(self.seeds)
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """The learning rates, with that of the preset if none are given."""
+        return self.rates or read_candidate(self.recipe).learning_rates
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
         """Those of some finished cells that are of these."""
@@ -59,7 +66,7 @@ class Cells:
             for row in rows
             if {**row, **shared, "recipe": self.recipe} == row
             and row["seed"] in self.seeds
-            and (not self.rates or row["learning_rate"] in self.rates)
+            and row["learning_rate"] in self.tried
         ]
 
     @property
@@ -108,11 +115,8 @@ class Store:
 
     def _missing(self, cells: Cells) -> Cells | None:
         """The learning rates and seeds that lack a cell; None if there are none."""
-        there = {
-            (row["learning_rate"] if cells.rates else None, row["seed"])
-            for row in cells.of(self.rows)
-        }
-        lacking = {*product(cells.rates or (None,), cells.seeds)} - there
+        there = {(row["learning_rate"], row["seed"]) for row in cells.of(self.rows)}
+        lacking = {*product(cells.tried, cells.seeds)} - there
         if not lacking:
             return None
         return replace(
@@ -126,7 +130,7 @@ class Store:
         rows = [*self.rows, *cells.of([{**shared, **row} for row in found])]
         named = ("data", "rows", "passes", "recipe", "learning_rate", "seed")
         self.rows = [*{tuple(row[name] for name in named): row for row in rows}.values()]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 
 def read(path: Path) -> list[Row]:

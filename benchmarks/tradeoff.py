@@ -49,17 +49,19 @@ def run(report: Report, quick: bool, data: str) -> None:
             found[recipe] = store.train(replace(first, rates=(rate,), seeds=seeds))
         for recipe in () if quick else OTHERS:
             found[recipe] = store.train(Cells(data, rows, recipe, (), passes))
+    done = [row for row in store.rows if (row["rows"], row["passes"]) == (rows, passes)]
     report.add(
         "Cells that are done; the same command goes on",
-        done=sum(map(len, found.values())),
-        hours=sum(row.get("seconds", 0.0) for row in store.rows) / 3600,
+        done=len(done),
+        hours=sum(row.get("seconds", 0.0) for row in done) / 3600,
     )
     shown = [summary(recipe, cells, store.rows) for recipe, cells in found.items()]
-    metric = next(iter(found.values()))[0]["metric"] if found else ""
-    for row in sorted(shown, key=lambda row: row["trainable"]):
+    metric = next((row["metric"] for row in done if row["metric"]), "")
+    for row in sorted(shown, key=lambda row: row["trainable"] or 0):
         report.add(f"{data}, test {metric} x 100", **row)
-    if FULL in found:
-        draw(report, data, metric, shown)
+    trained = {row["recipe"]: row for row in shown if row["trainable"]}
+    if trained.keys() >= TUNED.keys():
+        draw(report, data, metric, [*trained.values()])
         judge(report, f"{data}, test {metric} x 100", found[HOULSBY], found[FULL])
 
 
@@ -86,6 +88,8 @@ def tuned(store: Store, cells: Cells) -> float:
 def summary(recipe: str, cells: Sequence[Row], tried: Sequence[Row]) -> Row:
     """The row of a recipe; the score of a training that diverged is 0.
 
+    If all of them diverged, what is not known is None; "inside" is so if one rate was tried.
+
     Args:
         recipe: the recipe.
         cells: its cells with the chosen learning rate, one of each seed.
@@ -99,17 +103,21 @@ def summary(recipe: str, cells: Sequence[Row], tried: Sequence[Row]) -> Row:
     of_pass = -(-cells[0]["rows"] // BATCH)  # steps
     return {
         "recipe": recipe,
-        "trainable": ended[0]["trainable_parameters"],
+        "trainable": ended[0]["trainable_parameters"] if ended else None,
         "learning rate": rate,
         "tried": ", ".join(f"{each:g}" for each in sorted(rates)),
-        "inside": len(rates) == 1 or min(rates) < rate < max(rates),
+        "inside": min(rates) < rate < max(rates) if len(rates) > 1 else None,
         "seeds": len(cells),
         "diverged": len(cells) - len(ended),
         "mean": statistics.fmean(scores),
         "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
-        "best pass": statistics.fmean(row["best_step"] / of_pass for row in ended),
-        "minutes each": statistics.fmean(row["seconds"] for row in ended) / 60,
+        "best pass": _mean([row["best_step"] / of_pass for row in ended]),
+        "minutes each": _mean([row["seconds"] / 60 for row in ended]),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def draw(report: Report, data: str, metric: str, shown: Sequence[Row]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters_jax.app.compare.grid import read_candidate
 from benchmarks import baselines, cells, defaults, tradeoff
 from benchmarks.report import Report
 
@@ -23,7 +24,7 @@ def _trained(score, monkeypatch):
         given = {name: [*values] for name, *values in _split(flags)}
         recipe, _, rates = given["--recipes"][0].partition(" --learning-rates ")
         out, lines = Path(given["--out"][0]), []
-        for rate in map(float, rates.split() or ["0.002"]):
+        for rate in map(float, rates.split() or read_candidate(recipe).learning_rates):
             for seed in map(int, given["--seeds"]):
                 dev, test, size = score(recipe, rate, seed)
                 cell = {"recipe": recipe, "learning_rate": rate, "seed": seed, "seconds": 60.0}
@@ -106,6 +107,32 @@ def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
     assert len(calls) == done  # nothing is trained twice
 
 
+@pytest.mark.parametrize("lost", ["layer-norms", tradeoff.HOULSBY, tradeoff.FULL])
+def test_a_recipe_that_always_diverges_has_a_row(tmp_path, monkeypatch, lost):
+    def score(recipe, rate, seed):
+        size = 1000 if recipe == tradeoff.FULL else 27
+        return (None, None, None) if recipe == lost else (0.5, (50 + seed) / 100, size)
+
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    _trained(score, monkeypatch)
+    report = Report("tradeoff-cola", "", tmp_path)
+    old = {"data": "cola", "rows": 4000, "passes": 3.0, "recipe": "full", "seed": 0}
+    line = json.dumps({**old, "learning_rate": 1e-4, "stopped": "step 3", "seconds": 9e9})
+    (tmp_path / "tradeoff-cola-cells.jsonl").write_text(line + "\n")  # of another number of rows
+    tradeoff.run(report, False, "cola")
+    tables = _tables(report)
+    shown = {row["recipe"]: row for row in tables["cola, test f1 x 100"]}
+    assert (shown[lost]["mean"], shown[lost]["trainable"]) == (0.0, None)
+    assert shown[lost]["diverged"] == shown[lost]["seeds"]
+    assert shown["lora --rank 8"]["inside"] is None  # its rate was not tuned
+    assert ("Claims" in tables) == (lost == "layer-norms")
+    (done,) = tables["Cells that are done; the same command goes on"]
+    trained = [
+        row for row in cells.read(tmp_path / "tradeoff-cola-cells.jsonl") if row["rows"] == 2000
+    ]
+    assert done["done"] == len(trained) > len(shown) and done["hours"] < 9
+
+
 def test_rates_end_where_each_further_one_is_better(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "ROOT", tmp_path)
     _trained(lambda recipe, rate, seed: (rate, rate, 9), monkeypatch)
@@ -142,6 +169,21 @@ def test_a_finished_cell_is_read_and_not_trained(tmp_path, monkeypatch):
         [*baselines.rows((cell,), tmp_path, "", {})]
 
 
+def test_an_interruption_loses_no_row_of_the_results(tmp_path, monkeypatch):
+    def interrupted(command, run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baselines, "finished", interrupted)
+    shown = [baselines._shown(cell.command(tmp_path, "")) for cell in baselines.CELLS]
+    first = Report("baselines", "", tmp_path)
+    for command in (shown[0], *shown[2:]):  # the second cell is new
+        first.add(baselines.TABLE, task="kept", command=command)
+    first.finish()
+    report = Report("baselines", "", tmp_path)
+    baselines.run(report, False)
+    assert [row["command"] for row in report.rows] == [shown[0], *shown[2:]]
+
+
 def _cell(data, recipe, passes, rate, dev, test):
     """A finished cell, as `defaults.Cells.train` returns it."""
     about = {"data": data, "metric": "f1", "rows": 900, "passes": passes, "recipe": recipe}
@@ -166,7 +208,10 @@ def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
         {**wide, "learning_rate": 4e-3, "stopped": "step 3"},
         {**wide, "learning_rate": 1e-3, "dev": {"f1": 0.9}, "seed": 1},  # not all rates have it
     ]
-    text = "".join(json.dumps({**line, "data": "cola", "passes": None}) + "\n" for line in lines)
+    shared = {"data": "cola", "rows": tradeoff.ROWS, "passes": tradeoff.PASSES}
+    lines = [{**shared, **line} for line in lines]
+    more = {"rows": 4000, "passes": 3.0, "dev": {"f1": 0.9}}  # of an earlier plan, on more rows
+    text = "".join(json.dumps(line) + "\n" for line in (*lines, {**lines[0], **more}))
     (tmp_path / "tradeoff-cola-cells.jsonl").write_text(text)
     report = Report("defaults", "python -m benchmarks defaults", tmp_path)
     defaults.write(report, finished, tmp_path)
@@ -214,7 +259,13 @@ def test_a_cell_is_trained_once_and_a_divergence_counts_as_nothing(tmp_path, mon
     assert ["--recipes", "lora --learning-rates 0.001"] in _split(calls[1])
     again = replace(first, rates=(2e-3,), seeds=(0, 1))
     assert len(store.train(again)) == 2 and ["--seeds", "1"] in _split(calls[2])
-    assert len(store.train(replace(first, rates=()))) == 3
+    # Without rates it is the cell of the preset's, not that of any rate.
+    own = store.train(replace(first, rates=()))
+    assert [row["learning_rate"] for row in own] == [*read_candidate("lora").learning_rates]
+    other = replace(first, rates=(1e-3,), rows=9)
+    assert len(store.train(other)) == 1 and other.rates != read_candidate("lora").learning_rates
+    assert [row["learning_rate"] for row in store.train(replace(other, rates=()))] == [2e-3]
+    del calls[3:]
     assert len(store.train(replace(first, passes=None, rates=()))) == 1 and len(calls) == 4
     assert store.rows == cells.read(store.path)
     calls.clear()

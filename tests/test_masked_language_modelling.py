@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
 from adapters_jax.app.cli.main import main
+from adapters_jax.app.merging import write_encoder
 from adapters_jax.app.runs.stopping import InterruptedRunError
 from adapters_jax.data.batches import NOTHING
 from adapters_jax.data.readers import DataError, read_file
@@ -273,6 +274,22 @@ def test_a_merged_run_is_a_masked_language_model():
         np.testing.assert_array_equal(leaf, was[f"bert/{path}"])
 
 
+def test_a_merged_checkpoint_says_that_its_output_layer_is_its_word_embeddings():
+    """Where it says otherwise, transformers draws an output layer at random."""
+    config = json.loads((write_masked(Path("tiny")) / "config.json").read_text())
+    config |= {"tie_word_embeddings": False, "architectures": ["BertForMaskedLM"]}
+    Path("tiny/config.json").write_text(json.dumps(config))
+    tensors = load_file("tiny/model.safetensors")
+    (words,) = (x for name, x in tensors.items() if name.endswith("word_embeddings.weight"))
+    tensors["cls.predictions.decoder.weight"] = words.copy()  # which are equal all the same
+    save_file(tensors, "tiny/model.safetensors", {"format": "pt"})
+    encoder = load_encoder("tiny", MASKED)
+    about = {"model": "tiny", "pooling": MASKED, "target": {}}
+    write_encoder(Path("merged"), about, encoder.under(encoder.head))
+    assert json.loads(Path("merged/config.json").read_text())["tie_word_embeddings"] is True
+    assert not [name for name in load_file("merged/model.safetensors") if "decoder.weight" in name]
+
+
 def test_texts_to_predict_have_masks_that_fit():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     readout = MaskedTokens()
@@ -318,3 +335,11 @@ def test_a_text_file_has_a_row_in_each_line():
     header, records = read_file(Path("rows.txt"))
     assert header == ["text"]
     assert records == [(2, ["= A title ="]), (4, ["A text , with commas"])]
+
+
+def test_a_classifier_of_a_family_whose_heads_share_names_is_no_masked_language_model():
+    fixture = Path(__file__).parent / "fixtures" / "modernbert"  # a classifier
+    record = FAMILIES["modernbert"].masked_lm
+    config, params = record.load(fixture, MASKED)
+    with raises(aj.UserError, str(fixture), "head.dense.weight", "decoder.bias", "decoder_bias"):
+        record.read_head(fixture, config, params["embeddings"]["word"]["embedding"])

@@ -46,6 +46,7 @@ MODELS = {
             local_attention=4,
             classifier_activation="silu",
             norm_eps=1e-3,
+            norm_bias=True,
             reference_compile=False,
         )
     ),

@@ -19,7 +19,7 @@ from adapters_jax.texts import visible
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
 TOGETHER = 0.01  # seconds within which updates count as one
-UPDATES = 4  # before which no time is estimated: steps of other lengths still compile
+UPDATES = 4  # before which no time left is estimated: steps of other lengths still compile
 
 
 class Progress(Protocol):
@@ -101,7 +101,7 @@ class Console:
             steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
-                they are estimated from the pace of the steps after the first.
+                they are estimated from the pace of the latter half of the steps.
             first: what is done before the first update, such as "compiling".
         """
         if not self.printer.is_terminal:
@@ -121,8 +121,10 @@ class Console:
 class Pace:
     """Measures the seconds of a step over the latter half of the steps: the first ones compile.
 
-    Nothing is known before `UPDATES` updates. Updates that come at once, as those of steps that are
-    read late, count as one.
+    Updates that come at once, as those of steps that are read late, count as one.
+
+    Args:
+        least: the number of updates before which nothing is known, at least 2.
 
     Example:
         >>> pace = Pace()
@@ -130,7 +132,8 @@ class Pace:
         [None, None, None, 2.0]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = UPDATES) -> None:
+        self.least = least
         self.marks: deque[tuple[float, float]] = deque()
         self.first = 0.0
         self.updates = 0
@@ -152,7 +155,7 @@ class Pace:
         while len(self.marks) > 2 and self.marks[1][0] - self.first <= (step - self.first) / 2:
             self.marks.popleft()
         since, began = self.marks[0]
-        if self.updates < UPDATES or step <= since:
+        if self.updates < self.least or step <= since:
             return None
         return (now - began) / (step - since)
 
@@ -166,16 +169,16 @@ class Speed:
 
     def __init__(self, tokens: float):
         self.tokens = tokens
-        self.pace = Pace()
+        self.pause()
 
     def at(self, step: int) -> str:
-        """The mean speed up to a step, as text; empty if it is not known yet."""
+        """The speed of late, as text; empty if it is not known yet."""
         pace = self.pace.at(step, time.monotonic())
         return f"{self.tokens / pace:,.0f} tokens/s" if self.tokens and pace else ""
 
     def pause(self) -> None:
         """Restarts the measurement at the next step."""
-        self.pace = Pace()
+        self.pace = Pace(least=2)  # there may be few records between two scorings
 
 
 class _Bar:

@@ -103,6 +103,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
             re.sub(r"(Model|For\w+)$", "ForMaskedLM", name)
             for name in values.get("architectures") or ()
         ] or None
+        values["tie_word_embeddings"] = True  # the output layer is not written
         tree, table = params, replace(classifier.names, prefixes=prefixes)
     else:
         tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)

@@ -52,7 +52,7 @@ def split_rows(
     for part, fraction in (("dev", dev), ("test", test)):
         if fraction and not chosen[part]:
             texts = len({*keys})
-            some = f", {texts} of them different," if texts < len(keys) else ""
+            some = f" with {texts} distinct texts" if texts < len(keys) else ""
             raise DataError(
                 f"{len(keys)} rows{some} are too few to hold out {fraction:g} of them for {part}; "
                 f"give a {part} file or more rows"

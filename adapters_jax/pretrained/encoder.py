@@ -184,7 +184,7 @@ def load_encoder(
     Args:
         name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
         pooling: mean, cls, pooler; tokens, whose head reads the state of each token; or
-            `family.MASKED`, whose head predicts tokens. An encoder of images has its own.
+            `base_model.MASKED`, whose head predicts tokens. An encoder of images has its own.
         dtype: the computation dtype, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
         attention: "auto", "dense" or "flash".

@@ -168,7 +168,7 @@ class _Pace:
         total: the number of cells.
         cell: the cell that is running.
         began: the time at which it was started.
-        steps: the seconds of its steps, without the first one, which compiles.
+        steps: the seconds of its steps, without the first ones, which compile.
         whole: the estimated seconds of all of it; None if they are not known yet.
     """
 

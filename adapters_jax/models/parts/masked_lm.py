@@ -171,8 +171,14 @@ def _read_head(
     """The head of a checkpoint; None if it has none."""
     tensors = huggingface.read_tensors(directory)
     found = names.canonical(tensors)
-    if names.source("dense/kernel").name not in found:
+    dense, bias = (names.source(path).name for path in ("dense/kernel", "bias"))
+    if dense not in found:
         return None
+    if bias not in found:
+        raise UserError(
+            f"{str(directory)!r} has {dense}, but not {bias}, as a classifier or a model with "
+            "decoder_bias=false; give a masked language model that has both"
+        )
     if decoder in found and not np.array_equal(np.asarray(found[decoder], np.float32), words):
         raise UserError(
             f"{str(directory)!r}: {decoder} is not the word embeddings, and a masked language "
