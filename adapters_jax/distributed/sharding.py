@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.attached import Attached, in_tree
@@ -211,7 +211,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         >>> shard({"kernel": jnp.ones((8, 4))}, mesh)["kernel"].sharding.mesh.axis_names
         ('data', 'model')
     """
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, Mesh | AbstractMesh):
         text = mesh if isinstance(mesh, str) else "data=-1"
         raise ShardingError(
             f"shard: mesh={shown(mesh)}, expected a mesh; write aj.make_mesh({text!r})"
