@@ -58,7 +58,7 @@ def prepared(loss, rows=8, lora=0.3, **settings):
     files = dict.fromkeys(("train", "dev", "test"), Path("pairs.jsonl"))
     task = PreferenceTask()
     setup = Setup(
-        "tiny", lambda **_: aj.Recipe(aj.LoRA("**/{query,value}", 2)), 4, 0, {},
+        "tiny", lambda **_: aj.Recipe(aj.LoRA("**/{query,value}", 2)), 4, 0, {}, print,
         loss=loss, beta=0.3, max_length=24, **settings,
     )  # fmt: skip
     found = task.prepare(task.load(files, {}, ()), setup)

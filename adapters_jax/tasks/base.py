@@ -13,8 +13,7 @@ any other flag raises an error. Its three methods do the work:
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
    uses the run. `needed` names the keys of the configuration that it reads.
 
-The page of a run shows what `views` makes of the predictions that `Prepared.judged` returns; both
-have defaults, with which it shows none.
+The page of a run shows what `views` makes of what `Prepared.judged` returns, by default nothing.
 
 A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
 `open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
@@ -57,6 +56,7 @@ class Setup:
         batch_size: the number of rows in a batch.
         seed: the seed of the head, the adapters and the order of rows.
         columns: the columns that the user named, by role.
+        progress: shows work of many steps, as `Console.progress` of the application.
         pooling: the pooling of an encoder.
         dropout: the dropout of an encoder; None is that of the checkpoint.
         dtype: the dtype that the base computes in.
@@ -80,6 +80,7 @@ class Setup:
     batch_size: int
     seed: int
     columns: Mapping[str, str]
+    progress: Callable[..., Any]
     pooling: str = "mean"
     dropout: float | None = None
     dtype: str = "float32"

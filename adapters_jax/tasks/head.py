@@ -8,6 +8,7 @@ that reads them learns in a few epochs beside the base.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from adapters_jax.interop.base_model import MASKED
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, BatchSource, in_row_order
+from adapters_jax.tasks.base import Batch, BatchSource, Setup, in_row_order
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows
 
 
@@ -75,7 +76,7 @@ class FeatureBatches:
 
 
 def feature_reader(
-    encoder: Encoder, inputs: tuple[str, ...]
+    encoder: Encoder, inputs: tuple[str, ...], on_batch: Callable[[], None]
 ) -> Callable[[BatchSource], np.ndarray]:
     """Makes a function that computes the pooled features of batches in order."""
     model, params = encoder.bare
@@ -84,13 +85,17 @@ def feature_reader(
             lambda *inputs: model.apply({"params": params}, *inputs), arrays
         )
     )
-    return lambda batches: in_row_order(
-        lambda batch: apply(params, [batch[name] for name in inputs]), batches
-    )
+
+    def features(batch: Batch) -> Array:
+        found = jax.block_until_ready(apply(params, [batch[name] for name in inputs]))
+        on_batch()
+        return found
+
+    return lambda batches: in_row_order(features, batches)
 
 
 def head_problem(
-    problem: LabelledProblem, encoder: Encoder, train: Any, seed: int
+    problem: LabelledProblem, encoder: Encoder, train: Any, setup: Setup
 ) -> LabelledProblem:
     """Makes the problem of training the head alone; pooled features of the base are cached.
 
@@ -98,7 +103,7 @@ def head_problem(
         problem: the problem on texts.
         encoder: its base.
         train: its training rows, in order.
-        seed: the seed of the order in training.
+        setup: has the seed of the order in training, and shows the progress.
     """
     if encoder.pooling in (TOKENS, MASKED):
         return dataclasses.replace(
@@ -106,15 +111,18 @@ def head_problem(
             model=adapt(encoder.classifier(problem.readout.width, dropout=0.0), head_only()),
             params=encoder.under(problem.params[HEAD]),
         )
-    features, size = feature_reader(encoder, problem.inputs), train.batch_size
-    return dataclasses.replace(
-        problem,
-        model=adapt(Head(problem.readout.width), head_only()),
-        params={HEAD: problem.params[HEAD]},
-        inputs=("features",),
-        train=FeatureBatches(features(train), train.labels, size, seed),
-        held_out={
-            part: FeatureBatches(features(batches), None, size, None)
-            for part, batches in problem.held_out.items()
-        },
-    )
+    size, done = train.batch_size, itertools.count(1)
+    steps = sum(map(len, (train, *problem.held_out.values())))
+    with setup.progress("features", steps, unit="batch", first="compiling") as bar:
+        features = feature_reader(encoder, problem.inputs, lambda: bar.update(next(done), ""))
+        return dataclasses.replace(
+            problem,
+            model=adapt(Head(problem.readout.width), head_only()),
+            params={HEAD: problem.params[HEAD]},
+            inputs=("features",),
+            train=FeatureBatches(features(train), train.labels, size, setup.seed),
+            held_out={
+                part: FeatureBatches(features(batches), None, size, None)
+                for part, batches in problem.held_out.items()
+            },
+        )

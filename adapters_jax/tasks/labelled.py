@@ -327,7 +327,7 @@ class PreparedTexts(Prepared):
     def _head_problem(self) -> LabelledProblem:
         if not self._reads_tokens:
             self.setup.say("computing the frozen base's features, once for all epochs of its head")
-        return head_problem(self.problem, self.encoder, self.in_order, self.setup.seed)
+        return head_problem(self.problem, self.encoder, self.in_order, self.setup)
 
     def _frozen(self) -> Scores:
         model, params = self.encoder.bare

@@ -68,6 +68,7 @@ def build_job(
         exact_match=options.exact_match,
         mesh=options.make_mesh(training.batch_size),
         say=console.say,
+        progress=console.progress,
     )
     prepared = task.prepare(data, setup)
     usual, steps = training, len(prepared.problem.train)
