@@ -168,8 +168,7 @@ def _text(x: Any) -> str:
     return shortened(repr(x))
 
 
-# Names of parameters in flax's layers, and of the collection that linen keeps parameters in.
-_PARAMETERS = frozenset({"params", "kernel", "embedding", "scale", "bias"})
+_PARAMETERS = frozenset({"kernel", "embedding", "scale", "bias"})  # of flax's layers
 
 
 def _misplaced(name: str, given: Inputs) -> UserError:
@@ -183,11 +182,19 @@ def _misplaced(name: str, given: Inputs) -> UserError:
 
 
 def _first_is_params(given: Inputs) -> bool:
-    """Whether the first input is a tree with names of flax's parameters."""
+    """Whether the first input is a tree that holds all arrays of a layer, and nothing beside them.
 
-    def names(tree: Any) -> Iterator[Any]:
-        for name, part in tree.items() if isinstance(tree, Mapping) else ():
-            yield name
-            yield from names(part)
+    A batch may have an array of such a name, `{"ids": ..., "scale": ...}`, and be no such tree.
+    """
 
-    return bool(given.args) and not _PARAMETERS.isdisjoint(names(given.args[0]))
+    def nodes(tree: Any) -> Iterator[Mapping[Any, Any]]:
+        if isinstance(tree, Mapping):
+            yield tree
+            for part in tree.values():
+                yield from nodes(part)
+
+    def is_layer(node: Mapping[Any, Any]) -> bool:
+        own = {name for name, part in node.items() if not isinstance(part, Mapping)}
+        return bool(own) and own <= _PARAMETERS
+
+    return any(is_layer(node) for node in nodes(given.args[0] if given.args else None))

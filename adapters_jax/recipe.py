@@ -320,11 +320,13 @@ def _got(item: Any) -> str:
         return f"the class {item.__name__}; call it with its targets and settings"
     if inspect.isfunction(item):
         return f"the function {item.__name__}; call it"
-    for name in ("recipe", "adapter_recipe"):  # an adapted model, or a state of one
-        if isinstance(getattr(item, name, None), Recipe):
-            where = "model.recipe" if name == "recipe" else "aj.nnx.recipe_of(model)"
-            return f"{type(item).__name__}, which is no recipe but has one, {where}"
-    return type(item).__name__ if isinstance(item, Mapping) else shown(item)
+    kind = type(item).__name__
+    if isinstance(getattr(item, "recipe", None), Recipe):  # an adapted model, a state, a bank
+        owner = {"TrainState": "state", "Bank": "bank"}.get(kind, "model")
+        return f"{kind}, which is no recipe but has one, {owner}.recipe"
+    if isinstance(getattr(item, "adapter_recipe", None), Recipe):
+        return f"{kind}, which is no recipe but has one, aj.nnx.recipe_of(model)"
+    return kind if isinstance(item, Mapping) else shown(item)
 
 
 def _short(method: Method) -> str:

@@ -198,15 +198,20 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
             f"write {_call(method, fields, given, ours)} in place of {_listed(ours)}, which {kind} "
             "of another library"
         )
-    if any(given[name] == "all-linear" for name in ours):
+    if any(_is(given[name], "all-linear") for name in ours):
         problems.append(_ALL_NAMES)
-    if idle := [name for name in others if given[name] in _LEFT_OUT]:
+    if idle := [name for name in others if _is(given[name], *_LEFT_OUT)]:
         problems.append(f"leave out {_listed(idle)}")
     problems += [
         f"{name} is no setting of it: {INSTEAD[name]}" for name in others if name not in idle
     ]
     problems += [f"{name} is unknown" for name in unknown if name not in (*ours, *others)]
     raise UserError(f"{method}: {'; '.join(problems)}")
+
+
+def _is(value: Any, *others: Any) -> bool:
+    """Whether a value is one of others; an array, which compares by its parts, is none."""
+    return isinstance(value, str | bool | None) and value in others
 
 
 def _call(method: str, fields: set[str], given: Mapping[str, Any], ours: list[str]) -> str:

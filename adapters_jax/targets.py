@@ -226,15 +226,18 @@ def _failures(
         paths = [*usable, *unusable] if excludes else usable
         for part, narrowed in _unmatched(pattern.removeprefix("!"), paths, parts):
             what = f"target {pattern!r}" if part is None else f"{part!r} of target {pattern!r}"
-            yield f"{owner}: {what} {_problem(narrowed, paths, {} if excludes else unusable)}"
+            why = _problem(narrowed, paths, {} if excludes else unusable, "!" * excludes)
+            yield f"{owner}: {what} {why}"
     matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
     if matched and not any(selects(patterns, path) for path in matched):
         excluding = shortened(", ".join(repr(p) for p in patterns if p[0] == "!"))
         yield f"{owner}: {excluding} excludes everything of {_some(matched)}"
 
 
-def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None]) -> str:
-    """Why a pattern fails, as the end of a sentence."""
+def _problem(
+    pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None], sign: str
+) -> str:
+    """Why a pattern fails, as the end of a sentence; `sign` is what is written before it."""
     blocked = [
         f"{_shown(path)} ({why or 'nothing of its own to adapt'})"
         for path, why in unusable.items()
@@ -244,15 +247,15 @@ def _problem(pattern: str, usable: Sequence[str], unusable: Mapping[str, str | N
         return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
     deeper = [path for path in usable if any(matches(pattern, end) for end in _ends(path))]
     if deeper:
-        return f"matches nothing, but '**/{pattern}' matches {_some(deeper, 2)}"
+        return f"matches nothing, but '{sign}**/{pattern}' matches {_some(deeper, 2)}"
     near = nearest(pattern, usable) or usable
     problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
     inside = f"{pattern}/**"
     slashes = pattern.replace(".", "/")
     if any(matches(inside, path) for path in usable):
-        problem += f"; it is a module, whose parameters are {inside!r}"
+        problem += f"; it is a module, whose parameters are {sign + inside!r}"
     elif slashes != pattern and any(matches(slashes, path) for path in (*usable, *unusable)):
-        problem += f"; slashes join the names of a path: {slashes!r}"
+        problem += f"; slashes join the names of a path: {sign + slashes!r}"
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     if any(matches(whole, path) for path in usable):
         problem += (

@@ -114,7 +114,8 @@ def check_params(caller: str, params: Any, call: str) -> None:
     )
     if not isinstance(params, Mapping):
         raise UserError(f"{caller}: params is a {type(params).__name__}, {expected}")
-    if isinstance(params.get("params"), Mapping):  # flax has no module of this name
+    # No linen model has a module of this name at its root, but an NNX model may.
+    if isinstance(params.get("params"), Mapping) and not isinstance(params, nnx.State):
         names = ", ".join(map(str, params))
         raise MismatchError(f"{caller}: params holds collections ({names}), {expected}")
 

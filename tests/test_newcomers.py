@@ -75,6 +75,19 @@ def test_a_mapping_that_a_model_takes_is_an_input():
     assert "Dense_0" in repr(aj.suggest(Takes(), {"scale": X}))
 
 
+@pytest.mark.parametrize("name", ["scale", "bias", "params"])
+def test_a_models_own_error_on_a_batch_with_a_name_of_parameters(name):
+    class Damaged(nn.Module):
+        @nn.compact
+        def __call__(self, batch):
+            return (nn.Dense(2)(batch["x"]) * batch[name]).reshape(3, 7)
+
+    with raises(TypeError, "(3, 7)"):
+        aj.suggest(Damaged(), {"x": X, name: jnp.ones(())})
+    with raises(aj.UserError, "Damaged", "too many", f"{name!r}: float32[]"):
+        aj.suggest(Damaged(), {"x": X, name: jnp.ones(())}, X)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -106,6 +119,15 @@ def test_a_linen_model_is_merged_with_its_parameters():
         aj.merge(state_of(collections=STATS))
 
 
+def test_errors_of_unmerge_name_it():
+    with raises(TypeError, "unmerge: ", "aj.unmerge(model, params, *example_inputs)"):
+        aj.unmerge(MODEL)
+    with raises(TypeError, "unmerge: ", "aj.unmerge(model)"):
+        aj.unmerge(adapted(), PARAMS)
+    with raises(aj.UserError, "unmerge: TrainState", "aj.unmerge(model, params"):
+        aj.unmerge(state_of(collections=STATS))
+
+
 def test_an_nnx_model_has_its_parameters():
     model = adapted()
     for call, name in [(aj.merge, "aj.merge(model)"), (aj.audit, "aj.audit(model)")]:
@@ -113,6 +135,17 @@ def test_an_nnx_model_has_its_parameters():
             call(model, nnx.state(model))
     with raises(TypeError, "AdaptedAttends", "aj.adapt"):
         aj.init_adapters(model, PARAMS, KEY, X)
+
+
+def test_a_state_of_an_nnx_model_may_have_a_module_params():
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.params = nnx.Linear(4, 4, rngs=rngs)
+
+    recipe = aj.Recipe(aj.LoRA("params", 2))
+    model = aj.adapt(Own(nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
+    counted = aj.audit(recipe, nnx.state(model, nnx.Param))
+    assert counted.adapter_parameters == aj.audit(model).adapter_parameters == 16
 
 
 def test_adapters_are_made_for_an_adapted_model():
@@ -130,6 +163,13 @@ def test_a_key_that_is_none(key):
         aj.TrainState.create(MODEL, WHOLE, tx=SGD, key=key)
 
 
+def test_the_key_of_a_random_stream_is_a_key():
+    key = nnx.Rngs(0).params.key
+    state = aj.TrainState.create(MODEL, WHOLE, tx=SGD, key=key, collections=STATS)
+    assert state.key == key[...]
+    assert "lora" in aj.init_adapters(MODEL, PARAMS, key, X)["body"]
+
+
 def test_models_and_recipes_in_each_others_place():
     with raises(TypeError, "adapt: got Recipe", "aj.adapt(model, recipe)"):
         aj.adapt(RECIPE, NET)
@@ -142,6 +182,19 @@ def test_models_and_recipes_in_each_others_place():
     with raises(TypeError, "aj.Recipe(LoRA(...), Unfreeze(...))"):
         aj.LoRA("body") + aj.Unfreeze("head/**")
     assert aj.LoRA("body", rank=2) + aj.Recipe(aj.Unfreeze("head/**")) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (lambda: state_of(collections=STATS), "TrainState, which is no recipe but has one, state."),
+        (lambda: aj.Bank(MODEL, WHOLE), "Bank, which is no recipe but has one, bank.recipe"),
+        (lambda: MODEL, "AdaptedNormed, which is no recipe but has one, model.recipe"),
+    ],
+)
+def test_the_recipe_of_what_has_one(made, shown):
+    with raises(TypeError, shown):
+        aj.Recipe(made())
 
 
 @pytest.mark.parametrize(("given", "shown"), [(X, "float32[2, 4]"), ({"x": X}, "aj.inputs(**")])
@@ -157,6 +210,16 @@ def test_prompts_in_an_attention_that_did_not_run():
     with raises(aj.TargetError, "Attends", "example_inputs=(...)") as caught:
         aj.adapt(own(), recipe, rngs=nnx.Rngs(0))
     assert "aj.suggest" not in str(caught.value)  # the targets are right
+
+
+def test_prompts_in_a_layer_that_has_no_attention():
+    with raises(aj.TargetError, "LlamaAdapter does not fit Linear", "aj.suggest") as caught:
+        aj.adapt(
+            nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+            aj.LlamaAdapter("layers/0", prompt_length=2),
+            rngs=nnx.Rngs(0),
+        )
+    assert "example_inputs" not in str(caught.value)  # they would not help
 
 
 def test_a_module_among_parameters_and_dots_in_a_path():
@@ -194,6 +257,17 @@ def test_a_loss_function_of_another_model():
         aj.make_train_step(lambda model, x, key: jnp.mean(outside(x)))(state, X)
 
 
+def test_a_loss_function_with_random_streams_from_outside():
+    rngs = nnx.Rngs(0)
+
+    def noisy(variables, batch, key):
+        return jnp.mean(MODEL.apply(variables, batch + jax.random.normal(rngs(), batch.shape)))
+
+    with raises(aj.UserError, "third argument, the key") as caught:
+        aj.make_train_step(noisy)(state_of(collections=STATS), X)
+    assert "is the model" not in str(caught.value)  # in linen it is not
+
+
 def test_functions_of_steps():
     with raises(aj.UserError, "AdaptedNormed", "f(params, batch, key)"):
         aj.make_train_step(MODEL)
@@ -206,6 +280,20 @@ def test_functions_of_steps():
     assert aj.make_train_step(jax.jit(lambda *given: jnp.zeros(())))
 
 
+class Squares(nnx.Module):
+    """A loss that is a module."""
+
+    def __call__(self, params, batch, key):
+        return jnp.mean(MODEL.apply({"params": params["params"], **STATS}, batch) ** 2)
+
+
+def test_a_loss_may_be_a_module():
+    state = state_of(collections=STATS)
+    assert aj.make_train_step(Squares())(state, X)[1]["loss"] > 0
+    with raises(aj.UserError, "AdaptedAttends", "f(model, batch, key)"):
+        aj.make_train_step(adapted())
+
+
 def test_optimisers_of_a_recipe():
     with raises(aj.UserError, "aj.lora_plus(optax.adamw, 1e-4, recipe)"):
         aj.lora_plus(optax.adamw(1e-3), 1e-4, RECIPE)
@@ -215,6 +303,14 @@ def test_optimisers_of_a_recipe():
         aj.freeze_base(SGD, RECIPE).init(PARAMS)
     with raises(aj.UserError, "audit", "tx="):
         aj.audit(MODEL, WHOLE, X)
+
+
+def test_an_optimiser_of_a_recipe_may_have_a_part_of_the_tree():
+    labels = {"body": "lora", "head": "frozen", "norm": "frozen"}
+    parts = {"lora": optax.adam(0.1), "frozen": aj.freeze_base(SGD, RECIPE)}
+    tx = optax.multi_transform(parts, labels)
+    updates, _ = tx.update(WHOLE, tx.init(WHOLE), WHOLE)
+    assert not updates["norm"]["scale"].any() and updates["head"]["kernel"].any()
 
 
 def test_files_in_another_order(tmp_path):
@@ -256,6 +352,8 @@ def test_slices_of_a_method_that_has_none():
 def test_a_mesh_is_made():
     with raises(aj.ShardingError, "aj.make_mesh('data=-1')"):
         aj.shard(adapted(), "data=-1")
+    with raises(aj.ShardingError, "mesh='data'", "aj.make_mesh('data=-1')"):
+        aj.shard(adapted(), "data")
 
 
 def test_a_message_is_one_line():

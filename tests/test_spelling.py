@@ -6,6 +6,7 @@ import pickle
 import re
 
 import flax.linen as nn
+import numpy as np
 import pytest
 from flax import nnx
 from helpers.errors import raises
@@ -63,6 +64,11 @@ def test_methods_are_copied_and_pickled():
 def test_no_setting_is_lost_from_the_message():
     with raises(UserError, "leave out bias and inference_mode", "exclude_modules", "ranks"):
         aj.LoRA("x", r=8, bias="none", inference_mode=False, exclude_modules=["y"], ranks=8)
+
+
+def test_settings_that_are_arrays():
+    with raises(UserError, "targets=('**/query', '**/value')", "bias is no setting"):
+        aj.LoRA(target_modules=np.array(["query", "value"]), bias=np.ones(2))
 
 
 def test_all_linear_as_a_target_says_what_to_write():

@@ -223,6 +223,20 @@ def test_the_last_names_alone_are_found_deeper_down(pattern):
     assert str(error.value).endswith(" more")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "proposed"),
+    [
+        ("!query", "!**/query"),
+        ("!layer_0.attention.query", "!layer_0/attention/query"),
+        ("!layer_0", "!layer_0/**"),
+    ],
+)
+def test_a_pattern_that_excludes_is_answered_with_one(pattern, proposed):
+    with raises(TargetError, repr(pattern), repr(proposed)):
+        require_match("LoRA", ("**", pattern), LAYERS)
+    require_match("LoRA", ("**", proposed), LAYERS)
+
+
 def test_where_nothing_is_near_some_paths_are_shown():
     with raises(TargetError, f": {', '.join(LAYERS[:5])} and 4 more"):
         require_match("LoRA", ("zzz",), LAYERS)

@@ -545,6 +545,14 @@ def test_targets_may_exclude_what_has_no_adapter(api, excluded):
         )
 
 
+def test_a_subset_of_targets_may_exclude_what_has_no_adapter():
+    model = aj.adapt(LinenNet(), aj.IA3(("**", "!down"), feed_forward=("**", "!down")))
+    key, x = jax.random.key(0), jnp.ones((2, 4))
+    params = aj.init_adapters(model, LinenNet().init(key, x)["params"], key, x)
+    state = aj.TrainState.create(model, params, tx=ADAM, key=key)
+    assert {*flatten(state.adapters)} == {"up/ia3/scale"}
+
+
 def test_an_integer_leaf_in_the_base_stays_as_it_is():
     recipe = aj.Recipe(aj.Unfreeze("scale"))
     model = aj.adapt(LinenNet(), recipe)

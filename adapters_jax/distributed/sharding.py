@@ -212,7 +212,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         ('data', 'model')
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
-        text = mesh if isinstance(mesh, str) else "data=-1"
+        text = mesh if isinstance(mesh, str) and "=" in mesh else "data=-1"
         raise ShardingError(
             f"shard: mesh={shown(mesh)}, expected a mesh; write aj.make_mesh({text!r})"
         )

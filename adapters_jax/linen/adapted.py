@@ -316,7 +316,7 @@ def init_adapters(
             fix = "a linen model; an NNX model has its adapters from aj.adapt"
         raise TypeError(f"init_adapters: got {type(model).__name__}, expected {fix}")
     check_params("init_adapters", params, call)
-    arrays.check_key("init_adapters", key)
+    key = arrays.checked_key("init_adapters", key)
     given = shapes_of(without_adapters(params, model.recipe))
     inputs = Inputs(args, kwargs, method)
     found, whole = points_of(model.inner, model.recipe, inputs, given)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.checks import shown
@@ -27,14 +28,16 @@ def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def check_key(caller: str, key: Any) -> None:
-    """Raises UserError where an argument is no random key, of jax.random.key or PRNGKey."""
+def checked_key(caller: str, key: Any) -> Any:
+    """A random key, of jax.random.key, PRNGKey or an NNX stream; raises UserError for others."""
+    key = key[...] if isinstance(key, nnx.RngKey) else key
     dtype = key.dtype if isinstance(key, jax.Array | np.ndarray | jax.ShapeDtypeStruct) else None
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     old = dtype == np.uint32 and key.ndim == 1
     if not old and not (typed and key.ndim == 0):
         got = f"{dtype}{list(key.shape)}" if dtype is not None else shown(key)
         raise UserError(f"{caller}: key={got}, expected a random key; write jax.random.key(0)")
+    return key
 
 
 def normal(std: float) -> Initializer:

@@ -329,7 +329,8 @@ def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
     found = {}
     for path, module in modules.items():
         call = Call(_known_output(module), layers[path], True)
-        if callable(module) and not registry.names_of(module):
+        plain = isinstance(module, _NORMS) or known_weight(module) is not None
+        if callable(module) and not plain and not registry.names_of(module):
             why = "did not run, so its attention is not known; pass example_inputs=(...)"
             call = call._replace(no_attention=why)
         if registry.needs_check(module):

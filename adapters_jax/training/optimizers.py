@@ -75,7 +75,7 @@ def freeze_base(
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
         owners = {owner.method for path in paths if (owner := recipe.owner(path))}
         absent = [type(method).__name__ for method in recipe.attached if method not in owners]
-        if absent:
+        if absent and not _is_part(params):
             raise RecipeError(
                 f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
                 "aj.init_adapters(model, params, key, *example_inputs) returned"
@@ -84,6 +84,12 @@ def freeze_base(
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
+
+
+def _is_part(params: Tree) -> bool:
+    """Whether optax left out leaves of the tree, which other optimisers then have."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
 
 
 def lora_plus(

@@ -21,7 +21,7 @@ from adapters_jax.counted import counted, left_over, without_adapter
 from adapters_jax.display import bytes_text
 from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
 from adapters_jax.linen import Adapted
-from adapters_jax.methods.arrays import check_key
+from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.training.optimizers import check_optimizer
@@ -133,7 +133,7 @@ class TrainState:
         if params is not None:
             _warn_of_rest(recipe, params)
         check_optimizer("TrainState.create", tx)
-        check_key("TrainState.create", key)
+        key = checked_key("TrainState.create", key)
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
         adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
@@ -267,9 +267,18 @@ def _check_params(recipe: Recipe, params: Tree) -> None:
         for method in recipe.attached:
             own = [a.owner for a in adapters if a.owner.method == method]
             if own:  # where there is none at all, `_check_trained` says so
-                wanted = tuple(p for p in method.targets if not p.startswith("!"))
-                including = dataclasses.replace(method, targets=wanted)  # what is excluded has none
-                require_points(including, [path for o in own for path in (o.path, o.module)], {})
+                paths = [path for o in own for path in (o.path, o.module)]
+                require_points(_including(method), paths, {})
+
+
+def _including(method: Any) -> Any:
+    """A method without patterns that exclude: what they match has no parameters to be found."""
+    fields = {name: getattr(method, name) for name in ("targets", *method.subset_fields)}
+    wanted = {
+        name: tuple(pattern for pattern in patterns if not pattern.startswith("!"))
+        for name, patterns in fields.items()
+    }
+    return dataclasses.replace(method, **wanted)
 
 
 def _warn_of_rest(recipe: Recipe, params: Tree) -> None:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from adapters_jax.checks import check_size
 from adapters_jax.errors import UserError, compare_trees, warn
+from adapters_jax.linen import Adapted
 from adapters_jax.meshes import on_mesh
 from adapters_jax.mixed import mapping
 from adapters_jax.training.state import TrainState, check_state, checked_collections
@@ -204,18 +205,24 @@ def make_train_step(
 
 
 def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> None:
-    """Raises UserError for a model, and for a function that does not take the arguments."""
+    """Raises UserError for an adapted model, and for what does not take the arguments."""
     expected = f"f({', '.join(arguments)}), in NNX f({', '.join(('model', *arguments[1:]))})"
-    if isinstance(function, nn.Module | nnx.Module) or not callable(function):
+    if isinstance(function, Adapted) or not callable(function):
         raise UserError(f"{caller}: got {type(function).__name__}, expected a function {expected}")
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         raise UserError(
-            f"{caller}: the function cannot be called as {expected}: {error}"
+            f"{caller}: {_name(function)} cannot be called as {expected}: {error}"
         ) from error
     except ValueError:  # a compiled function, which has no signature
         return
+
+
+def _name(function: Any) -> str:
+    """A function as a message calls it: a module by its class."""
+    is_module = isinstance(function, nn.Module | nnx.Module)
+    return f"the module {type(function).__name__}" if is_module else "the function"
 
 
 @contextlib.contextmanager
@@ -238,9 +245,12 @@ def _explained(state: TrainState) -> Iterator[None]:
             "without them model.apply({'params': params}, ...)"
         ) from error
     except TraceContextError as error:
+        use = "draw from its third argument, the key"
+        if state.graphdef is not None:
+            use = f"call its first argument, which is the model, or {use}"
         raise UserError(
             f"make_train_step: the loss function uses a model or random streams from outside of "
-            f"it, and flax says: {error}; use its first argument, which is the model"
+            f"it, and flax says: {error}; {use}"
         ) from error
 
 

@@ -22,8 +22,9 @@ from adapters_jax.weights.quantized import is_quantized
 _Change = Callable[[Method, Leaves, AttachmentPoint, Mapping[str, Array]], dict[str, Array]]
 
 
-_CALL = "aj.merge(model, params, *example_inputs)"
-_CALLS = f"{_CALL} in linen, aj.merge(model) in NNX"
+def _call(caller: str) -> str:
+    """How a linen model is given."""
+    return f"aj.{caller}(model, params, *example_inputs)"
 
 
 def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
         >>> type(aj.merge(adapted)).__name__
         'Linear'
     """
-    return _folded(model, params, args, kwargs, merged_stacked)
+    return _folded("merge", model, params, args, kwargs, merged_stacked)
 
 
 def unmerge(
@@ -78,6 +79,7 @@ def unmerge(
     Raises:
         RecipeError: a method's change has no inverse: DoRA's, or (IA)^3's where a factor is zero.
         MismatchError: `params` is not the tree of this model; every difference is listed.
+        UserError, TypeError: as in `merge`.
 
     Example:
         >>> import adapters_jax as aj
@@ -97,7 +99,7 @@ def unmerge(
         bounds.extend(_rounding(own[name], left[name]) for name in left)
         return left
 
-    base = _folded(model, params, args, kwargs, taken_back)
+    base = _folded("unmerge", model, params, args, kwargs, taken_back)
     return base, max(bounds)
 
 
@@ -108,16 +110,18 @@ def _rounding(merged: Array, left: Array) -> float:
     return float(units * jnp.maximum(*both))
 
 
-def _folded(model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
+def _folded(caller: str, model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
     """The base with every targeted weight changed."""
     if isinstance(model, Adapted):
+        check_params(caller, params, _call(caller))
         return _linen(model, params, args, kwargs, change)
     if not isinstance(model, nnx.Module):
+        calls = f"{_call(caller)} in linen, aj.{caller}(model) in NNX"
         with_params = isinstance(model, nn.Module)
-        hint = "call aj.adapt(model, recipe) first" if with_params else f"write {_CALLS}"
-        raise UserError(f"merge: {type(model).__name__} has no adapters; {hint}")
+        hint = "call aj.adapt(model, recipe) first" if with_params else f"write {calls}"
+        raise UserError(f"{caller}: {type(model).__name__} has no adapters; {hint}")
     if params is not None or args or kwargs:
-        raise TypeError("merge: an NNX model holds its parameters; write aj.merge(model)")
+        raise TypeError(f"{caller}: an NNX model holds its parameters; write aj.{caller}(model)")
     return _nnx(model, change)
 
 
@@ -134,7 +138,6 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
-    check_params("merge", params, _CALL)
     with checked_before():
         found, whole = points(model, *args, **kwargs)
     compare_trees(
