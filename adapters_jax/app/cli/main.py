@@ -197,7 +197,7 @@ def _logging(debug: bool) -> Iterator[None]:
         for name in ("absl", "asyncio"):  # orbax and its tasks log what they raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
     handler, logger = _Lines(), logging.getLogger("adapters_jax")
-    before = logger.level
+    before, logger.propagate = logger.level, False  # orbax may give the root logger a handler
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
@@ -205,6 +205,7 @@ def _logging(debug: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+        logger.propagate = True
 
 
 def _unraisable(problem: Any) -> None:
