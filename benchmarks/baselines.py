@@ -43,11 +43,14 @@ class Cell:
         """The name of its run."""
         return f"{self.task}-{self.data}"
 
-    def command(self, runs: Path, more: str) -> list[str]:
-        """The words of the command, with more flags."""
+    def words(self, name: str, runs: Path) -> list[str]:
+        """The words of the command, without the flags of `more`."""
         flags = shlex.split(self.flags.format(DATA / self.data))
-        words = ["finetune", "--task", self.task, *flags, "--runs", str(runs), "--name", self.name]
-        return [*words, *shlex.split(f"{self.more} {more}")]
+        return ["finetune", "--task", self.task, *flags, "--runs", str(runs), "--name", name]
+
+    def command(self, runs: Path, more: str) -> list[str]:
+        """The words of the whole command, with more flags."""
+        return [*self.words(self.name, runs), *shlex.split(f"{self.more} {more}")]
 
 
 CELLS = (
