@@ -15,7 +15,7 @@ from adapters_jax.errors import UserError, shortened
 
 def is_array(x: Any) -> bool:
     """Whether x has a shape and a dtype: an array of jax or numpy, or an abstract one."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    return isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
 
 
 def is_abstract(tree: Any) -> bool:

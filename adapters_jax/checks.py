@@ -37,8 +37,10 @@ def check_number(
 def check_size(owner: str, name: str, value: Any) -> None:
     """Raises UserError unless `value` is a whole number of at least 1 that an axis can have."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
-        larger = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
-        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{larger}")
+        more = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
+        if isinstance(value, str | tuple | list) and "*" in str(value):
+            more = f"; patterns are given by name, targets={shown(value)}"
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{more}")
 
 
 def check_flag(owner: str, name: str, value: Any) -> None:

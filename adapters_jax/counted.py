@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from adapters_jax.attached import own_leaves, weight_of
 from adapters_jax.errors import MismatchError
-from adapters_jax.methods import METHODS
+from adapters_jax.methods import METHODS, Method
 from adapters_jax.methods.base import Count
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Owner, Recipe
-from adapters_jax.targets import selects
+from adapters_jax.targets import join, selects
 
 Shape = tuple[int, ...]
 
@@ -106,9 +107,17 @@ def without_adapter(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         found += [
             f"{path} ({type(method).__name__})"
             for path, kind in kinds.items()
-            if path not in have and kind in alike and selects(method.targets, path)
+            if path not in have and kind in alike and _targeted(method, path, kind)
         ]
     return found
+
+
+def _targeted(method: Method, module: str, axes: Mapping[str, int]) -> bool:
+    """Whether a method's targets select a module, or a weight of it where it changes weights."""
+    if not isinstance(method, LeafMethod):
+        return selects(method.targets, module)
+    weights = [name for name, count in axes.items() if count > 1]
+    return any(selects(method.targets, module, join(module, name)) for name in weights)
 
 
 def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:

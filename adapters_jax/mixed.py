@@ -78,6 +78,14 @@ class Rows:
         return self.replace(taken=True), mine  # type: ignore[attr-defined]
 
 
+def needs_rows(cls: type) -> UserError:
+    """The error of a bank's model, of that class, that is called without `Rows`."""
+    return UserError(
+        f"{cls.__name__} has the stacked adapters of a bank: say which one each row has, with "
+        "adapters=bank.rows([...]) beside the inputs"
+    )
+
+
 @runtime_checkable
 class HasRows(Protocol):
     """A pytree that knows which axes of its arrays are rows, such as a cache of scanned layers."""

@@ -36,6 +36,17 @@ class Attends(nnx.Module):
         return self.drop(nn.softmax(q @ x.swapaxes(-1, -2)) @ x)
 
 
+class Both(nnx.Module):
+    """An NNX model with a layer of flax and a weight of its own."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.weight = nnx.Param(jnp.ones((4, 4)))
+
+    def __call__(self, x):
+        return self.layer(x @ self.weight[...])
+
+
 NET = Normed()
 VARIABLES = NET.init(KEY, X)
 PARAMS = VARIABLES["params"]
@@ -360,3 +371,48 @@ def test_a_message_is_one_line():
     with raises(aj.UserError, "tx=array([[0., 0.], [0., 0.], [0., 0.]])") as caught:
         aj.TrainState.create(MODEL, WHOLE, tx=np.zeros((3, 2)), key=KEY)
     assert "\n" not in str(caught.value)
+
+
+def test_a_banks_model_is_told_which_adapters():
+    bank = aj.Bank(MODEL, WHOLE, capacity=1)
+    with raises(aj.UserError, "Normed", "adapters=bank.rows([...])"):
+        bank.model.apply({"params": bank.params, **STATS}, X)
+    bank = aj.Bank(adapted(), capacity=1)
+    with raises(aj.UserError, "Attends", "adapters=bank.rows([...])"):
+        bank.model(X)
+
+
+def test_patterns_in_the_place_of_a_size():
+    with raises(aj.UserError, "rank='**/qkv'", "targets='**/qkv'"):
+        aj.lora("**/qkv")
+    with raises(aj.UserError, "bottleneck_dim=('**/down',)", "targets=('**/down',)"):
+        aj.houlsby(("**/down",))
+
+
+def test_random_streams_among_the_inputs_of_suggest():
+    with raises(aj.UserError, "Attends", "unexpected keyword argument 'rngs'"):
+        aj.suggest(own(), X, rngs=nnx.Rngs(0))
+
+
+def test_weights_that_stay_in_float_are_named():
+    with pytest.warns(aj.AdapterWarning, match=r"Both .* weight; .*aj.quantize\(model, \*inputs"):
+        quantized = aj.quantize(Both())
+    assert type(quantized.weight) is nnx.Param
+    assert type(aj.quantize(Both(), X).weight) is aj.nnx.QuantizedParam
+
+
+def test_a_quantised_model_prints_its_shapes():
+    text = repr(aj.quantize(nnx.Linear(4, 3, rngs=nnx.Rngs(0))))
+    assert "QuantizedParam(" in text and "shape=(4, 3)" in text and "int8" in text
+
+
+def test_targets_without_one_weight_have_every_adapter():
+    """A pattern that leaves out a weight leaves out its module, and no adapter is missing there."""
+    model = aj.adapt(NET, aj.LoRA(("{body,head}", "!head/kernel"), rank=2))
+    params = aj.init_adapters(model, PARAMS, KEY, X)
+    assert "lora" not in params["head"]
+    aj.TrainState.create(model, params, tx=SGD, key=KEY, collections=STATS)
+
+
+def test_a_base_of_other_shapes():
+    assert "shapes of its parameters" in aj.base_identity(PARAMS).differences(aj.base_identity({}))

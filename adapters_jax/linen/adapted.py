@@ -13,9 +13,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import (
-    Attached,
-)
+from adapters_jax.attached import Attached
 from adapters_jax.errors import compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -24,7 +22,7 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.mixed import Rows, by_rows
+from adapters_jax.mixed import Rows, by_rows, needs_rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.spelling import instead_of
 from adapters_jax.targets import join
@@ -49,6 +47,7 @@ class Adapted(nn.Module):
 
     inner: nn.Module
     recipe: Recipe
+    adapters_stacked: bool = False  # of a bank, so that a call has to say which each row has
 
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
@@ -103,13 +102,16 @@ class Adapted(nn.Module):
         def run(trained: Tree, inputs: Any, keys: Any) -> Any:
             other, args, kwargs = inputs
             whole = {"params": merge_trees(trained, base), **other}
-            return self.apply(whole, *args, method=method, rngs=keys, **kwargs)
+            return single.apply(whole, *args, method=method, rngs=keys, **kwargs)
 
+        single = self.clone(adapters_stacked=False)
         return by_rows(run, rows, stacked, (other, args, kwargs), rngs)
 
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""
         inner: Any = self.inner
+        if self.adapters_stacked:
+            raise needs_rows(type(inner))
         function = Inputs(args, kwargs, method).function(inner)
         if inner.scope is None:
             return function(*args, **kwargs)

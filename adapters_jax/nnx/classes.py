@@ -22,10 +22,11 @@ from adapters_jax.attention.registry import AttentionFn
 from adapters_jax.attention.watch import watched
 from adapters_jax.methods import outputs
 from adapters_jax.methods.prompt import inserted
-from adapters_jax.mixed import Rows, by_rows
+from adapters_jax.mixed import Rows, by_rows, needs_rows
 from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
 from adapters_jax.nnx.graph import frozen_of, own_params, params_of
 from adapters_jax.nnx.held import (
+    STACKED,
     AdapterParam,
     Held,
     holds,
@@ -104,6 +105,8 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("adapters"), Rows):
             return _by_rows(self, name, args, kwargs)
+        if name == "__call__" and STACKED in vars(self):
+            raise needs_rows(original(type(self)))
         with attending(self, name) as enter:
             args, kwargs = enter((args, kwargs))
             y = call(self, *args, **kwargs)
@@ -129,7 +132,10 @@ def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
     def run(trained: Any, inputs: Any, keys: Any) -> Any:
         args, kwargs = inputs
-        return getattr(nnx.merge(graphdef, keys, trained, rest, copy=True), name)(*args, **kwargs)
+        single = nnx.merge(graphdef, keys, trained, rest, copy=True)
+        if STACKED in vars(single):
+            delattr(single, STACKED)
+        return getattr(single, name)(*args, **kwargs)
 
     return by_rows(run, rows, stacked, (args, kwargs), keys)
 

@@ -17,6 +17,8 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import own_params
 from adapters_jax.weights.axes import Axes
 
+STACKED = "adapters_stacked"  # the mark of a bank's model
+
 
 class AdapterParam(nnx.Param):
     """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""

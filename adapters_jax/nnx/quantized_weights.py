@@ -1,10 +1,11 @@
 """A quantised weight in an NNX model: its Variable."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from flax import nnx
+from flax.nnx import reprlib
 
 from adapters_jax.nnx.attachment import module_at, refresh_all
 from adapters_jax.nnx.graph import params_of
@@ -30,6 +31,11 @@ class QuantizedParam(nnx.Param):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return self.get_raw_value().shape
+
+    def __nnx_repr__(self) -> Iterator[reprlib.Object | reprlib.Attr]:
+        """What flax prints: the integers and scales, of which it shows the shapes in a model."""
+        yield reprlib.Object(type=type(self).__name__)
+        yield reprlib.Attr("value", self.get_raw_value())
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from adapters_jax.display import html_table
 from adapters_jax.errors import UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.mixed import Rows
-from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.nnx import AdapterParam, copy, recipe_of
+from adapters_jax.nnx.held import STACKED
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.fitting import Fitted, fitted, is_prompt, neutral, owners_of
 from adapters_jax.trees import (
@@ -87,13 +88,15 @@ class Bank:
             check_params("Bank", params, "aj.Bank(model, params)")
             self.recipe = model.recipe
             self._trained, self._rest = partition(params, model.recipe)
-            self._model = model
+            self._model = model.clone(adapters_stacked=True)
             whole = flatten(params)
         elif isinstance(model, nnx.Module):
             if params is not None:
                 raise TypeError("Bank: an NNX model holds its parameters; pass no params")
             self.recipe = recipe_of(model)
-            parts: Any = nnx.split(model, AdapterParam, ...)
+            marked = copy(model)
+            setattr(marked, STACKED, True)
+            parts: Any = nnx.split(marked, AdapterParam, ...)
             self._model, self._trained, self._rest = parts
             whole = flatten(nnx.state(model, nnx.Param))
         else:
@@ -136,7 +139,10 @@ class Bank:
 
     @property
     def model(self) -> Any:
-        """The model, to call with `adapters=bank.rows([...])`; in NNX with the stacked adapters."""
+        """The model, to call with `adapters=bank.rows([...])`; in NNX with the stacked adapters.
+
+        Called without them, it raises UserError.
+        """
         if isinstance(self._model, Adapted):
             return self._model
         return nnx.merge(*self.split)

@@ -6,7 +6,7 @@ weights are quantised: layers get them in floats, one at a time, and compute as 
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,21 @@ from flax import nnx
 
 from adapters_jax.abstract import Inputs, explained
 from adapters_jax.checks import check_choice, check_size
-from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.errors import UserError, compare_trees, shortened, warn
 from adapters_jax.linen import Adapted, reads_of, seen, shapes_of
 from adapters_jax.nnx import (
     AdapterParam,
     copy,
     float_again,
     modules_of,
+    own_params,
     params_of,
     quantized_in_place,
     weights_of,
 )
+from adapters_jax.nnx.held import original
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import as_patterns, require_match, selects
+from adapters_jax.targets import as_patterns, join, require_match, selects
 from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
@@ -61,13 +63,13 @@ def quantize(
     Args:
         model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
         params: linen only: the parameter tree; arrays or abstract.
-        *args: linen only: example inputs, of which only shapes matter; they show how each weight
-            is contracted with its input.
+        *args: example inputs, of which only shapes matter; they show how each weight meets its
+            input. An NNX model of flax's own layers needs none, and they may come second.
         dtype: "int8", "int4", or "nf4" (QLoRA's 4-bit numbers, the quantiles of a normal).
         block: the number of entries along a weight's inputs, or along an embedding's row, that
             share a scale; by default all of them in int8, and 64 in four bits.
         targets: patterns of the modules whose weights are quantised.
-        **kwargs: linen only: further arguments of the model's call.
+        **kwargs: further arguments of the model's call.
 
     Returns:
         linen: the tree for the same model, with `Quantized` leaves at the same paths. NNX: a model
@@ -79,6 +81,10 @@ def quantize(
         TypeError: `model` is no linen or NNX module, or its parameters are missing or misplaced.
         MismatchError: `params` is not the tree of this model; every difference is listed.
         MissingPackageError: qwix is not installed.
+
+    Warns:
+        AdapterWarning: NNX without inputs: weights of modules of your own, whose use is not known,
+            stay in float.
 
     Example:
         >>> import adapters_jax as aj
@@ -261,6 +267,28 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
     others |= dict.fromkeys(trained, "it is trained")
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
+    if inputs is None:
+        _warn_of_unknown(model, plan.targets, {*weights, *trained})
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
     quantized_in_place(small, values)
     return small
+
+
+def _warn_of_unknown(model: nnx.Module, targets: tuple[str, ...], known: Collection[str]) -> None:
+    """Gives an AdapterWarning for targeted weights of modules that are not flax's own."""
+    left = [
+        weight
+        for path, module in modules_of(model).items()
+        if not original(type(module)).__module__.startswith("flax.")
+        for name, x in own_params(module).items()
+        if (weight := join(path, name)) not in known
+        and not is_quantized(x.get_raw_value())
+        and jnp.ndim(x.get_raw_value()) > 1
+        and selects(targets, path, weight)
+    ]
+    if left:
+        warn(
+            f"quantize: {type(model).__name__} has weights in modules that are not flax's, which "
+            f"stay in float: {shortened(', '.join(left))}; pass example inputs, which show how "
+            "they are used: aj.quantize(model, *inputs)"
+        )
