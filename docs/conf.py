@@ -50,6 +50,7 @@ html_theme = "furo"
 html_title = "adapters_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 

@@ -37,6 +37,7 @@ def test_a_page_fits_and_can_be_read(browser, pages, kind, width, scheme):
     assert {"--text", "--quiet", "--grey", "--color-6"} <= {*names}
     for name in {*names} - {"--ground", "--line", "--block"}:  # of texts and of pictures
         assert page.run(f"contrast_of('var({name})')") >= (4.5 if "color" not in name else 3), name
+    assert page.violations() == []
     assert page.errors() == []
     assert page.asked() - {page.address, "data:,"} == set()
     page.save_picture(whole=True)

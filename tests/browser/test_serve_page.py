@@ -71,6 +71,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     assert page.run("document.documentElement.scrollWidth") <= width
     dark = page.run("getComputedStyle(document.body).backgroundColor") == "rgb(26, 26, 26)"
     assert dark == (scheme == "dark")
+    assert page.violations() == []
     page.save_picture()
     check_picture(page)
 

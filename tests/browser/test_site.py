@@ -104,6 +104,7 @@ def test_pages_are_readable(browser, site, width, scheme):
         text, ground = (sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) for c in colours)
         assert (ground < text) == (scheme == "dark"), name
         assert abs(ground - text) > 380, name  # of 765
+        assert page.violations() == [], name
         assert page.errors() == [], name
         if name in PICTURED:
             check_picture(page)

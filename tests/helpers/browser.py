@@ -92,6 +92,19 @@ class BrowserPage:
 
         WebDriverWait(self.browser, seconds, 0.05).until(lambda _: check())
 
+    def violations(self):
+        """What axe-core finds inaccessible: the rule and the elements of each."""
+        import axe_core_python
+
+        self.browser.execute_script(
+            Path(axe_core_python.__file__).with_name("axe.min.js").read_text()
+        )
+        return self.browser.execute_async_script(
+            "const done = arguments[0];"
+            "axe.run().then(found => done(found.violations.map("
+            "rule => `${rule.id}: ${rule.nodes.map(node => node.target).join(', ')}`)))"
+        )
+
     def errors(self):
         """The messages of the console since they were read last."""
         return [entry["message"] for entry in self.browser.get_log("browser")]
