@@ -195,7 +195,8 @@ def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
         _cell("a", "lora", 12.0, 2e-3, 0.4, 0.3),
         _cell("a", "lora", 12.0, 4e-3, 0.5, 0.9),
         _cell("b", "lora", 12.0, 2e-3, 0.8, 0.7),
-        _cell("b", "lora", 12.0, 4e-3, 0.6, 0.9),
+        _cell("b", "lora", 12.0, 4e-3, 0.4, 0.8),
+        {**_cell("b", "lora", 12.0, 4e-3, 0.8, 1.0), "seed": 1},  # a setting has the mean of seeds
         _cell("a", "lora", 3.0, 2e-3, 0.25, 0.9),  # b has no cell of this setting
         _cell("a", "head-only", None, 1e-2, 0.9, 0.25),
         _cell("b", "head-only", None, 1e-2, 0.9, 0.75),
@@ -276,7 +277,8 @@ def test_a_cell_is_trained_once_and_a_divergence_counts_as_nothing(tmp_path, mon
 
 
 def test_the_sweep_takes_each_data_set():
-    planned = 4 * (8 + 3 * 2 + 1) + 3  # of each set: rates, other passes, frozen; and m = 256
+    # Rates, other passes and the frozen base of each set; two more seeds of CoLA; and m = 256.
+    planned = 4 * (8 + 3 * 2 + 1) + 2 * (8 + 3 * 2) + 3
     grid = [*defaults.grid()]
     assert sum(map(len, grid)) == planned
     for each in grid:
