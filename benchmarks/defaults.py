@@ -4,11 +4,11 @@ Each data set gives 900 training rows. `adapters-jax compare` trains Houlsby's a
 them: for 12 passes at several learning rates, and for other numbers of passes at the rate of the
 preset. The frozen base with a trained head, at its own defaults, is the baseline. On 4,000 rows of
 CoLA, Houlsby's adapters at m = 256 get several rates; the rates of m = 64 on more rows are those of
-`tradeoff`, which is read. A score on dev is divided by the best of its data set and method, and the
-setting with the highest mean over all data sets is the best one; test is only reported. Dev is
-scored once in a pass, where a run of `finetune` scores it twice. CoLA's score differs most between
-seeds, so each of its scores is the mean of three. An interrupted run writes the tables of what is
-done, and the same command goes on.
+`tradeoff`, which is read. Settings are ranked by dev, each score divided by the best of its data
+set and method, and by the mean of the scores themselves; test is only reported. Dev is scored once
+in a pass, where a run of `finetune` scores it twice. CoLA's score differs most between seeds, so
+each of its scores is the mean of three. An interrupted run writes the tables of what is done, and
+the same command goes on.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def _beside(report: Report, cells: Sequence[Row], frozen: float) -> None:
 
 
 def ranked(cells: Sequence[Row]) -> list[Row]:
-    """The settings of a method, the best on dev first; "mean" is None if a data set lacks one."""
+    """The settings of a method, the best on dev first; means are None if a data set lacks one."""
     best: dict[str, float] = {}
     settings: dict[tuple[float, float], list[list[Row]]] = {}
     for found in _settings(cells):
@@ -121,11 +121,14 @@ def ranked(cells: Sequence[Row]) -> list[Row]:
         settings.setdefault((first["passes"], first["learning_rate"]), []).append(found)
     rows = []
     for (passes, rate), sets in settings.items():
-        parts = {f[0]["data"]: _mean(f, "dev") / (best[f[0]["data"]] or 1.0) for f in sets}
-        mean = statistics.fmean(parts.values()) if parts.keys() == best.keys() else None
+        scores = {found[0]["data"]: _mean(found, "dev") for found in sets}
+        parts = {data: score / (best[data] or 1.0) for data, score in scores.items()}
+        means = [statistics.fmean(x.values()) for x in (parts, scores)]
+        mean, score = means if parts.keys() == best.keys() else (None, None)
         first = sets[0][0]
         row = {"method": first["recipe"], "passes": passes, "learning rate": rate}
-        rows.append({**row, "default": _is_default(first), "mean": mean, **parts})
+        row |= {"default": _is_default(first), "mean": mean}
+        rows.append({**row, "score x 100": score and 100 * score, **parts})
     return sorted(rows, key=lambda row: -(row["mean"] or 0.0))
 
 

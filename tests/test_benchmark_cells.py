@@ -225,6 +225,8 @@ def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
         (2e-3, None, False),
     ]
     assert tables["Dev, 900 rows"][2]["a"] == pytest.approx(0.5)
+    scores = [row["score x 100"] for row in tables["Dev, 900 rows"]]
+    assert scores == [pytest.approx(60), pytest.approx(55), None]
     more = [(row["learning rate"], row["mean"]) for row in tables["Dev, the rows of tradeoff"]]
     assert more == [(1e-3, 1.0), (2e-3, 0.5), (4e-3, 0.0)]
     above = [(row["data"], row["points above"]) for row in tables["Test"]]
