@@ -14,7 +14,7 @@ from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.stored import members, misfit
 from adapters_jax.checks import shown
 from adapters_jax.errors import UserError, file_errors
-from adapters_jax.spelling import field_of
+from adapters_jax.spelling import field_of, unneeded
 from adapters_jax.strict_json import loads
 
 if TYPE_CHECKING:
@@ -105,10 +105,13 @@ def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) 
     if not isinstance(error, cyclopts.UnknownOptionError) or error.token.keyword is None:
         return None
     word = error.token.keyword.partition("=")[0]
-    field = field_of(word)
-    if field not in {leaf.name for leaf in leaves}:
-        return None
-    return f"Unknown option: {word}. Write {flag(field)}"
+    field, _, value = (field_of(word) or "").partition(" ")
+    names = {leaf.name for leaf in leaves}
+    if field.rstrip(",") in names:
+        return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
+    if "epochs" in names and (reason := unneeded(word)):
+        return f"Unknown option: {word}. Leave it out: {reason}"
+    return None
 
 
 def completion(
