@@ -246,7 +246,7 @@ def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
         if (pattern := next(fitting, None)) is None:
             return ""
         found[pattern] = None
-    return f"write the targets {', '.join(map(repr, found))}"
+    return f"write the targets {' and '.join(map(repr, found))}"
 
 
 def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:

@@ -12,7 +12,7 @@ from adapters_jax.errors import UserError
 
 ALL = ("**", "!**/{embeddings|head}/**")  # PEFT's "all-linear" on the models of this library
 _ALL_NAMES = "embeddings and head stand for your model's embeddings and output layer"
-ALL_LINEAR = "for PEFT's 'all-linear' write the targets {!r}, {!r}; ".format(*ALL) + _ALL_NAMES
+ALL_LINEAR = "for PEFT's 'all-linear' write the targets {!r} and {!r}; ".format(*ALL) + _ALL_NAMES
 # Modules of transformers' models, by their names in the models of this library.
 _MODULES_HERE = {
     "query": "q_proj q_lin query_proj q",
@@ -170,6 +170,8 @@ _SENTENCES = {
         "set_adapter set_active_adapters active_adapters active_adapter"
     ),
     "write aj.combine(base, trees, weights=[...])": "add_weighted_adapter average_adapter",
+    "there is no fusion; aj.combine adds up LoRA": "Fuse AdapterFusion AdapterFusionConfig",
+    "write bank.rows(['a', 'b']) of an aj.Bank": "BatchSplit",
     "write aj.partition(params, recipe), in NNX nnx.state(model, aj.nnx.AdapterParam)": (
         "get_peft_model_state_dict"
     ),
@@ -213,6 +215,9 @@ FLAGS = {
     "resume_from_checkpoint": "resume",
     "max_train_samples": "limit",
     "max_seq_len": "max_length",
+    "num_virtual_tokens": "prompt_length",
+    "prefix_length": "prompt_length",
+    "adapter_layers": "last",
     "block_size": "max_length",
     "run_name": "name",
     "max_steps": "epochs, which may be a fraction",

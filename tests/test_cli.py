@@ -376,6 +376,11 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict none x", RunConfigError, ["none", "runs/pairs"]),
+        (
+            f"{TRAIN} --method lora --rank-pattern q=4",
+            UsageError,
+            ["--rank-pattern: expected PATT"],
+        ),
         (f"{TRAIN} --train imdb", DataError, ["imdb", "no such file", "hub:imdb"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),

@@ -380,11 +380,11 @@ def test_a_head_is_one_path(head):
 @pytest.mark.parametrize(
     ("targets", "ours"),
     [
-        (["q_proj", "v_proj"], "'**/query', '**/value'"),
+        (["q_proj", "v_proj"], "'**/query' and '**/value'"),
         ("**/{q_proj,v_proj}", "'**/{query,value}'"),
         ("encoder.self_attn.q_proj", "'**/query'"),
         ("query,value", "'**/{query,value}'"),
-        (["query", "value"], "'**/query', '**/value'"),
+        (["query", "value"], "'**/query' and '**/value'"),
     ],
 )
 def test_targets_by_the_names_of_transformers(targets, ours):

@@ -183,6 +183,7 @@ def test_what_the_messages_name_is_there():
         (["--lora_dropout", "0.1"], "--adapter-dropout"),
         (["--target-modules", "query"], "--targets"),
         (["--num_train_epochs", "3"], "--epochs"),
+        (["--num_virtual_tokens", "5"], "--prompt-length"),
         (["--load_in_4bit"], "--quantize nf4"),
         (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
         (["--max_steps=10"], "--epochs, which may be a fraction"),
