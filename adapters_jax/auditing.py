@@ -21,7 +21,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
 from adapters_jax.texts import visible
 from adapters_jax.training.optimizers import check_optimizer
-from adapters_jax.training.state import in_full
+from adapters_jax.training.state import in_full, refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten
 from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
@@ -246,6 +246,7 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
         if params is not None:
             raise TypeError("audit: an NNX model holds its parameters; write aj.audit(model)")
         return recipe_of(model), flatten(nnx.state(model, nnx.Param))
+    refuse_state("audit", model)
     if isinstance(model, Adapted):
         recipe = model.recipe
     elif isinstance(model, Recipe | Method):

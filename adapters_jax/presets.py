@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from adapters_jax.checks import check_choice
+from adapters_jax.checks import check_choice, shown
 from adapters_jax.errors import UserError
 from adapters_jax.methods import (
     IA3,
@@ -24,6 +24,11 @@ LAYER_NORMS = "**/*{norm|Norm|ln}*/{scale|bias}"
 
 def _recipe(*parts: Method | None, head: str | None) -> Recipe:
     """A recipe of the methods that are not None, with the head unfrozen where one is named."""
+    if not (head is None or isinstance(head, str)):
+        raise UserError(
+            f"head={shown(head)}, expected the path of one module, as in head='head'; for several "
+            "add aj.Unfreeze(('NAME/**', 'OTHER/**')) to the recipe"
+        )
     ends = Unfreeze(f"{head}/**") if head else None
     return Recipe(*[part for part in (*parts, ends) if part is not None])
 

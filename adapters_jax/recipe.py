@@ -15,9 +15,9 @@ from adapters_jax.checks import shown
 from adapters_jax.display import html_table
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.spelling import ALL_LINEAR
+from adapters_jax.spelling import ALL_LINEAR, patterns_here
 from adapters_jax.strict_json import check_nesting, loads
-from adapters_jax.targets import failures, join, selects
+from adapters_jax.targets import failures, join, matches, selects
 
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
@@ -219,9 +219,11 @@ def require_points(
     reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
     unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
     if problems and not unseen and not any(selects(wanted, path) for path in usable):
+        meant = ALL_LINEAR if "all-linear" in wanted else _meant(wanted, usable)
+        problems = [] if meant else problems  # the nearest paths would be far from what is meant
         problems.append(
             f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
-            "this model; " + (ALL_LINEAR if "all-linear" in wanted else _SUGGEST)
+            f"this model; {meant or _SUGGEST}"
         )
     if not problems:
         chosen = targeted or (path for path in usable if selects(method.targets, path))
@@ -234,6 +236,17 @@ def require_points(
     skipped = {p: why for p, why in unusable.items() if why and selects(method.targets, p)}
     if skipped and first_time and method.acts_on != "attention":  # prompts mean attentions alone
         warn(_skipping(owner, skipped))
+
+
+def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
+    """What to write for targets that all have other libraries' names of modules; or nothing."""
+    found: dict[str, None] = {}
+    for target in targets:
+        fitting = (p for p in patterns_here(target) if any(matches(p, path) for path in usable))
+        if (pattern := next(fitting, None)) is None:
+            return ""
+        found[pattern] = None
+    return f"write the targets {' and '.join(map(repr, found))}"
 
 
 def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:

@@ -3,6 +3,7 @@
 Nothing here imports jax, since the command line reads these tables before it does.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,19 @@ from adapters_jax.errors import UserError
 
 ALL = ("**", "!**/{embeddings|head}/**")  # PEFT's "all-linear" on the models of this library
 _ALL_NAMES = "embeddings and head stand for your model's embeddings and output layer"
-ALL_LINEAR = f"for PEFT's 'all-linear' write targets={ALL}; {_ALL_NAMES}"  # to end a message
+ALL_LINEAR = "for PEFT's 'all-linear' write the targets {!r} and {!r}; ".format(*ALL) + _ALL_NAMES
+# Modules of transformers' models, by their names in the models of this library.
+_MODULES_HERE = {
+    "query": "q_proj q_lin query_proj q",
+    "key": "k_proj k_lin key_proj k",
+    "value": "v_proj v_lin value_proj v",
+    "output": "o_proj out_proj out_lin down_proj o",
+    "{query,key,value}": "c_attn query_key_value Wqkv qkv_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "head": "lm_head classifier score",
+}
+MODULES = {name: ours for ours, names in _MODULES_HERE.items() for name in names.split()}
 
 
 def _same(value: Any) -> Any:
@@ -21,24 +34,29 @@ def _same(value: Any) -> Any:
 def _paths(value: Any) -> Any:
     """Patterns of paths for names of modules; a regular expression has no pattern.
 
-    PEFT's "all-linear" leaves out embeddings and the output layer, which `**` takes as well.
+    PEFT's "all-linear" leaves out embeddings and the output layer, which `**` takes as well. None
+    is a choice of PEFT's by the model: of most, the query and value projections.
     """
+    if value is None:
+        return ("**/{query,value}",)
     if isinstance(value, str):
         return ALL if value == "all-linear" else ("**/NAME",)
     return tuple(f"**/{name}" for name in value) if isinstance(value, Iterable) else value
 
 
-def _start(value: Any) -> Any:
+def _start(value: Any) -> str | None:
+    """The a_init of an init_lora_weights; None where there is no such start here."""
     if value is True:
         return "uniform"
-    return "gaussian_rank" if value == "gaussian" else value
+    name = value if isinstance(value, str) else ""
+    return {"gaussian": "gaussian_rank", "pissa": "pissa"}.get(name.partition("_niter_")[0])
 
 
 def _placement(value: Any) -> str:
     return "parallel" if value else "sequential"
 
 
-# Our name for a setting of PEFT, AdapterHub or qwix, and our value for theirs.
+# Our name for a setting of PEFT, AdapterHub or qwix, and our value for theirs; None if we lack it.
 OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "r": ("rank", _same),
     "lora_alpha": ("alpha", _same),
@@ -56,20 +74,44 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "is_parallel": ("placement", _placement),
 }
 # What stands in place of a setting that is none of a method here.
-INSTEAD = {
-    "use_dora": "aj.DoRA is a method of its own",
-    "bias": "aj.lora(bias=...) trains biases",
-    "modules_to_save": "aj.Unfreeze('NAME/**') beside it in a recipe trains a module",
-    "exclude_modules": "'!**/NAME' among the targets leaves a module out",
-    "layers_to_transform": "targets name the layers, 'layer_{10,11}/**'",
-    "layers_pattern": "targets name the layers, 'layer_{10,11}/**'",
-    "target_parameters": "targets may be paths of weights, '**/experts/up'",
-    "task_type": "the base says its task",
-    "peft_type": "the class is the method",
-    "inference_mode": "a model that nobody trains needs no setting",
-    "fan_in_fan_out": "the axes of a weight are found from its use",
-    "base_model_name_or_path": "aj.base_identity(base, id=...) goes to aj.save_adapter",
+_SETTINGS = {
+    "aj.DoRA is a method of its own": "use_dora",
+    "aj.lora(bias=...) trains biases": "bias lora_bias",
+    "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save",
+    "'!**/NAME' among the targets leaves a module out": "exclude_modules",
+    "targets name the layers, 'layer_{10,11}/**'": "layers_to_transform layers_pattern",
+    "'!**/layer_{0,1}/**' among the targets leaves layers out": "leave_out",
+    "targets name the modules, ('**/attention/output', '**/mlp/output')": (
+        "mh_adapter output_adapter"
+    ),
+    "targets name the projections, '**/{query,value}'": (
+        "attn_matrices selfattn_lora intermediate_lora output_lora"
+    ),
+    "targets may be paths of weights, '**/experts/up'": "target_parameters",
+    "aj.llama_adapter(last=...) says how many layers have prompts": "adapter_layers",
+    "the base says its task": "task_type",
+    "the class is the method": "peft_type",
+    "a model that nobody trains needs no setting": "inference_mode",
+    "the axes of a weight are found from its use": "fan_in_fan_out",
+    "sizes are found from the model": (
+        "token_dim num_transformer_submodules num_attention_heads num_layers"
+    ),
+    "aj.base_identity(base, id=...) goes to aj.save_adapter": "base_model_name_or_path revision",
+    "a_init is gaussian, uniform, gaussian_rank or pissa": (
+        "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
+    ),
+    "there is nothing like it here": (
+        "layer_replication trainable_token_indices use_qalora arrow_config use_gating "
+        "alora_invocation_tokens prefix_projection encoder_hidden_size"
+    ),
+    "a weight that is used twice has one adapter": "ensure_weight_tying",
 }
+INSTEAD = {name: text for text, names in _SETTINGS.items() for name in names.split()}
+# Settings of PEFT that change no arithmetic here, whatever their value is.
+_IDLE = (
+    *("auto_mapping", "init_ia3_weights", "megatron_config", "megatron_core", "peft_version"),
+    *("qalora_group_size", "runtime_config"),
+)
 _LEFT_OUT = (None, False, "none")  # values with which a setting changes nothing
 # What stands in place of functions and classes, and of the methods of models.
 _SENTENCES = {
@@ -77,6 +119,7 @@ _SENTENCES = {
         "LoraConfig LoRAConfig"
     ),
     "write aj.IA3(targets, feed_forward=...), or aj.ia3()": "IA3Config",
+    "write aj.layer_norms()": "LNTuningConfig LayerNormTuningConfig",
     "write aj.llama_adapter(10)": "AdaptionPromptConfig",
     "write aj.prefix_tuning(20)": "PrefixTuningConfig",
     "there is no prompt tuning; aj.prefix_tuning(20) is the nearest method": "PromptTuningConfig",
@@ -84,8 +127,15 @@ _SENTENCES = {
         "BnConfig SeqBnConfig DoubleSeqBnConfig ParBnConfig HoulsbyConfig PfeifferConfig"
     ),
     "write a recipe such as aj.lora(8)": "PeftConfig AdapterConfig",
+    "this library does not have that method; adapters-jax methods lists those that it has": (
+        "AdaLoraConfig BOFTConfig BoneConfig CPTConfig FourierFTConfig HRAConfig LoHaConfig "
+        "LoKrConfig MissConfig MultitaskPromptTuningConfig OFTConfig PolyConfig "
+        "PromptEncoderConfig RandLoraConfig VBLoRAConfig VeraConfig XLoraConfig CompacterConfig"
+    ),
+    "a_init='pissa' is the nearest start that is here": "LoftQConfig EvaConfig CordaConfig",
     "write a + b": "ConfigUnion",
     "the base says its task": "TaskType",
+    "the class is the method": "PeftType",
     "any model is adapted as it is, by aj.adapt(base, recipe)": "init",
     "write aj.adapt(base, recipe) with a recipe such as aj.lora(8)": (
         "get_peft_model inject_adapter_in_model add_adapter train_adapter"
@@ -106,18 +156,41 @@ _SENTENCES = {
         "merge_and_unload merge_adapter"
     ),
     "the base is not changed, so call or keep that": (
-        "unload disable_adapter unmerge_adapter delete_adapter"
+        "unload disable_adapter unmerge_adapter delete_adapter get_base_model base_model"
+    ),
+    "write model.recipe, in NNX aj.nnx.recipe_of(model)": "peft_config active_peft_config",
+    "call the model: model(x), in linen model.apply({'params': params}, x)": "forward",
+    "in linen that is params, in NNX nnx.state(model); aj.audit counts them": (
+        "parameters named_parameters state_dict num_parameters"
+    ),
+    "write aj.TrainState.create(model, ...) and aj.make_train_step(loss_fn)": (
+        "Trainer SFTTrainer AdapterTrainer"
     ),
     "call the model that has it; aj.Bank holds many adapters for one base": (
-        "set_adapter set_active_adapters active_adapters"
+        "set_adapter set_active_adapters active_adapters active_adapter"
     ),
     "write aj.combine(base, trees, weights=[...])": "add_weighted_adapter average_adapter",
+    "there is no fusion; aj.combine adds up LoRA": "Fuse AdapterFusion AdapterFusionConfig",
+    "write bank.rows(['a', 'b']) of an aj.Bank": "BatchSplit",
     "write aj.partition(params, recipe), in NNX nnx.state(model, aj.nnx.AdapterParam)": (
         "get_peft_model_state_dict"
     ),
+    "write aj.load_adapter(directory, base)": "set_peft_model_state_dict load_peft_weights",
     "write adapters-jax push RUN USER/NAME": "push_to_hub",
 }
 NAMES = {name: text for text, names in _SENTENCES.items() for name in names.split()}
+# Names of this library that are not in the package itself, by where they are.
+_MODULES = {
+    "adapters_jax.interop.peft": "load_peft save_peft",
+    "adapters_jax.interop.adapterhub": "load_adapterhub save_adapterhub",
+    "adapters_jax.interop.gguf": "read_gguf",
+    "adapters_jax.inference": "load_predictor load_generator",
+    "adapters_jax.models.generation": "generate",
+    "adapters_jax.models.decoder": "load_decoder save_decoder Decoder DecoderConfig",
+    "adapters_jax.models.bert": "load_bert BertClassifier BertConfig",
+    "adapters_jax.models.t5": "load_t5 save_t5",
+}
+ELSEWHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 # Flags of other training scripts, and the fields of our commands; for settings there is `OURS`.
 FLAGS = {
     "lr": "learning_rate",
@@ -141,30 +214,94 @@ FLAGS = {
     "output_dir": "runs",
     "resume_from_checkpoint": "resume",
     "max_train_samples": "limit",
+    "max_seq_len": "max_length",
+    "num_virtual_tokens": "prompt_length",
+    "prefix_length": "prompt_length",
+    "adapter_layers": "last",
+    "block_size": "max_length",
+    "run_name": "name",
+    "max_steps": "epochs, which may be a fraction",
+    "eval_steps": "evaluations",
+    "save_steps": "checkpoint_every",
+    "dataset_name": "train hub:USER/NAME",
+    "bf16": "dtype bfloat16",
+    "fp16": "dtype float16",
+    "load_in_8bit": "quantize int8",
+    "load_in_4bit": "quantize nf4",
 }
+# Flags of theirs that name what a training does here anyway, or that have nothing like them.
+_UNNEEDED = {
+    "finetune trains, scores dev and test, and keeps the best adapter": (
+        "do_train do_eval do_predict load_best_model_at_end eval_strategy evaluation_strategy "
+        "save_strategy"
+    ),
+    "the rate rises over --warmup of the steps and falls linearly": "lr_scheduler_type",
+    "the optimiser is AdamW": "optim",
+    "a run's metrics.jsonl and report.html have every step": "report_to logging_steps logging_dir",
+    "--name names a new run": "overwrite_output_dir",
+    "adapters-jax push uploads a finished run": "push_to_hub hub_model_id",
+    "--accumulate saves memory": "gradient_checkpointing",
+}
+UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.split()}
+
+
+def patterns_here(target: str) -> list[str]:
+    """Patterns that a target may mean: with our names of modules, at any depth, dots as slashes.
+
+    Example:
+        >>> patterns_here("self_attn.q_proj")
+        ['self_attn/query', '**/query']
+        >>> patterns_here("q_proj,v_proj")
+        ['{query,value}', '**/{query,value}']
+    """
+    listed = "{" + target + "}" if "," in target and "{" not in target else target
+    ours = re.sub(r"\w+", lambda name: MODULES.get(name[0], name[0]), listed.replace(".", "/"))
+    return [ours, f"**/{ours.rpartition('/')[2]}"]
 
 
 def instead_of(name: str) -> str:
-    """What to write in place of a name, to end a message; empty if it is of no other library.
+    """What to write in place of a name, to end a message; empty if nothing is known of it.
 
     Example:
+        >>> instead_of("load_peft")
+        '; write from adapters_jax.interop.peft import load_peft'
         >>> instead_of("get_peft_model")
         ', a name of another library; write aj.adapt(base, recipe) with a recipe such as aj.lora(8)'
         >>> instead_of("lorra")
         ''
     """
+    if name in ELSEWHERE:
+        return f"; write from {ELSEWHERE[name]} import {name}"
     return f", a name of another library; {NAMES[name]}" if name in NAMES else ""
 
 
 def field_of(flag: str) -> str | None:
     """The field of our commands that a flag of another library's scripts means; None if none.
 
+    After the field may come its value, or a remark.
+
     Example:
         >>> field_of("--lora-r"), field_of("--target_modules"), field_of("--rank")
         ('rank', 'targets', None)
+        >>> field_of("--load_in_4bit")
+        'quantize nf4'
     """
-    name = flag.lstrip("-").replace("-", "_")
+    name = _as_name(flag)
     return FLAGS.get(name) or (OURS[name][0] if name in OURS else None)
+
+
+def unneeded(flag: str) -> str | None:
+    """Why a training here needs no flag of another library's scripts; None of other flags.
+
+    Example:
+        >>> unneeded("--optim"), unneeded("--rank")
+        ('the optimiser is AdamW', None)
+    """
+    return UNNEEDED.get(_as_name(flag))
+
+
+def _as_name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
 
 
 def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any]) -> None:
@@ -187,8 +324,8 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
     """
     fields = set(fields)
     unknown = [name for name in given if name not in fields]
-    ours = [name for name in unknown if name in OURS and OURS[name][0] in fields]
-    others = [name for name in unknown if name in INSTEAD]
+    ours = [name for name in unknown if _counterpart(name, given[name], fields)]
+    others = [name for name in unknown if name in (*INSTEAD, *_IDLE) and name not in ours]
     if not ours and not others:
         return
     problems = []
@@ -200,13 +337,24 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
         )
     if any(_is(given[name], "all-linear") for name in ours):
         problems.append(_ALL_NAMES)
-    if idle := [name for name in others if _is(given[name], *_LEFT_OUT)]:
+    if idle := [name for name in others if name in _IDLE or _changes_nothing(name, given[name])]:
         problems.append(f"leave out {_listed(idle)}")
     problems += [
         f"{name} is no setting of it: {INSTEAD[name]}" for name in others if name not in idle
     ]
     problems += [f"{name} is unknown" for name in unknown if name not in (*ours, *others)]
     raise UserError(f"{method}: {'; '.join(problems)}")
+
+
+def _counterpart(name: str, value: Any, fields: set[str]) -> bool:
+    """Whether a setting of another library, with this value, is one of the fields."""
+    return name in OURS and OURS[name][0] in fields and OURS[name][1](value) is not None
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Whether the other library does with this value what it does without the setting."""
+    empty = isinstance(value, Mapping) and not value
+    return name not in OURS and (empty or _is(value, *_LEFT_OUT))
 
 
 def _is(value: Any, *others: Any) -> bool:

@@ -189,6 +189,9 @@ def test_the_tasks_are_listed(command):
     assert status == 0 and [*found] == [*TASKS]
     assert found["regression"]["metrics"] == ["pearson", "spearman"]
     assert (found["preference"]["model"], found["preference"]["command"]) == ("decoder", "generate")
+    _, shown, _ = command("tasks")
+    words = {word for cell in ([*TASKS], *(x["metrics"] for x in found.values())) for word in cell}
+    assert words <= {*re.findall(r"[\w-]+", shown)}  # no line breaks one
     _, page, _ = command("tasks --markdown")
     assert all(f"| {name} | " in page for name in TASKS)
 
@@ -372,6 +375,13 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --targets **/nothing", TargetError, ["'**/nothing'"]),
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
+        ("predict none x", RunConfigError, ["none", "runs/pairs"]),
+        (
+            f"{TRAIN} --method lora --rank-pattern q=4",
+            UsageError,
+            ["--rank-pattern: expected PATT"],
+        ),
+        (f"{TRAIN} --train imdb", DataError, ["imdb", "no such file", "hub:imdb"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),
         ("predict runs/single x --text review", DataError, ["--text", "--text-pair", "--file"]),

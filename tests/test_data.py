@@ -226,6 +226,8 @@ def test_bad_splits():
         split(dataset(10), 0, dev=0)
     with raises(DataError, "40 rows with 2 distinct texts are", "dev"):
         split_rows(["a film", "a play"] * 20, [0] * 40, 0, dev=0.1, test=0)
+    with raises(DataError, "40 rows in 40 classes", "each class", "--task regression"):
+        split_rows([*map(str, range(40))], range(40), 0, dev=0.1, test=0)
     for dev, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, -0.1)):
         with raises(aj.UserError, f"dev={dev}", f"test={test}"):
             split(dataset(), 0, dev=dev, test=test)

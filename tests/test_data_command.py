@@ -55,6 +55,11 @@ def test_lengths():
         assert histogram[0][0] == 0 and histogram[-1][0] <= most <= histogram[-1][1]
 
 
+def test_a_bar_of_one_length_names_it_once(data):
+    Path("a.csv").write_text("text,label\n" + "Good,1\n" * 3)
+    assert "\n  4 █" in data("a.csv")
+
+
 def test_a_row_that_lacks_a_field_is_an_error():
     Path("a.csv").write_text("text,label\nGood,1\nBad\n")
     with command_raises(DataError, "a.csv", "line 3 has 1", "2 columns"):

@@ -126,7 +126,7 @@ def test_a_linen_model_is_merged_with_its_parameters():
         aj.merge(MODEL)
     with raises(aj.UserError, "Normed", "aj.adapt(model, recipe)"):
         aj.merge(NET, WHOLE, X)
-    with raises(aj.UserError, "TrainState", "aj.merge(model, params"):
+    with raises(TypeError, "TrainState", "aj.merge(model, state.params, *example_inputs)"):
         aj.merge(state_of(collections=STATS))
 
 
@@ -135,7 +135,7 @@ def test_errors_of_unmerge_name_it():
         aj.unmerge(MODEL)
     with raises(TypeError, "unmerge: ", "aj.unmerge(model)"):
         aj.unmerge(adapted(), PARAMS)
-    with raises(aj.UserError, "unmerge: TrainState", "aj.unmerge(model, params"):
+    with raises(TypeError, "unmerge: got a TrainState", "aj.unmerge(model, state.params"):
         aj.unmerge(state_of(collections=STATS))
 
 
@@ -416,3 +416,43 @@ def test_targets_without_one_weight_have_every_adapter():
 
 def test_a_base_of_other_shapes():
     assert "shapes of its parameters" in aj.base_identity(PARAMS).differences(aj.base_identity({}))
+
+
+def test_a_state_where_a_model_is_expected():
+    with raises(TypeError, "audit: got a TrainState", "aj.audit(model, state.params)"):
+        aj.audit(state_of(collections=STATS))
+    state = aj.TrainState.create(adapted(), tx=SGD, key=KEY)
+    for call in (aj.audit, aj.merge, aj.unmerge):
+        with raises(TypeError, "TrainState", f"aj.{call.__name__}(state.model)"):
+            call(state)
+
+
+@pytest.mark.parametrize("head", [True, ["classifier"], ("a", "b")])
+def test_a_head_is_one_path(head):
+    with raises(aj.UserError, "head=", "head='head'", "aj.Unfreeze"):
+        aj.lora(4, head=head)
+
+
+@pytest.mark.parametrize(
+    ("targets", "ours"),
+    [
+        (["q_proj", "v_proj"], "'**/query' and '**/value'"),
+        ("**/{q_proj,v_proj}", "'**/{query,value}'"),
+        ("encoder.self_attn.q_proj", "'**/query'"),
+        ("query,value", "'**/{query,value}'"),
+        (["query", "value"], "'**/query' and '**/value'"),
+    ],
+)
+def test_targets_by_the_names_of_transformers(targets, ours):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2, name="attention")(x)
+
+    x = jnp.ones((1, 3, 4))
+    params = Block().init(KEY, x)["params"]
+    with raises(aj.TargetError, f"write the targets {ours}") as caught:
+        aj.init_adapters(aj.adapt(Block(), aj.LoRA(targets, 2)), params, KEY, x)
+    assert "Nearest" not in str(caught.value)
+    with raises(aj.TargetError, "aj.suggest"):
+        aj.init_adapters(aj.adapt(Block(), aj.LoRA("**/gate_proj", 2)), params, KEY, x)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from flax import linen as nn
@@ -780,3 +781,20 @@ def test_a_fused_layer_by_a_mapping_of_ones_own():
     expected, adapters = load_peft(FIXTURES / "gpt2_dora", FAMILIES["gpt2"].names, params)
     assert recipe == expected
     equal(flatten(leaves), flatten(adapters))
+
+
+def test_names_that_are_none():
+    params = {"line": {"kernel": np.ones((2, 3))}}
+    recipe, tree = aj.Recipe(aj.LoRA("line", 1)), {}
+    with raises(TypeError, "names is None", "NAMES of the model's package"):
+        save_peft("nowhere", recipe, tree, None, params)
+    with raises(UserError, "'base_model.model.a.line'", "write 'a.line'"):
+        save_peft("nowhere", recipe, tree, {"base_model.model.a.line": "line"}, params)
+
+
+def test_a_state_is_no_tree_of_adapters():
+    base = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    model = aj.adapt(base, aj.LoRA("**", 1), rngs=nnx.Rngs(1))
+    state = aj.TrainState.create(model, tx=optax.sgd(0.1), key=jax.random.key(0))
+    with raises(TypeError, "TrainState", "state.trained"):
+        save_peft("nowhere", state.recipe, state, {"line": ""}, base)

@@ -13,10 +13,11 @@ from helpers.errors import raises
 from adapters_jax.data import files, json_rows
 from adapters_jax.data.datasets import load_labelled, make_dataset
 from adapters_jax.data.files import DataError
-from adapters_jax.data.layouts import LAYOUTS, layout_of
+from adapters_jax.data.layouts import LAYOUTS, OF_DECODERS, layout_of
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.tables import Table, read_rows
 from adapters_jax.errors import MissingPackageError
+from adapters_jax.tasks import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="no data sets beside the project")
@@ -323,6 +324,11 @@ def test_a_nested_value_is_no_text():
 # Layouts
 
 
+def test_tasks_of_decoders_are_those_of_the_registry():
+    kinds = {layout.task: TASKS[layout.task].kind for layout in LAYOUTS}
+    assert {*OF_DECODERS} == {task for task, kind in kinds.items() if kind == "decoder"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layouts_are_known_by_their_columns(layout):
     assert layout_of(["id", *reversed(layout.columns)]) is layout
@@ -334,7 +340,7 @@ def test_the_layout_is_named_where_a_column_is_missing():
     with raises(DataError, "'text' or 'label'", "tokens/ner_tags", "token-classification"):
         read_rows("a.conll")
     write("a.jsonl", '{"messages": []}')
-    with raises(DataError, "layout messages", "--task conversation"):
+    with raises(DataError, "layout messages", "--task conversation", "a decoder as --model"):
         read_rows("a.jsonl")
 
 

@@ -16,7 +16,7 @@ from adapters_jax.app.cli.main import COMMANDS, command_of
 from adapters_jax.app.options.parsing import _leaves as leaves_of
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.errors import UserError
-from adapters_jax.spelling import ALL_LINEAR, FLAGS, INSTEAD, NAMES
+from adapters_jax.spelling import ALL_LINEAR, ELSEWHERE, FLAGS, INSTEAD, NAMES
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,11 @@ from adapters_jax.spelling import ALL_LINEAR, FLAGS, INSTEAD, NAMES
         (lambda: aj.PrefixTuning("x", num_virtual_tokens=20), "length=20"),
         (lambda: aj.LoRA("x", modules_to_save=["head"]), "aj.Unfreeze('NAME/**')"),
         (lambda: aj.LoRA("x", use_dora=True), "aj.DoRA"),
+        (lambda: aj.LoRA("x", init_lora_weights="pissa_niter_16"), "a_init='pissa'"),
+        (lambda: aj.LoRA("x", init_lora_weights="olora"), "a_init is gaussian, uniform"),
+        (lambda: aj.LoRA("x", init_lora_weights=False), "a_init is gaussian, uniform"),
+        (lambda: aj.LoRA(target_modules=None, r=4), "targets=('**/{query,value}',)"),
+        (lambda: aj.llama_adapter(adapter_len=10, adapter_layers=30), "aj.llama_adapter(last=...)"),
     ],
 )
 def test_the_error_shows_our_spelling(make, written):
@@ -64,6 +69,35 @@ def test_methods_are_copied_and_pickled():
 def test_no_setting_is_lost_from_the_message():
     with raises(UserError, "leave out bias and inference_mode", "exclude_modules", "ranks"):
         aj.LoRA("x", r=8, bias="none", inference_mode=False, exclude_modules=["y"], ranks=8)
+
+
+def test_every_setting_of_a_configuration_of_peft():
+    config = {
+        "r": 4,
+        "target_modules": ["query"],
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "lora_bias": False,
+        "runtime_config": {"ephemeral_gpu_offload": False},
+        "trainable_token_indices": None,
+        "layer_replication": [[0, 2]],
+    }
+    with raises(
+        UserError,
+        "write LoRA(rank=4, targets=('**/query',))",
+        "leave out megatron_core, loftq_config, lora_bias, runtime_config and trainable_token_ind",
+        "layer_replication is no setting of it",
+    ) as caught:
+        aj.LoRA(**config)
+    assert "unknown" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE])
+def test_names_that_are_in_a_module(name):
+    module = ELSEWHERE[name]
+    with pytest.raises(AttributeError, match=f"write from {module} import {name}"):
+        getattr(aj, name)
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_settings_that_are_arrays():
@@ -149,11 +183,23 @@ def test_what_the_messages_name_is_there():
         (["--lora_dropout", "0.1"], "--adapter-dropout"),
         (["--target-modules", "query"], "--targets"),
         (["--num_train_epochs", "3"], "--epochs"),
+        (["--num_virtual_tokens", "5"], "--prompt-length"),
+        (["--load_in_4bit"], "--quantize nf4"),
+        (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
+        (["--max_steps=10"], "--epochs, which may be a fraction"),
     ],
 )
 def test_flags_of_other_scripts_say_ours(words, ours):
     with raises(UserError, words[0].partition("=")[0], f"Write {ours}"):
         parse(command_of("finetune"), words)
+
+
+def test_flags_of_other_scripts_that_nothing_needs():
+    with raises(UserError, "--lr_scheduler_type", "Leave it out", "--warmup"):
+        parse(command_of("finetune"), ["--lr_scheduler_type", "linear"])
+    with raises(UserError, "--optim") as caught:
+        parse(command_of("doctor"), ["--optim", "adamw"])
+    assert "Leave it out" not in str(caught.value)
 
 
 def test_a_command_suggests_only_flags_that_it_has():
@@ -162,4 +208,4 @@ def test_a_command_suggests_only_flags_that_it_has():
     assert "learning-rate" not in str(caught.value)
     helps = {name: command_of(name) for name in COMMANDS}
     fields = {leaf.name for command in helps.values() for leaf in leaves_of(command)}
-    assert {*FLAGS.values()} <= fields
+    assert {re.match(r"\w+", value)[0] for value in FLAGS.values()} <= fields

@@ -5,11 +5,12 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import rich.console
 from rich import progress as bars
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -55,9 +56,29 @@ class Console:
 
     def table(self, header: list[str], rows: list[list[str]], words: int = 1) -> None:
         """Prints a table; the first `words` columns are words, and the others are numbers."""
+        self._table(header, rows, words, [None] * len(header))
+
+    def listing(self, header: list[str], rows: list[list[str]], words: int) -> None:
+        """Prints a table that breaks no word, or where none fits, a paragraph for each row."""
+        widths = [
+            max(map(len, " ".join(cells).split())) for cells in zip(header, *rows, strict=True)
+        ]
+        if sum(widths) + 3 * len(widths) + 1 <= self.printer.width:
+            self._table(header, rows, words, widths)
+            return
+        for name, *cells in rows:
+            self.say(name)
+            for title, cell in zip(header[1:], cells, strict=True):
+                indented = Padding(_cell(f"{title}: {cell}"), (0, 0, 0, 2), expand=False)
+                self.printer.print(indented)
+
+    def _table(
+        self, header: list[str], rows: list[list[str]], words: int, widths: Sequence[int | None]
+    ) -> None:
         table = Table()
-        for i, name in enumerate(header):
-            table.add_column(_cell(name), justify="left" if i < words else "right", overflow="fold")
+        for i, (name, width) in enumerate(zip(header, widths, strict=True)):
+            side: Literal["left", "right"] = "left" if i < words else "right"
+            table.add_column(_cell(name), justify=side, overflow="fold", min_width=width)
         for row in rows:
             table.add_row(*map(_cell, row))
         self.printer.print(table)

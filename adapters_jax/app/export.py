@@ -197,7 +197,8 @@ def _notes(source: Source, to: AdapterFormat, headless: str) -> list[str]:
         notes.append(f"the head is left out: {headless}")
     elif source.labels and not to.names_classes:
         notes.append(
-            f"{to.owner}'s files do not name the classes: from 0 on, {', '.join(source.labels)}"
+            f"{to.owner}'s files do not name the classes, which are "
+            + ", ".join(f"{i}: {label}" for i, label in enumerate(source.labels))
         )
     elif "mean" in target and not source.labels:
         mean, std = target["mean"], target["std"]

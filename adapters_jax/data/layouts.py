@@ -103,6 +103,9 @@ LAYOUTS = (
 )
 
 
+OF_DECODERS = ("conversation", "preference", "completion")  # tasks; encoders learn all others
+
+
 def layout_of(columns: Sequence[str]) -> Layout | None:
     """The layout of rows with these columns; None if it is none of `LAYOUTS`.
 
@@ -120,4 +123,5 @@ def hint(columns: Sequence[str]) -> str:
     if layout is None:
         return ""
     about = f"this is the layout {layout.name}, a row of which is {layout.what}"
-    return f"; {about}; --task {layout.task} learns it"
+    base = "a decoder" if layout.task in OF_DECODERS else "an encoder"
+    return f"; {about}; --task {layout.task} learns it, with {base} as --model"

@@ -78,6 +78,11 @@ def read_file(path: FilePath) -> Rows:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in READERS:
         *others, last = READERS
+        if not suffix and not path.exists():
+            raise DataError(
+                f"{path.as_posix()}: no such file or folder; for a data set of the Hugging Face "
+                f"Hub write {PREFIX}{path.as_posix()}"
+            )
         raise DataError(
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"

@@ -53,9 +53,14 @@ def split_rows(
         if fraction and not chosen[part]:
             texts = len({*keys})
             some = f" with {texts} distinct texts" if texts < len(keys) else ""
+            classes = len({*strata})
+            each, fix = "them", f"give a {part} file or more rows"
+            if classes > len(keys) / 2:  # as where labels are numbers
+                some += f" in {classes} classes"
+                each, fix = "each class", f"{fix}, or learn numbers with --task regression"
             raise DataError(
-                f"{len(keys)} rows{some} are too few to hold out {fraction:g} of them for {part}; "
-                f"give a {part} file or more rows"
+                f"{len(keys)} rows{some} are too few to hold out {fraction:g} of {each} for "
+                f"{part}; {fix}"
             )
     return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
 

@@ -43,7 +43,8 @@ def read_pair(
         # A pickled file is never fetched from the Hub, so it may exist there.
         possible = (directory / pickle).exists() or hub.commit_of(directory)
         pickled = f"; {advice}" if possible else ""
-        ours = "; aj.load_adapter reads it" if (directory / TENSORS).is_file() else ""
+        own = (directory / TENSORS).is_file()
+        ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
         raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}{ours}")
     return read_json(directory / config), read_tensors(directory / tensors)
 
@@ -81,7 +82,8 @@ def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
     if not isinstance(adapters, Mapping):
         raise TypeError(
             f"{owner}: {type(adapters).__name__} is not a tree of adapters; write "
-            "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam)"
+            "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam); "
+            "a TrainState has state.trained"
         )
     return {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
 

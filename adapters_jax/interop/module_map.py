@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import UserError
 from adapters_jax.interop.layouts import Array, ModuleReference, ParameterReference, spans
 from adapters_jax.interop.names import HEADS, NameTable
@@ -22,6 +23,7 @@ from adapters_jax.transforms.stacking import count_layers, split, stack_layers, 
 from adapters_jax.trees import Tree, flatten, join, unflatten
 from adapters_jax.weights.quantized import unboxed
 
+_WRAPPER = "base_model.model."  # before every name in PEFT's files
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
 Added = dict[str, Leaves]  # by module, then by the leaf's name
@@ -99,6 +101,11 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
     for path, leaf in leaves.items():
         module, _, name = path.rpartition("/")
         by_path.setdefault(module, {})[name] = leaf
+    if not isinstance(names, NameTable | Mapping):
+        raise TypeError(
+            f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
+            "from their names of modules to paths of the base"
+        )
     if isinstance(names, NameTable):
         return replace(_by_table(names, by_path, leaves), scanned=scanned)
     return _by_mapping(names, by_path, leaves)
@@ -162,6 +169,11 @@ def _by_mapping(
     modules, attention, parameters, problems = {}, {}, {}, []
     named: dict[str, str] = {}
     tied = None
+    if prefixed := [theirs for theirs in names if str(theirs).startswith(_WRAPPER)]:
+        raise UserError(
+            f"names has {prefixed[0]!r}; write {prefixed[0].removeprefix(_WRAPPER)!r}, a module's "
+            "name without the prefix that PEFT's files add"
+        )
     for theirs, ours in names.items():
         paths = [ours] if isinstance(ours, str) else list(ours)
         other = named.setdefault(paths[0], theirs)

@@ -179,9 +179,7 @@ class Run:
             RunError: it lacks a key, or the base is of another kind.
         """
         if not os.path.isfile(self.config):
-            near = sorted(p.parent.as_posix() for p in self.path.parent.glob("*/config.json"))
-            there = f"; there are: {', '.join(near[:5])}" if near else ""
-            raise RunConfigError(f"no run at {self.path}: it has no config.json{there}")
+            raise RunConfigError(f"no run at {self.path}: it has no config.json{self._instead()}")
         try:
             config = read_json(self.config)
         except AdapterFileError as error:
@@ -196,6 +194,25 @@ class Run:
         if kind not in (None, found):
             raise RunError(f"{self.path} is a run on a base of kind {found}, expected {kind}")
         return config
+
+    def _instead(self) -> str:
+        """What a directory that is no run has, and the runs near it, to end a message."""
+        if os.path.isfile(self.path / CONFIG):
+            return (
+                f", but an adapter without a run ({CONFIG}); give the run that it was made of; "
+                f"of a decoder, adapters-jax serve BASE {self.path} answers with it"
+            )
+        places = [*self.path.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
+        near = sorted({p.parent.as_posix() for p in places if _is_run(p)})
+        return f"; there are: {', '.join(near[:5])}" if near else ""
+
+
+def _is_run(config: Path) -> bool:
+    """Whether a config.json is that of a run: those of models have the same name."""
+    try:
+        return _NEEDED.keys() <= read_json(config).keys()
+    except AdapterFileError:
+        return False
 
 
 def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:

@@ -126,7 +126,8 @@ class CompletionProblem:
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """All metrics of a model, which may be the base without adapters."""
         rows = self.held_out[part]
-        self.say(f"scoring {part}: {rows.tokens} tokens, {len(rows.prompts)} texts to generate")
+        also = f", {len(rows.prompts)} texts to generate" if rows.prompts else ""
+        self.say(f"scoring {part}: {rows.tokens} tokens{also}")
         losses = self._losses(model, part)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:

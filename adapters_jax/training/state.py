@@ -297,6 +297,13 @@ def _warn_of_rest(recipe: Recipe, params: Tree) -> None:
         )
 
 
+def refuse_state(caller: str, model: Any, inputs: str = "") -> None:
+    """Raises TypeError where a TrainState stands for a model; `inputs` end linen's arguments."""
+    if isinstance(model, TrainState):
+        ours = "state.model" if model.graphdef is not None else f"model, state.params{inputs}"
+        raise TypeError(f"{caller}: got a TrainState, expected a model; write aj.{caller}({ours})")
+
+
 def check_state(caller: str, state: Any) -> None:
     """Raises UserError for what is no `TrainState`, or one whose arrays a step has taken over."""
     check_kind(caller, state)

@@ -14,6 +14,7 @@ from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
 from adapters_jax.recipe import checked_before
+from adapters_jax.training.state import refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized
 
@@ -112,6 +113,7 @@ def _rounding(merged: Array, left: Array) -> float:
 
 def _folded(caller: str, model: Any, params: Tree, args: Any, kwargs: Any, change: _Change) -> Any:
     """The base with every targeted weight changed."""
+    refuse_state(caller, model, ", *example_inputs")
     if isinstance(model, Adapted):
         check_params(caller, params, _call(caller))
         return _linen(model, params, args, kwargs, change)

@@ -194,11 +194,12 @@ def _show_lengths(lengths: Lengths, unit: str, console: Console) -> None:
         f"{unit} in a row: {lengths.least} to {lengths.most}, median {lengths.median}, "
         f"{lengths.total} in all"
     )
-    _bars({f"{a} to {b}": n for a, b, n in lengths.histogram}, console)
+    bars = {f"{a} to {b}" if a < b else f"{a}": n for a, b, n in lengths.histogram}
+    _bars(bars, console)
 
 
 def _show_labels(name: str, counts: Mapping[str, int], console: Console) -> None:
-    console.say(f"{_visible(name)}: {len(counts)} different values")
+    console.say(f"{_visible(name)}: {len(counts)} different value{'s' * (len(counts) != 1)}")
     _bars(dict(list(counts.items())[:_LABELS]), console)
 
 

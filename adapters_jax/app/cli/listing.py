@@ -82,7 +82,7 @@ class Listing(ABC):
                 return
             if not self.json:
                 for table in found.tables:
-                    console.table(list(table.header), list(map(list, table.rows)), table.words)
+                    console.listing(list(table.header), list(map(list, table.rows)), table.words)
                 for note in found.notes():
                     console.say(note)
             console.result(found.values() if self.json else None)

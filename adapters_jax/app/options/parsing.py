@@ -14,7 +14,7 @@ from adapters_jax.app.options.flags import flag
 from adapters_jax.app.options.stored import members, misfit
 from adapters_jax.checks import shown
 from adapters_jax.errors import UserError, file_errors
-from adapters_jax.spelling import field_of
+from adapters_jax.spelling import field_of, unneeded
 from adapters_jax.strict_json import loads
 
 if TYPE_CHECKING:
@@ -105,10 +105,13 @@ def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) 
     if not isinstance(error, cyclopts.UnknownOptionError) or error.token.keyword is None:
         return None
     word = error.token.keyword.partition("=")[0]
-    field = field_of(word)
-    if field not in {leaf.name for leaf in leaves}:
-        return None
-    return f"Unknown option: {word}. Write {flag(field)}"
+    field, _, value = (field_of(word) or "").partition(" ")
+    names = {leaf.name for leaf in leaves}
+    if field.rstrip(",") in names:
+        return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
+    if "epochs" in names and (reason := unneeded(word)):
+        return f"Unknown option: {word}. Leave it out: {reason}"
+    return None
 
 
 def completion(
@@ -292,9 +295,8 @@ def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
     """Reads `PATTERN NUMBER PATTERN NUMBER` into a dictionary."""
     if len(tokens) % 2:
         words = " ".join(token.value for token in tokens)
-        raise UsageError(
-            f"{tokens[0].keyword}: expected PATTERN NUMBER PATTERN NUMBER ..., got {words}"
-        )
+        flag = f"{tokens[0].keyword}: " * (len(tokens) > 1)  # cyclopts names that of one word
+        raise UsageError(f"{flag}expected PATTERN NUMBER PATTERN NUMBER ..., got {words}")
     number = kind.__args__[1]
     patterns, numbers = tokens[::2], tokens[1::2]
     return {
