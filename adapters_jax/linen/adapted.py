@@ -152,7 +152,7 @@ class Adapted(nn.Module):
         return nn.intercept_methods(interceptor)
 
     @nn.nowrap
-    def _check_adapters(self, params: Tree) -> None:
+    def check_adapters(self, params: Tree) -> None:
         """Raises RecipeError where parameters have no adapters, as those of the base."""
         if not _adapted_paths(self.recipe, frozenset(flatten(params))):
             names = dict.fromkeys(type(method).__name__ for method in self.recipe.attached)
@@ -170,7 +170,7 @@ class Adapted(nn.Module):
         if self.is_initializing():
             yield
             return
-        self._check_adapters(own)
+        self.check_adapters(own)
         key = None
         if any(method.dropout for method in leaf_methods(self.recipe)):
             evaluation = evaluation_flag(inner, function, args, kwargs)

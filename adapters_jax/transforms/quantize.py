@@ -99,7 +99,7 @@ def quantize(
         return _linen(model, params, args, kwargs, plan)
     if isinstance(model, nnx.Module):
         given = args if params is None else (params, *args)
-        return _nnx(model, plan, Inputs(given, kwargs) if given or kwargs else None)
+        return _nnx(model, plan, Inputs.of_call(given, kwargs) if given or kwargs else None)
     raise TypeError(f"quantize: expected a linen or NNX module, got {type(model).__name__}")
 
 
@@ -226,7 +226,7 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     check_params("quantize", params, "params = aj.quantize(model, params, *example_inputs)")
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
-    inputs = Inputs(args, kwargs)
+    inputs = Inputs.of_call(args, kwargs)
     interceptor, variables = seen(base, Recipe(), inputs)
     whole = variables.get("params", {})
     compare_trees(
