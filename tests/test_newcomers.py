@@ -526,3 +526,16 @@ def test_meshes_in_another_notation():
         aj.shard_batch(mesh, X)
     with raises(aj.ShardingError, "head/kernel", "'data'", "P(None, 'model')"):
         aj.shard(state_of(), mesh, {"head/kernel": "data"})
+
+
+def test_states_of_one_base_of_numpy_arrays():
+    read = jax.tree.map(np.asarray, WHOLE)
+    with raises(aj.UserError, "state 1", "jax.device_put(params)"):
+        aj.stack_states([state_of(read), state_of(read)])
+    there = jax.device_put(read)
+    assert aj.stack_states([state_of(there), state_of(there)])
+
+
+def test_a_weight_whose_use_is_not_known_is_not_quantised():
+    with raises(aj.TargetError, "'weight'", "weight (how the model uses it", "pass example inputs"):
+        aj.quantize(own(), dtype="int8", targets="weight")

@@ -259,6 +259,7 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     trained = {path for path, x in params.items() if isinstance(x, AdapterParam)}
     weights = {p: axes for p, axes in weights_of(small, inputs).items() if p not in trained}
     others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
+    others |= dict.fromkeys(params, "how the model uses it is not known; pass example inputs")
     others |= dict.fromkeys(trained, "it is trained")
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
