@@ -9,8 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from adapters_jax.errors import UserError, shortened
+
+# What jax, flax and a model's own checks raise where parameters do not fit the model.
+MISFITS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    FlaxError,
+)
 
 
 def is_array(x: Any) -> bool:
@@ -68,7 +80,25 @@ class Inputs:
                 f"the example inputs are {_text(given)}, expected a tuple of inputs; write {call}, "
                 "or aj.inputs(x, mask=m)"
             )
-        return cls(tuple(given), {})
+        return cls.of_call(tuple(given), {})
+
+    @classmethod
+    def of_call(
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: Any = None
+    ) -> "Inputs":
+        """Example inputs as a function got them: one by one, or as one `aj.inputs(...)`.
+
+        Raises:
+            UserError: `aj.inputs(...)` is one of several.
+        """
+        if not any(isinstance(x, cls) for x in (*args, *kwargs.values())):
+            return cls(args, kwargs, method)
+        if len(args) == 1 and not kwargs and method is None:
+            return args[0]
+        raise UserError(
+            f"the example inputs are {inputs_text(args, kwargs)}, expected aj.inputs(...) alone, "
+            "or inputs without it; write all of them in it, as in aj.inputs(x, mask=m)"
+        )
 
     def zeros(self) -> "Inputs":
         """The inputs with zeros for their arrays."""

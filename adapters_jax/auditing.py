@@ -196,6 +196,7 @@ def audit(
         The counts. Nothing is allocated: a tree of `jax.eval_shape` may have any size.
 
     Raises:
+        RecipeError: a linen model's parameters have no adapters.
         MismatchError: an adapter lacks arrays, has unknown ones, or holds another number of
             parameters than its closed form; the message names every such adapter.
         TypeError: the model has no adapters, a linen model comes without its parameters, or an NNX
@@ -259,6 +260,8 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
         fix = "call aj.adapt(model, recipe) first" if isinstance(model, nn.Module) else write
         raise TypeError(f"audit: {type(model).__name__} has no adapters; {fix}")
     check_params("audit", params, "aj.audit(model, params) or aj.audit(recipe, params)")
+    if isinstance(model, Adapted):
+        model.check_adapters(params)
     flat = flatten(params)
     return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
 

@@ -177,6 +177,14 @@ _SENTENCES = {
     ),
     "write aj.load_adapter(directory, base)": "set_peft_model_state_dict load_peft_weights",
     "write adapters-jax push RUN USER/NAME": "push_to_hub",
+    # Of flax's TrainState.
+    "call the model itself, model.apply(state.variables, ...) or in NNX state.model(...)": (
+        "apply_fn"
+    ),
+    "write step = aj.make_train_step(loss_fn), then state, metrics = step(state, batch)": (
+        "apply_gradients"
+    ),
+    "write state.other['batch_stats'], or state.variables with the parameters": "batch_stats",
 }
 NAMES = {name: text for text, names in _SENTENCES.items() for name in names.split()}
 # Names of this library that are not in the package itself, by where they are.

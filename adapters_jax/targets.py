@@ -238,29 +238,44 @@ def _problem(
     pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None], sign: str
 ) -> str:
     """Why a pattern fails, as the end of a sentence; `sign` is what is written before it."""
-    blocked = [
-        f"{_shown(path)} ({why or 'nothing of its own to adapt'})"
-        for path, why in unusable.items()
-        if matches(pattern, path)
-    ]
+    blocked: dict[str | None, list[str]] = {}
+    for path, why in unusable.items():
+        if matches(pattern, path):
+            blocked.setdefault(why, []).append(path)
+    inside = f"{pattern}/**"
+    below = [path for path in usable if matches(inside, path)]
     if blocked:
-        return f"matches only paths it cannot attach to: {_some(blocked, 3)}"
+        groups = [
+            f"{_some(paths, 3)} ({why or 'nothing of its own to adapt'})"
+            for why, paths in blocked.items()
+        ]
+        hint = f"; {sign + inside!r} matches what is in it, such as {below[0]}" if below else ""
+        return f"matches only paths it cannot attach to: {_some(groups, 3)}" + (
+            hint if [*blocked] == [None] else ""
+        )
     deeper = [path for path in usable if any(matches(pattern, end) for end in _ends(path))]
     if deeper:
         return f"matches nothing, but '{sign}**/{pattern}' matches {_some(deeper, 2)}"
     near = nearest(pattern, usable) or usable
     problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
-    inside = f"{pattern}/**"
     slashes = pattern.replace(".", "/")
-    if any(matches(inside, path) for path in usable):
+    plain = pattern.strip("/").removeprefix("params/")
+    if below:
         problem += f"; it is a module, whose parameters are {sign + inside!r}"
     elif slashes != pattern and any(matches(slashes, path) for path in (*usable, *unusable)):
         problem += f"; slashes join the names of a path: {sign + slashes!r}"
-    whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
-    if any(matches(whole, path) for path in usable):
+    elif plain != pattern and any(matches(plain, path) for path in (*usable, *unusable)):
+        problem += f"; paths begin and end with a name of the model: {sign + plain!r}"
+    elif re.search(r"\.[*+]|[()\[\]\\^$]", pattern):
         problem += (
-            "; its layers are scanned, one module for all of them: to choose among them, use the "
-            "unrolled model (scan=False)"
+            "; it is no regular expression: * is anything within a name, ** any names, {a,b} either"
+        )
+    whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
+    whole = re.sub(r"(^|/)(\d+|\{[\d,|]*\})(?=/)", "", whole)
+    if whole != pattern and any(matches(whole, path) for path in usable):
+        problem += (
+            f"; {sign + whole!r} matches scanned layers, one module for all of them: to choose "
+            "among them, use a model with unrolled layers (here, scan=False)"
         )
     return problem
 

@@ -136,12 +136,17 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
     Returns:
         `(adapters, base)`: the leaves that train, and the frozen ones.
 
+    Raises:
+        UserError: `params` is no nested mapping; where it holds all variables, a MismatchError.
+
     Example:
         >>> from adapters_jax import Unfreeze
         >>> partition({"head": {"bias": 1.0}, "body": {"bias": 2.0}}, Unfreeze("head/*"))
         ({'head': {'bias': 1.0}}, {'body': {'bias': 2.0}})
     """
     recipe = Recipe(recipe)
+    if isinstance(params, Mapping):
+        check_params("partition", params, "aj.partition(params, recipe)")
     return _where(params, recipe.trains), _where(params, lambda path: not recipe.trains(path))
 
 

@@ -317,6 +317,37 @@ def test_statistics_of_rows():
     assert updated["batch_stats"]["mean"].tolist() == x.tolist()
 
 
+@pytest.mark.parametrize("rows", [3, 4])
+def test_statistics_are_for_all_rows(rows):
+    """Also where there are as many rows as channels, which a split would broadcast silently."""
+    base = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+    x = jax.random.normal(jax.random.key(1), (rows, 2))
+    variables = shaken(base.init(jax.random.key(0), x))
+    recipe = aj.LoRA("layers_0", rank=1)
+    model = aj.adapt(base, recipe)
+    params = aj.init_adapters(model, variables["params"], jax.random.key(2), x)
+    bank = aj.Bank(model, params, capacity=1)
+    given = {**variables, "params": bank.params}
+    y = model.apply(given, x, adapters=bank.rows([None] * rows))
+    np.testing.assert_allclose(y, base.apply(variables, x), atol=1e-6)
+
+
+def test_a_cache_has_rows():
+    """Each row reads and writes its own part of the cache that was made for the whole batch."""
+    base = nn.MultiHeadDotProductAttention(2, decode=True)
+    x = jax.random.normal(jax.random.key(1), (3, 5, 4))
+    variables = base.init(jax.random.key(0), x)
+    model = aj.adapt(base, aj.LoRA("query", rank=1))
+    params = aj.init_adapters(model, variables["params"], jax.random.key(2), x)
+    bank = aj.Bank(model, params, capacity=1)
+    expected, _ = base.apply(variables, x[:, :1], mutable=["cache"])
+    given = {**variables, "params": bank.params}
+    rows = bank.rows([None] * 3)
+    y, updated = model.apply(given, x[:, :1], adapters=rows, mutable=["cache"])
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert updated["cache"]["cached_key"].shape == variables["cache"]["cached_key"].shape
+
+
 @pytest.fixture(scope="module")
 def case():
     return Case("linen", "mlp", aj.LoRA("**/up", rank=2), capacity=1)

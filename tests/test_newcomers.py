@@ -216,6 +216,44 @@ def test_example_inputs_come_in_a_tuple(given, shown):
         aj.audit(MODEL, WHOLE, inputs=given)
 
 
+class Encodes(nn.Module):
+    """A linen model whose call takes a mask, beside another function."""
+
+    def setup(self):
+        self.body = nn.Dense(4)
+
+    def __call__(self, x, mask):
+        return self.encode(x) * mask
+
+    def encode(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("given", [aj.inputs(X, mask=X), aj.inputs(X, method="encode")])
+def test_described_inputs_stand_wherever_inputs_do(given, tmp_path):
+    net, recipe = Encodes(), aj.LoRA("body", rank=2)
+    params = net.init(KEY, X, X)["params"]
+    assert "Encodes" not in repr(aj.suggest(net, given))
+    model = aj.adapt(net, recipe)
+    whole = aj.init_adapters(model, params, KEY, given)
+    saved = aj.save_adapter(tmp_path / "a", aj.partition(whole, recipe)[0], recipe)
+    loaded = aj.load_adapter(saved, net, params, given)[1]
+    for tree in (loaded, aj.init_adapters(model, params, KEY, X, X)):
+        assert jax.tree.all(jax.tree.map(np.array_equal, whole, tree))
+    assert jax.tree.all(jax.tree.map(np.array_equal, aj.merge(model, whole, given), params))
+    with raises(aj.UserError, "aj.inputs(...) alone", "inputs(float32[2, 4]"):
+        aj.init_adapters(model, params, KEY, given, mask=X)
+    with raises(aj.UserError, "aj.inputs(...) alone"):
+        aj.suggest(net, X, given)
+
+
+def test_described_inputs_of_nnx():
+    model = own()
+    assert repr(aj.suggest(model, aj.inputs(X))) == repr(aj.suggest(model, x=X))
+    one = aj.adapt(model, aj.LoRA("weight", 2), rngs=nnx.Rngs(1), example_inputs=(aj.inputs(x=X),))
+    assert one.lora["weight"]["a"].shape == adapted().lora["weight"]["a"].shape
+
+
 def test_prompts_in_an_attention_that_did_not_run():
     recipe = aj.LlamaAdapter("**", prompt_length=2)
     with raises(aj.TargetError, "Attends", "example_inputs=(...)") as caught:

@@ -342,9 +342,9 @@ def test_parts_are_found_without_trying_every_combination(pattern):
 
 def test_paths_that_cannot_be_used_are_named_with_the_reason():
     unusable = {f"layer_{i}/norm": "LayerNorm is not linear" for i in range(5)}
-    shown = ", ".join(f"layer_{i}/norm (LayerNorm is not linear)" for i in range(3))
-    with raises(TargetError, "LoRA: ", "'**/norm'", f": {shown} and 2 more"):
-        require_match("LoRA", ("**/norm",), LAYERS, unusable)
+    shown = "layer_0/norm, layer_1/norm, layer_2/norm and 2 more (LayerNorm is not linear)"
+    with raises(TargetError, "LoRA: ", "'{**/norm|final}'", f": {shown}, final (it did not run)"):
+        require_match("LoRA", ("{**/norm|final}",), LAYERS, {**unusable, "final": "it did not run"})
     require_match("LoRA", ("**",), LAYERS, unusable)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adapters_jax.checks import shown
 from adapters_jax.errors import UserError
 from adapters_jax.meshes import BATCH
 from adapters_jax.trees import Tree
@@ -41,6 +42,11 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         >>> make_mesh("data=-1,model=1").axis_names
         ('data', 'model')
     """
+    if not isinstance(axes, str | Mapping):
+        raise ShardingError(
+            f"make_mesh: axes={shown(axes)}, expected sizes by name; write "
+            "aj.make_mesh('data=4,model=2') or aj.make_mesh({'data': 4, 'model': 2})"
+        )
     sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
@@ -55,6 +61,15 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
         )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
+
+
+def check_mesh(caller: str, mesh: Any) -> None:
+    """Raises ShardingError where an argument is no mesh."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        text = mesh if isinstance(mesh, str) and "=" in mesh else "data=-1"
+        raise ShardingError(
+            f"{caller}: mesh={shown(mesh)}, expected a mesh; write aj.make_mesh({text!r})"
+        )
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -146,12 +161,13 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
 
     Raises:
         ShardingError: the mesh's parts do not divide the rows, or the batch has not the rows that
-            this process needs.
+            this process needs; or `mesh` is no mesh.
 
     Example:
         >>> shard_batch(np.ones((8, 3)), make_mesh("data=-1")).shape
         (8, 3)
     """
+    check_mesh("shard_batch", mesh)
 
     def put(x: Any) -> Any:
         shape = np.shape(x)

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.attached import Attached, in_tree
 from adapters_jax.checks import shown
-from adapters_jax.distributed.mesh import ShardingError, place
+from adapters_jax.distributed.mesh import ShardingError, check_mesh, place
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, require_match
@@ -120,6 +120,11 @@ def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules
         if pattern is None:
             return None
         spec, who = rules[pattern], f"rule {pattern!r}"
+        if not isinstance(spec, P):
+            raise ShardingError(
+                f"{path}: {who} is {shown(spec)}, expected a PartitionSpec with a name of the mesh "
+                "or None for each axis, such as P(None, 'model')"
+            )
     if len(spec) > len(leaf.shape):
         raise ShardingError(
             f"{path} has the shape {list(leaf.shape)}, and {who} has {len(spec)} axes: {spec}"
@@ -211,11 +216,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         >>> shard({"kernel": jnp.ones((8, 4))}, mesh)["kernel"].sharding.mesh.axis_names
         ('data', 'model')
     """
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        text = mesh if isinstance(mesh, str) and "=" in mesh else "data=-1"
-        raise ShardingError(
-            f"shard: mesh={shown(mesh)}, expected a mesh; write aj.make_mesh({text!r})"
-        )
+    check_mesh("shard", mesh)
     if isinstance(subject, TrainState):
         return _shard_state(subject, mesh, rules, **options)
     if isinstance(subject, nnx.Module):

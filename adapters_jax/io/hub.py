@@ -87,6 +87,11 @@ def find(
                 "leave the revision out"
             )
         return Path(name_or_path)
+    if os.path.isfile(name_or_path):
+        raise error(
+            f"{str(name_or_path)!r} is a file, expected {what}; give its directory, "
+            f"{os.path.dirname(name_or_path) or '.'!r}"
+        )
     if not is_id(name_or_path):
         raise error(
             f"{str(name_or_path)!r} is neither a directory here nor {what} on the Hugging Face "

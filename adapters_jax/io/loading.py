@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.errors import FlaxError
 
-from adapters_jax.abstract import Inputs
+from adapters_jax.abstract import MISFITS, Inputs
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import (
     AdapterMismatchError,
@@ -73,17 +72,7 @@ class _Adapter(NamedTuple):
 
 
 _NO_STATE = _Tensors({}, dict)
-# What jax, flax and the model's own checks raise if adapters do not fit the model.
 _NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
-_MISFITS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    FlaxError,
-)
 
 
 def load_adapter(
@@ -300,7 +289,7 @@ def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]
     """Blames the recipe for a failing abstract run, unless the base alone fails as well."""
     try:
         yield
-    except _MISFITS as error:
+    except MISFITS as error:
         if not isinstance(error, RecipeError):
             base_alone()
         raise AdapterRecipeError(

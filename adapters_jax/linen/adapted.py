@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.abstract import Inputs, is_abstract
+from adapters_jax.abstract import Inputs, inputs_text, is_abstract
 from adapters_jax.attached import Attached
-from adapters_jax.errors import compare_trees
+from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
 from adapters_jax.linen.points import points_of, shapes_of
@@ -94,18 +94,22 @@ class Adapted(nn.Module):
     def _by_rows(
         self, variables: Tree, args: Any, method: Any, rows: Rows, kwargs: dict[str, Any]
     ) -> Any:
-        """Applies the model to rows with an adapter each, whose leaves are stacked."""
+        """Applies the model to rows with an adapter each, whose leaves are stacked.
+
+        Of the collections, a cache has rows; statistics and others are the same for all of them,
+        also where an axis is as long as there are rows.
+        """
         params, rngs = variables["params"], kwargs.pop("rngs", None)
         stacked, base = partition(params, self.recipe)
-        other = {name: tree for name, tree in variables.items() if name != "params"}
+        of_rows = {name: tree for name, tree in variables.items() if name == "cache"}
 
         def run(trained: Tree, inputs: Any, keys: Any) -> Any:
-            other, args, kwargs = inputs
-            whole = {"params": merge_trees(trained, base), **other}
+            of_rows, args, kwargs = inputs
+            whole = {**variables, "params": merge_trees(trained, base), **of_rows}
             return single.apply(whole, *args, method=method, rngs=keys, **kwargs)
 
         single = self.clone(adapters_stacked=False)
-        return by_rows(run, rows, stacked, (other, args, kwargs), rngs)
+        return by_rows(run, rows, stacked, (of_rows, args, kwargs), rngs)
 
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""
@@ -149,6 +153,17 @@ class Adapted(nn.Module):
             interceptor = Interceptor(self.recipe, inner, init)
         return nn.intercept_methods(interceptor)
 
+    @nn.nowrap
+    def check_adapters(self, params: Tree) -> None:
+        """Raises RecipeError where parameters have no adapters, as those of the base."""
+        if not _adapted_paths(self.recipe, frozenset(flatten(params))):
+            names = dict.fromkeys(type(method).__name__ for method in self.recipe.attached)
+            raise RecipeError(
+                f"{type(self).__name__}: the parameters hold nothing of {', '.join(names)}; pass "
+                '{"params": params, ...} with the params that aj.init_adapters(model, params, key, '
+                "*example_inputs) or aj.load_adapter returned, or call the base, model.inner"
+            )
+
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
         """Gives the base its changed weights for the time of a call."""
@@ -157,6 +172,7 @@ class Adapted(nn.Module):
         if self.is_initializing():
             yield
             return
+        self.check_adapters(own)
         key = None
         if any(method.dropout for method in leaf_methods(self.recipe)):
             evaluation = evaluation_flag(inner, function, args, kwargs)
@@ -169,6 +185,12 @@ class Adapted(nn.Module):
             yield
         finally:
             inner.scope._variables["params"] = own
+
+
+@functools.lru_cache
+def _adapted_paths(recipe: Recipe, paths: frozenset[str]) -> bool:
+    """Whether parameters, if there are any, have leaves of a recipe that adds some."""
+    return not (recipe.attached and paths) or any(map(recipe.owner, paths))
 
 
 def _with_paths(module: Any, path: tuple[str, ...]) -> None:
@@ -264,7 +286,7 @@ def points(
         TargetError: a pattern matches nothing, or nothing that its method can attach to.
         UserError: the example inputs do not fit the model.
     """
-    return points_of(model.inner, model.recipe, Inputs(args, kwargs, method))
+    return points_of(model.inner, model.recipe, Inputs.of_call(args, kwargs, method))
 
 
 def init_adapters(
@@ -283,6 +305,7 @@ def init_adapters(
         params: the base's parameter tree, as pretrained; arrays of any dtype, or abstract.
         key: seeds the adapters.
         *args: example inputs of the model, arrays or `jax.ShapeDtypeStruct`; only shapes matter.
+            One `aj.inputs(...)` says all of them, and the method.
         method: a function of the model to run instead of `__call__`, its name or
             `lambda model, x: model.encode(x)`; it must use every target.
         **kwargs: further arguments of that function.
@@ -320,13 +343,14 @@ def init_adapters(
     check_params("init_adapters", params, call)
     key = arrays.checked_key("init_adapters", key)
     given = shapes_of(without_adapters(params, model.recipe))
-    inputs = Inputs(args, kwargs, method)
+    inputs = Inputs.of_call(args, kwargs, method)
     found, whole = points_of(model.inner, model.recipe, inputs, given)
     compare_trees(
         "params",
         flatten(given),
         flatten(without_adapters(whole, model.recipe)),
-        "Pass the base's own parameter tree, variables['params'], of this very model.",
+        "Pass the base's own parameter tree, variables['params'], of this very model, and example "
+        f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}).",
     )
     shapes = {path: leaf.shape for path, leaf in flatten(whole).items()}
 

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.errors import FlaxError
 from jaxtyping import PRNGKeyArray
 
-from adapters_jax.abstract import Inputs, explained, is_array
+from adapters_jax.abstract import MISFITS, Inputs, explained, is_array
 from adapters_jax.attached import (
     Attached,
     check_nested,
@@ -90,7 +89,7 @@ def _runs(
         try:
             with explained(base, inputs):
                 reads, interceptor = reads_of(base, {"params": params}, inputs)
-        except FlaxError:
+        except MISFITS:
             reads = {}  # these are not its parameters: another run shows what its are
         if reads and all(path in reads and reads[path].reads for path in own):
             return interceptor, params, own, _weights(reads, own)

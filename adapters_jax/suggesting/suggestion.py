@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax import presets
+from adapters_jax.abstract import Inputs
 from adapters_jax.checks import check_choice
 from adapters_jax.errors import RecipeError
 from adapters_jax.recipe import Recipe
@@ -193,7 +194,8 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
     Args:
         model: a linen or NNX module, which is not changed. Its adapters, if any, are left out.
         *args: example inputs of the model, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
-            Lengths of two and more tell axes apart.
+            Lengths of two and more tell axes apart. For another function than `__call__`, one
+            `aj.inputs(x, method="encode")`.
         **kwargs: further arguments of the model's `__call__`.
 
     Returns:
@@ -241,6 +243,6 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
         raise TypeError(
             f"suggest: got {type(model).__name__}, expected a linen or NNX module{hint}"
         )
-    traced = trace(model, args, kwargs)
+    traced = trace(model, Inputs.of_call(args, kwargs))
     paths = dict.fromkeys([*sorted(traced.modules), *traced.parameters.values()])
     return Suggestion(find_roles(traced), tuple(filter(None, paths)))

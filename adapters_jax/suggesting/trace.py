@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from adapters_jax.abstract import Inputs, explained, filled, is_array
+from adapters_jax.abstract import Inputs, explained, is_array
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.suggesting.graph import Graph
@@ -54,25 +54,24 @@ class _Parts:
     modules: set[str]
 
 
-def trace(model: nn.Module | nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace(model: nn.Module | nnx.Module, given: Inputs) -> Trace:
     """Traces a call of a linen or NNX model, without its adapters; nothing is computed.
 
     Args:
         model: the model.
-        args: example inputs; of arrays, only shapes and dtypes matter.
-        kwargs: example inputs by name.
+        given: example inputs; of arrays, only shapes and dtypes matter.
 
     Raises:
         UserError: the example inputs do not fit the model.
     """
-    inputs, structure = jax.tree.flatten((args, kwargs))
+    inputs, structure = jax.tree.flatten((given.args, dict(given.kwargs)))
     arrays = {i: x for i, x in enumerate(inputs) if is_array(x)}
-    with explained(model, Inputs(args, kwargs)):
-        parts = _linen(model, args, kwargs) if isinstance(model, nn.Module) else _nnx(model)
+    with explained(model, given):
+        parts = _linen(model, given) if isinstance(model, nn.Module) else _nnx(model, given)
 
         def call(params: Any, state: Any, arrays: Mapping[int, Any]) -> Any:
-            given = [arrays.get(i, x) for i, x in enumerate(inputs)]
-            y = parts.run(params, state, *jax.tree.unflatten(structure, given))
+            whole = [arrays.get(i, x) for i, x in enumerate(inputs)]
+            y = parts.run(params, state, *jax.tree.unflatten(structure, whole))
             return [leaf for leaf in jax.tree.leaves(y) if is_array(leaf)]
 
         graph = Graph(jax.make_jaxpr(call)(parts.params, parts.state, arrays))
@@ -82,18 +81,19 @@ def trace(model: nn.Module | nnx.Module, args: tuple[Any, ...], kwargs: dict[str
     return Trace(graph, dict(enumerate(paths)), frozenset(arguments), frozenset(parts.modules))
 
 
-def _linen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Parts:
+def _linen(model: nn.Module, given: Inputs) -> _Parts:
     """A linen model without its adapters; its parameters are found by an abstract `init`."""
     base = model.inner if isinstance(model, Adapted) else model
 
     def init(key: jax.Array) -> Any:
-        inputs, options = filled((args, kwargs))
-        return nn.meta.unbox(nn.Module.init(base, key, *inputs, **options))
+        zeros = given.zeros()
+        variables = nn.Module.init(base, key, *zeros.args, method=given.method, **zeros.kwargs)
+        return nn.meta.unbox(variables)
 
     def run(params: Any, state: Any, args: Any, kwargs: Any) -> Any:
-        variables, key = {"params": params, **state}, jax.random.key(0)
+        options = {"rngs": jax.random.key(0), "mutable": list(state), "method": given.method}
         with nn.intercept_methods(_marking(modules)):
-            y, _ = base.apply(variables, *args, rngs=key, mutable=list(state), **kwargs)
+            y, _ = base.apply({"params": params, **state}, *args, **options, **kwargs)
         return y
 
     state = dict(jax.eval_shape(init, jax.random.key(0)))
@@ -103,7 +103,7 @@ def _linen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     return _Parts(run, params, state, modules)
 
 
-def _nnx(model: nnx.Module) -> _Parts:
+def _nnx(model: nnx.Module, given: Inputs) -> _Parts:
     """An NNX model without its adapters; it may have linen modules inside."""
     if hasattr(model, "adapter_recipe"):
         model = copy(model)
@@ -117,7 +117,7 @@ def _nnx(model: nnx.Module) -> _Parts:
             if callable(module):
                 module.__class__ = _marking_class(type(module), path)  # type: ignore[arg-type]
         with nn.intercept_methods(_marking(modules)):
-            return merged(*args, **kwargs)
+            return Inputs(args, kwargs, given.method).call(merged)
 
     return _Parts(run, params, state, modules)
 

@@ -42,7 +42,7 @@ def freeze_base(
         A gradient transformation.
 
     Raises:
-        UserError: `tx` is no optimiser.
+        UserError: `tx` or a group's is no optimiser.
         RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
@@ -57,6 +57,8 @@ def freeze_base(
     """
     check_optimizer("freeze_base", tx)
     recipe, groups = Recipe(recipe), dict(groups or {})
+    for pattern, group_tx in groups.items():
+        check_optimizer(f"freeze_base groups {pattern!r}", group_tx)
 
     def label(key_path: tuple[Any, ...], _: Any) -> str:
         path = path_of(key_path)

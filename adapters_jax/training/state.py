@@ -24,6 +24,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.recipe import Recipe, checked_before, require_points
+from adapters_jax.spelling import instead_of
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
@@ -102,7 +103,8 @@ class TrainState:
             TypeError: the model has no adapters, params are missing, or params or collections are
                 given to an NNX model.
             UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
-                no optimiser, `key` no random key, or `loss_scale` no `DynamicScale`.
+                no optimiser or does not take what trains, `key` no random key, or `loss_scale` no
+                `DynamicScale`.
             MismatchError: the params have adapters of another rank, or of another recipe.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
@@ -142,7 +144,7 @@ class TrainState:
             adapters=adapters,
             base=base,
             # Some optimisers keep the parameters themselves, and one buffer is donated only once.
-            opt_state=jax.tree.map(jnp.copy, tx.init(adapters)),
+            opt_state=jax.tree.map(jnp.copy, _initial(tx, adapters)),
             key=jnp.copy(key),
             other=other,
             loss_scale=_own_scale(loss_scale),
@@ -159,6 +161,11 @@ class TrainState:
             lines.append(f"  {name}: {_totals(getattr(self, name))}")
             lines += [f"    {line}" for line in _shapes(self.adapters) if name == "adapters"]
         return "\n".join(["TrainState(", *lines, ")"])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}{instead_of(name)}"
+        )
 
     @property
     def mesh(self) -> Mesh | None:
@@ -196,6 +203,21 @@ class TrainState:
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
         return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def _initial(tx: optax.GradientTransformation, adapters: Tree) -> optax.OptState:
+    """The optimiser's first state; an error of optax's says what the optimiser sees."""
+    try:
+        return tx.init(adapters)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        paths, text = ", ".join(flatten(adapters)), " ".join(str(error).split())
+        raise UserError(
+            f"TrainState.create: tx does not take what trains ({shortened(paths)}), and optax "
+            f"says: {shortened(text)}; it sees these leaves alone, so give masks and labels as "
+            "functions: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)"
+        ) from error
 
 
 def _value(x: Any) -> str:

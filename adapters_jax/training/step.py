@@ -7,7 +7,7 @@ returns the base: its arrays stay the same buffers for the whole of training.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +118,7 @@ def make_train_step(
                 "which the step reports itself; give them other names"
             )
         if state.graphdef is None:
+            _check_metrics(metrics, state.other or {})
             return loss, (metrics, _with_collections(other, updated))
         if updated is not None:
             raise UserError(
@@ -319,7 +320,22 @@ def _results(result: Any) -> tuple[Array, Metrics, Any]:
         )
     defaults: tuple[Any, ...] = (None, {}, None)
     loss, metrics, updated = values + defaults[len(values) :]
-    return loss, metrics, updated
+    if not isinstance(metrics, Mapping):
+        raise UserError(
+            f"make_train_step: the loss function returns a {type(metrics).__name__} as metrics, "
+            'expected a dictionary; return loss, {"accuracy": accuracy}'
+        )
+    return loss, dict(metrics), updated
+
+
+def _check_metrics(metrics: Metrics, other: Any) -> None:
+    """Raises UserError where the collections of a linen state are returned as metrics."""
+    taken = [name for name in metrics if name in other]
+    if taken:
+        raise UserError(
+            f"make_train_step: the loss function returns the collections {', '.join(taken)} as "
+            "metrics, so that the state would not have them; return loss, {}, updated"
+        )
 
 
 def _with_collections(other: Any, updated: Any) -> Any:

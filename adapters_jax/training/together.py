@@ -218,5 +218,6 @@ def _check_alike(i: int, first: TrainState, state: TrainState) -> None:
     if len(mine) != len(others) or any(x is not y for x, y in zip(mine, others, strict=True)):
         raise UserError(
             f"stack_states: state {i} has other arrays as its base than state 0; make all of them "
-            "from one adapted model, or from one tree of parameters"
+            "from one adapted model, or from one tree of parameters on the device, where each "
+            "state puts numpy arrays anew: params = jax.device_put(params)"
         )

@@ -264,8 +264,11 @@ class Bank:
         if name in self._places:
             return self._places[name]
         near = difflib.get_close_matches(str(name), self._places, 1)
-        known = ", ".join(map(repr, self._places)) or "none"
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {known}, or None"
+        hint = f"expected one of {', '.join(map(repr, self._places))}, or None"
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        elif not self._places:
+            hint = "it is empty; `put` returns a new bank: bank = bank.put(name, adapter)"
         raise UserError(f"Bank: no adapter is named {shown(name)}; {hint}")
 
 

@@ -105,7 +105,7 @@ def quantize(
         return _linen(model, params, args, kwargs, plan)
     if isinstance(model, nnx.Module):
         given = args if params is None else (params, *args)
-        return _nnx(model, plan, Inputs(given, kwargs) if given or kwargs else None)
+        return _nnx(model, plan, Inputs.of_call(given, kwargs) if given or kwargs else None)
     raise TypeError(f"quantize: expected a linen or NNX module, got {type(model).__name__}")
 
 
@@ -232,7 +232,7 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     check_params("quantize", params, "params = aj.quantize(model, params, *example_inputs)")
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
-    inputs = Inputs(args, kwargs)
+    inputs = Inputs.of_call(args, kwargs)
     interceptor, variables = seen(base, Recipe(), inputs)
     whole = variables.get("params", {})
     compare_trees(
@@ -265,6 +265,7 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     trained = {path for path, x in params.items() if isinstance(x, AdapterParam)}
     weights = {p: axes for p, axes in weights_of(small, inputs).items() if p not in trained}
     others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
+    others |= dict.fromkeys(params, "how the model uses it is not known; pass example inputs")
     others |= dict.fromkeys(trained, "it is trained")
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
     if inputs is None:
