@@ -17,7 +17,7 @@ from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, 
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.spelling import ALL_LINEAR, patterns_here
 from adapters_jax.strict_json import check_nesting, loads
-from adapters_jax.targets import failures, join, matches, selects
+from adapters_jax.targets import failures, is_expression, join, matches, selects
 
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
@@ -239,11 +239,13 @@ def require_points(
 
 
 def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
-    """What to write for targets that all have other libraries' names of modules; or nothing."""
+    """What to write for targets in the notation of other libraries; nothing if one is a path."""
     found: dict[str, None] = {}
     for target in targets:
-        fitting = (p for p in patterns_here(target) if any(matches(p, path) for path in usable))
-        if (pattern := next(fitting, None)) is None:
+        patterns = patterns_here(target)
+        fitting = (p for p in patterns if any(matches(p, path) for path in usable))
+        path = "/" in target and patterns[0] == target
+        if path or is_expression(target) or (pattern := next(fitting, None)) is None:
             return ""
         found[pattern] = None
     return f"write the targets {' and '.join(map(repr, found))}"

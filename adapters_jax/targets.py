@@ -234,6 +234,11 @@ def _failures(
         yield f"{owner}: {excluding} excludes everything of {_some(matched)}"
 
 
+def is_expression(pattern: str) -> bool:
+    """Whether a pattern has the signs of a regular expression."""
+    return bool(re.search(r"\.[*+]|[()\[\]\\^$]", pattern))
+
+
 def _problem(
     pattern: str, usable: Sequence[str], unusable: Mapping[str, str | None], sign: str
 ) -> str:
@@ -266,7 +271,7 @@ def _problem(
         problem += f"; slashes join the names of a path: {sign + slashes!r}"
     elif plain != pattern and any(matches(plain, path) for path in (*usable, *unusable)):
         problem += f"; paths begin and end with a name of the model: {sign + plain!r}"
-    elif re.search(r"\.[*+]|[()\[\]\\^$]", pattern):
+    elif is_expression(pattern):
         problem += (
             "; it is no regular expression: * is anything within a name, ** any names, {a,b} either"
         )
