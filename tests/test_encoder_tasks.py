@@ -157,7 +157,9 @@ def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
     near, far = map(json.loads, capsys.readouterr().out.splitlines())
     assert near["similarity"] > 0.7 > 0.4 > far["similarity"]
     predictor = load_predictor(run.path)
-    first, second = predictor.predict([(text, None) for text in texts[:2]])
+    first, second = predictor.predict(texts[:2])
+    (alone,) = predictor.predict([(texts[0], None)])
+    np.testing.assert_allclose(alone.embedding, first.embedding, atol=1e-6)
     cosine = np.dot(first.embedding, second.embedding)
     assert cosine == pytest.approx(near["similarity"], abs=1e-5)
     assert np.linalg.norm(first.embedding) == pytest.approx(1, abs=1e-6)

@@ -22,7 +22,7 @@ def load_predictor(
         model: the directory or id of the base, if it has changed since training.
 
     Returns:
-        The predictor; `predictor.predict([(text, None)])` returns a `Prediction` for each text.
+        The predictor; `predictor.predict([text])` returns a `Prediction` for each text.
 
     Raises:
         RunError: the run is absent or damaged, its task generates, or the base has other weights.

@@ -375,13 +375,14 @@ class TextPredictor:
         """Predicts each text.
 
         Args:
-            texts: `(text, None)`, or `(text, second text)` for a run on pairs; for a run on more
-                columns, all of them.
+            texts: texts, or `(text, second text)` for a run on pairs; for a run on more columns,
+                all of them. A text may also be `(text, None)`.
 
         Raises:
-            DataError: there are no texts, one is no `(text, second)`, or they are pairs for a run
-                on single texts, or the other way round.
+            DataError: there are no texts, or they are pairs for a run on single texts, or the other
+                way round.
         """
+        texts = [(row, None) if isinstance(row, str) else row for row in texts]
         self.readout.check(texts, self.pairs)
         inputs = self.readout.inputs(self.encoder, texts, self.max_length)
         readout = self.readout

@@ -94,10 +94,10 @@ class Readout(ABC):
 
     def check(self, texts: Sequence[Any], pairs: bool) -> None:
         """Raises DataError unless all texts to predict are single ones, or all are pairs."""
-        if not texts or any(isinstance(row, str) or len(row) != 2 for row in texts):
+        if not texts or any(len(row) != 2 for row in texts):
             raise DataError(
-                "predict: expected at least one text, each as (text, None) or (text, second text): "
-                'predict([("A text.", None)])'
+                "predict: expected at least one text, or pairs of texts: predict(['A text.']), or "
+                "predict([('A text.', 'Another.')]) of a run on pairs"
             )
         if any((pair is not None) != pairs for _, pair in texts):
             expected = "pairs of texts" if pairs else "single texts"
