@@ -17,7 +17,7 @@ from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, 
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.spelling import ALL_LINEAR, patterns_here
 from adapters_jax.strict_json import check_nesting, loads
-from adapters_jax.targets import failures, is_expression, join, matches, selects
+from adapters_jax.targets import failures, is_expression, join, selects
 
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
@@ -243,7 +243,7 @@ def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
     found: dict[str, None] = {}
     for target in targets:
         patterns = patterns_here(target)
-        fitting = (p for p in patterns if any(matches(p, path) for path in usable))
+        fitting = (p for p in patterns if not failures("", (p,), usable))
         path = "/" in target and patterns[0] == target
         if path or is_expression(target) or (pattern := next(fitting, None)) is None:
             return ""

@@ -18,7 +18,8 @@ _MODULES_HERE = {
     "query": "q_proj q_lin query_proj q",
     "key": "k_proj k_lin key_proj k",
     "value": "v_proj v_lin value_proj v",
-    "output": "o_proj out_proj out_lin down_proj o",
+    "*attention/output": "o_proj out_proj out_lin o",
+    "mlp/**/output": "down_proj",
     "{query,key,value}": "c_attn query_key_value Wqkv qkv_proj",
     "gate": "gate_proj",
     "up": "up_proj",
@@ -256,15 +257,25 @@ UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.sp
 def patterns_here(target: str) -> list[str]:
     """Patterns that a target may mean: with our names of modules, at any depth, dots as slashes.
 
+    A target that names a layer means no other one.
+
     Example:
         >>> patterns_here("self_attn.q_proj")
         ['self_attn/query', '**/query']
         >>> patterns_here("q_proj,v_proj")
         ['{query,value}', '**/{query,value}']
+        >>> patterns_here("layers.1.q_proj")
+        ['layers/1/query']
     """
     listed = "{" + target + "}" if "," in target and "{" not in target else target
-    ours = re.sub(r"\w+", lambda name: MODULES.get(name[0], name[0]), listed.replace(".", "/"))
-    return [ours, f"**/{ours.rpartition('/')[2]}"]
+    names = listed.replace(".", "/")
+    before, _, last = names.rpartition("/")
+    elsewhere = [] if re.search(r"\d|[{}]", before) else [f"**/{_translated(last)}"]
+    return [_translated(names), *elsewhere]
+
+
+def _translated(names: str) -> str:
+    return re.sub(r"\w+", lambda name: MODULES.get(name[0], name[0]), names)
 
 
 def instead_of(name: str) -> str:

@@ -420,6 +420,21 @@ def test_a_banks_model_is_told_which_adapters():
         bank.model(X)
 
 
+def test_a_banks_model_has_the_functions_without_parameters():
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="body")(x)
+
+        @nn.nowrap
+        def empty_cache(self, rows):
+            return jnp.zeros((rows, 4))
+
+    model = aj.adapt(Counts(), aj.LoRA("body", 2))
+    params = aj.init_adapters(model, Counts().init(KEY, X)["params"], KEY, X)
+    assert aj.Bank(model, params).model.empty_cache(3).shape == (3, 4)
+
+
 def test_patterns_in_the_place_of_a_size():
     with raises(aj.UserError, "rank='**/qkv'", "targets='**/qkv'"):
         aj.lora("**/qkv")
@@ -494,3 +509,29 @@ def test_targets_by_the_names_of_transformers(targets, ours):
     assert "Nearest" not in str(caught.value)
     with raises(aj.TargetError, "aj.suggest"):
         aj.init_adapters(aj.adapt(Block(), aj.LoRA("**/gate_proj", 2)), params, KEY, x)
+
+
+@pytest.mark.parametrize("target", ["**/{q_proj,down_proj}", "q_proj,down_proj"])
+def test_proposed_targets_are_all_in_the_model(target):
+    base = nn.MultiHeadDotProductAttention(2)  # it has a query, and nothing like down
+    params = base.init(KEY, jnp.ones((1, 3, 4)))["params"]
+    with raises(aj.TargetError, "Nearest paths", "aj.suggest") as caught:
+        aj.init_adapters(aj.adapt(base, aj.LoRA(target, 2)), params, KEY, jnp.ones((1, 3, 4)))
+    assert "write the targets" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["encodr/**", "layer_9/*", "layers_9/query", "{a/q_proj,b/v_proj}", "model.layers.1.q_proj"],
+)
+def test_no_wider_target_is_proposed(targets):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="value")(nn.Dense(4, name="query")(x))
+
+    model = nn.Sequential([Block(name="layer_0"), Block(name="layer_1")])
+    params = model.init(KEY, X)["params"]
+    with raises(aj.TargetError, "Nearest paths") as caught:
+        aj.init_adapters(aj.adapt(model, aj.LoRA(targets, 2)), params, KEY, X)
+    assert "write the targets" not in str(caught.value)

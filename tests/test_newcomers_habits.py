@@ -114,6 +114,8 @@ def test_what_a_loss_function_returns():
     ]:
         with raises(aj.UserError, shown, "return loss, {"):
             aj.make_train_step(returning(metrics))(state_of(collections=STATS), X)
+    step = aj.make_train_step(returning({"batch_stats": jnp.ones(())}))  # a number of that name
+    assert step(state_of(collections=STATS), X)[1]["batch_stats"] == 1
 
 
 def test_what_an_optimiser_sees():

@@ -4,6 +4,7 @@ import copy
 import importlib
 import pickle
 import re
+from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
@@ -16,6 +17,7 @@ from adapters_jax.app.cli.main import COMMANDS, command_of
 from adapters_jax.app.options.parsing import _leaves as leaves_of
 from adapters_jax.app.options.parsing import parse
 from adapters_jax.errors import UserError
+from adapters_jax.models.decoder import load_decoder
 from adapters_jax.spelling import ALL_LINEAR, ELSEWHERE, FLAGS, INSTEAD, NAMES
 
 
@@ -209,3 +211,14 @@ def test_a_command_suggests_only_flags_that_it_has():
     helps = {name: command_of(name) for name in COMMANDS}
     fields = {leaf.name for command in helps.values() for leaf in leaves_of(command)}
     assert {re.match(r"\w+", value)[0] for value in FLAGS.values()} <= fields
+
+
+@pytest.mark.parametrize(("theirs", "part"), [("o_proj", "attention"), ("down_proj", "mlp")])
+def test_an_output_is_of_its_own_block(theirs, part):
+    model = load_decoder(Path(__file__).parent / "fixtures/llama")[1]
+    with raises(UserError, "write the targets") as caught:
+        aj.adapt(model, aj.LoRA(theirs, 2), rngs=nnx.Rngs(0))
+    ours = re.search("targets '([^']+)'$", str(caught.value))[1]
+    adapted = aj.adapt(model, aj.LoRA(ours, 2), rngs=nnx.Rngs(0))
+    added = nnx.to_flat_state(nnx.state(adapted, aj.nnx.AdapterParam))
+    assert {path[2:4] for path, _ in added} == {(part, "output")}

@@ -114,11 +114,11 @@ class Adapted(nn.Module):
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""
         inner: Any = self.inner
-        if self.adapters_stacked:
-            raise needs_rows(type(inner))
         function = Inputs(args, kwargs, method).function(inner)
         if inner.scope is None:
             return function(*args, **kwargs)
+        if self.adapters_stacked:
+            raise needs_rows(type(inner))
         init = self.is_initializing()
         called = "__call__" if method is None else method
         unbound = getattr(type(inner), called) if isinstance(called, str) else called

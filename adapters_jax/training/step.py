@@ -330,7 +330,7 @@ def _results(result: Any) -> tuple[Array, Metrics, Any]:
 
 def _check_metrics(metrics: Metrics, other: Any) -> None:
     """Raises UserError where the collections of a linen state are returned as metrics."""
-    taken = [name for name in metrics if name in other]
+    taken = [name for name, x in metrics.items() if name in other and isinstance(x, Mapping)]
     if taken:
         raise UserError(
             f"make_train_step: the loss function returns the collections {', '.join(taken)} as "
