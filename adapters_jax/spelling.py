@@ -74,6 +74,8 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "scaling": ("scale", _same),
     "is_parallel": ("placement", _placement),
 }
+_STARTS = "a_init is gaussian, uniform, gaussian_rank or pissa"
+_NOTHING = "there is nothing like it here"
 # What stands in place of a setting that is none of a method here.
 _SETTINGS = {
     "aj.DoRA is a method of its own": "use_dora",
@@ -98,12 +100,11 @@ _SETTINGS = {
         "token_dim num_transformer_submodules num_attention_heads num_layers"
     ),
     "aj.base_identity(base, id=...) goes to aj.save_adapter": "base_model_name_or_path revision",
-    "a_init is gaussian, uniform, gaussian_rank or pissa": (
-        "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
-    ),
-    "there is nothing like it here": (
+    _STARTS: ("init_lora_weights loftq_config eva_config corda_config lora_ga_config"),
+    _NOTHING: (
         "layer_replication trainable_token_indices use_qalora arrow_config use_gating "
-        "alora_invocation_tokens prefix_projection encoder_hidden_size"
+        "alora_invocation_tokens prefix_projection encoder_hidden_size init_weights kasa_config "
+        "monteclora_config use_bdlora velora_config"
     ),
     "a weight that is used twice has one adapter": "ensure_weight_tying",
 }
@@ -129,11 +130,18 @@ _SENTENCES = {
     ),
     "write a recipe such as aj.lora(8)": "PeftConfig AdapterConfig",
     "this library does not have that method; adapters-jax methods lists those that it has": (
-        "AdaLoraConfig BOFTConfig BoneConfig CPTConfig FourierFTConfig HRAConfig LoHaConfig "
-        "LoKrConfig MissConfig MultitaskPromptTuningConfig OFTConfig PolyConfig "
-        "PromptEncoderConfig RandLoraConfig VBLoRAConfig VeraConfig XLoraConfig CompacterConfig"
+        "AdaLoraConfig AdamssConfig ArrowConfig BOFTConfig BdLoraConfig BeftConfig BoneConfig "
+        "C3AConfig CPTConfig CartridgeConfig CompacterConfig DeftConfig DeloraConfig "
+        "FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig KasaConfig "
+        "LilyConfig LoHaConfig LoKrConfig MissConfig MontecloraConfig MultitaskPromptTuningConfig "
+        "OFTConfig OSFConfig PeanutConfig PolyConfig PromptEncoderConfig PsoftConfig PveraConfig "
+        "RandLoraConfig RoadConfig ShadowConfig ShiraConfig SupertuningConfig TinyLoraConfig "
+        "TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig "
+        "XLoraConfig"
     ),
-    "a_init='pissa' is the nearest start that is here": "LoftQConfig EvaConfig CordaConfig",
+    "a_init='pissa' is the nearest start that is here": (
+        "LoftQConfig EvaConfig CordaConfig LoraGAConfig"
+    ),
     "write a + b": "ConfigUnion",
     "the base says its task": "TaskType",
     "the class is the method": "PeftType",
@@ -230,7 +238,7 @@ FLAGS = {
     "block_size": "max_length",
     "run_name": "name",
     "max_steps": "epochs, which may be a fraction",
-    "eval_steps": "evaluations",
+    "eval_steps": "evaluations, the number in an epoch",
     "save_steps": "checkpoint_every",
     "dataset_name": "train hub:USER/NAME",
     "bf16": "dtype bfloat16",
@@ -359,7 +367,9 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
     if idle := [name for name in others if name in _IDLE or _changes_nothing(name, given[name])]:
         problems.append(f"leave out {_listed(idle)}")
     problems += [
-        f"{name} is no setting of it: {INSTEAD[name]}" for name in others if name not in idle
+        f"{name} is no setting of it: {_sentence(name, fields)}"
+        for name in others
+        if name not in idle
     ]
     problems += [f"{name} is unknown" for name in unknown if name not in (*ours, *others)]
     raise UserError(f"{method}: {'; '.join(problems)}")
@@ -368,6 +378,12 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
 def _counterpart(name: str, value: Any, fields: set[str]) -> bool:
     """Whether a setting of another library, with this value, is one of the fields."""
     return name in OURS and OURS[name][0] in fields and OURS[name][1](value) is not None
+
+
+def _sentence(name: str, fields: set[str]) -> str:
+    """What stands in place of a setting in a method with these fields."""
+    lacks_start = INSTEAD[name] == _STARTS and "a_init" not in fields
+    return _NOTHING if lacks_start else INSTEAD[name]
 
 
 def _changes_nothing(name: str, value: Any) -> bool:

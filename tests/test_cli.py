@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.convert import Convert
-from adapters_jax.app.cli.main import COMMANDS, EXPLAINED, PLAIN, _unraisable, main
+from adapters_jax.app.cli.main import COMMANDS, EXPLAINED, PLAIN, _unraisable, command_of, main
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import Format
 from adapters_jax.app.options.method import MethodName
@@ -194,6 +194,18 @@ def test_the_tasks_are_listed(command):
     assert words <= {*re.findall(r"[\w-]+", shown)}  # no line breaks one
     _, page, _ = command("tasks --markdown")
     assert all(f"| {name} | " in page for name in TASKS)
+
+
+@pytest.mark.parametrize("name", ["models", "tasks", "methods"])
+def test_listings_are_whole_at_any_width(name, capsys):
+    for table in command_of(name)().find().tables:
+        expected = {word for row in table.rows for cell in row for word in cell.split()}
+        for width in range(60, 130):
+            console = Console(json=False)
+            console.printer.width = width
+            console.listing(list(table.header), list(map(list, table.rows)), table.words)
+            shown = capsys.readouterr().out
+            assert expected <= {*re.split(r"[\s│]+", shown)}, width
 
 
 def test_the_choices_of_formats_are_those_of_the_registry():

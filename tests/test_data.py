@@ -228,6 +228,9 @@ def test_bad_splits():
         split_rows(["a film", "a play"] * 20, [0] * 40, 0, dev=0.1, test=0)
     with raises(DataError, "40 rows in 40 classes", "each class", "--task regression"):
         split_rows([*map(str, range(40))], range(40), 0, dev=0.1, test=0)
+    with raises(DataError, "1 rows are too few", "of them for dev") as caught:
+        split_rows(["a film"], [0], 0, dev=0.1, test=0)
+    assert "class" not in str(caught.value) and "regression" not in str(caught.value)
     for dev, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, -0.1)):
         with raises(aj.UserError, f"dev={dev}", f"test={test}"):
             split(dataset(), 0, dev=dev, test=test)

@@ -4,6 +4,8 @@ Needs the extra `interop-test`, and the models where `adapters-jax finetune` kee
 neither. With --slow.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.models import decoder
 from adapters_jax.models.bert import BertClassifier, classifier, load_bert
 from adapters_jax.pretrained import assets
+from adapters_jax.spelling import _IDLE, INSTEAD, NAMES, OURS
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -173,3 +176,11 @@ def test_smollm2_trained_here_has_equal_logits_in_peft(smollm, tmp_path):
         found = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
         logits = found(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     close(expected, logits)
+
+
+def test_names_of_the_installed_peft():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    ours = {field.name for field in dataclasses.fields(aj.LoRA)}
+    assert fields <= {*OURS, *INSTEAD, *_IDLE, *ours}
+    kinds = set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values())
+    assert {kind.__name__ for kind in kinds} <= {*NAMES}

@@ -68,6 +68,13 @@ def test_methods_are_copied_and_pickled():
     assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
 
 
+@pytest.mark.parametrize("method", [aj.IA3, aj.Bottleneck, aj.PrefixTuning])
+def test_a_start_is_proposed_only_where_there_is_one(method):
+    with raises(UserError, "init_lora_weights is no setting", "nothing like it") as caught:
+        method("x", init_lora_weights="pissa")
+    assert "a_init" not in str(caught.value)
+
+
 def test_no_setting_is_lost_from_the_message():
     with raises(UserError, "leave out bias and inference_mode", "exclude_modules", "ranks"):
         aj.LoRA("x", r=8, bias="none", inference_mode=False, exclude_modules=["y"], ranks=8)
@@ -188,6 +195,7 @@ def test_what_the_messages_name_is_there():
         (["--num_virtual_tokens", "5"], "--prompt-length"),
         (["--load_in_4bit"], "--quantize nf4"),
         (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
+        (["--eval_steps", "50"], "--evaluations, the number in an epoch"),
         (["--max_steps=10"], "--epochs, which may be a fraction"),
     ],
 )

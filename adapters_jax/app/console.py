@@ -60,11 +60,12 @@ class Console:
 
     def listing(self, header: list[str], rows: list[list[str]], words: int) -> None:
         """Prints a table that breaks no word, or where none fits, a paragraph for each row."""
-        widths = [
-            max(map(len, " ".join(cells).split())) for cells in zip(header, *rows, strict=True)
-        ]
-        if sum(widths) + 3 * len(widths) + 1 <= self.printer.width:
-            self._table(header, rows, words, widths)
+        columns = [*zip(header, *rows, strict=True)]
+        words_of = [max(map(len, " ".join(cells).split()), default=0) for cells in columns]
+        room = self.printer.width - 3 * len(columns) - 1
+        if sum(words_of) <= room:
+            whole = [max(map(len, cells)) for cells in columns]
+            self._table(header, rows, words, _widths(words_of, whole, room))
             return
         for name, *cells in rows:
             self.say(name)
@@ -78,7 +79,7 @@ class Console:
         table = Table()
         for i, (name, width) in enumerate(zip(header, widths, strict=True)):
             side: Literal["left", "right"] = "left" if i < words else "right"
-            table.add_column(_cell(name), justify=side, overflow="fold", min_width=width)
+            table.add_column(_cell(name), justify=side, overflow="fold", width=width)
         for row in rows:
             table.add_row(*map(_cell, row))
         self.printer.print(table)
@@ -251,6 +252,18 @@ class _Lines:
         time_words = duration(now - self.began) if step == self.steps else _left(left)
         parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
         self.console.say("  ".join(filter(None, parts)))
+
+
+def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """Widths of columns, as alike as they can be.
+
+    rich shrinks the widest ones, whatever their words need, and cuts a table that is too wide.
+    """
+    widths = [*least]
+    while sum(widths) < min(room, sum(most)):
+        growing = [i for i, width in enumerate(widths) if width < most[i]]
+        widths[min(growing, key=lambda i: widths[i])] += 1
+    return widths
 
 
 def _cell(text: str) -> Text:

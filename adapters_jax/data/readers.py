@@ -29,6 +29,7 @@ from adapters_jax.data.files import FilePath as FilePath
 from adapters_jax.data.hub_rows import PREFIX, read_hub
 from adapters_jax.data.images import read_images
 from adapters_jax.data.json_rows import read_json, read_jsonl, rows_of
+from adapters_jax.io.hub import is_id
 
 READERS: dict[str, Reader] = {
     ".csv": read_csv,
@@ -78,11 +79,10 @@ def read_file(path: FilePath) -> Rows:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in READERS:
         *others, last = READERS
-        if not suffix and not path.exists():
-            raise DataError(
-                f"{path.as_posix()}: no such file or folder; for a data set of the Hugging Face "
-                f"Hub write {PREFIX}{path.as_posix()}"
-            )
+        if not path.suffix and not path.exists():
+            name = path.as_posix()
+            of_hub = f"; for a data set of the Hugging Face Hub write {PREFIX}{name}"
+            raise DataError(f"{name}: no such file or folder{of_hub if is_id(name) else ''}")
         raise DataError(
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"

@@ -55,7 +55,7 @@ def split_rows(
             some = f" with {texts} distinct texts" if texts < len(keys) else ""
             classes = len({*strata})
             each, fix = "them", f"give a {part} file or more rows"
-            if classes > len(keys) / 2:  # as where labels are numbers
+            if classes > max(1, len(keys) / 2):  # as where labels are numbers
                 some += f" in {classes} classes"
                 each, fix = "each class", f"{fix}, or learn numbers with --task regression"
             raise DataError(
