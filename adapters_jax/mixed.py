@@ -78,6 +78,13 @@ class Rows:
         return self.replace(taken=True), mine  # type: ignore[attr-defined]
 
 
+def checked_rows(rows: Any) -> Rows:
+    """The rows; raises UserError for what no bank gave."""
+    if not isinstance(rows, Rows):
+        raise UserError(f"adapters={shown(rows)}, expected rows of a bank; write bank.rows([...])")
+    return rows
+
+
 def needs_rows(cls: type) -> UserError:
     """The error of a bank's model, of that class, that is called without `Rows`."""
     return UserError(
@@ -169,8 +176,7 @@ def by_rows(
     Raises:
         UserError: no input has as many rows, or `rows` is of no bank.
     """
-    if not isinstance(rows, Rows):
-        raise UserError(f"adapters={shown(rows)}, expected rows of a bank; write bank.rows([...])")
+    rows = checked_rows(rows)
     groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
     split = [i for i, axis in enumerate(given.axes) if axis >= 0]
     if not split:

@@ -7,8 +7,8 @@ CoLA, Houlsby's adapters at m = 256 get several rates; the rates of m = 64 on mo
 `tradeoff`, which is read. Settings are ranked by dev, each score divided by the best of its data
 set and method, and by the mean of the scores themselves; test is only reported. Dev is scored once
 in a pass, where a run of `finetune` scores it twice. CoLA's score differs most between seeds, so
-each of its scores is the mean of three. An interrupted run writes the tables of what is done, and
-the same command goes on.
+each score of an adapter on its 900 rows is the mean of three. An interrupted run writes the tables
+of what is done, and the same command goes on.
 """
 
 import contextlib

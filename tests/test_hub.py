@@ -242,7 +242,7 @@ def test_a_push_in_another_format_leaves_nothing_of_the_first(server, command):
     assert command("push runs/reviews me/both")[0] == 0
     status, out, err = command("push runs/reviews me/both --to peft --revision peft")
     assert status == 0, err
-    assert "no, yes" in out  # the names of the classes, which PEFT's files cannot hold
+    assert "0: no, 1: yes" in out  # the names of the classes, which PEFT's files cannot hold
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(server.files("me/both", "peft")) == names
     assert "config.json" in server.files("me/both")

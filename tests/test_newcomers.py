@@ -452,6 +452,12 @@ def test_weights_that_stay_in_float_are_named():
         quantized = aj.quantize(Both())
     assert type(quantized.weight) is nnx.Param
     assert type(aj.quantize(Both(), X).weight) is aj.nnx.QuantizedParam
+    model = aj.adapt(Both(), aj.LoRA("layer", 2), rngs=nnx.Rngs(0))
+    with pytest.warns(aj.AdapterWarning, match="quantize: Both "):
+        aj.quantize(model)
+    whole = Both()
+    whole.weight = nnx.Param(jnp.ones((4, 4), jnp.int32))  # a table of whole numbers
+    aj.quantize(whole)
 
 
 def test_a_quantised_model_prints_its_shapes():

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from helpers.errors import raises
 from test_newcomers import (
     KEY,
@@ -134,6 +135,12 @@ def test_a_state_is_not_that_of_flax(name):
         getattr(state_of(), name)
 
 
+def test_a_property_of_a_state_shows_its_own_error():
+    abstract = jax.eval_shape(lambda: state_of())
+    with raises(AttributeError, "ShapeDtypeStruct", "astype"):
+        _ = abstract.params
+
+
 def test_all_variables_are_not_partitioned():
     with raises(aj.MismatchError, "partition", "batch_stats", "aj.partition(params, recipe)"):
         aj.partition({**VARIABLES, "params": WHOLE}, RECIPE)
@@ -166,3 +173,20 @@ def test_states_of_one_base_of_numpy_arrays():
 def test_a_weight_whose_use_is_not_known_is_not_quantised():
     with raises(aj.TargetError, "'weight'", "weight (how the model uses it", "pass example inputs"):
         aj.quantize(own(), dtype="int8", targets="weight")
+
+
+def test_any_function_of_a_banks_model_is_told_which_adapters():
+    """The adapters of all rows would broadcast, silently."""
+
+    class Encodes(nnx.Module):
+        def __init__(self):
+            self.body = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def encode(self, x):
+            return self.body(x)
+
+    model = aj.adapt(Encodes(), aj.Bottleneck("body", 2), rngs=nnx.Rngs(0))
+    bank = aj.Bank(model, capacity=1)
+    assert bank.model.encode(X, adapters=bank.rows([None] * 2)).shape == (2, 4)
+    with raises(aj.UserError, "Linear", "adapters=bank.rows([...])"):
+        bank.model.encode(X)

@@ -16,7 +16,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree, flatten
 from adapters_jax.weights.quantized import unboxed
 
-_SAID = {
+_WORDS = {
     "config_sha256": "its configuration (config_sha256)",
     "tree_sha256": "the paths or shapes of its parameters (tree_sha256)",
 }
@@ -45,7 +45,7 @@ class BaseIdentity:
         """
         pairs = {key: (getattr(self, key), getattr(other, key)) for key in vars(self)}
         return "; ".join(
-            f"{_SAID.get(key, key)} {shortened(repr(was), 80)}, here {shortened(repr(here), 80)}"
+            f"{_WORDS.get(key, key)} {shortened(repr(was), 80)}, here {shortened(repr(here), 80)}"
             for key, (was, here) in pairs.items()
             if None not in (was, here) and was != here
         )

@@ -16,13 +16,14 @@ from adapters_jax.abstract import Inputs, inputs_text, is_abstract
 from adapters_jax.attached import Attached
 from adapters_jax.errors import RecipeError, compare_trees
 from adapters_jax.linen.attachment import grow_in
+from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
 from adapters_jax.linen.points import points_of, shapes_of
 from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.mixed import Rows, by_rows, needs_rows
+from adapters_jax.mixed import Rows, by_rows, checked_rows, needs_rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.spelling import instead_of
 from adapters_jax.targets import join
@@ -101,15 +102,18 @@ class Adapted(nn.Module):
         """
         params, rngs = variables["params"], kwargs.pop("rngs", None)
         stacked, base = partition(params, self.recipe)
-        of_rows = {name: tree for name, tree in variables.items() if name == "cache"}
+        cache = Cache.of(variables.get("cache", {}), checked_rows(rows).total)
 
         def run(trained: Tree, inputs: Any, keys: Any) -> Any:
-            of_rows, args, kwargs = inputs
-            whole = {**variables, "params": merge_trees(trained, base), **of_rows}
-            return single.apply(whole, *args, method=method, rngs=keys, **kwargs)
+            cache, args, kwargs = inputs
+            whole = {**variables, "params": merge_trees(trained, base)}
+            whole |= {"cache": cache.tree} if cache.tree else {}
+            result = single.apply(whole, *args, method=method, rngs=keys, **kwargs)
+            return cache.marking(result) if kwargs.get("mutable") else result
 
         single = self.clone(adapters_stacked=False)
-        return by_rows(run, rows, stacked, (of_rows, args, kwargs), rngs)
+        result = by_rows(run, rows, stacked, (cache, args, kwargs), rngs)
+        return plain(result)
 
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""

@@ -24,7 +24,7 @@ from adapters_jax.methods import outputs
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.mixed import Rows, by_rows, needs_rows
 from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
-from adapters_jax.nnx.graph import frozen_of, own_params, params_of
+from adapters_jax.nnx.graph import frozen_of, modules_of, own_params, params_of
 from adapters_jax.nnx.held import (
     STACKED,
     AdapterParam,
@@ -133,8 +133,9 @@ def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     def run(trained: Any, inputs: Any, keys: Any) -> Any:
         args, kwargs = inputs
         single = nnx.merge(graphdef, keys, trained, rest, copy=True)
-        if STACKED in vars(single):
-            delattr(single, STACKED)
+        for module in modules_of(single).values():
+            if STACKED in vars(module):
+                delattr(module, STACKED)
         return getattr(single, name)(*args, **kwargs)
 
     return by_rows(run, rows, stacked, (args, kwargs), keys)

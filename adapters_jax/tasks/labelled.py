@@ -382,7 +382,8 @@ class TextPredictor:
             DataError: there are no texts, or they are pairs for a run on single texts, or the other
                 way round.
         """
-        texts = [(row, None) if isinstance(row, str) else row for row in texts]
+        if not isinstance(texts, str):
+            texts = [(row, None) if isinstance(row, str) else row for row in texts]
         self.readout.check(texts, self.pairs)
         inputs = self.readout.inputs(self.encoder, texts, self.max_length)
         readout = self.readout

@@ -94,7 +94,7 @@ class Readout(ABC):
 
     def check(self, texts: Sequence[Any], pairs: bool) -> None:
         """Raises DataError unless all texts to predict are single ones, or all are pairs."""
-        if not texts or any(len(row) != 2 for row in texts):
+        if isinstance(texts, str) or not texts or any(len(row) != 2 for row in texts):
             raise DataError(
                 "predict: expected at least one text, or pairs of texts: predict(['A text.']), or "
                 "predict([('A text.', 'Another.')]) of a run on pairs"

@@ -163,6 +163,8 @@ class TrainState:
         return "\n".join(["TrainState(", *lines, ")"])
 
     def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property that failed: its own error
+            return object.__getattribute__(self, name)
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r}{instead_of(name)}"
         )

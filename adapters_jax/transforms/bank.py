@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.nnx import bridge
 
 from adapters_jax.checks import check_size, shown
 from adapters_jax.display import html_table
 from adapters_jax.errors import UserError
 from adapters_jax.linen import Adapted
 from adapters_jax.mixed import Rows
-from adapters_jax.nnx import AdapterParam, copy, recipe_of
-from adapters_jax.nnx.held import STACKED
+from adapters_jax.nnx import AdapterParam, copy, modules_of, recipe_of
+from adapters_jax.nnx.held import STACKED, holds
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.fitting import Fitted, fitted, is_prompt, neutral, owners_of
 from adapters_jax.trees import (
@@ -95,7 +96,10 @@ class Bank:
                 raise TypeError("Bank: an NNX model holds its parameters; pass no params")
             self.recipe = recipe_of(model)
             marked = copy(model)
-            setattr(marked, STACKED, True)
+            for path, module in modules_of(marked).items():
+                acts = callable(module) and (not path or holds(module))
+                if acts and not isinstance(module, bridge.ToNNX):  # its attributes are variables
+                    setattr(module, STACKED, True)
             parts: Any = nnx.split(marked, AdapterParam, ...)
             self._model, self._trained, self._rest = parts
             whole = flatten(nnx.state(model, nnx.Param))

@@ -283,13 +283,14 @@ def _warn_of_unknown(model: nnx.Module, targets: tuple[str, ...], known: Collect
         if not original(type(module)).__module__.startswith("flax.")
         for name, x in own_params(module).items()
         if (weight := join(path, name)) not in known
-        and not is_quantized(x.get_raw_value())
-        and jnp.ndim(x.get_raw_value()) > 1
+        and not is_quantized(value := x.get_raw_value())
+        and jnp.issubdtype(value.dtype, jnp.floating)
+        and value.ndim > 1
         and selects(targets, path, weight)
     ]
     if left:
         warn(
-            f"quantize: {type(model).__name__} has weights in modules that are not flax's, which "
-            f"stay in float: {shortened(', '.join(left))}; pass example inputs, which show how "
-            "they are used: aj.quantize(model, *inputs)"
+            f"quantize: {original(type(model)).__name__} has weights in modules that are not "
+            f"flax's, which stay in float: {shortened(', '.join(left))}; pass example inputs, "
+            "which show how they are used: aj.quantize(model, *inputs)"
         )

@@ -5,6 +5,7 @@ const name = (selector, label) =>
 const reach = () => {
   for (const part of document.querySelectorAll("pre, .table-wrapper, .math, .output")) {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+    else part.removeAttribute("tabindex");
   }
 };
 
