@@ -460,6 +460,22 @@ def test_weights_that_stay_in_float_are_named():
     aj.quantize(whole)
 
 
+def test_vectors_of_scanned_layers_are_no_weights():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(4, 4, rngs=rngs)
+            self.scale = nnx.Param(jnp.ones(4))
+
+    class Stack(nnx.Module):
+        def __init__(self, own):
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(Scaled))(nnx.Rngs(0))
+            self.table = nnx.Param(jnp.ones((4, 4))) if own else None
+
+    assert type(aj.quantize(Stack(False)).layers.layer.kernel) is aj.nnx.QuantizedParam
+    with pytest.warns(aj.AdapterWarning, match="stay in float: table;"):
+        aj.quantize(Stack(True))
+
+
 def test_a_quantised_model_prints_its_shapes():
     text = repr(aj.quantize(nnx.Linear(4, 3, rngs=nnx.Rngs(0))))
     assert "QuantizedParam(" in text and "shape=(4, 3)" in text and "int8" in text

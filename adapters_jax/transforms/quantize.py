@@ -6,7 +6,7 @@ weights are quantised: layers get them in floats, one at a time, and compute as 
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,23 +269,26 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     others |= dict.fromkeys(trained, "it is trained")
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
     if inputs is None:
-        _warn_of_unknown(model, plan.targets, {*weights, *trained})
+        _warn_of_unknown(model, plan.targets, weights, trained)
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
     quantized_in_place(small, values)
     return small
 
 
-def _warn_of_unknown(model: nnx.Module, targets: tuple[str, ...], known: Collection[str]) -> None:
+def _warn_of_unknown(
+    model: nnx.Module, targets: tuple[str, ...], weights: Mapping[str, Axes], trained: set[str]
+) -> None:
     """Gives an AdapterWarning for targeted weights of modules that are not flax's own."""
     left = [
         weight
         for path, module in modules_of(model).items()
         if not original(type(module)).__module__.startswith("flax.")
         for name, x in own_params(module).items()
-        if (weight := join(path, name)) not in known
+        if (weight := join(path, name)) not in weights
+        and weight not in trained
         and not is_quantized(value := x.get_raw_value())
         and jnp.issubdtype(value.dtype, jnp.floating)
-        and value.ndim > 1
+        and value.ndim > 1 + _layers(weight, weights)
         and selects(targets, path, weight)
     ]
     if left:
@@ -294,3 +297,13 @@ def _warn_of_unknown(model: nnx.Module, targets: tuple[str, ...], known: Collect
             f"flax's, which stay in float: {shortened(', '.join(left))}; pass example inputs, "
             "which show how they are used: aj.quantize(model, *inputs)"
         )
+
+
+def _layers(path: str, weights: Mapping[str, Axes]) -> int:
+    """The number of layer axes in front of a parameter's own, by the known weights beside it."""
+    names = path.split("/")
+    found = [
+        [len(axes.shared) for other, axes in weights.items() if other.startswith(parent)]
+        for parent in ("/".join(names[:i]) + "/" for i in range(1, len(names)))
+    ]
+    return max((min(counts) for counts in found if counts), default=0)
