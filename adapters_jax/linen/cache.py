@@ -22,7 +22,7 @@ class Cache:
 
     @classmethod
     def of(cls, tree: Any, rows: int) -> Any:
-        """A cache for so many rows; one that a call with taken rows returned stays as it is."""
+        """A cache for so many rows; what a call with taken rows returned stays as it is."""
         if isinstance(tree, cls | Grouped):
             return tree
         leaves = jax.tree_util.tree_leaves_with_path(tree)
