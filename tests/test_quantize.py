@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from adapters_jax.app.cli.merge import Merge
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.data import DataOptions
 from adapters_jax.app.options.method import MethodOptions
+from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.distributed.plan import abstract_state, plan
 from adapters_jax.errors import MissingPackageError
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.models.decoder import load_decoder
+from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import Quantized, _in_rows, _nf4_floats, is_quantized, once
 
@@ -341,6 +344,21 @@ def test_without_qwix_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with raises(MissingPackageError, "qwix", "pip install ", "[quant]'"):
         aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
+
+
+def test_experts_are_quantised_where_a_command_loads_or_plans_them(tmp_path):
+    fixture = Path(__file__).parent / "fixtures/decoders/qwen3_moe"
+    write_llama(tmp_path / "a")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "a" / name).write_bytes((fixture / name).read_bytes())
+    model = load_pretrained_decoder(str(tmp_path / "a"), quantize="int8").model
+    planned, _ = adapted_shape(str(tmp_path / "a"), MethodOptions("lora"), "int8")
+    for found in (model, planned):
+        weights = nnx.to_flat_state(nnx.state(found, nnx.Param))
+        kinds = {type(weight) for path, weight in weights if "experts" in path}
+        assert kinds == {aj.nnx.QuantizedParam}
+    floats = aj.dequantize(model)
+    np.testing.assert_allclose(model(ids()), floats(ids()), atol=1e-6)
 
 
 @pytest.mark.slow

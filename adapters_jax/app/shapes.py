@@ -64,7 +64,7 @@ def adapted_shape(
     model, inputs = family.shape(config, **options)
     recipe = method.build(num_layers=config.num_layers, layer=family.layer)
     if isinstance(model, nnx.Module):
-        model = quantized(model, dtype=quantize) if quantize else model
+        model = quantized(model, *inputs, dtype=quantize) if quantize else model
         rngs = nnx.Rngs(0)
         return nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)), None
     adapted = adapt(model, recipe)

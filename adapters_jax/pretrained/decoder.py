@@ -157,7 +157,8 @@ def load_pretrained_decoder(
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
-        model = quantize_model(model, dtype=quantize)
+        ids = reader.family.inputs(config, 1, 8)  # which show how experts are used, too
+        model = quantize_model(model, ids, dtype=quantize)
     return PretrainedDecoder(
         **vars(reader), config=config, model=model, sha256=sha256_of(files), identity=identity
     )
