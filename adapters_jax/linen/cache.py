@@ -21,8 +21,8 @@ class Cache:
     axes: tuple[int, ...] = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, tree: Any, rows: int) -> Any:
-        """A cache for so many rows; what a call with taken rows returned stays as it is."""
+    def of(cls, tree: Any, n: int) -> Any:
+        """A cache for n rows; what a call with taken rows returned is returned unchanged."""
         if isinstance(tree, cls | Grouped):
             return tree
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -30,7 +30,7 @@ class Cache:
 
         def axis(path: Any, x: Any) -> int:
             at = layers.get(path[:-1], 0)
-            return at if x.ndim > at and x.shape[at] == rows else -1
+            return at if x.ndim > at and x.shape[at] == n else -1
 
         return cls(tree, tuple(axis(path, x) for path, x in leaves))
 

@@ -64,7 +64,7 @@ def quantize(
         model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
         params: linen only: the parameter tree; arrays or abstract.
         *args: example inputs, of which only shapes matter; they show how each weight meets its
-            input. An NNX model of flax's own layers needs none, and they may come second.
+            input. In NNX they come after the model, and flax's own layers need none.
         dtype: "int8", "int4", or "nf4" (QLoRA's 4-bit numbers, the quantiles of a normal).
         block: the number of entries along a weight's inputs, or along an embedding's row, that
             share a scale; by default all of them in int8, and 64 in four bits.

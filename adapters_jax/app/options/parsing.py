@@ -295,8 +295,8 @@ def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
     """Reads `PATTERN NUMBER PATTERN NUMBER` into a dictionary."""
     if len(tokens) % 2:
         words = " ".join(token.value for token in tokens)
-        flag = f"{tokens[0].keyword}: " * (len(tokens) > 1)  # cyclopts names that of one word
-        raise UsageError(f"{flag}expected PATTERN NUMBER PATTERN NUMBER ..., got {words}")
+        named = f"{tokens[0].keyword}: " * (len(tokens) > 1)  # cyclopts names that of one word
+        raise UsageError(f"{named}expected PATTERN NUMBER PATTERN NUMBER ..., got {words}")
     number = kind.__args__[1]
     patterns, numbers = tokens[::2], tokens[1::2]
     return {
