@@ -20,7 +20,10 @@ import adapters_jax as aj
 pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
-LOOKED_AT = ("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers")
+LOOKED_AT = (
+    *("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers"),
+    "search",
+)
 PICTURED = ("index", "methods/lora")
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
