@@ -323,6 +323,9 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, comma
     manifest = json.loads(Path("card/adapter_config.json").read_text())
     assert manifest["base"]["tree_sha256"] in text
     assert aj.read_adapter("card")[0] == aj.lora(2, head="head")
+    status, _, err = command("push runs/reviews me/card --dry-run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "card exists already; give another directory with --out" in err
 
 
 @pytest.mark.slow

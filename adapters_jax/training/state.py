@@ -217,8 +217,8 @@ def _initial(tx: optax.GradientTransformation, adapters: Tree) -> optax.OptState
         paths, text = ", ".join(flatten(adapters)), " ".join(str(error).split())
         raise UserError(
             f"TrainState.create: tx does not take what trains ({shortened(paths)}), and optax "
-            f"says: {shortened(text)}; it sees these leaves alone, so give masks and labels as "
-            "functions: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)"
+            f"says: {shortened(text)}; it sees these leaves alone, so masks and labels, if it has "
+            "any, are functions: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)"
         ) from error
 
 

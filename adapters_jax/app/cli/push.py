@@ -60,7 +60,7 @@ class Push:
 
         Raises:
             UserError: the id is not valid, there is no token, the format does not support the run,
-                or --out is not empty.
+                or the directory is there already.
             RunError: the run cannot be used.
             AssetError: the pinned model could not be fetched.
         """
@@ -76,6 +76,8 @@ class Push:
         if not self.dry_run:
             _check_token()
         kept = self.out or (Path(name) if self.dry_run else None)
+        if kept and self.out is None and kept.exists():
+            raise UserError(f"{kept} exists already; give another directory with --out")
         directory = kept or Path(tempfile.mkdtemp(prefix="adapters-jax-push-"))
         try:
             source = open_source(str(self.run))

@@ -168,7 +168,8 @@ def write(
     }
     problems += [
         f"{path} trains as well, but AdapterHub's files support no base parameters besides a "
-        "classification head (houlsby(..., layer_norms=None) freezes the norms)"
+        "classification head (houlsby(..., layer_norms=None), or --layer-norms '', freezes the "
+        "norms)"
         for path in trained
         if path not in modules
     ]
