@@ -54,7 +54,11 @@ class Cell:
 
 
 CELLS = (
-    Cell("classification", "cola", "--train {0}/train.tsv#source,label,mark,text"),
+    Cell(
+        "classification",
+        "cola",
+        "--train {0}/train.tsv#source,label,mark,text --metrics matthews accuracy",  # as GLUE
+    ),
     Cell(
         "regression",
         "stsb",
@@ -81,7 +85,12 @@ CELLS = (
         "--train {0}/train.tsv --dev {0}/dev.tsv --label score",
         "--limit 3000",
     ),
-    Cell("masked-language-modelling", "wikitext2", "--train {0}/valid.txt --test {0}/test.txt"),
+    Cell(
+        "masked-language-modelling",
+        "wikitext2",
+        "--train {0}/valid.txt --test {0}/test.txt",
+        "--limit 1200",
+    ),
     Cell(
         "completion",
         "e2e",

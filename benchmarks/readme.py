@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import baselines
 from benchmarks.harness import ROOT, Spread
 from benchmarks.report import CLAIMS, COSTS, FIGURES, LARGEST, WHOLE, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-PAGE, DEVICES = ROOT / "docs" / "results.md", ROOT / "docs" / "accelerators.md"
-LINK = "../benchmarks/results"  # from both pages
+DOCS = ROOT / "docs"
+PAGE, DEVICES, TASKS = DOCS / "results.md", DOCS / "accelerators.md", DOCS / "tasks.md"
+LINK = "../benchmarks/results"  # from the pages
 COMPARED = (  # the README's rows, from both files of `peers`
     "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
     "time of a step, LoRA, SmolLM2-135M, adapters_jax / qwix",
@@ -121,6 +123,13 @@ def accelerators(results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def tasks(results: Path = RESULTS) -> str:
+    """The table of the page of tasks: each on its data, beside its baselines."""
+    file = json.loads((results / "baselines.json").read_text())
+    rows = list(_rows(file, baselines.TABLE))
+    return f"{table(rows)}\n\n`{file['command']}`, on {_machine(file)}."
+
+
 def compared(results: Path = RESULTS) -> str:
     """The README's table: a few figures beside other libraries, on two processors."""
     files = {name: json.loads((results / f"{name}.json").read_text()) for name in PEERS}
@@ -137,15 +146,20 @@ def compared(results: Path = RESULTS) -> str:
 
 
 def write(
-    readme: Path = README, page: Path = PAGE, results: Path = RESULTS, devices: Path = DEVICES
+    readme: Path = README,
+    page: Path = PAGE,
+    results: Path = RESULTS,
+    devices: Path = DEVICES,
+    trained: Path = TASKS,
 ) -> None:
-    """Writes the tables between the marks in the README and in two pages of the documentation.
+    """Writes the tables between the marks in the README and in pages of the documentation.
 
     Args:
         readme: the file with the comparison.
         page: the page of results.
         results: the directory with the results.
         devices: the page of accelerators.
+        trained: the page of tasks.
 
     Raises:
         ValueError: a file does not have its mark exactly once.
@@ -155,6 +169,8 @@ def write(
         between_marks(readme, compared(results))
     if (results / "accelerators.json").exists():
         between_marks(devices, accelerators(results))
+    if (results / "baselines.json").exists():
+        between_marks(trained, tasks(results))
 
 
 def between_marks(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:

@@ -280,7 +280,7 @@ def test_a_cell_is_trained_once_and_a_divergence_counts_as_nothing(tmp_path, mon
 
 def test_the_sweep_takes_each_data_set():
     # Rates, other passes and the frozen base of each set; two more seeds of CoLA; and m = 256.
-    planned = 4 * (8 + 3 * 2 + 1) + 2 * (8 + 3 * 2) + 3
+    planned = 4 * (8 + 2 * 2 + 1) + 2 * (8 + 2 * 2) + 3
     grid = [*defaults.grid()]
     assert sum(map(len, grid)) == planned
     for each in grid:

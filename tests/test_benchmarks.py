@@ -291,7 +291,13 @@ def test_panels_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("page", "text"), [(readme.PAGE, readme.section), (readme.README, readme.compared)]
+    ("page", "text"),
+    [
+        (readme.PAGE, readme.section),
+        (readme.README, readme.compared),
+        (readme.DEVICES, readme.accelerators),
+        (readme.TASKS, readme.tasks),
+    ],
 )
 def test_the_pages_have_the_results_that_are_committed(page, text):
     assert page.read_text().split(readme.BEGIN)[1].split(readme.END)[0].strip() == text()
