@@ -42,8 +42,9 @@ def adapt(
         recipe: which modules get adapters, and what else trains.
         rngs: NNX only: seeds of the adapters and of their dropout.
         example_inputs: NNX only: inputs of the model, arrays or `jax.ShapeDtypeStruct`, in a tuple
-            or as `aj.inputs(x, mask=m)`. Needed where a target is not one of flax's own layers, to
-            find how the model uses its weights, and the width of its output.
+            or as `aj.inputs(x, mask=m)`. Needed where a target is not a single layer of flax, to
+            find how the model uses its weights, and the width of its output; so also for a
+            bottleneck on `nnx.MultiHeadAttention`.
 
     Returns:
         For linen, a module with the same methods and parameter paths, whose adapter leaves

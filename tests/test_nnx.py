@@ -596,6 +596,19 @@ def test_train_and_eval_switch_the_dropout_of_adapters(method):
     np.testing.assert_allclose(np.mean(model.up(x) - y, 0), branch[0], atol=0.1)
 
 
+def test_the_dropout_of_adapters_is_on_at_first_whatever_the_mode_of_the_base(tmp_path):
+    x = draw(16, D)
+    base = nnx.Sequential(nnx.Linear(D, D, rngs=rngs()), nnx.Dropout(0.5, rngs=rngs()))
+    base.eval()
+    model = shake(adapt(base, aj.LoRA("layers/0", 2, dropout=0.5)))
+    loaded = aj.load_adapter(aj.save_adapter(tmp_path / "adapter", model), base)
+    for each in (model, loaded):
+        assert each.layers[1].deterministic and not np.array_equal(each(x), each(x))
+        each.eval()
+        np.testing.assert_array_equal(each(x), each(x))
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
 def test_abstract_models_are_adapted_without_allocating():
     recipe = aj.Recipe(
         aj.LoRA("blocks/dense", 2, dropout=0.5), aj.Bottleneck("blocks", 2), aj.Unfreeze("**/bias")

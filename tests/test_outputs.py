@@ -494,6 +494,13 @@ def test_methods_on_outputs_act_on_what_call_returns():
         aj.adapt(Model(), recipe, rngs=nnx.Rngs(0), example_inputs=score)
 
 
+def test_the_functions_of_flax_layers_are_not_proposed():
+    attention = nnx.MultiHeadAttention(2, D, decode=False, rngs=nnx.Rngs(0))
+    with raises(aj.TargetError, "MultiHeadAttention", "example_inputs") as caught:
+        aj.adapt(nnx.Sequential(attention), bottleneck("layers/0"), rngs=nnx.Rngs(0))
+    assert "init_cache" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "inputs", [aj.inputs(X, mask=MASK, method="score"), aj.inputs(x=X, method=Model.score)]
 )

@@ -77,7 +77,9 @@ def why_not(method: Method, module: Any, point: AttachmentPoint | None) -> str:
 
 
 def _functions(module: Any) -> list[str]:
-    """The names of the public functions of a module's own class."""
+    """The names of the public functions of a module's own class; none of flax's own layers."""
+    if type(module).__module__.startswith("flax."):
+        return []
     known = {*dir(linen.Module), *dir(nnx.Module), "setup"}
     own = [name for name in dir(type(module)) if not name.startswith("_") and name not in known]
     return [name for name in own if callable(getattr(type(module), name))]
