@@ -1,6 +1,7 @@
 """The linen API: what `adapt` keeps of a module, and where and how often adapters act."""
 
 import traceback
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -732,3 +733,12 @@ def test_a_target_that_takes_no_input():
     down, up = p["adapter"]["down"], p["adapter"]["up"]
     hidden = p["table"] @ down["kernel"] + down["bias"]
     close(model.apply({"params": params}, X), X + p["table"] + hidden @ up["kernel"] + up["bias"])
+
+
+def test_the_table_of_an_adapted_model_shows_its_adapters_without_a_warning():
+    adapted = aj.adapt(nn.Sequential([nn.Dense(5), nn.Dense(3)]), aj.LoRA("layers_0", rank=2))
+    with warnings.catch_warnings(record=True) as seen:  # flax catches those that are errors
+        warnings.simplefilter("always")
+        table = adapted.tabulate(jax.random.key(0), jnp.ones((1, 4)))
+    assert not seen
+    assert "lora" in table and "Total Parameters: 61" in table  # 4*5+5 + 5*3+3 + 2*(4+5)

@@ -168,6 +168,7 @@ class Adapted(nn.Module):
                 "*example_inputs) or aj.load_adapter returned, or call the base, model.inner"
             )
 
+    @nn.nowrap
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
         """Gives the base its changed weights for the time of a call."""
