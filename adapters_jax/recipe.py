@@ -189,7 +189,14 @@ class Recipe:
             raise UserError(f"recipe JSON: {error}") from None
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
-            raise UserError('recipe JSON: expected one key "methods" with a list of methods')
+            theirs = (
+                "; this is PEFT's configuration: write a recipe such as aj.lora(4, alpha=8), on "
+                "the command line --method lora --rank 4 --alpha 8"
+            )
+            raise UserError(
+                'recipe JSON: expected one key "methods" with a list of methods, as Recipe.to_json '
+                "writes it" + theirs * (isinstance(data, Mapping) and "peft_type" in data)
+            )
         return cls(*[_method(row) for row in rows])
 
 

@@ -532,6 +532,12 @@ def test_an_unsupported_architecture_is_an_error(fails, tmp_path):
             RunError,
             ["config.json", "base_sha256, dtype"],
         ),
+        (
+            "config.json",
+            '{"model_type": "bert"}',
+            RunError,
+            ["is a model, expected a run", "finetune --model"],
+        ),
         ("config.json", "[]", RunConfigError, ["config.json", "list"]),
         ("config.json", None, RunConfigError, ["config.json"]),
         ("config.json", "[" * 100_000, RunConfigError, ["config.json", "32"]),

@@ -55,6 +55,11 @@ def test_lengths():
         assert histogram[0][0] == 0 and histogram[-1][0] <= most <= histogram[-1][1]
 
 
+def test_columns_without_a_layout_are_named_for_finetune(data):
+    Path("a.csv").write_text("review,stars\nGood,1\n")
+    assert "for finetune, name the columns: --text COLUMN --label COLUMN" in data("a.csv")
+
+
 def test_a_bar_of_one_length_names_it_once(data):
     Path("a.csv").write_text("text,label\n" + "Good,1\n" * 3)
     assert "\n  4 █" in data("a.csv")

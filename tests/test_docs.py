@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import pytest
 from helpers.tiny import write_llama, write_meanings, write_model
 
 import adapters_jax as aj
 from adapters_jax.app.cli import main as command_line
+from adapters_jax.interop.peft import save_peft
 from adapters_jax.methods import METHODS
+from adapters_jax.models.bert import BertClassifier, classifier, load_bert
 from adapters_jax.pretrained.assets import cached
 from docs import facts
 
@@ -85,12 +89,24 @@ def check_printed(block, printed):
         assert expected in printed, f"{expected!r} is not in what the block prints:\n{printed}"
 
 
+def write_their_adapter(directory, checkpoint):
+    """An adapter of PEFT with a head for two labels."""
+    config, bert = load_bert(checkpoint, pooler=True)
+    base, ids = BertClassifier(config, num_labels=2, pooling="pooler"), jnp.ones((1, 4), int)
+    params = base.init(jax.random.key(0), ids)["params"] | {"bert": bert}
+    recipe = aj.lora(4, alpha=8, dropout=0.1, head="head")
+    params = aj.init_adapters(aj.adapt(base, recipe), params, jax.random.key(1), ids)
+    trained, frozen = aj.partition(params, recipe)
+    save_peft(directory, recipe, trained, classifier.NAMES, frozen | {"head": params["head"]})
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """What the commands of the pages read: two small models and rows."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "my-bert", pooler=True)
     write_llama(folder / "my-llama")
+    write_their_adapter(folder / "their-adapter", folder / "my-bert")
     reviews = [
         f"{word} film,{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(40)
     ]
@@ -116,10 +132,11 @@ def registered():
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("block", params("python"))
-def test_python_runs_as_pasted(block, tmp_path, monkeypatch):
+def test_python_runs_as_pasted(block, files, tmp_path, monkeypatch):
     for asset in re.findall(r'fetch\("(.*?)"\)', block.text):
         if cached(asset) is None:
             pytest.skip(f"{asset} is not in the cache")
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -783,6 +783,14 @@ def test_a_fused_layer_by_a_mapping_of_ones_own():
     equal(flatten(leaves), flatten(adapters))
 
 
+def test_the_names_of_an_encoder_do_not_fit_its_classifier():
+    params = {"bert": {"layer_0": {"attention": {"query": {"kernel": np.ones((2, 3))}}}}}
+    recipe, tree = aj.Recipe(aj.LoRA("**/query", 1)), {}
+    with raises(UserError, "bert/layer_0/attention/query", "FAMILY.classifier.names"):
+        save_peft("nowhere", recipe, tree, bert.NAMES, params)
+    assert bert.FAMILY.classifier.names == classifier.NAMES
+
+
 def test_names_that_are_none():
     params = {"line": {"kernel": np.ones((2, 3))}}
     recipe, tree = aj.Recipe(aj.LoRA("line", 1)), {}

@@ -194,6 +194,7 @@ def as_json(**row):
         ('{"methods": 3}', ['"methods"']),
         ('{"methods": {"lora": 1}}', ['"methods"']),
         ('{"methods": [], "alpha": 1}', ['"methods"']),
+        ('{"peft_type": "LORA", "r": 4}', ['"methods"', "PEFT", "--method lora --rank 4"]),
         ('{"methods": ["lora"]}', ["method None", *BUILT_IN]),
         (as_json(method="loar"), ["method 'loar'", *BUILT_IN]),
         (as_json(method=["lora"]), ["method ['lora']", *BUILT_IN]),

@@ -218,6 +218,11 @@ def _is_run(config: Path) -> bool:
 def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
     """Raises RunError if a configuration has another format, or lacks a key of some form."""
     wrong = [key for key, form in needed.items() if not _fits(config.get(key), form)]
+    if wrong and "model_type" in config:
+        raise RunError(
+            f"{run.path} is a model, expected a run; give the run itself (of a merged model, the "
+            f"one that was merged), or train on the model: finetune --model {run.path}"
+        )
     if wrong or config["format"] != FORMAT:
         raise RunError(
             f"{run.config} is not the configuration of a run of format {FORMAT}"

@@ -173,7 +173,7 @@ class _Described:
 def _said(summary: Summary) -> str:
     layout = summary.layout
     if layout is None:
-        return "in no known layout; flags of finetune name the columns, such as --text COLUMN"
+        return "in no known layout; for finetune, name the columns: --text COLUMN --label COLUMN"
     task = f"--task {layout.task}" if layout.task else "no task learns it yet"
     return f"layout {layout.name}: a row is {layout.what} ({task})"
 
