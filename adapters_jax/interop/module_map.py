@@ -132,8 +132,8 @@ def _by_table(
     if not modules and not raw:
         raise UserError(
             f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
-            "of the model's package, of a classifier such as adapters_jax.models.bert.FAMILY."
-            "classifier.names, and the parameters of that model"
+            "of the model's package (of a BERT with a head, adapters_jax.models.bert.FAMILY."
+            "classifier.names), and the parameters of that model"
         )
     ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
     tied = names.tied
