@@ -22,6 +22,12 @@ from adapters_jax.targets import failures, is_expression, join, selects
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
 _SHOWN_KINDS = 3  # of those that a warning is about
+# What to do with JSON that is no recipe, by a key of it.
+_OTHER_JSON = {
+    "peft_type": "; this is PEFT's configuration: write a recipe such as aj.lora(4, alpha=8), on "
+    "the command line --method lora --rank 4 --alpha 8",
+    "recipe": '; this file holds one under its key "recipe": give a file with that value alone',
+}
 _CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
 
 
@@ -189,13 +195,11 @@ class Recipe:
             raise UserError(f"recipe JSON: {error}") from None
         rows = data.get("methods") if isinstance(data, Mapping) else None
         if not isinstance(rows, list | tuple) or set(data) != {"methods"}:
-            theirs = (
-                "; this is PEFT's configuration: write a recipe such as aj.lora(4, alpha=8), on "
-                "the command line --method lora --rank 4 --alpha 8"
-            )
+            keys = data if isinstance(data, Mapping) else {}
+            hint = next((text for key, text in _OTHER_JSON.items() if key in keys), "")
             raise UserError(
                 'recipe JSON: expected one key "methods" with a list of methods, as Recipe.to_json '
-                "writes it" + theirs * (isinstance(data, Mapping) and "peft_type" in data)
+                f"writes it{hint}"
             )
         return cls(*[_method(row) for row in rows])
 
@@ -223,6 +227,13 @@ def require_points(
     owner, first_time = type(method).__name__, not _CHECKED.get()
     problems = failures(owner, method.targets, usable, unusable, parts=first_time)
     wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
+    if problems and (theirs := _theirs(wanted, usable)):
+        rest = [pattern for pattern in method.targets if pattern not in theirs]
+        problems = failures(owner, rest, usable, unusable, parts=first_time)
+        problems += [
+            f"{owner}: target {name!r} matches nothing; write {pattern!r}"
+            for name, pattern in theirs.items()
+        ]
     reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
     unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
     if problems and not unseen and not any(selects(wanted, path) for path in usable):
@@ -246,16 +257,24 @@ def require_points(
 
 
 def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
-    """What to write for targets in the notation of other libraries; nothing if one is a path."""
-    found: dict[str, None] = {}
-    for target in targets:
-        patterns = patterns_here(target)
-        fitting = (p for p in patterns if not failures("", (p,), usable))
-        path = "/" in target and patterns[0] == target
-        if path or is_expression(target) or (pattern := next(fitting, None)) is None:
-            return ""
-        found[pattern] = None
-    return f"write the targets {' and '.join(map(repr, found))}"
+    """What to write for targets in the notation of other libraries; nothing if one has no match."""
+    found = dict.fromkeys(_here(target, usable) for target in targets)
+    return "" if "" in found else f"write the targets {' and '.join(map(repr, found))}"
+
+
+def _theirs(targets: Sequence[str], usable: Sequence[str]) -> dict[str, str]:
+    """The targets that match nothing because they have names of other libraries, and ours."""
+    failing = [target for target in targets if failures("", (target,), usable)]
+    pairs = ((target, _here(target, usable)) for target in failing)
+    return {target: here for target, here in pairs if here not in ("", f"**/{target}")}
+
+
+def _here(target: str, usable: Sequence[str]) -> str:
+    """The pattern for a target in the notation of other libraries; nothing if it is a path."""
+    patterns = patterns_here(target)
+    if ("/" in target and patterns[0] == target) or is_expression(target):
+        return ""
+    return next((pattern for pattern in patterns if not failures("", (pattern,), usable)), "")
 
 
 def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:

@@ -24,6 +24,7 @@ _MODULES_HERE = {
     "gate": "gate_proj",
     "up": "up_proj",
     "head": "lm_head classifier score",
+    "embeddings": "embed_tokens",
 }
 MODULES = {name: ours for ours, names in _MODULES_HERE.items() for name in names.split()}
 

@@ -222,9 +222,9 @@ def test_regression_is_split_as_one():
 def test_bad_splits():
     with raises(DataError, 10, 0.1, "dev"):
         split(dataset(10), 0)
-    with raises(DataError, "10 rows are", 0.1, "test"):
+    with raises(DataError, "10 rows are", 0.1, "test file or more rows"):
         split(dataset(10), 0, dev=0)
-    with raises(DataError, "40 rows with 2 distinct texts are", "dev"):
+    with raises(DataError, "40 rows with 2 distinct texts are", "more distinct texts"):
         split_rows(["a film", "a play"] * 20, [0] * 40, 0, dev=0.1, test=0)
     with raises(DataError, "40 rows in 40 classes", "each class", "--task regression"):
         split_rows([*map(str, range(40))], range(40), 0, dev=0.1, test=0)

@@ -318,3 +318,12 @@ def test_rotary_settings_of_each_kind_of_layer_are_read():
     *sliding, full = config.layer_kinds
     assert set(sliding) == {(4096, 50.0, None)}
     assert full == (None, 1e6, RopeScaling("linear", 8.0))
+
+
+def test_a_checkpoint_makes_its_directory(tmp_path):
+    model = build(TINY)
+    save_decoder(tmp_path / "new" / "one", TINY, model)
+    assert DecoderConfig.from_json(tmp_path / "new" / "one" / "config.json").vocab_size
+    (tmp_path / "file").write_text("")
+    with raises(aj.UserError, tmp_path / "file", "cannot be written"):
+        save_decoder(tmp_path / "file", TINY, model)

@@ -461,7 +461,13 @@ def test_a_base_without_the_targets_is_an_error(saved):
 def test_a_directory_of_peft_is_no_adapter_of_ours_and_the_error_says_what_reads_it(base, tmp_path):
     (tmp_path / CONFIG).write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with raises(AdapterFileError, tmp_path, "adapters_jax.interop", "convert --to native"):
+    with raises(
+        AdapterFileError,
+        tmp_path,
+        "load_peft(directory, NAMES, base)",
+        "load_adapterhub",
+        "--to native --model",
+    ):
         aj.load_adapter(tmp_path, *base, X)
 
 

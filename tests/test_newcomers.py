@@ -533,6 +533,41 @@ def test_targets_by_the_names_of_transformers(targets, ours):
         aj.init_adapters(aj.adapt(Block(), aj.LoRA("**/gate_proj", 2)), params, KEY, x)
 
 
+@pytest.mark.parametrize(
+    ("targets", "advice"),
+    [
+        (["**/key", "v_proj"], "target 'v_proj' matches nothing; write '**/value'"),
+        (["attention/key", "attention/v_proj"], "'attention/v_proj' matches nothing; write"),
+        (["q_proj", "lm_head"], "target 'q_proj' matches nothing; write '**/query'"),
+    ],
+)
+def test_one_name_of_transformers_beside_other_targets(targets, advice):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2, name="attention")(x)
+
+    x = jnp.ones((1, 3, 4))
+    params = Block().init(KEY, x)["params"]
+    with raises(aj.TargetError, advice) as caught:
+        aj.init_adapters(aj.adapt(Block(), aj.LoRA(targets, 2)), params, KEY, x)
+    lines = str(caught.value).split("\n")
+    assert not any("Nearest" in line for line in lines if advice in line)
+    assert any("'lm_head' matches nothing. Nearest" in x for x in lines) == ("lm_head" in targets)
+
+
+def test_embeddings_by_the_name_of_transformers():
+    base = nnx.Dict(embeddings=nnx.Embed(4, 2, rngs=nnx.Rngs(0)))
+    with raises(aj.TargetError, "write the targets 'embeddings'"):
+        aj.adapt(base, aj.LoRA("embed_tokens", 2), rngs=nnx.Rngs(0))
+
+
+def test_the_configuration_of_an_adapter_is_no_recipe():
+    whole = {"format": 1, "recipe": {"methods": []}}
+    with raises(aj.UserError, '"methods"', 'under its key "recipe"'):
+        aj.Recipe.from_json(whole)
+
+
 @pytest.mark.parametrize("target", ["**/{q_proj,down_proj}", "q_proj,down_proj"])
 def test_proposed_targets_are_all_in_the_model(target):
     base = nn.MultiHeadDotProductAttention(2)  # it has a query, and nothing like down

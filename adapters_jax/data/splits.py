@@ -54,7 +54,7 @@ def split_rows(
             texts = len({*keys})
             some = f" with {texts} distinct texts" if texts < len(keys) else ""
             classes = len({*strata})
-            each, fix = "them", f"give a {part} file or more rows"
+            each, fix = "them", f"give a {part} file or more {'distinct texts' if some else 'rows'}"
             if classes > max(1, len(keys) / 2):  # as where labels are numbers
                 some += f" in {classes} classes"
                 each, fix = "each class", f"{fix}, or learn numbers with --task regression"

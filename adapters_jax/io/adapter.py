@@ -260,9 +260,10 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile, Tens
     for name in (CONFIG, TENSORS):
         if not os.path.lexists(directory / name):
             raise AdapterFileError(
-                f"{directory} has no {name}; give a directory that save_adapter wrote. Those of "
-                "PEFT and AdapterHub are read by adapters_jax.interop, and become one by "
-                "`adapters-jax convert --to native`"
+                f"{directory} has no {name}; give a directory that save_adapter wrote. One of "
+                "PEFT is read by load_peft(directory, NAMES, base) of adapters_jax.interop.peft, "
+                "one of AdapterHub by load_adapterhub of adapters_jax.interop.adapterhub; "
+                "`adapters-jax convert THEIRS OURS --to native --model BASE` makes one of either"
             )
     manifest = Manifest.read(directory / CONFIG)
     with contextlib.ExitStack() as files:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from adapters_jax.checks import check_number
 from adapters_jax.distributed.sharding import Rules, laid_out
+from adapters_jax.errors import file_errors
 from adapters_jax.interop.huggingface import INDEX
 from adapters_jax.interop.names import NameTable, Tensor, from_tensors, to_tensors
 
@@ -52,7 +53,7 @@ def save_model(
     """Writes `config.json`, and `model.safetensors` or shards with their index.
 
     Args:
-        directory: an empty directory.
+        directory: an empty or a new directory.
         settings: the values of `config.json`, but for the dtype.
         model: a model without adapters.
         names: the names of its tensors.
@@ -60,7 +61,7 @@ def save_model(
             of its own.
 
     Raises:
-        UserError: `max_shard_size` is not a number of at least 1.
+        UserError: `max_shard_size` is not a number of at least 1, or the directory cannot be made.
     """
     tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
     save_tensors(directory, settings, tensors, max_shard_size)
@@ -76,7 +77,9 @@ def save_tensors(
     check_number("the checkpoint", "max_shard_size", max_shard_size, low=1, closed=True)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {**settings, **dict.fromkeys(("dtype", "torch_dtype"), dtype)}  # new and old readers
-    _write_json(Path(directory, "config.json"), values)
+    with file_errors(Path(directory), "written"):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        _write_json(Path(directory, "config.json"), values)
     shards = _shards({name: x.nbytes for name, x in tensors.items()}, max_shard_size)
     files = {_file(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
     for file, shard in files.items():
