@@ -106,7 +106,7 @@ class Audit:
             groups.setdefault(key, []).append(entry)
         return [
             (
-                key[0] if len(entries) > 1 else entries[0].path,
+                _pattern([entry.path for entry in entries]),
                 *key[1:],
                 str(len(entries)),
                 f"{sum(entry.actual for entry in entries):,}",
@@ -126,8 +126,8 @@ class Audit:
             if entry in formed or len(entry.reads) > 1:
                 key = (re.sub(r"\d+", "*", entry.path), entry.reads)
                 groups.setdefault(key, []).append(entry.path)
-        for (pattern, reads), paths in groups.items():
-            path = (pattern if len(paths) > 1 else paths[0]) or "(the model itself)"
+        for (_, reads), paths in groups.items():
+            path = _pattern(paths) or "(the model itself)"
             lines.append(f"{path} is read by {', '.join(reads)}")
         return lines
 
@@ -324,6 +324,12 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
         for path, shape in shapes.items()
         if recipe.trains(path) and not recipe.owner(path)
     ]
+
+
+def _pattern(paths: list[str]) -> str:
+    """Paths that differ in their numbers as one, as in `layer_*/norm1`; equal numbers stay."""
+    parts = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
+    return "".join(part[0] if len({*part}) == 1 else "*" for part in parts)
 
 
 def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:

@@ -112,6 +112,13 @@ def test_the_table_as_text():
     assert repr(aj.audit(*small())) == GOLDEN.strip()
 
 
+def test_numbers_that_all_paths_of_a_row_share_are_shown():
+    scale = {"scale": jnp.ones(3)}
+    params = {f"block_{i}": {"norm1": scale, "norm2": scale} for i in range(2)}
+    audit = aj.audit(aj.adapt(Net(), aj.Unfreeze("**/norm1/scale")), params)
+    assert [(row[0], row[4]) for row in audit.rows()] == [("block_*/norm1/scale", "2")]
+
+
 def test_rich_prints_the_same_rows_and_totals():
     audit = aj.audit(*small())
     stream = io.StringIO()

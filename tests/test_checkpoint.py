@@ -113,6 +113,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_last_bit(api, tmp_pa
         found = checkpoints.restore(new_state(api))
     assert (found.step, found.best, found.progress) == (3, None, {"loss": 0.1})
     assert bits(found.state) != bits(straight)
+    assert not any(x.committed for x in jax.tree.leaves(found.state.adapters))  # as before training
     assert bits(advance(api, found.state, 3, 7)) == bits(straight)
 
 
@@ -431,7 +432,7 @@ def test_progress_must_be_json(tmp_path):
 LAYOUTS = """
 import sys, jax, numpy as np, optax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_checkpoint import new_state
+from test_checkpoint import batch, new_state, new_step
 from adapters_jax.io.checkpoint import Checkpoints
 
 def laid(state, shape):
@@ -454,6 +455,11 @@ with Checkpoints(sys.argv[1]) as checkpoints:
         for x, y, z in zip(*map(jax.tree.leaves, (found.adapters, like.adapters, moved.adapters))):
             assert x.sharding == y.sharding, (x.sharding, y.sharding)
             assert (np.asarray(x) == np.asarray(z)).all()
+    step = new_step("linen")  # of a base on a mesh, whose adapters lie nowhere yet
+    mesh = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
+    like = new_state("linen")
+    found = checkpoints.restore(like.replace(base=jax.device_put(like.base, mesh))).state
+    assert np.isfinite(step(found, batch(0))[1]["loss"])
 np.savez(sys.argv[2], *jax.tree.leaves(moved.adapters))
 print(len(jax.devices()))
 """

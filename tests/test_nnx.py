@@ -15,7 +15,7 @@ from helpers.arrays import drawn, drawn_like
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import AdapterParam, weights_of
 from adapters_jax.trees import flatten
 
 D = 4
@@ -389,6 +389,9 @@ def test_widths_of_plain_layers_are_known_without_examples():
     class Plain(nnx.Module):
         def __init__(self, rngs):
             self.conv = nnx.Conv(2, 5, (3,), rngs=rngs)
+            self.up = nnx.ConvTranspose(2, 3, (3,), rngs=rngs)
+            self.flipped = nnx.ConvTranspose(2, 3, (3,), transpose_kernel=True, rngs=rngs)
+            self.einsum = nnx.Einsum("bi,oi->bo", (11, 2), rngs=rngs)
             self.general = nnx.LinearGeneral(4, (2, 6), rngs=rngs)
             self.embed = nnx.Embed(9, 7, rngs=rngs)
             self.batch, self.rms = nnx.BatchNorm(8, rngs=rngs), nnx.RMSNorm(10, rngs=rngs)
@@ -396,7 +399,20 @@ def test_widths_of_plain_layers_are_known_without_examples():
 
     model = adapt(nnx.eval_shape(lambda: Plain(rngs())), aj.Bottleneck("*", 2))
     widths = {path.split("/")[0]: s[0] for path, s in shapes(model).items() if "down/ker" in path}
-    assert widths == {"conv": 5, "general": 6, "embed": 7, "batch": 8, "rms": 10, "group": 12}
+    convolutions = {"conv": 5, "up": 3, "flipped": 3}
+    norms = {"batch": 8, "rms": 10, "group": 12}
+    assert widths == {**convolutions, "einsum": 11, "general": 6, "embed": 7, **norms}
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_a_transposed_convolution_needs_no_examples(transpose_kernel):
+    def layer(rngs):
+        return nnx.ConvTranspose(D, 3, (2, 2), 2, transpose_kernel=transpose_kernel, rngs=rngs)
+
+    x = draw(1, 5, 6, D)
+    assert weights_of(built(layer), aj.inputs(x)) == weights_of(built(layer))
+    model = shake(adapt(built(layer), aj.LoRA("**", 2)))
+    np.testing.assert_allclose(aj.merge(model)(x), model(x), atol=1e-5)
 
 
 def test_example_inputs_that_the_model_does_not_take_are_a_mistake():

@@ -289,7 +289,9 @@ class Checkpoints:
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for path, x in expected.items()
         }
-        arrays = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
+        got = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
+        # orbax binds what it reads to devices; a step refuses that beside a base on a mesh.
+        arrays = {k: x if expected[k].committed else jnp.array(np.array(x)) for k, x in got.items()}
         kept, best = _rebuilt(state, arrays, about["best"])
         return Checkpoint(replace(state, **kept), best, about["progress"])
 

@@ -37,7 +37,8 @@ def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
 def _conv(layer: Any) -> tuple[str, int, Axes]:
     size = layer.kernel_size
     n = 1 if isinstance(size, int) else len(tuple(size))
-    return "kernel", n + 2, Axes(tuple(range(n + 1)), (n + 1,), (), tuple(range(n)))
+    x, y = (n + 1, n) if getattr(layer, "transpose_kernel", False) else (n, n + 1)
+    return "kernel", n + 2, Axes((*range(n), x), (y,), (), tuple(range(n)))
 
 
 def _embed(layer: Any) -> tuple[str, int, Axes]:
@@ -49,6 +50,7 @@ _LAYERS: dict[type, Callable[[Any], tuple[str, int, Axes] | None]] = {
     nnx.LinearGeneral: _dense_general,
     nnx.Einsum: _einsum,
     nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv,
     nnx.Embed: _embed,
 }
 

@@ -343,6 +343,8 @@ def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
 def _known_output(module: Any) -> Returned | None:
     """The output of a plain layer as a row, read off the layer; None where it is unknown."""
     known = known_weight(module)
-    shape = _first_shape(module) if isinstance(module, _NORMS) else ()
-    shape = vars(module)[known[0]].shape if known else shape
-    return Returned({"": jax.ShapeDtypeStruct(shape[-1:], jnp.float32)}) if shape else None
+    width = _first_shape(module)[-1:] if isinstance(module, _NORMS) else ()
+    if known:
+        name, axes, _ = known
+        width = tuple(vars(module)[name].shape[i] for i in axes.outputs[-1:])
+    return Returned({"": jax.ShapeDtypeStruct(width, jnp.float32)}) if width else None
