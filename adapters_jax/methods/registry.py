@@ -30,6 +30,18 @@ def register_method(cls: M) -> M:
     Raises:
         TypeError: `cls` is no such class, or lacks members; the message names all of them.
         RecipeError: another method has its name or slot.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> @aj.register_method
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Train(aj.Method):
+        ...     '''Trains what `Unfreeze` trains, under another name.'''
+        ...     name, slot = "docs_train", None
+        >>> aj.Recipe.from_json('{"methods": [{"method": "docs_train", "targets": "head/**"}]}')
+        Recipe(
+          Train(targets=('head/**',)),
+        )
     """
     owner = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):
