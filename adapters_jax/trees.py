@@ -158,6 +158,12 @@ def without_adapters(params: Tree, recipe: Recipe) -> Tree:
 def merge_trees(*trees: Tree) -> Tree:
     """Merges the parts of one tree; the inverse of `partition`.
 
+    Args:
+        *trees: nested mappings of parameters, arrays or abstract, without common paths.
+
+    Returns:
+        One nested dictionary with the leaves of all of them.
+
     Raises:
         UserError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
 

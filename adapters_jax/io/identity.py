@@ -30,6 +30,10 @@ class BaseIdentity:
         id: the name of the base, such as its id on the Hugging Face Hub.
         config_sha256: the hash of its configuration.
         tree_sha256: the hash of the paths and shapes of its parameters, not of values and dtypes.
+
+    Example:
+        >>> BaseIdentity("gpt2") == base_identity(id="gpt2")
+        True
     """
 
     id: str | None = None

@@ -189,9 +189,12 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
     """The inverse of `stack_layers`: each layer has leaves of its own, as in the unrolled model.
 
-    Args: as in `stack_layers`.
+    Args:
+        tree: as in `stack_layers`, with the leaves of all layers stacked on their first axis.
+        names: as in `stack_layers`.
 
-    Returns: as in `stack_layers`.
+    Returns:
+        As in `stack_layers`; the leaves of a layer lack that axis.
 
     Raises:
         MismatchError: leaves of scanned layers differ in their first axis, or layers are unrolled
