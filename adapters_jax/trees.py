@@ -165,7 +165,8 @@ def merge_trees(*trees: Tree) -> Tree:
         One nested dictionary with the leaves of all of them.
 
     Raises:
-        UserError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
+        UserError: two parts have a leaf at one path, one a leaf where the other has a subtree, or a
+            part is no nested mapping.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})

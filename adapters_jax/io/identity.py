@@ -77,6 +77,7 @@ def base_identity(
 
     Raises:
         TypeError: JSON cannot hold the configuration.
+        UserError: `base` is neither a tree of parameters nor an NNX model.
 
     Example:
         >>> from adapters_jax import LoRA

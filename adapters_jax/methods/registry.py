@@ -32,16 +32,13 @@ def register_method(cls: M) -> M:
         RecipeError: another method has its name or slot.
 
     Example:
-        >>> import adapters_jax as aj
-        >>> @aj.register_method
+        >>> @register_method  # the example of `Method` is a whole class
         ... @dataclasses.dataclass(frozen=True)
-        ... class Train(aj.Method):
-        ...     '''Trains what `Unfreeze` trains, under another name.'''
-        ...     name, slot = "docs_train", None
-        >>> aj.Recipe.from_json('{"methods": [{"method": "docs_train", "targets": "head/**"}]}')
-        Recipe(
-          Train(targets=('head/**',)),
-        )
+        ... class Gain(Method):
+        ...     '''Multiplies every output by a trained number.'''
+        ...     name, slot, leaf_names = "gain", "gain", ("scale",)
+        Traceback (most recent call last):
+        TypeError: register_method: Gain lacks fits, leaves, count, forward; help(aj.Method) ...
     """
     owner = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):

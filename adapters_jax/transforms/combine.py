@@ -90,6 +90,7 @@ def combine(
     Raises:
         RecipeError: a recipe trains anything but LoRA, or an adapter does not fit the base.
         UserError: an argument is out of its range, or there is not one weight for each adapter.
+        TypeError: an adapter is not a recipe with its tree.
 
     Example:
         >>> import adapters_jax as aj, numpy as np
