@@ -127,6 +127,9 @@ def inputs(*args: Any, method: Any = None, **kwargs: Any) -> Inputs:
             such as `lambda model, x: model.decode(model.encode(x))`; by default `__call__`.
         **kwargs: inputs by name.
 
+    Returns:
+        The inputs, for every function that takes example inputs.
+
     Example:
         >>> inputs(jnp.ones((2, 3)), train=False, method="encode")
         inputs(float32[2, 3], train=False, method='encode')

@@ -53,7 +53,11 @@ def adapt(
     Raises:
         TargetError: NNX: a pattern matches no module that its method can attach to. A linen model
             has no modules before it runs, so there `init_adapters` and `model.init` raise it.
-        TypeError: `model` is no linen or NNX module, or an argument belongs to the other API.
+        RecipeError: NNX: a method's settings do not fit a module, or two methods keep their arrays
+            at one path; for linen it comes where TargetError does.
+        UserError: `example_inputs` are no tuple of inputs.
+        TypeError: `model` is no linen or NNX module, `recipe` no recipe, an argument belongs to the
+            other API, or `rngs` are missing.
 
     Warns:
         AdapterWarning: targets also match modules with weights that their method cannot adapt; the

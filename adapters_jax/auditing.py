@@ -55,8 +55,11 @@ class AuditEntry:
 class Audit:
     """What a recipe adds to a model and trains in it. `repr` is a plain table; rich prints it too.
 
+    All numbers are of the whole tree, not of one device.
+
     Attributes:
-        entries: one entry for every adapter and every unfrozen parameter.
+        entries: one entry for every adapter and every unfrozen parameter, with its `path`,
+            `method`, `shapes` and `formula`, and the `expected` and `actual` number of parameters.
         adapter_parameters: parameters that the recipe's methods added.
         trainable_parameters: adapter and unfrozen parameters together.
         frozen_parameters: all other parameters.
@@ -67,6 +70,14 @@ class Audit:
         frozen_bytes: bytes of the frozen parameters.
         unmatched: patterns of the recipe that match nothing in the tree.
         quantized_parameters: how many of the frozen parameters are quantised.
+
+    Example:
+        >>> import adapters_jax as aj, jax.numpy as jnp
+        >>> factors = {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 8))}
+        >>> tree = {"query": {"kernel": jnp.ones((8, 8)), "lora": factors}}
+        >>> counts = aj.audit(aj.LoRA("query", rank=2), tree)
+        >>> counts.trainable_parameters, counts.percent, counts.frozen_bytes
+        (32, 50.0, 256)
     """
 
     entries: tuple[AuditEntry, ...]

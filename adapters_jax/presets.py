@@ -58,6 +58,9 @@ def houlsby(
         head: path of the task's head, which trains whole.
         **fields: further fields of `Bottleneck`.
 
+    Raises:
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+
     Example:
         >>> houlsby(32, head="head")
         Recipe(
@@ -85,7 +88,21 @@ def pfeiffer(
     In post-norm models, the paper found `targets="**/mlp_norm", placement="norm"` best, which
     AdapterHub calls seq_bn: the adapter reads the norm's output and adds to the norm's input.
 
-    Args: as in `houlsby`.
+    Args:
+        bottleneck_dim: m; 64 where neither width field is given.
+        reduction_factor: as in `Bottleneck`.
+        targets: patterns of the output projections of the feed-forward layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `Bottleneck`.
+
+    Raises:
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+
+    Example:
+        >>> pfeiffer(reduction_factor=16)
+        Recipe(
+          Bottleneck(targets=('**/mlp/output',), reduction_factor=16),
+        )
     """
     return _recipe(_bottleneck(targets, bottleneck_dim, reduction_factor, **fields), head=head)
 
@@ -101,7 +118,22 @@ def parallel(
 ) -> Recipe:
     """He et al. 2022, arXiv:2110.04366: an adapter beside the feed-forward layer, scaled by 4.
 
-    Args: as in `houlsby`; `targets` are whole sublayers, whose input the adapter reads.
+    Args:
+        bottleneck_dim: m; 64 where neither width field is given.
+        reduction_factor: as in `Bottleneck`.
+        targets: patterns of whole feed-forward layers, whose input the adapter reads.
+        scale: factor on the adapter's output.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `Bottleneck`.
+
+    Raises:
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+
+    Example:
+        >>> parallel(32)
+        Recipe(
+          Bottleneck(targets=('**/mlp',), bottleneck_dim=32, placement='parallel', scale=4.0),
+        )
     """
     adapter = _bottleneck(
         targets, bottleneck_dim, reduction_factor, placement="parallel", scale=scale, **fields
@@ -131,7 +163,8 @@ def lora(
         **fields: further fields of `LoRA`.
 
     Raises:
-        UserError: `bias` has another value.
+        UserError: `bias` has another value, a field of `LoRA` is out of its range, or `head` is
+            no path.
 
     Example:
         >>> lora(4, bias="lora_only")
@@ -159,6 +192,10 @@ def ia3(
         targets: patterns of linear layers whose outputs are scaled.
         feed_forward: patterns of the feed-forward's last projections, whose inputs are scaled.
         head: path of the task's head, which trains whole.
+
+    Raises:
+        TargetError: `targets` or `feed_forward` are no patterns.
+        UserError: `head` is no path.
 
     Example:
         >>> ia3(feed_forward="**/mlp/output")
@@ -193,7 +230,8 @@ def llama_adapter(
 
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
-            `num_layers`, or layers are chosen and `targets` has no `{}`.
+            `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
+            `LlamaAdapter` is out of its range, or `head` is no path.
 
     Example:
         >>> llama_adapter(last=2, num_layers=32)
@@ -217,7 +255,25 @@ def prefix_tuning(
 ) -> Recipe:
     """Li and Liang 2021, arXiv:2101.00190: trained keys and values in every layer.
 
-    Args: as in `llama_adapter`, with `length` tokens of each layer's prefix.
+    Args:
+        length: K, tokens of each layer's prefix.
+        last: how many layers get a prefix, counted from the top; needs `num_layers`.
+        num_layers: how many layers the model has.
+        layers: instead of `last`: the layers' numbers, such as `range(2, 32)`; all by default.
+        targets: pattern of one layer's attention, with `{}` for the layer's number.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `PrefixTuning`.
+
+    Raises:
+        UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
+            `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
+            `PrefixTuning` is out of its range, or `head` is no path.
+
+    Example:
+        >>> prefix_tuning(10, layers=[0, 1])
+        Recipe(
+          PrefixTuning(targets=('layers/0/attention', 'layers/1/attention'), length=10),
+        )
     """
     numbers = _numbers("prefix_tuning", last, num_layers, layers)
     return _recipe(PrefixTuning(_per_layer(targets, numbers), length, **fields), head=head)
@@ -249,7 +305,21 @@ def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]
 
 
 def bitfit(*, head: str | None = None) -> Recipe:
-    """Ben Zaken et al. 2022, arXiv:2106.10199: the biases, and the task's head."""
+    """Ben Zaken et al. 2022, arXiv:2106.10199: the biases, and the task's head.
+
+    Args:
+        head: path of the task's head, which trains whole.
+
+    Raises:
+        UserError: `head` is no path.
+
+    Example:
+        >>> bitfit(head="head")
+        Recipe(
+          Unfreeze(targets=('**/bias',)),
+          Unfreeze(targets=('head/**',)),
+        )
+    """
     return _recipe(Unfreeze("**/bias"), head=head)
 
 
@@ -259,6 +329,10 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
     Args:
         targets: pattern of the layer norms' parameters.
         head: path of the task's head, which trains whole.
+
+    Raises:
+        TargetError: `targets` is no pattern.
+        UserError: `head` is no path.
 
     Example:
         >>> layer_norms()
@@ -281,7 +355,7 @@ def last_layers(
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: k is not between 1 and `num_layers`, or `layer` has no `{}`.
+        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is no path.
 
     Example:
         >>> last_layers(2, 12)
@@ -298,7 +372,14 @@ def last_layers(
 
 
 def full() -> Recipe:
-    """Full fine-tuning: every parameter trains."""
+    """Full fine-tuning: every parameter trains.
+
+    Example:
+        >>> full()
+        Recipe(
+          Unfreeze(targets=('**',)),
+        )
+    """
     return Recipe(Unfreeze("**"))
 
 

@@ -158,8 +158,15 @@ def without_adapters(params: Tree, recipe: Recipe) -> Tree:
 def merge_trees(*trees: Tree) -> Tree:
     """Merges the parts of one tree; the inverse of `partition`.
 
+    Args:
+        *trees: nested mappings of parameters, arrays or abstract, without common paths.
+
+    Returns:
+        One nested dictionary with the leaves of all of them.
+
     Raises:
-        UserError: two parts have a leaf at one path, or one a leaf where the other has a subtree.
+        UserError: two parts have a leaf at one path, one a leaf where the other has a subtree, or a
+            part is no nested mapping.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})

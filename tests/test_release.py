@@ -1,6 +1,8 @@
 """What a release consists of: workflows, metadata, public names and bounds of dependencies."""
 
+import dataclasses
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -19,6 +22,8 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PUBLIC = ROOT / "tests" / "public.txt"
 PAIR = ("interop", "documentation")
+# Packages whose docstrings name every argument, and have an example.
+DESCRIBED = ["adapters_jax"]
 
 
 def parts():
@@ -179,6 +184,28 @@ def test_every_public_name_is_there_and_described():
         module, _, name = path.rpartition(".")
         thing = getattr(importlib.import_module(module), name)
         assert not callable(thing) or thing.__doc__, path
+
+
+def arguments(thing):
+    """The names of a callable's arguments; of a dataclass the fields that it is made of."""
+    if dataclasses.is_dataclass(thing):
+        return [field.name for field in dataclasses.fields(thing) if field.init]
+    return list(inspect.signature(thing).parameters)
+
+
+@pytest.mark.parametrize("package", DESCRIBED)
+def test_public_docstrings_name_every_argument_and_have_an_example(package):
+    module, lacking = importlib.import_module(package), []
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if not callable(thing) or (isinstance(thing, type) and issubclass(thing, BaseException)):
+            continue
+        text = inspect.getdoc(thing) or ""
+        described = docstring_parser.google.parse(text).params  # of Args and of Attributes
+        names = {x.lstrip("*") for each in described for x in each.arg_name.split(", ")}
+        lacking += [f"{name}: {each}" for each in arguments(thing) if each not in names]
+        lacking += [] if ">>> " in text else [f"{name}: an example"]
+    assert not lacking
 
 
 def test_the_citation_has_what_its_format_needs():

@@ -28,7 +28,7 @@ def join_hosts(
             JAX_COORDINATOR_ADDRESS, or what jax finds on a TPU pod, Slurm, MPI or Kubernetes.
         processes: the number of processes; by default JAX_NUM_PROCESSES, or what jax finds.
         process: the number of this one, from 0; by default JAX_PROCESS_ID, or what jax finds.
-        heartbeat_seconds: when one process ends, the others end within this time.
+        heartbeat_seconds: when one process ends, the others end within this time, in seconds.
 
     Returns:
         Whether the job has several processes.
@@ -36,6 +36,11 @@ def join_hosts(
     Raises:
         UserError: only some of the three are known, or a variable is not a number.
         RuntimeError: jax has its devices already.
+
+    Example:
+        >>> join_hosts("10.0.0.1:1234", processes=2)
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: join_hosts: JAX_PROCESS_ID is not set, ...
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _number(PROCESSES) if processes is None else processes

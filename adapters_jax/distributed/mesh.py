@@ -164,8 +164,9 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
             this process needs; or `mesh` is no mesh.
 
     Example:
-        >>> shard_batch(np.ones((8, 3)), make_mesh("data=-1")).shape
-        (8, 3)
+        >>> batch = shard_batch(np.ones((8, 3)), make_mesh("data=-1"))
+        >>> batch.shape, batch.sharding.mesh.axis_names
+        ((8, 3), ('data',))
     """
     check_mesh("shard_batch", mesh)
 

@@ -59,6 +59,13 @@ class Plan:
         parameters: the number of parameters of base and adapters, likewise.
         inputs: the batch, the step's number and key, and what a device's layout of arrays adds.
         program: what the compiler says of the step; None if it refused a step that does not fit.
+
+    Example:
+        >>> found = Plan(
+        ...     base=4096, adapters=512, optimizer=1024, gradients=512, activations=256,
+        ...     temporaries=64, batch=8, devices=1, trainable_parameters=128, parameters=1152)
+        >>> found.total
+        6464
     """
 
     base: int
@@ -162,6 +169,8 @@ def plan(
 
     Raises:
         ShardingError: a rule or the batch does not fit the mesh.
+        TargetError: a rule matches no parameter.
+        UserError, MismatchError: as for `make_train_step`.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp

@@ -58,6 +58,7 @@ def layout(
     Raises:
         ShardingError: an axis is not of the mesh, or its size does not divide a dimension.
         TargetError: a rule matches no parameter.
+        UserError: `params` is no tree of parameters.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -209,6 +210,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
     Raises:
         ShardingError: as for `layout`, or `mesh` is no mesh.
         TargetError: a rule matches no parameter.
+        UserError: `subject` is none of these.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp

@@ -316,12 +316,23 @@ def read_adapter(
         base: the base that it is for, from `base_identity`, as for a `Bank`; None reads any.
 
     Returns:
-        The recipe, and the trained arrays by path.
+        The recipe, and the trained arrays by path, `"query/lora/a"`, in the shapes and dtypes of
+        the file.
 
     Raises:
         OtherBaseError: it was trained on another base than `base`.
         AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
             adapter of this library, or it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from adapters_jax import Unfreeze
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trained = {"head": {"bias": np.array([1.0, 2.0], np.float32)}}
+        ...     saved = save_adapter(f"{folder}/a", trained, Unfreeze("head/**"))
+        ...     recipe, arrays = read_adapter(saved)
+        >>> arrays["head/bias"].tolist()
+        [1.0, 2.0]
     """
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
         known = manifest.base.differences(base) if manifest.base and base else ""

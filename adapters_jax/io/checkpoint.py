@@ -55,6 +55,10 @@ class Checkpoint:
         state: the saved state, with the base of the state that it was restored into.
         best: the best adapters so far, a tree like `state.adapters`; None if none were saved.
         progress: the `progress` that was given to `save`.
+
+    Example:
+        >>> Checkpoint(state=None, best=None, progress={"epoch": 3}).progress["epoch"]
+        3
     """
 
     state: TrainState
@@ -71,10 +75,9 @@ class Checkpoints:
     """The checkpoints of one training run, in a directory of their own.
 
     A save returns at once; a thread writes one save at a time. The last `keep` checkpoints and the
-    one with the highest score are kept. Opening the directory renames damaged checkpoints, and
-    those with a file that cannot be read, to `damaged-<step>`. If the batch is a function of the
-    step's number, as with grain's `MapDataset`, a resumed run equals the uninterrupted one bit for
-    bit.
+    one with the highest score are kept. Opening the directory renames those that are damaged or
+    cannot be read to `damaged-<step>`. If the batch is a function of the step's number, as with
+    grain's `MapDataset`, a resumed run equals the uninterrupted one bit for bit.
 
     Args:
         directory: created if it is absent. The remains of an interrupted save are removed.
@@ -262,8 +265,7 @@ class Checkpoints:
             step: the step of the checkpoint; None is the newest.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it cannot be read, or it has another
-                recipe or base.
+            CheckpointError: it is absent, cannot be read, or has another recipe or base.
             MismatchError: arrays differ in shape or dtype; the message names all of them.
         """
         check_kind("Checkpoints.restore", state)

@@ -30,6 +30,10 @@ class BaseIdentity:
         id: the name of the base, such as its id on the Hugging Face Hub.
         config_sha256: the hash of its configuration.
         tree_sha256: the hash of the paths and shapes of its parameters, not of values and dtypes.
+
+    Example:
+        >>> BaseIdentity("gpt2") == base_identity(id="gpt2")
+        True
     """
 
     id: str | None = None
@@ -73,6 +77,7 @@ def base_identity(
 
     Raises:
         TypeError: JSON cannot hold the configuration.
+        UserError: `base` is neither a tree of parameters nor an NNX model.
 
     Example:
         >>> from adapters_jax import LoRA

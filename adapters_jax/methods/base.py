@@ -31,20 +31,22 @@ class AttachmentPoint:
     """One module of a model, as a method sees it.
 
     Attributes:
-        path: path of the module, names joined by slashes; of a leaf, where several of the
-            module's are adapted.
+        path: path of the module, or of a leaf where several of the module's are adapted.
         width: size of the last axis of the output that the method acts on, d; 0 where the module
             returns no array of floats, or several of which none is plainly meant.
         weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
         axes: the roles of that weight's axes; None for a module without one.
         own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
-        attention: the sizes of the attention that the module computes; None where it computes none
-            in which a prompt can act.
-        no_attention: why it computes none, as the end of a sentence; empty where that is not known.
+        attention: the sizes of the module's attention; None where it has none for a prompt.
+        no_attention: why it has none, as the end of a sentence; empty where that is not known.
         again: runs the module, with the methods before this one, on another input, and gives the
             output that the method acts on; None outside of a call.
         returned: what the module's `__call__` returned, as shapes; None where it did not run.
+
+    Example:
+        >>> AttachmentPoint("mlp/up", weight="kernel", own={"kernel": (768, 3072)}).weight_shape
+        (768, 3072)
     """
 
     path: str
@@ -66,7 +68,16 @@ class AttachmentPoint:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array that a method adds: its shape and its initialiser, both without layer axes."""
+    """One array that a method adds.
+
+    Attributes:
+        shape: its shape, without layer axes.
+        init: its initialiser, `init(key, shape)`, which returns float32.
+
+    Example:
+        >>> Leaf((4, 2), lambda key, shape: jnp.zeros(shape)).shape
+        (4, 2)
+    """
 
     shape: tuple[int, ...]
     init: Initializer
@@ -80,6 +91,10 @@ class Count:
         formula: the closed form with its numbers, `2*768*64 + 64 + 768`.
         parameters: its value for one layer.
         copies: how many layers are stacked in the leaves.
+
+    Example:
+        >>> Count("2*768*64 + 64 + 768", 2 * 768 * 64 + 64 + 768).parameters
+        99136
     """
 
     formula: str
@@ -128,21 +143,22 @@ class Method:
         inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
-        neutral(leaves): leaves of these shapes with which the method leaves the base as it is; a
-            bank of adapters needs it.
-        size(leaves), fitted(leaves, path, whole), size_fields: what may differ between the adapters
-            of a bank: a size of the leaves, and fields.
-        pattern_fields: names of fields of (pattern, value) pairs, each with the name of the field
-            that it overrides for the targets that the pattern matches.
+        neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
+        size(leaves), fitted(leaves, path, whole), size_fields: what may differ in a bank.
+        pattern_fields: fields of (pattern, value) pairs, each with the field that it overrides.
         subset_fields: fields of patterns that match some of the targets.
         paper: the number on arXiv of the paper that proposed it, which a run's page cites.
 
     Args:
         targets: patterns of module paths.
 
+    Raises:
+        TargetError: `targets` are no patterns.
+        UserError: a setting has the name that another library gives it.
+
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
-        >>> from dataclasses import dataclass, field
+        >>> from dataclasses import dataclass
         >>> from flax import linen as nn
         >>> from adapters_jax.methods import Count, Leaf, arrays
         >>> @aj.register_method
@@ -164,10 +180,8 @@ class Method:
         >>> params = aj.init_adapters(model, params, jax.random.key(1), jnp.ones((1, 4)))
         >>> aj.audit(model, params).adapter_parameters
         3
-        >>> aj.Recipe.from_json(aj.Recipe(Gain("**")).to_json())
-        Recipe(
-          Gain(targets=('**',)),
-        )
+        >>> aj.Recipe.from_json(aj.Recipe(Gain("**")).to_json()) == aj.Recipe(Gain("**"))
+        True
     """
 
     name: ClassVar[str]
@@ -287,8 +301,7 @@ class Method:
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
             *args: arguments of `attention_fn`: query, key and value first.
-            **kwargs: further arguments of `attention_fn`; a `mask` may be an array, or rules: a
-                `adapters_jax.attention.masks.Mask`.
+            **kwargs: further ones; a `mask` is an array or an `adapters_jax.attention.masks.Mask`.
         """
         return attention_fn(*args, **kwargs)
 
@@ -301,8 +314,7 @@ class Method:
             leaves: the arrays by name.
             point: the attention module that they adapt.
             inline: what the attention reads.
-            mixed: its output without the method, (..., heads, head_dim), before the output
-                projection.
+            mixed: its output before the output projection, (..., heads, head_dim).
         """
         return mixed
 
@@ -414,11 +426,7 @@ def merged_stacked(
 def started(
     method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
 ) -> tuple[dict[str, Array], Any]:
-    """`Method.start`, also for a quantised weight, which is kept.
-
-    Raises:
-        RecipeError: the method would change a quantised weight.
-    """
+    """`Method.start`, also for a quantised weight; raises RecipeError if that would change."""
     packed = is_quantized(weight)
     if packed and method.from_weight == "changes":
         raise RecipeError(

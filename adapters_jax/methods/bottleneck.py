@@ -47,6 +47,10 @@ _NORMS = ("norm_before", "norm_after")
 def bottleneck_parameters(d: int, m: int) -> int:
     """Parameters of one bottleneck adapter with both biases: 2md + d + m.
 
+    Args:
+        d: width of the output that the adapter acts on.
+        m: width between its projections.
+
     Example:
         >>> bottleneck_parameters(1024, 64)
         132160
@@ -62,7 +66,8 @@ class Bottleneck(Method):
     Parallel: `y + scale * up(f(down(x)))` of the module's input x, which must be as wide as y.
     Norm: `norm(x + scale * up(f(down(y))))`, where the module is a norm, x its input and
     y = norm(x) (Pfeiffer's form in post-norm transformers, where x is the sum with the residual).
-    Both projections have a bias. Leaves are float32 and are cast to the dtype of y.
+    Both projections have a bias. Leaves are float32, kernels (d, m) and (m, d), and are cast to the
+    dtype of y.
 
     A module may return several arrays, in tuples, dictionaries, dataclasses and what else jax takes
     for containers. Then y is the only one of floats, or else the only one that has the shape of x,

@@ -25,12 +25,18 @@ from adapters_jax.weights.factors import Factor
 class DoRA(LoRA):
     """LoRA whose adapted weight has a trained norm for each output.
 
-    `m * (W + scale A B) / |W + scale A B|`, where the norm runs over the inputs of each output. m
-    starts at the norm of W, so that the output starts as the base's, up to rounding. The norm is
-    not differentiated (section 4.3 of the paper), and the layer's bias is not scaled. Norms are
-    computed in float32.
+    `m * (W + scale A B) / |W + scale A B|`, where the norm runs over the inputs of each output. m,
+    float32 (out,), starts at the norm of W, so that the output starts as the base's, up to
+    rounding. The norm is not differentiated (section 4.3 of the paper), and the layer's bias is not
+    scaled. Norms are computed in float32.
 
-    Args: as in `LoRA`, without `slices`.
+    Args:
+        targets, rank, alpha, dropout, a_init, rank_stabilized: as in `LoRA`.
+        rank_pattern, alpha_pattern: as in `LoRA`.
+        slices: not supported; leave it empty.
+
+    Raises:
+        UserError: a field is out of its range, or `slices` are given.
 
     Example:
         >>> DoRA("**/query", rank=4).leaf_names

@@ -29,11 +29,14 @@ class IA3(LeafMethod):
     The outputs of a target's weight are multiplied by l, and so is its bias; the inputs are, where
     `feed_forward` matches the target as well, since the paper scales the inner feed-forward
     activation before the projection that reads it. l starts at ones, so that the output starts as
-    the base's. Leaves are float32 and are cast to the dtype of the array that they scale.
+    the base's. Leaves are float32, (out,) or (in,), and are cast to the dtype of what they scale.
 
     Args:
         targets: patterns of modules with weights, or of weights.
         feed_forward: patterns of those among them whose input is scaled.
+
+    Raises:
+        TargetError: `targets` or `feed_forward` are no patterns.
 
     Example:
         >>> IA3(("**/{key,value}", "**/mlp/output"), feed_forward="**/mlp/output").leaf_names

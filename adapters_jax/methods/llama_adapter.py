@@ -23,6 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity"
 def llama_adapter_parameters(d: int, length: int, gates: int) -> int:
     """Parameters of one layer's prompt and gates: Kd + gates.
 
+    Args:
+        d: width of the model.
+        length: K, tokens of the prompt.
+        gates: the number of heads, or 1 for one gate for the layer.
+
     Example:
         >>> 30 * llama_adapter_parameters(4096, 10, 32)
         1229760
@@ -39,7 +44,8 @@ class LlamaAdapter(Prompt):
     from the module's own projections, without rotary embedding, norms and mask; the query is the
     one that the module multiplies with its keys. Another scale than 1 / sqrt(head_dim), or a soft
     cap of the module's, is kept. Gates start at zero, so that the output starts as the base's.
-    Leaves are float32; the branch computes in the dtype of the query, its softmax in float32.
+    Leaves are float32, the prompt (K, d); the branch computes in the dtype of the query, its
+    softmax in float32.
 
     Args:
         targets: patterns of attention modules.

@@ -36,6 +36,11 @@ INITS = {
 def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
     """Parameters of one pair of factors: r(in + out).
 
+    Args:
+        inputs: size of the weight's input axes.
+        outputs: size of its output axes.
+        rank: r.
+
     Example:
         >>> lora_parameters(768, 768, 8)
         12288

@@ -24,6 +24,11 @@ from adapters_jax.methods.prompt import Attended, Prompt, Tokens, counting, grou
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
     """Parameters of one layer's prefix, a key and a value for each token and key head: 2Kgh.
 
+    Args:
+        length: K, tokens of the prefix.
+        kv_heads: g, heads of the keys and values.
+        head_dim: h, width of a head.
+
     Example:
         >>> prefix_parameters(20, 12, 64)
         30720
@@ -39,7 +44,8 @@ class PrefixTuning(Prompt):
     base's: even a prefix of zeros takes a share of the attention. Keys have no rotary embedding.
     What the module does to its weights after the softmax, as dropout does, leaves out the prefix.
     The prefix is trained directly, without the paper's reparametrisation by an MLP.
-    Leaves are float32 and are cast to the dtypes of the module's keys and values.
+    Leaves are float32, (K, kv_heads, head_dim) each, and are cast to the dtypes of the module's
+    keys and values.
 
     Args:
         targets: patterns of attention modules.

@@ -30,6 +30,15 @@ def register_method(cls: M) -> M:
     Raises:
         TypeError: `cls` is no such class, or lacks members; the message names all of them.
         RecipeError: another method has its name or slot.
+
+    Example:
+        >>> @register_method  # the example of `Method` is a whole class
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Gain(Method):
+        ...     '''Multiplies every output by a trained number.'''
+        ...     name, slot, leaf_names = "gain", "gain", ("scale",)
+        Traceback (most recent call last):
+        TypeError: register_method: Gain lacks fits, leaves, count, forward; help(aj.Method) ...
     """
     owner = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):

@@ -13,6 +13,9 @@ class Unfreeze(Method):
     Args:
         targets: patterns of parameter paths, not of modules: `head/**`, `**/bias`.
 
+    Raises:
+        TargetError: `targets` are no patterns.
+
     Example:
         >>> Unfreeze("head/**")
         Unfreeze(targets=('head/**',))

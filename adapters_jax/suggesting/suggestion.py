@@ -57,6 +57,14 @@ class Suggestion:
     Attributes:
         roles: what was found, as paths.
         paths: the paths of all modules and parameters of the model.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> found = suggest(nn.MultiHeadDotProductAttention(2), jnp.ones((1, 4, 8)))
+        >>> found.recipe("lora", 4)
+        Recipe(
+          LoRA(targets=('{query,value}',), rank=4),
+        )
     """
 
     roles: Roles

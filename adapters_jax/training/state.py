@@ -53,6 +53,14 @@ class TrainState:
         loss_scale: what the loss is multiplied by while its gradient is computed, so that small
             gradients stay in float16's range; None does not scale.
         layout: the shardings of the leaves of `checkpointed`, which steps keep; None on one device.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> base = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(1))
+        >>> state = TrainState.create(model, tx=optax.sgd(0.1), key=jax.random.key(0))
+        >>> int(state.step), state.adapters["bias"][...].tolist()
+        (0, [0.0, 0.0, 0.0])
     """
 
     step: Int[Array, ""]

@@ -390,6 +390,16 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
     Raises:
         UserError: `fn` is no function of two arguments; or the state is no `TrainState`, or a step
             took it over.
+
+    Example:
+        >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> base = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(0))
+        >>> state = TrainState.create(model, tx=optax.sgd(0.5), key=jax.random.key(0))
+        >>> evaluate = make_eval_step(lambda model, batch: model(batch)[:, 0])
+        >>> evaluate(state, jnp.zeros((4, 2))).tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
 
     _check_function("make_eval_step", fn, ("params", "batch"))

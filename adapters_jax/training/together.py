@@ -137,8 +137,25 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
 def unstack_states(state: TrainState) -> list[TrainState]:
     """The states of trainings, each as if it had been trained alone; undoes `stack_states`.
 
+    Args:
+        state: as `stack_states` or a step on such a state gives it.
+
+    Returns:
+        The states in their order, on the given state's base; their leaves are copies, without the
+        axis for the trainings.
+
     Raises:
         UserError: the state is not of several trainings.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> from flax import nnx
+        >>> base = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(0))
+        >>> state = TrainState.create(model, tx=optax.sgd(0.5), key=jax.random.key(0))
+        >>> together = stack_states([state, state])
+        >>> together.step.shape, [int(state.step) for state in unstack_states(together)]
+        ((2,), [0, 0])
     """
     if not isinstance(state.tx, Optimizers):
         raise UserError("unstack_states: this is the state of one training; use it as it is")

@@ -59,6 +59,7 @@ class Bank:
 
     Raises:
         TypeError: the model has no adapters, or params are missing or given to an NNX model.
+        UserError: `capacity` is not a positive whole number.
         RecipeError: a method of the recipe cannot leave the base as it is: PiSSA, which changes the
             base, and methods of other packages without `neutral`.
 

@@ -32,9 +32,18 @@ class Combined:
 
     Attributes:
         recipe: says where it attaches and at which ranks; every scale is 1.
-        adapters: its factors, a tree as `partition` gives it.
+        adapters: its factors, a tree as `partition` gives it: for each weight A (in, r) and B
+            (r, out), float32, where in and out are the weight's own axes.
         error: the part of the change that the rank cannot hold, by the Frobenius norm over all
             weights; 0 where nothing is lost.
+
+    Example:
+        >>> import numpy as np
+        >>> base = {"query": {"kernel": np.ones((3, 2))}}
+        >>> one = {"query": {"lora": {"a": np.ones((3, 1)), "b": np.ones((1, 2))}}}
+        >>> made = combine(base, [(LoRA("query", 1), one)], [0.5])
+        >>> made.adapters["query"]["lora"]["b"].tolist(), made.error
+        ([[0.5, 0.5]], 0.0)
     """
 
     recipe: Recipe
@@ -81,6 +90,7 @@ def combine(
     Raises:
         RecipeError: a recipe trains anything but LoRA, or an adapter does not fit the base.
         UserError: an argument is out of its range, or there is not one weight for each adapter.
+        TypeError: an adapter is not a recipe with its tree.
 
     Example:
         >>> import adapters_jax as aj, numpy as np

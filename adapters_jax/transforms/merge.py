@@ -56,8 +56,9 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
         >>> from flax import nnx
         >>> base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
         >>> adapted = aj.adapt(base, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
-        >>> type(aj.merge(adapted)).__name__
-        'Linear'
+        >>> merged, x = aj.merge(adapted), jnp.ones((1, 4))
+        >>> type(merged).__name__, bool(jnp.allclose(merged(x), adapted(x)))
+        ('Linear', True)
     """
     return _folded("merge", model, params, args, kwargs, merged_stacked)
 
@@ -70,8 +71,12 @@ def unmerge(
     The result is not exact, since the merged weights were rounded. If you can, keep the base, and
     merge the next adapter with it.
 
-    Args: as in `merge`, but the model or the tree has merged weights, with the adapters beside
-        them, as `load_adapter` onto the merged model gives it.
+    Args:
+        model: an adapted model; in NNX one with merged weights, with the adapters beside them, as
+            `load_adapter` onto the merged model gives it.
+        params: linen only: the whole parameter tree, with such weights and adapters.
+        *args: linen only: example inputs, as in `merge`.
+        **kwargs: linen only: further arguments of the model's call.
 
     Returns:
         The base, in the form in which `merge` returns it; and a bound on the error: no entry of a

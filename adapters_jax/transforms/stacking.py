@@ -172,6 +172,7 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
         MismatchError: a leaf is missing in some layer, or its shape or dtype differs.
         RecipeError: the layers' methods differ, for example in alpha or dropout.
         UserError: `names` has no names of layers.
+        TypeError: `tree` is a path.
 
     Example:
         >>> tree = {"layer_0": {"bias": np.zeros(3)}, "layer_1": {"bias": np.ones(3)}}
@@ -189,14 +190,18 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
     """The inverse of `stack_layers`: each layer has leaves of its own, as in the unrolled model.
 
-    Args: as in `stack_layers`.
+    Args:
+        tree: as in `stack_layers`, with the leaves of all layers stacked on their first axis.
+        names: as in `stack_layers`.
 
-    Returns: as in `stack_layers`.
+    Returns:
+        As in `stack_layers`; the leaves of a layer lack that axis.
 
     Raises:
         MismatchError: leaves of scanned layers differ in their first axis, or layers are unrolled
             already.
         UserError: `names` has no names of layers.
+        TypeError: `tree` is a path.
 
     Example:
         >>> unstack_layers({"layers": {"bias": np.ones((2, 3))}}, Stack("layer_{}"))
