@@ -55,6 +55,8 @@ from adapters_jax.tasks.token_classification import TokenClassification
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
 
 #: The tasks by name. A task of your own is a further entry, made before a run of it is read.
+#:
+#: :meta hide-value:
 TASKS: dict[str, Task] = {
     Classification.name: Classification(),
     Regression.name: Regression(),
