@@ -13,6 +13,7 @@ from pathlib import Path
 import docstring_parser
 import pytest
 import yaml
+from helpers.public import imported_by_pages, public_modules
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -166,17 +167,24 @@ def test_the_oldest_releases_are_the_bounds():
 
 
 def test_the_public_names_are_those_of_the_policy():
-    """The table of CONTRIBUTING.md has the packages, `tests/public.txt` their names."""
-    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## What is public")[2]
-    rows = re.findall(r"^\| (`adapters_jax.*?) \|", table.partition("\n## ")[0], re.M)
-    packages = [name for row in rows for name in re.findall(r"`(.*?)`", row)]
-    found = [
-        f"{name}.{each}"
-        for name in packages
-        for each in sorted(importlib.import_module(name).__all__)
-    ]
+    """The tables of CONTRIBUTING.md have the modules, `tests/public.txt` their names.
+
+    Of the first table's packages these are `__all__`, of the second one's what pages import.
+    """
+    packages, modules = public_modules()
+    names = {package: importlib.import_module(package).__all__ for package in packages}
+    for module in modules:
+        names[module] = [name for where, name in imported_by_pages() if where == module and name]
+    found = [f"{module}.{name}" for module, several in names.items() for name in sorted(several)]
     assert found == PUBLIC.read_text().split()
     assert len(found) == len({*found})
+
+
+def test_pages_import_from_public_modules():
+    packages, modules = public_modules()
+    imported = {module for module, _ in imported_by_pages()}
+    assert imported <= {*packages, *modules}
+    assert {*modules} <= imported, "no page imports from a module of the second table"
 
 
 def test_every_public_name_is_there_and_described():

@@ -28,6 +28,14 @@ def load_predictor(
         RunError: the run is absent or damaged, its task generates, or the base has other weights.
         AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
+
+    Example:
+        >>> predictor = load_predictor("runs/reviews")  # doctest: +SKIP
+        >>> predictor.predict(["A great film."])  # doctest: +SKIP
+        [ClassPrediction(text='A great film.', text_pair=None, label='1', probabilities={...})]
+        >>> load_predictor("./no-run")
+        Traceback (most recent call last):
+        adapters_jax.io.run_directory.RunConfigError: no run at no-run: it has no config.json...
     """
     return _open("predict", path, revision, model)
 
@@ -49,6 +57,14 @@ def load_generator(
         RunError: the run is absent or damaged, its task predicts, or the base has other weights.
         AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
+
+    Example:
+        >>> generator = load_generator("runs/restaurants")  # doctest: +SKIP
+        >>> print(*generator.generate(["name: Aromi, food: Thai"]))  # doctest: +SKIP
+        Aromi serves Thai food.
+        >>> load_generator("./no-run")
+        Traceback (most recent call last):
+        adapters_jax.io.run_directory.RunConfigError: no run at no-run: it has no config.json...
     """
     return _open("generate", path, revision, model)
 

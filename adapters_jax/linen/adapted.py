@@ -44,6 +44,26 @@ class Adapted(nn.Module):
     """A linen module with adapters: the same calls, the base's parameters and the adapters' leaves.
 
     Made by `adapt`, which also gives it the base's methods and fields.
+
+    Args:
+        inner: the base.
+        recipe: the recipe of its adapters.
+        adapters_stacked: whether the leaves are those of a bank; calls then need `adapters`.
+
+    Raises:
+        RecipeError: when it is called, the parameters have no adapters.
+        UserError: when it is called, the leaves are those of a bank and `adapters` is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, adapters_jax as aj
+        >>> base, x = nn.Dense(3), jnp.ones((1, 4))
+        >>> model = aj.adapt(base, aj.LoRA("**", rank=2))
+        >>> isinstance(model, Adapted), model.features, model.inner is base
+        (True, 3, True)
+        >>> params = base.init(jax.random.key(0), x)["params"]
+        >>> model.apply({"params": params}, x)
+        Traceback (most recent call last):
+        adapters_jax.errors.RecipeError: AdaptedDense: the parameters hold nothing of LoRA; ...
     """
 
     inner: nn.Module
@@ -81,7 +101,15 @@ class Adapted(nn.Module):
     ) -> Any:
         """As in flax; a function given as `method` gets the base, which runs with its adapters.
 
-        Where `adapters` says which adapter of a bank each row has, the variables are the bank's.
+        Args:
+            variables: the collections, "params" with the adapters' leaves, or a bank's.
+            *args: the inputs of the base.
+            method: the function to run, a name or a function of the base; by default `__call__`.
+            adapters: which adapter of a bank each row has, as `Bank.rows` gives it.
+            **kwargs: further arguments of the function, and flax's, such as `rngs`, `mutable`.
+
+        Returns:
+            What the base returns, and with `mutable` the changed collections as well.
         """
         if adapters is not None:
             return self._by_rows(variables, args, method, adapters, kwargs)
@@ -267,7 +295,22 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
 
 
 def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
-    """See `adapters_jax.adapt`."""
+    """Gives a linen model adapters; `adapters_jax.adapt` calls it, and takes a method as well.
+
+    Args:
+        model: a linen module; it is not changed. One with adapters gets more.
+        recipe: which modules get adapters, and what else trains.
+
+    Returns:
+        A module with the same methods, fields and parameter paths, whose adapter leaves
+        `init_adapters` makes. Nothing runs yet, so patterns are checked there.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, adapters_jax as aj
+        >>> model, x = adapt(nn.Dense(3), aj.Recipe(aj.LoRA("**", rank=2))), jnp.ones((1, 4))
+        >>> jax.tree.map(jnp.shape, model.init(jax.random.key(0), x)["params"])
+        {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
+    """
     if isinstance(model, Adapted):
         return adapt(model.inner, model.recipe + recipe)
     return _adapted_class(type(model))(inner=model, recipe=recipe)  # type: ignore[arg-type]
@@ -280,16 +323,27 @@ def points(
 
     Args:
         model: an adapted linen module.
-        *args: example inputs; only shapes matter.
+        *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
         method: another function of the model than `__call__`, which takes the inputs.
         **kwargs: further arguments of that function.
 
     Returns:
-        Each method on each module or weight; all parameters, abstract.
+        Each method on each module or weight, with `method`, `module` (the path), `prefix` (where
+        its leaves are) and `point` (the shapes); and all parameters as shapes and dtypes, the
+        adapters' in float32.
 
     Raises:
-        TargetError: a pattern matches nothing, or nothing that its method can attach to.
+        TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
+            not depend on a target, or one method attaches to an attention twice.
+        RecipeError: methods on one module exclude each other, or the base has a name of theirs.
         UserError: the example inputs do not fit the model.
+
+    Example:
+        >>> import jax.numpy as jnp, adapters_jax as aj
+        >>> model = aj.adapt(nn.Dense(3), aj.LoRA("**", rank=2))
+        >>> (each,), params = points(model, jnp.ones((1, 4)))
+        >>> each.prefix, each.point.weight, params["lora"]["b"]
+        ('lora', 'kernel', ShapeDtypeStruct(shape=(2, 3), dtype=float32))
     """
     return points_of(model.inner, model.recipe, Inputs.of_call(args, kwargs, method))
 

@@ -118,11 +118,32 @@ class _Running:
 class Interceptor:
     """Adapts the calls that it sees, and records them for checks and error messages.
 
+    It is given to `nn.intercept_methods`, for one run of one model.
+
     Args:
         recipe: the recipe.
         module: the model, bound.
         init: whether the run initialises the adapters.
         at: the path of the model in a larger one, to which the recipe's patterns refer.
+
+    Attributes:
+        visited: the modules that were called, each with its attachment point, by path.
+        reached: the paths of those whose results the outputs depend on, where `seen` ran the model.
+        uncalled: the modules of which other functions than `__call__` ran, by path.
+
+    Raises:
+        RecipeError: in the run, the base has the name of a method's leaves, or an attention is not
+            as it was registered.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model, x = nn.Sequential([nn.Dense(3), nn.relu]), jnp.ones((1, 4))
+        >>> bound = model.bind(model.init(jax.random.key(0), x))
+        >>> interceptor = Interceptor(Recipe(), bound, init=False)
+        >>> with nn.intercept_methods(interceptor):
+        ...     y = bound(x)
+        >>> list(interceptor.visited)
+        ['layers_0', '']
     """
 
     def __init__(self, recipe: Recipe, module: Any, init: bool, at: str = ""):

@@ -17,7 +17,13 @@ from adapters_jax.weights.changes import dropout
 class Bottleneck(nn.Module):
     """A bottleneck adapter to write into a model by hand: `x + up(f(down(x)))`.
 
-    Args: as in `adapters_jax.Bottleneck`.
+    The kernels are `down/kernel` (d, m) and `up/kernel` (m, d), each with a bias, all float32. They
+    start near zero, so the module starts near the identity.
+
+    Args: as in `adapters_jax.Bottleneck`; `bottleneck_dim` is m.
+
+    Raises:
+        UserError: when it is called, a field is out of its range.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -25,6 +31,9 @@ class Bottleneck(nn.Module):
         >>> params = adapter.init(jax.random.key(0), jnp.ones((2, 768)))["params"]
         >>> jax.tree.map(jnp.shape, params["down"])
         {'bias': (64,), 'kernel': (768, 64)}
+        >>> params["up"]["bias"] += 0.5
+        >>> adapter.apply({"params": params}, jnp.ones((1, 768))).mean().round(2)
+        Array(1.5, dtype=float32)
 
     Reference: Houlsby et al. 2019, arXiv:1902.00751.
     """
@@ -44,9 +53,12 @@ class Bottleneck(nn.Module):
         """The adapter on x; or, given the output y of a sublayer of x, beside that sublayer.
 
         Args:
-            x: (..., d).
+            x: (..., d), of any float dtype.
             y: (..., d), for the parallel form.
             deterministic: no dropout; by default there is dropout where a "dropout" key is given.
+
+        Returns:
+            (..., d), in the dtype of y, or of x where there is no y.
         """
         method = methods.Bottleneck(
             "**",
@@ -67,15 +79,24 @@ class Bottleneck(nn.Module):
 class LoRADense(nn.Dense):
     """A dense layer with low-rank factors, to write into a model by hand.
 
-    Its parameters are `kernel` and `bias` as in `nn.Dense`, and `lora/a` and `lora/b`.
+    Its parameters are `kernel` and `bias` as in `nn.Dense`, and the float32 factors `lora/a`
+    (in, r) and `lora/b` (r, out). B starts at zero, so the layer starts as the plain one.
 
-    Args: as in `nn.Dense` and `adapters_jax.LoRA`.
+    Args: as in `nn.Dense` and `adapters_jax.LoRA`; `rank` is r, and the scale is alpha / r.
+
+    Raises:
+        UserError: when it is called, a field of LoRA is out of its range.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> params = LoRADense(3, rank=2).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+        >>> layer, x = LoRADense(3, rank=2), jnp.ones((1, 4))
+        >>> params = layer.init(jax.random.key(0), x)["params"]
         >>> jax.tree.map(jnp.shape, params["lora"])
         {'a': (4, 2), 'b': (2, 3)}
+        >>> ones = jax.tree.map(jnp.ones_like, params["lora"])
+        >>> changed = layer.apply({"params": {**params, "lora": ones}}, x)
+        >>> (changed - layer.apply({"params": params}, x)).round(3).tolist()  # 4 * 1 * 1, twice
+        [[8.0, 8.0, 8.0]]
 
     Reference: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -99,8 +120,11 @@ class LoRADense(nn.Dense):
         """The dense layer with its low-rank branch.
 
         Args:
-            inputs: (..., in).
+            inputs: (..., in), of any float dtype.
             deterministic: no dropout; by default there is dropout where a "dropout" key is given.
+
+        Returns:
+            (..., out), in the dtype of `nn.Dense`.
         """
         y = super().__call__(inputs)
         method, module = self.method(), cast(Any, self)

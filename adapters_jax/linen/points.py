@@ -129,11 +129,22 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple
     Args:
         base: the model.
         recipe: a recipe, whose methods on outputs and attention run.
-        inputs: example inputs.
+        inputs: example inputs, as `aj.inputs` makes them; only shapes and dtypes matter.
         at: the path of the model in a larger one.
 
     Returns:
-        The interceptor that saw every module, and all variables.
+        The interceptor that saw every module, and all variables as shapes and dtypes.
+
+    Raises:
+        RecipeError: the base has the name of a method's leaves.
+        UserError: the example inputs do not fit the model.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nn.Sequential([nn.Dense(3), nn.relu])
+        >>> interceptor, variables = seen(model, Recipe(), aj.inputs(jnp.ones((1, 4))))
+        >>> list(interceptor.visited), variables["params"]["layers_0"]["kernel"].shape
+        (['layers_0', ''], (4, 3))
     """
     interceptors: list[Interceptor] = []
 
@@ -155,5 +166,16 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple
 
 
 def shapes_of(params: Tree) -> Tree:
-    """A tree as shapes and dtypes, without the boxes of partitioned parameters."""
+    """A tree as shapes and dtypes, without the boxes of partitioned parameters.
+
+    Args:
+        params: a tree of arrays or `jax.ShapeDtypeStruct`, some in boxes such as `nn.Partitioned`.
+
+    Returns:
+        The same tree of `jax.ShapeDtypeStruct`.
+
+    Example:
+        >>> shapes_of({"kernel": nn.Partitioned(jnp.ones((4, 3)), names=(None, "model"))})
+        {'kernel': ShapeDtypeStruct(shape=(4, 3), dtype=float32)}
+    """
     return jax.eval_shape(nn.meta.unbox, params)

@@ -69,7 +69,19 @@ def reads_of(
         base: the model.
         variables: its parameters, abstract, without boxes; of other collections, those that are
             missing are initialised.
-        inputs: example inputs.
+        inputs: example inputs, as `aj.inputs` makes them; only shapes and dtypes matter.
+
+    Returns:
+        By path of each float leaf that is no scalar, its `reads`: operations, with the axes of the
+        leaf that meet an input and those that the output keeps; and the interceptor of the run.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+        >>> base, x = nn.Dense(3, use_bias=False), jnp.ones((1, 4))
+        >>> reads, _ = reads_of(base, {"params": params}, aj.inputs(x))
+        >>> [(read.how, read.inputs, read.outputs) for read in reads["kernel"].reads]
+        [('product', frozenset({0}), frozenset({1}))]
     """
     leaves = flatten(variables["params"])
     tracked = {
@@ -110,7 +122,22 @@ def reads_of(
 
 
 def run_abstractly(model: nn.Module, params: Tree, inputs: Inputs) -> Any:
-    """The shapes of a model's outputs; collections other than parameters are initialised."""
+    """The shapes of a model's outputs; collections other than parameters are initialised.
+
+    Args:
+        model: a linen model, adapted or not.
+        params: its parameter tree; arrays or abstract.
+        inputs: example inputs, as `aj.inputs` makes them; only shapes and dtypes matter.
+
+    Returns:
+        The arrays among the outputs, as a list of `jax.ShapeDtypeStruct`.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+        >>> run_abstractly(nn.Dense(3), params, aj.inputs(jnp.ones((2, 4))))
+        [ShapeDtypeStruct(shape=(2, 3), dtype=float32)]
+    """
 
     def run(params: Tree) -> Any:
         given = inputs.zeros()

@@ -35,7 +35,36 @@ def adapt(
     rngs: nnx.Rngs,
     example_inputs: Any = None,
 ) -> nnx.Module:
-    """See `adapters_jax.adapt`."""
+    """Gives an NNX model adapters; `adapters_jax.adapt` calls it, and takes a method as well.
+
+    Args:
+        model: an NNX module, concrete or abstract; it is not changed. One with adapters gets more.
+        recipe: which modules get adapters, and what else trains.
+        rngs: seeds of the adapters (stream `params`) and of their dropout (stream `dropout`).
+        example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, of which only shapes
+            and dtypes matter: a tuple, or `aj.inputs(x, mask=m)`. None does where each target is a
+            layer of flax.
+
+    Returns:
+        A model with adapters, float32, that shares the base's arrays; abstract where `model` is.
+
+    Raises:
+        TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
+            not depend on a target, or one method attaches to an attention twice.
+        RecipeError: methods on one module exclude each other, or the base has a name of theirs.
+        UserError: `rngs` lacks a stream, or the inputs do not fit the model.
+        TypeError: `rngs` is no `nnx.Rngs`.
+
+    Warns:
+        AdapterWarning: as for `adapters_jax.adapt`.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = adapt(model, aj.Recipe(aj.LoRA("**", rank=2)), nnx.Rngs(1))
+        >>> {path: x.shape for path, x in params_of(adapted).items()}
+        {'bias': (3,), 'kernel': (4, 3), 'lora/a': (4, 2), 'lora/b': (2, 3)}
+    """
     _check_streams(recipe, rngs)
     inputs = Inputs.of(example_inputs)
     if is_abstract(nnx.state(model)):
@@ -99,8 +128,19 @@ def _adapted(
 def recipe_of(model: Any) -> Recipe:
     """The recipe of an adapted model.
 
+    Args:
+        model: an NNX model; one adapted several times has all their methods in one recipe.
+
     Raises:
         UserError: the model has no adapters.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> recipe_of(aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1)))
+        Recipe(
+          LoRA(targets=('**',), rank=2),
+        )
     """
     if not hasattr(model, "adapter_recipe"):
         raise UserError(
@@ -110,7 +150,23 @@ def recipe_of(model: Any) -> Recipe:
 
 
 def adapted_points(model: nnx.Module) -> list[tuple[Any, Held, AttachmentPoint]]:
-    """Every module that has adapters, with each of its methods and the attachment point."""
+    """Every module that has adapters, with each of its methods and the attachment point.
+
+    Args:
+        model: an adapted NNX model.
+
+    Returns:
+        A triple for each method on each module: the module; what it keeps of the method, with
+        `method`, `path` and `node`, the place of the arrays; and the point, with the module's
+        shapes. Empty for a model without adapters.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> [(held.method.rank, held.node, point.own) for _, held, point in adapted_points(adapted)]
+        [(2, ('lora',), {'bias': (3,), 'kernel': (4, 3)})]
+    """
     return [
         (module, held, point_of(module, held))
         for module in modules_of(model).values()
@@ -119,7 +175,21 @@ def adapted_points(model: nnx.Module) -> list[tuple[Any, Held, AttachmentPoint]]
 
 
 def detach(model: Any) -> None:
-    """Removes every adapter from a model, in place, and restores its modules' classes."""
+    """Removes every adapter from a model, in place, and restores its modules' classes.
+
+    What the recipe unfroze keeps its value and is a frozen parameter again.
+
+    Args:
+        model: an adapted NNX model.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> detach(adapted)
+        >>> type(adapted).__name__, list(params_of(adapted))
+        ('Linear', ['bias', 'kernel'])
+    """
     for module in list(modules_of(model).values()):
         for name in dict.fromkeys(held.node[0] for held in holds(module)):
             delattr(module, name)

@@ -21,7 +21,20 @@ STACKED = "adapters_stacked"  # the mark of a bank's model
 
 
 class AdapterParam(nnx.Param):
-    """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen."""
+    """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen.
+
+    An adapter's own is float32; an unfrozen one keeps its dtype, and its own class beside this.
+    As a filter of NNX it selects what trains.
+
+    Args: as in `nnx.Param`.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> nnx.to_pure_dict(nnx.state(adapted, AdapterParam))["lora"]["b"].shape
+        (2, 3)
+    """
 
     adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
 
@@ -104,5 +117,22 @@ def node_of(module: Any, held: Held) -> Any:
 
 
 def leaves_of(module: Any, held: Held) -> dict[str, Array]:
-    """The arrays of a method that is attached to a module, by name."""
+    """The arrays of a method that is attached to a module, by name.
+
+    Args:
+        module: an adapted NNX module.
+        held: the method, as `adapted_points` gives it beside the module.
+
+    Returns:
+        The arrays by the names of the method, such as `a` of shape (in, r) and `b` of (r, out) of
+        LoRA, or `down/kernel` of a bottleneck.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> ((module, held, _),) = aj.nnx.adapted_points(adapted)
+        >>> leaves_of(module, held)["b"].tolist()
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
     return read(node_of(module, held), held.method)

@@ -18,6 +18,9 @@ from adapters_jax.weights.axes import Axes
 class Bottleneck(nnx.Module):
     """A bottleneck adapter to write into a model by hand: `x + up(f(down(x)))`.
 
+    The kernels are `down/kernel` (d, m) and `up/kernel` (m, d), each with a bias, all float32. They
+    start near zero, so the module starts near the identity.
+
     Args:
         features: d, the width of its input and output.
         bottleneck_dim: m.
@@ -25,11 +28,17 @@ class Bottleneck(nnx.Module):
         **fields: scale, activation, dropout, init_std, norm_before and norm_after as in
             `adapters_jax.Bottleneck`.
 
+    Raises:
+        UserError: `bottleneck_dim` or a field is out of its range.
+
     Example:
         >>> import jax.numpy as jnp
         >>> adapter = Bottleneck(768, 64, rngs=nnx.Rngs(0))
         >>> adapter.down["kernel"].shape, adapter(jnp.ones((2, 768))).shape
         ((768, 64), (2, 768))
+        >>> adapter.up["bias"][...] += 0.5
+        >>> adapter(jnp.ones((1, 768))).mean().round(2)
+        Array(1.5, dtype=float32)
 
     Reference: Houlsby et al. 2019, arXiv:1902.00751.
     """
@@ -44,8 +53,11 @@ class Bottleneck(nnx.Module):
         """The adapter on x; or, given the output y of a sublayer of x, beside that sublayer.
 
         Args:
-            x: (..., d).
+            x: (..., d), of any float dtype.
             y: (..., d), for the parallel form.
+
+        Returns:
+            (..., d), in the dtype of y, or of x where there is no y.
         """
         placement = "sequential" if y is None else "parallel"
         method = dataclasses.replace(self.method, placement=placement)  # type: ignore[arg-type]
@@ -57,7 +69,9 @@ class Bottleneck(nnx.Module):
 class LoRALinear(nnx.Linear):
     """A linear layer with low-rank factors, to write into a model by hand.
 
-    Its parameters are `kernel` and `bias` as in `nnx.Linear`, and `lora/a` and `lora/b`.
+    It takes arrays (..., in) and returns (..., out). Its parameters are `kernel` and `bias` as in
+    `nnx.Linear`, and the float32 factors `lora/a` (in, r) and `lora/b` (r, out). B starts at zero,
+    so the layer starts as the plain one.
 
     Args:
         in_features: width of the input.
@@ -68,10 +82,19 @@ class LoRALinear(nnx.Linear):
         lora: further fields of `adapters_jax.LoRA`, as a mapping.
         **fields: further arguments of `nnx.Linear`.
 
+    Raises:
+        UserError: `rank`, `alpha` or a field of `lora` is out of its range.
+
     Example:
+        >>> import jax.numpy as jnp
         >>> layer = LoRALinear(4, 3, rank=2, rngs=nnx.Rngs(0))
         >>> layer.lora["a"].shape, layer.lora["b"].shape
         ((4, 2), (2, 3))
+        >>> x, plain = jnp.ones((1, 4)), layer(jnp.ones((1, 4)))
+        >>> layer.lora["a"][...] = jnp.ones((4, 2))
+        >>> layer.lora["b"][...] = jnp.ones((2, 3))
+        >>> (layer(x) - plain).round(3).tolist()  # 4 * 1 * 1, for each of 2 ranks
+        [[8.0, 8.0, 8.0]]
 
     Reference: Hu et al. 2021, arXiv:2106.09685.
     """

@@ -111,7 +111,20 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
 
     Args:
         model: an NNX model.
-        inputs: example inputs; None finds the weights of flax's own layers alone.
+        inputs: example inputs, as `aj.inputs` makes them, of which only shapes and dtypes matter;
+            None finds the weights of flax's own layers alone.
+
+    Returns:
+        For each weight the numbers of its axes: `inputs` meet an input, `outputs` are kept by the
+        output, and of `shared` ones each use sees one index, such as an expert.
+
+    Raises:
+        UserError: the example inputs do not fit the model.
+
+    Example:
+        >>> axes = weights_of(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))["kernel"]
+        >>> axes.inputs, axes.outputs, axes.a_shape((4, 3), rank=2)
+        ((0,), (1,), (4, 2))
     """
     reads = _traced(model, inputs, Recipe()).reads if inputs else known_reads(modules_of(model))
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})

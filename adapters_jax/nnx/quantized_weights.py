@@ -13,7 +13,24 @@ from adapters_jax.weights.quantized import Quantized, is_quantized, opened
 
 
 class QuantizedParam(nnx.Param):
-    """A frozen weight in few bits; reading it gives floats."""
+    """A frozen weight in few bits; reading it gives floats. `adapters_jax.quantize` makes it.
+
+    Its shape and dtype are those of the weight in floats; `get_raw_value()` is the `Quantized` with
+    the integers and their scales.
+
+    Args: as in `nnx.Param`.
+
+    Raises:
+        TypeError: something is written to the weight.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> small = aj.quantize(nnx.Linear(64, 4, rngs=nnx.Rngs(0)), dtype="int8")
+        >>> isinstance(small.kernel, QuantizedParam), small.kernel[...].dtype.name
+        (True, 'float32')
+        >>> small.kernel.get_raw_value().array.qvalue.dtype.name
+        'int8'
+    """
 
     adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
 
@@ -48,7 +65,25 @@ def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
 
 
 def quantized_in_place(model: Any, values: Mapping[str, Quantized]) -> None:
-    """Replaces weights of a model by quantised ones, by path, in place; adapters stay."""
+    """Replaces weights of a model by quantised ones, by path, in place; adapters stay.
+
+    `adapters_jax.quantize` does this to a copy of a model.
+
+    Args:
+        model: an NNX model.
+        values: the quantised weights by path; each has the shape of the weight that it replaces.
+
+    Raises:
+        RecipeError: a weight is in a container that cannot become a module.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> model = nnx.Linear(64, 4, rngs=nnx.Rngs(0))
+        >>> small = aj.quantize(model, dtype="int8")
+        >>> quantized_in_place(model, {"kernel": small.kernel.get_raw_value()})
+        >>> type(model.kernel).__name__, bool((model.kernel[...] == small.kernel[...]).all())
+        ('QuantizedParam', True)
+    """
     for path, value in values.items():
         module, _, name = path.rpartition("/")
         variable = vars(module_at(model, module, path))[name]
@@ -58,7 +93,22 @@ def quantized_in_place(model: Any, values: Mapping[str, Quantized]) -> None:
 
 
 def float_again(model: nnx.Module) -> None:
-    """Restores the float weights and the modules' classes of a model, in place."""
+    """Restores the float weights and the modules' classes of a model, in place.
+
+    `adapters_jax.dequantize` does this to a copy of a model. Each weight is what its quantised form
+    says, in its own float dtype; what the quantisation rounded stays rounded.
+
+    Args:
+        model: an NNX model with quantised weights; without any, nothing changes.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> small = aj.quantize(nnx.Linear(64, 4, rngs=nnx.Rngs(0)), dtype="int8")
+        >>> weight = small.kernel[...]
+        >>> float_again(small)
+        >>> type(small.kernel).__name__, bool((small.kernel[...] == weight).all())
+        ('Param', True)
+    """
     for variable in params_of(model).values():
         if isinstance(variable, QuantizedParam):
             value = variable.get_raw_value()

@@ -48,9 +48,29 @@ class Engine:
             can be named. The engine takes it over: its arrays are written in place.
         sizes: the sizes.
 
+    Attributes:
+        sizes: the sizes.
+        vocabulary: the number of tokens that the model knows.
+        adapters: the adapters that requests can name, by name.
+        counts: what it has done since `start`: requests by their end, tokens, steps, changes.
+
     Raises:
-        UserError: the model has positions for fewer tokens than the context, or an encoder reads
-            its prompts.
+        UserError: the model has positions for fewer tokens than the context, an encoder reads its
+            prompts, or the bank has no more than the spare places.
+
+    Example:
+        >>> import jax.numpy as jnp, adapters_jax as aj
+        >>> from flax import nnx
+        >>> from adapters_jax.models.decoder import Decoder, DecoderConfig
+        >>> from adapters_jax.serving import TextSink
+        >>> config = DecoderConfig(8, 8, 8, 1, 1, 1)  # 8 tokens, one layer
+        >>> base, example = Decoder(config, rngs=nnx.Rngs(0)), (jnp.ones((1, 4), int),)
+        >>> model = aj.adapt(base, aj.lora(2), rngs=nnx.Rngs(1), example_inputs=example)
+        >>> engine = Engine(aj.Bank(model, capacity=5), Sizes(rows=1, context=16))
+        >>> sink = TextSink(lambda ids: str(ids), print, print)
+        >>> request = engine.submit([1, 2], sink, most=3)  # waits until engine.start()
+        >>> engine.alive, engine.waiting, engine.vocabulary
+        (False, 1, 8)
     """
 
     def __init__(self, bank: Bank, sizes: Sizes = Sizes()) -> None:
@@ -85,7 +105,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Compiles every program, then begins to work."""
+        """Compiles every program, then begins to work, in a thread of its own; call it once."""
         self._slots.compile()
         idle = self._slots.bank.fit("idle", (self._slots.bank.recipe, {}))
         self._put("idle", Served("idle", {}), idle, False)
@@ -130,13 +150,16 @@ class Engine:
         """Puts a request into the queue.
 
         Args:
-            prompt: the tokens of the prompt.
-            sink: takes its tokens.
+            prompt: the ids of the prompt's tokens, from 0 to `vocabulary` - 1.
+            sink: takes its tokens, as `TextSink` does.
             model: the adapter's name; None is the base.
             most: the largest number of new tokens.
             choice: how tokens are chosen; `step` is the engine's.
-            stop: tokens that end it; the sink does not get them.
-            seconds: the time after which it ends in any case.
+            stop: ids of tokens that end it; the sink does not get them.
+            seconds: the time after which it ends in any case, in seconds from now.
+
+        Returns:
+            The request, to give to `cancel`; its tokens go to the sink.
 
         Raises:
             BusyError: the queue is full, or the engine is closed.
@@ -174,13 +197,22 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, as soon as the step that runs now is over."""
+        """Ends a request, as soon as the step that runs now is over.
+
+        Args:
+            request: what `submit` returned.
+        """
         with self._changed:
             request.cancelled = True
             self._changed.notify()
 
     def fit(self, name: str, adapter: Any) -> Fitted:
-        """An adapter in the shapes of the bank; see `Bank.fit`."""
+        """An adapter in the shapes of the bank, for `put`; see `Bank.fit`.
+
+        Args:
+            name: its name, for messages.
+            adapter: its recipe and its leaves, as `Bank.fit` takes them.
+        """
         return self._slots.bank.fit(name, adapter)
 
     def put(
@@ -195,7 +227,10 @@ class Engine:
             replace: whether one of that name is replaced. Its requests go on with it.
 
         Returns:
-            A future; it raises UserError if the bank is full, or the name is taken.
+            A future; it raises FullError if there is no place, and UserError if the name is taken.
+
+        Raises:
+            BusyError: the engine is closed.
         """
         served = Served(f"{name}#{next(self._numbers)}", about)
         return self._order(lambda: self._put(name, served, fitted, replace))
@@ -203,8 +238,14 @@ class Engine:
     def drop(self, name: str) -> "Future[None]":
         """Takes an adapter away between two steps; its requests go on with it.
 
+        Args:
+            name: what requests call it.
+
         Returns:
             A future; it raises UnknownModelError if there is none of that name.
+
+        Raises:
+            BusyError: the engine is closed.
         """
         return self._order(lambda: self._drop(name))
 

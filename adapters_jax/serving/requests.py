@@ -52,17 +52,22 @@ class Request:
     """A prompt on its way; `Engine.submit` makes it.
 
     Attributes:
-        prompt: the tokens of the prompt.
+        prompt: the ids of the prompt's tokens.
         adapter: the adapter's name in the bank; None is the base.
         most: the largest number of new tokens.
         choice: how tokens are chosen.
-        stop: tokens that end it.
+        stop: ids of tokens that end it.
         sink: takes its tokens.
-        deadline: when it ends in any case, by `time.monotonic`.
+        deadline: when it ends in any case, in seconds of `time.monotonic`.
         read: how many tokens of the prompt are read.
         made: the number of new tokens.
-        last: the token before the next one.
+        last: the id of the token before the next one.
         cancelled: whether nobody waits for it any more.
+
+    Example:
+        >>> request = Request([5, 7], None, 3, Choice(), frozenset({2}), sink=None, deadline=60.0)
+        >>> len(request.prompt), request.read, request.made, request.cancelled
+        (2, 0, 0, False)
     """
 
     prompt: Sequence[int]
@@ -91,7 +96,14 @@ class Sizes:
         spare: places of the bank for adapters that are replaced or dropped while still in use.
 
     Raises:
-        UserError: a size is no positive number.
+        UserError: a size is no positive whole number, or `pieces` do not ascend.
+
+    Example:
+        >>> Sizes(rows=2, context=256)
+        Sizes(rows=2, context=256, pieces=(1, 16, 64), queue=64, spare=4)
+        >>> Sizes(rows=0)
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: Sizes: rows=0, expected a whole number >= 1
     """
 
     rows: int = 8

@@ -27,10 +27,18 @@ class Choice(NamedTuple):
 
     Attributes:
         temperature: 0 takes the likeliest token; any other value divides the logits.
-        top_p: sample among the fewest tokens that have this probability together.
+        top_p: sample among the fewest tokens that have this probability together, from 0 to 1.
         top_k: sample among this many of the likeliest tokens; 0 is all.
-        seed: the seed of the row.
+        seed: the seed of the row, a whole number of 32 bits, 0 or more.
         step: the number of tokens that the row has already.
+
+    Example:
+        >>> Choice(temperature=0.7, top_p=0.9, seed=1)
+        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0)
+
+    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
+    arXiv:1904.09751; Fan et al., Hierarchical Neural Story Generation (top-k sampling, 2018),
+    arXiv:1805.04833.
     """
 
     temperature: Any = 0.0
@@ -41,7 +49,15 @@ class Choice(NamedTuple):
 
     @classmethod
     def stacked(cls, rows: Sequence["Choice"]) -> "Choice":
-        """The choices of several rows as arrays."""
+        """The choices of several rows, as arrays (rows,): float32, float32, int32, uint32, int32.
+
+        Args:
+            rows: the choice of each row.
+
+        Example:
+            >>> Choice.stacked([Choice(), Choice(top_k=5)]).top_k.tolist()
+            [0, 5]
+        """
         kinds = np.float32, np.float32, np.int32, np.uint32, np.int32
         return cls(*(np.array(x, t) for x, t in zip(zip(*rows, strict=True), kinds, strict=True)))
 

@@ -12,7 +12,7 @@ class TextSink:
     """A sink that hands on text; it holds back what may be the beginning of a stop text.
 
     Args:
-        decode: the text of all tokens so far.
+        decode: gives the text of all tokens so far, from the list of their ids.
         deliver: takes each piece of text.
         finish: takes the reason of the end, after the last piece.
         stops: texts that end the completion, and are no part of it.
@@ -47,7 +47,14 @@ class TextSink:
         return len(self._ids)
 
     def token(self, token: int) -> bool:
-        """Hands on what is certain of the text; see `Sink`."""
+        """Hands on what is certain of the text; see `Sink`.
+
+        Args:
+            token: the id of the next token.
+
+        Returns:
+            Whether to go on; False once a stop text is there.
+        """
         self._ids.append(token)
         text = self._decode(self._ids)
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -56,7 +63,11 @@ class TextSink:
         return not found
 
     def end(self, why: End) -> None:
-        """Hands on what was held back, and the reason; see `Sink`."""
+        """Hands on what was held back, and the reason; see `Sink`.
+
+        Args:
+            why: "stop", "length", "cancelled", "timeout", "not finite" or "closed".
+        """
         if not self._stopped and self._ids:
             self._send(self._decode(self._ids))
         self._finish(why)

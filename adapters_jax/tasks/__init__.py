@@ -1,6 +1,24 @@
 """Tasks: what a model learns from rows; a registry has them by name.
 
-- `base`: the interface of a task, and what its author provides.
+A task author provides one module with a `Task` and adds one line to `TASKS`;
+`adapters-jax finetune --task NAME` then trains it, `--resume` resumes it, and `load_predictor`
+opens its runs. The `Task` names itself, its kind of base, and the columns and flags that it reads;
+any other flag raises an error. Its three methods do the work:
+
+1. `load` reads one to three files into a `TaskData`. Each part has a method `take`, and `texts` and
+   `labels` made of strings, numbers, lists or arrays; the run's configuration has a hash of them.
+   `data.tables.choose_columns` reads columns that `data.tables.Table` has no field for.
+2. `prepare` loads the base, encodes the rows and returns a `Prepared`: the `Problem` that training
+   needs (model, batches, loss, score), the task's part of the run's configuration, and baselines.
+3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
+   uses the run. `needed` names the keys of the configuration that it reads.
+
+The page of a run shows what `views` makes of what `Prepared.judged` returns, by default nothing.
+
+A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
+`open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
+
+- `base`: the interface of a task.
 - `classification`, `regression`, `multilabel`, `token_classification`, `question_answering` and
   `multiple_choice`: an encoder with a head; `sentence_embedding`: one without;
   `masked_language_modelling`: one with the checkpoint's own; `image_classification`: one of
@@ -36,6 +54,9 @@ from adapters_jax.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "read_run", "task_of", "tasks_on"]
 
+#: The tasks by name. A task of your own is a further entry, made before a run of it is read.
+#:
+#: :meta hide-value:
 TASKS: dict[str, Task] = {
     Classification.name: Classification(),
     Regression.name: Regression(),
@@ -55,6 +76,9 @@ TASKS: dict[str, Task] = {
 def tasks_on(kind: str) -> list[Task]:
     """The tasks on a kind of base, as `Task.kind`; the first is the default.
 
+    Args:
+        kind: "encoder", "decoder" or "vision"; another one has no tasks.
+
     Example:
         >>> [task.name for task in tasks_on("decoder")]
         ['completion', 'conversation', 'preference']
@@ -64,6 +88,9 @@ def tasks_on(kind: str) -> list[Task]:
 
 def task_of(config: Mapping[str, Any]) -> Task:
     """Finds the task of a run by its configuration.
+
+    Args:
+        config: the configuration, as `read_run` returns it; that of an old run has no `task_type`.
 
     Raises:
         KeyError: the registry has no task of that name.
@@ -92,9 +119,18 @@ def read_run(run: Run, command: str | None = None) -> tuple[Task, dict[str, Any]
         run: the run.
         command: the command that uses the run, "predict" or "generate"; None is any command.
 
+    Returns:
+        The task, and the configuration, which has every key in `needed` of the task.
+
     Raises:
         RunError: the run is absent or damaged, its task is not registered, or another command uses
             it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> read_run(Run(Path("no-run")))
+        Traceback (most recent call last):
+        adapters_jax.io.run_directory.RunConfigError: no run at no-run: it has no config.json...
     """
     config = run.read_config()
     try:

@@ -1,23 +1,4 @@
-"""The interface of a task: everything that differs between tasks, in one object of a registry.
-
-A task author provides one module with a `Task` and adds one line to `adapters_jax.tasks.TASKS`;
-`adapters-jax finetune --task NAME` then trains it, `--resume` resumes it, and `load_predictor`
-opens its runs. The `Task` names itself, its kind of base, and the columns and flags that it reads;
-any other flag raises an error. Its three methods do the work:
-
-1. `load` reads one to three files into a `TaskData`. Each part has a method `take`, and `texts` and
-   `labels` made of strings, numbers, lists or arrays; the run's configuration has a hash of them.
-   `data.tables.choose_columns` reads columns that `data.tables.Table` has no field for.
-2. `prepare` loads the base, encodes the rows and returns a `Prepared`: the `Problem` that training
-   needs (model, batches, loss, score), the task's part of the run's configuration, and baselines.
-3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
-   uses the run. `needed` names the keys of the configuration that it reads.
-
-The page of a run shows what `views` makes of what `Prepared.judged` returns, by default nothing.
-
-A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
-`open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
-"""
+"""The interface of a task; the docstring of `adapters_jax.tasks` says what an author provides."""
 
 from __future__ import annotations
 
@@ -100,7 +81,7 @@ class Setup:
 
 
 class Task(ABC):
-    """A task of the registry; see the module's docstring for what an author provides.
+    """A task of the registry; `adapters_jax.tasks` says what an author provides.
 
     Attributes:
         name: the value of `--task`.
@@ -118,6 +99,11 @@ class Task(ABC):
         least_steps: the steps that a default run makes at least, within 20 epochs.
         batch_size: the rows of a batch, if not those of the kind.
         example: the flags that give its rows on the command line.
+
+    Example:
+        >>> from adapters_jax.tasks import TASKS
+        >>> [isinstance(TASKS["regression"], Task), TASKS["regression"].kind]
+        [True, 'encoder']
     """
 
     name: ClassVar[str]
@@ -153,6 +139,10 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, data: TaskData, setup: Setup) -> Prepared:
         """Prepares the problem and its baselines from rows and a base; trains nothing.
+
+        Args:
+            data: what `load` returned.
+            setup: the settings: the base, the recipe, sizes and the seed.
 
         Raises:
             UserError: the rows or the base cannot be used.
@@ -194,7 +184,11 @@ class Task(ABC):
         return []
 
     def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
-        """Reads a file of rows to predict, by the columns of their texts.
+        """Reads the rows of a file, as `Predictor.predict` takes them.
+
+        Args:
+            path: the file.
+            columns: the names of the column of texts and, if there is one, of second texts.
 
         Raises:
             DataError: the file cannot be used.
@@ -344,6 +338,10 @@ class Prediction:
     Attributes:
         text: the text.
         text_pair: the second text of a pair; None for a single text.
+
+    Example:
+        >>> Prediction("A great film.", None).to_dict()
+        {'text': 'A great film.'}
     """
 
     text: str
@@ -367,10 +365,10 @@ class Predictor(Protocol):
         """The largest number of tokens; longer texts are cut."""
 
     def count_cut(self, texts: Sequence[Any]) -> int:
-        """The number of texts longer than `max_length`."""
+        """The number of texts, as `predict` takes them, that are longer than `max_length`."""
 
     def predict(self, texts: Sequence[Any]) -> Sequence[Prediction]:
-        """Predicts each row of texts."""
+        """A prediction for each row: a text, or a tuple of them where the run has pairs or more."""
 
 
 class BatchSource(Protocol):

@@ -286,7 +286,14 @@ class Generator:
         decoder: the base.
         model: the adapted model.
         prompts: the format of prompts in training, which is used here, too.
-        stop: tokens that end a completion, beside the decoder's own.
+        stop: ids of tokens that end a completion, beside the decoder's own.
+
+    Example:
+        >>> from adapters_jax.inference import load_generator
+        >>> generator = load_generator("runs/restaurants")  # doctest: +SKIP
+        >>> for text in generator.generate(["name: Aromi, food: Thai"]):  # doctest: +SKIP
+        ...     print(text)
+        Aromi serves Thai food.
     """
 
     decoder: PretrainedDecoder
@@ -309,8 +316,12 @@ class Generator:
             max_new_tokens: the largest number of tokens to generate; by default 128, or fewer where
                 the model has no positions for more.
             temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-            top_p: sample among the likeliest tokens whose probabilities add up to this.
+            top_p: sample among the likeliest tokens whose probabilities add up to this, above 0 and
+                at most 1.
             seed: the seed of sampling.
+
+        Yields:
+            The text of each completion, without its prompt, in the order of the prompts.
 
         Raises:
             UserError: an argument is out of range, or a prompt and its new tokens are longer than
@@ -350,6 +361,9 @@ class Generator:
             top_p: as for `generate`.
             seed: as for `generate`.
             tools: the JSON schemas of the functions that the assistant may call.
+
+        Returns:
+            The text of the message.
 
         Raises:
             UserError: as for `generate`, or the base has no chat template.

@@ -4,6 +4,8 @@ It needs the extra docs. With SCREENSHOTS=DIRECTORY, pictures of pages and the l
 addresses, which are not asked for, are put there.
 """
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -14,8 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers.browser import BrowserPage
 from helpers.pictures import check_picture
-
-import adapters_jax as aj
+from helpers.public import public_modules
 
 pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
@@ -85,12 +86,24 @@ def test_nothing_is_loaded_from_another_host(pages):
     assert not [link for link in loads if urlsplit(link).scheme or urlsplit(link).netloc]
 
 
+def public_parts(package):
+    """The public names of a package, each with what it names."""
+    module = importlib.import_module(package)
+    return [(name, getattr(module, name)) for name in module.__all__]
+
+
 def test_every_public_name_has_its_place(pages):
     places = set().union(
         *(page.places for path, page in pages.items() if path.parent.name == "api")
     )
-    wanted = {name: {f"adapters_jax.{name}", f"module-adapters_jax.{name}"} for name in aj.__all__}
-    assert [name for name, ids in wanted.items() if not ids & places] == []
+    packages, _ = public_modules()
+    wanted = [
+        f"{package}.{name}"
+        for package in packages
+        for name, thing in public_parts(package)
+        if callable(thing) or inspect.ismodule(thing)  # a constant need not have one
+    ]
+    assert [path for path in wanted if not {path, f"module-{path}"} & places] == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
