@@ -24,7 +24,7 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PUBLIC = ROOT / "tests" / "public.txt"
 PAIR = ("interop", "documentation")
 # Packages whose docstrings name every argument, and have an example.
-DESCRIBED = ["adapters_jax"]
+DESCRIBED = ["adapters_jax", *(f"adapters_jax.{name}" for name in ("losses", "serving", "tasks"))]
 
 
 def parts():
