@@ -113,7 +113,7 @@ class Audit:
         groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
         for entry in self.entries:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in entry.shapes)
-            key = (re.sub(r"\d+", "*", entry.path), entry.method, shapes, entry.formula)
+            key = (_named(entry.path), entry.method, shapes, entry.formula)
             groups.setdefault(key, []).append(entry)
         return [
             (
@@ -132,10 +132,10 @@ class Audit:
             return []
         formed = [entry for entry in read if any(how.endswith("sum") for how in entry.reads)]
         lines = [f"computed thin: {len(read) - len(formed)} of {len(read)} changed weights"]
-        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        groups: dict[tuple[Any, ...], list[str]] = {}
         for entry in read:
             if entry in formed or len(entry.reads) > 1:
-                key = (re.sub(r"\d+", "*", entry.path), entry.reads)
+                key = (_named(entry.path), entry.reads)
                 groups.setdefault(key, []).append(entry.path)
         for (_, reads), paths in groups.items():
             path = _pattern(paths) or "(the model itself)"
@@ -335,6 +335,11 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
         for path, shape in shapes.items()
         if recipe.trains(path) and not recipe.owner(path)
     ]
+
+
+def _named(path: str) -> tuple[str, ...]:
+    """What stands between the numbers of a path."""
+    return tuple(re.split(r"\d+", path))
 
 
 def _pattern(paths: list[str]) -> str:

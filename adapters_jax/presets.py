@@ -59,7 +59,7 @@ def houlsby(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
 
     Example:
         >>> houlsby(32, head="head")
@@ -96,7 +96,7 @@ def pfeiffer(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
 
     Example:
         >>> pfeiffer(reduction_factor=16)
@@ -127,7 +127,7 @@ def parallel(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no path.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
 
     Example:
         >>> parallel(32)
@@ -195,7 +195,7 @@ def ia3(
 
     Raises:
         TargetError: `targets` or `feed_forward` are no patterns.
-        UserError: `head` is no path.
+        UserError: `head` is no text.
 
     Example:
         >>> ia3(feed_forward="**/mlp/output")
@@ -231,7 +231,7 @@ def llama_adapter(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `LlamaAdapter` is out of its range, or `head` is no path.
+            `LlamaAdapter` is out of its range, or `head` is no text.
 
     Example:
         >>> llama_adapter(last=2, num_layers=32)
@@ -267,7 +267,7 @@ def prefix_tuning(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `PrefixTuning` is out of its range, or `head` is no path.
+            `PrefixTuning` is out of its range, or `head` is no text.
 
     Example:
         >>> prefix_tuning(10, layers=[0, 1])
@@ -311,7 +311,7 @@ def bitfit(*, head: str | None = None) -> Recipe:
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: `head` is no path.
+        UserError: `head` is no text.
 
     Example:
         >>> bitfit(head="head")
@@ -332,7 +332,7 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
 
     Raises:
         TargetError: `targets` is no pattern.
-        UserError: `head` is no path.
+        UserError: `head` is no text.
 
     Example:
         >>> layer_norms()
@@ -355,7 +355,7 @@ def last_layers(
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is no path.
+        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is no text.
 
     Example:
         >>> last_layers(2, 12)

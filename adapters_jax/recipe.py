@@ -6,6 +6,7 @@ import difflib
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from adapters_jax.checks import shown
 from adapters_jax.display import html_table
 from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.spelling import ALL_LINEAR, patterns_here
+from adapters_jax.spelling import ALL_LINEAR, MODULES, patterns_here
 from adapters_jax.strict_json import check_nesting, loads
-from adapters_jax.targets import failures, is_expression, join, selects
+from adapters_jax.targets import failures, is_expression, join, matches, selects
 
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
+_MOST_NAMES = 12  # targets in names of other libraries that a message translates
 _SHOWN_KINDS = 3  # of those that a warning is about
 # What to do with JSON that is no recipe, by a key of it.
 _OTHER_JSON = {
@@ -227,7 +229,7 @@ def require_points(
     owner, first_time = type(method).__name__, not _CHECKED.get()
     problems = failures(owner, method.targets, usable, unusable, parts=first_time)
     wanted = [pattern for pattern in method.targets if not pattern.startswith("!")]
-    if problems and (theirs := _theirs(wanted, usable)):
+    if problems and (theirs := _theirs(method, usable, [*usable, *unusable])):
         rest = [pattern for pattern in method.targets if pattern not in theirs]
         problems = failures(owner, rest, usable, unusable, parts=first_time)
         problems += [
@@ -262,11 +264,21 @@ def _meant(targets: Sequence[str], usable: Sequence[str]) -> str:
     return "" if "" in found else f"write the targets {' and '.join(map(repr, found))}"
 
 
-def _theirs(targets: Sequence[str], usable: Sequence[str]) -> dict[str, str]:
-    """The targets that match nothing because they have names of other libraries, and ours."""
-    failing = [target for target in targets if failures("", (target,), usable)]
-    pairs = ((target, _here(target, usable)) for target in failing)
-    return {target: here for target, here in pairs if here not in ("", f"**/{target}")}
+def _theirs(method: Method, usable: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
+    """The targets that match no path since they have names of other libraries, and ours."""
+    excluded = [pattern for pattern in method.targets if pattern.startswith("!")]
+    found: dict[str, str] = {}
+    for target in method.targets:
+        foreign = any(word in MODULES for word in re.findall(r"\w+", target))
+        if not foreign or target[0] == "!" or any(matches(target, path) for path in paths):
+            continue
+        here = _here(target, usable)
+        fits = here and any(selects([here, *excluded], path) for path in usable)
+        if fits and here not in method.targets:
+            found[target] = here
+        if len(found) == _MOST_NAMES:
+            break
+    return found
 
 
 def _here(target: str, usable: Sequence[str]) -> str:

@@ -119,6 +119,11 @@ def test_numbers_that_all_paths_of_a_row_share_are_shown():
     assert [(row[0], row[4]) for row in audit.rows()] == [("block_*/norm1/scale", "2")]
 
 
+def test_a_star_in_a_name_is_no_number():
+    found = aj.audit(aj.Unfreeze("**"), {"a*": {"x": jnp.ones(3)}, "a1": {"x": jnp.ones(3)}})
+    assert {row[0] for row in found.rows()} == {"a*/x", "a1/x"}
+
+
 def test_rich_prints_the_same_rows_and_totals():
     audit = aj.audit(*small())
     stream = io.StringIO()

@@ -556,6 +556,29 @@ def test_one_name_of_transformers_beside_other_targets(targets, advice):
     assert any("'lm_head' matches nothing. Nearest" in x for x in lines) == ("lm_head" in targets)
 
 
+@pytest.mark.parametrize(
+    ("targets", "shown", "not_shown"),
+    [
+        (["key", "classifier"], "classifier (", "write"),  # is there, and cannot be adapted
+        (["key", "encoder.key"], "Nearest paths: key", "write"),  # no name of another library
+        (["key", "q_proj", "!query"], "Nearest paths", "write 'query'"),  # is excluded
+        (["key", "k_proj"], "Nearest paths", "write 'key'"),  # is a target already
+        (["key", "q_proj"], "'q_proj' matches nothing; write 'query'", "Nearest"),
+        (["key", *(f"v_proj{i}" for i in range(40))], "other targets fail as well", "write"),
+    ],
+)
+def test_what_is_no_name_of_another_library_beside_other_targets(targets, shown, not_shown):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((2, 2)))
+
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    base = nnx.Dict(key=layer, query=nnx.clone(layer), head=nnx.clone(layer), classifier=Own())
+    with raises(aj.TargetError, shown) as caught:
+        aj.adapt(base, aj.LoRA(targets, 2), rngs=nnx.Rngs(0))
+    assert not_shown not in str(caught.value)
+
+
 def test_embeddings_by_the_name_of_transformers():
     base = nnx.Dict(embeddings=nnx.Embed(4, 2, rngs=nnx.Rngs(0)))
     with raises(aj.TargetError, "write the targets 'embeddings'"):

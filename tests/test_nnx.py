@@ -392,6 +392,7 @@ def test_widths_of_plain_layers_are_known_without_examples():
             self.up = nnx.ConvTranspose(2, 3, (3,), rngs=rngs)
             self.flipped = nnx.ConvTranspose(2, 3, (3,), transpose_kernel=True, rngs=rngs)
             self.einsum = nnx.Einsum("bi,oi->bo", (11, 2), rngs=rngs)
+            self.turned = nnx.Einsum("bi,oki->bko", (5, 6, 2), rngs=rngs)
             self.general = nnx.LinearGeneral(4, (2, 6), rngs=rngs)
             self.embed = nnx.Embed(9, 7, rngs=rngs)
             self.batch, self.rms = nnx.BatchNorm(8, rngs=rngs), nnx.RMSNorm(10, rngs=rngs)
@@ -401,7 +402,11 @@ def test_widths_of_plain_layers_are_known_without_examples():
     widths = {path.split("/")[0]: s[0] for path, s in shapes(model).items() if "down/ker" in path}
     convolutions = {"conv": 5, "up": 3, "flipped": 3}
     norms = {"batch": 8, "rms": 10, "group": 12}
-    assert widths == {**convolutions, "einsum": 11, "general": 6, "embed": 7, **norms}
+    products = {"einsum": 11, "turned": 5, "general": 6}
+    assert widths == {**convolutions, **products, "embed": 7, **norms}
+    batched = nnx.eval_shape(lambda: nnx.Einsum("bi,io->ob", (2, 3), rngs=rngs()))
+    with raises(aj.TargetError, "example_inputs"):  # its output ends with an axis of the input
+        adapt(batched, aj.Bottleneck("**", 2))
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])

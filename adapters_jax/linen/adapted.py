@@ -336,7 +336,7 @@ def points(
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
             not depend on a target, or one method attaches to an attention twice.
         RecipeError: methods on one module exclude each other, or the base has a name of theirs.
-        UserError: the example inputs do not fit the model.
+        UserError: the model takes other arguments than the example inputs.
 
     Example:
         >>> import jax.numpy as jnp, adapters_jax as aj
@@ -376,8 +376,8 @@ def init_adapters(
     Raises:
         TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        UserError: the example inputs do not fit the model, `params` is no tree of parameters, or
-            `key` no random key.
+        UserError: the model takes other arguments than the example inputs, `params` is no tree of
+            parameters, or `key` no random key.
         TypeError: `model` is no adapted linen model, or `params` is None.
 
     Warns:

@@ -137,7 +137,7 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple
 
     Raises:
         RecipeError: the base has the name of a method's leaves.
-        UserError: the example inputs do not fit the model.
+        UserError: the model takes other arguments than the example inputs.
 
     Example:
         >>> import adapters_jax as aj

@@ -52,7 +52,7 @@ def adapt(
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
             not depend on a target, or one method attaches to an attention twice.
         RecipeError: methods on one module exclude each other, or the base has a name of theirs.
-        UserError: `rngs` lacks a stream, or the inputs do not fit the model.
+        UserError: `rngs` lacks a stream, or the model takes other arguments than the inputs.
         TypeError: `rngs` is no `nnx.Rngs`.
 
     Warns:

@@ -34,6 +34,16 @@ def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
     return "kernel", len(w), Axes(inputs, outputs, shared)
 
 
+def last_axis(layer: Any, axes: Axes) -> int | None:
+    """The axis of a layer's weight that is the last of its output; None where that is another's."""
+    if not isinstance(layer, nnx.Einsum):
+        return axes.outputs[-1] if axes.outputs else None
+    equation = (layer.einsum_str or "").replace(" ", "")
+    w = equation.partition("->")[0].partition(",")[2]
+    axis = w.find(equation[-1])
+    return None if axis < 0 else axis
+
+
 def _conv(layer: Any) -> tuple[str, int, Axes]:
     size = layer.kernel_size
     n = 1 if isinstance(size, int) else len(tuple(size))

@@ -19,7 +19,7 @@ from adapters_jax.attention.registry import Attention
 from adapters_jax.attention.watch import Found, check_names, looking, note_returned
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
-from adapters_jax.nnx.known import known_weight
+from adapters_jax.nnx.known import known_weight, last_axis
 from adapters_jax.nnx.linen_inside import LinenCall, inside
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import join, path_of
@@ -119,7 +119,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         output, and of `shared` ones each use sees one index, such as an expert.
 
     Raises:
-        UserError: the example inputs do not fit the model.
+        UserError: the model takes other arguments than the example inputs.
 
     Example:
         >>> axes = weights_of(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))["kernel"]
@@ -358,6 +358,6 @@ def _known_output(module: Any) -> Returned | None:
     known = known_weight(module)
     width = _first_shape(module)[-1:] if isinstance(module, _NORMS) else ()
     if known:
-        name, axes, _ = known
-        width = tuple(vars(module)[name].shape[i] for i in axes.outputs[-1:])
+        axis = last_axis(module, known[1])
+        width = () if axis is None else (vars(module)[known[0]].shape[axis],)
     return Returned({"": jax.ShapeDtypeStruct(width, jnp.float32)}) if width else None

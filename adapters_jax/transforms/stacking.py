@@ -234,7 +234,7 @@ def _converted(
     """A tree with every mapping in it changed; an adapter with its recipe remapped, too."""
     if isinstance(subject, str | Path):
         raise TypeError(
-            f"stack_layers: got the path {str(subject)!r}; write aj.read_adapter({str(subject)!r})"
+            f"got the path {str(subject)!r} of an adapter; write aj.read_adapter({str(subject)!r})"
         )
     if not _is_adapter(subject):
         return _mapped(subject, change)

@@ -60,7 +60,7 @@ class Push:
 
         Raises:
             UserError: the id is not valid, there is no token, the format does not support the run,
-                or the directory is there already.
+                --out is not empty, or --dry-run without --out would write where something is.
             RunError: the run cannot be used.
             AssetError: the pinned model could not be fetched.
         """
