@@ -508,6 +508,17 @@ def test_a_head_is_one_path(head):
         aj.lora(4, head=head)
 
 
+def with_targets(targets):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2, name="attention")(x)
+
+    x = jnp.ones((1, 3, 4))
+    params = Block().init(KEY, x)["params"]
+    aj.init_adapters(aj.adapt(Block(), aj.LoRA(targets, 2)), params, KEY, x)
+
+
 @pytest.mark.parametrize(
     ("targets", "ours"),
     [
@@ -519,38 +530,24 @@ def test_a_head_is_one_path(head):
     ],
 )
 def test_targets_by_the_names_of_transformers(targets, ours):
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.MultiHeadDotProductAttention(2, name="attention")(x)
-
-    x = jnp.ones((1, 3, 4))
-    params = Block().init(KEY, x)["params"]
     with raises(aj.TargetError, f"write the targets {ours}") as caught:
-        aj.init_adapters(aj.adapt(Block(), aj.LoRA(targets, 2)), params, KEY, x)
+        with_targets(targets)
     assert "Nearest" not in str(caught.value)
     with raises(aj.TargetError, "aj.suggest"):
-        aj.init_adapters(aj.adapt(Block(), aj.LoRA("**/gate_proj", 2)), params, KEY, x)
+        with_targets("**/gate_proj")
 
 
 @pytest.mark.parametrize(
     ("targets", "advice"),
     [
         (["**/key", "v_proj"], "target 'v_proj' matches nothing; write '**/value'"),
-        (["attention/key", "attention/v_proj"], "'attention/v_proj' matches nothing; write"),
+        (["attention/key", "attention/v_proj"], "nothing; write 'attention/value'"),
         (["q_proj", "lm_head"], "target 'q_proj' matches nothing; write '**/query'"),
     ],
 )
 def test_one_name_of_transformers_beside_other_targets(targets, advice):
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.MultiHeadDotProductAttention(2, name="attention")(x)
-
-    x = jnp.ones((1, 3, 4))
-    params = Block().init(KEY, x)["params"]
     with raises(aj.TargetError, advice) as caught:
-        aj.init_adapters(aj.adapt(Block(), aj.LoRA(targets, 2)), params, KEY, x)
+        with_targets(targets)
     lines = str(caught.value).split("\n")
     assert not any("Nearest" in line for line in lines if advice in line)
     assert any("'lm_head' matches nothing. Nearest" in x for x in lines) == ("lm_head" in targets)
