@@ -282,10 +282,7 @@ class Checkpoints:
         expected = _arrays(_kept(state, state.adapters if about["best"] else None))
         with self._reading(step):
             saved = dict(self._manager.item_metadata(step)["arrays"].items())
-        fix = (
-            "Restore it into a state with the model, recipe, optimiser and collections that it was "
-            "trained with."
-        )
+        fix = "Restore it into a state with the model, recipe, optimiser and collections it is of."
         compare_trees(where, saved, expected, fix, dtypes=True)
         abstract = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
