@@ -22,11 +22,16 @@ def _dense_general(layer: Any) -> tuple[str, int, Axes]:
     return "kernel", n, Axes(*roles, tuple(range(shared)))
 
 
-def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
-    equation = (layer.einsum_str or "").replace(" ", "")
-    left, arrow, y = equation.partition("->")
+def _parts(layer: nnx.Einsum) -> tuple[str, str, str]:
+    """The axes of input, weight and output in a layer's equation; of the output none if unsaid."""
+    left, _, y = (layer.einsum_str or "").replace(" ", "").partition("->")
     x, _, w = left.partition(",")
-    if not arrow or "." in w:
+    return x, w, y
+
+
+def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
+    x, w, y = _parts(layer)
+    if "->" not in (layer.einsum_str or "") or "." in w:
         return None
     inputs = tuple(i for i, c in enumerate(w) if c in x and c not in y)
     outputs = tuple(i for i, c in enumerate(w) if c not in x)
@@ -38,10 +43,8 @@ def last_axis(layer: Any, axes: Axes) -> int | None:
     """The axis of a layer's weight that is the last of its output; None where that is another's."""
     if not isinstance(layer, nnx.Einsum):
         return axes.outputs[-1] if axes.outputs else None
-    equation = (layer.einsum_str or "").replace(" ", "")
-    w = equation.partition("->")[0].partition(",")[2]
-    axis = w.find(equation[-1])
-    return None if axis < 0 else axis
+    _, w, y = _parts(layer)
+    return w.index(y[-1]) if y and y[-1] in w else None
 
 
 def _conv(layer: Any) -> tuple[str, int, Axes]:
