@@ -16,14 +16,8 @@ from test_peft import inputs_of
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
-from adapters_jax.interop.adapterhub import (
-    CONFIG,
-    HEAD_CONFIG,
-    HEAD_TENSORS,
-    TENSORS,
-    load_adapterhub,
-    save_adapterhub,
-)
+from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.interop.adapterhub.files import CONFIG, HEAD_CONFIG, HEAD_TENSORS, TENSORS
 from adapters_jax.models import FAMILIES, bert, decoder
 from adapters_jax.models.bert import classifier
 from adapters_jax.models.decoder import Decoder

@@ -17,7 +17,7 @@ from adapters_jax.app.options.method import PRESETS, MethodOptions
 from adapters_jax.app.options.parsing import UsageError
 from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.errors import TargetError, UserError
-from adapters_jax.interop.adapterhub import ALIKE
+from adapters_jax.interop.adapterhub.architectures import ALIKE
 from adapters_jax.interop.adapterhub.blocks import find_blocks
 from adapters_jax.interop.huggingface import read_json
 from adapters_jax.linen import init_adapters

@@ -19,8 +19,9 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
-from adapters_jax.interop.peft import CONFIG, PICKLE, TENSORS, load_peft, save_peft
+from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.interop.peft.config import is_target
+from adapters_jax.interop.peft.files import CONFIG, PICKLE, TENSORS
 from adapters_jax.interop.peft.ia3 import scales_input
 from adapters_jax.models import FAMILIES, bert, decoder
 from adapters_jax.models.bert import classifier

@@ -17,7 +17,8 @@ import adapters_jax as aj
 from adapters_jax.app.cli.main import main
 from adapters_jax.inference import load_generator, load_predictor
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors
-from adapters_jax.interop.peft import TENSORS, load_peft, save_peft
+from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.interop.peft.files import TENSORS
 from adapters_jax.models import decoder
 from adapters_jax.models.decoder import Decoder
 

@@ -10,7 +10,7 @@ from typing import Any
 from adapters_jax.app.options.method import PRESETS, MethodOptions
 from adapters_jax.errors import TargetError, UserError
 from adapters_jax.interop import gguf
-from adapters_jax.interop.adapterhub import MODEL_TYPES
+from adapters_jax.interop.adapterhub.architectures import MODEL_TYPES
 from adapters_jax.models.family import Family
 from adapters_jax.models.known import find_known, near_known
 from adapters_jax.models.registry import FAMILIES

@@ -7,8 +7,8 @@ from typing import Any
 
 from adapters_jax.io.run_directory import find_run
 from adapters_jax.tasks import read_run
-from adapters_jax.tasks.base import Predictor
 from adapters_jax.tasks.completion import Generator
+from adapters_jax.tasks.prediction import Predictor
 
 
 def load_predictor(

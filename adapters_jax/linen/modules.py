@@ -20,7 +20,10 @@ class Bottleneck(nn.Module):
     The kernels are `down/kernel` (d, m) and `up/kernel` (m, d), each with a bias, all float32. They
     start near zero, so the module starts near the identity.
 
-    Args: as in `adapters_jax.Bottleneck`; `bottleneck_dim` is m.
+    Args:
+        bottleneck_dim: m.
+        scale, activation, dropout, init_std, norm_before, norm_after: as in
+            `adapters_jax.Bottleneck`.
 
     Raises:
         UserError: when it is called, a field is out of its range.
@@ -82,7 +85,11 @@ class LoRADense(nn.Dense):
     Its parameters are `kernel` and `bias` as in `nn.Dense`, and the float32 factors `lora/a`
     (in, r) and `lora/b` (r, out). B starts at zero, so the layer starts as the plain one.
 
-    Args: as in `nn.Dense` and `adapters_jax.LoRA`; `rank` is r, and the scale is alpha / r.
+    Args:
+        features: width of the output; the fields of `nn.Dense` after it are taken too.
+        rank: r.
+        alpha: the scale is alpha / r; None follows the rank.
+        dropout, a_init, rank_stabilized: as in `adapters_jax.LoRA`.
 
     Raises:
         UserError: when it is called, a field of LoRA is out of its range.

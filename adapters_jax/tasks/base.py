@@ -331,46 +331,6 @@ class TrainedHead:
     least_steps: int = 0
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A prediction for one text; tasks add fields.
-
-    Attributes:
-        text: the text.
-        text_pair: the second text of a pair; None for a single text.
-
-    Example:
-        >>> Prediction("A great film.", None).to_dict()
-        {'text': 'A great film.'}
-    """
-
-    text: str
-    text_pair: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, without those that are None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def cells(self) -> dict[str, str]:
-        """The fields as cells of a table by name, without the texts."""
-        texts = ("text", "text_pair")
-        return {name: str(value) for name, value in vars(self).items() if name not in texts}
-
-
-class Predictor(Protocol):
-    """What `Task.open` returns if the task's command is "predict"."""
-
-    @property
-    def max_length(self) -> int:
-        """The largest number of tokens; longer texts are cut."""
-
-    def count_cut(self, texts: Sequence[Any]) -> int:
-        """The number of texts, as `predict` takes them, that are longer than `max_length`."""
-
-    def predict(self, texts: Sequence[Any]) -> Sequence[Prediction]:
-        """A prediction for each row: a text, or a tuple of them where the run has pairs or more."""
-
-
 class BatchSource(Protocol):
     """Batches by step, such as `data.batches.Batches`; an epoch has `len(source)` steps."""
 

@@ -13,9 +13,10 @@ from scipy.special import softmax
 
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.errors import UserError
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.labelled import LabelledTexts
 from adapters_jax.tasks.metrics import compute
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import (
     NAMES,

@@ -31,7 +31,6 @@ from adapters_jax.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.recipe import Recipe
 from adapters_jax.tasks.base import (
     BatchSource,
-    Prediction,
     Prepared,
     Problem,
     Scores,
@@ -44,6 +43,7 @@ from adapters_jax.tasks.base import (
 )
 from adapters_jax.tasks.head import head_problem
 from adapters_jax.tasks.labelled_problem import LabelledProblem, apply_to_rows, one_by_one
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Batching, Inputs, Readout
 from adapters_jax.tasks.views import Judged, View, shared
 from adapters_jax.training.state import TrainState

@@ -30,10 +30,11 @@ from adapters_jax.errors import UserError
 from adapters_jax.interop.base_model import MASKED
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.encoder import INPUTS, Encoder
-from adapters_jax.tasks.base import Batch, Prediction, Usage
+from adapters_jax.tasks.base import Batch, Usage
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 from adapters_jax.tasks.metrics import perplexity
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Batching, Inputs, Readout
 
 SHARE = 0.15  # of tokens that are hidden

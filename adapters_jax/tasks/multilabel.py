@@ -16,9 +16,10 @@ from adapters_jax.data.annotated import Annotated, read_label_sets
 from adapters_jax.data.datasets import sorted_names
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import set_scores
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, of_part, per_class
 

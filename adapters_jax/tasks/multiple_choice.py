@@ -20,8 +20,9 @@ from adapters_jax.data.readers import DataError, read_file
 from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Prediction, Usage
+from adapters_jax.tasks.base import Batch, Usage
 from adapters_jax.tasks.labelled import AnnotatedTask
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, confusion, of_part
 

@@ -14,8 +14,9 @@ from adapters_jax.data.datasets import TaskData
 from adapters_jax.data.readers import DataError
 from adapters_jax.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.tasks import views
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.metrics import compute
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.views import Judged, View
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 from adapters_jax.data.datasets import Dataset
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.labelled import LabelledTexts
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, numbers_judged, predicted_against_right
 

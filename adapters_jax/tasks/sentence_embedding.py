@@ -24,9 +24,10 @@ from adapters_jax.data.splits import key_of
 from adapters_jax.data.tables import read_rows
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.labelled import EncoderTask
 from adapters_jax.tasks.metrics import compute, places, retrieval
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import (
     Judged,

@@ -25,9 +25,10 @@ from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
 from adapters_jax.pretrained.encoder import Encoder
-from adapters_jax.tasks.base import Batch, Prediction
+from adapters_jax.tasks.base import Batch
 from adapters_jax.tasks.labelled import AnnotatedTask
 from adapters_jax.tasks.metrics import span_scores, spans_of
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.tasks.readout import Inputs, LabelReadout
 from adapters_jax.tasks.views import Judged, View, class_table, confusion, of_part, per_class
 

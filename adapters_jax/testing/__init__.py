@@ -5,7 +5,7 @@
 - `subjects`: a recipe on a tiny model, of `linen_model` or `nnx_model`.
 """
 
-from adapters_jax.testing.contract import VARIANTS, check_method
-from adapters_jax.testing.subjects import Case, ContractError, Linen, Nnx
+from adapters_jax.testing.contract import check_method
+from adapters_jax.testing.subjects import ContractError
 
-__all__ = ["VARIANTS", "Case", "ContractError", "Linen", "Nnx", "check_method"]
+__all__ = ["ContractError", "check_method"]

@@ -1,9 +1,19 @@
 """The built-in methods to run the contract on, with counts worked out by hand."""
 
 import adapters_jax as aj
-from adapters_jax.testing import VARIANTS, Case, Linen, Nnx
+from adapters_jax.testing.contract import VARIANTS
 from adapters_jax.testing.linen_model import HEADS, HIDDEN, VOCAB, D
-from adapters_jax.testing.subjects import APIS, bits, classes_of, drawn, ids, shaken
+from adapters_jax.testing.subjects import (
+    APIS,
+    Case,
+    Linen,
+    Nnx,
+    bits,
+    classes_of,
+    drawn,
+    ids,
+    shaken,
+)
 
 __all__ = [
     "APIS",

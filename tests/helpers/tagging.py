@@ -24,7 +24,8 @@ from adapters_jax.io.run_directory import check_base
 from adapters_jax.linen import init_adapters
 from adapters_jax.models.bert import Bert, BertConfig
 from adapters_jax.pretrained.encoder import INPUTS, load_encoder
-from adapters_jax.tasks.base import Prediction, Prepared, Task, Untrained, Usage, in_row_order
+from adapters_jax.tasks.base import Prepared, Task, Untrained, Usage, in_row_order
+from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.training.step import make_eval_step
 
 LENGTH = 8

@@ -6,29 +6,6 @@
   our counterparts of them.
 """
 
-from adapters_jax.interop.adapterhub.architectures import ALIKE, MODEL_TYPES
-from adapters_jax.interop.adapterhub.blocks import find_blocks
-from adapters_jax.interop.adapterhub.files import (
-    CONFIG,
-    FILES,
-    HEAD_CONFIG,
-    HEAD_TENSORS,
-    TENSORS,
-    load_adapterhub,
-    save_adapterhub,
-    to_adapterhub,
-)
+from adapters_jax.interop.adapterhub.files import load_adapterhub, save_adapterhub
 
-__all__ = [
-    "ALIKE",
-    "CONFIG",
-    "FILES",
-    "HEAD_CONFIG",
-    "HEAD_TENSORS",
-    "MODEL_TYPES",
-    "TENSORS",
-    "find_blocks",
-    "load_adapterhub",
-    "save_adapterhub",
-    "to_adapterhub",
-]
+__all__ = ["load_adapterhub", "save_adapterhub"]

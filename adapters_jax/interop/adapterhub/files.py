@@ -167,6 +167,19 @@ def save_adapterhub(
         UserError: AdapterHub does not support the recipe, `names` lacks a module, or the directory
             is not empty; the message names every problem.
         TypeError: `adapters` is not a tree.
+
+    Example:
+        >>> import json, tempfile
+        >>> import numpy as np
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> lora, names = LoRA("query", 2), {"encoder.layer.0.attention.self.query": "query"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapterhub(f"{folder}/a", lora, leaves, names, params, name="reviews")
+        ...     config = json.loads((saved / "adapter_config.json").read_text())
+        >>> config["name"], config["config"]["architecture"], config["config"]["r"]
+        ('reviews', 'lora', 2)
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
     directory, blocks = directories.empty_directory(directory), find_blocks(names, base)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.interop import adapterhub
+from adapters_jax.interop.adapterhub import files as adapterhub
 from adapters_jax.interop.adapterhub import heads
+from adapters_jax.interop.adapterhub.architectures import ALIKE, MODEL_TYPES
+from adapters_jax.interop.adapterhub.blocks import find_blocks
 from adapters_jax.interop.base_model import BaseModel
 from adapters_jax.interop.formats.base import Adapter, Head, has_head, pooling_problem, shape_in
 from adapters_jax.io.untrusted import read_json
@@ -58,7 +60,7 @@ class AdapterHub:
             adapter.recipe,
             adapter.leaves,
             base.names,
-            adapterhub.find_blocks(base.names, base.params),
+            find_blocks(base.names, base.params),
             adapter.name,
             _pooling(base, adapter.leaves),
             adapter.labels,
@@ -69,7 +71,7 @@ class AdapterHub:
         """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
         if lacking := _no_such_type(base):
             raise UserError(f"{lacking}; write PEFT's instead (--to peft)")
-        own = adapterhub.ALIKE.get(base.model_type)
+        own = ALIKE.get(base.model_type)
         about = {"model_type": base.model_type, "model_class": own} if own else {}
         adapterhub.save_adapterhub(
             directory,
@@ -102,7 +104,7 @@ class AdapterHub:
 
 def _no_such_type(base: BaseModel) -> str:
     """Why AdapterHub has no files for a type of bases; empty if it has."""
-    supported = adapterhub.MODEL_TYPES
+    supported = MODEL_TYPES
     if not base.model_type or base.model_type in supported:
         return ""
     return (

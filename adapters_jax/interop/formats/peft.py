@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.interop import peft
 from adapters_jax.interop.base_model import MASKED, BaseModel
 from adapters_jax.interop.formats.base import (
     HEAD,
@@ -17,6 +16,7 @@ from adapters_jax.interop.formats.base import (
     pooling_problem,
     shape_in,
 )
+from adapters_jax.interop.peft import files as peft
 from adapters_jax.io import hub
 from adapters_jax.io.untrusted import read_json
 from adapters_jax.recipe import Recipe

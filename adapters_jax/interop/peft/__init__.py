@@ -6,13 +6,6 @@ base's own parameters that train beside them, `config` checks the settings, and 
 writes the directory.
 """
 
-from adapters_jax.interop.peft.files import (
-    CONFIG,
-    PICKLE,
-    TENSORS,
-    load_peft,
-    save_peft,
-    to_peft,
-)
+from adapters_jax.interop.peft.files import load_peft, save_peft
 
-__all__ = ["CONFIG", "PICKLE", "TENSORS", "load_peft", "save_peft", "to_peft"]
+__all__ = ["load_peft", "save_peft"]

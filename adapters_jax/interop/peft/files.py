@@ -162,6 +162,19 @@ def save_peft(
         UserError: PEFT does not support the recipe, `names` lacks a module, or the directory is
             not empty; the message names every problem.
         TypeError: `adapters` is not a tree.
+
+    Example:
+        >>> import json, tempfile
+        >>> import numpy as np
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> lora, names = LoRA("query", rank=2, alpha=4), {"model.q_proj": "query"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_peft(f"{folder}/a", lora, leaves, names, params, task_type="CAUSAL_LM")
+        ...     config = json.loads((saved / "adapter_config.json").read_text())
+        >>> [config[field] for field in ("peft_type", "r", "lora_alpha", "task_type")]
+        ['LORA', 2, 4, 'CAUSAL_LM']
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
