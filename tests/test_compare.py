@@ -38,6 +38,7 @@ from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.runs import job
 from adapters_jax.errors import UserError
+from adapters_jax.inference import load_predictor
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 
@@ -157,8 +158,10 @@ def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     assert not {"script", "img", "iframe"} & set(found.tags)
     assert not re.search(r"url\([^#]|@import|https?://", page)
     assert found.sections["The same again"] == [portable(summary["command"], CompareOptions)]
-    assert found.sections["The best on dev, alone"] == [
-        portable(summary["best"]["command"], RunOptions)
+    best = summary["best"]
+    assert found.sections["How to use it"] == [best["shell"], best["python"]]
+    assert found.sections["The best on dev, trained alone"] == [
+        portable(best["command"], RunOptions)
     ]
     assert str(out.parent) not in page
     assert "F1 is that of the class yes, the positive one." in found.words
@@ -202,6 +205,18 @@ def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     assert options.baselines
     means = [row["dev"]["accuracy"]["mean"] for row in summary["recipes"]]
     assert best["dev"]["accuracy"]["mean"] == max(means)
+
+
+def test_the_best_on_dev_can_be_used_as_the_page_says(whole, monkeypatch, capsys):
+    summary, out = whole
+    best, rows = summary["best"], summary["recipes"]
+    (rate,) = [row["learning_rate"] for row in rows if row["recipe"] == best["recipe"]]
+    cell = out / "cells" / Cell(best["recipe"], rate, best["seed"]).name
+    monkeypatch.chdir(cell.parent)
+    exec(best["python"], {})
+    (shown,) = capsys.readouterr().out.splitlines()
+    assert shown == str(*load_predictor(cell).predict(["A text of your own."]))
+    assert shlex.split(best["shell"])[:3] == ["adapters-jax", "predict", cell.name]
 
 
 def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, directory):

@@ -16,6 +16,8 @@ import yaml
 from helpers.public import imported_by_pages, public_modules
 from packaging.requirements import Requirement
 
+import adapters_jax as aj
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CI = (ROOT / ".ci" / "run").read_text()
@@ -249,6 +251,7 @@ def test_the_citation_has_what_its_format_needs():
     assert citation["cff-version"] == "1.2.0"
     assert all(citation[name] for name in ("message", "title", "authors"))
     assert citation["license"] == PROJECT["license"]
+    assert citation["version"] == aj.__version__
 
 
 @pytest.mark.parametrize("path", [p for p in FORMS if p.stem != "config"], ids=lambda p: p.stem)

@@ -149,9 +149,24 @@ def test_a_comparison_is_written_anew(tmp_path):
     assert page.read_text() == before
     found = Page(before)
     assert found.sections["The same again"] == ["adapters-jax compare --train=b.csv --out=out"]
-    assert found.sections["The best on dev, alone"] == ["adapters-jax finetune --train=b.csv"]
+    assert found.sections["The best on dev, trained alone"] == [
+        "adapters-jax finetune --train=b.csv"
+    ]
     assert command_of(found.sections["The same again"][0]).out.name == "out"
-    assert command_of(found.sections["The best on dev, alone"][0]).data.train.name == "b.csv"
+    assert (
+        command_of(found.sections["The best on dev, trained alone"][0]).data.train.name == "b.csv"
+    )
     assert "A note." in found.words and "hu2021lora" in found.sections["How to cite it"][0]
     assert any("lora --rank 1: 128, 70.0 ± 1.0 %;" in label for label in found.labels)
     assert json.loads((out / "comparison.json").read_text()) == summary
+
+
+def test_a_comparison_of_an_older_version_has_a_page_without_examples(tmp_path):
+    out = tmp_path / "out"
+    summary = write_compared(out)
+    for name in ("seed", "shell", "python"):
+        del summary["best"][name]
+    (out / "comparison.json").write_text(json.dumps(summary))
+    assert main(["report", str(out)]) == 0
+    sections = Page((out / "comparison.html").read_text()).sections
+    assert "How to use it" not in sections and "The best on dev, trained alone" in sections

@@ -14,7 +14,7 @@ from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.tradeoff import tradeoff
 from adapters_jax.app.console import duration
-from adapters_jax.app.options.flags import portable, words
+from adapters_jax.app.options.flags import portable, portable_path, words
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.findings import OF_DAMAGE
@@ -65,7 +65,7 @@ def summarize(
         "missing": sum(row["missing"] for row in rows),
         "seconds": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
         "recipes": rows,
-        "best": _best(options, grid, rows, out),
+        "best": _best(options, grid, cells, rows),
         "command": options.command,
         "notes": notes(task_of(first).views(first, Judged())),
         "papers": [*papers],
@@ -74,9 +74,12 @@ def summarize(
 
 
 def _best(
-    options: CompareOptions, grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path
-) -> dict[str, str] | None:
-    """The recipe with the best mean on dev, and the command that trains it."""
+    options: CompareOptions,
+    grid: Grid,
+    cells: Cells,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any] | None:
+    """The recipe with the best mean on dev, how to use its first cell, and how to train it."""
     best: Mapping[str, Any] | None = None
     for row in rows:
         mean = row["dev"][grid.metric]["mean"] if "dev" in row else None
@@ -86,10 +89,13 @@ def _best(
             best = row
     if best is None:
         return None
-    cell = Cell(best["recipe"], best["learning_rate"], grid.seeds[0])
-    alone = replace(options.run_options(cell), baselines=True)
+    recipe, rate, seed = best["recipe"], best["learning_rate"], best["seeds"][0]
+    alone = replace(options.run_options(Cell(recipe, rate, grid.seeds[0])), baselines=True)
     command = shlex.join(["adapters-jax", "finetune", *words(alone)])
-    return {"recipe": best["recipe"], "command": command}
+    run = cells.run(Cell(recipe, rate, seed))
+    config = run.read_config(None)
+    usage = task_of(config).usage(portable_path(run.path), config)
+    return {"recipe": recipe, "command": command, "seed": seed, **usage._asdict()}
 
 
 def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
@@ -201,7 +207,8 @@ def _page(figure: Any, summary: Summary, results: Sequence[Result]) -> str:
         picture=svg(figure, _alt(summary)),
         cells=_cells_table(metric, results),
         again=portable(summary["command"], CompareOptions),
-        best=portable(best["command"], RunOptions) if best else None,
+        best=best,
+        alone=portable(best["command"], RunOptions) if best else None,
         cite=bibtex(summary.get("papers", ())),
         configuration=list(settings(summary["configuration"])),
     )
