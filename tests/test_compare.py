@@ -29,7 +29,6 @@ from adapters_jax.app.compare.cells import CellConsole
 from adapters_jax.app.compare.comparison import _Pace, compiled_in
 from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
 from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.compare.summary import comparison_table
 from adapters_jax.app.compare.tradeoff import draw_tradeoff
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import portable, words
@@ -39,6 +38,7 @@ from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.runs import job
 from adapters_jax.errors import UserError
 from adapters_jax.inference import load_predictor
+from adapters_jax.inference.comparison import comparison_table
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.labelled_problem import LabelledProblem
 

@@ -1,5 +1,6 @@
 """What objects show of themselves: a table in a notebook, and the short repr of a state."""
 
+import json
 from html.parser import HTMLParser
 
 import jax
@@ -7,13 +8,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers.tiny import write_model, write_reviews
+from helpers.reports import write_compared
 
 import adapters_jax as aj
-from adapters_jax.app.cli.compare import Compare
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.parsing import parse
 from adapters_jax.display import html_table
+from adapters_jax.inference import load_comparison
+from adapters_jax.io.run_directory import RunError
 
 HOSTILE = "</td><script>alert(1)</script>\x1b[2J\u202e&amp;"
 
@@ -122,18 +122,30 @@ def test_a_bank_has_its_adapters_and_what_there_is_room_for():
     assert found.rows[4] == ["LoRA", "**/layers/0", "rank=2"]
 
 
-def test_a_comparison_has_its_results_and_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "tiny")
-    write_reviews(tmp_path / "reviews.jsonl", rows=60)
-    words = "--model tiny --train reviews.jsonl --text review --max-length 12 --recipes bitfit"
-    words += " head-only --seeds 0 1 --learning-rates 1e-3"
-    comparison = parse(Compare, words.split()).prepare(Console(json=True))
+def test_a_comparison_has_its_results_and_what_is_missing(tmp_path):
+    write_compared(tmp_path / "out", recipes=2)
+    comparison = load_comparison(tmp_path / "out")
     found = cells(comparison)
-    assert found.rows[0] == ["recipe", "trainable", "of base", "rate", "seeds", "test accuracy"]
-    assert [row[0] for row in found.rows[1:]] == ["head-only", "bitfit"]
-    assert [row[4] for row in found.rows[1:]] == ["0, 2 to run", "0, 2 to run"]
-    assert "0 runs are done, 4 are missing" in found.notes[1]
+    assert found.rows == [
+        ["recipe", "trainable", "of base", "rate", "seeds", "test accuracy"],
+        ["lora --rank 1", "128", "1.5 %", "0.001", "2", "70.0 ± 1.0 %"],
+        ["houlsby --bottleneck-dim 8 --targets a/b", "256", "3 %", "0.001", "2", "72.0 ± 1.0 %"],
+    ]
+    assert found.notes[1:] == [
+        f"4 runs are done, 0 are missing: {tmp_path / 'out'}",
+        "The best on dev is lora --rank 1.",
+    ]
+    for cell in [*found.rows[0], *found.rows[1], *found.notes[1:]]:
+        assert cell in str(comparison)
+
+
+@pytest.mark.parametrize("lacking", ["recipes", "metrics", "done", "best"])
+def test_a_summary_without_a_part_is_damaged(tmp_path, lacking):
+    summary = write_compared(tmp_path / "out")
+    del summary[lacking]
+    (tmp_path / "out" / "comparison.json").write_text(json.dumps(summary))
+    with pytest.raises(RunError, match=rf"comparison.json is damaged: .*{lacking}.*writes it anew"):
+        load_comparison(tmp_path / "out")
 
 
 def test_the_repr_of_a_state_has_shapes_and_totals(model):

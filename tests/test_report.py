@@ -25,9 +25,10 @@ from adapters_jax.app.options.method import PRESETS, MethodOptions
 from adapters_jax.app.report import pages
 from adapters_jax.app.report.papers import PAPERS, bibtex, papers_of
 from adapters_jax.app.report.pictures import curves, figure_of, smooth, svg
-from adapters_jax.app.report.run import results_table, show_metric
+from adapters_jax.app.report.run import results_table
 from adapters_jax.methods import METHODS
 from adapters_jax.tasks import task_of
+from adapters_jax.tasks.metrics import show_metric
 
 
 @pytest.fixture

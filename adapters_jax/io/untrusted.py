@@ -17,6 +17,10 @@ from adapters_jax.errors import AdapterFileError, UserError, file_errors, shorte
 from adapters_jax.strict_json import loads
 
 MOST_JSON = 2**20  # bytes; enough for 4000 patterns of 200 characters, and parsed within 0.3 s
+# What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
+OF_DAMAGE = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
 _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 

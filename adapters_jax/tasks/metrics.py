@@ -17,6 +17,19 @@ from numpy.typing import ArrayLike
 
 from adapters_jax.errors import MissingPackageError, UserError
 
+_SHARES = ("precision", "recall", "exact_match", "recall_at_1")
+PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
+
+
+def show_metric(name: str, value: float) -> str:
+    """Formats a metric for people: accuracy and F1 in percent, other metrics as they are.
+
+    Example:
+        >>> show_metric("accuracy", 0.8541), show_metric("pearson", 0.8541)
+        ('85.4 %', '0.854')
+    """
+    return f"{100 * value:.1f} %" if name in PERCENT else f"{value:.3f}"
+
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The fraction of predictions that equal their label.

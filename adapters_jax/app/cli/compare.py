@@ -10,7 +10,7 @@ from adapters_jax.app.console import Console
 from adapters_jax.errors import file_errors
 
 if TYPE_CHECKING:
-    from adapters_jax.app.compare.comparison import Comparison
+    from adapters_jax.app.compare.comparison import ComparisonJob
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Compare(CompareOptions):
 
     json: bool = False
 
-    def prepare(self, console: Console) -> Comparison:
+    def prepare(self, console: Console) -> ComparisonJob:
         """Reads and checks everything, then makes the directory.
 
         Raises:
@@ -48,11 +48,11 @@ class Compare(CompareOptions):
             AssetError: the pinned model or the movie reviews could not be fetched.
             FileSystemError: the directory cannot be made.
         """
-        from adapters_jax.app.compare.comparison import Comparison
+        from adapters_jax.app.compare.comparison import ComparisonJob
         from adapters_jax.io.run_directory import Run
 
         options, grid, cells, out = self.check(console)
         with file_errors(out, "made"):
             out.mkdir(parents=True, exist_ok=True)
         lock = Run(out).lock()
-        return Comparison(options, grid, cells, out, console, lock)
+        return ComparisonJob(options, grid, cells, out, console, lock)

@@ -36,10 +36,11 @@ class Report:
         Raises:
             RunError: there is no finished run and no comparison, or a file is damaged.
         """
-        from adapters_jax.app.compare.summary import PAGE, SUMMARY, rewrite_comparison
+        from adapters_jax.app.compare.summary import PAGE, rewrite_comparison
         from adapters_jax.app.report.findings import check_views
         from adapters_jax.app.report.run import rewrite_report
         from adapters_jax.app.runs.config import comparable
+        from adapters_jax.inference.comparison import SUMMARY
         from adapters_jax.io.run_directory import Run, RunError
         from adapters_jax.tasks import read_run
 

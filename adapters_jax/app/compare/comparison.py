@@ -19,23 +19,23 @@ from jax.experimental.compilation_cache import compilation_cache
 from adapters_jax.app.compare.cells import CellConsole, Cells
 from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.compare.summary import comparison_table, summarize, write_comparison
+from adapters_jax.app.compare.summary import summarize, write_comparison
 from adapters_jax.app.compare.together import train_together
 from adapters_jax.app.console import Console, Pace, Progress, duration
-from adapters_jax.app.report.run import show_metric
 from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
-from adapters_jax.display import html_table
 from adapters_jax.errors import FileSystemError, UserError
+from adapters_jax.inference.comparison import comparison_table
 from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.tasks.base import NotFiniteError
+from adapters_jax.tasks.metrics import show_metric
 
 _CACHE = "jax_compilation_cache_dir"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonJob:
     """A comparison that is ready to start or to continue; `Compare.prepare` makes it.
 
     Attributes:
@@ -53,12 +53,6 @@ class Comparison:
     out: Path
     console: Console
     lock: FileLock
-
-    def _repr_html_(self) -> str:
-        results = self.cells.results(self.grid.possible())
-        summary = summarize(self.options, self.grid, self.cells, self.out, results)
-        left = f"{summary['done']} runs are done, {summary['missing']} are missing: {self.out}"
-        return html_table(*comparison_table(summary), notes=[left])
 
     def __call__(self) -> None:
         """Trains the remaining cells, and writes the comparison after each.

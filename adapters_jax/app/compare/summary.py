@@ -17,21 +17,20 @@ from adapters_jax.app.console import duration
 from adapters_jax.app.options.flags import portable, portable_path, words
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.findings import OF_DAMAGE
 from adapters_jax.app.report.papers import bibtex, papers_of
 from adapters_jax.app.report.pictures import svg, write_png
-from adapters_jax.app.report.run import PERCENT, notes, settings, show_metric
+from adapters_jax.app.report.run import notes, settings
 from adapters_jax.errors import UserError, file_errors
+from adapters_jax.inference.comparison import SUMMARY, comparison_table, read_summary, show_spread
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import RunError
-from adapters_jax.io.untrusted import read_json
+from adapters_jax.io.untrusted import OF_DAMAGE
 from adapters_jax.tasks import task_of
-from adapters_jax.tasks.metrics import better
+from adapters_jax.tasks.metrics import better, show_metric
 from adapters_jax.tasks.views import Judged
 
 Summary = dict[str, Any]
-SUMMARY, CELLS, PAGE = "comparison.json", "cells.jsonl", "comparison.html"  # files
-MOST = 2**26  # bytes of a summary
+CELLS, PAGE = "cells.jsonl", "comparison.html"  # files
 _SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "max_length")
 
 
@@ -98,66 +97,6 @@ def _best(
     return {"recipe": recipe, "command": command, "seed": seed, **usage._asdict()}
 
 
-def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
-    """Formats a mean and its standard deviation for people.
-
-    Args:
-        name: name of the metric.
-        spread: "mean" and "deviation" of the metric; the deviation is None for a single seed.
-
-    Example:
-        >>> show_spread("accuracy", {"mean": 0.8541, "deviation": 0.0123})
-        '85.4 ± 1.2 %'
-        >>> show_spread("pearson", {"mean": 0.8541, "deviation": None})
-        '0.854'
-    """
-    mean, deviation = spread["mean"] or 0.0, spread["deviation"]
-    if deviation is None:
-        return show_metric(name, mean)
-    if name in PERCENT:
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
-    return f"{mean:.3f} ± {deviation:.3f}"
-
-
-def comparison_table(
-    summary: Mapping[str, Any], parts: Sequence[str] = ("test",)
-) -> tuple[list[str], list[list[str]]]:
-    """Builds the table of results; recipes with fewer trainable parameters come first.
-
-    Args:
-        summary: the summary that `summarize` returns.
-        parts: the parts of the data to show, "dev" or "test" or both. For one part, the table shows
-            only the first metric.
-
-    Returns:
-        The header, and one row for each recipe.
-    """
-    metrics = summary["metrics"][: 1 if len(parts) == 1 else None]
-    columns = [(part, name) for part in parts for name in metrics]
-    header = ["recipe", "trainable", "of base", "rate", "seeds"]
-    return header + [" ".join(column) for column in columns], [
-        [
-            row["recipe"],
-            f"{row['trainable_parameters']:,}",
-            f"{row['percent']:.3g} %",
-            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
-            _seeds(row),
-            *(show_spread(name, row[part][name]) if part in row else "" for part, name in columns),
-        ]
-        for row in sorted(summary["recipes"], key=lambda row: row["trainable_parameters"])
-    ]
-
-
-def _seeds(row: Mapping[str, Any]) -> str:
-    """The number of seeds behind a result, with the seeds that diverged or are still to run."""
-    parts = [str(len(row["seeds"]))]
-    if row["diverged"]:
-        parts.append(f"{row['diverged']} diverged")
-    if row["missing"]:
-        parts.append(f"{row['missing']} to run")
-    return ", ".join(parts)
-
-
 def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> None:
     """Writes the files of a comparison; each file is replaced as a whole.
 
@@ -183,7 +122,7 @@ def rewrite_comparison(out: Path) -> None:
         RunError: one of these two is absent or damaged.
     """
     again = "the command that made the comparison writes it anew"
-    summary = read_json(out / SUMMARY, MOST, RunError)
+    summary = read_summary(out)
     with file_errors(out / CELLS, error=RunError):
         lines = (out / CELLS).read_text(encoding="utf-8").splitlines()
     try:

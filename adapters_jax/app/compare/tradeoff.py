@@ -13,7 +13,7 @@ import numpy as np
 
 from adapters_jax.app.compare.annotations import Label, place_labels
 from adapters_jax.app.report.pictures import COLORS, GREY, in_picture, styled, write_png
-from adapters_jax.app.report.run import PERCENT
+from adapters_jax.tasks.metrics import PERCENT
 
 COLUMNS = 3
 Row = Mapping[str, Any]

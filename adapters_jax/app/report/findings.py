@@ -16,16 +16,12 @@ from adapters_jax.data.splits import spread
 from adapters_jax.errors import UserError
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.io.untrusted import read_json
+from adapters_jax.io.untrusted import OF_DAMAGE, read_json
 from adapters_jax.tasks import task_of
 from adapters_jax.tasks.views import Judged
 
 MOST = 4 * 2**20  # characters of the rows of a part
 _LARGEST = 2**26  # bytes of a file, which has other things as well
-# What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
-OF_DAMAGE = (
-    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
-)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.settings import RunOptions
 from adapters_jax.app.options.stored import from_plain
 from adapters_jax.app.report import pages
-from adapters_jax.app.report.findings import OF_DAMAGE, read_findings
+from adapters_jax.app.report.findings import read_findings
 from adapters_jax.app.report.papers import bibtex, papers_of
 from adapters_jax.app.report.pictures import (
     Picture,
@@ -31,23 +31,13 @@ from adapters_jax.auditing import HEADERS
 from adapters_jax.errors import UserError
 from adapters_jax.io.atomic import write_file
 from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.io.untrusted import OF_DAMAGE
 from adapters_jax.tasks import task_of
+from adapters_jax.tasks.metrics import PERCENT, show_metric
 from adapters_jax.tasks.views import Histogram, Note, Scatter, View
 
-_SHARES = ("precision", "recall", "exact_match", "recall_at_1")
-PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
 _NOT_SETTINGS = ("data", "options", "summary", "target")  # the page shows these elsewhere
-
-
-def show_metric(name: str, value: float) -> str:
-    """Formats a metric for people: accuracy and F1 in percent, other metrics as they are.
-
-    Example:
-        >>> show_metric("accuracy", 0.8541), show_metric("pearson", 0.8541)
-        ('85.4 %', '0.854')
-    """
-    return f"{100 * value:.1f} %" if name in PERCENT else f"{value:.3f}"
 
 
 def results_table(
