@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -307,3 +308,19 @@ def test_the_command_plans_for_tpus(tmp_path):
     found = json.loads(out)
     assert found["plans"]["lora"]["base"] < lora["base"]
     assert found["largest"]["lora"] is None or found["largest"]["lora"]["batch"] >= 8
+
+
+@tpu
+@pytest.mark.slow
+def test_the_notebook_of_a_chat_model_compiles_its_step_for_a_tpu(capsys):
+    path = Path(__file__).parents[1] / "docs" / "notebooks" / "chat-tpu.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = {}
+    for text in ("".join(each["source"]) for each in cells if each["cell_type"] == "code"):
+        exec(text, found)
+    plan, width, of_values, inner = found["found"], 2048, 512, 8192
+    of_layer = 2 * (width + width) + 2 * (width + of_values) + 3 * (width + inner)
+    assert plan.trainable_parameters == 16 * 8 * of_layer
+    assert plan.base == 2 * 1_235_814_400  # bfloat16
+    assert plan.base < plan.total < 15.75 * GIB
+    assert f"{plan.trainable_parameters:,} parameters of" in capsys.readouterr().out
