@@ -17,6 +17,8 @@ def html_table(
 ) -> str:
     """A table in HTML, for `_repr_html_`; it scrolls in itself where it is wider than the page.
 
+    The keyboard reaches it, so that it can be scrolled without a mouse.
+
     Args:
         header: the names of the columns.
         rows: the cells, any texts: tags in them are shown, and so are control characters.
@@ -28,7 +30,7 @@ def html_table(
         >>> "&lt;img src=x&gt;" in table, table.count("<td"), table.endswith("two rows</div></div>")
         (True, 2, True)
     """
-    page = ElementTree.Element("div", style="overflow-x: auto; max-width: 100%")
+    page = ElementTree.Element("div", style="overflow-x: auto; max-width: 100%", tabindex="0")
     table = ElementTree.SubElement(page, "table", style=_TABLE)
     head = ElementTree.SubElement(ElementTree.SubElement(table, "thead"), "tr")
     for i, name in enumerate(header):
