@@ -26,6 +26,7 @@ LOOKED_AT = (
     "search",
 )
 PICTURED = ("index", "methods/lora")
+CODE = ("code", "pre", "script", "style")
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
@@ -39,11 +40,12 @@ def site(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """The places of a page, what it links to, and what it loads."""
+    """The places of a page, what it links to, what it loads, and its text outside of code."""
 
     def __init__(self, path):
         super().__init__()
         self.places, self.links, self.loads = set(), set(), set()
+        self.code, self.text = 0, ""
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
@@ -53,6 +55,14 @@ class Page(HTMLParser):
             self.links.add(values["href"])
         if values.get(LOADED.get(tag)):
             self.loads.add(values[LOADED[tag]])
+
+        self.code += tag in CODE
+
+    def handle_endtag(self, tag):
+        self.code -= tag in CODE
+
+    def handle_data(self, data):
+        self.text += "" if self.code else data
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,11 @@ def test_links_and_anchors_lead_somewhere(pages):
     if "SCREENSHOTS" in os.environ:
         listed = Path(os.environ["SCREENSHOTS"], "foreign.txt")
         listed.write_text("\n".join(sorted(foreign)) + "\n")
+
+
+def test_no_marks_of_markdown_are_left(pages):
+    """A bar in the code of a table needs a backslash, or it ends the cell."""
+    assert {path.name: page.text for path, page in pages.items() if "`" in page.text} == {}
 
 
 def test_nothing_is_loaded_from_another_host(pages):
