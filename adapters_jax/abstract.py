@@ -75,10 +75,11 @@ class Inputs:
         if given is None or isinstance(given, cls):
             return given
         if is_array(given) or isinstance(given, str | Mapping) or not isinstance(given, Iterable):
-            call = "aj.inputs(**inputs)" if isinstance(given, Mapping) else "(x,)"
+            call = "(x,), or aj.inputs(x, mask=m)"
+            if isinstance(given, Mapping):
+                call = "(inputs,) for one mapping, or aj.inputs(**inputs) for keyword arguments"
             raise UserError(
-                f"the example inputs are {_text(given)}, expected a tuple of inputs; write {call}, "
-                "or aj.inputs(x, mask=m)"
+                f"the example inputs are {_text(given)}, expected a tuple of inputs; write {call}"
             )
         return cls.of_call(tuple(given), {})
 

@@ -8,7 +8,7 @@ square kernel of a layer that computes `x @ kernel.T`.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,10 +257,7 @@ def check_targets(
     meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
     holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
     for method in recipe:
-        other: dict[str, str | None] = {
-            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
-            for path, own in tied.items()
-        }
+        other: dict[str, str | None] = {}
         targeted = [each.point.path for each in found if each.method == method]
         if method.slot is None:
             usable = list(leaves)
@@ -280,9 +277,28 @@ def check_targets(
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
             other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
             other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
+        shared: dict[str, str | None] = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in (dict(tied) | _below(tied, usable)).items()
+        }
         fitting = set(usable)
-        unusable = {path: why for path, why in other.items() if path not in fitting}
+        unusable = {path: why for path, why in (shared | other).items() if path not in fitting}
         require_points(method, usable, unusable, targeted)
+
+
+def _below(tied: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
+    """The further paths of what is in shared modules, each with the path to use.
+
+    Example:
+        >>> _below({"b": "a"}, ["a/up/kernel", "head"])
+        {'b/up/kernel': 'a/up/kernel'}
+    """
+    return {
+        further + path.removeprefix(own): path
+        for further, own in tied.items()
+        for path in paths
+        if path.startswith(f"{own}/")
+    }
 
 
 def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:

@@ -208,11 +208,14 @@ def test_the_recipe_of_what_has_one(made, shown):
         aj.Recipe(made())
 
 
-@pytest.mark.parametrize(("given", "shown"), [(X, "float32[2, 4]"), ({"x": X}, "aj.inputs(**")])
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [(X, ("float32[2, 4]", "(x,)")), ({"x": X}, ("(inputs,)", "aj.inputs(**inputs)"))],
+)
 def test_example_inputs_come_in_a_tuple(given, shown):
-    with raises(aj.UserError, shown, "tuple"):
+    with raises(aj.UserError, *shown, "tuple"):
         aj.adapt(own(), aj.LoRA("weight"), rngs=nnx.Rngs(0), example_inputs=given)
-    with raises(aj.UserError, shown, "tuple"):
+    with raises(aj.UserError, *shown, "tuple"):
         aj.audit(MODEL, WHOLE, inputs=given)
 
 

@@ -161,6 +161,22 @@ def test_nnx_and_two_names_of_one_module():
     assert "raw (NnxRaw did not run" in text and "example_inputs" in text
 
 
+def test_nnx_and_what_is_in_a_shared_module():
+    class Towers(nnx.Module):
+        def __init__(self):
+            self.item = nnx.Dict(trunk=nnx.Dict(up=nnx.Linear(D, D, rngs=nnx.Rngs(0))))
+            self.query = nnx.Dict(trunk=self.item.trunk, head=nnx.Linear(D, D, rngs=nnx.Rngs(1)))
+
+    def adapted(targets):
+        return aj.adapt(Towers(), aj.LoRA(targets, R), rngs=nnx.Rngs(2))
+
+    with raises(aj.TargetError, "query/trunk/up (shared with item/trunk/up; use that path)"):
+        adapted("query/trunk/up")
+    (text,) = warned(lambda: adapted("query/**"))
+    assert "shared with item/trunk" in text
+    assert warned(lambda: adapted(("query/**", "item/**"))) == []
+
+
 def test_unfreezing_a_tied_parameter_by_its_other_name():
     class Tied(nnx.Module):
         def __init__(self):

@@ -573,6 +573,25 @@ def test_patterns_of_parameters_match_no_others():
     assert of_parameters(found, ["d_norm/w"]) == ("{a_norm,b_norm,c_norm}/w",)
 
 
+def test_a_norm_of_the_model_itself():
+    class Scaled(nn.Module):
+        """A norm written out in the model, with a scale of its own, and one that is a module."""
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.LayerNorm()(x + nn.Dense(D)(x))
+            scale = self.param("scale", nn.initializers.ones, (D,))
+            return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True)) * scale
+
+    assert aj.suggest(nn.LayerNorm(), X).arguments("layer_norms") == {"targets": "{scale,bias}"}
+    found, x = aj.suggest(Scaled(), X), jnp.ones(X.shape)
+    assert found.arguments("layer_norms")["targets"] == ("LayerNorm_0/{scale,bias}", "scale")
+    model = aj.adapt(Scaled(), found.recipe("layer_norms"))
+    params = Scaled().init(jax.random.key(0), x)["params"]
+    audit = aj.audit(model, aj.init_adapters(model, params, jax.random.key(1), x))
+    assert audit.trainable_parameters == 3 * D
+
+
 def test_a_layer_number_is_a_brace_only_where_all_layers_are_meant():
     layers = [f"layer_{i}/attention" for i in range(3)]
     assert numbered(layers, []) == "layer_{}/attention"

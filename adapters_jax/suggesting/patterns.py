@@ -94,6 +94,8 @@ def of_parameters(found: Sequence[str], others: Collection[str]) -> tuple[str, .
         >>> of_parameters(["a_norm/scale", "a_norm/bias", "b_norm/scale", "b_norm/bias"],
         ...     ["a_norm", "b_norm", "dense", "dense/bias"])
         ('{a_norm,b_norm}/{scale,bias}',)
+        >>> of_parameters(["scale", "norm/scale"], ["norm", "dense", "dense/bias"])
+        ('scale', 'norm/scale')
     """
     names: dict[str, list[str]] = {}
     for path in found:
@@ -101,7 +103,9 @@ def of_parameters(found: Sequence[str], others: Collection[str]) -> tuple[str, .
     patterns = []
     for own in dict.fromkeys(map(tuple, names.values())):
         modules = [module for module, of_module in names.items() if tuple(of_module) == own]
-        patterns += [join(p, _braces(own)) for p in shortest(modules, others)]
+        root = [""] if "" in modules else []  # no pattern of modules matches it alone
+        below = shortest([module for module in modules if module], others)
+        patterns += [join(p, _braces(own)) for p in (*root, *below)]
     wrong = [p for p in others if p not in found and selects(patterns, p)]
     return shortest(found, others) if wrong else tuple(patterns)
 
