@@ -381,3 +381,8 @@ def test_wrong_values_of_a_setting_are_an_error_at_once(name, value):
     key = "dim" if name == "distilbert" else "hidden_size"
     with raises(aj.UserError, "hidden_size"):
         family_at(name).config.from_dict({**values, key: value})
+
+
+def test_a_checkpoint_without_a_pooler_leads_to_one():
+    with raises(aj.BaseFileError, "pooler/dense/kernel", "without pooler=True"):
+        family_at("roberta").load(FIXTURES / "roberta", pooler=True)

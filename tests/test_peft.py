@@ -792,6 +792,37 @@ def test_the_names_of_an_encoder_do_not_fit_its_classifier():
     assert bert.FAMILY.classifier.names == classifier.NAMES
 
 
+def roberta_with_lora(head):
+    """The recipe, the trained leaves and the parameters of a RoBERTa whose files have no pooler."""
+    config, encoder = bert.load_bert(BASES / "roberta")
+    model, ids = classifier.BertClassifier(config, 2, pooling="pooler"), jnp.ones((1, 4), jnp.int32)
+    params = model.init(jax.random.key(0), ids)["params"]
+    params["bert"] = {**params["bert"], **encoder}
+    recipe = aj.lora(2, head=head)
+    whole = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(1), ids)
+    return recipe, aj.partition(whole, recipe)[0], params
+
+
+@pytest.mark.parametrize("head", [None, "head"])
+def test_the_names_of_another_family_lead_to_the_own_ones(tmp_path, head):
+    recipe, trained, params = roberta_with_lora(head)
+    names = FAMILIES["roberta"].classifier.names
+    saved = save_peft(tmp_path / "a", recipe, trained, names, params)
+    load_peft(saved, names, params)
+    other = "bert" if head else "distilbert"  # BERT has the same layers, but another head
+    with raises(AdapterFileError, "names maps", "FAMILIES['roberta'].classifier.names"):
+        load_peft(saved, FAMILIES[other].classifier.names, params)
+
+
+def test_a_head_of_two_layers_trains_whole(tmp_path):
+    recipe, trained, params = roberta_with_lora("{head,bert/pooler}")
+    saved = save_peft(tmp_path / "a", recipe, trained, FAMILIES["roberta"].classifier.names, params)
+    heads = {key for key in tensors_of(saved) if "classifier" in key}
+    names = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
+    assert heads == {f"base_model.model.classifier.{name}" for name in names}
+    assert {"head/kernel", "bert/pooler/dense/kernel"} <= flatten(trained).keys()
+
+
 def test_names_that_are_none():
     params = {"line": {"kernel": np.ones((2, 3))}}
     recipe, tree = aj.Recipe(aj.LoRA("line", 1)), {}

@@ -215,7 +215,13 @@ class NameTable:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    names: NameTable,
+    like: Any,
+    *,
+    fix: str = "Is it of this architecture and size?",
+) -> Any:
     """Converts a checkpoint's tensors to a model's parameters.
 
     Args:
@@ -223,6 +229,7 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
         names: the model's table.
         like: the model's parameters, which may be abstract; they set the structure, dtypes and
             shardings of the result.
+        fix: the last sentence of the error for tensors that do not fit.
 
     Returns:
         A tree of arrays.
@@ -259,7 +266,6 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
                 if name in found:
                     got[label] = found[name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
-    fix = "Is it of this architecture and size?"
     compare_trees("the checkpoint", got, expected, fix, error=BaseMismatchError)
     _check_floats(got)
 

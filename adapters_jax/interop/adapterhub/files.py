@@ -57,7 +57,8 @@ def load_adapterhub(
     Args:
         directory: has `adapter_config.json` and `adapter.safetensors`; or an id on the Hugging Face
             Hub, from which these and a head's two files are fetched.
-        names: the model's `NAMES`, or a mapping from the names of PyTorch's modules (as the file
+        names: the table of the model's family, `models.FAMILIES["roberta"].names`, of a classifier
+            `models.FAMILIES["roberta"].classifier.names`; or a mapping from the names of PyTorch's modules (as the file
             has them) to our module paths. A mapping needs AdapterHub's bottleneck layer
             (`encoder.layer.0.output`, `h.0.output_adapters`) with the path of the module that adds
             the sublayer's output, its first input, to the residual stream.
@@ -146,7 +147,9 @@ def save_adapterhub(
         recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
             head of two layers.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
-        names, base: as in `load_adapterhub`.
+        names, base: as in `load_adapterhub`. Families that share our paths (BERT, RoBERTa,
+            DistilBERT and ELECTRA) differ in their names for AdapterHub alone, so another one's
+            table is no error here.
         name: the name of the adapter and of its head.
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.

@@ -31,6 +31,10 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_OTHER_TABLE = (
+    "give the names of the checkpoint's own family, such as adapters_jax.models."
+    "FAMILIES['roberta'].classifier.names, and a base that has these modules"
+)
 PICKLE_ADVICE = (
     f"a pickled {PICKLE} is never opened, since unpickling runs code: convert it where you trust "
     "it, with PEFT's PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR)"
@@ -45,8 +49,8 @@ def load_peft(
     Args:
         directory: has `adapter_config.json` and `adapter_model.safetensors`; or an id on the
             Hugging Face Hub, from which these two files are fetched.
-        names: the model's `NAMES` (of `models.bert`, `models.bert.classifier`, `models.decoder`;
-            a record of `models.FAMILIES` has its `names`), or a mapping from PEFT's module names to
+        names: the table of the model's family, `models.FAMILIES["llama"].names`, of a classifier
+            `models.FAMILIES["roberta"].classifier.names`; or a mapping from PEFT's module names to
             our module paths: `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a
             module of PEFT's that fuses several of ours along its outputs; prompts need the
             attention module's path.
@@ -123,6 +127,8 @@ def from_peft(
                 return as_in_model(methods, leaves, names, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
+    if isinstance(names, NameTable) and any("names maps " in each for each in problems):
+        problems.append(_OTHER_TABLE)
     raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
 
 
@@ -150,6 +156,8 @@ def save_peft(
         recipe: LoRA, DoRA, LlamaAdapter or IA3; all but LlamaAdapter may have Unfreeze beside them.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
+            Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
+            names for PEFT alone, so another one's table is no error here.
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.

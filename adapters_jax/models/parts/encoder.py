@@ -201,6 +201,12 @@ def classifier_names(base: str, names: NameTable, head: str = "classifier") -> N
     return replace(names, rules=(*rules, Rule(r"head", head)), parameters=own, ignored=())
 
 
+_NO_POOLER = (
+    "A checkpoint without a classifier may have no pooler: load it without pooler=True, and take "
+    "the pooler of the classifier's init"
+)
+
+
 def load_encoder(
     build: Callable[..., Any],
     config_class: Any,
@@ -244,7 +250,13 @@ def load_encoder(
     huggingface.check_tensors(config, tensors)
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler, inputs)
     like = laid_out(like, mesh, rules)
+    if pooler and not _has_pooler(names, tensors):
+        return config, from_tensors(tensors, names, like, fix=_NO_POOLER)
     return config, from_tensors(tensors, names, like)
+
+
+def _has_pooler(names: NameTable, tensors: Mapping[str, Any]) -> bool:
+    return names.source("pooler/dense/kernel").name in names.canonical(tensors)
 
 
 def abstract(encoder: Any, pooler: bool = False, inputs: Inputs = one_token) -> Any:
@@ -275,9 +287,8 @@ def load_pooled(
     Raises:
         UserError: as for `load_encoder`.
     """
-    pooler, names = pooling == "pooler", family.names
-    kernel = names.source("pooler/dense/kernel").name
-    stored = not absent or kernel in names.canonical(huggingface.read_tensors(directory))
+    pooler = pooling == "pooler"
+    stored = not absent or _has_pooler(family.names, huggingface.read_tensors(directory))
     config, params = family.load(directory, pooler=pooler and stored)
     if pooler and not stored:
         like = abstract(family.build(config), pooler=True)["pooler"]
