@@ -58,10 +58,10 @@ def load_adapterhub(
         directory: has `adapter_config.json` and `adapter.safetensors`; or an id on the Hugging Face
             Hub, from which these and a head's two files are fetched.
         names: the table of the model's family, `models.FAMILIES["roberta"].names`, of a classifier
-            `models.FAMILIES["roberta"].classifier.names`; or a mapping from the names of PyTorch's modules (as the file
-            has them) to our module paths. A mapping needs AdapterHub's bottleneck layer
-            (`encoder.layer.0.output`, `h.0.output_adapters`) with the path of the module that adds
-            the sublayer's output, its first input, to the residual stream.
+            `models.FAMILIES["roberta"].classifier.names`; or a mapping from the names of PyTorch's
+            modules (as the file has them) to our module paths. A mapping needs AdapterHub's
+            bottleneck layer (`encoder.layer.0.output`, `h.0.output_adapters`) with the path of the
+            module that adds the sublayer's output, its first input, to the residual stream.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module.
         with_head: whether to read a head, if there is one.
         pooling: what the model's head reads, "pooler", "cls" or "tokens"; required for a head on
