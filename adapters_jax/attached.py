@@ -8,7 +8,7 @@ square kernel of a layer that computes `x @ kernel.T`.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Owner, Recipe, require_points
-from adapters_jax.targets import join, selects
+from adapters_jax.targets import join, matches, selects
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.lazy import Tracked
@@ -257,7 +257,10 @@ def check_targets(
     meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
     holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
     for method in recipe:
-        other: dict[str, str | None] = {}
+        other: dict[str, str | None] = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in tied.items()
+        }
         targeted = [each.point.path for each in found if each.method == method]
         if method.slot is None:
             usable = list(leaves)
@@ -277,28 +280,36 @@ def check_targets(
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
             other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
             other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
-        shared: dict[str, str | None] = {
-            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
-            for path, own in (dict(tied) | _below(tied, usable)).items()
-        }
         fitting = set(usable)
-        unusable = {path: why for path, why in (shared | other).items() if path not in fitting}
+        unusable = {path: why for path, why in other.items() if path not in fitting}
+        _require_own_paths(method, (*usable, *unusable), tied)
         require_points(method, usable, unusable, targeted)
 
 
-def _below(tied: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
-    """The further paths of what is in shared modules, each with the path to use.
+def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, str]) -> None:
+    """Checks that no target names something in a shared module by a further path of the module.
 
-    Example:
-        >>> _below({"b": "a"}, ["a/up/kernel", "head"])
-        {'b/up/kernel': 'a/up/kernel'}
+    Raises:
+        TargetError: names each such target, and the path to write.
     """
-    return {
-        further + path.removeprefix(own): path
-        for further, own in tied.items()
-        for path in paths
-        if path.startswith(f"{own}/")
-    }
+    problems = []
+    for target in method.targets if tied else ():
+        if target.startswith("!") or any(matches(target, path) for path in paths):
+            continue
+        further = (
+            (f"{other}{path.removeprefix(own)}", path)
+            for other, own in tied.items()
+            for path in paths
+            if path.startswith(f"{own}/")
+        )
+        found = next((pair for pair in further if matches(target, pair[0])), None)
+        if found:
+            problems.append(
+                f"{type(method).__name__}: target {target!r} matches {found[0]}, which is shared "
+                f"with {found[1]}; use that path"
+            )
+    if problems:
+        raise TargetError("\n".join(problems))
 
 
 def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:

@@ -202,7 +202,7 @@ _MODULES = {
     "adapters_jax.interop.peft": "load_peft save_peft",
     "adapters_jax.interop.adapterhub": "load_adapterhub save_adapterhub",
     "adapters_jax.interop.gguf": "read_gguf",
-    "adapters_jax.inference": "load_predictor load_generator",
+    "adapters_jax.inference": "load_predictor load_generator load_comparison",
     "adapters_jax.models.generation": "generate",
     "adapters_jax.models.decoder": "load_decoder save_decoder Decoder DecoderConfig",
     "adapters_jax.models.bert": "load_bert BertClassifier BertConfig",

@@ -158,10 +158,8 @@ def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     assert not {"script", "img", "iframe"} & set(found.tags)
     assert not re.search(r"url\([^#]|@import|https?://", page)
     assert found.sections["The same again"] == [portable(summary["command"], CompareOptions)]
-    best = summary["best"]
-    assert found.sections["How to use it"] == [best["shell"], best["python"]]
     assert found.sections["The best on dev, trained alone"] == [
-        portable(best["command"], RunOptions)
+        portable(summary["best"]["command"], RunOptions)
     ]
     assert str(out.parent) not in page
     assert "F1 is that of the class yes, the positive one." in found.words
@@ -211,12 +209,16 @@ def test_the_best_on_dev_can_be_used_as_the_page_says(whole, monkeypatch, capsys
     summary, out = whole
     best, rows = summary["best"], summary["recipes"]
     (rate,) = [row["learning_rate"] for row in rows if row["recipe"] == best["recipe"]]
-    cell = out / "cells" / Cell(best["recipe"], rate, best["seed"]).name
-    monkeypatch.chdir(cell.parent)
-    exec(best["python"], {})
-    (shown,) = capsys.readouterr().out.splitlines()
-    assert shown == str(*load_predictor(cell).predict(["A text of your own."]))
-    assert shlex.split(best["shell"])[:3] == ["adapters-jax", "predict", cell.name]
+    assert best["run"] == f"cells/{Cell(best['recipe'], rate, best['seed']).name}"
+    expected = str(*load_predictor(out / best["run"]).predict(["A text of your own."]))
+    monkeypatch.chdir(out.parent)  # also where another directory wrote the page
+    assert main(["report", str(out)]) == 0
+    sections = Page((out / "comparison.html").read_text()).sections
+    shell, python = sections["How to use it"]
+    assert shlex.split(shell)[:3] == ["adapters-jax", "predict", f"{out.name}/{best['run']}"]
+    capsys.readouterr()
+    exec(python, {})
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, directory):

@@ -139,6 +139,14 @@ def test_a_comparison_has_its_results_and_what_is_missing(tmp_path):
         assert cell in str(comparison)
 
 
+def test_a_comparison_of_others_has_no_effect_on_a_terminal(tmp_path):
+    summary = write_compared(tmp_path / "out")
+    summary["recipes"][0]["recipe"] = summary["best"]["recipe"] = HOSTILE
+    (tmp_path / "out" / "comparison.json").write_text(json.dumps(summary))
+    shown = repr(load_comparison(tmp_path / "out"))
+    assert shown.count("\\u001b[2J\\u202e") == 2 and "\x1b" not in shown and "\u202e" not in shown
+
+
 @pytest.mark.parametrize("lacking", ["recipes", "metrics", "done", "best"])
 def test_a_summary_without_a_part_is_damaged(tmp_path, lacking):
     summary = write_compared(tmp_path / "out")

@@ -383,6 +383,12 @@ def test_wrong_values_of_a_setting_are_an_error_at_once(name, value):
         family_at(name).config.from_dict({**values, key: value})
 
 
-def test_a_checkpoint_without_a_pooler_leads_to_one():
-    with raises(aj.BaseFileError, "pooler/dense/kernel", "without pooler=True"):
+def test_a_checkpoint_without_a_pooler_leads_to_one(tmp_path):
+    wider = shutil.copytree(FIXTURES / "roberta", tmp_path / "wider")
+    config = json.loads((wider / "config.json").read_text())
+    config["intermediate_size"] += 1
+    (wider / "config.json").write_text(json.dumps(config))
+    with raises(aj.BaseFileError, "no pooler", "without pooler=True"):
         family_at("roberta").load(FIXTURES / "roberta", pooler=True)
+    with raises(aj.BaseFileError, "architecture and size"):
+        family_at("roberta").load(wider, pooler=True)

@@ -817,10 +817,16 @@ def test_the_names_of_another_family_lead_to_the_own_ones(tmp_path, head):
 def test_a_head_of_two_layers_trains_whole(tmp_path):
     recipe, trained, params = roberta_with_lora("{head,bert/pooler}")
     saved = save_peft(tmp_path / "a", recipe, trained, FAMILIES["roberta"].classifier.names, params)
-    heads = {key for key in tensors_of(saved) if "classifier" in key}
-    names = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
-    assert heads == {f"base_model.model.classifier.{name}" for name in names}
-    assert {"head/kernel", "bert/pooler/dense/kernel"} <= flatten(trained).keys()
+    tensors, ours = tensors_of(saved), flatten(trained)
+    layers = {"dense": "bert/pooler/dense", "out_proj": "head"}
+    assert {key for key in tensors if "classifier" in key} == {
+        f"base_model.model.classifier.{layer}.{part}"
+        for layer in layers
+        for part in ("weight", "bias")
+    }
+    for layer, path in layers.items():
+        written = tensors[f"base_model.model.classifier.{layer}.weight"]
+        np.testing.assert_array_equal(written.T, ours[f"{path}/kernel"])
 
 
 def test_names_that_are_none():

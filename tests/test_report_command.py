@@ -156,17 +156,7 @@ def test_a_comparison_is_written_anew(tmp_path):
     assert (
         command_of(found.sections["The best on dev, trained alone"][0]).data.train.name == "b.csv"
     )
+    assert "How to use it" not in found.sections  # the cells are not there
     assert "A note." in found.words and "hu2021lora" in found.sections["How to cite it"][0]
     assert any("lora --rank 1: 128, 70.0 ± 1.0 %;" in label for label in found.labels)
     assert json.loads((out / "comparison.json").read_text()) == summary
-
-
-def test_a_comparison_of_an_older_version_has_a_page_without_examples(tmp_path):
-    out = tmp_path / "out"
-    summary = write_compared(out)
-    for name in ("seed", "shell", "python"):
-        del summary["best"][name]
-    (out / "comparison.json").write_text(json.dumps(summary))
-    assert main(["report", str(out)]) == 0
-    sections = Page((out / "comparison.html").read_text()).sections
-    assert "How to use it" not in sections and "The best on dev, trained alone" in sections

@@ -170,11 +170,16 @@ def test_nnx_and_what_is_in_a_shared_module():
     def adapted(targets):
         return aj.adapt(Towers(), aj.LoRA(targets, R), rngs=nnx.Rngs(2))
 
-    with raises(aj.TargetError, "query/trunk/up (shared with item/trunk/up; use that path)"):
-        adapted("query/trunk/up")
+    for target in ("query/trunk/up", "query/trunk/*"):
+        with raises(aj.TargetError, repr(target), "shared with item/trunk/up; use that path"):
+            adapted(target)
+    for targets in (("**/{up,head}", "!query/trunk/up"), "{query,item}/trunk/up"):
+        with raises(aj.TargetError, "matches nothing. Nearest paths: ", "item/trunk/up"):
+            adapted(targets)
     (text,) = warned(lambda: adapted("query/**"))
     assert "shared with item/trunk" in text
-    assert warned(lambda: adapted(("query/**", "item/**"))) == []
+    for targets in (("query/**", "item/**"), ("**/{up,head}", "!item/trunk/up")):
+        assert warned(lambda each=targets: adapted(each)) == []
 
 
 def test_unfreezing_a_tied_parameter_by_its_other_name():

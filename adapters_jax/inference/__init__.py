@@ -1,4 +1,7 @@
-"""Loads finished runs: `load_predictor` to label texts, `load_generator` to generate texts."""
+"""Loads finished runs: `load_predictor` to label texts, `load_generator` to generate texts.
+
+`load_comparison` shows what a comparison of runs found.
+"""
 
 from adapters_jax.inference.comparison import Comparison, load_comparison
 from adapters_jax.inference.finished import load_generator, load_predictor

@@ -11,14 +11,15 @@ from adapters_jax.display import html_table
 from adapters_jax.io.run_directory import RunError
 from adapters_jax.io.untrusted import OF_DAMAGE, read_json
 from adapters_jax.tasks.metrics import PERCENT, show_metric
+from adapters_jax.texts import visible
 
 SUMMARY = "comparison.json"
 MOST = 2**26  # bytes of a summary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `adapters-jax compare` found; a notebook shows it as a table.
+    """What `adapters-jax compare` found; it is shown as a table, in a notebook as well.
 
     Attributes:
         path: the directory of the comparison.
@@ -45,13 +46,15 @@ class Comparison:
 
     def __str__(self) -> str:
         header, rows = self.table()
-        lines = [header, *rows]
+        lines = [[visible(cell, lines=False) for cell in line] for line in (header, *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        return "\n".join([*padded, *self._notes()])
+        return "\n".join([*padded, *(visible(note, lines=False) for note in self._notes())])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_table(*self.table(), notes=self._notes())
@@ -63,7 +66,7 @@ class Comparison:
 
 
 def load_comparison(path: str | Path) -> Comparison:
-    """Loads the results of a comparison, also while it runs.
+    """Loads the results of a comparison, also of one that goes on: those of its finished cells.
 
     Args:
         path: the comparison's directory.

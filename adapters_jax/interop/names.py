@@ -215,13 +215,7 @@ class NameTable:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-def from_tensors(
-    tensors: Mapping[str, Tensor],
-    names: NameTable,
-    like: Any,
-    *,
-    fix: str = "Is it of this architecture and size?",
-) -> Any:
+def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
     """Converts a checkpoint's tensors to a model's parameters.
 
     Args:
@@ -229,7 +223,6 @@ def from_tensors(
         names: the model's table.
         like: the model's parameters, which may be abstract; they set the structure, dtypes and
             shardings of the result.
-        fix: the last sentence of the error for tensors that do not fit.
 
     Returns:
         A tree of arrays.
@@ -266,6 +259,7 @@ def from_tensors(
                 if name in found:
                     got[label] = found[name]
     got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
+    fix = "Is it of this architecture and size?"
     compare_trees("the checkpoint", got, expected, fix, error=BaseMismatchError)
     _check_floats(got)
 

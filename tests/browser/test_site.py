@@ -55,7 +55,6 @@ class Page(HTMLParser):
             self.links.add(values["href"])
         if values.get(LOADED.get(tag)):
             self.loads.add(values[LOADED[tag]])
-
         self.code += tag in CODE
 
     def handle_endtag(self, tag):
@@ -93,6 +92,7 @@ def test_links_and_anchors_lead_somewhere(pages):
 def test_no_marks_of_markdown_are_left(pages):
     """A bar in the code of a table needs a backslash, or it ends the cell."""
     assert {path.name: page.text for path, page in pages.items() if "`" in page.text} == {}
+    assert {page.code for page in pages.values()} == {0}  # all code has ended
 
 
 def test_nothing_is_loaded_from_another_host(pages):

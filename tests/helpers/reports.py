@@ -24,10 +24,6 @@ RESULTS = [
     },
     {"method": "<lora>", "trainable_parameters": 1234, "dev": {"f1": 0.8}, "test": {"f1": 0.75}},
 ]
-BEST = {  # of a comparison
-    **{"command": "adapters-jax finetune --train=/a/b.csv", "seed": 0},
-    **{"shell": "adapters-jax predict out/cells/x 'A text.'", "python": "print('A text.')"},
-}
 CONFIG = {
     "model": "some/<b>base",
     "task": 'a "task" & more',
@@ -143,7 +139,7 @@ def write_compared(out, recipes=2):
     summary = {
         **{"out": "out", "task": "reviews", "metrics": ["accuracy"], "seeds": [0, 1]},
         **{"tuning_seeds": 1, "done": 2 * recipes, "missing": 0, "seconds": 2.0, "recipes": rows},
-        **{"best": {**BEST, "recipe": texts[0]}},
+        **{"best": {"recipe": texts[0], "command": "adapters-jax finetune --train=/a/b.csv"}},
         **{"command": "adapters-jax compare --train=/a/b.csv --out=/c/out", "notes": ["A note."]},
         **{"papers": ["2106.09685"], "configuration": {"model": "/a/tiny", "rows": ROWS}},
     }

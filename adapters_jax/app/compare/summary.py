@@ -23,9 +23,10 @@ from adapters_jax.app.report.run import notes, settings
 from adapters_jax.errors import UserError, file_errors
 from adapters_jax.inference.comparison import SUMMARY, comparison_table, read_summary, show_spread
 from adapters_jax.io.atomic import write_file
-from adapters_jax.io.run_directory import RunError
+from adapters_jax.io.run_directory import Run, RunError
 from adapters_jax.io.untrusted import OF_DAMAGE
 from adapters_jax.tasks import task_of
+from adapters_jax.tasks.base import Usage
 from adapters_jax.tasks.metrics import better, show_metric
 from adapters_jax.tasks.views import Judged
 
@@ -64,7 +65,7 @@ def summarize(
         "missing": sum(row["missing"] for row in rows),
         "seconds": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
         "recipes": rows,
-        "best": _best(options, grid, cells, rows),
+        "best": _best(options, grid, rows),
         "command": options.command,
         "notes": notes(task_of(first).views(first, Judged())),
         "papers": [*papers],
@@ -75,10 +76,9 @@ def summarize(
 def _best(
     options: CompareOptions,
     grid: Grid,
-    cells: Cells,
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any] | None:
-    """The recipe with the best mean on dev, how to use its first cell, and how to train it."""
+    """The recipe with the best mean on dev, its first cell, and the command that trains that."""
     best: Mapping[str, Any] | None = None
     for row in rows:
         mean = row["dev"][grid.metric]["mean"] if "dev" in row else None
@@ -88,13 +88,11 @@ def _best(
             best = row
     if best is None:
         return None
-    recipe, rate, seed = best["recipe"], best["learning_rate"], best["seeds"][0]
-    alone = replace(options.run_options(Cell(recipe, rate, grid.seeds[0])), baselines=True)
+    cell = Cell(best["recipe"], best["learning_rate"], best["seeds"][0])
+    alone = replace(options.run_options(cell), baselines=True)
     command = shlex.join(["adapters-jax", "finetune", *words(alone)])
-    run = cells.run(Cell(recipe, rate, seed))
-    config = run.read_config(None)
-    usage = task_of(config).usage(portable_path(run.path), config)
-    return {"recipe": recipe, "command": command, "seed": seed, **usage._asdict()}
+    run = (Path("cells") / cell.name).as_posix()
+    return {"recipe": cell.recipe, "seed": cell.seed, "run": run, "command": command}
 
 
 def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> None:
@@ -112,7 +110,7 @@ def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> 
     task, metric = summary["task"], summary["metrics"][0]
     figure = tradeoff({task: summary["recipes"]}, {task: metric})
     write_png(out / "comparison.png", figure)
-    write_file(out / PAGE, _page(figure, summary, results).encode())
+    write_file(out / PAGE, _page(out, figure, summary, results).encode())
 
 
 def rewrite_comparison(out: Path) -> None:
@@ -133,7 +131,16 @@ def rewrite_comparison(out: Path) -> None:
         raise RunError(f"the files of {out} are damaged: {error!r}; {again}") from error
 
 
-def _page(figure: Any, summary: Summary, results: Sequence[Result]) -> str:
+def _usage(out: Path, best: Mapping[str, Any]) -> Usage | None:
+    """How to use the best cell; None if it is not there, or an older version wrote the summary."""
+    run = Run(out / best.get("run", ""))
+    if "run" not in best or not run.path.exists():
+        return None
+    config = run.read_config(None)
+    return task_of(config).usage(f"{portable_path(out)}/{best['run']}", config)
+
+
+def _page(out: Path, figure: Any, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
     base = Path(summary["configuration"]["model"]).name
     return pages.render(
@@ -147,6 +154,7 @@ def _page(figure: Any, summary: Summary, results: Sequence[Result]) -> str:
         cells=_cells_table(metric, results),
         again=portable(summary["command"], CompareOptions),
         best=best,
+        usage=_usage(out, best) if best else None,
         alone=portable(best["command"], RunOptions) if best else None,
         cite=bibtex(summary.get("papers", ())),
         configuration=list(settings(summary["configuration"])),

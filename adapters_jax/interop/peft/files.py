@@ -32,8 +32,8 @@ from adapters_jax.trees import Tree
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _OTHER_TABLE = (
-    "give the names of the checkpoint's own family, such as adapters_jax.models."
-    "FAMILIES['roberta'].classifier.names, and a base that has these modules"
+    "give the base that the adapter is of, and the names of its family, such as "
+    "adapters_jax.models.FAMILIES['roberta'].classifier.names"
 )
 PICKLE_ADVICE = (
     f"a pickled {PICKLE} is never opened, since unpickling runs code: convert it where you trust "

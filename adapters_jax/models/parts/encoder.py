@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.distributed.sharding import Rules, laid_out
-from adapters_jax.errors import UserError
+from adapters_jax.errors import BaseMismatchError, UserError
 from adapters_jax.interop import huggingface
 from adapters_jax.interop.names import NameTable, Rule, from_tensors
 from adapters_jax.models.family import Classifier, Family
@@ -201,12 +201,6 @@ def classifier_names(base: str, names: NameTable, head: str = "classifier") -> N
     return replace(names, rules=(*rules, Rule(r"head", head)), parameters=own, ignored=())
 
 
-_NO_POOLER = (
-    "A checkpoint without a classifier may have no pooler: load it without pooler=True, and take "
-    "the pooler of the classifier's init"
-)
-
-
 def load_encoder(
     build: Callable[..., Any],
     config_class: Any,
@@ -251,7 +245,12 @@ def load_encoder(
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler, inputs)
     like = laid_out(like, mesh, rules)
     if pooler and not _has_pooler(names, tensors):
-        return config, from_tensors(tensors, names, like, fix=_NO_POOLER)
+        from_tensors(tensors, names, {part: like[part] for part in like if part != "pooler"})
+        raise BaseMismatchError(
+            "the checkpoint has no pooler, as one without a classifier may have none: load it "
+            "without pooler=True (--pooling cls or mean), and take the pooler of the classifier's "
+            "init"
+        )
     return config, from_tensors(tensors, names, like)
 
 
