@@ -252,7 +252,8 @@ def check_targets(
         layers: how many layer axes the leaves of a module are stacked on, by its path.
 
     Raises:
-        TargetError: a pattern matches nothing, or nothing that its method can attach to.
+        TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
+            weight is tied to one of another name, which would stay as it is.
     """
     meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
     holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
@@ -284,6 +285,15 @@ def check_targets(
         unusable = {path: why for path, why in other.items() if path not in fitting}
         _require_own_paths(method, (*usable, *unusable), tied)
         require_points(method, usable, unusable, targeted)
+    further = {own: path for path, own in tied.items()}
+    for each in found:
+        weight = join(each.module, each.point.weight)
+        if isinstance(each.method, LeafMethod) and weight in further:
+            raise TargetError(
+                f"{type(each.method).__name__}: {weight} is the same parameter as "
+                f"{further[weight]}, where an adapter on it would not act; share the module that "
+                f"holds it, or exclude it with '!{each.point.path}'"
+            )
 
 
 def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, str]) -> None:

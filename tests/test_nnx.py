@@ -250,6 +250,32 @@ def test_another_name_of_something_shared_raises_with_the_right_one():
         adapt(built(Tied), aj.LoRA("head", 2))
 
 
+@pytest.mark.parametrize("inputs", [None, (jnp.array([[1, 2]]),)], ids=["known", "traced"])
+def test_a_weight_that_two_modules_hold_is_no_target(inputs):
+    class Towers(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(D, D, rngs=rngs)
+            self.a, self.b = nnx.Linear(D, D, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, ids):
+            return self.b(self.a(self.embed(ids)))
+
+    def adapted(method):
+        return adapt(built(Towers), method, example_inputs=inputs)
+
+    for method in (aj.LoRA("a", 2), aj.LoRA("*", 2), aj.DoRA("a", 2)):
+        with raises(aj.TargetError, "a/kernel is the same parameter as b/kernel", "'!a'"):
+            adapted(method)
+    assert trained(adapted(aj.LoRA(("*", "!a"), 2))) == {"embed/lora/a", "embed/lora/b"}
+    model = adapted(aj.Unfreeze("a/kernel"))
+    assert trained(model) == {"a/kernel"} and model.b.kernel is model.a.kernel
+    model = shake(adapted(aj.Bottleneck("b", 2)))
+    assert trained(model) == {
+        f"b/adapter/{n}/{x}" for n in ("down", "up") for x in ("bias", "kernel")
+    }
+
+
 def test_a_shared_module_is_adapted_once_and_stays_shared():
     model = shake(adapt(built(Tied), aj.LoRA("again", 2)))
     assert model.head is model.again

@@ -66,9 +66,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     modules = modules_of(model)
     known = _known_calls(modules)
     run = (
-        _traced(model, inputs, recipe)
-        if inputs
-        else Run(known, known_reads(modules), {*modules}, [])
+        _traced(model, inputs, recipe) if inputs else Run(known, known_reads(model), {*modules}, [])
     )
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes = _roles(run.reads, shapes)
@@ -126,7 +124,7 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
         >>> axes.inputs, axes.outputs, axes.a_shape((4, 3), rank=2)
         ((0,), (1,), (4, 2))
     """
-    reads = _traced(model, inputs, Recipe()).reads if inputs else known_reads(modules_of(model))
+    reads = _traced(model, inputs, Recipe()).reads if inputs else known_reads(model)
     return _roles(reads, {path: tuple(x.shape) for path, x in params_of(model).items()})
 
 
@@ -139,16 +137,18 @@ def _roles(reads: Mapping[str, Tracked], shapes: Mapping[str, tuple[int, ...]]) 
     }
 
 
-def known_reads(modules: Mapping[str, Any]) -> dict[str, Tracked]:
-    """How flax's own layers read their weights, without a run."""
-    tracked = {}
-    for path, module in modules.items():
+def known_reads(model: nnx.Module) -> dict[str, Tracked]:
+    """How flax's own layers read their weights, without a run; layers may share a weight."""
+    paths = {id(x): path for path, x in params_of(model).items()}
+    tracked: dict[str, Tracked] = {}
+    for path, module in modules_of(model).items():
         known = known_weight(module)
         if known:
             name, axes, _ = known
             roles = map(frozenset, (axes.inputs, axes.shared, axes.outputs, axes.window))
             read = Read(type(module).__name__, "lookup" if axes.lookup else "product", *roles)
-            tracked[join(path, name)] = Tracked(join(path, name), [read])
+            weight = paths.get(id(vars(module)[name]), join(path, name))
+            tracked.setdefault(weight, Tracked(weight, [])).reads.append(read)
     return tracked
 
 
