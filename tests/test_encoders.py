@@ -388,7 +388,7 @@ def test_a_checkpoint_without_a_pooler_leads_to_one(tmp_path):
     config = json.loads((wider / "config.json").read_text())
     config["intermediate_size"] += 1
     (wider / "config.json").write_text(json.dumps(config))
-    with raises(aj.BaseFileError, "no pooler", "without pooler=True"):
+    with raises(aj.BaseFileError, "2 missing", "without pooler=True"):
         family_at("roberta").load(FIXTURES / "roberta", pooler=True)
     with raises(aj.BaseFileError, "architecture and size"):
         family_at("roberta").load(wider, pooler=True)

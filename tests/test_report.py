@@ -199,6 +199,7 @@ def test_attributes_are_escaped_too():
         cells=(["a"], [["b"]]),
         again="c",
         best=None,
+        usage=None,
         cite="",
         configuration=[],
     )

@@ -16,6 +16,7 @@ from adapters_jax.app.report import pages
 from adapters_jax.app.report.pictures import curves, figure_of
 from adapters_jax.io.model_card import model_card, table
 from adapters_jax.serving.guard import failure
+from adapters_jax.tasks.base import Usage
 from adapters_jax.texts import HIDDEN, markdown, markdown_block, markdown_code, visible
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m\rover \u202edesrever\u2069 \x00"
@@ -145,7 +146,9 @@ def test_a_page_and_a_picture_of_such_names(tmp_path):
         picture="",
         cells=([CLEAR], [[CLEAR]]),
         again=CLEAR,
-        best=CLEAR,
+        best={"recipe": CLEAR, "seed": CLEAR},
+        usage=Usage(CLEAR, CLEAR),
+        alone=CLEAR,
         cite=CLEAR,
         configuration=[(CLEAR, CLEAR)],
     )

@@ -244,18 +244,16 @@ def load_encoder(
     huggingface.check_tensors(config, tensors)
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler, inputs)
     like = laid_out(like, mesh, rules)
-    if pooler and not _has_pooler(names, tensors):
+    try:
+        return config, from_tensors(tensors, names, like)
+    except BaseMismatchError as error:
+        if not pooler:
+            raise
         from_tensors(tensors, names, {part: like[part] for part in like if part != "pooler"})
         raise BaseMismatchError(
-            "the checkpoint has no pooler, as one without a classifier may have none: load it "
-            "without pooler=True (--pooling cls or mean), and take the pooler of the classifier's "
-            "init"
-        )
-    return config, from_tensors(tensors, names, like)
-
-
-def _has_pooler(names: NameTable, tensors: Mapping[str, Any]) -> bool:
-    return names.source("pooler/dense/kernel").name in names.canonical(tensors)
+            f"{error} All else fits, as in a checkpoint without a classifier: load it without "
+            "pooler=True (--pooling cls or mean), and take the pooler of the classifier's init"
+        ) from error
 
 
 def abstract(encoder: Any, pooler: bool = False, inputs: Inputs = one_token) -> Any:
@@ -286,8 +284,9 @@ def load_pooled(
     Raises:
         UserError: as for `load_encoder`.
     """
-    pooler = pooling == "pooler"
-    stored = not absent or _has_pooler(family.names, huggingface.read_tensors(directory))
+    pooler, names = pooling == "pooler", family.names
+    kernel = names.source("pooler/dense/kernel").name
+    stored = not absent or kernel in names.canonical(huggingface.read_tensors(directory))
     config, params = family.load(directory, pooler=pooler and stored)
     if pooler and not stored:
         like = abstract(family.build(config), pooler=True)["pooler"]
