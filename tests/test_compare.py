@@ -219,6 +219,11 @@ def test_the_best_on_dev_can_be_used_as_the_page_says(whole, monkeypatch, capsys
     capsys.readouterr()
     exec(python, {})
     assert capsys.readouterr().out == f"{expected}\n"
+    damaged = shutil.copytree(out, out.parent / "damaged")
+    best = {name: best[name] for name in ("recipe", "run", "command")}
+    (damaged / "comparison.json").write_text(json.dumps({**summary, "best": best}))
+    with command_raises(RunError, "damaged", "seed"):
+        main(["report", str(damaged)])
 
 
 def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, directory):

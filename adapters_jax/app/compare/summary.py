@@ -142,6 +142,7 @@ def _usage(out: Path, best: Mapping[str, Any]) -> Usage | None:
 
 def _page(out: Path, figure: Any, summary: Summary, results: Sequence[Result]) -> str:
     best, metric = summary["best"], summary["metrics"][0]
+    usage = _usage(out, best) if best else None
     base = Path(summary["configuration"]["model"]).name
     return pages.render(
         "comparison",
@@ -154,7 +155,8 @@ def _page(out: Path, figure: Any, summary: Summary, results: Sequence[Result]) -
         cells=_cells_table(metric, results),
         again=portable(summary["command"], CompareOptions),
         best=best,
-        usage=_usage(out, best) if best else None,
+        seed=best["seed"] if usage else None,
+        usage=usage,
         alone=portable(best["command"], RunOptions) if best else None,
         cite=bibtex(summary.get("papers", ())),
         configuration=list(settings(summary["configuration"])),
