@@ -1,8 +1,10 @@
 """The blocks of the README and of the documentation run as they stand, each by itself.
 
 A block that is not run says why in its first line, `# Not run...`; the flags of its commands are
-still read. `# Takes...` makes a block slow. A `print` or a command that two spaces and a comment
-follow prints the comment.
+still read. `# Takes...` makes a block slow; where that line ends with "the tests take a small model
+and add FLAGS.", the pinned models are small ones, and trainings get those flags. A `print` or a
+command that two spaces and a comment follow prints the comment. The blocks that ask a server are
+run by test_docs_servers.py.
 """
 
 import ast
@@ -10,114 +12,33 @@ import contextlib
 import inspect
 import io
 import operator
-import os
 import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
-from typing import NamedTuple
+import sys
 from xml.etree import ElementTree
 
-import jax
-import jax.numpy as jnp
 import pytest
-from helpers.tiny import write_llama, write_meanings, write_model
+from helpers import pages
+from helpers.pages import FENCE, PAGES, ROOT, blocks_of, check_printed, commands, params
 
 import adapters_jax as aj
 from adapters_jax.app.cli import main as command_line
-from adapters_jax.interop.peft import save_peft
 from adapters_jax.methods import METHODS
-from adapters_jax.models.bert import BertClassifier, classifier, load_bert
 from adapters_jax.pretrained.assets import cached
 from docs import facts
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "measured" not in page.parts]
-FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
-PRINTED = re.compile(r"^ *(?:print\(|adapters-jax ).*?(?<! )  # (.*)$", re.M)
 INLINE = re.compile(r"(?<!`)`(aj\.[^`]+)`(?!`)")
 EXPRESSION = re.compile(r"aj\.[\w.]+(\(.*\))?$", re.S)
 RECIPES = ("adapters_jax.presets", "adapters_jax.methods")
 OTHERS = {"json", "text", "{toctree}", "{include}", "{facts}", "{eval-rst}"}
 
 
-class Block(NamedTuple):
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    @property
-    def runs(self):
-        return not self.text.startswith("# Not run")
-
-    @property
-    def name(self):
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks_of(page):
-    text = page.read_text()
-    for found in FENCE.finditer(text):
-        yield Block(page, text[: found.start()].count("\n") + 1, *found.groups())
-
-
-def params(language, runs=True):
-    """The blocks of a language that are run, or those that are not."""
-    blocks = (block for page in PAGES for block in blocks_of(page))
-    return [
-        pytest.param(
-            block,
-            id=block.name,
-            marks=[pytest.mark.slow] if block.text.startswith("# Takes") else [],
-        )
-        for block in blocks
-        if (block.language, block.runs) == (language, runs)
-    ]
-
-
-def commands(block):
-    """The lines of a shell block, with those joined that a backslash continues."""
-    text = block.text.replace("\\\n", " ")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
-
-
-def check_printed(block, printed):
-    for expected in PRINTED.findall(block.text):
-        assert expected in printed, f"{expected!r} is not in what the block prints:\n{printed}"
-
-
-def write_their_adapter(directory, checkpoint):
-    """An adapter of PEFT with a head for two labels."""
-    config, bert = load_bert(checkpoint, pooler=True)
-    base, ids = BertClassifier(config, num_labels=2, pooling="pooler"), jnp.ones((1, 4), int)
-    params = base.init(jax.random.key(0), ids)["params"] | {"bert": bert}
-    recipe = aj.lora(4, alpha=8, dropout=0.1, head="head")
-    params = aj.init_adapters(aj.adapt(base, recipe), params, jax.random.key(1), ids)
-    trained, frozen = aj.partition(params, recipe)
-    save_peft(directory, recipe, trained, classifier.NAMES, frozen | {"head": params["head"]})
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What the commands of the pages read: two small models and rows."""
     folder = tmp_path_factory.mktemp("files")
-    write_model(folder / "my-bert", pooler=True)
-    write_llama(folder / "my-llama")
-    write_their_adapter(folder / "their-adapter", folder / "my-bert")
-    reviews = [
-        f"{word} film,{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(40)
-    ]
-    spread = [f"{i} {row}" for i, row in enumerate(reviews)]
-    (folder / "reviews.csv").write_text("\n".join(["text,label", *spread, ""]))
-    write_meanings(folder / "rows.csv", 48)
-    rows = (folder / "rows.csv").read_text().replace("mr,ref", "prompt,completion")
-    (folder / "rows.csv").write_text(rows)
-    turn = '{{"messages": [{{"role": "user", "content": "food {0}"}}, '
-    turn += '{{"role": "assistant", "content": "It serves {0}"}}]}}\n'
-    (folder / "chats.jsonl").write_text("".join(map(turn.format, ("French", "Thai", "Greek"))))
+    pages.write_files(folder)
     return folder
 
 
@@ -138,6 +59,9 @@ def test_python_runs_as_pasted(block, files, tmp_path, monkeypatch):
             pytest.skip(f"{asset} is not in the cache")
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    if "aj.join_hosts()" in block.text:  # before anything that touches a device
+        subprocess.run([sys.executable, "-W", "error", "-c", block.text], check=True)
+        return
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), {})
@@ -148,14 +72,14 @@ def test_python_runs_as_pasted(block, files, tmp_path, monkeypatch):
 def test_shell_runs_as_pasted(block, files, tmp_path, monkeypatch, capsys):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    if block.added is not None:
+        pages.write_stand_ins(tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What does food serve ?\n"))
     for line in commands(block):
         if line.startswith("python3 -m venv "):  # .ci/run runs both of the README
             assert block.page.name == "README.md"
-        elif line.startswith("adapters-jax "):
-            status = command_line.main(shlex.split(line, comments=True)[1:])
-            assert status == 0, capsys.readouterr().err
         else:
-            subprocess.run(["bash", "-euc", line], check=True, env=os.environ)
+            pages.run_command(line, block)
     check_printed(block, capsys.readouterr().out)
 
 

@@ -42,9 +42,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*flags, env=None):
+def serving(*flags, env=None, entry=("-m", "adapters_jax")):
     """Starts a server on a free port, and ends it afterwards."""
-    command = [sys.executable, "-m", "adapters_jax", "serve", *flags, "--port", "0", "--json"]
+    command = [sys.executable, *entry, "serve", *flags, "--port", "0", "--json"]
     whole = {**os.environ, **(env or {})}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=whole, text=True)
     try:
