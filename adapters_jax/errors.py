@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from adapters_jax.texts import visible
 
+PLAIN = ("UserError", "UsageError", "StoppedError")  # their messages say all there is
+EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 _MOST_MESSAGE = 10_000  # characters
 _LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
@@ -22,8 +24,13 @@ class UserError(ValueError):
     Every error that the library raises on purpose is a `UserError`, except a `TypeError` where a
     function is called with arguments that it does not take. Any other error is a bug of the
     library, of a package that it uses, or of the model. A message has at most 10,000 characters,
-    whatever the names in a file are.
+    whatever the names in a file are. Below it a traceback names the page that explains the class.
     """
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        if (kind := type(self).__name__) not in PLAIN:
+            self.add_note(EXPLAINED.format(kind=kind))
 
     def __str__(self) -> str:
         return shortened(super().__str__(), _MOST_MESSAGE)
@@ -143,7 +150,7 @@ def file_errors(
         >>> with file_errors(Path("none")):
         ...     open("none")
         Traceback (most recent call last):
-        adapters_jax.errors.FileSystemError: none cannot be read: No such file or directory
+        adapters_jax.errors.FileSystemError: none cannot be read: No such file or directory ...
     """
     try:
         yield

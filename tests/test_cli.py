@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli.convert import Convert
-from adapters_jax.app.cli.main import COMMANDS, EXPLAINED, PLAIN, _unraisable, command_of, main
+from adapters_jax.app.cli.main import COMMANDS, _unraisable, command_of, main
 from adapters_jax.app.console import Console
 from adapters_jax.app.options.flags import Format
 from adapters_jax.app.options.method import MethodName
@@ -29,6 +29,8 @@ from adapters_jax.app.options.parsing import UsageError
 from adapters_jax.data.readers import DataError
 from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.errors import (
+    EXPLAINED,
+    PLAIN,
     AdapterFileError,
     AdapterMismatchError,
     BaseFileError,

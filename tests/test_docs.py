@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 from xml.etree import ElementTree
 
 import pytest
@@ -143,6 +144,16 @@ def test_the_page_of_errors_has_each_class_once():
         more = {name for name, above in bases.items() if above & kinds} - kinds
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.M)
     assert sorted(rows) == sorted({*kinds, "AdapterWarning"})
+
+
+def test_a_traceback_names_the_page_of_errors():
+    with pytest.raises(aj.AdapterFileError) as caught:
+        aj.read_adapter("absent")
+    last = "".join(traceback.format_exception_only(caught.value)).splitlines()[-1]
+    assert last == f"docs/errors.md of adapters_jax explains {type(caught.value).__name__}"
+    with pytest.raises(aj.UserError) as caught:
+        aj.LoRA("**", rank=0)
+    assert "docs/" not in "".join(traceback.format_exception_only(caught.value))
 
 
 def test_every_method_has_a_figure_in_the_one_style():

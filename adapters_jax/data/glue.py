@@ -111,7 +111,7 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
         >>> load_glue("boolq", "data")
         Traceback (most recent call last):
         adapters_jax.data.files.DataError: no GLUE task 'boolq'; there are: \
-cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
+cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli ...
     """
     from adapters_jax.data.datasets import hold_out
 

@@ -27,7 +27,7 @@ def movie_reviews(directory: FilePath) -> Dataset:
     Example:
         >>> movie_reviews(".")
         Traceback (most recent call last):
-        adapters_jax.data.files.DataError: movieReviewSnippets_GroundTruth.txt: no such file
+        adapters_jax.data.files.DataError: movieReviewSnippets_GroundTruth.txt: no such file ...
 
     Reference:
         C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
@@ -64,7 +64,7 @@ def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> Tas
     Example:
         >>> load_movie_reviews(".")
         Traceback (most recent call last):
-        adapters_jax.data.files.DataError: movieReviewSnippets_GroundTruth.txt: no such file
+        adapters_jax.data.files.DataError: movieReviewSnippets_GroundTruth.txt: no such file ...
     """
     parts = {"train": movie_reviews(directory)}
     return hold_out("movie-reviews", parts, ("accuracy", "f1"), split_seed)

@@ -77,7 +77,7 @@ def read_json(
         ...     _ = path.write_text('{"r": 4, "r": 8}')
         ...     read_json(path)
         Traceback (most recent call last):
-        adapters_jax.errors.AdapterFileError: .../config.json is damaged: duplicate key 'r'
+        adapters_jax.errors.AdapterFileError: .../config.json is damaged: duplicate key 'r' ...
     """
     return parse(read_file(path, most, error, "JSON"), path, error)
 

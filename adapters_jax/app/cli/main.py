@@ -34,8 +34,6 @@ _OF_FILES = (*_OF_DISKS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)  # of so
 BUG = """\
 This is a bug: in adapters_jax {version}, in a package below it, or in the model. Please report it,
 with this traceback, the command line, and what `pip list` says of jax, flax and optax."""
-PLAIN = ("UserError", "UsageError", "StoppedError")  # their messages say all there is
-EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 COMMANDS = {
     "finetune": ("adapters_jax.app.cli.finetune", "Finetune"),
     "data": ("adapters_jax.app.cli.data", "DescribeData"),
@@ -152,8 +150,7 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
 def _message(error: Exception) -> str | None:
     """What an error says to the user; None if it is a bug."""
     if isinstance(error, UserError):
-        kind = type(error).__name__
-        return str(error) if kind in PLAIN else f"{error}\n{EXPLAINED.format(kind=kind)}"
+        return "\n".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, OSError) and error.errno in (_OF_FILES if error.filename else _OF_DISKS):
         return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
     return None
