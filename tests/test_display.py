@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from helpers.errors import raises
 from helpers.reports import write_compared
 
 import adapters_jax as aj
@@ -137,6 +138,9 @@ def test_a_comparison_has_its_results_and_what_is_missing(tmp_path):
     ]
     for cell in [*found.rows[0], *found.rows[1], *found.notes[1:]]:
         assert cell in str(comparison)
+    assert comparison.table("dev", "test")[0][5:] == ["dev accuracy", "test accuracy"]
+    with raises(aj.UserError, "'train'", "'dev' or 'test'"):
+        comparison.table("train")
 
 
 def test_a_comparison_of_others_has_no_effect_on_a_terminal(tmp_path):

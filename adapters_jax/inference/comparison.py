@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.display import html_table
+from adapters_jax.errors import UserError
 from adapters_jax.io.run_directory import RunError
 from adapters_jax.io.untrusted import OF_DAMAGE, read_json
 from adapters_jax.tasks.metrics import PERCENT, show_metric
@@ -40,9 +41,19 @@ class Comparison:
     path: Path
     summary: dict[str, Any]
 
-    def table(self, parts: Sequence[str] = ("test",)) -> tuple[list[str], list[list[str]]]:
-        """The header and the rows of the results; see `comparison_table`."""
-        return comparison_table(self.summary, parts)
+    def table(self, *parts: str) -> tuple[list[str], list[list[str]]]:
+        """The header and the rows of the results; recipes with fewer parameters come first.
+
+        Args:
+            parts: "dev", "test" or both; by default "test". For one part, the table shows only the
+                first metric.
+
+        Raises:
+            UserError: another part.
+        """
+        if unknown := set(parts) - {"dev", "test"}:
+            raise UserError(f"table: {min(map(repr, unknown))}, expected 'dev' or 'test'")
+        return comparison_table(self.summary, parts or ("test",))
 
     def __str__(self) -> str:
         header, rows = self.table()
@@ -86,7 +97,7 @@ def load_comparison(path: str | Path) -> Comparison:
     """
     found = Comparison(Path(path), read_summary(Path(path)))
     try:
-        str(found), found.table(("dev", "test"))
+        str(found), found.table("dev", "test")
     except OF_DAMAGE as error:
         again = "the command that made the comparison writes it anew"
         raise RunError(f"{found.path / SUMMARY} is damaged: {error!r}; {again}") from error
