@@ -21,8 +21,10 @@ from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.tiny import write_llama, write_meanings, write_model
+from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli import main as command_line
@@ -100,11 +102,22 @@ def write_their_adapter(directory, checkpoint):
     save_peft(directory, recipe, trained, classifier.NAMES, frozen | {"head": params["head"]})
 
 
+def write_classifier(directory, checkpoint):
+    """A checkpoint with a head for three labels."""
+    shutil.copytree(checkpoint, directory)
+    tensors = load_file(directory / "model.safetensors")
+    width = tensors["embeddings.word_embeddings.weight"].shape[1]
+    tensors |= {"classifier.weight": np.ones((3, width), np.float32)}
+    tensors |= {"classifier.bias": np.zeros(3, np.float32)}
+    save_file(tensors, directory / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """What the commands of the pages read: two small models and rows."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "my-bert", pooler=True)
+    write_classifier(folder / "my-classifier", folder / "my-bert")
     write_llama(folder / "my-llama")
     write_their_adapter(folder / "their-adapter", folder / "my-bert")
     reviews = [
