@@ -530,7 +530,8 @@ def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
     assert pace.left() is None  # it may be of another recipe
 
 
-def test_cells_print_a_line_once_and_no_table(capsys):
+def test_cells_print_a_line_once_and_no_table_nor_spinner(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     reported = []
     console = CellConsole(Console(json=False), lambda part, note: reported.append((part, note)))
     for _ in range(2):
@@ -539,7 +540,9 @@ def test_cells_print_a_line_once_and_no_table(capsys):
         console.finish(["a"], [["b"]], "finished", {})
         with console.progress("lora", 8, first="compiling") as progress:
             progress.update(2, "loss 0.5")
-    assert capsys.readouterr().out == "3 texts are cut\n"
+        with console.waiting("scoring"):
+            pass
+    assert capsys.readouterr() == ("3 texts are cut\n", "")
     assert reported == [(0.0, "compiling"), (0.25, "step 2 of 8  loss 0.5")] * 2
 
 

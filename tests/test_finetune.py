@@ -81,6 +81,22 @@ def test_it_learns_what_a_constant_cannot(houlsby):
     assert rows["houlsby"]["dev"] == summary["dev"]
 
 
+def test_what_follows_the_last_step_is_announced(directory, monkeypatch):
+    announced = []
+
+    def waiting(self, text):
+        announced.append(text)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Console, "waiting", waiting)
+    assert finetune(directory, "--epochs", 1, "--no-baselines", "--name", "announced")[0] == 0
+    assert announced == [
+        "scoring the test rows",
+        "predicting the rows of the report",
+        "writing the report",
+    ]
+
+
 def test_trainable_parameters_are_exact(houlsby):
     _, summary, run, _ = houlsby
     adapters = 2 * aj.bottleneck_parameters(32, 8)

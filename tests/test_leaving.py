@@ -92,6 +92,7 @@ def test_a_merged_encoder_is_a_classifier_of_transformers(base):
     expected = _outputs(predictor, predictor.params, predictor.model, texts)
     config = json.loads(Path("merged/config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes"}
+    assert config["problem_type"] == "single_label_classification"
     family = next(f for f in FAMILIES.values() if config["model_type"] in f.prefixes)
     model = predictor.encoder.classifier(2)
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
@@ -138,6 +139,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     assert main(["merge", run, "--out", "merged", "--json"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert "head.safetensors" in note and "mean of the tokens" in note
+    assert json.loads(Path("merged/config.json").read_text())["problem_type"] == "regression"
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)

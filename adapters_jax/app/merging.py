@@ -26,6 +26,7 @@ from adapters_jax.models.parts.checkpoint import save_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.pretrained.locate import find_family, locate
+from adapters_jax.tasks import task_of
 from adapters_jax.trees import flatten
 
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
@@ -37,8 +38,13 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-
 HEAD_FILE = "head.safetensors"
+PROBLEM_TYPES = {  # transformers' loss and pipeline by our task
+    "classification": "single_label_classification",
+    "image-classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 
 
 def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
@@ -84,10 +90,10 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     prefixes = (family.prefixes[values["model_type"]],)
     head, notes = params[HEAD], []
     target = config["target"]
-    if "std" in target:  # its outputs are the labels then
+    if "std" in target:  # its outputs are the labels then; of classes, mean and std are 0 and 1
         kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
         head = {"kernel": kernel, "bias": bias}
-        values["problem_type"] = "regression"
+    values["problem_type"] = PROBLEM_TYPES.get(task_of(config).name)
     beside_it: dict[str, Any] = {}
     kind = "ForImageClassification" if family.kind == "vision" else "ForSequenceClassification"
     if config["pooling"] == "pooler" or family.kind == "vision":

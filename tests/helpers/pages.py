@@ -3,13 +3,16 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.app.cli import main as command_line
@@ -102,6 +105,7 @@ def check_printed(block, printed):
 def write_files(folder):
     """Writes what the blocks read: small models, and rows."""
     write_model(folder / "my-bert", pooler=True)
+    write_classifier(folder / "my-classifier", folder / "my-bert")
     write_llama(folder / "my-llama")
     write_their_adapter(folder / "their-adapter", folder / "my-bert")
     reviews = [
@@ -116,6 +120,16 @@ def write_files(folder):
     turn += '{{"role": "assistant", "content": "It serves {1}"}}]}}\n'
     asked = [("food " * i + food, food) for i in range(1, 9) for food in FOODS]
     (folder / "chats.jsonl").write_text("".join(turn.format(*each) for each in asked))
+
+
+def write_classifier(directory, checkpoint):
+    """A checkpoint with a head for three labels."""
+    shutil.copytree(checkpoint, directory)
+    tensors = load_file(directory / "model.safetensors")
+    width = tensors["embeddings.word_embeddings.weight"].shape[1]
+    tensors |= {"classifier.weight": np.ones((3, width), np.float32)}
+    tensors |= {"classifier.bias": np.zeros(3, np.float32)}
+    save_file(tensors, directory / "model.safetensors")
 
 
 def write_their_adapter(directory, checkpoint):

@@ -171,6 +171,11 @@ class CellConsole(Console):
         """Prints nothing."""
 
     @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Shows nothing: the comparison has a bar."""
+        yield
+
+    @contextlib.contextmanager
     def progress(
         self,
         title: str,

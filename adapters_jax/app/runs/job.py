@@ -162,7 +162,8 @@ class Job:
             summary["skipped_steps"] = found.skipped
         config = {**self.config, "summary": summary}
         write_findings(self.run, counts, judged)
-        write_report(self.run, config)
+        with self.console.waiting("writing the report"):
+            write_report(self.run, config)
         for note in notes(task_of(config).views(config, judged)):
             self.console.say(note)
         self.run.write_config(config)  # the run is finished
@@ -213,7 +214,8 @@ class Job:
         found, row = self.train(self.title, problem, self.optimizer, prepared.tokens, saving)
         if samples := prepared.samples():
             row["samples"] = samples
-        judged = prepared.judged(problem, found.best)
+        with self.console.waiting("predicting the rows of the report"):
+            judged = prepared.judged(problem, found.best)
         baselines = prepared.baselines() if self.baselines else []
         return found, [*map(self._compare, baselines), row], judged
 
@@ -278,7 +280,8 @@ class Job:
                 saving=saving,
                 half=self.half,
             )
-        test = problem.score(found.best, "test")
+        with self.console.waiting("scoring the test rows"):
+            test = problem.score(found.best, "test")
         self.run.log({"method": title, "step": found.step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}

@@ -151,5 +151,7 @@ def pooling_problem(base: BaseModel, owner: str, poolings: Sequence[str]) -> str
     if base.pooling is None:
         return "the pooling of its head is unknown: add --pooling pooler, cls or mean"
     if base.pooling not in poolings:
-        return f"its head reads {base.pooling}, but {owner}'s heads read {' or '.join(poolings)}"
+        problem = f"its head reads {base.pooling}, but {owner}'s heads read {' or '.join(poolings)}"
+        pooled = base.pooling in ("mean", "cls")  # others are those of a task, not chosen
+        return f"{problem}: train with --pooling pooler to keep it" if pooled else problem
     return ""
