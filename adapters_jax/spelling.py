@@ -77,11 +77,15 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 _STARTS = "a_init is gaussian, uniform, gaussian_rank or pissa"
 _NOTHING = "there is nothing like it here"
+_TASK = (
+    "the base says its task, and aj.Unfreeze('head/**') beside the method in a recipe trains its "
+    "head, as PEFT does for SEQ_CLS"
+)
 # What stands in place of a setting that is none of a method here.
 _SETTINGS = {
     "aj.DoRA is a method of its own": "use_dora",
     "aj.lora(bias=...) trains biases": "bias lora_bias",
-    "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save",
+    "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save head",
     "'!**/NAME' among the targets leaves a module out": "exclude_modules",
     "targets name the layers, 'layer_{10,11}/**'": "layers_to_transform layers_pattern",
     "'!**/layer_{0,1}/**' among the targets leaves layers out": "leave_out",
@@ -93,7 +97,7 @@ _SETTINGS = {
     ),
     "targets may be paths of weights, '**/experts/up'": "target_parameters",
     "aj.llama_adapter(last=...) says how many layers have prompts": "adapter_layers",
-    "the base says its task": "task_type",
+    _TASK: "task_type",
     "the class is the method": "peft_type",
     "a model that nobody trains needs no setting": "inference_mode",
     "the axes of a weight are found from its use": "fan_in_fan_out",
@@ -144,7 +148,7 @@ _SENTENCES = {
         "LoftQConfig EvaConfig CordaConfig LoraGAConfig"
     ),
     "write a + b": "ConfigUnion",
-    "the base says its task": "TaskType",
+    _TASK: "TaskType",
     "the class is the method": "PeftType",
     "any model is adapted as it is, by aj.adapt(base, recipe)": "init",
     "write aj.adapt(base, recipe) with a recipe such as aj.lora(8)": (

@@ -45,6 +45,8 @@ from adapters_jax.spelling import ALL_LINEAR, ELSEWHERE, FLAGS, INSTEAD, NAMES
         (lambda: aj.LlamaAdapter("x", adapter_len=10), "prompt_length=10"),
         (lambda: aj.PrefixTuning("x", num_virtual_tokens=20), "length=20"),
         (lambda: aj.LoRA("x", modules_to_save=["head"]), "aj.Unfreeze('NAME/**')"),
+        (lambda: aj.LoRA("x", task_type="SEQ_CLS"), "aj.Unfreeze('head/**')"),
+        (lambda: aj.LoRA("x", head="head"), "aj.Unfreeze('NAME/**')"),
         (lambda: aj.LoRA("x", use_dora=True), "aj.DoRA"),
         (lambda: aj.LoRA("x", init_lora_weights="pissa_niter_16"), "a_init='pissa'"),
         (lambda: aj.LoRA("x", init_lora_weights="olora"), "a_init is gaussian, uniform"),
