@@ -471,6 +471,15 @@ def test_a_directory_of_peft_is_no_adapter_of_ours_and_the_error_says_what_reads
         aj.load_adapter(tmp_path, *base, X)
 
 
+def test_a_run_of_the_command_line_is_no_adapter_and_the_error_says_where_its_adapter_is(
+    saved, base, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "adapter")
+    with raises(AdapterFileError, f"its adapter is in {run / 'adapter'}"):
+        aj.load_adapter(run, *base, X)
+
+
 def test_another_rank_in_the_recipe_does_not_load_in_silence(saved, base):
     config_edit(lambda config: config["recipe"]["methods"][0].update(rank=1))(saved)
     with raises(AdapterMismatchError, "mlp/up/lora/a", "float32[4, 2]", "float32[4, 1]"):

@@ -259,6 +259,9 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile, Tens
     """The manifest of an adapter, its tensors, and its state if it has any; opened but not read."""
     for name in (CONFIG, TENSORS):
         if not os.path.lexists(directory / name):
+            inner = directory / "adapter"  # where a run of the command line has its own
+            if os.path.isfile(inner / CONFIG):
+                raise AdapterFileError(f"{directory} has no {name}; its adapter is in {inner}")
             raise AdapterFileError(
                 f"{directory} has no {name}; give a directory that save_adapter wrote. One of "
                 "PEFT is read by load_peft(directory, NAMES, base) of adapters_jax.interop.peft, "
