@@ -390,6 +390,7 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict none x", RunConfigError, ["none", "runs/pairs"]),
+        ("predict runs/single/adapter x", RunConfigError, ["aj.load_adapter"]),
         (
             f"{TRAIN} --method lora --rank-pattern q=4",
             UsageError,

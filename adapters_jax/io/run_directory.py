@@ -199,8 +199,9 @@ class Run:
         """What a directory that is no run has, and the runs near it, to end a message."""
         if os.path.isfile(self.path / CONFIG):
             return (
-                f", but an adapter without a run ({CONFIG}); give the run that it was made of; "
-                f"of a decoder, adapters-jax serve BASE {self.path} answers with it"
+                f", but an adapter without a run ({CONFIG}); give the run that it was made of, "
+                "or load it in Python with aj.load_adapter; of a decoder, "
+                f"adapters-jax serve BASE {self.path} answers with it"
             )
         places = [*self.path.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
         near = sorted({p.parent.as_posix() for p in places if _is_run(p)})
