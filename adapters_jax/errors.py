@@ -29,8 +29,14 @@ class UserError(ValueError):
 
     def __init__(self, *args: object):
         super().__init__(*args)
-        if (kind := type(self).__name__) not in PLAIN:
-            self.add_note(EXPLAINED.format(kind=kind))
+        for page in self.pages():
+            self.add_note(page)
+
+    def pages(self) -> list[str]:
+        """A sentence that names the page with more about this class, if there is any."""
+        kind = type(self)
+        ours = kind.__module__.startswith("adapters_jax.") and kind.__name__ not in PLAIN
+        return [EXPLAINED.format(kind=kind.__name__)] * ours
 
     def __str__(self) -> str:
         return shortened(super().__str__(), _MOST_MESSAGE)

@@ -139,8 +139,10 @@ def test_a_comparison_has_its_results_and_what_is_missing(tmp_path):
     for cell in [*found.rows[0], *found.rows[1], *found.notes[1:]]:
         assert cell in str(comparison)
     assert comparison.table("dev", "test")[0][5:] == ["dev accuracy", "test accuracy"]
-    with raises(aj.UserError, "'train'", "'dev' or 'test'"):
-        comparison.table("train")
+    assert comparison.table("test", "test") == comparison.table()
+    for wrong in ("train", ["dev", "test"]):
+        with raises(aj.UserError, repr(wrong), "table('dev', 'test')"):
+            comparison.table(wrong)
 
 
 def test_a_comparison_of_others_has_no_effect_on_a_terminal(tmp_path):

@@ -61,7 +61,8 @@ def test_python_runs_as_pasted(block, files, tmp_path, monkeypatch):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     if "aj.join_hosts()" in block.text:  # before anything that touches a device
-        subprocess.run([sys.executable, "-W", "error", "-c", block.text], check=True)
+        command = [sys.executable, "-W", "error", "-c", block.text]
+        check_printed(block, subprocess.check_output(command, text=True))
         return
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -96,6 +97,13 @@ def test_the_flags_exist_in_blocks_that_are_not_run(block, monkeypatch, capsys):
 @pytest.mark.parametrize("block", params("python", runs=False))
 def test_blocks_that_are_not_run_are_python(block):
     compile(block.text, str(block.page), "exec")
+
+
+def test_ci_runs_the_installations_that_say_so():
+    script = (ROOT / ".ci" / "run").read_text()
+    for page in PAGES:
+        said = page.read_text().count("# Not run by the tests, but by .ci/run")
+        assert script.count(f"installs {page.relative_to(ROOT)} ") == said <= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

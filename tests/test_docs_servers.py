@@ -56,8 +56,10 @@ def test_our_server_answers_as_the_page_asks(folder, capfd):
         completion, added = answers
         assert completion["model"] == "e2e" and completion["choices"][0]["text"]
         assert added == {"name": "new", "format": "peft", "methods": ["LoRA"], "parameters": 2688}
-        exec(client.text.replace("http://localhost:8000", server.address), {})
-        assert capfd.readouterr().out.strip()
+        found = {}
+        exec(client.text.replace("http://localhost:8000", server.address), found)
+        assert found["answer"].model == "e2e" and found["answer"].usage.prompt_tokens > 0
+        assert capfd.readouterr().out == f"{found['answer'].choices[0].message.content}\n"
 
 
 @pytest.mark.parametrize("block", HUB)

@@ -11,7 +11,7 @@ import pytest
 from helpers.arrays import read_arrays
 from helpers.commands import command_of, command_raises
 from helpers.finished import decoder_run, encoder_run, finished_run
-from helpers.tiny import write_words
+from helpers.tiny import write_model, write_words
 from safetensors.numpy import load_file
 
 from adapters_jax.app.cli.main import COMMANDS, main
@@ -28,6 +28,7 @@ from adapters_jax.tasks.readout import Batching
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow
 MEAN = "--pooling mean --method"
+WEIGHTS = "merged/model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +140,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     assert main(["merge", run, "--out", "merged", "--json"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert "head.safetensors" in note and "mean of the tokens" in note
-    assert json.loads(Path("merged/config.json").read_text())["problem_type"] == "regression"
+    assert "problem_type" not in json.loads(Path("merged/config.json").read_text())
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
@@ -153,6 +154,52 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     found = pooled @ head["weight"].T + head["bias"]
     expected = [p.value for p in predictor.predict(texts)]
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-5)
+
+
+CHOICES = {"question": "the", "choice1": "good", "choice2": "bad"}
+PAIR = {"sentence2": "the plot"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "metric", "shape"),
+    [
+        (
+            "multiple-choice",
+            lambda i: {**CHOICES, "premise": f"film {i}", "label": i % 2},
+            "accuracy",
+            (1, 32),
+        ),
+        (
+            "sentence-embedding",
+            lambda i: {**PAIR, "sentence1": f"film {i}", "score": i % 5},
+            "spearman",
+            None,
+        ),
+        (
+            "token-classification",
+            lambda i: {"tokens": ["film", str(i)], "ner_tags": ["O", "B-X"]},
+            "f1",
+            None,
+        ),
+    ],
+)
+def test_a_merged_encoder_of_another_task_is_one_of_transformers(task, row, metric, shape, capsys):
+    write_model(Path("pooled"), pooler=True, max_position_embeddings=64)
+    Path("rows.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+    flags = f"--model pooled --train rows.jsonl --task {task} --method lora --rank 2 --name own"
+    flags += " --max-length 20" + " --pooling pooler" * (task != "token-classification")
+    run = finished_run(flags, {metric: 0.5})
+    capsys.readouterr()
+    assert main(["merge", run, "--out", "merged", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    config, tensors = json.loads(Path("merged/config.json").read_text()), load_file(WEIGHTS)
+    assert not {"problem_type", "id2label"} & config.keys()
+    head = tensors.get("classifier.weight")
+    assert (None if head is None else head.shape) == shape
+    if task == "token-classification":
+        assert notes[0].endswith("head.safetensors: logits = last_hidden_state @ weight.T + bias")
+    else:
+        assert notes == [] and not Path("merged/head.safetensors").exists()
 
 
 def test_a_run_and_a_shape_without_weights_are_no_bases(monkeypatch):

@@ -39,11 +39,19 @@ TOKENIZER_FILES = (
 )
 
 HEAD_FILE = "head.safetensors"
-PROBLEM_TYPES = {  # transformers' loss and pipeline by our task
-    "classification": "single_label_classification",
-    "image-classification": "single_label_classification",
-    "multilabel": "multi_label_classification",
-    "regression": "regression",
+# What transformers has for a task: its class, and the problem type by which that has a loss.
+MODELS = {
+    "classification": ("ForSequenceClassification", "single_label_classification"),
+    "image-classification": ("ForImageClassification", "single_label_classification"),
+    "multilabel": ("ForSequenceClassification", "multi_label_classification"),
+    "regression": ("ForSequenceClassification", "regression"),
+    "multiple-choice": ("ForMultipleChoice", None),
+    "masked-language-modelling": ("ForMaskedLM", None),
+}
+READ = {  # what a head reads that transformers' classes do not, and its formula
+    "mean": ("mean of the tokens", "mean(last_hidden_state)"),
+    "cls": ("first token", "cls(last_hidden_state)"),
+    "pooler": ("", "pooler_output"),
 }
 
 
@@ -88,37 +96,36 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     classifier: Any = family.headed(config["pooling"])
     values = huggingface.read_json(files / "config.json")
     prefixes = (family.prefixes[values["model_type"]],)
-    head, notes = params[HEAD], []
-    target = config["target"]
+    head, notes, target, pooling = params[HEAD], [], config["target"], config["pooling"]
     if "std" in target:  # its outputs are the labels then; of classes, mean and std are 0 and 1
         kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
         head = {"kernel": kernel, "bias": bias}
-    values["problem_type"] = PROBLEM_TYPES.get(task_of(config).name)
+    names = [each.name for each in type(task_of(config)).__mro__ if hasattr(each, "name")]
+    kind, problem = next((MODELS[name] for name in names if name in MODELS), (None, None))
+    values.pop("problem_type", None)
     beside_it: dict[str, Any] = {}
-    kind = "ForImageClassification" if family.kind == "vision" else "ForSequenceClassification"
-    if config["pooling"] == "pooler" or family.kind == "vision":
-        names = target.get("names") or ["LABEL_0"]
-        values["id2label"] = {str(i): name for i, name in enumerate(names)}
-        values["label2id"] = {name: i for i, name in enumerate(names)}
+    if kind and (pooling in ("pooler", MASKED) or family.kind == "vision"):
         values["architectures"] = [
             re.sub(r"(Model|For\w+)$", kind, name) for name in values.get("architectures") or ()
         ] or None
-        tree, table = {**params, HEAD: head}, replace(classifier.names, prefixes=prefixes)
-    elif config["pooling"] == MASKED:
-        values["architectures"] = [
-            re.sub(r"(Model|For\w+)$", "ForMaskedLM", name)
-            for name in values.get("architectures") or ()
-        ] or None
-        values["tie_word_embeddings"] = True  # the output layer is not written
+        if problem:
+            labels = target.get("names") or ["LABEL_0"]
+            values["problem_type"] = problem
+            values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            values["label2id"] = {name: i for i, name in enumerate(labels)}
+        if pooling == MASKED:
+            values["tie_word_embeddings"] = True  # the output layer is not written
+        else:
+            params = {**params, HEAD: head}
         tree, table = params, replace(classifier.names, prefixes=prefixes)
     else:
         tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
-        beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
-        read = "mean of the tokens" if config["pooling"] == "mean" else "first token"
-        notes.append(
-            f"transformers has no classifier that reads the {read}, so the head's weight and bias "
-            f"are in {HEAD_FILE}: logits = {config['pooling']}(last_hidden_state) @ weight.T + bias"
-        )
+        if "sentence-embedding" not in names:  # which has no head
+            beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
+            what, states = READ.get(pooling, ("", "last_hidden_state"))
+            why = f"transformers has no classifier that reads the {what}, so " * bool(what)
+            head_is = f"the head's weight and bias are in {HEAD_FILE}: logits = {states} @ weight.T"
+            notes.append(f"{why}{head_is} + bias")
     with _whole(directory) as beside:
         save_tensors(beside, values, to_tensors(tree, table))
         if beside_it:

@@ -51,9 +51,10 @@ class Comparison:
         Raises:
             UserError: another part.
         """
-        if unknown := set(parts) - {"dev", "test"}:
-            raise UserError(f"table: {min(map(repr, unknown))}, expected 'dev' or 'test'")
-        return comparison_table(self.summary, parts or ("test",))
+        for part in parts:
+            if part not in ("dev", "test"):
+                raise UserError(f"table: {part!r}, expected table('test') or table('dev', 'test')")
+        return comparison_table(self.summary, tuple(dict.fromkeys(parts)) or ("test",))
 
     def __str__(self) -> str:
         header, rows = self.table()

@@ -26,7 +26,7 @@ PAGES = [page for page in PAGES if "measured" not in page.parts]
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
 PRINTED = re.compile(r"^ *(?:print\(|adapters-jax ).*?(?<! )  # (.*)$", re.M)
 ADDED = re.compile(r"# Takes .*the tests take a small model(?: and add (--.*))?\.$", re.M)
-SERVERS = re.compile(r"localhost:8000|^adapters-jax push |^adapters-jax data hub:", re.M)
+SERVERS = re.compile(r"localhost:8000|^adapters-jax (?:serve |push |data hub:)", re.M)
 STAND_INS = ("minilm", "smollm2-135m")
 TRAINS = ("adapters-jax finetune ", "adapters-jax compare ")
 

@@ -150,7 +150,7 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
 def _message(error: Exception) -> str | None:
     """What an error says to the user; None if it is a bug."""
     if isinstance(error, UserError):
-        return "\n".join([str(error), *getattr(error, "__notes__", ())])
+        return "\n".join([str(error), *error.pages()])
     if isinstance(error, OSError) and error.errno in (_OF_FILES if error.filename else _OF_DISKS):
         return f"{shortened(str(error.filename or 'a file'))}: {error.strerror}"
     return None

@@ -223,7 +223,8 @@ class Job:
         """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
             return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[1]
-        scores: dict[str, Any] = {**baseline.score()}
+        with self.console.waiting(f"scoring the {baseline.title}"):
+            scores: dict[str, Any] = {**baseline.score()}
         self.run.log({"method": baseline.title, **scores})
         return {"method": baseline.title, "trainable_parameters": 0, **scores}
 
