@@ -87,7 +87,7 @@ _SETTINGS = {
     "aj.lora(bias=...) trains biases": "bias lora_bias",
     "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save head",
     "'!**/NAME' among the targets leaves a module out": "exclude_modules",
-    "targets name the layers, 'layer_{10,11}/**'": "layers_to_transform layers_pattern",
+    "targets name the layers, '**/layer_{10,11}/**'": "layers_to_transform layers_pattern",
     "'!**/layer_{0,1}/**' among the targets leaves layers out": "leave_out",
     "targets name the modules, ('**/attention/output', '**/mlp/output')": (
         "mh_adapter output_adapter"

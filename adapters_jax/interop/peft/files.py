@@ -157,7 +157,8 @@ def save_peft(
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
             Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
-            names for PEFT alone, so another one's table is no error here.
+            names for PEFT alone, so another one's table is no error here. Nor can it be seen what
+            a classifier's head reads: for transformers' classes it has to be `pooling="pooler"`.
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
