@@ -829,6 +829,25 @@ def test_a_head_of_two_layers_trains_whole(tmp_path):
         np.testing.assert_array_equal(written.T, ours[f"{path}/kernel"])
 
 
+def test_a_head_without_the_pooler_that_a_classifier_of_transformers_reads(tmp_path):
+    recipe, trained, params = roberta_with_lora("head")
+    names = FAMILIES["roberta"].classifier.names
+    theirs = save_peft(tmp_path / "theirs", recipe, trained, names, params, task_type="SEQ_CLS")
+    mean = {**params, "bert": {k: v for k, v in params["bert"].items() if k != "pooler"}}
+    with raises(UserError, "no bert/pooler", "pooling='pooler'", "pooler=True", "'TOKEN_CLS'"):
+        save_peft(tmp_path / "mean", recipe, trained, names, mean)
+    with raises(AdapterFileError, "no bert/pooler", "pooling='pooler'"):
+        load_peft(theirs, names, mean)
+    tags = save_peft(tmp_path / "tags", recipe, trained, names, mean, task_type="TOKEN_CLS")
+    read, whole = (
+        flatten(load_peft(tags, names, mean)[1]),
+        flatten(load_peft(theirs, names, params)[1]),
+    )
+    equal(read, {path: whole[path] for path in read})  # RoBERTa's head holds its pooler, too
+    lora, leaves = aj.Recipe(recipe.methods[0]), {"bert": trained["bert"]}
+    save_peft(tmp_path / "no-head", lora, leaves, names, mean)
+
+
 def test_names_that_are_none():
     params = {"line": {"kernel": np.ones((2, 3))}}
     recipe, tree = aj.Recipe(aj.LoRA("line", 1)), {}

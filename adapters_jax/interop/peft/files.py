@@ -31,6 +31,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_CLASSIFIES = "SEQ_CLS"
 _OTHER_TABLE = (
     "give the base that the adapter is of, and the names of its family, such as "
     "adapters_jax.models.FAMILIES['roberta'].classifier.names"
@@ -123,6 +124,8 @@ def from_peft(
         try:
             methods, leaves, problems = kinds.read(config, tensors, module_map)
             problems += _held_twice(names, leaves, module_map)
+            if config.get("task_type") == _CLASSIFIES:
+                problems += _unpooled(names, leaves, module_map)
             if not problems:
                 return as_in_model(methods, leaves, names, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
@@ -157,8 +160,9 @@ def save_peft(
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
             Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
-            names for PEFT alone, so another one's table is no error here. Nor can it be seen what
-            a classifier's head reads: for transformers' classes it has to be `pooling="pooler"`.
+            names for PEFT alone, so another one's table is no error here. A classifier's head has
+            to read the pooler (`pooling="pooler"`): it is an error if the base has none, unless
+            `task_type` is another one than "SEQ_CLS".
         prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
             by default the first prefix of the table.
         beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
@@ -188,6 +192,8 @@ def save_peft(
     flat = directories.flat_leaves("save_peft", adapters)
     directory = directories.empty_directory(directory)
     config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
+    if fields.get("task_type", _CLASSIFIES) == _CLASSIFIES:
+        problems += _unpooled(names, flat, find_modules(names, base))
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     config |= {"inference_mode": True, **fields}
@@ -222,6 +228,21 @@ def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> l
         "under another name; adapt other modules"
         for path, name in ours.items()
         if any(leaf.startswith(f"{path}/") for leaf in leaves)
+    ]
+
+
+def _unpooled(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problem of a head in a model without the pooler that transformers' classifier has."""
+    if not isinstance(names, NameTable) or not any(leaf.startswith("head/") for leaf in leaves):
+        return []
+    paths, places = [*module_map.base, *leaves], {path.split("/")[0] for path in module_map.base}
+    return [
+        f"the head: there is no {place}/pooler, which transformers' classifier reads; build ours "
+        "with pooling='pooler', load its base with pooler=True, or, if the head reads every "
+        "token, give task_type='TOKEN_CLS'"
+        for place in sorted(places)
+        if any(rule.ours.startswith(f"{place}/pooler/") for rule in names.rules)
+        and not any(path.startswith(f"{place}/pooler/") for path in paths)
     ]
 
 
