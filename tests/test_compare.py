@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import adapters_jax as aj
+from adapters_jax.app import pace as steps
 from adapters_jax.app.cli.finetune import Finetune
 from adapters_jax.app.cli.main import main
 from adapters_jax.app.compare import comparison as work
@@ -510,21 +511,26 @@ def test_the_time_left_is_that_of_finished_cells():
     assert pace.left() == 2.0  # it takes longer than the one before
 
 
-def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
+def test_the_first_cell_has_an_estimate_without_its_first_scoring(monkeypatch):
     now, shown = [100.0], []
-    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (work, steps):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     pace = _Pace(grid("full", seeds=(0, 1, 2)), {})
     progress = SimpleNamespace(update=lambda done, note: shown.append((done, note)))
     pace.start(Cell("full", 5e-5, 0))
     pace.show(progress, 0.0, "compiling")
     assert pace.left() is None
-    # Compiles a minute, and half of one for rows of another length; then 2 s for a tenth.
-    for now[0], part in ((160.0, 0.1), (190.0, 0.2), (192.0, 0.3)):
-        pace.show(progress, part, f"{part}")
-        assert pace.left() is None
-    now[0] = 194.0
-    pace.show(progress, 0.4, "0.4")
-    assert pace.left() == pytest.approx(3 * (94 + 12) - 94)
+    now[0] = 160.0
+    pace.show(progress, 0.1, "0.1")
+    assert pace.left() is None
+    # The first scoring takes half a minute; then 2 s for a tenth.
+    now[0] = 190.0
+    pace.show(progress, 0.1, "0.1 scored", True)
+    assert pace.left() is None
+    for now[0], part in ((192.0, 0.2), (194.0, 0.3)):
+        pace.show(progress, part, f"{part}", True)
+        took = now[0] - 100
+        assert pace.left() == pytest.approx(3 * (took + 2 * 10 * (1 - part)) - took)
     assert shown[0] == (0, "full, learning rate 5e-05, seed 0  compiling")
     pace.start(Cell("full", 5e-5, 1))
     assert pace.left() is None  # it may be of another recipe
@@ -533,17 +539,18 @@ def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
 def test_cells_print_a_line_once_and_no_table_nor_spinner(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     reported = []
-    console = CellConsole(Console(json=False), lambda part, note: reported.append((part, note)))
+    console = CellConsole(Console(json=False), lambda *progress: reported.append(progress))
     for _ in range(2):
         console.say("3 texts are cut")
         console.show("an audit")
         console.finish(["a"], [["b"]], "finished", {})
         with console.progress("lora", 8, first="compiling") as progress:
-            progress.update(2, "loss 0.5")
+            progress.update(2, "loss 0.5", news=True)
         with console.waiting("scoring"):
             pass
     assert capsys.readouterr() == ("3 texts are cut\n", "")
-    assert reported == [(0.0, "compiling"), (0.25, "step 2 of 8  loss 0.5")] * 2
+    first, second = (0.0, "compiling", False), (0.25, "step 2 of 8  loss 0.5", True)
+    assert reported == [first, second] * 2
 
 
 def test_compiled_programs_are_cached_unless_jax_has_a_cache(tmp_path):

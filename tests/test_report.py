@@ -6,9 +6,12 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 import rich.console
 from helpers.commands import command_of
@@ -19,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adapters_jax as aj
 from adapters_jax import presets
-from adapters_jax.app import console
+from adapters_jax.app import console, pace
 from adapters_jax.app.console import Console, duration
 from adapters_jax.app.options.method import PRESETS, MethodOptions
 from adapters_jax.app.report import pages
@@ -248,34 +251,58 @@ def test_no_legend_covers_anything():
 def clock(monkeypatch):
     """The time that progress reads, which a test sets."""
     now = [0.0]
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (console, pace):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
-STEPS = ((60.0, 1), (90.0, 2), (100.0, 12), (110.0, 22))  # the first two compile
+UPDATES = ((60.0, 1), (70.0, 2), (90.0, 2), (100.0, 12), (110.0, 22))  # the third is scored first
 
 
-def test_steps_that_compile_are_in_no_estimate(clock, capsys):
+def test_the_first_scoring_is_in_no_estimate(clock, capsys):
     with Console(json=False).progress("lora", 100, first="compiling") as progress:
-        for clock[0], step in STEPS:
-            progress.update(step, f"loss {step}")
-    lines = [f"lora  step {step} of 100  loss {step}" for _, step in STEPS]
+        for i, (clock[0], step) in enumerate(UPDATES):
+            progress.update(step, f"loss {step}", news=i in (2, 4))
     assert capsys.readouterr().out.splitlines() == [
-        "lora  compiling", *lines[:-1], f"{lines[-1]}  1 min 18 s left"
-    ]  # fmt: skip
+        "lora  compiling",
+        "lora  step 1 of 100  loss 1",
+        "lora  step 2 of 100  loss 2  16 min 20 s left",
+        "lora  step 2 of 100  loss 2",
+        "lora  step 12 of 100  loss 12  1 min 28 s left",
+        "lora  step 22 of 100  loss 22  1 min 18 s left",
+    ]
 
 
 def test_a_terminal_shows_the_same(clock):
     shown, terminal = io.StringIO(), Console(json=False)
     terminal.printer = rich.console.Console(file=shown, force_terminal=True, width=99)
     with terminal.progress("lora", 100, first="compiling") as progress:
-        for clock[0], step in STEPS:
-            progress.update(step, "")
+        for i, (clock[0], step) in enumerate(UPDATES):
+            progress.update(step, "", news=i in (2, 4))
     assert "compiling" in shown.getvalue() and "1 min 18 s left" in shown.getvalue()
 
 
+def test_the_clock_stands_still_while_jax_compiles():
+    square = jax.jit(lambda x: (x @ x).sum())
+    since, began = pace.clock(), time.monotonic()
+    square(np.ones((31, 31))).block_until_ready()
+    compiled = pace._compiling().seconds
+    assert 0 <= pace.clock() - since < time.monotonic() - began
+    square(np.ones((31, 31))).block_until_ready()
+    assert pace._compiling().seconds == compiled
+    square(np.ones((32, 32))).block_until_ready()
+    assert pace._compiling().seconds > compiled
+
+
+def test_events_within_others_count_once():
+    compiling = pace.Compiling()
+    for seconds, end in ((1.0, 3.0), (1.0, 5.0), (4.0, 6.0), (2.0, 8.0), (7.5, 8.9), (1.0, 10.0)):
+        compiling.note(seconds, end)
+    assert compiling.seconds == 8.5
+
+
 def test_the_speed_is_of_steps_that_took_time(clock):
-    speed, found = console.Speed(tokens=10.0), []
+    speed, found = pace.Speed(tokens=10.0), []
     for clock[0], step in ((5.0, 1), (5.0, 3), (7.0, 5)):  # the second is read with the first
         found.append(speed.at(step))
     assert found == ["", "", "10 tokens/s"]

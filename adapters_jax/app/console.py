@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -14,13 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from adapters_jax.app.pace import Pace
 from adapters_jax.errors import UserError
 from adapters_jax.texts import visible
 
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
-TOGETHER = 0.01  # seconds within which updates count as one
-UPDATES = 4  # before which no time left is estimated: steps of other lengths still compile
 
 
 class Progress(Protocol):
@@ -123,7 +121,8 @@ class Console:
             steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
-                they are estimated from the pace of the latter half of the steps.
+                they are estimated from the pace of the latter half of the steps, without
+                compiling.
             first: what is done before the first update, such as "compiling".
         """
         if not self.printer.is_terminal:
@@ -138,69 +137,6 @@ class Console:
         )
         with bars.Progress(*columns, console=self.printer) as bar:
             yield _Bar(bar, title, steps, left, first)
-
-
-class Pace:
-    """Measures the seconds of a step over the latter half of the steps: the first ones compile.
-
-    Updates that come at once, as those of steps that are read late, count as one.
-
-    Args:
-        least: the number of updates before which nothing is known, at least 2.
-
-    Example:
-        >>> pace = Pace()
-        >>> [pace.at(step, now) for step, now in ((1, 60.0), (2, 90.0), (4, 94.0), (6, 98.0))]
-        [None, None, None, 2.0]
-    """
-
-    def __init__(self, least: int = UPDATES) -> None:
-        self.least = least
-        self.marks: deque[tuple[float, float]] = deque()
-        self.first = 0.0
-        self.updates = 0
-
-    def at(self, step: float, now: float) -> float | None:
-        """The mean seconds of a step, of late; None if they are not known yet.
-
-        Args:
-            step: the number of steps that are done, or the finished part of a work.
-            now: the time, in seconds of `time.monotonic`.
-        """
-        if self.marks and now - self.marks[-1][1] < TOGETHER:
-            now = self.marks.pop()[1]
-        else:
-            self.updates += 1
-        self.marks.append((step, now))
-        if self.updates == 1:
-            self.first = step
-        while len(self.marks) > 2 and self.marks[1][0] - self.first <= (step - self.first) / 2:
-            self.marks.popleft()
-        since, began = self.marks[0]
-        if self.updates < self.least or step <= since:
-            return None
-        return (now - began) / (step - since)
-
-
-class Speed:
-    """Measures tokens per second, without compiling and scoring.
-
-    Args:
-        tokens: the tokens of a step, without padding; 0 if tokens are not counted.
-    """
-
-    def __init__(self, tokens: float):
-        self.tokens = tokens
-        self.pause()
-
-    def at(self, step: int) -> str:
-        """The speed of late, as text; empty if it is not known yet."""
-        pace = self.pace.at(step, time.monotonic())
-        return f"{self.tokens / pace:,.0f} tokens/s" if self.tokens and pace else ""
-
-    def pause(self) -> None:
-        """Restarts the measurement at the next step."""
-        self.pace = Pace(least=2)  # there may be few records between two scorings
 
 
 class _Bar:
@@ -218,7 +154,7 @@ class _Bar:
         self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        pace = self.pace.at(step, time.monotonic())
+        pace = self.pace.at(step, news)
         left = self.left() if self.left else pace and pace * (self.steps - step)
         self.bar.update(self.task, completed=step, note=note, left=_left(left))
 
@@ -243,7 +179,7 @@ class _Lines:
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         now = time.monotonic()
-        pace = self.pace.at(step, now)
+        pace = self.pace.at(step, news)
         pause = NEWS_SECONDS if news else QUIET_SECONDS
         if now - self.last < pause and not (news and step == self.steps):
             return

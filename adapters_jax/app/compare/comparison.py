@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from adapters_jax.app.compare.grid import Cell, Grid, Result
 from adapters_jax.app.compare.options import CompareOptions
 from adapters_jax.app.compare.summary import summarize, write_comparison
 from adapters_jax.app.compare.together import train_together
-from adapters_jax.app.console import Console, Pace, Progress, duration
+from adapters_jax.app.console import Console, Progress, duration
+from adapters_jax.app.pace import Pace
 from adapters_jax.app.runs.job import Job
 from adapters_jax.app.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts, StoppedError
@@ -83,7 +85,7 @@ class ComparisonJob:
             self._write(results)
         first = "compiling" if pace.done < pace.total else ""
         with self.console.progress("compare", pace.total, "cell", pace.left, first) as progress:
-            console = CellConsole(self.console, lambda part, note: pace.show(progress, part, note))
+            console = CellConsole(self.console, partial(pace.show, progress))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
                 for each in self._advanced(cell, results, console, interrupts):
@@ -162,7 +164,7 @@ class _Pace:
         total: the number of cells.
         cell: the cell that is running.
         began: the time at which it was started.
-        steps: the seconds of its steps, without the first ones, which compile.
+        steps: the seconds of its steps, without compiling.
         whole: the estimated seconds of all of it; None if they are not known yet.
     """
 
@@ -191,11 +193,11 @@ class _Pace:
         self.cell, self.began = cell, time.monotonic()
         self.steps, self.whole = Pace(), None
 
-    def show(self, progress: Progress, part: float, note: str) -> None:
+    def show(self, progress: Progress, part: float, note: str, scored: bool = False) -> None:
         """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
         if part:
             now = time.monotonic()
-            pace = self.steps.at(part, now)
+            pace = self.steps.at(part, scored)
             self.whole = now - self.began + pace * (1 - part) if pace is not None else None
         if self.cell is not None:
             progress.update(self.done, f"{self.cell.title}  {note}")

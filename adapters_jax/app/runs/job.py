@@ -14,11 +14,12 @@ import jax
 from filelock import FileLock
 from jaxtyping import PRNGKeyArray
 
-from adapters_jax.app.console import Console, Progress, Speed, duration
+from adapters_jax.app.console import Console, Progress, duration
 from adapters_jax.app.leaving import Way, sentences
 from adapters_jax.app.options.method import HEAD_ONLY
 from adapters_jax.app.options.optimizer import OptimizerOptions
 from adapters_jax.app.options.stored import plain
+from adapters_jax.app.pace import Speed
 from adapters_jax.app.report.findings import write_findings
 from adapters_jax.app.report.run import notes, results_table, write_report
 from adapters_jax.app.runs.budget import fitted, measured, seconds_of
