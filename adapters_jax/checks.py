@@ -104,6 +104,12 @@ def _described(kind: Any) -> str:
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+def full_name(kind: type) -> str:
+    """A class's name with its module, since other libraries have classes of the same name."""
+    at = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{at}{kind.__qualname__}"
+
+
 def shown(value: Any) -> str:
     """A value as a message prints it, in one line."""
     try:

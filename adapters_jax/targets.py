@@ -261,7 +261,7 @@ def _problem(
     deeper = [path for path in usable if any(matches(pattern, end) for end in _ends(path))]
     if deeper:
         return f"matches nothing, but '{sign}**/{pattern}' matches {_some(deeper, 2)}"
-    near = nearest(pattern, usable) or usable
+    near = below or nearest(pattern, usable) or usable
     problem = "matches nothing" + (f". Nearest paths: {_some(near)}" if near else "")
     slashes = pattern.replace(".", "/")
     plain = pattern.strip("/").removeprefix("params/")

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training import train_state as flax_train_state
 from helpers.errors import raises
 from test_newcomers import (
     KEY,
@@ -24,6 +25,7 @@ from test_newcomers import (
 )
 
 import adapters_jax as aj
+from adapters_jax.interop.peft import save_peft
 from adapters_jax.spelling import NAMES
 
 
@@ -133,6 +135,19 @@ def test_what_an_optimiser_sees():
 def test_a_state_is_not_that_of_flax(name):
     with raises(AttributeError, "TrainState", name, NAMES[name]):
         getattr(state_of(), name)
+
+
+def test_a_state_of_flax_is_told_from_ours(tmp_path):
+    """Both classes are called TrainState."""
+    state = flax_train_state.TrainState.create(apply_fn=MODEL.apply, params=WHOLE, tx=SGD)
+    given = "flax.training.train_state.TrainState"
+    with raises(aj.UserError, given, "an aj.TrainState", "create(model, params, tx=tx, key=key)"):
+        aj.make_train_step(lambda params, batch, key: jnp.zeros(()))(state, X)
+    for recipe in (None, RECIPE):
+        with raises(TypeError, given, "an aj.TrainState", "aj.partition(params, recipe)[0]"):
+            aj.save_adapter(tmp_path / "a", state, recipe)
+    with raises(TypeError, given, "an aj.TrainState has state.trained"):
+        save_peft(tmp_path / "a", RECIPE, state, {"body": "body"}, PARAMS)
 
 
 def test_a_property_of_a_state_shows_its_own_error():

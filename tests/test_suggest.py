@@ -205,6 +205,22 @@ def test_a_fused_weight_whose_heads_have_all_in_turns_is_adapted_whole(other):
     assert found.roles.fused == ("all_0", "all_1") and found.roles.slices == ()
 
 
+class Shared(nn.Module):
+    """An attention whose queries are its keys."""
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (*x.shape[:2], HEADS, -1)
+        both, v = (nn.Dense(D, name=name)(x).reshape(shape) for name in ("both", "value"))
+        return x + nn.Dense(D, name="end")(nn.dot_product_attention(both, both, v).reshape(x.shape))
+
+
+def test_of_a_fused_weight_what_it_makes_is_named():
+    found = aj.suggest(Fused(("split",)), X)
+    assert "# fused: all_0 makes queries, keys and values; aj.ia3" in repr(found)
+    assert "# fused: both makes queries and keys; aj.lora" in repr(aj.suggest(Shared(), X))
+
+
 class Rms(nnx.Module):
     """Two ways to write a norm: scaled before the division, or by one plus a parameter after it."""
 

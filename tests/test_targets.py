@@ -247,6 +247,12 @@ def test_where_nothing_is_near_some_paths_are_shown():
         require_match("LoRA", ("zzz",), [""])
 
 
+def test_nearest_to_a_module_is_what_it_holds():
+    paths = [*LAYERS, "head/bias", "head/kernel"]
+    with raises(TargetError, "Nearest paths: head/bias, head/kernel; ", "'head/**'"):
+        require_match("Unfreeze", ("head",), paths)
+
+
 def test_every_failing_pattern_is_in_one_message():
     with raises(TargetError) as error:
         require_match("LoRA", ("**/query", "**/vlaue", "nowhere"), LAYERS)

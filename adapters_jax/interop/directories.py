@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
+from adapters_jax.checks import full_name
 from adapters_jax.errors import AdapterFileError, UserError, file_errors
 from adapters_jax.interop.layouts import Array
 from adapters_jax.io import hub
@@ -81,9 +82,9 @@ def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
     """Returns a tree's leaves by path; raises `TypeError` for anything but a tree."""
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"{owner}: {type(adapters).__name__} is not a tree of adapters; write "
+            f"{owner}: {full_name(type(adapters))} is not a tree of adapters; write "
             "adapters, _ = aj.partition(params, recipe), or nnx.state(model, aj.nnx.AdapterParam); "
-            "a TrainState has state.trained"
+            "an aj.TrainState has state.trained"
         )
     return {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
 

@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from adapters_jax.checks import full_name
 from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError
 from adapters_jax.io import hub
 from adapters_jax.io.atomic import Content, write_directory
@@ -108,15 +109,15 @@ def save_adapter(
         adapters, recipe, base, other = _parts_of(adapters, recipe, base)
     else:
         other = checked_collections("save_adapter", collections)
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"save_adapter: {full_name(type(adapters))} is not a tree of adapters; give an "
+            "aj.TrainState, an adapted NNX model, or aj.partition(params, recipe)[0] and the recipe"
+        )
     if recipe is None:
         raise TypeError(
             "save_adapter: the recipe is missing; write save_adapter(directory, adapters, recipe), "
-            "or give a TrainState"
-        )
-    if not isinstance(adapters, Mapping):
-        raise TypeError(
-            f"save_adapter: {type(adapters).__name__} is not a tree of adapters; give a "
-            "TrainState, an adapted NNX model, or aj.partition(params, recipe)[0] and the recipe"
+            "or give an aj.TrainState"
         )
     recipe, directory = Recipe(recipe), Path(directory)
     if _holds_something_else(directory):

@@ -114,7 +114,8 @@ def load_adapter(
         the base's, with a warning.
 
     Raises:
-        OtherBaseError: the adapter was trained on another base.
+        OtherBaseError: the adapter was trained on another base: one whose parameters have other
+            paths or shapes, or another id or configuration. Values are not compared.
         AdapterMismatchError: its tensors or its statistics do not fit this base; the message names
             every difference.
         AdapterRecipeError: its recipe does not fit this base.

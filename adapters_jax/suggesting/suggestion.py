@@ -162,8 +162,15 @@ class Suggestion:
             lines += [f"# {name}: {', '.join(texts)}"] if texts else []
         if self.roles.fused:
             fused = _text(self._targets("fused"))
+            made = [
+                plural
+                for role, plural in {"query": "queries", "key": "keys", "value": "values"}.items()
+                if not {*self.roles.fused}.isdisjoint(getattr(self.roles, role))
+            ]
             which = "aj.ia3 scales" if self.roles.slices else "aj.lora and aj.ia3 change"
-            lines.append(f"# fused: {fused} makes queries, keys and values; {which} all of them")
+            lines.append(
+                f"# fused: {fused} makes {', '.join(made[:-1])} and {made[-1]}; {which} all of them"
+            )
         if self.roles.kernels:
             kernels = ", ".join(self.roles.kernels)
             lines.append(

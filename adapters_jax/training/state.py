@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from adapters_jax.abstract import is_abstract
-from adapters_jax.checks import shown
+from adapters_jax.checks import full_name, shown
 from adapters_jax.counted import counted, left_over, without_adapter
 from adapters_jax.display import bytes_text
 from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
@@ -346,8 +346,8 @@ def check_kind(caller: str, state: Any) -> None:
     """Raises UserError for what is no `TrainState`."""
     if not isinstance(state, TrainState):
         raise UserError(
-            f"{caller}: the state is a {type(state).__name__}, expected a TrainState; "
-            "write aj.TrainState.create(model, tx=tx, key=key)"
+            f"{caller}: the state is a {full_name(type(state))}, expected an aj.TrainState; write "
+            "aj.TrainState.create(model, params, tx=tx, key=key), in NNX without params"
         )
 
 
