@@ -243,7 +243,10 @@ def with_flag(name, field=False, default=None, block=Inner):
     return names["Model"]
 
 
-FLAGS = [("deterministic", True), ("train", False), ("training", False), ("is_training", False)]
+FLAGS = [
+    *((name, True) for name in ("deterministic", "inference")),
+    *((name, False) for name in ("train", "training", "is_train", "is_training")),
+]
 X = drawn((3, DIN), 1)
 PARAMS = {"block": {"dense": {"kernel": drawn((DIN, DIN), 2), "bias": drawn((DIN,), 3)}}}
 PARAMS["block"]["dense"]["lora"] = {"a": drawn((DIN, 2), 4), "b": drawn((2, DIN), 5)}

@@ -35,7 +35,10 @@ from adapters_jax.weights.changes import without_dropout
 from adapters_jax.weights.reach import named
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
-_EVALUATION_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_EVALUATION_FLAGS = {
+    **dict.fromkeys(("deterministic", "inference"), True),
+    **dict.fromkeys(("train", "training", "is_train", "is_training"), False),
+}
 _RUNS = itertools.count()
 
 
