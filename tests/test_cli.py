@@ -1,6 +1,7 @@
 """The command line: its help, its JSON, and one line for each user error."""
 
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -325,6 +326,30 @@ def test_predict_writes_files(command, tmp_path, suffix):
     assert (status, printed.strip()) == (0, f"2 predictions in {out}")
     first = out.read_text().splitlines()[0 if suffix == "jsonl" else 1]
     assert {"csv": '"a, film",', "tsv": "a, film\t", "jsonl": '{"text": "a, film"'}[suffix] in first
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_predict_writes_beside_the_columns_of_the_file(command, tmp_path, suffix):
+    rows = [
+        {"id": 7, "review": "a, film", "label": "bad", "tags": ["x", "y"]},
+        {"id": 8, "review": "bad", "label": None, "tags": []},
+    ]
+    new, out = tmp_path / "new.jsonl", tmp_path / f"found.{suffix}"
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, *_ = command(["predict", "runs/single", "--file", str(new), "--out", str(out)])
+    assert status == 0
+    if suffix == "jsonl":
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [dict(list(row.items())[:4]) for row in found] == rows
+        assert [[*row][4:] for row in found] == [["predicted_label", "probabilities"]] * 2
+    else:
+        found = [
+            *csv.reader(out.read_text().splitlines(), delimiter="," if suffix == "csv" else "\t")
+        ]
+        assert found[0][:5] == ["id", "review", "label", "tags", "predicted_label"]
+        given = [["7", "a, film", "bad", '["x", "y"]'], ["8", "bad", "", "[]"]]
+        assert [row[:4] for row in found[1:]] == given
+        assert all(len(row) == len(found[0]) > 5 and row[4] for row in found)
 
 
 TRAIN = "finetune --model tiny --train reviews.jsonl --text review --max-length 12"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+_TEXTS = ("text", "text_pair")
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -23,12 +25,22 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, without those that are None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {**self.texts(), **self.results()}
+
+    def texts(self) -> dict[str, str]:
+        """The texts by name."""
+        return {name: value for name, value in self._fields() if name in _TEXTS}
+
+    def results(self) -> dict[str, Any]:
+        """The other fields by name, without those that are None."""
+        return {name: value for name, value in self._fields() if name not in _TEXTS}
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in vars(self).items() if value is not None]
 
     def cells(self) -> dict[str, str]:
         """The fields as cells of a table by name, without the texts."""
-        texts = ("text", "text_pair")
-        return {name: str(value) for name, value in vars(self).items() if name not in texts}
+        return {name: str(value) for name, value in vars(self).items() if name not in _TEXTS}
 
 
 class Predictor(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters_jax.app.console import Console, stdin_lines
-from adapters_jax.data.readers import DataError
+from adapters_jax.data.readers import DataError, read_file
 from adapters_jax.errors import file_errors
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Predict:
         file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
-        out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist.
+        out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The columns
+            of --file come first; a result of the same name is predicted_NAME.
         json: print one JSON object for each text.
     """
 
@@ -76,8 +77,12 @@ class Predict:
 
         run = find_run(self.run)
         texts = self._read(*read_run(run, "predict"))
+        given: list[dict[str, Any]] = []
         if self.out is not None:
             _check_out(self.out)
+            if self.file is not None:
+                header, records = read_file(self.file)
+                given = [dict(zip(header, values, strict=True)) for _, values in records]
         with console.waiting(f"loading {run.path}"):
             predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
@@ -89,7 +94,7 @@ class Predict:
         def work() -> None:
             with console.waiting("compiling and predicting"):
                 predictions = predictor.predict(texts)
-            self._write(predictions, console)
+            self._write(predictions, given, console)
 
         return work
 
@@ -118,17 +123,19 @@ class Predict:
                 _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
         return _rows(parts, columns)
 
-    def _write(self, predictions: Sequence[Prediction], console: Console) -> None:
+    def _write(
+        self, predictions: Sequence[Prediction], given: list[dict[str, Any]], console: Console
+    ) -> None:
         """Writes predictions to --out, or prints them as JSON lines or a table."""
-        rows = [prediction.to_dict() for prediction in predictions]
+        texts = [prediction.texts() for prediction in predictions]
         if self.out is not None:
-            _save(self.out, predictions)
-            console.say(f"{len(rows)} predictions in {self.out}")
-        for row in rows if self.json else ():
-            console.result(row)
+            _save(self.out, given or texts, predictions)
+            console.say(f"{len(predictions)} predictions in {self.out}")
+        for prediction in predictions if self.json else ():
+            console.result(prediction.to_dict())
         if self.out is None and not self.json:
-            header, *body = _cells(predictions)
-            console.table(header, body, words=2 if predictions[0].text_pair else 1)
+            header, *body = _cells(texts, predictions)
+            console.table(header, body, words=len(texts[0]))
 
 
 def _either(named: str | None, column: str) -> str:
@@ -151,11 +158,21 @@ def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ..
     return list(zip(*(parts[i::size] for i in range(size)), strict=True))
 
 
-def _cells(predictions: Sequence[Prediction]) -> list[list[str]]:
-    """A header, and a row for each prediction: its texts, then its result."""
-    texts = ["text", "text_pair"] if predictions[0].text_pair is not None else ["text"]
-    rows = [[*(str(getattr(p, name)) for name in texts), *p.cells().values()] for p in predictions]
-    return [[*texts, *predictions[0].cells()], *rows]
+def _beside(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """A row and its result, where a name that the row has is `predicted_NAME`."""
+    return {**row, **{f"predicted_{n}" if n in row else n: x for n, x in result.items()}}
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]) -> list[list[str]]:
+    """A header, and each row with its result."""
+    found = [_beside(row, p.cells()) for row, p in zip(rows, predictions, strict=True)]
+    return [[*found[0]], *([_cell(x) for x in row.values()] for row in found)]
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _check_out(path: Path) -> None:
@@ -168,14 +185,15 @@ def _check_out(path: Path) -> None:
         raise DataError(f"--out {path}: there is no directory {path.parent}")
 
 
-def _save(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Writes predictions in the format of the file's suffix."""
+def _save(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]) -> None:
+    """Writes rows with their results in the format of the file's suffix."""
     with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
-            for prediction in predictions:
-                file.write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
+            for row, prediction in zip(rows, predictions, strict=True):
+                found = _beside(row, prediction.results())
+                file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")
         elif path.suffix == ".csv":
-            csv.writer(file, lineterminator="\n").writerows(_cells(predictions))
+            csv.writer(file, lineterminator="\n").writerows(_cells(rows, predictions))
         else:
-            lines = [[" ".join(cell.split()) for cell in row] for row in _cells(predictions)]
+            lines = [[" ".join(cell.split()) for cell in row] for row in _cells(rows, predictions)]
             file.writelines("\t".join(line) + "\n" for line in lines)
