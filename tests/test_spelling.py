@@ -193,6 +193,10 @@ def test_what_the_messages_name_is_there():
         (["--lora-r", "8"], "--rank"),
         (["--lora_dropout", "0.1"], "--adapter-dropout"),
         (["--target-modules", "query"], "--targets"),
+        (["--lora_target_modules", "query"], "--targets"),
+        (["--lora-bias", "none"], "--bias"),
+        (["--text_column_names", "body"], "--text"),
+        (["--label-column-name=queue"], "--label"),
         (["--num_train_epochs", "3"], "--epochs"),
         (["--num_virtual_tokens", "5"], "--prompt-length"),
         (["--load_in_4bit"], "--quantize nf4"),
@@ -209,6 +213,10 @@ def test_flags_of_other_scripts_say_ours(words, ours):
 def test_flags_of_other_scripts_that_nothing_needs():
     with raises(UserError, "--lr_scheduler_type", "Leave it out", "--warmup"):
         parse(command_of("finetune"), ["--lr_scheduler_type", "linear"])
+    with raises(UserError, "--lora_modules_to_save", "Leave it out", "--recipe"):
+        parse(command_of("finetune"), ["--lora_modules_to_save", "classifier"])
+    with raises(UserError, "--task-type", "Leave it out", "--task"):
+        parse(command_of("finetune"), ["--task-type", "SEQ_CLS"])
     with raises(UserError, "--optim") as caught:
         parse(command_of("doctor"), ["--optim", "adamw"])
     assert "Leave it out" not in str(caught.value)

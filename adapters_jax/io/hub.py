@@ -208,10 +208,12 @@ def reason(problem: Exception) -> str:
     Example:
         >>> reason(OSError("404 Client Error. (Request ID: 1)\\n\\nRepository Not Found for url"))
         'Repository Not Found for url'
+        >>> reason(OSError("Got: ConnectError: no such host\\nAn error happened"))
+        'ConnectError: no such host'
     """
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     reasons = [line for line in lines if not re.match(r"\d+ Client Error", line)]
-    line = next(iter(reasons or lines), type(problem).__name__)
+    line = next(iter(reasons or lines), type(problem).__name__).removeprefix("Got: ")
     more = getattr(problem, "server_message", None) or ""
     return line if more in line else f"{line} {more}"
 

@@ -64,6 +64,7 @@ def make_train_step(
         has a loss scale, it changes as well, and "loss_scale" is the one that the step used; "loss"
         and "grad_norm" are without it.
         The given state cannot be used again: all of it but the base is donated.
+        Each new shape of a batch compiles the step anew.
         Of a state that `stack_states` made, each training makes its own step, on its own part of
         the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
 
@@ -386,6 +387,7 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
 
     Returns:
         `evaluate(state, batch)`, which returns what `fn` returns. The state is not changed.
+        Each new shape of a batch compiles it anew.
 
     Raises:
         UserError: `fn` is no function of two arguments; or the state is no `TrainState`, or a step
