@@ -34,8 +34,8 @@ class Predict:
         file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
-        out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The columns
-            of --file come first; a result of the same name is predicted_NAME.
+        out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
+            columns of --file come first; a result of the same name is predicted_NAME.
         json: print one JSON object for each text.
     """
 
