@@ -30,6 +30,9 @@ from adapters_jax.io import hub
 from adapters_jax.io.run_directory import Run
 from adapters_jax.models.bert import load_bert
 from adapters_jax.models.bert.classifier import NAMES
+from adapters_jax.models.bert.model import Bert
+from adapters_jax.models.decoder import load_decoder
+from adapters_jax.models.t5 import load_t5
 from adapters_jax.pretrained import locate as bases
 from adapters_jax.trees import flatten
 
@@ -345,6 +348,32 @@ def test_the_three_lines_of_the_card_run(server, command, monkeypatch):
     mine, expected = found["generator"], load_generator("runs/meanings")
     states = nnx.state(mine.model), nnx.state(expected.model)
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.parametrize("name", ["decoders/llama", "t5/flan_t5", "bert"])
+def test_the_three_lines_of_a_card_without_a_run_load_the_adapter(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / name, "base")
+    found, recipe = {"example_input": jnp.ones((1, 4), jnp.int32)}, aj.lora(2)
+    if name == "bert":
+        config, found["params"] = load_bert("base")
+        found["base"] = Bert(config)
+        model = aj.adapt(found["base"], recipe)
+        of = found["params"], jax.random.key(0), found["example_input"]
+        trained, _ = aj.partition(aj.init_adapters(model, *of), recipe)
+    else:
+        _, base = load_t5("base") if "t5" in name else load_decoder("base")
+        trained = nnx.state(aj.adapt(base, recipe, rngs=nnx.Rngs(0)), aj.nnx.AdapterParam)
+    aj.save_adapter("alone", trained, recipe)
+    assert main(["convert", "alone", "mine", "--to", "native", "--model", "base"]) == 0
+    (code,) = re.findall(r"```python\n(import.*?)```", Path("mine/README.md").read_text(), re.S)
+    assert code.count("\n") == 3
+    exec(code.replace("path/to/base", "base"), found)
+    if name == "bert":
+        loaded, _ = aj.partition(found["params"], recipe)
+    else:
+        loaded = nnx.state(found["model"], aj.nnx.AdapterParam)
+    jax.tree.map(np.testing.assert_array_equal, flatten(loaded), flatten(trained))
 
 
 def test_a_card_of_an_adapter_alone_is_written_beside_it(tmp_path):

@@ -149,7 +149,8 @@ class Serve:
         def listening(port: int) -> None:
             address = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
             count = len(engine.adapters)
-            console.say(f"{called} with {count} adapters at {address}; Ctrl-C ends it")
+            adapters = f"{count} adapter{'s' if count != 1 else ''}"
+            console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
             console.result({"address": address, "base": called, "adapters": [*engine.adapters]})
 
         def run() -> None:

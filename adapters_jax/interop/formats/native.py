@@ -17,6 +17,8 @@ from adapters_jax.io.tensors import open_tensors
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
 
+_LOADERS = {"decoder": ("decoder", "load_decoder"), "encoder-decoder": ("t5", "load_t5")}
+
 
 class Native:
     """The format of this library."""
@@ -84,9 +86,15 @@ class Native:
         return ""
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
-        """Loads onto an NNX or a linen model."""
+        """Loads onto a decoder's checkpoint; of an encoder, onto a `base` and its `params`."""
+        if base.kind in _LOADERS:
+            module, load = _LOADERS[base.kind]
+            return (
+                f"import adapters_jax as aj\nfrom adapters_jax.models.{module} import {load}\n"
+                f"model = aj.load_adapter({name!r}, {load}({shown!r})[1])"
+            )
         return (
             "import adapters_jax as aj\n"
-            f"# NNX: aj.load_adapter({name!r}, model); linen, with the base's parameters:\n"
-            f"model, params = aj.load_adapter({name!r}, model, params, example_input)"
+            "# base, params: the model that was adapted, and its parameters without adapters\n"
+            f"model, params = aj.load_adapter({name!r}, base, params, example_input)"
         )
