@@ -42,7 +42,7 @@ from adapters_jax.nnx import AdapterParam
 from adapters_jax.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.tasks import TASKS, completion, completion_problem
 from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
-from adapters_jax.tasks.completion_rows import RowBuilder
+from adapters_jax.tasks.completion_rows import RowBuilder, build_batches
 from adapters_jax.tasks.prompts import encode_table
 
 LENGTH = 16
@@ -72,6 +72,13 @@ def by_hand(model, example):
     chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     before = range(len(example.prompt) - 1, len(ids) - 1)
     return -np.array([chances[i, ids[i + 1]] for i in before])
+
+
+def test_a_message_counts_the_rows_that_are_packed():
+    examples, said = dict.fromkeys(("train", "dev", "test"), EXAMPLES), []
+    for packs in (True, False):
+        build_batches(examples, 8, 1, 0, packs, said.append)
+    assert said == [f"{len(EXAMPLES)} train rows are packed into 2 sequences of 8 tokens"]
 
 
 def test_packed_losses_are_those_of_each_example_alone(model):
@@ -162,12 +169,14 @@ def command(directory, monkeypatch, capsys):
 
 @pytest.fixture
 def fails(command):
-    """Runs a command that ends with a user error: one line on stderr and nothing on stdout."""
+    """Runs a command that ends with a user error, which is one line on stderr."""
 
     def fails(words, kind, *data):
         with command_raises(kind, *data):
             status, out, err = command(words)
-        assert (status, out) == (2, ""), err
+        # The rows may be packed before the error.
+        said = ["100 train rows are packed into 49 sequences of 32 tokens"]
+        assert (status, out.splitlines()) in ((2, []), (2, said)), err
         assert err.count("\n") == 1, err
 
     return fails

@@ -45,7 +45,7 @@ class RowBuilder:
     matched: int
 
     def build(self, task: TaskData, say: Callable[[str], None]) -> BuiltRows:
-        """Makes the batches of a task; a message counts the rows that are cut.
+        """Makes the batches of a task; messages count the rows that are cut and packed.
 
         Raises:
             DataError: a prompt leaves no room for a completion.
@@ -53,7 +53,13 @@ class RowBuilder:
         tables = {part: getattr(task, part) for part in ("train", *HELD_OUT)}
         examples = {part: self._encode(table, part, say) for part, table in tables.items()}
         built = build_batches(
-            examples, self.max_length, self.batch_size, self.seed, self.packs, self.decoder.encodes
+            examples,
+            self.max_length,
+            self.batch_size,
+            self.seed,
+            self.packs,
+            say,
+            encodes=self.decoder.encodes,
         )
         held_out = {
             part: self._with_prompts(built.held_out[part], part, tables[part], examples[part], say)
@@ -121,9 +127,11 @@ def build_batches(
     batch_size: int,
     seed: int,
     packs: bool,
+    say: Callable[[str], None],
+    *,
     encodes: bool = False,
 ) -> BuiltRows:
-    """Makes the batches of examples.
+    """Makes the batches of examples; a message counts the rows that share a sequence.
 
     Args:
         examples: the examples of "train", "dev" and "test".
@@ -131,6 +139,7 @@ def build_batches(
         batch_size: the number of sequences in a batch.
         seed: the seed of the order.
         packs: whether several examples share a sequence.
+        say: prints one line.
         encodes: whether an encoder reads the prompts, which then stand beside the completions.
     """
 
@@ -142,6 +151,9 @@ def build_batches(
         return [sequence([found[i] for i in group]) for group in groups]
 
     rows = {part: rows_of(found) for part, found in examples.items()}
+    of, into = len(examples["train"]), len(rows["train"])
+    if into < of:
+        say(f"{of} train rows are packed into {into} sequences of {max_length} tokens")
     buckets: tuple[int, ...] = (max_length,)
     if not packs:
         buckets = choose_buckets(rows["train"], max_length, batch_size)

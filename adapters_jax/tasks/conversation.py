@@ -84,6 +84,7 @@ class ConversationTask(Task):
             setup.batch_size,
             setup.seed,
             setup.pack,
+            setup.say,
         )
         problem = CompletionProblem(
             model=adapted(setup, decoder),
