@@ -524,7 +524,7 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     saving("bert", aj.LoRA(query, 2), wrong, f"{query}:")
 
 
-def test_a_directory_is_written_only_where_none_or_an_empty_one_is(tmp_path):
+def test_what_save_adapterhub_writes_and_what_it_replaces(tmp_path):
     names, _, params, _ = of_fixture("bert_par")
     recipe, adapters = loaded("bert_par")
     with raises(TypeError, "save_adapterhub", "list", "aj.partition(params, recipe)"):
@@ -538,8 +538,14 @@ def test_a_directory_is_written_only_where_none_or_an_empty_one_is(tmp_path):
     assert set(tensors_of(directory, HEAD_TENSORS)) == {
         f"heads.adapter.1.{k}" for k in ("weight", "bias")
     }
-    with raises(UserError, directory):
+    save_adapterhub(directory, recipe, adapters, names, params)
+    assert config_of(directory)["model_class"] != "RobertaAdapterModel"
+    (directory / "notes.txt").touch()
+    with raises(UserError, directory, "AdapterHub", "notes.txt"):
         save_adapterhub(directory, recipe, adapters, names, params)
+    ours = aj.save_adapter(tmp_path / "ours", adapters, recipe)  # the names of its files are theirs
+    with raises(UserError, ours, "AdapterHub", "adapter.safetensors"):
+        save_adapterhub(ours, recipe, adapters, names, params)
 
 
 @pytest.mark.parametrize("m", [1, 3, 5, 7, 11, 16, 29, 32, 33, 64, 100])

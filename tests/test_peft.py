@@ -687,10 +687,23 @@ def test_prompts_of_another_length_or_number_raise(tmp_path):
         load_peft(spoilt, names, model)
 
 
-def test_a_directory_is_written_only_where_none_or_an_empty_one_is(tmp_path):
+def test_a_second_run_replaces_the_adapter_of_the_first_one_and_nothing_else(tmp_path):
+    recipe, adapters = load_peft(hand_made(tmp_path / "theirs"), NAMES, PARAMS)
+    directory, card = tmp_path / "a", {"README.md": "A card."}
+    save_peft(directory, recipe, adapters, NAMES, PARAMS, beside=card)
+    again = jax.tree.map(lambda leaf: leaf + 1, adapters)
+    save_peft(directory, recipe, again, NAMES, PARAMS, beside=card)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(directory, NAMES, PARAMS)[1], again)
+    with raises(UserError, directory, "PEFT", "README.md"):
+        save_peft(directory, recipe, adapters, NAMES, PARAMS)
+    assert (directory / "README.md").read_text() == "A card."
+    ours = aj.save_adapter(tmp_path / "ours", adapters, recipe)
+    with raises(UserError, ours, "PEFT", "adapter.safetensors"):
+        save_peft(ours, recipe, adapters, NAMES, PARAMS)
+
+
+def test_what_save_peft_writes(tmp_path):
     recipe, adapters = load_peft(hand_made(tmp_path / "a"), NAMES, PARAMS)
-    with raises(UserError, tmp_path / "a"):
-        save_peft(tmp_path / "a", recipe, adapters, NAMES, PARAMS)
     (tmp_path / "file").touch()
     with raises(UserError, tmp_path / "file"):
         save_peft(tmp_path / "file", recipe, adapters, NAMES, PARAMS)

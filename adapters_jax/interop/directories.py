@@ -3,7 +3,6 @@
 A pickled file is never opened, because unpickling runs whatever code the file holds.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -15,11 +14,12 @@ from flax import linen as nn
 from safetensors.numpy import save
 
 from adapters_jax.checks import full_name
-from adapters_jax.errors import AdapterFileError, UserError, file_errors
+from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
 from adapters_jax.interop.layouts import Array
 from adapters_jax.io import hub
 from adapters_jax.io.adapter import TENSORS, texts
 from adapters_jax.io.atomic import write_directory
+from adapters_jax.io.manifest import CONFIG
 from adapters_jax.io.tensors import read_tensors
 from adapters_jax.io.untrusted import read_json
 from adapters_jax.trees import Tree, flatten
@@ -67,15 +67,45 @@ def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str]
 
 def empty_directory(directory: str | Path) -> Path:
     """Returns the path of a new or empty directory; raises `UserError` for any other."""
-    directory, taken = Path(directory), True
-    with file_errors(directory), contextlib.suppress(NotADirectoryError):
-        try:
-            taken = bool(os.listdir(directory))
-        except FileNotFoundError:  # so does one that another process moves away meanwhile
-            taken = False
-    if taken:
+    directory = Path(directory)
+    if _names(directory):
         raise UserError(f"{directory} exists and is not empty; give another directory")
     return directory
+
+
+def adapter_directory(owner: str, directory: str | Path, files: Collection[str], mark: str) -> Path:
+    """Returns the path of a directory that is new, empty, or just an adapter of one format.
+
+    Args:
+        owner: the format's library, for the message.
+        directory: the directory.
+        files: the names of all files that the adapter may have.
+        mark: a key of the format's `adapter_config.json` that no other format has.
+
+    Raises:
+        UserError: there is a file of another name, or an adapter of another format.
+        AdapterFileError: its `adapter_config.json` is damaged.
+    """
+    directory = Path(directory)
+    names = _names(directory)
+    others = names - {*files}
+    if names and (others or CONFIG not in names or mark not in read_json(directory / CONFIG)):
+        raise UserError(
+            f"{directory} exists and is not just an adapter of {owner}: it has "
+            f"{shortened(', '.join(sorted(others or names)))}; give another directory"
+        )
+    return directory
+
+
+def _names(directory: Path) -> set[str]:
+    """The names in a directory, none if it is absent; raises `UserError` for a file."""
+    with file_errors(directory):
+        try:
+            return {*os.listdir(directory)}
+        except FileNotFoundError:  # so is one that another process moves away meanwhile
+            return set()
+        except NotADirectoryError:
+            raise UserError(f"{directory} is not a directory; give another path") from None
 
 
 def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:

@@ -143,7 +143,8 @@ def save_adapterhub(
     `model.load_adapter(directory, use_safetensors=True, set_active=True)`.
 
     Args:
-        directory: a new or empty one, which appears whole or not at all; its parents are made.
+        directory: a new or empty one, or one with an adapter of AdapterHub and nothing else, which
+            is replaced; it appears whole or not at all, and its parents are made.
         recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
             head of two layers.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
@@ -168,7 +169,7 @@ def save_adapterhub(
 
     Raises:
         UserError: AdapterHub does not support the recipe, `names` lacks a module, or the directory
-            is not empty; the message names every problem.
+            holds something else; the message names every problem.
         TypeError: `adapters` is not a tree.
 
     Example:
@@ -185,7 +186,9 @@ def save_adapterhub(
         ('reviews', 'lora', 2)
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
-    directory, blocks = directories.empty_directory(directory), find_blocks(names, base)
+    own = (*FILES, *(beside or ()))
+    directory = directories.adapter_directory("AdapterHub", directory, own, "config")
+    blocks = find_blocks(names, base)
     config, tensors, head, problems = to_adapterhub(
         recipe, flat, names, blocks, name, pooling, labels, head_type
     )

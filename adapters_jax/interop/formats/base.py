@@ -99,7 +99,8 @@ class AdapterFormat(Protocol):
         """Writes a directory, which appears whole or not at all.
 
         Raises:
-            UserError: the format does not support the adapter, or the directory is not empty.
+            UserError: the format does not support the adapter, or the directory holds
+                something else.
         """
 
     def head_problem(self, base: BaseModel) -> str:

@@ -155,7 +155,8 @@ def save_peft(
     alphas that a pattern sets are written for every module by its whole name.
 
     Args:
-        directory: a new or empty one; its parents are made.
+        directory: a new or empty one, or one with an adapter of PEFT and nothing else, which is
+            replaced; its parents are made.
         recipe: LoRA, DoRA, LlamaAdapter or IA3; all but LlamaAdapter may have Unfreeze beside them.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
@@ -172,8 +173,8 @@ def save_peft(
         The directory.
 
     Raises:
-        UserError: PEFT does not support the recipe, `names` lacks a module, or the directory is
-            not empty; the message names every problem.
+        UserError: PEFT does not support the recipe, `names` lacks a module, or the directory
+            holds something else; the message names every problem.
         TypeError: `adapters` is not a tree.
 
     Example:
@@ -190,7 +191,8 @@ def save_peft(
         ['LORA', 2, 4, 'CAUSAL_LM']
     """
     flat = directories.flat_leaves("save_peft", adapters)
-    directory = directories.empty_directory(directory)
+    own = (CONFIG, TENSORS, *(beside or ()))
+    directory = directories.adapter_directory("PEFT", directory, own, "peft_type")
     config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
     if fields.get("task_type", _CLASSIFIES) == _CLASSIFIES:
         problems += _unpooled(names, flat, find_modules(names, base))
