@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.commands import command_raises
+from helpers.commands import announced, command_raises
 from helpers.errors import raises
 from helpers.reports import Page
 from helpers.tiny import CHAT, FOODS, write_llama, write_meanings
@@ -257,6 +257,18 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_pa
     ).chat("food Thai")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_generate_and_merge_announce_each_wait(command, monkeypatch, tmp_path):
+    texts, out = announced(monkeypatch), tmp_path / "merged"
+    status, _, err = command("generate runs/lora --max-new-tokens 2 --prompt food mr ref")
+    assert status == 0, err
+    first, *later = texts[1:]  # one for each prompt, since any may begin a batch
+    assert texts[0] == "loading runs/lora"
+    assert (first, later) == ("compiling and generating", ["generating"] * 2)
+    texts.clear()
+    assert command(f"merge runs/lora --out {out}")[0] == 0
+    assert texts == ["loading and merging runs/lora", f"writing {out}"]
 
 
 def test_a_combined_run_generates_from_the_sum(command):

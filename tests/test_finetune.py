@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.commands import command_raises
+from helpers.commands import announced, command_raises
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file
 
@@ -82,15 +82,9 @@ def test_it_learns_what_a_constant_cannot(houlsby):
 
 
 def test_what_follows_the_last_step_is_announced(directory, monkeypatch):
-    announced = []
-
-    def waiting(self, text):
-        announced.append(text)
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(Console, "waiting", waiting)
+    texts = announced(monkeypatch)
     assert finetune(directory, "--epochs", 1, "--no-baselines", "--name", "announced")[0] == 0
-    assert announced == [
+    assert texts == [
         "scoring the test rows",
         "predicting the rows of the report",
         "writing the report",

@@ -316,6 +316,7 @@ def test_the_card_of_a_run_has_its_metadata_and_tables(place, monkeypatch, comma
     found = {result.metric_type: result.metric_value for result in data.eval_results}
     assert found == summary["results"][-1]["test"]
     text = card.text
+    assert f"| metric | on the test rows of {data.eval_results[0].dataset_name} |" in text
     assert "4 rows to train" not in text
     rows = Run(Path("runs/reviews")).read_config()["rows"]
     assert f"{rows['train']} rows to train" in text

@@ -42,7 +42,7 @@ def model_card(
         counts: the `aj.audit` of the adapted model.
         metrics: metrics on held-out data, by name; the Hub shows them if it has task and dataset.
         task: a task of the Hub, such as "text-classification".
-        dataset: the data set of the metrics.
+        dataset: the data set of the metrics, which are those of its test rows.
         sections: further parts in Markdown, by heading.
         license: the adapter's license, by its name on the Hub; None leaves it out.
         library: the library that loads the adapter.
@@ -175,5 +175,5 @@ def _counts(counts: Audit | None) -> str:
 
 def _metrics(metrics: Mapping[str, float] | None, dataset: str | None) -> str:
     """The metrics as a table."""
-    of = f"on {dataset}" if dataset else "value"
+    of = f"on the test rows of {dataset}" if dataset else "value"
     return table(["metric", of], [[k, f"{v:.4g}"] for k, v in (metrics or {}).items()])

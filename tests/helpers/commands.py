@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from adapters_jax.app.cli import main
+from adapters_jax.app.console import Console
 from adapters_jax.app.options.parsing import parse
 
 
@@ -17,6 +18,18 @@ def command_of(line):
     assert program == "adapters-jax"
     module, attribute = main.COMMANDS[name]
     return parse(getattr(importlib.import_module(module), attribute), flags)
+
+
+def announced(monkeypatch):
+    """The list that gets the text of each wait that a command announces on a terminal."""
+    texts = []
+
+    def waiting(self, text):
+        texts.append(text)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Console, "waiting", waiting)
+    return texts
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +162,9 @@ class Generate:
     def _complete(self, generator: Generator, prompts: list[str], console: Console) -> None:
         """Prints each completion as soon as its batch is generated."""
         texts = iter(generator.generate(prompts, *self._sampling))
-        with console.waiting("compiling and generating"):
-            first = list(itertools.islice(texts, 1))
-        for prompt, text in zip(prompts, itertools.chain(first, texts), strict=True):
+        for number, prompt in enumerate(prompts):
+            with console.waiting("generating" if number else "compiling and generating"):
+                text = next(texts)
             console.result({"prompt": prompt, "completion": text})
             if not self.json:
                 console.say(text)

@@ -65,10 +65,12 @@ class Merge:
             )
         opened: Callable[[Any], Any] = dequantize if quantized else lambda subject: subject
         merged = self._decoder if config.get("kind", "encoder") == "decoder" else self._encoder
-        save = merged(opened)
+        with console.waiting(f"loading and merging {self.run}"):
+            save = merged(opened)
 
         def write() -> None:
-            files, notes = save()
+            with console.waiting(f"writing {self.out}"):
+                files, notes = save()
             console.say(f"{self.out} holds {', '.join(files)}, read again with equal weights")
             for note in notes:
                 console.say(note)
