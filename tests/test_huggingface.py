@@ -200,6 +200,18 @@ def test_a_large_checkpoint_is_written_as_shards(tmp_path):
         save_decoder(tmp_path, config, model, max_shard_size=-1)
 
 
+def test_a_checkpoint_replaces_one_of_other_shards(tmp_path):
+    config, model = load_decoder(FIXTURES / "llama")
+    state = nnx.state(model)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for times, most in ((1.0, 3000), (2.0, 9000), (3.0, 10**6), (4.0, 3000)):
+        nnx.update(model, jax.tree.map(lambda x, times=times: x * times, state))
+        save_decoder(tmp_path, config, model, max_shard_size=most)
+        read = nnx.to_pure_dict(nnx.state(load_decoder(tmp_path)[1]))
+        assert_same_tree(read, nnx.to_pure_dict(nnx.state(model)))
+        assert (tmp_path / "tokenizer.json").is_file()
+
+
 def test_an_absent_shard_is_named(tiny):
     shard(tiny)
     (tiny / "part-1.safetensors").unlink()

@@ -1,6 +1,7 @@
 """Fills NNX models from a checkpoint's tensors, and writes them as checkpoints of Hugging Face."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from adapters_jax.interop.names import NameTable, Tensor, from_tensors, to_tenso
 
 Model = TypeVar("Model", bound=nnx.Module)
 SHARD = 5 * 10**9  # bytes, as in transformers 4
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def filled(
@@ -53,7 +55,7 @@ def save_model(
     """Writes `config.json`, and `model.safetensors` or shards with their index.
 
     Args:
-        directory: an empty or a new directory.
+        directory: a directory, made if it is absent; a checkpoint in it is replaced.
         settings: the values of `config.json`, but for the dtype.
         model: a model without adapters.
         names: the names of its tensors.
@@ -90,6 +92,10 @@ def save_tensors(
         where = {name: file for file, shard in files.items() for name in shard}
         total = {"total_size": sum(x.nbytes for x in tensors.values())}
         _write_json(Path(directory, INDEX), {"metadata": total, "weight_map": where})
+    new = {*files, *((INDEX,) if len(files) > 1 else ())}
+    for old in Path(directory).iterdir():  # readers might take the weights of an earlier checkpoint
+        if old.name not in new and (old.name == INDEX or _WEIGHTS.fullmatch(old.name)):
+            old.unlink()
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
