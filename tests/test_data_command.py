@@ -55,6 +55,17 @@ def test_lengths():
         assert histogram[0][0] == 0 and histogram[-1][0] <= most <= histogram[-1][1]
 
 
+def test_a_named_label_is_counted(data):
+    rows = [{"review": f"Film {i}", "stars": i / 2} for i in range(3)]
+    write("a.jsonl", *rows, rows[0])
+    (found,) = data("a.jsonl --text review --json")
+    assert found["labels"] == {}
+    (found,) = data("a.jsonl --text review --label stars --json")
+    assert found["labels"] == {"stars": {"0.0": 2, "0.5": 1, "1.0": 1}}
+    with command_raises(DataError, "no column 'star'", "did you mean 'stars'?"):
+        main(["data", "a.jsonl", "--label", "star"])
+
+
 def test_columns_without_a_layout_are_named_for_finetune(data):
     Path("a.csv").write_text("review,stars\nGood,1\n")
     assert "for finetune, name the columns: --text COLUMN --label COLUMN" in data("a.csv")

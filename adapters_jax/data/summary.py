@@ -99,11 +99,12 @@ class Summary:
         return {**vars(self), **own}
 
 
-def summarize(rows: Rows) -> Summary:
+def summarize(rows: Rows, label: str | None = None) -> Summary:
     """Counts what is in rows.
 
     Args:
         rows: the rows, as `readers.read_file` returns them.
+        label: a column whose values count as labels, however many there are.
 
     Example:
         >>> values = [["Good", 1], ["Bad", 0], ["Good", 1], ["Fine", 1]]
@@ -117,7 +118,7 @@ def summarize(rows: Rows) -> Summary:
         for i, name in enumerate(header)
     }
     keys = Counter(_key(values) for _, values in records)
-    labels = {name: _labels(values) for name, values in columns.items()}
+    labels = {name: _labels(values, name == label) for name, values in columns.items()}
     return Summary(
         len(records),
         layout_of(header),
@@ -172,14 +173,13 @@ def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _labels(values: Sequence[Any]) -> dict[str, int]:
+def _labels(values: Sequence[Any], named: bool) -> dict[str, int]:
     """How often each value of a column of labels or lists of labels comes; else nothing."""
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(item, str | int | None) for item in items):
-        return {}
     counts = Counter(str(item) for item in items if not _blank(item))
     few = len(counts) <= min(MOST_LABELS, len(items) // 2)
-    return dict(counts.most_common()) if few else {}
+    likely = few and all(isinstance(item, str | int | None) for item in items)
+    return dict(counts.most_common()) if named or likely else {}
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ from adapters_jax.data.files import DataError, Rows, check_even
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.splits import spread
 from adapters_jax.data.summary import Lengths, Summary, inputs_of, summarize
+from adapters_jax.data.tables import choose_values
 
 if TYPE_CHECKING:
     from adapters_jax.app.examples import Seen
@@ -40,6 +41,7 @@ class DescribeData:
             tokenizer is used.
         text: column of the text.
         text_pair: column of the second text.
+        label: column of the label, whose values are counted, however many there are.
         prompt: for a decoder, column of the prompt.
         completion: for a decoder, column of the completion.
         turns: tokens of conversations that count in the loss.
@@ -57,6 +59,7 @@ class DescribeData:
     model: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    label: str | None = None
     prompt: str | None = None
     completion: str | None = None
     turns: Literal["assistant", "last", "all"] = "assistant"
@@ -82,11 +85,15 @@ class DescribeData:
         tables = [(path, read_file(path)) for path in self.files]
         for path, rows in tables:
             check_even(path, rows)
+            if self.label is not None:
+                choose_values(path, rows, [self.label])
         first = inputs_of(tables[0][1])
         found = []
         for i, (path, rows) in enumerate(tables):
             shared = None if i == 0 else len(shared_rows(first, inputs_of(rows)))
-            found.append(_Described(path, summarize(rows), shared, self._seen(path, rows)))
+            found.append(
+                _Described(path, summarize(rows, self.label), shared, self._seen(path, rows))
+            )
 
         def report() -> None:
             for described in found:
