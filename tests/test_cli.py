@@ -6,11 +6,13 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import get_args
 
@@ -56,6 +58,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
     write_model(directory / "tiny")
     write_reviews(directory / "reviews.jsonl", rows=60)
+    (directory / "twice.csv").write_text("id,id,review\n1,2,good\n")
     (directory / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     (directory / "deep.toml").write_text("rank = " + "[" * 100_000 + "]" * 100_000)
     (directory / "nul.json").write_text('{"model": "a\\u0000b"}')
@@ -331,25 +334,41 @@ def test_predict_writes_files(command, tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_predict_writes_beside_the_columns_of_the_file(command, tmp_path, suffix):
     rows = [
-        {"id": 7, "review": "a, film", "label": "bad", "tags": ["x", "y"]},
-        {"id": 8, "review": "bad", "label": None, "tags": []},
+        {"id": 7, "review": "a, film", "label": "bad", "predicted_label": "kept", "tags": ["x"]},
+        {"id": 8, "review": "bad", "label": None, "predicted_label": "", "tags": []},
     ]
     new, out = tmp_path / "new.jsonl", tmp_path / f"found.{suffix}"
     new.write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, *_ = command(["predict", "runs/single", "--file", str(new), "--out", str(out)])
     assert status == 0
+    lines, ours = out.read_text().splitlines(), "predicted_predicted_label"
+    if suffix == "jsonl":
+        found = [json.loads(line) for line in lines]
+        assert [{name: row[name] for name in rows[0]} for row in found] == rows
+        assert [[*row][5:] for row in found] == [[ours, "probabilities"]] * 2
+    else:
+        header, *found = csv.reader(lines, delimiter="," if suffix == "csv" else "\t")
+        assert header[:6] == [*rows[0], ours]
+        given = [["7", "a, film", "bad", "kept", '["x"]'], ["8", "bad", "", "", "[]"]]
+        assert [row[:5] for row in found] == given
+        assert all(len(row) == len(header) and row[5] for row in found)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_predict_writes_values_of_parquet_as_they_are_read(command, tmp_path, suffix):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    day = date(2024, 1, 31)
+    columns = {"review": ["a film", "bad"], "day": [day, None], "share": [0.5, math.nan]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "new.parquet")
+    out = tmp_path / f"found.{suffix}"
+    words = ["predict", "runs/single", "--file", str(tmp_path / "new.parquet"), "--out", str(out)]
+    assert command(words)[0] == 0
     if suffix == "jsonl":
         found = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [dict(list(row.items())[:4]) for row in found] == rows
-        assert [[*row][4:] for row in found] == [["predicted_label", "probabilities"]] * 2
+        assert [(r["day"], r["share"]) for r in found] == [("2024-01-31", 0.5), (None, None)]
     else:
-        found = [
-            *csv.reader(out.read_text().splitlines(), delimiter="," if suffix == "csv" else "\t")
-        ]
-        assert found[0][:5] == ["id", "review", "label", "tags", "predicted_label"]
-        given = [["7", "a, film", "bad", '["x", "y"]'], ["8", "bad", "", "[]"]]
-        assert [row[:4] for row in found[1:]] == given
-        assert all(len(row) == len(found[0]) > 5 and row[4] for row in found)
+        _, *found = csv.reader(out.read_text().splitlines())
+        assert [row[1:3] for row in found] == [["2024-01-31", "0.5"], ["", ""]]
 
 
 TRAIN = "finetune --model tiny --train reviews.jsonl --text review --max-length 12"
@@ -442,6 +461,7 @@ AUDIT = "audit --model bert-base"
         ("predict runs/single x --out a.xml", DataError, ["--out a.xml", "'.xml'", ".csv, .tsv"]),
         ("predict runs/single x --out no/a.csv", DataError, ["--out no/a.csv", "directory no"]),
         ("predict runs/single x --out reviews.jsonl", DataError, ["reviews.jsonl"]),
+        ("predict runs/single --file twice.csv --out a.csv", DataError, ["'id'", "2 times"]),
     ],
 )
 def test_a_user_error_is_one_line(fails, monkeypatch, words, kind, data):

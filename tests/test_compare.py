@@ -511,10 +511,11 @@ def test_the_time_left_is_that_of_finished_cells():
     assert pace.left() == 2.0  # it takes longer than the one before
 
 
-def test_the_first_cell_has_an_estimate_without_its_first_scoring(monkeypatch):
-    now, shown = [100.0], []
+def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
+    now, shown, compiling = [100.0], [], steps.Compiling()
     for module in (work, steps):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(steps, "_compiling", lambda: compiling)
     pace = _Pace(grid("full", seeds=(0, 1, 2)), {})
     progress = SimpleNamespace(update=lambda done, note: shown.append((done, note)))
     pace.start(Cell("full", 5e-5, 0))
@@ -523,12 +524,10 @@ def test_the_first_cell_has_an_estimate_without_its_first_scoring(monkeypatch):
     now[0] = 160.0
     pace.show(progress, 0.1, "0.1")
     assert pace.left() is None
-    # The first scoring takes half a minute; then 2 s for a tenth.
-    now[0] = 190.0
-    pace.show(progress, 0.1, "0.1 scored", True)
-    assert pace.left() is None
+    # Rows of another length compile half a minute; each tenth takes 2 s.
+    compiling.note(30.0, 190.0)
     for now[0], part in ((192.0, 0.2), (194.0, 0.3)):
-        pace.show(progress, part, f"{part}", True)
+        pace.show(progress, part, f"{part}")
         took = now[0] - 100
         assert pace.left() == pytest.approx(3 * (took + 2 * 10 * (1 - part)) - took)
     assert shown[0] == (0, "full, learning rate 5e-05, seed 0  compiling")
@@ -539,18 +538,17 @@ def test_the_first_cell_has_an_estimate_without_its_first_scoring(monkeypatch):
 def test_cells_print_a_line_once_and_no_table_nor_spinner(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     reported = []
-    console = CellConsole(Console(json=False), lambda *progress: reported.append(progress))
+    console = CellConsole(Console(json=False), lambda part, note: reported.append((part, note)))
     for _ in range(2):
         console.say("3 texts are cut")
         console.show("an audit")
         console.finish(["a"], [["b"]], "finished", {})
         with console.progress("lora", 8, first="compiling") as progress:
-            progress.update(2, "loss 0.5", news=True)
+            progress.update(2, "loss 0.5")
         with console.waiting("scoring"):
             pass
     assert capsys.readouterr() == ("3 texts are cut\n", "")
-    first, second = (0.0, "compiling", False), (0.25, "step 2 of 8  loss 0.5", True)
-    assert reported == [first, second] * 2
+    assert reported == [(0.0, "compiling"), (0.25, "step 2 of 8  loss 0.5")] * 2
 
 
 def test_compiled_programs_are_cached_unless_jax_has_a_cache(tmp_path):

@@ -160,6 +160,8 @@ def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
     first, second = predictor.predict(texts[:2])
     (alone,) = predictor.predict([(texts[0], None)])
     np.testing.assert_allclose(alone.embedding, first.embedding, atol=1e-6)
+    assert first.cells()["embedding"].endswith(" ...")
+    assert json.loads(first.columns()["embedding"]) == first.embedding
     cosine = np.dot(first.embedding, second.embedding)
     assert cosine == pytest.approx(near["similarity"], abs=1e-5)
     assert np.linalg.norm(first.embedding) == pytest.approx(1, abs=1e-6)

@@ -244,7 +244,7 @@ def with_flag(name, field=False, default=None, block=Inner):
 
 
 FLAGS = [
-    *((name, True) for name in ("deterministic", "inference")),
+    ("deterministic", True),
     *((name, False) for name in ("train", "training", "is_train", "is_training")),
 ]
 X = drawn((3, DIN), 1)

@@ -256,20 +256,18 @@ def clock(monkeypatch):
     return now
 
 
-UPDATES = ((60.0, 1), (70.0, 2), (90.0, 2), (100.0, 12), (110.0, 22))  # the third is scored first
+UPDATES = ((60.0, 1), (60.0, 2), (80.0, 12), (90.0, 17))  # the second is read with the first
 
 
-def test_the_first_scoring_is_in_no_estimate(clock, capsys):
+def test_the_time_left_is_from_the_steps_that_are_done(clock, capsys):
     with Console(json=False).progress("lora", 100, first="compiling") as progress:
-        for i, (clock[0], step) in enumerate(UPDATES):
-            progress.update(step, f"loss {step}", news=i in (2, 4))
+        for clock[0], step in UPDATES:
+            progress.update(step, f"loss {step}")
     assert capsys.readouterr().out.splitlines() == [
         "lora  compiling",
         "lora  step 1 of 100  loss 1",
-        "lora  step 2 of 100  loss 2  16 min 20 s left",
-        "lora  step 2 of 100  loss 2",
-        "lora  step 12 of 100  loss 12  1 min 28 s left",
-        "lora  step 22 of 100  loss 22  1 min 18 s left",
+        "lora  step 12 of 100  loss 12  2 min 56 s left",
+        "lora  step 17 of 100  loss 17  2 min 46 s left",
     ]
 
 
@@ -277,9 +275,23 @@ def test_a_terminal_shows_the_same(clock):
     shown, terminal = io.StringIO(), Console(json=False)
     terminal.printer = rich.console.Console(file=shown, force_terminal=True, width=99)
     with terminal.progress("lora", 100, first="compiling") as progress:
-        for i, (clock[0], step) in enumerate(UPDATES):
-            progress.update(step, "", news=i in (2, 4))
-    assert "compiling" in shown.getvalue() and "1 min 18 s left" in shown.getvalue()
+        for clock[0], step in UPDATES:
+            progress.update(step, "")
+    assert "compiling" in shown.getvalue() and "2 min 46 s left" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("first", "left"), [("compiling", "10.0 s left"), ("", "30.0 s left")])
+def test_compiling_is_in_no_estimate_of_what_compiles_first(
+    clock, capsys, monkeypatch, first, left
+):
+    compiling = pace.Compiling()
+    monkeypatch.setattr(pace, "_compiling", lambda: compiling)
+    with Console(json=False).progress("work", 20, first=first) as progress:
+        progress.update(0, "")
+        compiling.note(20.0, 25.0)
+        clock[0] = 30.0
+        progress.update(10, "")
+    assert capsys.readouterr().out.splitlines()[-1] == f"work  step 10 of 20  {left}"
 
 
 def test_the_clock_stands_still_while_jax_compiles():

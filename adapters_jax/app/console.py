@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from adapters_jax.app.pace import Pace
+from adapters_jax.app.pace import Pace, clock
 from adapters_jax.errors import UserError
 from adapters_jax.texts import visible
 
@@ -121,9 +121,9 @@ class Console:
             steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
-                they are estimated from the pace of the latter half of the steps, without
-                compiling.
-            first: what is done before the first update, such as "compiling".
+                they are estimated from the steps that are done.
+            first: what is done before the first update, such as "compiling"; the estimate is then
+                without the seconds in which JAX compiles.
         """
         if not self.printer.is_terminal:
             yield _Lines(self, title, steps, unit, left, first)
@@ -150,11 +150,11 @@ class _Bar:
         left: Callable[[], float | None] | None,
         first: str,
     ):
-        self.bar, self.steps, self.left, self.pace = bar, steps, left, Pace()
+        self.bar, self.steps, self.left, self.pace = bar, steps, left, _pace(first)
         self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        pace = self.pace.at(step, news)
+        pace = self.pace.at(step)
         left = self.left() if self.left else pace and pace * (self.steps - step)
         self.bar.update(self.task, completed=step, note=note, left=_left(left))
 
@@ -172,14 +172,14 @@ class _Lines:
         first: str,
     ):
         self.console, self.title, self.steps, self.unit = console, title, steps, unit
-        self.left, self.pace = left, Pace()
+        self.left, self.pace = left, _pace(first)
         self.began = self.last = time.monotonic()
         if first:
             console.say(f"{title}  {first}")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         now = time.monotonic()
-        pace = self.pace.at(step, news)
+        pace = self.pace.at(step)
         pause = NEWS_SECONDS if news else QUIET_SECONDS
         if now - self.last < pause and not (news and step == self.steps):
             return
@@ -204,6 +204,10 @@ def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
 
 def _cell(text: str) -> Text:
     return Text(visible(text))
+
+
+def _pace(first: str) -> Pace:
+    return Pace(clock if first else time.monotonic)
 
 
 def _left(seconds: float | None) -> str:

@@ -1,8 +1,7 @@
-"""Measures how fast steps go, without the seconds in which JAX compiles."""
+"""Measures how long steps take, without the seconds in which JAX compiles."""
 
 import functools
 import time
-from collections import deque
 from collections.abc import Callable
 
 TOGETHER = 0.01  # seconds within which updates count as one
@@ -55,44 +54,34 @@ def clock() -> float:
 
 
 class Pace:
-    """Measures the seconds of a step over the latter half of the steps.
+    """Measures the mean seconds of a step.
 
-    Updates that come at once, as those of steps that are read late, count as one. The first scoring
-    imports libraries, so the measurement restarts after it.
+    Updates that come at once, as those of steps that are read late, count as one.
 
     Args:
         clock: returns the time in seconds.
 
     Example:
-        >>> pace = Pace(iter((60.0, 90.0, 94.0, 98.0)).__next__)
+        >>> pace = Pace(iter((60.0, 90.0, 90.0, 98.0)).__next__)
         >>> [pace.at(step) for step in (1, 2, 4, 6)]
-        [None, 30.0, 2.0, 2.0]
+        [None, 30.0, 10.0, 7.6]
     """
 
     def __init__(self, clock: Callable[[], float] = clock) -> None:
-        self.clock, self.scored = clock, False
-        self.marks: deque[tuple[float, float]] = deque()
-        self.first = 0.0
+        self.clock = clock
+        self.first: tuple[float, float] | None = None  # a step, and its time
 
-    def at(self, step: float, scored: bool = False) -> float | None:
-        """The mean seconds of a step, of late; None if they are not known yet.
+    def at(self, step: float) -> float | None:
+        """The mean seconds of a step; None if they are not known yet.
 
         Args:
             step: the number of steps that are done, or the finished part of a work.
-            scored: whether the step was scored.
         """
         now = self.clock()
-        if scored and not self.scored:
-            self.scored = True
-            self.marks.clear()
-        if not self.marks:
-            self.first = step
-        elif now - self.marks[-1][1] < TOGETHER:
-            now = self.marks.pop()[1]
-        self.marks.append((step, now))
-        while len(self.marks) > 2 and self.marks[1][0] - self.first <= (step - self.first) / 2:
-            self.marks.popleft()
-        since, began = self.marks[0]
+        began = now if self.first is None else self.first[1]
+        if self.first is None or now - began < TOGETHER:
+            self.first = step, began
+        since = self.first[0]
         return (now - began) / (step - since) if step > since else None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.data.files import DataError, Line, first_few, place
+from adapters_jax.data.files import DataError, Line, Rows, first_few, place
 from adapters_jax.data.readers import read_file
 from adapters_jax.data.tables import cell, choose_columns, choose_values
 
@@ -38,13 +38,13 @@ class Annotated:
         return Annotated([self.texts[i] for i in rows], [self.labels[i] for i in rows])
 
 
-def read_words(path: Path, tokens: str) -> tuple[list[list[str]], list[Line]]:
-    """Reads the tokens of each row: a list, or a text that is split at spaces.
+def words_of(path: Path, rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
+    """Takes the tokens of each row: a list, or a text that is split at spaces.
 
     Raises:
         DataError: the file cannot be used, or a row has no tokens, a blank one or one with a space.
     """
-    values, lines = choose_values(path, read_file(path), [tokens])
+    values, lines = choose_values(path, rows, [tokens])
     words = [_items(value) for (value,) in values]
     _refuse(
         path,
@@ -78,8 +78,9 @@ def read_tagged(path: Path, tokens: str, tags: str, spans: bool) -> Annotated:
         >>> read_tagged(path, "tokens", "ner_tags", spans=True)
         Annotated(texts=[('In Rio', None), ('No', None)], labels=[['O', 'B-place'], ['O']])
     """
-    words, lines = read_words(path, tokens)
-    values, _ = choose_values(path, read_file(path), [tags])
+    rows = read_file(path)
+    words, lines = words_of(path, rows, tokens)
+    values, _ = choose_values(path, rows, [tags])
     labels = [_items(value) for (value,) in values]
     uneven = [
         f"{place(line)} has {len(row)} tokens and {len(found)} tags"

@@ -36,7 +36,7 @@ from adapters_jax.weights.reach import named
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {
-    **dict.fromkeys(("deterministic", "inference"), True),
+    "deterministic": True,
     **dict.fromkeys(("train", "training", "is_train", "is_training"), False),
 }
 _RUNS = itertools.count()

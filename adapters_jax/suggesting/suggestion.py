@@ -169,7 +169,7 @@ class Suggestion:
             ]
             which = "aj.ia3 scales" if self.roles.slices else "aj.lora and aj.ia3 change"
             lines.append(
-                f"# fused: {fused} makes {', '.join(made[:-1])} and {made[-1]}; {which} all of them"
+                f"# fused: {fused} makes {', '.join(made[:-1])} and {made[-1]}; {which} them all"
             )
         if self.roles.kernels:
             kernels = ", ".join(self.roles.kernels)

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.data.datasets import TaskData
+from adapters_jax.data.files import Rows
 from adapters_jax.data.prompts import Prompts
-from adapters_jax.data.tables import read_rows
+from adapters_jax.data.tables import make_table
 from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.recipe import Recipe
@@ -183,18 +184,19 @@ class Task(ABC):
         """
         return []
 
-    def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
-        """Reads the rows of a file, as `Predictor.predict` takes them.
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
+        """Takes what `Predictor.predict` takes from the rows of a file.
 
         Args:
-            path: the file.
+            path: the file, for messages.
+            rows: its rows, as `adapters_jax.data.readers.read_file` returns them.
             columns: the names of the column of texts and, if there is one, of second texts.
 
         Raises:
             DataError: the file cannot be used.
         """
         pair = columns[1] if len(columns) > 1 else None
-        return read_rows(path, columns[0], pair, label=None).texts
+        return make_table(path, rows, columns[0], pair, label=None).texts
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: those that the user named, and the defaults of the others."""

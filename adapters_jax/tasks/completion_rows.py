@@ -153,7 +153,8 @@ def build_batches(
     rows = {part: rows_of(found) for part, found in examples.items()}
     of, into = len(examples["train"]), len(rows["train"])
     if into < of:
-        say(f"{of} train rows are packed into {into} sequences of {max_length} tokens")
+        sequences = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
+        say(f"{of} train rows are packed into {sequences}")
     buckets: tuple[int, ...] = (max_length,)
     if not packs:
         buckets = choose_buckets(rows["train"], max_length, batch_size)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from adapters_jax.data.datasets import Dataset, TaskData, load_labelled
+from adapters_jax.data.files import Rows
 from adapters_jax.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import MissingPackageError
@@ -154,9 +155,9 @@ class ImageClassification(EncoderTask):
         }
         return replace(data, **parts)
 
-    def read_texts(self, path: Path, columns: Sequence[str]) -> Sequence[Any]:
-        """Reads the paths of images to predict."""
-        return _placed(path, super().read_texts(path, columns))
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
+        """The paths of images to predict."""
+        return _placed(path, super().read_texts(path, rows, columns))
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with one image; see `Task.usage`."""

@@ -5,6 +5,7 @@ Every metric is defined for constant predictions; correlations are then 0.0.
 
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from collections import Counter
@@ -392,7 +393,15 @@ def better(name: str, new: float, old: float) -> bool:
     return new < old if name in LOWER_IS_BETTER else new > old
 
 
+_LIBRARIES = {"scipy.stats": {"pearson", "spearman"}, "sklearn.metrics": {"f1", "matthews"}}
 METRICS = {function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)}
+
+
+def load_metrics(names: Sequence[str]) -> None:
+    """Imports the libraries that metrics are computed with, which takes seconds."""
+    for library, those in _LIBRARIES.items():
+        if not those.isdisjoint(names):
+            importlib.import_module(library)
 
 
 def compute(

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.data.annotated import Annotated, read_choices
 from adapters_jax.data.batches import together
-from adapters_jax.data.readers import DataError, read_file
+from adapters_jax.data.files import Rows
+from adapters_jax.data.readers import DataError
 from adapters_jax.data.tables import choose_columns
 from adapters_jax.errors import UserError
 from adapters_jax.pretrained.encoder import Encoder
@@ -195,9 +196,9 @@ class MultipleChoice(AnnotatedTask):
         words = ["adapters-jax", "predict", run, *row]
         return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
 
-    def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-        """Reads the texts and choices of each row."""
-        return [tuple(row) for row in choose_columns(path, read_file(path), columns)[0]]
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """The texts and choices of each row."""
+        return [tuple(row) for row in choose_columns(path, rows, columns)[0]]
 
 
 def _choices(columns: Mapping[str, Any]) -> list[str]:

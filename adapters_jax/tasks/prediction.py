@@ -42,6 +42,10 @@ class Prediction:
         """The fields as cells of a table by name, without the texts."""
         return {name: str(value) for name, value in vars(self).items() if name not in _TEXTS}
 
+    def columns(self) -> dict[str, str]:
+        """The same for a file, in which nothing is shortened."""
+        return self.cells()
+
 
 class Predictor(Protocol):
     """What `Task.open` returns if the task's command is "predict".

@@ -6,6 +6,7 @@ partner than to the partners of the other rows of its batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,10 @@ class EmbeddingPrediction(Prediction):
         if self.embedding is None:
             return {"similarity": f"{self.similarity:.4f}"}
         return {"embedding": " ".join(f"{x:.3f}" for x in self.embedding[:4]) + " ..."}
+
+    def columns(self) -> dict[str, str]:
+        """The similarity, or the embedding as a list of JSON."""
+        return self.cells() if self.embedding is None else {"embedding": json.dumps(self.embedding)}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.data.annotated import Annotated, read_tagged, read_words
+from adapters_jax.data.annotated import Annotated, read_tagged, words_of
 from adapters_jax.data.batches import NOTHING, row_of, tokenize
+from adapters_jax.data.files import Rows
 from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
 from adapters_jax.models.parts.encoder import TOKENS
@@ -284,6 +285,6 @@ class TokenClassification(AnnotatedTask):
         spans = tuple(metrics) != ("accuracy",)
         return read_tagged(path, columns["tokens"], columns["tags"], spans)
 
-    def read_texts(self, path: Path, columns: Sequence[str]) -> list[tuple[str, None]]:
-        """Reads the tokens of each row, or texts that are split at spaces."""
-        return [(" ".join(words), None) for words in read_words(path, columns[0])[0]]
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> list[tuple[str, None]]:
+        """The tokens of each row, or texts that are split at spaces."""
+        return [(" ".join(words), None) for words in words_of(path, rows, columns[0])[0]]

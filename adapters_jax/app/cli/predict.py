@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters_jax.app.console import Console, stdin_lines
+from adapters_jax.data.files import Rows
 from adapters_jax.data.readers import DataError, read_file
+from adapters_jax.data.tables import choose_values
 from adapters_jax.errors import file_errors
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class Predict:
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
-            columns of --file come first; a result of the same name is predicted_NAME.
+            columns of --file come first; a result whose name they have is predicted_NAME.
         json: print one JSON object for each text.
     """
 
@@ -76,13 +79,13 @@ class Predict:
         from adapters_jax.tasks import read_run
 
         run = find_run(self.run)
-        texts = self._read(*read_run(run, "predict"))
+        texts, rows = self._read(*read_run(run, "predict"))
         given: list[dict[str, Any]] = []
         if self.out is not None:
             _check_out(self.out)
             if self.file is not None:
-                header, records = read_file(self.file)
-                given = [dict(zip(header, values, strict=True)) for _, values in records]
+                values, _ = choose_values(self.file, rows, rows[0])
+                given = [dict(zip(rows[0], map(_finite, row), strict=True)) for row in values]
         with console.waiting(f"loading {run.path}"):
             predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
@@ -98,8 +101,8 @@ class Predict:
 
         return work
 
-    def _read(self, task: Task, config: dict[str, Any]) -> Sequence[Any]:
-        """Reads the texts of the command line, stdin or --file."""
+    def _read(self, task: Task, config: dict[str, Any]) -> tuple[Sequence[Any], Rows]:
+        """Reads the texts of the command line, stdin or --file; and the rows of --file."""
         columns = config.get("texts") or [config["text"], config.get("text_pair")]
         columns = [column for column in columns if column]
         if (self.file is None) == (not self.texts):
@@ -108,7 +111,9 @@ class Predict:
             if self.text_pair and len(columns) < 2:
                 raise DataError("--text-pair: the run was trained on single texts")
             named = [self.text, self.text_pair][: len(columns)]
-            return task.read_texts(self.file, [*map(_either, named, columns), *columns[2:]])
+            chosen = [*map(_either, named, columns), *columns[2:]]
+            rows = read_file(self.file)
+            return task.read_texts(self.file, rows, chosen), rows
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
@@ -121,7 +126,7 @@ class Predict:
             parts = list(self.texts)
             for path in filter(os.path.isfile, parts):
                 _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
-        return _rows(parts, columns)
+        return _rows(parts, columns), ([], [])
 
     def _write(
         self, predictions: Sequence[Prediction], given: list[dict[str, Any]], console: Console
@@ -134,7 +139,7 @@ class Predict:
         for prediction in predictions if self.json else ():
             console.result(prediction.to_dict())
         if self.out is None and not self.json:
-            header, *body = _cells(texts, predictions)
+            header, *body = _cells(texts, [prediction.cells() for prediction in predictions])
             console.table(header, body, words=len(texts[0]))
 
 
@@ -159,20 +164,37 @@ def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ..
 
 
 def _beside(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """A row and its result, where a name that the row has is `predicted_NAME`."""
-    return {**row, **{f"predicted_{n}" if n in row else n: x for n, x in result.items()}}
+    """A row and its result, whose names have as many `predicted_` before them as make them new."""
+    found = dict(row)
+    for name, value in result.items():
+        free = name
+        while free in found:
+            free = f"predicted_{free}"
+        found[free] = value
+    return found
 
 
-def _cells(rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]) -> list[list[str]]:
+def _finite(value: Any) -> Any:
+    """A value in which numbers that are not finite, which JSON has not, are None."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(
+    rows: Sequence[Mapping[str, Any]], results: Iterable[Mapping[str, str]]
+) -> list[list[str]]:
     """A header, and each row with its result."""
-    found = [_beside(row, p.cells()) for row, p in zip(rows, predictions, strict=True)]
-    return [[*found[0]], *([_cell(x) for x in row.values()] for row in found)]
+    found = list(map(_beside, rows, results))
+    return [[*found[0]], *([_as_text(x) for x in row.values()] for row in found)]
 
 
-def _cell(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool | list | Mapping):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
 
 
 def _check_out(path: Path) -> None:
@@ -189,11 +211,12 @@ def _save(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[P
     """Writes rows with their results in the format of the file's suffix."""
     with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
-            for row, prediction in zip(rows, predictions, strict=True):
-                found = _beside(row, prediction.results())
-                file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")
-        elif path.suffix == ".csv":
-            csv.writer(file, lineterminator="\n").writerows(_cells(rows, predictions))
+            for row in map(_beside, rows, (prediction.results() for prediction in predictions)):
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            return
+        table = _cells(rows, [prediction.columns() for prediction in predictions])
+        if path.suffix == ".csv":
+            csv.writer(file, lineterminator="\n").writerows(table)
         else:
-            lines = [[" ".join(cell.split()) for cell in row] for row in _cells(rows, predictions)]
+            lines = [[" ".join(cell.split()) for cell in row] for row in table]
             file.writelines("\t".join(line) + "\n" for line in lines)

@@ -25,8 +25,6 @@ _OWN = (
 )  # settings that differ between cells
 _OWN_RATES = ("learning_rate", "head_learning_rate")  # settings of the optimizer that differ
 
-OnProgress = Callable[[float, str, bool], None]
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -151,11 +149,12 @@ class CellConsole(Console):
 
     Args:
         console: the console of the comparison.
-        on_progress: called with the finished fraction of a cell, a note, and whether its adapters
-            were just scored.
+        on_progress: called with the finished fraction of a cell and a note.
     """
 
-    def __init__(self, console: Console, on_progress: OnProgress = lambda part, note, scored: None):
+    def __init__(
+        self, console: Console, on_progress: Callable[[float, str], None] = lambda part, note: None
+    ):
         self.json, self.printer = console.json, console.printer
         self._on_progress, self._printed = on_progress, set[str]()
 
@@ -187,7 +186,7 @@ class CellConsole(Console):
     ) -> Iterator[Progress]:
         """Passes the progress of a cell on to the comparison."""
         if first:
-            self._on_progress(0.0, first, False)
+            self._on_progress(0.0, first)
         yield _CellProgress(steps, self._on_progress)
 
 
@@ -196,8 +195,8 @@ class _CellProgress:
     """The progress of one cell."""
 
     steps: int
-    on_progress: OnProgress
+    on_progress: Callable[[float, str], None]
 
     def update(self, step: int, note: str, news: bool = False) -> None:
         words = f"step {step} of {self.steps}  {note}"
-        self.on_progress(step / self.steps, words.rstrip(), news)
+        self.on_progress(step / self.steps, words.rstrip())

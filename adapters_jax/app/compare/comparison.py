@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class ComparisonJob:
             self._write(results)
         first = "compiling" if pace.done < pace.total else ""
         with self.console.progress("compare", pace.total, "cell", pace.left, first) as progress:
-            console = CellConsole(self.console, partial(pace.show, progress))
+            console = CellConsole(self.console, lambda part, note: pace.show(progress, part, note))
             while (cell := self.grid.next(results)) is not None:
                 pace.start(cell)
                 for each in self._advanced(cell, results, console, interrupts):
@@ -193,11 +192,11 @@ class _Pace:
         self.cell, self.began = cell, time.monotonic()
         self.steps, self.whole = Pace(), None
 
-    def show(self, progress: Progress, part: float, note: str, scored: bool = False) -> None:
+    def show(self, progress: Progress, part: float, note: str) -> None:
         """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
         if part:
             now = time.monotonic()
-            pace = self.steps.at(part, scored)
+            pace = self.steps.at(part)
             self.whole = now - self.began + pace * (1 - part) if pace is not None else None
         if self.cell is not None:
             progress.update(self.done, f"{self.cell.title}  {note}")

@@ -33,6 +33,7 @@ from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
+from adapters_jax.tasks.metrics import load_metrics
 from adapters_jax.tasks.views import Judged
 from adapters_jax.training.state import TrainState
 
@@ -270,6 +271,7 @@ class Job:
             self.run.write_log([])
         steps = optimizer.steps(len(problem.train))
         with self.console.progress(title, steps, first="compiling") as progress:
+            load_metrics(problem.metrics)  # the first scoring is to take no longer than others
             speed = Speed(tokens / len(problem.train))
             log = self._logger(title, problem.metrics[0], progress, speed)
             found = train(

@@ -95,6 +95,6 @@ class Native:
             )
         return (
             "import adapters_jax as aj\n"
-            "# base, params: the model that was adapted, and its parameters without adapters\n"
+            "# the model that was adapted, its parameters without adapters, and an input of it\n"
             f"model, params = aj.load_adapter({name!r}, base, params, example_input)"
         )
