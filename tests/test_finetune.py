@@ -91,6 +91,16 @@ def test_what_follows_the_last_step_is_announced(directory, monkeypatch):
     ]
 
 
+def test_it_says_which_step_is_kept(houlsby):
+    _, summary, run, err = houlsby
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    last = max(r["step"] for r in records if r["method"] == "houlsby")
+    best = f"{100 * summary['dev']['accuracy']:.1f} %"
+    data = (f"step {summary['best_step']} of {last} ", f"(accuracy {best})", str(run.report))
+    assert summary["best_step"] < last
+    assert all(each in err.splitlines()[-1] for each in data), err
+
+
 def test_trainable_parameters_are_exact(houlsby):
     _, summary, run, _ = houlsby
     adapters = 2 * aj.bottleneck_parameters(32, 8)

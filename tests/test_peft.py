@@ -362,7 +362,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         ({"h.0.q.lora_B.weight": drawn(4, 3)}, ["h.0.q", "B [4, 3]"]),
         ({"h.0.q.lora_B.weight": drawn(4, 2, 2)}, ["h.0.q", "B [4, 2, 2]"]),
         ({"h.0.q.ia3_l": drawn(4, 1)}, ["h.0.q.ia3_l"]),
-        ({"h.1.q.weight": drawn(1, 24)}, ["h.1.q.weight", [1, 24]]),
+        ({"h.1.q.weight": drawn(1, 24)}, ["h.1.q.weight", [1, 24], "block_1/q [6, 4]"]),
         ({"h.0.q.lora_A.weight": None, "h.0.q.lora_B.weight": None}, ["LoRA"]),
     ],
 )

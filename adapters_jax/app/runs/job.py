@@ -33,7 +33,7 @@ from adapters_jax.io.identity import BaseIdentity
 from adapters_jax.io.run_directory import Run
 from adapters_jax.tasks import task_of
 from adapters_jax.tasks.base import NotFiniteError, Prepared, Problem, TrainedHead, Untrained
-from adapters_jax.tasks.metrics import load_metrics
+from adapters_jax.tasks.metrics import load_metrics, show_metric
 from adapters_jax.tasks.views import Judged
 from adapters_jax.training.state import TrainState
 
@@ -171,7 +171,10 @@ class Job:
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
-        took = f"finished in {duration(summary['seconds'])}: see {self.run.report}"
+        metric, steps = self.problem.metrics[0], self.optimizer.steps(len(self.problem.train))
+        score = f"{metric} {show_metric(metric, found.dev[metric])}"
+        kept = f"step {found.step} of {steps} is kept, the best on dev ({score})"
+        took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
         self.console.finish(*table, took, summary)
 
     def _resumed(self, found: Trained, step: int) -> None:

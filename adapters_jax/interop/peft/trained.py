@@ -29,8 +29,9 @@ def read_trained(
             fits = leaf in reference.leaves and kind in ("bias", "weight")
             array = our_leaf(reference, leaf, tensor, module_map.fan_in_fan_out) if fits else None
             if array is None:
+                ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
                 problems.append(
-                    f"{key} is {list(tensor.shape)}, which does not fit {reference.path}"
+                    f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
                 )
             else:
                 new[f"{reference.path}/{leaf}"] = array
