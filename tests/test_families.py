@@ -79,7 +79,7 @@ def test_a_record_is_enough_for_every_command(other, run, capsys):
     recipe = aj.LoRA("layers/0/attention/query", 2)
     aj.save_adapter("mine", unflatten(leaves), recipe, base=base.identity)
     assert run("convert mine there --to peft --model base")["notes"] == [
-        "LoRA.a_init 'gaussian' is read as 'uniform'"
+        "LoRA.a_init 'gaussian' is read as 'uniform', which matters only before training"
     ] * (recipe.a_init != "uniform")
     run("convert there back --to native --model base")
     _, back = aj.read_adapter("back")

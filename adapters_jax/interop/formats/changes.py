@@ -12,6 +12,7 @@ from adapters_jax.recipe import Recipe
 
 _FREE = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
 _SIZES = ("bottleneck_dim", "reduction_factor")
+_BEFORE = ", which matters only before training"
 
 
 def changes(
@@ -48,7 +49,7 @@ def _fields(old: Any, new: Any) -> list[str]:
         return [f"{kind} is read as {type(new).__name__}"]
     pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)]
     return [
-        f"{kind}.{name} {was!r} is read as {now!r}"
+        f"{kind}.{name} {was!r} is read as {now!r}" + _BEFORE * ("init" in name)
         for name, was, now in pairs
         if was != now and name not in (*_FREE, *_SIZES)
     ]
