@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+import threading
 
 import jax
 import jaxlib
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; pytest --slow runs it"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_signs_of_waiting():
+    """Commands that take long, since the machine is busy, print no more than others."""
+    from adapters_jax.app import console
+
+    console.WAIT_SECONDS = threading.TIMEOUT_MAX
 
 
 @pytest.fixture(scope="session")

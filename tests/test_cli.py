@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from datetime import date
 from pathlib import Path
 from typing import get_args
@@ -23,6 +24,7 @@ from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
+from adapters_jax.app import console
 from adapters_jax.app.cli.convert import Convert
 from adapters_jax.app.cli.main import COMMANDS, _unraisable, command_of, main
 from adapters_jax.app.console import Console
@@ -229,6 +231,15 @@ def test_waiting_shows_a_spinner_on_a_terminal_alone(monkeypatch, terminal):
         pass
     assert ("compiling \\u001b[2J" in shown.getvalue()) == terminal
     assert terminal or shown.getvalue() == ""
+
+
+@pytest.mark.parametrize(("least", "said"), [(0.1, "scoring the rows\n"), (3600.0, "")])
+def test_a_long_wait_is_a_line_without_a_terminal(monkeypatch, capsys, least, said):
+    monkeypatch.setattr(console, "WAIT_SECONDS", least)
+    with Console(json=False).waiting("scoring the rows"):
+        (timer,) = (each for each in threading.enumerate() if isinstance(each, threading.Timer))
+        timer.join(None if said else 0)
+    assert capsys.readouterr() == ("", said)
 
 
 def test_version(command):

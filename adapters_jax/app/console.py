@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -19,6 +20,7 @@ from adapters_jax.texts import visible
 
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
+WAIT_SECONDS = 2.0  # of a wait before it is a line without a terminal
 
 
 class Progress(Protocol):
@@ -95,14 +97,22 @@ class Console:
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Within, a terminal shows a spinner with a text; elsewhere, nothing is shown.
+        """Within, a terminal shows a spinner with a text; elsewhere, a long wait prints the text.
 
         It is on stderr, so that what a command prints stays as it is.
         """
+        text = visible(text, lines=False)
         with contextlib.ExitStack() as stack:
             if sys.stderr.isatty():
                 shown = rich.console.Console(stderr=True)
-                stack.enter_context(shown.status(Text(visible(text, lines=False))))
+                stack.enter_context(shown.status(Text(text)))
+            else:
+                line = threading.Timer(
+                    WAIT_SECONDS, lambda: print(text, file=sys.stderr, flush=True)
+                )
+                line.daemon = True
+                line.start()
+                stack.callback(line.cancel)
             yield
 
     @contextlib.contextmanager
@@ -204,6 +214,10 @@ def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
 
 def _cell(text: str) -> Text:
     return Text(visible(text))
+
+
+def _print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _pace(first: str) -> Pace:
