@@ -202,12 +202,12 @@ def _notes(source: Source, to: AdapterFormat, headless: str) -> list[str]:
         )
     elif "mean" in target and not source.labels:
         mean, std = target["mean"], target["std"]
-        notes.append(f"the head's output y means {mean:g} + {std:g} y; only this card says so")
+        notes.append(f"the head's output y means {mean:g} + {std:g} y; only {CARD} says so")
     if config.get("quantize"):
         notes.append(f"it was trained on a base in {config['quantize']}, and works best on that")
     if config.get("prompts"):
         prompts = json.dumps(config["prompts"], ensure_ascii=False)
-        notes.append(f"only this card says how prompts were formatted: {prompts}")
+        notes.append(f"only {CARD} says how prompts were formatted: {prompts}")
     return notes
 
 
