@@ -531,6 +531,10 @@ def test_the_first_cell_has_an_estimate_without_what_it_compiles(monkeypatch):
         took = now[0] - 100
         assert pace.left() == pytest.approx(3 * (took + 2 * 10 * (1 - part)) - took)
     assert shown[0] == (0, "full, learning rate 5e-05, seed 0  compiling")
+    pace.show(progress, 0.0, "compiling")  # of its second part
+    for now[0], part in ((200.0, 0.1), (205.0, 0.2)):
+        pace.show(progress, part, f"{part}")
+    assert pace.whole == pytest.approx(105 + 5 * 10 * 0.8)
     pace.start(Cell("full", 5e-5, 1))
     assert pace.left() is None  # it may be of another recipe
 

@@ -62,6 +62,8 @@ def test_a_named_label_is_counted(data):
     assert found["labels"] == {}
     (found,) = data("a.jsonl --text review --label stars --json")
     assert found["labels"] == {"stars": {"0.0": 2, "0.5": 1, "1.0": 1}}
+    write("b.jsonl", {"review": "a", "good": True}, {"review": "b", "good": False})
+    assert data("b.jsonl --label good --json")[0]["labels"] == {"good": {"true": 1, "false": 1}}
     with command_raises(DataError, "no column 'star'", "did you mean 'stars'?"):
         main(["data", "a.jsonl", "--label", "star"])
 

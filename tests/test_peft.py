@@ -697,6 +697,11 @@ def test_a_second_run_replaces_the_adapter_of_the_first_one_and_nothing_else(tmp
     with raises(UserError, directory, "PEFT", "README.md"):
         save_peft(directory, recipe, adapters, NAMES, PARAMS)
     assert (directory / "README.md").read_text() == "A card."
+    (directory / "README.md").unlink()
+    (directory / "README.md").mkdir()
+    with raises(UserError, directory, "README.md/"):
+        save_peft(directory, recipe, adapters, NAMES, PARAMS, beside=card)
+    assert (directory / "README.md").is_dir()
     ours = aj.save_adapter(tmp_path / "ours", adapters, recipe)
     with raises(UserError, ours, "PEFT", "adapter.safetensors"):
         save_peft(ours, recipe, adapters, NAMES, PARAMS)

@@ -107,9 +107,7 @@ class Console:
                 shown = rich.console.Console(stderr=True)
                 stack.enter_context(shown.status(Text(text)))
             else:
-                line = threading.Timer(
-                    WAIT_SECONDS, lambda: print(text, file=sys.stderr, flush=True)
-                )
+                line = threading.Timer(WAIT_SECONDS, _print_to_stderr, [text])
                 line.daemon = True
                 line.start()
                 stack.callback(line.cancel)

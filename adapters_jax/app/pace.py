@@ -97,7 +97,7 @@ class Speed:
         self.pause()
 
     def at(self, step: int) -> str:
-        """The speed of late, as text; empty if it is not known yet."""
+        """The speed since the last pause, as text; empty if it is not known yet."""
         pace = self.pace.at(step)
         return f"{self.tokens / pace:,.0f} tokens/s" if self.tokens and pace else ""
 

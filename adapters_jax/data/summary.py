@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from adapters_jax.data.files import Rows
 from adapters_jax.data.layouts import Layout, layout_of
 from adapters_jax.data.splits import key_of
-from adapters_jax.data.tables import Texts
+from adapters_jax.data.tables import Texts, cell
 
 MOST_LABELS = 50  # distinct values of a column that are counted one by one
 _BINS = 10
@@ -176,7 +176,7 @@ def _blank(value: Any) -> bool:
 def _labels(values: Sequence[Any], named: bool) -> dict[str, int]:
     """How often each value of a column of labels or lists of labels comes; else nothing."""
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    counts = Counter(str(item) for item in items if not _blank(item))
+    counts = Counter(text for text in map(cell, items) if text.strip())
     few = len(counts) <= min(MOST_LABELS, len(items) // 2)
     likely = few and all(isinstance(item, str | int | None) for item in items)
     return dict(counts.most_common()) if named or likely else {}

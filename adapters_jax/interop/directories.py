@@ -89,7 +89,7 @@ def adapter_directory(owner: str, directory: str | Path, files: Collection[str],
     directory = Path(directory)
     names = _names(directory)
     others = names - {*files}
-    if names and (others or CONFIG not in names or mark not in read_json(directory / CONFIG)):
+    if names and (others or CONFIG not in names or not _has(directory / CONFIG, mark)):
         raise UserError(
             f"{directory} exists and is not just an adapter of {owner}: it has "
             f"{shortened(', '.join(sorted(others or names)))}; give another directory"
@@ -97,11 +97,26 @@ def adapter_directory(owner: str, directory: str | Path, files: Collection[str],
     return directory
 
 
+def _has(config: Path, key: str) -> bool:
+    """Whether a file has a key, or is gone since another process replaces its directory."""
+    try:
+        return key in read_json(config)
+    except AdapterFileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return True
+        raise
+
+
 def _names(directory: Path) -> set[str]:
-    """The names in a directory, none if it is absent; raises `UserError` for a file."""
+    """The names in a directory, none if it is absent, with a / behind those of directories.
+
+    Raises:
+        UserError: it is a file.
+    """
     with file_errors(directory):
         try:
-            return {*os.listdir(directory)}
+            with os.scandir(directory) as entries:
+                return {f"{each.name}/" if each.is_dir() else each.name for each in entries}
         except FileNotFoundError:  # so is one that another process moves away meanwhile
             return set()
         except NotADirectoryError:

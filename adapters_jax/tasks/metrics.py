@@ -393,7 +393,8 @@ def better(name: str, new: float, old: float) -> bool:
     return new < old if name in LOWER_IS_BETTER else new > old
 
 
-_LIBRARIES = {"scipy.stats": {"pearson", "spearman"}, "sklearn.metrics": {"f1", "matthews"}}
+_OF_CLASSES = {"f1", "f1_micro", "f1_macro", "matthews"}
+_LIBRARIES = {"scipy.stats": {"pearson", "spearman"}, "sklearn.metrics": _OF_CLASSES}
 METRICS = {function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)}
 
 

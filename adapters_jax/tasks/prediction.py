@@ -43,7 +43,7 @@ class Prediction:
         return {name: str(value) for name, value in vars(self).items() if name not in _TEXTS}
 
     def columns(self) -> dict[str, str]:
-        """The same for a file, in which nothing is shortened."""
+        """The same for a file, which may be longer than a table."""
         return self.cells()
 
 

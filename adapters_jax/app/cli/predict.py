@@ -176,7 +176,7 @@ def _beside(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]
 
 def _finite(value: Any) -> Any:
     """A value in which numbers that are not finite, which JSON has not, are None."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
@@ -187,7 +187,7 @@ def _cells(
     rows: Sequence[Mapping[str, Any]], results: Iterable[Mapping[str, str]]
 ) -> list[list[str]]:
     """A header, and each row with its result."""
-    found = list(map(_beside, rows, results))
+    found = [_beside(row, result) for row, result in zip(rows, results, strict=True)]
     return [[*found[0]], *([_as_text(x) for x in row.values()] for row in found)]
 
 
@@ -211,8 +211,9 @@ def _save(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[P
     """Writes rows with their results in the format of the file's suffix."""
     with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
-            for row in map(_beside, rows, (prediction.results() for prediction in predictions)):
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            for row, prediction in zip(rows, predictions, strict=True):
+                found = _beside(row, prediction.results())
+                file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")
             return
         table = _cells(rows, [prediction.columns() for prediction in predictions])
         if path.suffix == ".csv":

@@ -194,7 +194,9 @@ class _Pace:
 
     def show(self, progress: Progress, part: float, note: str) -> None:
         """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
-        if part:
+        if not part:
+            self.steps = Pace()  # as for the features of a head, and then for its training
+        else:
             now = time.monotonic()
             pace = self.steps.at(part)
             self.whole = now - self.began + pace * (1 - part) if pace is not None else None

@@ -55,7 +55,8 @@ def save_model(
     """Writes `config.json`, and `model.safetensors` or shards with their index.
 
     Args:
-        directory: a directory, made if it is absent; a checkpoint in it is replaced.
+        directory: a directory, made if it is absent; a checkpoint in it is replaced,
+            file by file.
         settings: the values of `config.json`, but for the dtype.
         model: a model without adapters.
         names: the names of its tensors.
@@ -93,9 +94,10 @@ def save_tensors(
         total = {"total_size": sum(x.nbytes for x in tensors.values())}
         _write_json(Path(directory, INDEX), {"metadata": total, "weight_map": where})
     new = {*files, *((INDEX,) if len(files) > 1 else ())}
-    for old in Path(directory).iterdir():  # readers might take the weights of an earlier checkpoint
-        if old.name not in new and (old.name == INDEX or _WEIGHTS.fullmatch(old.name)):
-            old.unlink()
+    with file_errors(Path(directory), "written"):
+        for old in Path(directory).iterdir():  # readers might take an earlier checkpoint's weights
+            if old.name not in new and (old.name == INDEX or _WEIGHTS.fullmatch(old.name)):
+                old.unlink()
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:

@@ -90,7 +90,8 @@ def save_t5(
     """Writes a checkpoint in the layout of Hugging Face, which `load_t5` reads as well.
 
     Args:
-        directory: a directory, made if it is absent; a checkpoint in it is replaced.
+        directory: a directory, made if it is absent; a checkpoint in it is replaced,
+            file by file.
         config: the model's configuration.
         model: a model without adapters; see `adapters_jax.transforms.merge`.
         max_shard_size: the largest number of bytes in a file; more are split over shards.
