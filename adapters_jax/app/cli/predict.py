@@ -175,7 +175,7 @@ def _beside(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _finite(value: Any) -> Any:
-    """A value in which numbers that are not finite, which JSON has not, are None."""
+    """A value with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     if isinstance(value, Mapping):
