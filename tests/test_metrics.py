@@ -8,7 +8,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.tasks.classification import Classes
-from adapters_jax.tasks.metrics import METRICS, better, compute, perplexity, rouge
+from adapters_jax.tasks.metrics import METRICS, better, compute, load_metrics, perplexity, rouge
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])
@@ -122,3 +122,20 @@ def test_equal_values_are_not_better():
 def test_bad_input(names, predictions, labels, data):
     with raises(aj.UserError, *data):
         compute(names, predictions, labels)
+
+
+@pytest.mark.parametrize(
+    ("names", "libraries"),
+    [
+        (["accuracy", "perplexity"], []),
+        (["f1_micro"], ["sklearn.metrics"]),
+        (["accuracy", "matthews", "spearman"], ["scipy.stats", "sklearn.metrics"]),
+    ],
+)
+def test_the_libraries_of_metrics_are_imported_before_the_first_scoring(
+    monkeypatch, names, libraries
+):
+    imported = []
+    monkeypatch.setattr("importlib.import_module", imported.append)
+    load_metrics(names)
+    assert imported == libraries

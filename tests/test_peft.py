@@ -18,6 +18,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.interop import directories
 from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
 from adapters_jax.interop.peft import load_peft, save_peft
 from adapters_jax.interop.peft.config import is_target
@@ -705,6 +706,20 @@ def test_a_second_run_replaces_the_adapter_of_the_first_one_and_nothing_else(tmp
     ours = aj.save_adapter(tmp_path / "ours", adapters, recipe)
     with raises(UserError, ours, "PEFT", "adapter.safetensors"):
         save_peft(ours, recipe, adapters, NAMES, PARAMS)
+
+
+def test_an_adapter_that_another_process_replaces_is_replaced(tmp_path, monkeypatch):
+    recipe, adapters = load_peft(hand_made(tmp_path / "theirs"), NAMES, PARAMS)
+    directory = save_peft(tmp_path / "a", recipe, adapters, NAMES, PARAMS)
+
+    def gone(path):
+        raise AdapterFileError(f"{path} cannot be read") from FileNotFoundError()
+
+    monkeypatch.setattr(directories, "read_json", gone)
+    again = jax.tree.map(lambda leaf: leaf + 1, adapters)
+    save_peft(directory, recipe, again, NAMES, PARAMS)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, load_peft(directory, NAMES, PARAMS)[1], again)
 
 
 def test_what_save_peft_writes(tmp_path):
